@@ -1,0 +1,268 @@
+"""One frozen dataclass per stage: it is the Python argument, the command-line flags and the YAML file at once.
+
+Only values live here: no device or path is touched, no default depends on another module. Checks that need nothing but
+the values run when the object is built, so a wrong config fails before any model is loaded.
+"""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+LRSchedule = Literal["constant", "linear", "cosine"]
+RemaxVariant = Literal["official", "paper", "verl"]
+DPOLossType = Literal[
+    "sigmoid",
+    "robust",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "apo_zero",
+    "apo_down",
+    "sigmoid_norm",
+    "sppo_hard",
+    "discopop",
+]
+
+
+def _arg(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+def _required(help: str) -> Any:
+    return field(metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """What every training stage takes."""
+
+    model: str = _required("Checkpoint directory or hub name the trained model starts from.")
+    output_dir: str = _required("Directory for the trained model, metrics.jsonl, run.json and checkpoints.")
+    seed: int = _arg(0, "Seed of data order and sampling; same seed, same bits on CPU.")
+    learning_rate: float = _arg(1e-5, "Peak learning rate of AdamW (betas 0.9, 0.95; eps 1e-8).")
+    weight_decay: float = _arg(0.0, "AdamW weight decay, on matrices only.")
+    max_grad_norm: float = _arg(1.0, "Gradient norm is clipped to this; 0 turns clipping off.")
+    lr_schedule: LRSchedule = _arg("linear", "Learning rate after warm-up: constant, or linear/cosine decay to 0.")
+    warmup_steps: int = _arg(0, "Optimizer steps of linear warm-up.")
+    bf16: bool = _arg(False, "Run forward and backward passes in bfloat16 autocast.")
+    gradient_checkpointing: bool = _arg(False, "Recompute activations in backward to save memory.")
+    save_steps: int = _arg(0, "Write a resumable checkpoint every so many steps; 0 writes only the final model.")
+    resume: bool = _arg(False, "Continue from the newest checkpoint in output_dir.")
+    tensorboard: bool = _arg(False, "Also write TensorBoard event files to output_dir/tensorboard.")
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "temperature", "value_learning_rate", "clip", "value_clip", "beta"):
+            _check(self, name, lambda v: v > 0, "a number > 0")
+        for name in ("weight_decay", "max_grad_norm", "kl_coef", "label_smoothing", "center_coef", "score_clip"):
+            _check(self, name, lambda v: v >= 0, "a number >= 0")
+        for name in ("warmup_steps", "save_steps", "eval_steps"):
+            _check(self, name, lambda v: v >= 0, "an integer >= 0")
+        for name in (
+            "batch_size",
+            "micro_batch_size",
+            "epochs",
+            "steps",
+            "minibatches",
+            "max_length",
+            "max_prompt_length",
+            "max_response_length",
+        ):
+            _check(self, name, lambda v: v >= 1, "an integer >= 1")
+        for name in ("gamma", "lam"):
+            _check(self, name, lambda v: 0 <= v <= 1, "a number in [0, 1]")
+        micro, batch = getattr(self, "micro_batch_size", None), getattr(self, "batch_size", None)
+        if micro is not None and batch % micro:
+            raise ValueError(f"micro_batch_size: expected a divisor of batch_size={batch}, got {micro}")
+
+
+def _check(config: Any, name: str, holds: Any, expected: str) -> None:
+    value = getattr(config, name, None)
+    if value is not None and not holds(value):
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig(StageConfig):
+    """Supervised fine-tuning on prompt + completion rows or on messages."""
+
+    train_data: str = _required("JSONL(.gz), Parquet or `datasets` directory with prompt+completion, or messages.")
+    eval_data: str | None = _arg(None, "Same format; its loss is reported at the end of every epoch.")
+    epochs: int = _arg(1, "Passes over the data.")
+    batch_size: int = _arg(16, "Rows per optimizer step.")
+    micro_batch_size: int | None = _arg(None, "Rows per forward pass; default: the whole batch.")
+    max_length: int = _arg(512, "Longest prompt + completion in tokens; longer prompts lose their left end.")
+    max_prompt_length: int = _arg(256, "Longest prompt in tokens.")
+    learning_rate: float = _arg(1e-5, "Peak learning rate of AdamW (betas 0.9, 0.95; eps 1e-8).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig(StageConfig):
+    """Reward model from preference pairs (Bradley-Terry) or K-wise rankings, initialised from the SFT model."""
+
+    train_data: str = _required("Rows with prompt+chosen+rejected(+margin), or prompt+completions+ranks.")
+    eval_data: str | None = _arg(None, "Held-out rows of the same format; pair accuracy is reported.")
+    epochs: int = _arg(1, "Passes over the data.")
+    batch_size: int = _arg(16, "Pairs (or rankings) per optimizer step.")
+    micro_batch_size: int | None = _arg(None, "Pairs (or rankings) per forward pass; default: the whole batch.")
+    max_length: int = _arg(512, "Longest prompt + completion in tokens; longer prompts lose their left end.")
+    max_prompt_length: int = _arg(256, "Longest prompt in tokens.")
+    center_coef: float = _arg(0.0, "Weight of mean((r_chosen + r_rejected)^2), which keeps scores near 0.")
+    normalize_samples: int = _arg(256, "Samples of the SFT model whose mean score is shifted to 0; 0 leaves it.")
+    max_response_length: int = _arg(64, "Longest of those samples in tokens.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineConfig(StageConfig):
+    """What every method takes that samples from its policy."""
+
+    train_data: str = _required("Rows with a prompt column; extra columns go to a Python reward function.")
+    reward: str = _required("Reward-model directory, or a function `package.module:name` or `file.py:name`.")
+    reference: str | None = _arg(None, "Reference model of the KL penalty; default: `model` as it is at the start.")
+    eval_data: str | None = _arg(None, "Held-out prompts, sampled and scored every eval_steps.")
+    eval_reward: str | None = _arg(None, "Reward for evaluation only (a ground truth, say); default: `reward`.")
+    eval_steps: int = _arg(0, "Evaluate every so many steps, and before and after; 0 never does.")
+    steps: int = _arg(100, "Rollout + update rounds.")
+    batch_size: int = _arg(32, "Sampled completions per round.")
+    micro_batch_size: int | None = _arg(None, "Completions per forward pass; default: as many as the batch allows.")
+    max_prompt_length: int = _arg(256, "Longest prompt in tokens; longer ones lose their left end.")
+    max_response_length: int = _arg(64, "Longest completion in tokens.")
+    temperature: float = _arg(1.0, "Sampling temperature; also applied in every training pass.")
+    kl_coef: float = _arg(0.05, "Weight of the per-token KL penalty in the reward (k1 estimate).")
+    kl_target: float | None = _arg(None, "Adapt kl_coef towards this KL per completion in nats; default: fixed.")
+    missing_eos_penalty: float = _arg(0.0, "Subtracted from the score of a completion that never ends.")
+    max_logprob_drift: float = _arg(0.02, "Fail when decode-time and training-time log-probs differ by more.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig(OnlineConfig):
+    """PPO with policy, value, reward and reference models (Schulman et al. 2017; Ziegler et al. 2019)."""
+
+    learning_rate: float = _arg(3e-6, "Peak learning rate of the policy.")
+    value_model: str | None = _arg(None, "Value model to start from; default: the reward model, else `model`.")
+    value_learning_rate: float = _arg(1e-5, "Peak learning rate of the value model.")
+    epochs: int = _arg(4, "Passes over each rollout.")
+    minibatches: int = _arg(1, "Optimizer steps per pass.")
+    clip: float = _arg(0.2, "The probability ratio is clipped to [1 - clip, 1 + clip].")
+    value_clip: float = _arg(0.2, "New values are clipped to the old value +- this.")
+    gamma: float = _arg(1.0, "Discount.")
+    lam: float = _arg(0.95, "GAE lambda.")
+    whiten_rewards: bool = _arg(False, "Divide the shaped rewards by their standard deviation.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReMaxConfig(OnlineConfig):
+    """ReMax: REINFORCE with the greedy completion's score as baseline (arXiv 2310.10505)."""
+
+    learning_rate: float = _arg(1e-6, "Peak learning rate of the policy.")
+    variant: RemaxVariant = _arg("official", "Per-token weights: the authors' code, the paper, or verl's form.")
+    gamma: float = _arg(1.0, "Discount of the official variant (its scripts use 0.99).")
+    score_clip: float = _arg(5.0, "The score difference is clipped to +- this (official, paper); 0 does not.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReinforceConfig(OnlineConfig):
+    """REINFORCE without a baseline (Williams 1992), the yardstick of ReMax."""
+
+    learning_rate: float = _arg(1e-6, "Peak learning rate of the policy.")
+    gamma: float = _arg(1.0, "Discount of the score towards earlier tokens.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLOOConfig(OnlineConfig):
+    """RLOO: each sample's baseline is the mean of the others of its prompt (arXiv 2402.14740)."""
+
+    learning_rate: float = _arg(1e-6, "Peak learning rate of the policy.")
+    group_size: int = _arg(4, "Samples per prompt; batch_size counts samples.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.group_size < 2 or self.batch_size % self.group_size:
+            raise ValueError(f"group_size: expected >= 2 and a divisor of batch_size, got {self.group_size}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOConfig(StageConfig):
+    """Direct preference optimisation (arXiv 2305.18290): no reward model, no sampling."""
+
+    learning_rate: float = _arg(1e-6, "Peak learning rate of AdamW (betas 0.9, 0.95; eps 1e-8).")
+    train_data: str = _required("Rows with prompt+chosen+rejected.")
+    reference: str | None = _arg(None, "Reference model; default: `model` as it is at the start.")
+    beta: float = _arg(0.1, "Strength of the implicit KL constraint.")
+    loss_type: DPOLossType = _arg("sigmoid", "Loss on the log-ratio difference, named as in TRL.")
+    label_smoothing: float = _arg(0.0, "Probability that a label is flipped (cDPO, robust).")
+    epochs: int = _arg(1, "Passes over the data.")
+    batch_size: int = _arg(16, "Pairs per optimizer step.")
+    micro_batch_size: int | None = _arg(None, "Pairs per forward pass; default: the whole batch.")
+    max_length: int = _arg(512, "Longest prompt + completion in tokens; longer prompts lose their left end.")
+    max_prompt_length: int = _arg(256, "Longest prompt in tokens.")
+    eval_data: str | None = _arg(None, "Held-out prompts, sampled and scored every eval_steps.")
+    eval_reward: str | None = _arg(None, "Reward that scores them: a directory or a Python function.")
+    eval_steps: int = _arg(0, "Evaluate every so many steps, and before and after; 0 never does.")
+    max_response_length: int = _arg(64, "Longest completion sampled in evaluation, in tokens.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsConfig:
+    """Preference pairs: two samples of a model per prompt, labelled by Bradley-Terry on a reward."""
+
+    model: str = _required("Checkpoint directory or hub name to sample from.")
+    prompts: str = _required("Rows with a prompt column.")
+    reward: str = _required("Reward-model directory, or a function `package.module:name` or `file.py:name`.")
+    output: str = _required("JSONL file (.jsonl or .jsonl.gz) to write: prompt, chosen, rejected.")
+    scale: float = _arg(1.0, "P(a preferred) = sigmoid(scale * (reward(a) - reward(b))).")
+    max_rows: int | None = _arg(None, "Use only the first so many prompts.")
+    batch_size: int = _arg(64, "Prompts sampled at once.")
+    max_prompt_length: int = _arg(256, "Longest prompt in tokens; longer ones lose their left end.")
+    max_response_length: int = _arg(64, "Longest completion in tokens.")
+    temperature: float = _arg(1.0, "Sampling temperature.")
+    seed: int = _arg(0, "Seed of sampling and labelling.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineConfig:
+    """SFT -> reward model -> every named method from the same start on the same prompts, then a report.
+
+    The sections hold the stages' own keys; `model`, `output_dir`, `reward` and `seed` are filled in where left out.
+    """
+
+    model: str = _required("Checkpoint directory or hub name SFT starts from.")
+    output_dir: str = _required("Each stage writes to a folder of its own in here; report.html ties them together.")
+    methods: list[str] = field(
+        default_factory=lambda: ["ppo", "remax", "reinforce", "rloo", "dpo"],
+        metadata={"help": "Methods to run after the reward model."},
+    )
+    seed: int = _arg(0, "Seed of every stage that does not set its own.")
+    title: str = _arg("RLHF pipeline", "Title of the report.")
+    sft: dict[str, Any] = field(default_factory=dict, metadata={"help": "Keys of SFTConfig."})
+    reward: dict[str, Any] = field(default_factory=dict, metadata={"help": "Keys of RewardConfig."})
+    ppo: dict[str, Any] = field(default_factory=dict, metadata={"help": "Keys of PPOConfig."})
+    remax: dict[str, Any] = field(default_factory=dict, metadata={"help": "Keys of ReMaxConfig."})
+    reinforce: dict[str, Any] = field(default_factory=dict, metadata={"help": "Keys of ReinforceConfig."})
+    rloo: dict[str, Any] = field(default_factory=dict, metadata={"help": "Keys of RLOOConfig."})
+    dpo: dict[str, Any] = field(default_factory=dict, metadata={"help": "Keys of DPOConfig."})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """The whole pipeline on a small world the project makes itself: no download, minutes on a laptop CPU."""
+
+    output_dir: str = _arg("demo_out", "Where models, metrics and report.html go.")
+    seed: int = _arg(0, "Seed of data, models and sampling; same seed, same bits.")
+    quick: bool = _arg(False, "A tenth of the steps: shows that everything runs, proves nothing.")
+
+
+def from_dict(cls: type, values: dict[str, Any], where: str) -> Any:
+    """Build the config `cls` from `values`; unknown and missing keys are `ValueError`s naming `where`."""
+
+    names = [f.name for f in fields(cls)]
+    for key in values:
+        if key not in names:
+            near = difflib.get_close_matches(key, names, n=1)
+            raise ValueError(f"{where}: unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else ""))
+    for f in fields(cls):
+        no_default = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if no_default and f.name not in values:
+            raise ValueError(f"{where}: missing key {f.name!r} ({f.metadata['help']})")
+    return cls(**values)
