@@ -1,0 +1,154 @@
+"""Phase peaks against allocations of known size, times against sleeps, static bytes against arithmetic."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from rlhf_fast import memory
+from rlhf_fast.memory import Meter, static_bytes
+
+MiB = 2**20
+
+
+def touch(mib: int) -> None:
+    """Allocates and frees `mib` MiB, every page written."""
+    np.ones(mib * MiB, dtype=np.uint8)
+
+
+def touch_small(mib: int) -> None:
+    """The same in blocks of 96 KiB, which the C allocator takes from its heap and keeps after they are freed."""
+    blocks = [np.ones(96 * 1024, dtype=np.uint8) for _ in range(mib * MiB // (96 * 1024) + 1)]
+    pin = np.ones(64, dtype=np.uint8)  # on top of the heap, so that freeing the blocks does not shrink it
+    del blocks
+    touch_small.pin = pin
+
+
+@pytest.mark.parametrize("allocate", [touch, touch_small])
+def test_peak_is_of_the_phase(allocate):
+    meter = Meter("cpu")
+    with meter.phase("before"):
+        pass
+    with meter.phase("large"):
+        allocate(200)
+    with meter.phase("after"):
+        pass
+    step = meter.step()
+    large = step["memory/large"]
+    assert 190 * MiB < large - step["memory/before"] < 230 * MiB
+    assert 190 * MiB < large - step["memory/after"] < 230 * MiB
+
+
+def test_sampling_fallback_sees_the_phase(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "_CLEAR_REFS", tmp_path / "absent" / "clear_refs")
+    meter = Meter("cpu")
+    with meter.phase("large"):
+        block = np.ones(200 * MiB, dtype=np.uint8)
+        time.sleep(0.05)
+        del block
+    with meter.phase("small"):
+        time.sleep(0.01)
+    step = meter.step()
+    assert 190 * MiB < step["memory/large"] - step["memory/small"] < 230 * MiB
+
+
+def test_current_bytes_follows_a_block():
+    before = memory.current_bytes()
+    block = np.ones(100 * MiB, dtype=np.uint8)
+    assert 95 * MiB < memory.current_bytes() - before < 110 * MiB
+    assert memory.peak_bytes() >= before + 95 * MiB
+    del block
+
+
+def test_times_add_and_peaks_take_the_maximum():
+    meter = Meter("cpu")
+    with meter.phase("rollout"):
+        touch(200)
+    with meter.phase("rollout"):
+        time.sleep(0.05)
+    with meter.phase("policy"):
+        time.sleep(0.02)
+    time.sleep(0.03)
+    step = meter.step()
+    assert step["memory/rollout"] - step["memory/policy"] > 190 * MiB
+    assert 0.05 <= step["time/rollout"] < step["time/step"]
+    assert 0.02 <= step["time/policy"] < 0.05
+    assert step["time/step"] >= step["time/rollout"] + step["time/policy"] + 0.03
+    assert list(meter.step()) == ["time/step"]  # nothing is carried over
+
+
+def test_summary_over_steps():
+    meter = Meter("cpu", memory_every=1)
+    for mib, seconds in ((100, 0.01), (300, 0.02), (1, 0.06)):
+        with meter.phase("rollout"):
+            touch(mib)
+        with meter.phase("policy"):
+            time.sleep(seconds)
+        meter.step()
+    summary = meter.summary()
+    assert summary["steps"] == 3
+    assert summary["policy"]["count"] == 3
+    assert 0.09 <= summary["policy"]["seconds"] < 0.12
+    assert 0.02 <= summary["policy"]["seconds_median"] < 0.03
+    assert summary["rollout"]["peak_bytes"] - summary["policy"]["peak_bytes"] > 290 * MiB
+    assert summary["step_seconds"] >= summary["policy"]["seconds"] + summary["rollout"]["seconds"]
+
+
+def test_memory_is_measured_in_some_steps_only():
+    meter = Meter("cpu", memory_every=4)
+    measured = []
+    for step in range(10):
+        with meter.phase("policy"):
+            pass
+        if "memory/policy" in meter.step():
+            measured.append(step)
+    assert measured == [0, 1, 4, 8]
+    assert meter.summary()["policy"]["count"] == 10
+    with pytest.raises(ValueError, match="memory_every: expected at least 1, got 0"):
+        Meter("cpu", memory_every=0)
+
+
+def test_phases_do_not_nest_and_an_error_inside_leaves_the_meter_usable():
+    meter = Meter("cpu")
+    with (
+        pytest.raises(ValueError, match="must not nest, got 'inner' inside 'outer'"),
+        meter.phase("outer"),
+        meter.phase("inner"),
+    ):
+        pass
+    with meter.phase("next"):
+        pass
+    assert set(meter.step()) == {"time/next", "memory/next", "time/step"}
+
+
+def test_static_bytes_of_adamw():
+    model = nn.Linear(10, 7)  # 77 parameters
+    optimizer = torch.optim.AdamW(model.parameters())
+    assert static_bytes({"policy": model}, {"policy": optimizer}) == {
+        "policy": {"weights": 77 * 4, "gradients": 0, "optimizer": 0}
+    }
+    model(torch.ones(2, 10)).sum().backward()
+    optimizer.step()
+    assert static_bytes({"policy": model}, {"policy": optimizer}) == {
+        "policy": {"weights": 77 * 4, "gradients": 77 * 4, "optimizer": 77 * 8 + 2 * 4}  # + one fp32 step per tensor
+    }
+    optimizer.zero_grad()
+    assert static_bytes({"policy": model})["policy"] == {"weights": 77 * 4, "gradients": 0, "optimizer": 0}
+
+
+def test_static_bytes_counts_shared_tensors_once():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(11, 5), nn.Linear(5, 11, bias=False)
+            self.head.weight = self.embed.weight
+            self.register_buffer("scale", torch.ones(3, dtype=torch.float64))
+
+    policy = Tied()
+    value = nn.Sequential(policy.embed, nn.Linear(5, 1).to(torch.bfloat16))
+    assert static_bytes({"policy": policy, "value": value}) == {
+        "policy": {"weights": 55 * 4 + 3 * 8, "gradients": 0, "optimizer": 0},
+        "value": {"weights": 6 * 2, "gradients": 0, "optimizer": 0},
+    }
