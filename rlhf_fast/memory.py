@@ -213,7 +213,7 @@ def static_bytes(
         return total
 
     result = {}
-    for role in (models | optimizers).keys():
+    for role in models | optimizers:
         model, optimizer = models.get(role), optimizers.get(role)
         parameters = list(model.parameters()) if model is not None else []
         result[role] = {

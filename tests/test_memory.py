@@ -21,9 +21,7 @@ def touch(mib: int) -> None:
 def touch_small(mib: int) -> None:
     """The same in blocks of 96 KiB, which the C allocator takes from its heap and keeps after they are freed."""
     blocks = [np.ones(96 * 1024, dtype=np.uint8) for _ in range(mib * MiB // (96 * 1024) + 1)]
-    pin = np.ones(64, dtype=np.uint8)  # on top of the heap, so that freeing the blocks does not shrink it
-    del blocks
-    touch_small.pin = pin
+    touch_small.top_of_heap = blocks.pop()  # stays, else freeing the last block would shrink the heap
 
 
 @pytest.mark.parametrize("allocate", [touch, touch_small])
