@@ -1,0 +1,160 @@
+"""Atomic checkpoint directories in the Hugging Face layout, and the state needed to continue a run.
+
+A checkpoint is written to a hidden sibling directory and renamed into place when it is complete; one that it replaces
+is renamed away first and deleted last. A crash at any moment leaves either the old checkpoint or the new one.
+A directory that holds other files too (an output directory with its metrics) keeps them: there the entries are renamed
+into place one by one, and a crash between two of these renames leaves a checkpoint marked as incomplete.
+
+    <directory>/model.safetensors, config.json, tokenizer files   the model saved under "" (others in sub-directories)
+    <directory>/state.pt             optimizer, scheduler, random states ...: tensors and plain values only
+    <directory>/checkpoint.json      the entries of the checkpoint, and whether it is complete
+
+Left out: fsync (a power failure can lose the newest checkpoint) and sharded state.
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_MANIFEST = "checkpoint.json"
+
+
+def save(
+    directory: str | os.PathLike,
+    *,
+    models: dict[str, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    state: dict[str, Any] | None = None,
+    extra_files: dict[str, Any] | None = None,
+) -> Path:
+    """Writes a checkpoint to `directory`, replacing the one there, and returns its path.
+
+    models: sub-directory -> model, "" for the directory itself; saved as safetensors with their config.
+    state: nested dicts and lists of tensors and plain values, read back by `load_state`.
+    extra_files: file name -> anything json can hold.
+    Raises ValueError when a file in `directory` that no `save` wrote would be overwritten.
+    """
+    directory = Path(directory).absolute()
+    new, old = (directory.with_name(f".{directory.name}.{suffix}") for suffix in ("new", "old"))
+    if old.exists() and not directory.exists():  # an earlier save died between its two renames
+        os.replace(old, directory)
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    new.mkdir(parents=True)
+    for subdirectory, model in models.items():
+        model.save_pretrained(new / subdirectory)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(new)
+    if state is not None:
+        torch.save(state, new / "state.pt")
+    for name, content in (extra_files or {}).items():
+        (new / name).write_text(json.dumps(content, indent=2) + "\n")
+    entries = set(os.listdir(new))
+    ours = set(_manifest(directory)["entries"]) | {_MANIFEST}
+    foreign = set(os.listdir(directory)) - ours if directory.is_dir() else set()
+    if clash := sorted(entries & foreign):
+        shutil.rmtree(new)
+        raise ValueError(f"directory: {directory} holds files that no checkpoint put there: {', '.join(clash)}")
+    _write_manifest(new, entries, complete=True)
+    if foreign:
+        _merge(new, directory, entries)
+    else:
+        if directory.exists():
+            os.replace(directory, old)
+        os.replace(new, directory)
+        shutil.rmtree(old, ignore_errors=True)
+    return directory
+
+
+def _merge(new: Path, directory: Path, entries: set[str]) -> None:
+    """Moves a complete checkpoint into a directory with other files, and deletes what the old one leaves over."""
+    previous = set(_manifest(directory)["entries"])
+    _write_manifest(directory, entries | previous, complete=False)
+    for name in previous | entries:
+        target = directory / name
+        if target.is_dir():
+            shutil.rmtree(target)
+        elif name not in entries:
+            target.unlink(missing_ok=True)
+        if name in entries:
+            os.replace(new / name, target)
+    os.replace(new / _MANIFEST, directory / _MANIFEST)
+    new.rmdir()
+
+
+def _manifest(directory: Path) -> dict[str, Any]:
+    path = directory / _MANIFEST
+    return json.loads(path.read_text()) if path.is_file() else {"entries": [], "complete": False}
+
+
+def _write_manifest(directory: Path, entries: set[str], *, complete: bool) -> None:
+    text = json.dumps({"complete": complete, "entries": sorted(entries)}, indent=2) + "\n"
+    beside = directory / f".{_MANIFEST}.new"
+    beside.write_text(text)
+    os.replace(beside, directory / _MANIFEST)
+
+
+def load_state(directory: str | os.PathLike) -> dict[str, Any]:
+    """The `state` given to `save`, on the CPU. Never unpickles code (weights_only). Raises ValueError without one."""
+    path = Path(directory) / "state.pt"
+    if not path.is_file():
+        raise ValueError(f"directory: expected a checkpoint with a training state, found no {path}")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def latest(output_dir: str | os.PathLike) -> Path | None:
+    """The complete output_dir/checkpoint-<step> with the largest step, or None."""
+    checkpoints = _checkpoints(Path(output_dir))
+    return checkpoints[-1] if checkpoints else None
+
+
+def prune(output_dir: str | os.PathLike, keep: int) -> None:
+    """Deletes all but the `keep` newest of output_dir/checkpoint-<step>."""
+    if keep < 1:
+        raise ValueError(f"keep: expected at least 1, got {keep}")
+    for path in _checkpoints(Path(output_dir))[:-keep]:
+        doomed = path.with_name(f".{path.name}.old")
+        os.replace(path, doomed)  # renamed first, so that a half-deleted one is never taken for a checkpoint
+        shutil.rmtree(doomed)
+
+
+def _checkpoints(output_dir: Path) -> list[Path]:
+    steps = {}
+    for path in output_dir.glob("checkpoint-*"):
+        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        if match and _manifest(path)["complete"]:
+            steps[int(match[1])] = path
+    return [steps[step] for step in sorted(steps)]
+
+
+def rng_state() -> dict[str, Any]:
+    """States of the global generators of Python, NumPy and torch (CPU and every CUDA device), fit for `save`."""
+    name, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Restores what `rng_state` returned. Raises ValueError when the number of CUDA devices differs."""
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if len(state["cuda"]) != devices:
+        raise ValueError(f"state: expected random states of {devices} CUDA devices, got {len(state['cuda'])}")
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if devices:
+        torch.cuda.set_rng_state_all(state["cuda"])

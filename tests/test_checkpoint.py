@@ -1,0 +1,193 @@
+"""Round trips, crashes at the worst moments, and exact continuation of the random generators."""
+
+import json
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+from rlhf_fast import checkpoint
+
+
+def config(**options) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=13, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, **options
+    )
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = Tokenizer(models.WordLevel({"<eos>": 0, "good": 1, "film": 2}, unk_token="<eos>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>")
+
+
+def hidden(directory) -> list[str]:
+    return [name for name in os.listdir(directory) if name.startswith(".")]
+
+
+def test_round_trip(tmp_path):
+    torch.manual_seed(0)
+    policy = LlamaForCausalLM(config())
+    value = LlamaForSequenceClassification(config(num_labels=1, pad_token_id=0))
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.1)
+    policy(torch.tensor([[1, 2, 3]])).logits.sum().backward()
+    optimizer.step()
+    path = checkpoint.save(
+        tmp_path / "out" / "checkpoint-3",
+        models={"": policy, "value": value},
+        tokenizer=tokenizer(),
+        state={"step": 3, "optimizer": optimizer.state_dict(), "rng": checkpoint.rng_state(), "name": "ppo"},
+        extra_files={"memory.json": {"policy": {"weights": 4}}},
+    )
+    assert path == tmp_path / "out" / "checkpoint-3" == checkpoint.latest(tmp_path / "out")
+    assert (path / "model.safetensors").is_file() and (path / "value" / "model.safetensors").is_file()
+    assert not hidden(tmp_path / "out")
+
+    loaded = AutoModelForCausalLM.from_pretrained(path).state_dict()
+    assert loaded.keys() == policy.state_dict().keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in policy.state_dict().items())
+    loaded_value = AutoModelForSequenceClassification.from_pretrained(path / "value")
+    assert torch.equal(loaded_value.score.weight, value.score.weight)
+    assert AutoTokenizer.from_pretrained(path)("good film").input_ids == [1, 2]
+    assert json.loads((path / "memory.json").read_text()) == {"policy": {"weights": 4}}
+
+    state = checkpoint.load_state(path)
+    assert (state["step"], state["name"]) == (3, "ppo")
+    restored = torch.optim.AdamW(policy.parameters(), lr=0.5)
+    restored.load_state_dict(state["optimizer"])
+    assert restored.param_groups[0]["lr"] == 0.1
+    for parameter in policy.parameters():
+        assert torch.equal(restored.state[parameter]["exp_avg"], optimizer.state[parameter]["exp_avg"])
+
+
+class BrokenModel:
+    def save_pretrained(self, path):
+        os.makedirs(path)
+        with open(os.path.join(path, "config.json"), "w") as file:
+            file.write("{")
+        raise RuntimeError("disk full")
+
+
+def test_crash_while_writing_leaves_the_old_checkpoint(tmp_path):
+    path = tmp_path / "checkpoint-5"
+    checkpoint.save(path, models={}, state={"step": 5})
+    with pytest.raises(RuntimeError, match="disk full"):
+        checkpoint.save(path, models={"policy": BrokenModel()}, state={"step": -1})
+    with pytest.raises(RuntimeError, match="disk full"):
+        checkpoint.save(tmp_path / "checkpoint-6", models={"policy": BrokenModel()})
+    assert checkpoint.latest(tmp_path) == path
+    assert checkpoint.load_state(path) == {"step": 5}
+    checkpoint.save(path, models={}, state={"step": 7})  # the left-overs are no obstacle and disappear
+    assert checkpoint.load_state(path) == {"step": 7}
+    assert hidden(tmp_path) == [".checkpoint-6.new"]
+
+
+def test_crash_between_the_renames_is_repaired(tmp_path, monkeypatch):
+    path = tmp_path / "final"
+    checkpoint.save(path, models={}, state={"step": 1})
+    replace, calls = os.replace, []
+
+    def dies_second_time(source, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", dies_second_time)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(path, models={}, state={"step": 2})
+    monkeypatch.undo()
+    assert not path.exists()
+    with pytest.raises(RuntimeError):
+        checkpoint.save(path, models={"policy": BrokenModel()})
+    assert checkpoint.load_state(path) == {"step": 1}
+
+
+def test_output_directory_keeps_its_other_files(tmp_path, monkeypatch):
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    checkpoint.save(tmp_path / "checkpoint-1", models={}, state={"step": 1})
+    model = LlamaForCausalLM(config())
+    checkpoint.save(tmp_path, models={"": model, "value": model}, extra_files={"run.json": {"seconds": 1}})
+    checkpoint.save(tmp_path, models={"": model}, state={"step": 2}, extra_files={"run.json": {"seconds": 2}})
+    assert sorted(os.listdir(tmp_path)) == [
+        "checkpoint-1",
+        "checkpoint.json",
+        "config.json",
+        "generation_config.json",
+        "metrics.jsonl",
+        "model.safetensors",
+        "run.json",
+        "state.pt",
+    ]
+    assert (tmp_path / "metrics.jsonl").read_text() == "{}\n"
+    assert checkpoint.load_state(tmp_path) == {"step": 2} and checkpoint.load_state(tmp_path / "checkpoint-1")
+    assert json.loads((tmp_path / "run.json").read_text()) == {"seconds": 2}
+    assert json.loads((tmp_path / "checkpoint.json").read_text())["complete"] is True
+
+    replace = os.replace
+
+    def dies_at_state(source, target):
+        if target.name == "state.pt":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", dies_at_state)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(tmp_path, models={}, state={"step": 3})
+    monkeypatch.undo()
+    assert json.loads((tmp_path / "checkpoint.json").read_text())["complete"] is False
+    checkpoint.save(tmp_path, models={}, state={"step": 4})
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-1", "checkpoint.json", "metrics.jsonl", "state.pt"]
+    assert checkpoint.load_state(tmp_path) == {"step": 4}
+
+
+def test_foreign_files_are_never_overwritten(tmp_path):
+    (tmp_path / "config.json").write_text("mine")
+    with pytest.raises(ValueError, match=r"directory: .* holds files that no checkpoint put there: config.json"):
+        checkpoint.save(tmp_path, models={"": LlamaForCausalLM(config())})
+    assert os.listdir(tmp_path) == ["config.json"] and (tmp_path / "config.json").read_text() == "mine"
+    assert not hidden(tmp_path.parent)
+
+
+def test_latest_and_prune(tmp_path):
+    assert checkpoint.latest(tmp_path) is None and checkpoint.latest(tmp_path / "absent") is None
+    for step in (2, 10, 9):
+        checkpoint.save(tmp_path / f"checkpoint-{step}", models={}, state={"step": step})
+    (tmp_path / "checkpoint-11").mkdir()  # half a directory of somebody else's making
+    checkpoint.save(tmp_path / "checkpoint-12b", models={})
+    assert checkpoint.latest(tmp_path) == tmp_path / "checkpoint-10"
+    checkpoint.prune(tmp_path, keep=2)
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-10", "checkpoint-11", "checkpoint-12b", "checkpoint-9"]
+    checkpoint.prune(tmp_path, keep=5)
+    assert checkpoint.latest(tmp_path) == tmp_path / "checkpoint-10"
+    with pytest.raises(ValueError, match="keep: expected at least 1, got 0"):
+        checkpoint.prune(tmp_path, keep=0)
+    with pytest.raises(ValueError, match="found no .*checkpoint-11"):
+        checkpoint.load_state(tmp_path / "checkpoint-11")
+
+
+def draws() -> list[float]:
+    return [random.random(), random.gauss(0, 1), *np.random.rand(2), np.random.randn(), *torch.rand(2).tolist()]
+
+
+def test_random_generators_continue_exactly(tmp_path):
+    random.gauss(0, 1), np.random.randn()  # both keep a second Gaussian for the next call
+    checkpoint.save(tmp_path / "checkpoint-1", models={}, state={"rng": checkpoint.rng_state()})
+    first = draws()
+    assert draws() != first
+    checkpoint.set_rng_state(checkpoint.load_state(tmp_path / "checkpoint-1")["rng"])
+    assert draws() == first
+    with pytest.raises(ValueError, match="expected random states of .* CUDA devices, got 99"):
+        checkpoint.set_rng_state(checkpoint.rng_state() | {"cuda": [None] * 99})
