@@ -97,15 +97,14 @@ def test_crash_while_writing_leaves_the_old_checkpoint(tmp_path):
 def test_crash_between_the_renames_is_repaired(tmp_path, monkeypatch):
     path = tmp_path / "final"
     checkpoint.save(path, models={}, state={"step": 1})
-    replace, calls = os.replace, []
+    replace = os.replace
 
-    def dies_second_time(source, target):
-        calls.append(target)
-        if len(calls) == 2:
+    def dies_at_last(source, target):
+        if target == path:
             raise KeyboardInterrupt
         replace(source, target)
 
-    monkeypatch.setattr(os, "replace", dies_second_time)
+    monkeypatch.setattr(os, "replace", dies_at_last)
     with pytest.raises(KeyboardInterrupt):
         checkpoint.save(path, models={}, state={"step": 2})
     monkeypatch.undo()
