@@ -153,11 +153,13 @@ def test_output_directory_keeps_its_other_files(tmp_path, monkeypatch):
 
 
 def test_foreign_files_are_never_overwritten(tmp_path):
-    (tmp_path / "config.json").write_text("mine")
+    directory = tmp_path / "model"
+    directory.mkdir()
+    (directory / "config.json").write_text("mine")
     with pytest.raises(ValueError, match=r"directory: .* holds files that no checkpoint put there: config.json"):
-        checkpoint.save(tmp_path, models={"": LlamaForCausalLM(config())})
-    assert os.listdir(tmp_path) == ["config.json"] and (tmp_path / "config.json").read_text() == "mine"
-    assert not hidden(tmp_path.parent)
+        checkpoint.save(directory, models={"": LlamaForCausalLM(config())})
+    assert os.listdir(directory) == ["config.json"] and (directory / "config.json").read_text() == "mine"
+    assert os.listdir(tmp_path) == ["model"]
 
 
 def test_latest_and_prune(tmp_path):
