@@ -17,12 +17,15 @@ import os
 import random
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 _MANIFEST = "checkpoint.json"
 
@@ -49,8 +52,9 @@ def save(
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
     new.mkdir(parents=True)
-    for subdirectory, model in models.items():
-        model.save_pretrained(new / subdirectory)
+    with _no_progress_bars():
+        for subdirectory, model in models.items():
+            model.save_pretrained(new / subdirectory)
     if tokenizer is not None:
         tokenizer.save_pretrained(new)
     if state is not None:
@@ -72,6 +76,18 @@ def save(
         os.replace(new, directory)
         shutil.rmtree(old, ignore_errors=True)
     return directory
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """transformers draws a bar for every file it writes, across the bar of the training run."""
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers_logging.enable_progress_bar()
 
 
 def _merge(new: Path, directory: Path, entries: set[str]) -> None:

@@ -37,7 +37,7 @@ def hidden(directory) -> list[str]:
     return [name for name in os.listdir(directory) if name.startswith(".")]
 
 
-def test_round_trip(tmp_path):
+def test_round_trip(tmp_path, capfd):
     torch.manual_seed(0)
     policy = LlamaForCausalLM(config())
     value = LlamaForSequenceClassification(config(num_labels=1, pad_token_id=0))
@@ -54,6 +54,7 @@ def test_round_trip(tmp_path):
     assert path == tmp_path / "out" / "checkpoint-3" == checkpoint.latest(tmp_path / "out")
     assert (path / "model.safetensors").is_file() and (path / "value" / "model.safetensors").is_file()
     assert not hidden(tmp_path / "out")
+    assert capfd.readouterr() == ("", "")  # no progress bars of others across ours
 
     loaded = AutoModelForCausalLM.from_pretrained(path).state_dict()
     assert loaded.keys() == policy.state_dict().keys()
