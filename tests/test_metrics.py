@@ -1,0 +1,139 @@
+"""The JSON lines hold exactly what was logged, whatever happens to the run; numbers read well."""
+
+import io
+import json
+import math
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from rlhf_fast.metrics import MetricsLogger, format_value, print_table, read_metrics
+
+
+def run(tmp_path, steps, total=None, **options) -> list[dict]:
+    """Logs {"loss": step / 4} for the given steps and returns the rows without their clock."""
+    with MetricsLogger(tmp_path, total or max(steps), description="ppo", **options) as logger:
+        for step in steps:
+            logger.log(step, {"loss": step / 4})
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    clock = [row.pop("time/elapsed") for row in rows]
+    assert clock == sorted(clock) and clock[0] >= 0
+    return rows
+
+
+def test_rows_hold_what_was_logged(tmp_path):
+    with MetricsLogger(tmp_path / "out", 2, description="ppo") as logger:
+        logger.log(1, {"a": torch.tensor(0.5), "b": np.float64(0.1), "c": np.int64(7), "d": math.nan, "e": -math.inf})
+        lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+        assert len(lines) == 1  # on disk before the run ends
+        logger.log(2, {"a": 2, "time/elapsed": 9.0, "text": "x"})
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    del rows[0]["time/elapsed"]
+    assert rows == [
+        {"step": 1, "a": 0.5, "b": 0.1, "c": 7, "d": None, "e": None},
+        {"step": 2, "time/elapsed": 9.0, "a": 2, "text": "x"},
+    ]
+
+
+def test_log_every_keeps_the_last_step(tmp_path):
+    assert [row["step"] for row in run(tmp_path, range(1, 12), log_every=4)] == [4, 8, 11]
+
+
+def test_nothing_is_lost_when_the_run_dies(tmp_path):
+    with pytest.raises(RuntimeError), MetricsLogger(tmp_path, 100, description="ppo", log_every=10) as logger:
+        for step in range(1, 14):
+            logger.log(step, {"loss": step})
+        raise RuntimeError
+    assert [(row["step"], row["loss"]) for row in read_metrics(tmp_path / "metrics.jsonl")] == [(10, 10), (13, 13)]
+
+
+def test_resume_drops_the_steps_that_are_run_again(tmp_path):
+    run(tmp_path, range(1, 8), total=10)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "lo')  # the line a crash cut short
+    rows = run(tmp_path, range(6, 11), total=10, resume_step=5)
+    assert rows == [{"step": step, "loss": step / 4} for step in range(1, 11)]
+    assert [row["step"] for row in run(tmp_path, [1, 2], total=2)] == [1, 2]  # a new run starts a new file
+
+
+def test_clock_continues_after_resume(tmp_path):
+    row = {"step": 1, "time/elapsed": 1000.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    with MetricsLogger(tmp_path, 2, description="ppo", resume_step=1) as logger:
+        logger.log(2, {})
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert rows[0] == row and 1000 <= rows[1]["time/elapsed"] < 1001
+
+
+def test_plain_lines_without_a_terminal(tmp_path, capsys):
+    run(tmp_path, range(1, 41), show=("objective/scores", "loss"))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 11
+    assert lines[0] == "ppo  1/40  00:00:00  loss 0.2500"
+    assert lines[-1] == "ppo  40/40  00:00:00  loss 10.00"
+    run(tmp_path, range(1, 41), quiet=True)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_bar_in_a_terminal(tmp_path, monkeypatch):
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    run(tmp_path, range(1, 4), show=("loss",))
+    shown = re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", screen.getvalue()).split("\r")[-1]
+    assert re.fullmatch(r"ppo ━+ 3/3 0:00:00 < \S+ loss 0.7500\s*", shown)
+
+
+def test_tensorboard(tmp_path, monkeypatch):
+    run(tmp_path, [1, 2], tensorboard=True)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 0.25), (2, 0.5)]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match="tensorboard: expected the tensorboard package, found none; pip install"):
+        MetricsLogger(tmp_path, 1, description="ppo", tensorboard=True)
+
+
+@pytest.mark.parametrize("options", [{"total_steps": 0}, {"total_steps": 5, "log_every": 0}])
+def test_bad_arguments(tmp_path, options):
+    with pytest.raises(ValueError, match="expected at least 1, got 0"):
+        MetricsLogger(tmp_path, description="ppo", **options)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("memory/rollout", 123456789, "117.7 MiB"),
+        ("peak_bytes", 5 * 2**30, "5,120.0 MiB"),
+        ("time/step", 0.0123456, "12.3 ms"),
+        ("seconds", 75.04, "75.0 s"),
+        ("reward", (0.81234, 0.00412), "0.8123 ± 0.0041"),
+        ("reward", (12.3456, 1.5), "12.3 ± 1.5"),
+        ("reward", (0.5, 0.0), "0.500 ± 0.000"),
+        ("reward", (0.5, math.nan), "0.500 ± nan"),
+        ("tokens", 1234567, "1,234,567"),
+        ("kl", 3.0, "3.000"),
+        ("lr", 3e-6, "3e-06"),
+        ("kl", math.nan, "nan"),
+        ("kl", None, "-"),
+        ("done", True, "True"),
+    ],
+)
+def test_numbers_for_people(key, value, text):
+    assert format_value(key, value) == text
+
+
+def test_table_shows_every_cell():
+    screen = io.StringIO()
+    rows = [{"method": "ppo [a]", "reward": (0.8, 0.01)}, {"method": "remax", "kl": 2.5}]
+    print_table("Results [1]", rows, console=Console(file=screen))
+    lines = [line.strip() for line in screen.getvalue().splitlines()]
+    assert lines[0] == "Results [1]"
+    assert lines[2] == "┃ method  ┃        reward ┃    kl ┃"
+    assert lines[4:6] == ["│ ppo [a] │ 0.800 ± 0.010 │     - │", "│ remax   │             - │ 2.500 │"]
