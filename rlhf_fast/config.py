@@ -235,7 +235,15 @@ class PipelineConfig:
     )
     seed: int = _arg(0, "Seed of every stage that does not set its own.")
     title: str = _arg("RLHF pipeline", "Title of the report.")
+    resume: bool = _arg(False, "Skip stages that finished; continue the one that was cut off.")
+    common: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "Keys for every method that has them; a method's own section wins."}
+    )
     sft: dict[str, Any] = field(default_factory=dict, metadata={"help": "Keys of SFTConfig."})
+    pairs: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "Keys of PairsConfig; where given, its pairs feed the reward model and DPO."},
+    )
     reward: dict[str, Any] = field(default_factory=dict, metadata={"help": "Keys of RewardConfig."})
     ppo: dict[str, Any] = field(default_factory=dict, metadata={"help": "Keys of PPOConfig."})
     remax: dict[str, Any] = field(default_factory=dict, metadata={"help": "Keys of ReMaxConfig."})

@@ -1,0 +1,185 @@
+"""Policies, reward and value models: loading, and the three forward passes the stages need.
+
+A policy is an `AutoModelForCausalLM`. Reward and value models are `AutoModelForSequenceClassification` with one label,
+whose `score` head we apply ourselves: transformers looks for the pad id to find the last token, which is wrong as soon
+as pad == eos, padding is on the left, or there is no pad token. Here every position comes from the mask.
+
+Shapes: B rows, P prompt tokens, T response tokens, L = P + T, H hidden, V vocabulary.
+Left out on purpose: devices, autocast and gradients, which belong to the caller.
+"""
+
+import functools
+import inspect
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rlhf_fast.ops import TokenLogprobs, token_logprobs
+
+
+class Sequences(NamedTuple):
+    """Left-padded prompts followed by right-padded responses; masks are bool, True = a real token."""
+
+    prompt_ids: Tensor  # [B, P] int64
+    prompt_mask: Tensor  # [B, P] bool
+    response_ids: Tensor  # [B, T] int64
+    response_mask: Tensor  # [B, T] bool
+
+    def rows(self, index: slice | Tensor) -> "Sequences":
+        return Sequences(*(x[index] for x in self))
+
+    def to(self, device: torch.device) -> "Sequences":
+        return Sequences(*(x.to(device) for x in self))
+
+    def input_ids(self) -> Tensor:
+        return torch.cat([self.prompt_ids, self.response_ids], dim=1)
+
+    def attention_mask(self) -> Tensor:
+        return torch.cat([self.prompt_mask, self.response_mask], dim=1)
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(path)
+
+
+def load_policy(path: str | Path, *, trainable: bool = True) -> PreTrainedModel:
+    """The causal language model at `path` in fp32, dropout off; frozen unless `trainable`."""
+    return _prepare(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), trainable)
+
+
+def load_scorer(
+    path: str | Path, *, head: Literal["normal", "zero"] = "normal", trainable: bool = True
+) -> PreTrainedModel:
+    """The sequence classifier with one label at `path`, or one made from the language model there.
+
+    A new `score` head is drawn from N(0, 1/(H+1)) (`normal`, for reward models; arXiv 2009.01325) or set to 0
+    (`zero`, for value models, so that the first values are 0).
+    """
+    config = AutoConfig.from_pretrained(path)
+    is_classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+    if is_classifier and config.num_labels != 1:
+        raise ValueError(f"model: expected a reward model with one label at {path}, got {config.num_labels} labels")
+    with _quiet_loading():  # transformers reports a missing score head, which is what we are about to make
+        model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=torch.float32)
+    if not hasattr(model, "score"):
+        raise ValueError(f"model: expected a model with a `score` head (decoder type) at {path}, got {type(model)}")
+    if not is_classifier:
+        with torch.no_grad():
+            std = 1 / math.sqrt(model.score.in_features + 1) if head == "normal" else 0.0
+            nn.init.normal_(model.score.weight, std=std)
+            if model.score.bias is not None:
+                model.score.bias.zero_()
+    return _prepare(model, trainable)
+
+
+def response_logprobs(
+    model: PreTrainedModel, sequences: Sequences, *, temperature: float = 1.0, training: bool = False
+) -> TokenLogprobs:
+    """Log-probability and entropy, both [B, T] fp32, of every response token; 0 where masked.
+
+    With `training`, backward writes the gradient over the logits, which nothing else here holds.
+    """
+    logits_BTV = response_logits(model, sequences)
+    ids_BT = sequences.response_ids.masked_fill(~sequences.response_mask, -100)
+    return token_logprobs(logits_BTV, ids_BT, temperature=temperature, inplace_backward=training)
+
+
+def response_logits(model: PreTrainedModel, sequences: Sequences) -> Tensor:
+    """The logits [B, T, V] that predict the response tokens; the prompt's are never computed."""
+    P, T = sequences.prompt_ids.shape[1], sequences.response_ids.shape[1]
+    if P == 0:
+        raise ValueError("prompt_ids: expected at least one prompt token to predict from, got shape [B, 0]")
+    positions = torch.arange(P - 1, P + T - 1, device=sequences.prompt_ids.device)
+    inputs = _inputs(model, sequences)
+    if "logits_to_keep" in _forward_parameters(type(model)):
+        return model(**inputs, logits_to_keep=positions).logits
+    return model(**inputs).logits[:, positions]
+
+
+def sequence_scores(model: PreTrainedModel, sequences: Sequences) -> Tensor:
+    """The score [B] fp32 at each row's last real token, less the model's normalisation offset."""
+    hidden_BLH = model.base_model(**_inputs(model, sequences)).last_hidden_state
+    mask_BL = sequences.attention_mask()
+    positions = torch.arange(mask_BL.shape[1], device=mask_BL.device)
+    last_B = torch.where(mask_BL, positions, 0).amax(dim=1)
+    rows_B = torch.arange(len(last_B), device=mask_BL.device)
+    return _score(model, hidden_BLH[rows_B, last_B])
+
+
+def token_values(model: PreTrainedModel, sequences: Sequences) -> Tensor:
+    """V(s_t) [B, T] fp32: the score of the state before each response token (its last token is the state's end)."""
+    P, T = sequences.prompt_ids.shape[1], sequences.response_ids.shape[1]
+    hidden_BLH = model.base_model(**_inputs(model, sequences)).last_hidden_state
+    return _score(model, hidden_BLH[:, P - 1 : P + T - 1])
+
+
+def set_score_offset(model: PreTrainedModel, offset: float) -> None:
+    """Scores are reported less `offset` from now on; kept in config.json as `score_offset`."""
+    model.config.score_offset = float(offset)
+
+
+def position_ids(mask_BL: Tensor) -> Tensor:
+    """Positions counted over real tokens only, so that left padding does not shift them."""
+    return (mask_BL.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def forward_inputs(model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor) -> dict[str, Tensor]:
+    inputs = {"input_ids": ids, "attention_mask": mask.long()}
+    if "position_ids" in _forward_parameters(type(model)):  # Bloom and friends have none (ALiBi)
+        inputs["position_ids"] = positions
+    return inputs
+
+
+def _inputs(model: PreTrainedModel, sequences: Sequences) -> dict:
+    mask_BL = sequences.attention_mask()
+    return {**forward_inputs(model, sequences.input_ids(), mask_BL, position_ids(mask_BL)), "use_cache": False}
+
+
+def _score(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    return model.score(hidden).squeeze(-1).float() - getattr(model.config, "score_offset", 0.0)
+
+
+def _prepare(model: PreTrainedModel, trainable: bool) -> PreTrainedModel:
+    # Dropout would make the decode-time and training-time log-probs differ; it is off in every pass. The modules are
+    # changed rather than eval() called because transformers checkpoints activations in train mode only.
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+    model.requires_grad_(trainable)
+    return model.train(trainable)
+
+
+@functools.cache
+def _forward_parameters(model_class: type) -> frozenset[str]:
+    return frozenset(inspect.signature(model_class.forward).parameters)
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)

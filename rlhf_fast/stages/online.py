@@ -1,0 +1,212 @@
+"""What PPO, ReMax, REINFORCE and RLOO share: rollouts, scores, reference log-probs, and the plain policy-gradient step.
+
+A round is: sample a batch of completions; score them; take the reference's log-probs; let the method turn these into an
+update. Old-policy log-probs come from decoding itself. Every first training pass over a rollout is compared with them,
+and the run stops when they disagree: a silent mismatch would bias every ratio and gradient.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.config import OnlineConfig
+from rlhf_fast.data import PromptExample, encode_prompts, epoch_batches, load_rows, pad_id, pad_left
+from rlhf_fast.evaluation import make_evaluator, prompt_columns
+from rlhf_fast.models import default_device, load_policy, load_tokenizer, response_logprobs
+from rlhf_fast.ops import kl_penalty, reinforce_loss
+from rlhf_fast.rewards import Reward
+from rlhf_fast.rollout import Rollout, eos_token_ids, generate
+from rlhf_fast.training import Learner, Run, autocast, micro_batches, resume_directory, seed_everything
+
+
+class Experience(NamedTuple):
+    """One round's data: B completions, T response tokens."""
+
+    rollout: Rollout
+    scores: Tensor  # [B], missing-EOS penalty taken off
+    greedy_scores: Tensor | None  # [B], ReMax's baseline
+    ref_logprobs: Tensor  # [B, T]
+
+
+class KLController:
+    """Weight of the KL penalty: fixed, or adapted towards a target (arXiv 1909.08593, section 2.2)."""
+
+    HORIZON = 10_000  # completions
+
+    def __init__(self, coef: float, target: float | None) -> None:
+        self.coef, self.target = coef, target
+
+    def update(self, kl_per_completion: float, completions: int) -> None:
+        if self.target is not None:
+            error = max(-0.2, min(0.2, kl_per_completion / self.target - 1))
+            self.coef *= 1 + error * completions / self.HORIZON
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"coef": self.coef}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.coef = state["coef"]
+
+
+class Online:
+    """Models, prompts and reward of an online method, and the loop over rounds.
+
+    samples: completions per prompt. greedy: also decode each prompt's greedy completion, in the same batch.
+    updates_per_round: optimizer steps the method takes on each rollout.
+    """
+
+    def __init__(
+        self,
+        config: OnlineConfig,
+        name: str,
+        *,
+        samples: int = 1,
+        greedy: bool = False,
+        updates_per_round: int = 1,
+    ) -> None:
+        self.config, self.name, self.samples, self.greedy = config, name, samples, greedy
+        self.device = default_device()
+        self.tokenizer = load_tokenizer(config.model)
+        rows = load_rows(config.train_data, "prompt")
+        data = encode_prompts(rows, self.tokenizer, config.max_prompt_length)
+        self.prompts, self.truncated = data.examples, data.truncated
+        self.prompts_per_round = config.batch_size // samples
+        if len(self.prompts) < self.prompts_per_round:
+            raise ValueError(
+                f"train_data: expected at least {self.prompts_per_round} prompts (one round), got {len(self.prompts)}"
+            )
+        self.policy = load_policy(resume_directory(config) or config.model).to(self.device)
+        self.reference = load_policy(config.reference or config.model, trainable=False).to(self.device)
+        self.reward = Reward(config.reward, self.tokenizer, self.device, micro_batch_size=config.micro_batch_size)
+        self.evaluator = make_evaluator(config, self.tokenizer, self.reference, self.reward)
+        self.updates = config.steps * updates_per_round
+        self.learner = Learner(self.policy, config, self.updates)
+        self.kl = KLController(config.kl_coef, config.kl_target)
+
+    def run(
+        self,
+        update: Callable[[Run, Experience], dict[str, float]],
+        *,
+        learners: dict[str, Learner] | None = None,
+    ) -> None:
+        """Collect and update for config.steps rounds; `learners` are trained models besides the policy."""
+        with Run(
+            self.config,
+            self.name,
+            self.config.steps,
+            learners={"policy": self.learner, **(learners or {})},
+            tokenizer=self.tokenizer,
+            frozen={"reference": self.reference, "reward": self.reward.model},
+            states={"kl": self.kl},
+            evaluator=self.evaluator,
+            show=("objective/scores", "objective/kl", "val/logprob_drift"),
+        ) as run:
+            run.note(prompts=len(self.prompts), truncated_prompts=self.truncated)
+            for step in run.steps():
+                experience = self.collect(run, step)
+                metrics = {**self._describe(experience), **update(run, experience)}
+                metrics |= {"lr": self.learner.lr, "episode": step * self.config.batch_size}
+                self.kl.update(metrics["objective/kl"], self.config.batch_size)
+                run.end_step(step, metrics)
+            run.finish()
+
+    def collect(self, run: Run, step: int) -> Experience:
+        prompts = self._round_prompts(step)
+        ids, mask = (x.to(self.device) for x in pad_left([p.prompt_ids for p in prompts], pad_id(self.tokenizer)))
+        generator = torch.Generator(self.device).manual_seed(seed_everything(self.config.seed, step))
+        with autocast(self.device, self.config.bf16), torch.no_grad():
+            with run.meter.phase("rollout"):
+                rollout, greedy = generate(
+                    self.policy,
+                    ids,
+                    mask,
+                    max_new_tokens=self.config.max_response_length,
+                    eos_ids=eos_token_ids(self.policy, self.tokenizer),
+                    pad_id=pad_id(self.tokenizer),
+                    temperature=self.config.temperature,
+                    samples=self.samples,
+                    greedy=self.greedy,
+                    generator=generator,
+                )
+            with run.meter.phase("scoring"):
+                columns = prompt_columns([p for p in prompts for _ in range(self.samples)])
+                scores = self._score(rollout, columns)
+                greedy_scores = self._score(greedy, prompt_columns(prompts)) if greedy is not None else None
+            with run.meter.phase("reference"):
+                ref_logprobs = torch.cat(
+                    [
+                        response_logprobs(
+                            self.reference, rollout.rows(rows).sequences, temperature=self.config.temperature
+                        ).logprobs
+                        for rows in micro_batches(len(scores), self.config.micro_batch_size)
+                    ]
+                )
+        return Experience(rollout, scores, greedy_scores, ref_logprobs)
+
+    def policy_gradient_step(
+        self, run: Run, experience: Experience, advantages: Tensor, *, reduction: str = "token_mean"
+    ) -> dict[str, float]:
+        """One optimizer step on reinforce_loss(advantages [B] or [B, T]); the denominator is the whole batch's."""
+        rollout = experience.rollout
+        total = rollout.response_mask.sum() if reduction == "token_mean" else torch.tensor(len(advantages))
+        loss = drift = 0.0
+        for rows in micro_batches(len(advantages), self.config.micro_batch_size):
+            part = rollout.rows(rows)
+            with run.meter.phase("policy_update"):
+                with self.learner.autocast():
+                    logprobs = self.training_logprobs(part)
+                micro_loss = reinforce_loss(
+                    logprobs.logprobs, advantages[rows], part.response_mask, reduction=reduction, normalizer=total
+                )
+                micro_loss.backward()
+            drift = max(drift, self.check_drift(logprobs.logprobs, part))
+            loss += micro_loss.item()
+        with run.meter.phase("optimizer"):
+            grad_norm = self.learner.step()
+        return {"loss/policy_avg": loss, "val/logprob_drift": drift, "grad_norm": grad_norm}
+
+    def training_logprobs(self, rollout: Rollout):
+        return response_logprobs(self.policy, rollout.sequences, temperature=self.config.temperature, training=True)
+
+    def check_drift(self, logprobs: Tensor, rollout: Rollout) -> float:
+        """Largest |training-time - decode-time| log-prob; raises past config.max_logprob_drift.
+
+        Call before the first optimizer step on a rollout, while both come from the same weights.
+        """
+        drift = (logprobs.detach() - rollout.logprobs).abs().max().item()
+        if not drift <= self.config.max_logprob_drift:
+            raise RuntimeError(
+                f"decode-time and training-time log-probs differ by {drift:.3g}, more than max_logprob_drift="
+                f"{self.config.max_logprob_drift}; the policy would be trained on another distribution than it sampled"
+            )
+        return drift
+
+    def _score(self, rollout: Rollout, columns: dict[str, list]) -> Tensor:
+        return self.reward(rollout, columns) - self.config.missing_eos_penalty * (~rollout.finished).float()
+
+    def _round_prompts(self, step: int) -> list[PromptExample]:
+        per_epoch = len(self.prompts) // self.prompts_per_round
+        epoch, index = divmod(step - 1, per_epoch)
+        batches = epoch_batches(len(self.prompts), self.prompts_per_round, self.config.seed, epoch)
+        return [self.prompts[i] for i in batches[index]]
+
+    def _describe(self, experience: Experience) -> dict[str, float]:
+        rollout, mask = experience.rollout, experience.rollout.response_mask
+        kl_B = kl_penalty(rollout.logprobs, experience.ref_logprobs, "k1").where(mask, 0.0).sum(dim=1)
+        non_score = -self.kl.coef * kl_B.mean().item()
+        scores = experience.scores.mean().item()
+        metrics = {
+            "objective/kl": kl_B.mean().item(),
+            "objective/entropy": rollout.entropy.sum(dim=1).mean().item(),
+            "objective/non_score_reward": non_score,
+            "objective/rlhf_reward": scores + non_score,
+            "objective/scores": scores,
+            "objective/kl_coef": self.kl.coef,
+            "objective/length": mask.sum(dim=1).float().mean().item(),
+            "val/num_eos_tokens": rollout.finished.sum().item(),
+        }
+        if experience.greedy_scores is not None:
+            metrics["objective/greedy_scores"] = experience.greedy_scores.mean().item()
+        return metrics

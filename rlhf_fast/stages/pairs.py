@@ -1,0 +1,64 @@
+"""Preference pairs from a model's own samples, labelled by Bradley-Terry on a reward.
+
+P(a preferred over b) = sigmoid(scale * (reward(a) - reward(b))), a draw per pair: the labels are as noisy as people's.
+"""
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from rlhf_fast.config import PairsConfig
+from rlhf_fast.data import encode_prompts, load_rows, pad_id, pad_left
+from rlhf_fast.evaluation import prompt_columns
+from rlhf_fast.models import default_device, load_policy, load_tokenizer
+from rlhf_fast.rewards import Reward, decode_responses
+from rlhf_fast.rollout import eos_token_ids, generate
+from rlhf_fast.training import micro_batches
+
+
+def train(config: PairsConfig) -> None:
+    """Write one {prompt, chosen, rejected} row per prompt to `config.output`; equal completions are left out."""
+    device = default_device()
+    tokenizer = load_tokenizer(config.model)
+    policy = load_policy(config.model, trainable=False).to(device)
+    reward = Reward(config.reward, tokenizer, device)
+    prompts = encode_prompts(
+        load_rows(config.prompts, "prompt")[: config.max_rows], tokenizer, config.max_prompt_length
+    )
+    generator = torch.Generator(device).manual_seed(config.seed)
+    label_generator = torch.Generator().manual_seed(config.seed)
+    pairs = []
+    for rows in micro_batches(len(prompts.examples), config.batch_size):
+        batch = prompts.examples[rows]
+        ids, mask = (x.to(device) for x in pad_left([p.prompt_ids for p in batch], pad_id(tokenizer)))
+        rollout = generate(
+            policy,
+            ids,
+            mask,
+            max_new_tokens=config.max_response_length,
+            eos_ids=eos_token_ids(policy, tokenizer),
+            pad_id=pad_id(tokenizer),
+            temperature=config.temperature,
+            samples=2,
+            generator=generator,
+        ).sampled
+        scores = reward(rollout, prompt_columns([p for p in batch for _ in range(2)])).view(-1, 2).cpu()
+        first_wins = torch.sigmoid(config.scale * (scores[:, 0] - scores[:, 1]))
+        chosen = (torch.rand(len(batch), generator=label_generator) >= first_wins).long().tolist()
+        texts = decode_responses(tokenizer, rollout)
+        for i, (prompt, best) in enumerate(zip(batch, chosen, strict=True)):
+            answers = texts[2 * i : 2 * i + 2]
+            if answers[0].strip() and answers[1].strip() and answers[0] != answers[1]:
+                pairs.append({"prompt": prompt.prompt, "chosen": answers[best], "rejected": answers[1 - best]})
+    _write(Path(config.output), pairs)
+
+
+def _write(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with gzip.open(partial, "wt") if path.suffix == ".gz" else open(partial, "w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    os.replace(partial, path)

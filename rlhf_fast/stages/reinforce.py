@@ -1,0 +1,30 @@
+"""REINFORCE (Williams 1992) without a baseline: what ReMax adds its greedy baseline to.
+
+The per-token weights are ReMax's with a baseline of 0, so that the two differ in nothing else.
+"""
+
+import torch
+
+from rlhf_fast.config import ReinforceConfig
+from rlhf_fast.ops import remax_returns
+from rlhf_fast.stages.online import Experience, Online
+from rlhf_fast.training import Run
+
+
+def train(config: ReinforceConfig) -> None:
+    """Train `config.model` by REINFORCE; the result goes to `config.output_dir`."""
+    online = Online(config, "REINFORCE")
+
+    def update(run: Run, experience: Experience) -> dict[str, float]:
+        weights_BT = remax_returns(
+            experience.scores,
+            torch.zeros_like(experience.scores),
+            experience.rollout.logprobs,
+            experience.ref_logprobs,
+            experience.rollout.response_mask,
+            kl_coef=online.kl.coef,
+            gamma=config.gamma,
+        )
+        return online.policy_gradient_step(run, experience, weights_BT)
+
+    online.run(update)

@@ -1,0 +1,33 @@
+"""ReMax (arXiv 2310.10505): REINFORCE whose baseline is the score of the policy's own greedy completion.
+
+No value model, one optimizer step per rollout. Sampled and greedy completions decode in one batch. The variants
+differ in how KL and discount enter the per-token weights (see `remax_returns`) and in the reduction: the paper's
+Algorithm 1 sums over tokens and averages over completions, the authors' code and verl average over tokens.
+"""
+
+from rlhf_fast.config import ReMaxConfig
+from rlhf_fast.ops import remax_returns
+from rlhf_fast.stages.online import Experience, Online
+from rlhf_fast.training import Run
+
+
+def train(config: ReMaxConfig) -> None:
+    """Train `config.model` by ReMax; the result goes to `config.output_dir`."""
+    online = Online(config, "ReMax", greedy=True)
+
+    def update(run: Run, experience: Experience) -> dict[str, float]:
+        weights_BT = remax_returns(
+            experience.scores,
+            experience.greedy_scores,
+            experience.rollout.logprobs,
+            experience.ref_logprobs,
+            experience.rollout.response_mask,
+            kl_coef=online.kl.coef,
+            gamma=config.gamma,
+            clip=config.score_clip or None,
+            variant=config.variant,
+        )
+        reduction = "sequence_sum" if config.variant == "paper" else "token_mean"
+        return online.policy_gradient_step(run, experience, weights_BT, reduction=reduction)
+
+    online.run(update)

@@ -1,0 +1,153 @@
+"""Reward model: Bradley-Terry on pairs (optionally with margins) or on all pairs of K ranked answers.
+
+Initialised from the SFT model with a new scalar head. Afterwards the scores are shifted so that the SFT model's own
+samples score 0 on average (arXiv 2009.01325), which a KL-penalised policy then starts from.
+"""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_fast.config import RewardConfig
+from rlhf_fast.data import (
+    PreferenceExample,
+    RankingExample,
+    encode_preferences,
+    encode_rankings,
+    load_rows,
+    pad_id,
+    pad_left,
+    pad_right,
+)
+from rlhf_fast.models import (
+    Sequences,
+    default_device,
+    load_policy,
+    load_scorer,
+    load_tokenizer,
+    sequence_scores,
+    set_score_offset,
+)
+from rlhf_fast.ops import ranking_loss, reward_loss
+from rlhf_fast.rollout import eos_token_ids, generate
+from rlhf_fast.rows import read_rows
+from rlhf_fast.training import Learner, Run, autocast, mean_and_se, micro_batches, offline_batches, resume_directory
+
+Example = PreferenceExample | RankingExample
+
+
+def train(config: RewardConfig) -> None:
+    """Train a reward model from `config.model` on `config.train_data`; the result goes to `config.output_dir`."""
+    device = default_device()
+    tokenizer = load_tokenizer(config.model)
+    pad = pad_id(tokenizer)
+    examples, truncated = _encode(config.train_data, tokenizer, config)
+    held_out = _encode(config.eval_data, tokenizer, config)[0] if config.eval_data else None
+    batches = offline_batches(len(examples), config.batch_size, config.epochs, config.seed)
+    torch.manual_seed(config.seed)  # for the new head
+    model = load_scorer(resume_directory(config) or config.model).to(device)
+    learner = Learner(model, config, len(batches))
+
+    show = ("loss", "accuracy")
+    with Run(config, "reward model", len(batches), learners={"reward": learner}, tokenizer=tokenizer, show=show) as run:
+        run.note(rows=len(examples), truncated_rows=truncated)
+        for step in run.steps():
+            batch = [examples[i] for i in batches[step - 1]]
+            pairs = sum(map(_pairs, batch))
+            loss = accuracy = 0.0
+            for rows in micro_batches(len(batch), config.micro_batch_size):
+                micro = batch[rows]
+                weight = sum(map(_pairs, micro)) / pairs
+                with run.meter.phase("policy_update"):
+                    with learner.autocast():
+                        out = preference_loss(model, micro, pad, config.center_coef)
+                    (out.loss * weight).backward()
+                loss, accuracy = loss + weight * out.loss.item(), accuracy + weight * out.accuracy.item()
+            with run.meter.phase("optimizer"):
+                grad_norm = learner.step()
+            metrics = {"loss": loss, "accuracy": accuracy, "grad_norm": grad_norm, "lr": learner.lr}
+            if held_out and step % (len(batches) // config.epochs) == 0:
+                with run.meter.phase("evaluation"):
+                    metrics |= evaluate(model, held_out, pad, config)
+                    run.note(**metrics)
+            run.end_step(step, metrics)
+        if config.normalize_samples:
+            mean, se = normalize(model, examples, tokenizer, config)
+            run.note(score_offset=mean, score_offset_se=se)
+        run.finish()
+
+
+def preference_loss(model: PreTrainedModel, batch: list[Example], pad: int, center_coef: float):
+    """Loss and accuracy of a batch of pairs or of rankings; all answers go through the model in one forward pass."""
+    if isinstance(batch[0], RankingExample):
+        ranks_BK = pad_right([[rank + 1 for rank in e.ranks] for e in batch], 0)[0].to(model.device) - 1  # -1 = absent
+        answers = [(e.prompt_ids, ids) for e in batch for ids in e.completion_ids]
+        scores_BK = torch.zeros(ranks_BK.shape, device=model.device)
+        scores_BK = scores_BK.masked_scatter(ranks_BK >= 0, sequence_scores(model, _sequences(model, answers, pad)))
+        return ranking_loss(scores_BK, ranks_BK)
+    answers = [(e.prompt_ids, e.chosen_ids) for e in batch] + [(e.prompt_ids, e.rejected_ids) for e in batch]
+    chosen_B, rejected_B = sequence_scores(model, _sequences(model, answers, pad)).chunk(2)
+    margins = [e.margin for e in batch]
+    margin_B = None
+    if any(m is not None for m in margins):
+        margin_B = torch.tensor([m or 0.0 for m in margins], device=model.device)
+    return reward_loss(chosen_B, rejected_B, margin=margin_B, center_coef=center_coef)
+
+
+@torch.no_grad()
+def evaluate(model: PreTrainedModel, examples: list[Example], pad: int, config: RewardConfig) -> dict[str, float]:
+    """Held-out loss and pair accuracy, weighted by pairs."""
+    loss = accuracy = 0.0
+    pairs = sum(map(_pairs, examples))
+    with autocast(model.device, config.bf16):
+        for rows in micro_batches(len(examples), config.micro_batch_size or config.batch_size):
+            out = preference_loss(model, examples[rows], pad, config.center_coef)
+            weight = sum(map(_pairs, examples[rows])) / pairs
+            loss, accuracy = loss + weight * out.loss.item(), accuracy + weight * out.accuracy.item()
+    return {"eval/loss": loss, "eval/accuracy": accuracy}
+
+
+@torch.no_grad()
+def normalize(
+    model: PreTrainedModel, examples: list[Example], tokenizer: PreTrainedTokenizerBase, config: RewardConfig
+) -> tuple[float, float]:
+    """Shift the scores so that samples of the SFT model average 0; returns the shift and its standard error."""
+    policy = load_policy(config.model, trainable=False).to(model.device)
+    generator = torch.Generator(model.device).manual_seed(config.seed)
+    prompts = [e.prompt_ids for e in examples[: config.normalize_samples]]
+    scores: list[Tensor] = []
+    with autocast(model.device, config.bf16):
+        for rows in micro_batches(len(prompts), 4 * config.batch_size):
+            ids, mask = (x.to(model.device) for x in pad_left(prompts[rows], pad_id(tokenizer)))
+            rollout = generate(
+                policy,
+                ids,
+                mask,
+                max_new_tokens=config.max_response_length,
+                eos_ids=eos_token_ids(policy, tokenizer),
+                pad_id=pad_id(tokenizer),
+                generator=generator,
+            ).sampled
+            scores.append(sequence_scores(model, rollout.sequences))
+    mean, se = mean_and_se(torch.cat(scores).cpu())
+    set_score_offset(model, getattr(model.config, "score_offset", 0.0) + mean)
+    return mean, se
+
+
+def _encode(path: str, tokenizer: PreTrainedTokenizerBase, config: RewardConfig) -> tuple[list[Example], int]:
+    _, first = next(iter(read_rows(path)), ("", {}))
+    kind = "ranking" if isinstance(first, dict) and "completions" in first else "preference"
+    encode = encode_rankings if kind == "ranking" else encode_preferences
+    return encode(load_rows(path, kind), tokenizer, config.max_length, config.max_prompt_length)
+
+
+def _pairs(example: Example) -> int:
+    if isinstance(example, PreferenceExample):
+        return 1
+    ranks = example.ranks
+    return sum(a != b for i, a in enumerate(ranks) for b in ranks[:i])
+
+
+def _sequences(model: PreTrainedModel, answers: list[tuple[list[int], list[int]]], pad: int) -> Sequences:
+    prompts, responses = zip(*answers, strict=True)
+    return Sequences(*pad_left(list(prompts), pad), *pad_right(list(responses), pad)).to(model.device)

@@ -1,0 +1,25 @@
+"""RLOO (arXiv 2402.14740): REINFORCE whose baseline is the mean score of the prompt's other samples.
+
+The KL penalty is part of the completion's score: R = score - kl_coef * sum_t k1_t.
+"""
+
+import torch
+
+from rlhf_fast.config import RLOOConfig
+from rlhf_fast.ops import kl_penalty, rloo_advantages
+from rlhf_fast.stages.online import Experience, Online
+from rlhf_fast.training import Run
+
+
+def train(config: RLOOConfig) -> None:
+    """Train `config.model` by RLOO; the result goes to `config.output_dir`."""
+    online = Online(config, "RLOO", samples=config.group_size)
+
+    def update(run: Run, experience: Experience) -> dict[str, float]:
+        rollout = experience.rollout
+        kl_BT = kl_penalty(rollout.logprobs, experience.ref_logprobs, "k1")
+        kl_B = torch.where(rollout.response_mask, kl_BT, 0.0).sum(dim=1)
+        advantages_B = rloo_advantages(experience.scores - online.kl.coef * kl_B, config.group_size)
+        return online.policy_gradient_step(run, experience, advantages_B)
+
+    online.run(update)

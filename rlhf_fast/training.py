@@ -1,0 +1,244 @@
+"""What every stage's training shares: the optimizer of one model, and the run around a loop of steps.
+
+`Learner` turns micro-batch losses into one optimizer step. `Run` numbers the steps, times phases, logs, writes
+checkpoints, resumes and leaves the final model with a `run.json` beside it. The stages write the loop itself.
+"""
+
+import dataclasses
+import hashlib
+import math
+import platform
+import random
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import rlhf_fast
+from rlhf_fast import checkpoint
+from rlhf_fast.config import StageConfig
+from rlhf_fast.data import epoch_batches
+from rlhf_fast.memory import Meter, static_bytes
+from rlhf_fast.metrics import MetricsLogger
+
+
+class Learner:
+    """One trained model with AdamW, a learning-rate schedule, clipping and autocast."""
+
+    def __init__(
+        self, model: PreTrainedModel, config: StageConfig, total_steps: int, *, learning_rate: float | None = None
+    ) -> None:
+        self.model, self.max_grad_norm, self.bf16 = model, config.max_grad_norm, config.bf16
+        self.static_bytes: dict[str, int] = {}
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        decayed = [p for p in self.parameters if p.ndim >= 2]
+        others = [p for p in self.parameters if p.ndim < 2]
+        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        lr = learning_rate or config.learning_rate
+        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95), fused=True)
+        factor = _lr_factor(config.lr_schedule, config.warmup_steps, total_steps)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def autocast(self) -> torch.autocast:
+        return autocast(self.model.device, self.bf16)
+
+    def step(self) -> float:
+        """Apply the accumulated gradients and clear them; returns their norm before clipping."""
+        limit = self.max_grad_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        if not torch.isfinite(norm):
+            raise RuntimeError(f"gradient norm is {norm.item()}; the weights were left as they are")
+        self.optimizer.step()
+        if not self.static_bytes:  # the one moment when weights, gradients and optimizer states all exist
+            self.static_bytes = static_bytes({"": self.model}, {"": self.optimizer})[""]
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scheduler.step()
+        return norm.item()
+
+    @property
+    def lr(self) -> float:
+        return self.scheduler.get_last_lr()[0]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+
+
+def autocast(device: torch.device, bf16: bool) -> torch.autocast:
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+
+
+def _lr_factor(schedule: str, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+        return {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[schedule]
+
+    return factor
+
+
+class Run:
+    """The run of one stage, as a context manager: numbering, phases, logging, checkpoints, final save.
+
+    learners: role -> learner; the first one's model is the stage's product and is saved at the top of output_dir, the
+        others in a folder named by their role.
+    frozen: role -> model that is only read; counted in the memory figures.
+    states: name -> another object with state_dict/load_state_dict that a checkpoint must carry.
+    evaluator: called with the product before the first step, every config.eval_steps steps and after the last.
+    show: metrics shown in the progress bar.
+    """
+
+    def __init__(
+        self,
+        config: StageConfig,
+        description: str,
+        total_steps: int,
+        *,
+        learners: dict[str, Learner],
+        tokenizer: PreTrainedTokenizerBase,
+        frozen: Mapping[str, PreTrainedModel | None] | None = None,
+        states: Mapping[str, Any] | None = None,
+        evaluator: Callable[[PreTrainedModel], Any] | None = None,
+        show: tuple[str, ...] = (),
+    ) -> None:
+        self.evaluator, self.last_evaluation = evaluator, None
+        self.config, self.description, self.total_steps, self.show = config, description, total_steps, show
+        self.learners, self.tokenizer = learners, tokenizer
+        self.frozen = {role: model for role, model in (frozen or {}).items() if model is not None}
+        self.states = {**learners, **(states or {})}
+        product, *others = learners
+        self.models = {"": learners[product].model, **{role: learners[role].model for role in others}}
+        self.meter = Meter(self.models[""].device)
+        self.first_step, self.train_seconds, self._facts = 1, 0.0, {}
+
+    def __enter__(self) -> "Run":
+        resumed = resume_directory(self.config)
+        if resumed is not None:
+            state = checkpoint.load_state(resumed)
+            for name, part in self.states.items():
+                part.load_state_dict(state[name])
+            self.first_step, self.train_seconds = state["step"] + 1, state["train_seconds"]
+        self.logger = MetricsLogger(
+            self.config.output_dir,
+            self.total_steps,
+            description=self.description,
+            tensorboard=self.config.tensorboard,
+            resume_step=self.first_step - 1,
+            show=self.show,
+        )
+        self.logger.__enter__()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.logger.__exit__(*exc)
+
+    def steps(self) -> Iterator[int]:
+        """Step numbers from 1 (or after the checkpoint), the global generators seeded anew for each."""
+        if self.evaluator and self.first_step == 1:
+            self.logger.log(0, {**self._evaluate(), "time/total": 0.0})
+            self.meter.step()
+        for step in range(self.first_step, self.total_steps + 1):
+            seed_everything(self.config.seed, step)
+            yield step
+
+    def end_step(self, step: int, metrics: dict[str, float]) -> None:
+        """Evaluate where it is due, log the step with its times and peaks, write a checkpoint where one is due."""
+        if self.evaluator and (step % self.config.eval_steps == 0 or step == self.total_steps):
+            metrics = {**metrics, **self._evaluate()}
+        measured = self.meter.step()
+        self.train_seconds += measured["time/step"] - measured.get("time/evaluation", 0.0)
+        self.logger.log(step, {**metrics, **measured, "time/total": self.train_seconds})
+        if self.config.save_steps and step % self.config.save_steps == 0 and step < self.total_steps:
+            state = {name: part.state_dict() for name, part in self.states.items()}
+            state |= {"step": step, "train_seconds": self.train_seconds}
+            path = Path(self.config.output_dir) / f"checkpoint-{step}"
+            checkpoint.save(path, models=self.models, tokenizer=self.tokenizer, state=state)
+            checkpoint.prune(self.config.output_dir, keep=1)
+
+    def _evaluate(self) -> dict[str, float]:
+        with self.meter.phase("evaluation"):
+            self.last_evaluation = self.evaluator(self.models[""])
+        return self.last_evaluation.metrics
+
+    def note(self, **facts: Any) -> None:
+        """Facts for run.json: data counts, truncations, evaluation results."""
+        self._facts |= facts
+
+    def finish(self) -> None:
+        """Write the trained models, run.json (config, versions, time, memory) and the evaluation's samples."""
+        summary = {
+            "stage": self.description,
+            "config": dataclasses.asdict(self.config),
+            "steps": self.total_steps,
+            "train_seconds": self.train_seconds,
+            "phases": self.meter.summary(),
+            "static_bytes": {
+                **{role: learner.static_bytes for role, learner in self.learners.items()},
+                **static_bytes(self.frozen, {}),
+            },
+            "parameters": {
+                name or "model": sum(p.numel() for p in model.parameters()) for name, model in self.models.items()
+            },
+            **self._facts,
+            "environment": environment(self.meter.device),
+        }
+        files = {"run.json": summary}
+        if self.last_evaluation is not None:
+            summary["evaluation"] = self.last_evaluation.metrics
+            files["samples.json"] = self.last_evaluation.samples
+        checkpoint.save(self.config.output_dir, models=self.models, tokenizer=self.tokenizer, extra_files=files)
+
+
+def resume_directory(config: StageConfig) -> Path | None:
+    """The checkpoint this run continues from, or None; stages load their trained models from it."""
+    return checkpoint.latest(config.output_dir) if config.resume else None
+
+
+def seed_everything(seed: int, step: int) -> int:
+    """Seed the global generators from (seed, step), so that a resumed run draws what an uninterrupted one would."""
+    mixed = int.from_bytes(hashlib.sha256(f"{seed}/{step}".encode()).digest()[:8], "big") >> 1
+    random.seed(mixed)
+    numpy.random.seed(mixed % 2**32)
+    torch.manual_seed(mixed)
+    return mixed
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What the figures of a run depend on."""
+    return {
+        "rlhf_fast": rlhf_fast.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def micro_batches(rows: int, size: int | None) -> list[slice]:
+    size = size or rows
+    return [slice(i, min(i + size, rows)) for i in range(0, rows, size)]
+
+
+def mean_and_se(values: Tensor) -> tuple[float, float]:
+    """Mean and standard error over rows; the error of a single row is 0."""
+    n = values.numel()
+    return values.mean().item(), (values.std().item() / math.sqrt(n) if n > 1 else 0.0)
+
+
+def offline_batches(rows: int, batch_size: int, epochs: int, seed: int) -> list[list[int]]:
+    """The row indices of every step of `epochs` shuffled passes; each pass drops the rows that fill no batch."""
+    if rows < batch_size:
+        raise ValueError(f"batch_size: expected at most the number of rows, {rows}, got {batch_size}")
+    return [batch for epoch in range(epochs) for batch in epoch_batches(rows, batch_size, seed, epoch)]
