@@ -73,9 +73,12 @@ PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 def true_reward(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
     """sigmoid(polarity(prompt + " " + completion)) for every pair, in [0, 1]; defined for any string."""
     return [
-        1 / (1 + math.exp(-polarity(f"{prompt} {completion}")))
-        for prompt, completion in zip(prompts, completions, strict=True)
+        _sigmoid(polarity(f"{prompt} {completion}")) for prompt, completion in zip(prompts, completions, strict=True)
     ]
+
+
+def _sigmoid(x: float) -> float:
+    return 0.5 + 0.5 * math.tanh(0.5 * x)  # cannot overflow, and sigmoid(-x) is exactly 1 - sigmoid(x)
 
 
 def polarity(text: str) -> float:
@@ -211,7 +214,7 @@ def preference_rows(
     rng, rows = random.Random(seed), []
     for prompt, (a, b) in zip(prompts, pairs, strict=True):
         reward_a, reward_b = true_reward([prompt, prompt], [a, b])
-        prefers_a = rng.random() < 1 / (1 + math.exp(-scale * (reward_a - reward_b)))
+        prefers_a = rng.random() < _sigmoid(scale * (reward_a - reward_b))
         if a != b:
             rows.append({"prompt": prompt, "chosen": a if prefers_a else b, "rejected": b if prefers_a else a})
     return rows
