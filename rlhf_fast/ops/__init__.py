@@ -1,0 +1,52 @@
+"""The operations: pure functions on tensors, each a `torch.library` operator over a kernel or the plain PyTorch reference.
+
+Every function takes tensors on any device, float32, bfloat16 or float16 (float64 runs the same kernels in float64), of any
+strides, and returns float32 statistics; masks are bool, True = counts. Errors are `ValueError`.
+"""
+
+from rlhf_fast.ops.dispatch import backend
+from rlhf_fast.ops.groups import grpo_advantages, rloo_advantages
+from rlhf_fast.ops.kl import kl_penalty, shape_rewards
+from rlhf_fast.ops.logprobs import token_logprobs
+from rlhf_fast.ops.policy_loss import ppo_loss, ppo_value_loss, reinforce_loss
+from rlhf_fast.ops.preference import dpo_loss, ranking_loss, reward_loss
+from rlhf_fast.ops.returns import discounted_returns, gae, remax_returns, whiten
+from rlhf_fast.ops.sampling import sample_tokens
+from rlhf_fast.reference import (
+    GAE,
+    DPOLoss,
+    PPOLoss,
+    RankingLoss,
+    RewardLoss,
+    Sample,
+    TokenLogprobs,
+    ValueLoss,
+)
+
+__all__ = [
+    "GAE",
+    "DPOLoss",
+    "PPOLoss",
+    "RankingLoss",
+    "RewardLoss",
+    "Sample",
+    "TokenLogprobs",
+    "ValueLoss",
+    "backend",
+    "discounted_returns",
+    "dpo_loss",
+    "gae",
+    "grpo_advantages",
+    "kl_penalty",
+    "ppo_loss",
+    "ppo_value_loss",
+    "ranking_loss",
+    "reinforce_loss",
+    "remax_returns",
+    "reward_loss",
+    "rloo_advantages",
+    "sample_tokens",
+    "shape_rewards",
+    "token_logprobs",
+    "whiten",
+]

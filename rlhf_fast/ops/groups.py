@@ -1,0 +1,81 @@
+"""Advantages from groups of answers to one prompt: RLOO and GRPO. Groups are consecutive rows."""
+
+import torch
+from torch import Tensor
+
+from rlhf_fast import reference
+from rlhf_fast.ops.checks import check_dims, check_floats, expect
+from rlhf_fast.ops.dispatch import LIBRARY, _cpu, code, common_dtype, has_kernel
+
+LIBRARY.define("rloo_advantages(Tensor scores, int group_size) -> Tensor")
+LIBRARY.define("grpo_advantages(Tensor scores, int group_size) -> Tensor")
+
+
+@torch.no_grad()
+def rloo_advantages(scores: Tensor, group_size: int) -> Tensor:
+    """Each score less the mean of the others in its group (REINFORCE leave-one-out, arXiv 2402.14740, section 2.3).
+
+        A_i = s_i - 1/(k-1) sum_{j != i} s_j
+
+    Args:
+        scores: [B], float32, bfloat16, float16 or float64; B a multiple of group_size, groups are consecutive rows.
+        group_size: k >= 2.
+
+    Returns:
+        Advantages [B], float32 (float64 for float64 input), without gradient.
+
+    Raises:
+        ValueError: group_size < 2 or not a divisor of B; scores not [B] or not floating point.
+    """
+    _check(scores, group_size)
+    if not has_kernel("rloo_advantages", scores):
+        return reference.rloo_advantages(scores, group_size)
+    return torch.ops.rlhf_fast.rloo_advantages(*common_dtype(scores), group_size)
+
+
+@torch.no_grad()
+def grpo_advantages(scores: Tensor, group_size: int) -> Tensor:
+    """Each score whitened within its group (GRPO, arXiv 2402.03300, section 4.1.2), with the unbiased standard deviation.
+
+        A_i = (s_i - mean) / (std + 1e-4)
+
+    Args, returns and errors are those of `rloo_advantages`.
+    """
+    _check(scores, group_size)
+    if not has_kernel("grpo_advantages", scores):
+        return reference.grpo_advantages(scores, group_size)
+    return torch.ops.rlhf_fast.grpo_advantages(*common_dtype(scores), group_size)
+
+
+def _check(scores: Tensor, group_size: int) -> None:
+    check_floats("scores", scores=scores)
+    check_dims("scores", scores, "B")
+    expect(group_size >= 2, "group_size", "at least 2 answers per prompt", group_size)
+    n = scores.shape[0]
+    expect(n % group_size == 0, "group_size", f"a divisor of the number of scores, {n}", group_size)
+
+
+@torch.library.impl(LIBRARY, "rloo_advantages", "CPU")
+def _rloo_cpu(scores: Tensor, group_size: int) -> Tensor:
+    scores = scores.contiguous()
+    out = torch.empty_like(scores)
+    _cpu.rloo_advantages(
+        code(scores), scores.data_ptr(), scores.shape[0], group_size, out.data_ptr(), torch.get_num_threads()
+    )
+    return out
+
+
+@torch.library.impl(LIBRARY, "grpo_advantages", "CPU")
+def _grpo_cpu(scores: Tensor, group_size: int) -> Tensor:
+    scores = scores.contiguous()
+    out = torch.empty_like(scores)
+    _cpu.grpo_advantages(
+        code(scores), scores.data_ptr(), scores.shape[0], group_size, out.data_ptr(), torch.get_num_threads()
+    )
+    return out
+
+
+@torch.library.register_fake("rlhf_fast::rloo_advantages", lib=LIBRARY)
+@torch.library.register_fake("rlhf_fast::grpo_advantages", lib=LIBRARY)
+def _fake(scores: Tensor, group_size: int) -> Tensor:
+    return scores.new_empty(scores.shape)

@@ -1,0 +1,235 @@
+"""token_logprobs: log-probability and entropy of given tokens from logits, in one pass over each row.
+
+Leaves out the matmul that makes the logits: that is the `linear_*` family's.
+"""
+
+import torch
+from torch import Tensor
+
+from rlhf_fast import reference
+from rlhf_fast.ops.checks import FLOATS, INTEGERS, check_device, check_positive, expect
+from rlhf_fast.ops.dispatch import LIBRARY, _cpu, code, has_kernel, statistics_dtype
+from rlhf_fast.ops.gradients import no_second_derivative
+from rlhf_fast.reference import IGNORED_ID, TokenLogprobs
+
+LIBRARY.define(
+    "token_logprobs(Tensor logits, Tensor token_ids, float temperature, float softcap, bool inplace_backward) "
+    "-> (Tensor logprobs, Tensor entropy, Tensor stats)"
+)
+LIBRARY.define(
+    "token_logprobs_backward(Tensor logits, Tensor token_ids, Tensor logprobs, Tensor entropy, Tensor stats, "
+    "Tensor? grad_logprobs, Tensor? grad_entropy, float temperature, float softcap) -> Tensor"
+)
+LIBRARY.define(
+    "token_logprobs_backward_(Tensor(a!) logits, Tensor token_ids, Tensor logprobs, Tensor entropy, Tensor stats, "
+    "Tensor? grad_logprobs, Tensor? grad_entropy, float temperature, float softcap) -> ()"
+)
+
+
+def token_logprobs(
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    inplace_backward: bool = False,
+) -> TokenLogprobs:
+    """Log-probability of each token and entropy of its distribution; both differentiable.
+
+        z = logits / temperature            (with softcap c: z = c tanh(logits / c) / temperature)
+        logprobs = z_token - log sum_j exp z_j           entropy = -sum_j p_j log p_j,  p = softmax(z)
+
+    computed with the row's maximum taken out and without the target in the sum,
+    logprobs = -softplus(log sum_{j != token} exp z_j - z_token): -inf logits (padded vocabulary, masks on tokens) give
+    finite results and gradients, and a token ahead by 25 nats still has a non-zero log-probability and gradient.
+
+    Plain PyTorch: ``lp = log_softmax(logits.float() / temperature, -1); lp.gather(-1, ids), -(lp.exp() * lp).sum(-1)``.
+    That holds three or more [..., V] float32 tensors; this reads the logits once and keeps 16 bytes per row.
+
+    Args:
+        logits: [..., V], float32, bfloat16, float16 or float64. Rows are read in place whatever their strides as long as
+            the last dimension is contiguous (so ``logits[:, :-1]`` costs nothing); otherwise they are copied.
+        token_ids: [...], int64 or int32; -100 marks a masked place: both outputs and the gradient are exactly 0 there,
+            whatever its logits hold.
+        softcap: the logits' soft cap of Gemma 2 (arXiv 2408.00118, section 2.2).
+        inplace_backward: the backward pass overwrites the logits with their gradient, so that no second [..., V] tensor
+            exists. The logits must not be needed by anything else afterwards: another consumer whose backward pass still
+            needs them raises autograd's "modified by an inplace operation" error. Under `torch.compile`, and where there
+            is no kernel, the gradient is a new tensor.
+
+    Returns:
+        TokenLogprobs(logprobs, entropy), [...], float32 (float64 for float64 logits), autocast or not.
+
+    Raises:
+        ValueError: wrong shapes, dtypes or devices; temperature or softcap <= 0; inplace_backward on logits whose last
+            dimension is not contiguous or whose rows overlap; a token id outside [0, V) other than -100 (on CPU; CUDA
+            tensors are not checked, that would wait for the device).
+    """
+    _check(logits, token_ids, temperature, softcap)
+    if token_ids.dtype != torch.int64:
+        token_ids = token_ids.long()
+    if inplace_backward:
+        _check_overwritable(logits)
+    if not has_kernel("token_logprobs", logits):
+        _check_ids(logits, token_ids)
+        return reference.token_logprobs(logits, token_ids, temperature=temperature, softcap=softcap)
+    inplace_backward = inplace_backward and not torch.compiler.is_compiling()
+    logprobs, entropy, _ = torch.ops.rlhf_fast.token_logprobs(
+        logits, token_ids, temperature, softcap or 0.0, inplace_backward
+    )
+    return TokenLogprobs(logprobs, entropy)
+
+
+def _check(logits: Tensor, token_ids: Tensor, temperature: float, softcap: float | None) -> None:
+    expect(logits.dtype in FLOATS, "logits", "dtype float32, bfloat16, float16 or float64", logits.dtype)
+    expect(token_ids.dtype in INTEGERS, "token_ids", "dtype int64 or int32", token_ids.dtype)
+    if logits.dim() == 0 or logits.shape[:-1] != token_ids.shape:
+        expected = f"shape {list(logits.shape[:-1])} as the rows of logits {list(logits.shape)}"
+        raise ValueError(f"token_ids: expected {expected}, got {list(token_ids.shape)}")
+    check_device("token_ids", token_ids, "logits", logits)
+    check_positive("temperature", temperature)
+    if softcap is not None:
+        check_positive("softcap", softcap)
+
+
+def _check_overwritable(logits: Tensor) -> None:
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        raise ValueError(
+            f"inplace_backward: expected logits with a contiguous last dimension, got strides {logits.stride()}"
+        )
+    if any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)):
+        raise ValueError(f"inplace_backward: expected rows that do not overlap, got strides {logits.stride()}")
+
+
+def _check_ids(logits: Tensor, token_ids: Tensor) -> None:
+    if logits.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    bad = (token_ids != IGNORED_ID) & ((token_ids < 0) | (token_ids >= logits.shape[-1]))
+    if bad.any():
+        raise _id_error(token_ids, int(bad.flatten().int().argmax()), logits.shape[-1])
+
+
+def _id_error(token_ids: Tensor, row: int, vocabulary: int) -> ValueError:
+    got = int(token_ids.flatten()[row])
+    return ValueError(f"token_ids: expected ids in [0, {vocabulary}) or {IGNORED_ID}, got {got} at row {row}")
+
+
+def _row_blocks(x: Tensor) -> list[Tensor]:
+    """[..., V] as 2-D views, each with one row stride and contiguous rows: one block unless x is cut like ``x[:, :-1]``."""
+    if x.dim() < 3:
+        return [x.reshape(-1, x.shape[-1])]
+    if all(x.stride(i) == x.stride(i + 1) * x.shape[i + 1] for i in range(x.dim() - 2) if x.shape[i] > 1):
+        return [x.flatten(0, -2)]
+    return [block for part in x for block in _row_blocks(part)]
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+@torch.library.impl(LIBRARY, "token_logprobs", "CPU")
+def _forward_cpu(
+    logits: Tensor, token_ids: Tensor, temperature: float, softcap: float, inplace_backward: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    logits, ids = _rows_contiguous(logits), token_ids.contiguous()
+    dtype = statistics_dtype(logits)
+    logprobs, entropy = logits.new_empty(ids.shape, dtype=dtype), logits.new_empty(ids.shape, dtype=dtype)
+    stats = logits.new_empty((*ids.shape, 2), dtype=dtype)
+    size, row = dtype.itemsize, 0
+    for z in _row_blocks(logits):
+        n, vocabulary = z.shape
+        bad = _cpu.token_logprobs(
+            z.data_ptr(), code(z), z.stride(0), ids.data_ptr() + 8 * row, n, vocabulary, 1.0 / temperature, softcap,
+            logprobs.data_ptr() + size * row, entropy.data_ptr() + size * row, stats.data_ptr() + 2 * size * row,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        if bad >= 0:
+            raise _id_error(ids, row + bad, vocabulary)
+        row += n
+    return logprobs, entropy, stats
+
+
+@torch.library.register_fake("rlhf_fast::token_logprobs", lib=LIBRARY)
+def _forward_fake(
+    logits: Tensor, token_ids: Tensor, temperature: float, softcap: float, inplace_backward: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = statistics_dtype(logits)
+    shape = token_ids.shape
+    return (
+        logits.new_empty(shape, dtype=dtype),
+        logits.new_empty(shape, dtype=dtype),
+        logits.new_empty((*shape, 2), dtype=dtype),
+    )
+
+
+def _backward_into(
+    grad: Tensor | None,
+    logits: Tensor,
+    token_ids: Tensor,
+    logprobs: Tensor,
+    entropy: Tensor,
+    stats: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    temperature: float,
+    softcap: float,
+) -> None:
+    """Write the gradient into the contiguous tensor `grad`, or over the logits where it is None."""
+    ids = token_ids.contiguous()
+    upstream = [None if g is None else g.contiguous() for g in (grad_logprobs, grad_entropy)]
+    size, row = logprobs.dtype.itemsize, 0
+    for z in _row_blocks(logits):
+        n, vocabulary = z.shape
+        out = (z.data_ptr(), z.stride(0))
+        if grad is not None:
+            out = (grad.data_ptr() + grad.dtype.itemsize * row * vocabulary, vocabulary)
+        _cpu.token_logprobs_backward(
+            z.data_ptr(), code(z), z.stride(0), ids.data_ptr() + 8 * row, n, vocabulary, 1.0 / temperature, softcap,
+            logprobs.data_ptr() + size * row, entropy.data_ptr() + size * row, stats.data_ptr() + 2 * size * row,
+            *(0 if g is None else g.data_ptr() + size * row for g in upstream),
+            *out, torch.get_num_threads(),
+        )  # fmt: skip
+        row += n
+
+
+@torch.library.impl(LIBRARY, "token_logprobs_backward", "CPU")
+def _backward_cpu(logits: Tensor, *args: Tensor | float | None) -> Tensor:
+    grad = torch.empty(logits.shape, dtype=logits.dtype)
+    _backward_into(grad, _rows_contiguous(logits), *args)
+    return grad
+
+
+@torch.library.impl(LIBRARY, "token_logprobs_backward_", "CPU")
+def _backward_cpu_(logits: Tensor, *args: Tensor | float | None) -> None:
+    _backward_into(None, logits, *args)
+    torch.autograd.graph.increment_version(logits)
+
+
+@torch.library.register_fake("rlhf_fast::token_logprobs_backward", lib=LIBRARY)
+def _backward_fake(logits: Tensor, *args: Tensor | float | None) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+@torch.library.register_fake("rlhf_fast::token_logprobs_backward_", lib=LIBRARY)
+def _backward_fake_(logits: Tensor, *args: Tensor | float | None) -> None:
+    return None
+
+
+def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    logits, token_ids, ctx.temperature, ctx.softcap, ctx.inplace = inputs
+    ctx.save_for_backward(logits, token_ids, *output)
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: torch.autograd.function.FunctionCtx, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _):
+    args = (*ctx.saved_tensors, grad_logprobs, grad_entropy, ctx.temperature, ctx.softcap)
+    if not ctx.inplace:
+        return torch.ops.rlhf_fast.token_logprobs_backward(*args), None, None, None, None
+    logits = args[0].detach()
+    torch.ops.rlhf_fast.token_logprobs_backward_(logits, *args[1:])
+    return logits, None, None, None, None
+
+
+torch.library.register_autograd("rlhf_fast::token_logprobs", _backward, setup_context=_setup_context, lib=LIBRARY)
+no_second_derivative("token_logprobs_backward")

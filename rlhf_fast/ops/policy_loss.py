@@ -1,0 +1,327 @@
+"""Losses of the policy and the value function: PPO, its value loss, REINFORCE. Value, gradient and statistics in one pass.
+
+Leaves out the sum over micro-batches: pass the global denominator as `normalizer` and add the losses.
+"""
+
+
+import torch
+from torch import Tensor
+
+from rlhf_fast import reference
+from rlhf_fast.ops.checks import (
+    check_dims,
+    check_floats,
+    check_mask,
+    check_option,
+    check_per_row,
+    check_positive,
+    expect,
+)
+from rlhf_fast.ops.dispatch import LIBRARY, _cpu, code, common_dtype, contiguous, has_kernel, pointer
+from rlhf_fast.ops.gradients import register_saved_gradients
+from rlhf_fast.ops.kl import ESTIMATORS
+from rlhf_fast.reference import PPOLoss, ValueLoss
+
+REDUCTIONS = ("token_mean", "sequence_mean", "sequence_sum", "constant")
+
+LIBRARY.define(
+    "ppo_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor mask, Tensor? ref_logprobs, "
+    "Tensor? entropy, Tensor? normalizer, float clip_low, float clip_high, float dual_clip, float kl_coef, "
+    "str kl_estimator, float entropy_coef, str reduction, bool with_grad_logprobs, bool with_grad_entropy) "
+    "-> (Tensor loss, Tensor stats, Tensor grad_logprobs, Tensor grad_entropy)"
+)
+LIBRARY.define(
+    "ppo_value_loss(Tensor values, Tensor old_values, Tensor returns, Tensor mask, Tensor? normalizer, float clip, "
+    "bool with_grad) -> (Tensor loss, Tensor stats, Tensor grad_values)"
+)
+LIBRARY.define(
+    "reinforce_loss(Tensor logprobs, Tensor advantages, Tensor mask, Tensor? normalizer, str reduction, bool with_grad) "
+    "-> (Tensor loss, Tensor grad_logprobs)"
+)
+
+
+def ppo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip: float | tuple[float, float] = 0.2,
+    dual_clip: float | None = None,
+    ref_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    entropy: Tensor | None = None,
+    entropy_coef: float = 0.0,
+    reduction: str = "token_mean",
+    normalizer: float | Tensor | None = None,
+) -> PPOLoss:
+    """Clipped policy objective of PPO (arXiv 1707.06347, eq. 7), to be minimised:
+
+        r = exp(logprobs - old_logprobs)
+        l = max(-A r, -A clamp(r, 1 - low, 1 + high))                   and, where A < 0 with dual_clip c, min(l, -c A)
+        loss = reduce(l) + kl_coef reduce(KL(logprobs, ref_logprobs)) - entropy_coef reduce(entropy)
+
+    Log-ratios are clamped to +-20 (gradient 0 beyond). dual_clip: arXiv 1912.09729, eq. 5. Separate low and high bounds:
+    DAPO, arXiv 2503.14476, eq. 10. Plain PyTorch: the formulas, 20 or so passes over [B, T] and as many temporaries; this is
+    one pass that writes the gradient, which the backward pass scales.
+
+    Args:
+        logprobs: [B, T], float32, bfloat16, float16 or float64; gradients flow to it and to `entropy` only.
+        old_logprobs, ref_logprobs, entropy: as logprobs.
+        advantages: [B, T], or [B] for one per sequence.
+        mask: [B, T] bool, True = counts. What masked places hold has no effect.
+        clip: epsilon, or (low, high).
+        kl_estimator: of `kl_penalty`, on logprobs - ref_logprobs.
+        reduction: over the True tokens
+            "token_mean"     sum / number of True tokens
+            "sequence_mean"  mean over the B rows of the row's token mean
+            "sequence_sum"   mean over the B rows of the row's sum
+            "constant"       sum / normalizer
+        normalizer: replaces the denominator (tokens or rows), so that micro-batches and ranks add up to the whole batch; a
+            0-dim tensor may change from call to call without recompiling.
+
+    Returns:
+        PPOLoss(loss, clip_fraction, approx_kl, ratio_mean, ratio_max, policy_loss, kl, entropy): 0-dim, float32 (float64 if
+        an input is), all but loss detached. clip_fraction: share of True tokens whose clipped branch is the larger;
+        approx_kl: mean of (r - 1) - log r; kl and entropy: the reduced terms, 0 where not given. An empty mask gives 0.
+
+    Raises:
+        ValueError: unknown reduction or estimator; clip not in [0, 1) x [0, inf); dual_clip <= 1; "constant" without
+            normalizer; kl_coef without ref_logprobs or entropy_coef without entropy; shapes, dtypes or devices that do
+            not fit.
+    """
+    low, high = clip if isinstance(clip, (tuple, list)) else (clip, clip)
+    expect(0 <= low < 1 and high >= 0, "clip", "bounds 0 <= low < 1 and high >= 0", clip)
+    expect(dual_clip is None or dual_clip > 1, "dual_clip", "a number > 1 or None", dual_clip)
+    check_option("kl_estimator", kl_estimator, ESTIMATORS)
+    expect(ref_logprobs is not None or kl_coef == 0, "ref_logprobs", "a tensor, as kl_coef is not 0", None)
+    expect(entropy is not None or entropy_coef == 0, "entropy", "a tensor, as entropy_coef is not 0", None)
+    check_floats("logprobs", logprobs=logprobs, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, entropy=entropy)
+    _check_tokens(logprobs, advantages, mask, reduction, normalizer)
+    if not has_kernel("ppo_loss", logprobs):
+        return reference.ppo_loss(
+            logprobs, old_logprobs, advantages, mask, clip=(low, high), dual_clip=dual_clip, ref_logprobs=ref_logprobs,
+            kl_coef=kl_coef, kl_estimator=kl_estimator, entropy=entropy, entropy_coef=entropy_coef,
+            reduction=reduction, normalizer=normalizer,
+        )  # fmt: skip
+    logprobs, old_logprobs, advantages, ref_logprobs, entropy = common_dtype(
+        logprobs, old_logprobs, advantages, ref_logprobs, entropy
+    )
+    grad = torch.is_grad_enabled()
+    loss, stats, _, _ = torch.ops.rlhf_fast.ppo_loss(
+        logprobs, old_logprobs, advantages, mask, ref_logprobs, entropy, _as_tensor(normalizer), low, high,
+        dual_clip or 0.0, kl_coef, kl_estimator, entropy_coef, reduction,
+        grad and logprobs.requires_grad, grad and entropy is not None and entropy.requires_grad,
+    )  # fmt: skip
+    _, policy_loss, clip_fraction, approx_kl, ratio_mean, ratio_max, kl, mean_entropy = stats.unbind()
+    return PPOLoss(loss, clip_fraction, approx_kl, ratio_mean, ratio_max, policy_loss, kl, mean_entropy)
+
+
+def ppo_value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    *,
+    clip: float = 0.2,
+    normalizer: float | Tensor | None = None,
+) -> ValueLoss:
+    """Clipped value loss of PPO as in the reference implementations (arXiv 2005.12729, section 2, eq. "value function clipping"):
+
+        loss = sum 0.5 max((V - R)^2, (clamp(V, V_old - clip, V_old + clip) - R)^2) / number of True tokens
+
+    Args:
+        values, old_values, returns: any one shape, float32, bfloat16, float16 or float64; gradients flow to values only.
+        mask: of that shape, bool, True = counts.
+        clip: > 0; math.inf turns clipping off.
+        normalizer: replaces the number of True tokens; a 0-dim tensor may change without recompiling.
+
+    Returns:
+        ValueLoss(loss, clip_fraction): 0-dim, float32 (float64 if an input is); clip_fraction is the share of True tokens
+        whose clipped square is the larger.
+
+    Raises:
+        ValueError: clip <= 0; normalizer <= 0; shapes, dtypes or devices that do not fit.
+    """
+    expect(clip > 0, "clip", "a number > 0", clip)
+    check_floats("values", values=values, old_values=old_values, returns=returns)
+    check_mask(mask, "values", values)
+    _check_normalizer(normalizer)
+    if not has_kernel("ppo_value_loss", values):
+        return reference.ppo_value_loss(values, old_values, returns, mask, clip=clip, normalizer=normalizer)
+    values, old_values, returns = common_dtype(values, old_values, returns)
+    loss, stats, _ = torch.ops.rlhf_fast.ppo_value_loss(
+        values,
+        old_values,
+        returns,
+        mask,
+        _as_tensor(normalizer),
+        clip,
+        torch.is_grad_enabled() and values.requires_grad,
+    )
+    return ValueLoss(loss, stats[1])
+
+
+def reinforce_loss(
+    logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    reduction: str = "token_mean",
+    normalizer: float | Tensor | None = None,
+) -> Tensor:
+    """loss = reduce(-A logprobs): REINFORCE, ReMax (arXiv 2310.10505, Algorithm 1: reduction="sequence_sum"), RLOO.
+
+    Args:
+        logprobs: [B, T], float32, bfloat16, float16 or float64; gradients flow to it only.
+        advantages: [B, T], or [B] for one per sequence.
+        mask, reduction, normalizer: as in `ppo_loss`.
+
+    Returns:
+        The loss, 0-dim, float32 (float64 if an input is).
+
+    Raises:
+        ValueError: unknown reduction; "constant" without normalizer; shapes, dtypes or devices that do not fit.
+    """
+    check_floats("logprobs", logprobs=logprobs)
+    _check_tokens(logprobs, advantages, mask, reduction, normalizer)
+    if not has_kernel("reinforce_loss", logprobs):
+        return reference.reinforce_loss(logprobs, advantages, mask, reduction=reduction, normalizer=normalizer)
+    logprobs, advantages = common_dtype(logprobs, advantages)
+    with_grad = torch.is_grad_enabled() and logprobs.requires_grad
+    return torch.ops.rlhf_fast.reinforce_loss(logprobs, advantages, mask, _as_tensor(normalizer), reduction, with_grad)[
+        0
+    ]
+
+
+def _check_tokens(
+    logprobs: Tensor, advantages: Tensor, mask: Tensor, reduction: str, normalizer: float | Tensor | None
+) -> None:
+    check_dims("logprobs", logprobs, "BT")
+    if advantages.dim() == 1:
+        check_per_row("advantages", advantages, "logprobs", logprobs)
+    else:
+        check_floats("logprobs", logprobs=logprobs, advantages=advantages)
+    check_mask(mask, "logprobs", logprobs)
+    check_option("reduction", reduction, REDUCTIONS)
+    expect(
+        reduction != "constant" or normalizer is not None, "normalizer", 'a number, as reduction is "constant"', None
+    )
+    _check_normalizer(normalizer)
+
+
+def _check_normalizer(normalizer: float | Tensor | None) -> None:
+    if isinstance(normalizer, Tensor):
+        expect(normalizer.dim() == 0, "normalizer", "a number or a 0-dim tensor", f"shape {list(normalizer.shape)}")
+    elif normalizer is not None:
+        check_positive("normalizer", normalizer)
+
+
+def _as_tensor(normalizer: float | Tensor | None) -> Tensor | None:
+    """As a tensor, so that its value is data and a new one does not recompile."""
+    if normalizer is None or isinstance(normalizer, Tensor):
+        return normalizer
+    return torch.tensor(normalizer, dtype=torch.float64)
+
+
+def _denominator(normalizer: Tensor | None) -> float:
+    """As the compiled core takes it; 0 lets it count for itself."""
+    return 0.0 if normalizer is None else float(normalizer)
+
+
+@torch.library.impl(LIBRARY, "ppo_loss", "CPU")
+def _ppo_cpu(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    ref_logprobs: Tensor | None,
+    entropy: Tensor | None,
+    normalizer: Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float,
+    kl_coef: float,
+    kl_estimator: str,
+    entropy_coef: float,
+    reduction: str,
+    with_grad_logprobs: bool,
+    with_grad_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logprobs, old, advantages, mask, ref, entropy = contiguous(
+        logprobs, old_logprobs, advantages, mask, ref_logprobs, entropy
+    )
+    stats = logprobs.new_empty(8)
+    grad_logprobs = logprobs.new_empty(logprobs.shape if with_grad_logprobs else 0)
+    grad_entropy = logprobs.new_empty(logprobs.shape if with_grad_entropy else 0)
+    _cpu.ppo_loss(
+        code(logprobs), logprobs.data_ptr(), old.data_ptr(), advantages.data_ptr(), advantages.dim() == 2,
+        mask.data_ptr(), pointer(ref), pointer(entropy), *logprobs.shape, clip_low, clip_high, dual_clip, kl_coef,
+        ESTIMATORS.index(kl_estimator), entropy_coef, REDUCTIONS.index(reduction), _denominator(normalizer),
+        pointer(grad_logprobs), pointer(grad_entropy), stats.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return stats[0].clone(), stats, grad_logprobs, grad_entropy
+
+
+@torch.library.register_fake("rlhf_fast::ppo_loss", lib=LIBRARY)
+def _ppo_fake(logprobs: Tensor, *args: Tensor | float | str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with_grad_logprobs, with_grad_entropy = args[-2:]
+    return (
+        logprobs.new_empty(()),
+        logprobs.new_empty(8),
+        logprobs.new_empty(logprobs.shape if with_grad_logprobs else 0),
+        logprobs.new_empty(logprobs.shape if with_grad_entropy else 0),
+    )
+
+
+register_saved_gradients("ppo_loss", {0: 2, 5: 3})
+
+
+@torch.library.impl(LIBRARY, "ppo_value_loss", "CPU")
+def _value_cpu(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    normalizer: Tensor | None,
+    clip: float,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    values, old_values, returns, mask = contiguous(values, old_values, returns, mask)
+    stats, grad = values.new_empty(2), values.new_empty(values.shape if with_grad else 0)
+    _cpu.ppo_value_loss(
+        code(values), values.data_ptr(), old_values.data_ptr(), returns.data_ptr(), mask.data_ptr(), values.numel(),
+        clip, _denominator(normalizer), pointer(grad), stats.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return stats[0].clone(), stats, grad
+
+
+@torch.library.register_fake("rlhf_fast::ppo_value_loss", lib=LIBRARY)
+def _value_fake(values: Tensor, *args: Tensor | float | None) -> tuple[Tensor, Tensor, Tensor]:
+    return values.new_empty(()), values.new_empty(2), values.new_empty(values.shape if args[-1] else 0)
+
+
+register_saved_gradients("ppo_value_loss", {0: 2})
+
+
+@torch.library.impl(LIBRARY, "reinforce_loss", "CPU")
+def _reinforce_cpu(
+    logprobs: Tensor, advantages: Tensor, mask: Tensor, normalizer: Tensor | None, reduction: str, with_grad: bool
+) -> tuple[Tensor, Tensor]:
+    logprobs, advantages, mask = contiguous(logprobs, advantages, mask)
+    loss, grad = logprobs.new_empty(()), logprobs.new_empty(logprobs.shape if with_grad else 0)
+    _cpu.reinforce_loss(
+        code(logprobs), logprobs.data_ptr(), advantages.data_ptr(), advantages.dim() == 2, mask.data_ptr(),
+        *logprobs.shape, REDUCTIONS.index(reduction), _denominator(normalizer), pointer(grad), loss.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return loss, grad
+
+
+@torch.library.register_fake("rlhf_fast::reinforce_loss", lib=LIBRARY)
+def _reinforce_fake(logprobs: Tensor, *args: Tensor | str | bool | None) -> tuple[Tensor, Tensor]:
+    return logprobs.new_empty(()), logprobs.new_empty(logprobs.shape if args[-1] else 0)
+
+
+register_saved_gradients("reinforce_loss", {0: 1})
