@@ -1,74 +1,25 @@
-"""Every operation in plain PyTorch: the oracle of the tests, the fallback where there is no kernel, the baseline of the bench.
+"""Every operation in plain PyTorch: oracle of the tests, fallback where there is no kernel, baseline of the bench.
 
 Bodies read like the formulas and gradients come from autograd. Statistics are float32, or float64 for float64 input.
 Arguments are taken as valid (`rlhf_fast.ops` checks them) and memory is not saved: [N, V] temporaries are fine here.
 
-Shapes: B sequences, T response tokens, V vocabulary, N tokens in any leading shape. Masks are bool, True = counts, and
-select with `where`, so that whatever sits at a masked place (NaN included) reaches neither a value nor a gradient.
+Shapes: B sequences, T response tokens, V vocabulary, N tokens in any leading shape. Masks are bool, True = counts,
+and select with `where`, so that whatever sits at a masked place (NaN included) reaches no value or gradient.
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from rlhf_fast.results import GAE, DPOLoss, PPOLoss, RankingLoss, RewardLoss, Sample, TokenLogprobs, ValueLoss
 
 IGNORED_ID = -100
 """The token id of a masked place, as in `torch.nn.functional.cross_entropy`."""
 MAX_LOG_RATIO = 20.0
 """Log-ratios are clamped to +-20 before `exp`, so that one runaway token cannot overflow the loss."""
 DISCOPOP_TAU = 0.05
-
-
-class TokenLogprobs(NamedTuple):
-    logprobs: Tensor
-    entropy: Tensor
-
-
-class Sample(NamedTuple):
-    tokens: Tensor
-    logprobs: Tensor
-    entropy: Tensor
-
-
-class GAE(NamedTuple):
-    advantages: Tensor
-    returns: Tensor
-
-
-class PPOLoss(NamedTuple):
-    loss: Tensor
-    clip_fraction: Tensor
-    approx_kl: Tensor
-    ratio_mean: Tensor
-    ratio_max: Tensor
-    policy_loss: Tensor
-    kl: Tensor
-    entropy: Tensor
-
-
-class ValueLoss(NamedTuple):
-    loss: Tensor
-    clip_fraction: Tensor
-
-
-class RewardLoss(NamedTuple):
-    loss: Tensor
-    accuracy: Tensor
-    margin: Tensor
-    bt_loss: Tensor
-
-
-class RankingLoss(NamedTuple):
-    loss: Tensor
-    accuracy: Tensor
-
-
-class DPOLoss(NamedTuple):
-    losses: Tensor
-    chosen_rewards: Tensor
-    rejected_rewards: Tensor
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -106,7 +57,7 @@ def token_logprobs(
 
 @torch.no_grad()
 def sample_tokens(logits: Tensor, uniforms: Tensor, *, temperature: float, greedy_mask: Tensor | None = None) -> Sample:
-    """Inverse CDF: the first token whose running sum of p exceeds the uniform number; greedy rows take the first maximum."""
+    """Inverse CDF: the first token whose running sum of p exceeds the uniform number; in greedy rows the first maximum."""
     z = scaled_logits(logits, temperature, None)
     e = torch.exp(z - z.amax(-1, keepdim=True)).double()
     below = (e.cumsum(-1) <= (uniforms * e.sum(-1)).unsqueeze(-1)).sum(-1)

@@ -1,7 +1,7 @@
-"""The operations: pure functions on tensors, each a `torch.library` operator over a kernel or the plain PyTorch reference.
+"""The operations: pure functions on tensors, each a `torch.library` operator over a kernel, or the reference.
 
-Every function takes tensors on any device, float32, bfloat16 or float16 (float64 runs the same kernels in float64), of any
-strides, and returns float32 statistics; masks are bool, True = counts. Errors are `ValueError`.
+Every function takes tensors on any device, float32, bfloat16 or float16 (float64 runs the same kernels in float64),
+of any strides, and returns float32 statistics; masks are bool, True = counts. Errors are `ValueError`.
 """
 
 from rlhf_fast.ops.dispatch import backend
@@ -12,7 +12,7 @@ from rlhf_fast.ops.policy_loss import ppo_loss, ppo_value_loss, reinforce_loss
 from rlhf_fast.ops.preference import dpo_loss, ranking_loss, reward_loss
 from rlhf_fast.ops.returns import discounted_returns, gae, remax_returns, whiten
 from rlhf_fast.ops.sampling import sample_tokens
-from rlhf_fast.reference import (
+from rlhf_fast.results import (
     GAE,
     DPOLoss,
     PPOLoss,

@@ -4,8 +4,8 @@
 `rlhf_fast.reference`. The environment variable RLHF_FAST_BACKEND and the context manager `backend` override the table
 (tests, bench, bug reports); an operation that the named back end lacks runs the reference.
 
-A compiled core that is missing is replaced by the reference, with one warning. One that is there but does not load is an
-error: a broken build must not pass for a slow one.
+A compiled core that is missing is replaced by the reference, with one warning. One that is there but does not load
+is an error: a broken build must not pass for a slow one.
 """
 
 import contextlib
@@ -32,7 +32,24 @@ else:
         stacklevel=2,
     )
 
-_CPU_OPS = ["token_logprobs", "sample_tokens", "kl_penalty", "shape_rewards", "gae", "discounted_returns", "whiten", "remax_returns", "rloo_advantages", "grpo_advantages", "ppo_loss", "ppo_value_loss", "reinforce_loss", "reward_loss", "ranking_loss", "dpo_loss"]
+_CPU_OPS = (
+    "token_logprobs",
+    "sample_tokens",
+    "kl_penalty",
+    "shape_rewards",
+    "gae",
+    "discounted_returns",
+    "whiten",
+    "remax_returns",
+    "rloo_advantages",
+    "grpo_advantages",
+    "ppo_loss",
+    "ppo_value_loss",
+    "reinforce_loss",
+    "reward_loss",
+    "ranking_loss",
+    "dpo_loss",
+)
 TABLE: dict[str, dict[str, str]] = {
     "cpu": dict.fromkeys(_CPU_OPS, "cpu") if COMPILED else {},
     "cuda": {},

@@ -8,7 +8,7 @@ from rlhf_fast.ops.dispatch import LIBRARY
 
 
 def register_saved_gradients(op: str, inputs: dict[int, int]) -> None:
-    """Autograd for an operator whose first output is the result and which returns d result / d input as further outputs.
+    """Autograd for an operator that returns its result and then, as further outputs, d result / d input.
 
     `inputs` maps the position of each differentiable input to that of the output holding its gradient; only the first
     output is differentiable. Constant in the backward pass: a second derivative is an error of autograd, not a number.

@@ -35,7 +35,7 @@ def rloo_advantages(scores: Tensor, group_size: int) -> Tensor:
 
 @torch.no_grad()
 def grpo_advantages(scores: Tensor, group_size: int) -> Tensor:
-    """Each score whitened within its group (GRPO, arXiv 2402.03300, section 4.1.2), with the unbiased standard deviation.
+    """Each score whitened within its group, with the unbiased standard deviation (GRPO, arXiv 2402.03300, 4.1.2).
 
         A_i = (s_i - mean) / (std + 1e-4)
 

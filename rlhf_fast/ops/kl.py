@@ -25,12 +25,12 @@ LIBRARY.define(
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1") -> Tensor:
-    """Estimate of KL(policy || reference) at each token of a sample from the policy, with d = logprobs - ref_logprobs:
+    """Estimate of KL(policy || reference) at each sampled token, with d = logprobs - ref_logprobs:
 
         k1 = d      k2 = d^2 / 2      k3 = e^-d - 1 + d      abs = |d|
 
-    k1 and k3 are unbiased, k3 is never negative (J. Schulman, "Approximating KL divergence", 2020). Differentiable in both
-    arguments. Plain PyTorch: the formula; this keeps one tensor for the backward pass.
+    k1 and k3 are unbiased, k3 is never negative (J. Schulman, "Approximating KL divergence", 2020). Differentiable
+    in both arguments. Plain PyTorch: the formula; this keeps one tensor for the backward pass.
 
     Args:
         logprobs, ref_logprobs: any one shape, float32, bfloat16, float16 or float64.
@@ -63,12 +63,12 @@ def shape_rewards(
     estimator: str = "k1",
     clip: float | None = None,
 ) -> Tensor:
-    """Per-token rewards of RLHF: a KL penalty on every True place, and the score on each row's last True place (the EOS).
+    """Per-token rewards: a KL penalty on every True place, and the score on each row's last True place (the EOS).
 
         r_t = -kl_coef KL_t + [t is the last True place] clamp(score, -clip, clip)
 
-    InstructGPT (arXiv 2203.02155) eq. 2 without the pre-training term; DPO paper (arXiv 2305.18290) section 3. A constant: no
-    gradient flows.
+    InstructGPT (arXiv 2203.02155) eq. 2 without the pre-training term; DPO paper (arXiv 2305.18290) section 3. A
+    constant: no gradient flows.
 
     Args:
         scores: [B]; logprobs, ref_logprobs: [B, T]; float32, bfloat16, float16 or float64.

@@ -10,7 +10,8 @@ from rlhf_fast import reference
 from rlhf_fast.ops.checks import FLOATS, INTEGERS, check_device, check_positive, expect
 from rlhf_fast.ops.dispatch import LIBRARY, _cpu, code, has_kernel, statistics_dtype
 from rlhf_fast.ops.gradients import no_second_derivative
-from rlhf_fast.reference import IGNORED_ID, TokenLogprobs
+from rlhf_fast.reference import IGNORED_ID
+from rlhf_fast.results import TokenLogprobs
 
 LIBRARY.define(
     "token_logprobs(Tensor logits, Tensor token_ids, float temperature, float softcap, bool inplace_backward) "
@@ -40,30 +41,31 @@ def token_logprobs(
         logprobs = z_token - log sum_j exp z_j           entropy = -sum_j p_j log p_j,  p = softmax(z)
 
     computed with the row's maximum taken out and without the target in the sum,
-    logprobs = -softplus(log sum_{j != token} exp z_j - z_token): -inf logits (padded vocabulary, masks on tokens) give
-    finite results and gradients, and a token ahead by 25 nats still has a non-zero log-probability and gradient.
+    logprobs = -softplus(log sum_{j != token} exp z_j - z_token): -inf logits (padded vocabulary, masks on tokens)
+    give finite results and gradients, and a token ahead by 25 nats still has a non-zero log-probability and gradient.
 
-    Plain PyTorch: ``lp = log_softmax(logits.float() / temperature, -1); lp.gather(-1, ids), -(lp.exp() * lp).sum(-1)``.
-    That holds three or more [..., V] float32 tensors; this reads the logits once and keeps 16 bytes per row.
+    Plain PyTorch: ``lp = log_softmax(logits.float() / temperature, -1)``, then ``lp.gather(-1, ids)`` and
+    ``-(lp.exp() * lp).sum(-1)``. That holds three or more [..., V] float32 tensors; this reads the logits once and
+    keeps 16 bytes per row.
 
     Args:
-        logits: [..., V], float32, bfloat16, float16 or float64. Rows are read in place whatever their strides as long as
-            the last dimension is contiguous (so ``logits[:, :-1]`` costs nothing); otherwise they are copied.
-        token_ids: [...], int64 or int32; -100 marks a masked place: both outputs and the gradient are exactly 0 there,
-            whatever its logits hold.
+        logits: [..., V], float32, bfloat16, float16 or float64. Rows are read in place whatever their strides as
+            long as the last dimension is contiguous (so ``logits[:, :-1]`` costs nothing); otherwise they are copied.
+        token_ids: [...], int64 or int32; -100 marks a masked place: both outputs and the gradient are exactly 0
+            there, whatever its logits hold.
         softcap: the logits' soft cap of Gemma 2 (arXiv 2408.00118, section 2.2).
-        inplace_backward: the backward pass overwrites the logits with their gradient, so that no second [..., V] tensor
-            exists. The logits must not be needed by anything else afterwards: another consumer whose backward pass still
-            needs them raises autograd's "modified by an inplace operation" error. Under `torch.compile`, and where there
-            is no kernel, the gradient is a new tensor.
+        inplace_backward: the backward pass overwrites the logits with their gradient, so that no second [..., V]
+            tensor exists. The logits must not be needed by anything else afterwards: another consumer whose
+            backward pass still needs them raises autograd's "modified by an inplace operation" error. Under
+            `torch.compile`, and where there is no kernel, the gradient is a new tensor.
 
     Returns:
         TokenLogprobs(logprobs, entropy), [...], float32 (float64 for float64 logits), autocast or not.
 
     Raises:
-        ValueError: wrong shapes, dtypes or devices; temperature or softcap <= 0; inplace_backward on logits whose last
-            dimension is not contiguous or whose rows overlap; a token id outside [0, V) other than -100 (on CPU; CUDA
-            tensors are not checked, that would wait for the device).
+        ValueError: wrong shapes, dtypes or devices; temperature or softcap <= 0; inplace_backward on logits whose
+            last dimension is not contiguous or whose rows overlap; a token id outside [0, V) other than -100 (on
+            CPU; CUDA tensors are not checked, that would wait for the device).
     """
     _check(logits, token_ids, temperature, softcap)
     if token_ids.dtype != torch.int64:
@@ -115,7 +117,7 @@ def _id_error(token_ids: Tensor, row: int, vocabulary: int) -> ValueError:
 
 
 def _row_blocks(x: Tensor) -> list[Tensor]:
-    """[..., V] as 2-D views, each with one row stride and contiguous rows: one block unless x is cut like ``x[:, :-1]``."""
+    """[..., V] as 2-D views with one row stride each: a single one unless x is cut like ``x[:, :-1]``."""
     if x.dim() < 3:
         return [x.reshape(-1, x.shape[-1])]
     if all(x.stride(i) == x.stride(i + 1) * x.shape[i + 1] for i in range(x.dim() - 2) if x.shape[i] > 1):

@@ -1,8 +1,7 @@
-"""Losses of the policy and the value function: PPO, its value loss, REINFORCE. Value, gradient and statistics in one pass.
+"""Losses of policy and value function: PPO, its value loss, REINFORCE; value, gradient and statistics in one pass.
 
 Leaves out the sum over micro-batches: pass the global denominator as `normalizer` and add the losses.
 """
-
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from rlhf_fast.ops.checks import (
 from rlhf_fast.ops.dispatch import LIBRARY, _cpu, code, common_dtype, contiguous, has_kernel, pointer
 from rlhf_fast.ops.gradients import register_saved_gradients
 from rlhf_fast.ops.kl import ESTIMATORS
-from rlhf_fast.reference import PPOLoss, ValueLoss
+from rlhf_fast.results import PPOLoss, ValueLoss
 
 REDUCTIONS = ("token_mean", "sequence_mean", "sequence_sum", "constant")
 
@@ -35,8 +34,8 @@ LIBRARY.define(
     "bool with_grad) -> (Tensor loss, Tensor stats, Tensor grad_values)"
 )
 LIBRARY.define(
-    "reinforce_loss(Tensor logprobs, Tensor advantages, Tensor mask, Tensor? normalizer, str reduction, bool with_grad) "
-    "-> (Tensor loss, Tensor grad_logprobs)"
+    "reinforce_loss(Tensor logprobs, Tensor advantages, Tensor mask, Tensor? normalizer, str reduction, "
+    "bool with_grad) -> (Tensor loss, Tensor grad_logprobs)"
 )
 
 
@@ -59,12 +58,12 @@ def ppo_loss(
     """Clipped policy objective of PPO (arXiv 1707.06347, eq. 7), to be minimised:
 
         r = exp(logprobs - old_logprobs)
-        l = max(-A r, -A clamp(r, 1 - low, 1 + high))                   and, where A < 0 with dual_clip c, min(l, -c A)
+        l = max(-A r, -A clamp(r, 1 - low, 1 + high))               where A < 0, with dual_clip c: min(l, -c A)
         loss = reduce(l) + kl_coef reduce(KL(logprobs, ref_logprobs)) - entropy_coef reduce(entropy)
 
-    Log-ratios are clamped to +-20 (gradient 0 beyond). dual_clip: arXiv 1912.09729, eq. 5. Separate low and high bounds:
-    DAPO, arXiv 2503.14476, eq. 10. Plain PyTorch: the formulas, 20 or so passes over [B, T] and as many temporaries; this is
-    one pass that writes the gradient, which the backward pass scales.
+    Log-ratios are clamped to +-20 (gradient 0 beyond). dual_clip: arXiv 1912.09729, eq. 5. Separate low and high
+    bounds: DAPO, arXiv 2503.14476, eq. 10. Plain PyTorch: the formulas, 20 or so passes over [B, T] and as many
+    temporaries; this is one pass that writes the gradient, which the backward pass scales.
 
     Args:
         logprobs: [B, T], float32, bfloat16, float16 or float64; gradients flow to it and to `entropy` only.
@@ -78,18 +77,19 @@ def ppo_loss(
             "sequence_mean"  mean over the B rows of the row's token mean
             "sequence_sum"   mean over the B rows of the row's sum
             "constant"       sum / normalizer
-        normalizer: replaces the denominator (tokens or rows), so that micro-batches and ranks add up to the whole batch; a
-            0-dim tensor may change from call to call without recompiling.
+        normalizer: replaces the denominator (tokens or rows), so that micro-batches and ranks add up to the whole
+            batch; a 0-dim tensor may change from call to call without recompiling.
 
     Returns:
-        PPOLoss(loss, clip_fraction, approx_kl, ratio_mean, ratio_max, policy_loss, kl, entropy): 0-dim, float32 (float64 if
-        an input is), all but loss detached. clip_fraction: share of True tokens whose clipped branch is the larger;
-        approx_kl: mean of (r - 1) - log r; kl and entropy: the reduced terms, 0 where not given. An empty mask gives 0.
+        PPOLoss(loss, clip_fraction, approx_kl, ratio_mean, ratio_max, policy_loss, kl, entropy): 0-dim, float32
+        (float64 if an input is), all but loss detached. clip_fraction: share of True tokens whose clipped branch is
+        the larger; approx_kl: mean of (r - 1) - log r; kl and entropy: the reduced terms, 0 where not given. An
+        empty mask gives 0.
 
     Raises:
         ValueError: unknown reduction or estimator; clip not in [0, 1) x [0, inf); dual_clip <= 1; "constant" without
-            normalizer; kl_coef without ref_logprobs or entropy_coef without entropy; shapes, dtypes or devices that do
-            not fit.
+            normalizer; kl_coef without ref_logprobs or entropy_coef without entropy; shapes, dtypes or devices that
+            do not fit.
     """
     low, high = clip if isinstance(clip, (tuple, list)) else (clip, clip)
     expect(0 <= low < 1 and high >= 0, "clip", "bounds 0 <= low < 1 and high >= 0", clip)
@@ -101,9 +101,9 @@ def ppo_loss(
     _check_tokens(logprobs, advantages, mask, reduction, normalizer)
     if not has_kernel("ppo_loss", logprobs):
         return reference.ppo_loss(
-            logprobs, old_logprobs, advantages, mask, clip=(low, high), dual_clip=dual_clip, ref_logprobs=ref_logprobs,
-            kl_coef=kl_coef, kl_estimator=kl_estimator, entropy=entropy, entropy_coef=entropy_coef,
-            reduction=reduction, normalizer=normalizer,
+            logprobs, old_logprobs, advantages, mask, clip=(low, high), dual_clip=dual_clip,
+            ref_logprobs=ref_logprobs, kl_coef=kl_coef, kl_estimator=kl_estimator, entropy=entropy,
+            entropy_coef=entropy_coef, reduction=reduction, normalizer=normalizer,
         )  # fmt: skip
     logprobs, old_logprobs, advantages, ref_logprobs, entropy = common_dtype(
         logprobs, old_logprobs, advantages, ref_logprobs, entropy
@@ -127,19 +127,20 @@ def ppo_value_loss(
     clip: float = 0.2,
     normalizer: float | Tensor | None = None,
 ) -> ValueLoss:
-    """Clipped value loss of PPO as in the reference implementations (arXiv 2005.12729, section 2, eq. "value function clipping"):
+    """Clipped value loss of PPO ("value function clipping" in arXiv 2005.12729, section 3):
 
         loss = sum 0.5 max((V - R)^2, (clamp(V, V_old - clip, V_old + clip) - R)^2) / number of True tokens
 
     Args:
-        values, old_values, returns: any one shape, float32, bfloat16, float16 or float64; gradients flow to values only.
+        values, old_values, returns: any one shape, float32, bfloat16, float16 or float64; gradients flow to values
+            only.
         mask: of that shape, bool, True = counts.
         clip: > 0; math.inf turns clipping off.
         normalizer: replaces the number of True tokens; a 0-dim tensor may change without recompiling.
 
     Returns:
-        ValueLoss(loss, clip_fraction): 0-dim, float32 (float64 if an input is); clip_fraction is the share of True tokens
-        whose clipped square is the larger.
+        ValueLoss(loss, clip_fraction): 0-dim, float32 (float64 if an input is); clip_fraction is the share of True
+        tokens whose clipped square is the larger.
 
     Raises:
         ValueError: clip <= 0; normalizer <= 0; shapes, dtypes or devices that do not fit.
@@ -190,9 +191,8 @@ def reinforce_loss(
         return reference.reinforce_loss(logprobs, advantages, mask, reduction=reduction, normalizer=normalizer)
     logprobs, advantages = common_dtype(logprobs, advantages)
     with_grad = torch.is_grad_enabled() and logprobs.requires_grad
-    return torch.ops.rlhf_fast.reinforce_loss(logprobs, advantages, mask, _as_tensor(normalizer), reduction, with_grad)[
-        0
-    ]
+    denominator = _as_tensor(normalizer)
+    return torch.ops.rlhf_fast.reinforce_loss(logprobs, advantages, mask, denominator, reduction, with_grad)[0]
 
 
 def _check_tokens(

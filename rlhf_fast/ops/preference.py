@@ -7,7 +7,7 @@ from rlhf_fast import reference
 from rlhf_fast.ops.checks import check_device, check_dims, check_floats, check_option, check_positive, expect
 from rlhf_fast.ops.dispatch import LIBRARY, _cpu, code, common_dtype, contiguous, has_kernel, pointer
 from rlhf_fast.ops.gradients import register_saved_gradients
-from rlhf_fast.reference import DPOLoss, RankingLoss, RewardLoss
+from rlhf_fast.results import DPOLoss, RankingLoss, RewardLoss
 
 LOSS_TYPES = (
     "sigmoid",
@@ -114,9 +114,10 @@ def dpo_loss(
 ) -> DPOLoss:
     """Direct preference optimisation and relatives, per pair, from the summed log-probabilities of the answers.
 
-    With log-ratios c = chosen_logps - ref_chosen_logps, r likewise for the rejected answer, h = beta (c - r), S = log sigmoid:
+    With log-ratios c = chosen_logps - ref_chosen_logps, r likewise for the rejected answer, h = beta (c - r) and
+    S = log sigmoid:
 
-        sigmoid       -(1 - e) S(h) - e S(-h)         arXiv 2305.18290 eq. 7; e = label_smoothing gives conservative DPO
+        sigmoid       -(1 - e) S(h) - e S(-h), e = label_smoothing (conservative DPO)   arXiv 2305.18290 eq. 7
         robust        (-(1 - e) S(h) + e S(-h)) / (1 - 2e)                              arXiv 2403.00409 eq. 12
         hinge         max(0, 1 - h)                                                     SLiC, arXiv 2305.10425 eq. 3
         ipo           (c - r - 1/(2 beta))^2                                            arXiv 2310.12036 eq. 17
@@ -128,8 +129,8 @@ def dpo_loss(
         sppo_hard     (c - 1/(2 beta))^2 + (r + 1/(2 beta))^2                           arXiv 2405.00675 eq. 4.7
         discopop      -(1 - m) S(h) + m e^-h, m = sigmoid(h / 0.05)                     arXiv 2406.08414 eq. 5
 
-    named and defined as in TRL. Published codes differ on ipo: token sums as in the paper's formula, or (with lengths given)
-    averages per token as its authors ran it.
+    named and defined as in TRL. Published codes differ on ipo: token sums as in the paper's formula, or (with
+    lengths given) averages per token as its authors ran it.
 
     Args:
         chosen_logps, rejected_logps: [B], float32, bfloat16, float16 or float64; gradients flow to these only.
@@ -140,12 +141,12 @@ def dpo_loss(
         chosen_lengths, rejected_lengths: [B] token counts; for ipo (optional) and sigmoid_norm (required).
 
     Returns:
-        DPOLoss(losses, chosen_rewards, rejected_rewards): [B], float32 (float64 if an input is); rewards are beta c and beta r
-        before any division by length, detached.
+        DPOLoss(losses, chosen_rewards, rejected_rewards): [B], float32 (float64 if an input is); rewards are beta c
+        and beta r before any division by length, detached.
 
     Raises:
-        ValueError: unknown loss_type; label_smoothing out of range or not used by the loss; lengths missing or not used;
-            beta <= 0; shapes, dtypes or devices that do not fit.
+        ValueError: unknown loss_type; label_smoothing out of range or not used by the loss; lengths missing or not
+            used; beta <= 0; shapes, dtypes or devices that do not fit.
     """
     check_option("loss_type", loss_type, LOSS_TYPES)
     check_positive("beta", beta)
@@ -173,8 +174,8 @@ def dpo_loss(
     if chosen_lengths is not None:
         chosen_lengths, rejected_lengths = chosen_lengths.to(chosen.dtype), rejected_lengths.to(chosen.dtype)
     outputs = torch.ops.rlhf_fast.dpo_loss(
-        chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, beta, loss_type, label_smoothing,
-        _any_grad(chosen, rejected),
+        chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, beta, loss_type,
+        label_smoothing, _any_grad(chosen, rejected),
     )  # fmt: skip
     return DPOLoss(*outputs[:3])
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from rlhf_fast import reference
 from rlhf_fast.ops.checks import check_clip, check_dims, check_floats, check_mask, check_option, check_per_row, expect
 from rlhf_fast.ops.dispatch import LIBRARY, _cpu, code, common_dtype, contiguous, has_kernel
-from rlhf_fast.reference import GAE
+from rlhf_fast.results import GAE
 
 REMAX_VARIANTS = ("official", "paper", "verl")
 
@@ -200,7 +200,9 @@ def _discounted_fake(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
 def _whiten_cpu(x: Tensor, mask: Tensor, shift_mean: bool) -> Tensor:
     x, mask = contiguous(x, mask)
     out = torch.empty_like(x)
-    _cpu.whiten(code(x), x.data_ptr(), mask.data_ptr(), x.numel(), shift_mean, out.data_ptr(), torch.get_num_threads())
+    _cpu.whiten(
+        code(x), x.data_ptr(), mask.data_ptr(), x.numel(), shift_mean, out.data_ptr(), torch.get_num_threads()
+    )  # fmt: skip
     return out
 
 

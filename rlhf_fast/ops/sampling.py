@@ -11,7 +11,7 @@ from torch import Tensor
 from rlhf_fast import reference
 from rlhf_fast.ops.checks import FLOATS, check_device, check_positive, expect
 from rlhf_fast.ops.dispatch import LIBRARY, _cpu, code, has_kernel, pointer, statistics_dtype
-from rlhf_fast.reference import Sample
+from rlhf_fast.results import Sample
 
 LIBRARY.define(
     "sample_tokens(Tensor logits, Tensor uniforms, Tensor? greedy_mask, float temperature) "
@@ -29,15 +29,15 @@ def sample_tokens(
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Sample:
-    """Sample one token per row from softmax(logits / temperature), or take its first maximum where `greedy_mask` is True.
+    """Sample one token per row from softmax(logits / temperature); its first maximum where `greedy_mask` is True.
 
         token = first j with sum_{i <= j} p_i > u,  u ~ U[0, 1)
 
-    A token of probability 0 is never drawn. `logprobs` and `entropy` are those of `token_logprobs` at this temperature
-    (for greedy rows too), so that a rollout needs no second pass over its logits for the old policy.
+    A token of probability 0 is never drawn. `logprobs` and `entropy` are those of `token_logprobs` at this
+    temperature (for greedy rows too), so that a rollout needs no second pass over its logits for the old policy.
 
-    Plain PyTorch: ``torch.multinomial(softmax(logits / temperature, -1), 1)`` and two more passes for the statistics; this
-    reads the logits once more than it must and never holds the probabilities.
+    Plain PyTorch: ``torch.multinomial(softmax(logits / temperature, -1), 1)`` and two more passes for the
+    statistics; this reads the logits once more than it must and never holds the probabilities.
 
     Args:
         logits: [N, V], float32, bfloat16, float16 or float64.
@@ -49,11 +49,12 @@ def sample_tokens(
         generator: of the logits' device; one float64 is drawn per row, whatever top_k, top_p and greedy_mask are.
 
     Returns:
-        Sample(tokens [N] int64, logprobs [N], entropy [N]), the last two float32 (float64 for float64 logits), without gradient.
+        Sample(tokens [N] int64, logprobs [N], entropy [N]), the last two float32 (float64 for float64 logits),
+        without gradient.
 
     Raises:
-        ValueError: logits not [N, V] or not floating point; temperature <= 0; greedy_mask not bool [N]; top_k < 0; top_p
-            outside (0, 1]; a row that holds NaN or no finite logit (on CPU).
+        ValueError: logits not [N, V] or not floating point; temperature <= 0; greedy_mask not bool [N]; top_k < 0;
+            top_p outside (0, 1]; a row that holds NaN or no finite logit (on CPU).
     """
     expect(logits.dtype in FLOATS, "logits", "dtype float32, bfloat16, float16 or float64", logits.dtype)
     expect(logits.dim() == 2 and logits.shape[1] > 0, "logits", "shape [N, V] with V > 0", list(logits.shape))
@@ -102,7 +103,9 @@ def _check_rows(logits: Tensor) -> None:
 
 
 def _row_error(row: int) -> ValueError:
-    return ValueError(f"logits: expected a finite largest logit in every row, got NaN, +inf or only -inf in row {row}")
+    return ValueError(
+        f"logits: expected a finite largest logit in every row, got NaN, +inf or no finite one in row {row}"
+    )
 
 
 @torch.library.impl(LIBRARY, "sample_tokens", "CPU")

@@ -1,0 +1,55 @@
+"""What the operations return. Losses are differentiable, everything else beside them is detached."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class TokenLogprobs(NamedTuple):
+    logprobs: Tensor
+    entropy: Tensor
+
+
+class Sample(NamedTuple):
+    tokens: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+
+
+class GAE(NamedTuple):
+    advantages: Tensor
+    returns: Tensor
+
+
+class PPOLoss(NamedTuple):
+    loss: Tensor
+    clip_fraction: Tensor
+    approx_kl: Tensor
+    ratio_mean: Tensor
+    ratio_max: Tensor
+    policy_loss: Tensor
+    kl: Tensor
+    entropy: Tensor
+
+
+class ValueLoss(NamedTuple):
+    loss: Tensor
+    clip_fraction: Tensor
+
+
+class RewardLoss(NamedTuple):
+    loss: Tensor
+    accuracy: Tensor
+    margin: Tensor
+    bt_loss: Tensor
+
+
+class RankingLoss(NamedTuple):
+    loss: Tensor
+    accuracy: Tensor
+
+
+class DPOLoss(NamedTuple):
+    losses: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
