@@ -1,0 +1,107 @@
+// Python module rlhf_fast._cpu: every kernel of cpu/ops.h under its own name, for the instruction set chosen at load.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#define ISA scalar
+#include "cpu/ops.h"
+#undef ISA
+#if defined(__x86_64__)
+#define ISA avx2
+#include "cpu/ops.h"
+#undef ISA
+#define ISA avx512
+#include "cpu/ops.h"
+#undef ISA
+#define RLHF_VERSIONS(op) {rlhf::scalar::op, rlhf::avx2::op, rlhf::avx512::op}
+#else
+#define RLHF_VERSIONS(op) {rlhf::scalar::op, rlhf::scalar::op, rlhf::scalar::op}
+#endif
+
+namespace py = pybind11;
+
+namespace pybind11::detail {
+template <>
+struct type_caster<rlhf::Pointer> {
+    PYBIND11_TYPE_CASTER(rlhf::Pointer, const_name("int"));
+    bool load(handle source, bool) {
+        if (!PyLong_Check(source.ptr())) return false;
+        value.address = PyLong_AsSize_t(source.ptr());
+        if (!PyErr_Occurred()) return true;
+        PyErr_Clear();
+        return false;
+    }
+};
+}  // namespace pybind11::detail
+
+namespace {
+
+const char* const kNames[] = {"scalar", "avx2", "avx512"};
+int level = 0;  // index of the instruction set in use
+
+bool available(int i) {
+#if defined(__x86_64__)
+    if (i == 1) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    if (i == 2)
+        return available(1) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#endif
+    return i == 0;
+}
+
+std::vector<std::string> isas() {
+    std::vector<std::string> names;
+    for (int i = 0; i < 3; ++i)
+        if (available(i)) names.push_back(kNames[i]);
+    return names;
+}
+
+void set_isa(const std::string& name) {
+    for (int i = 0; i < 3; ++i)
+        if (name == kNames[i] && available(i)) {
+            level = i;
+            return;
+        }
+    throw py::value_error("isa: expected one of this CPU's " + py::repr(py::cast(isas())).cast<std::string>() + ", got '" + name + "'");
+}
+
+template <typename Result, typename... Args>
+void define(py::module_& module, const char* name, const std::array<Result (*)(Args...), 3>& versions) {
+    module.def(name, [versions](Args... args) {
+        py::gil_scoped_release release;
+        return versions[level](args...);
+    });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, module) {
+    while (level < 2 && available(level + 1)) ++level;
+    if (const char* name = std::getenv("RLHF_FAST_CPU_ISA")) set_isa(name);
+    module.doc() = "CPU kernels on raw pointers. Argument order: csrc/cpu/ops.h.";
+    module.def("isa", [] { return kNames[level]; });
+    module.def("isas", isas);
+    module.def("set_isa", set_isa);
+#define RLHF_DEFINE(op) define(module, #op, std::array<decltype(&rlhf::scalar::op), 3> RLHF_VERSIONS(op))
+    RLHF_DEFINE(token_logprobs);
+    RLHF_DEFINE(token_logprobs_backward);
+    RLHF_DEFINE(sample_tokens);
+    RLHF_DEFINE(kl_penalty);
+    RLHF_DEFINE(shape_rewards);
+    RLHF_DEFINE(gae);
+    RLHF_DEFINE(discounted_returns);
+    RLHF_DEFINE(remax_returns);
+    RLHF_DEFINE(rloo_advantages);
+    RLHF_DEFINE(grpo_advantages);
+    RLHF_DEFINE(whiten);
+    RLHF_DEFINE(ppo_loss);
+    RLHF_DEFINE(ppo_value_loss);
+    RLHF_DEFINE(reinforce_loss);
+    RLHF_DEFINE(reward_loss);
+    RLHF_DEFINE(ranking_loss);
+    RLHF_DEFINE(dpo_loss);
+}

@@ -1,0 +1,36 @@
+// Direct preference losses per pair, their rewards and gradients. Arithmetic in double: B is small.
+#include "../math.h"
+#include "ops.h"
+
+namespace rlhf::ISA {
+namespace {
+
+template <typename T>
+void dpo(Pointer chosen, Pointer rejected, Pointer ref_chosen, Pointer ref_rejected, Pointer chosen_lengths,
+         Pointer rejected_lengths, int64_t B, double beta, int loss_type, double label_smoothing, Pointer losses,
+         Pointer chosen_rewards, Pointer rejected_rewards, Pointer grad_chosen, Pointer grad_rejected) {
+    const auto at = [](Pointer x, int64_t b, double absent) { return x ? double(x.as<T>()[b]) : absent; };
+    for (int64_t b = 0; b < B; ++b) {
+        const double c = at(chosen, b, 0) - at(ref_chosen, b, 0), r = at(rejected, b, 0) - at(ref_rejected, b, 0);
+        const bool average = loss_type == kIPO || loss_type == kSigmoidNorm;
+        const double c_length = average ? maximum(at(chosen_lengths, b, 1), 1.0) : 1;
+        const double r_length = average ? maximum(at(rejected_lengths, b, 1), 1.0) : 1;
+        const PairTerm<double> term = dpo_term(c / c_length, r / r_length, beta, loss_type, label_smoothing);
+        losses.as<T>()[b] = T(term.value);
+        chosen_rewards.as<T>()[b] = T(beta * c);
+        rejected_rewards.as<T>()[b] = T(beta * r);
+        if (grad_chosen) grad_chosen.as<T>()[b] = T(term.grad_chosen / c_length);
+        if (grad_rejected) grad_rejected.as<T>()[b] = T(term.grad_rejected / r_length);
+    }
+}
+
+}  // namespace
+
+void dpo_loss(int dtype, Pointer chosen, Pointer rejected, Pointer ref_chosen, Pointer ref_rejected, Pointer chosen_lengths,
+              Pointer rejected_lengths, int64_t B, double beta, int loss_type, double label_smoothing, Pointer losses,
+              Pointer chosen_rewards, Pointer rejected_rewards, Pointer grad_chosen, Pointer grad_rejected, int) {
+    RLHF_BY_DTYPE(dpo, chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, B, beta, loss_type,
+                  label_smoothing, losses, chosen_rewards, rejected_rewards, grad_chosen, grad_rejected);
+}
+
+}  // namespace rlhf::ISA

@@ -1,0 +1,81 @@
+// Recurrences over time, one row at a time from its end: GAE, discounted returns, ReMax returns. State is kept in double.
+// Masked positions are skipped over: the state passes them unchanged and the output there is 0.
+#include "../math.h"
+#include "ops.h"
+
+namespace rlhf::ISA {
+namespace {
+
+template <typename T>
+void gae_rows(Pointer rewards, Pointer values, Pointer mask, int64_t B, int64_t L, double gamma, double lam, Pointer advantages,
+              Pointer returns, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t b = 0; b < B; ++b) {
+        const T *r = rewards.as<T>() + b * L, *v = values.as<T>() + b * L;
+        const uint8_t* on = mask.as<uint8_t>() + b * L;
+        T *a = advantages.as<T>() + b * L, *ret = returns.as<T>() + b * L;
+        double advantage = 0, next_value = 0;
+        for (int64_t t = L - 1; t >= 0; --t) {
+            if (!on[t]) {
+                a[t] = ret[t] = 0;
+                continue;
+            }
+            const double value = v[t];
+            advantage = (r[t] + gamma * next_value - value) + gamma * lam * advantage;
+            next_value = value;
+            a[t] = T(advantage);
+            ret[t] = T(advantage + value);
+        }
+    }
+}
+
+template <typename T>
+void return_rows(Pointer rewards, Pointer mask, int64_t B, int64_t L, double gamma, Pointer out, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t b = 0; b < B; ++b) {
+        double sum = 0;
+        for (int64_t i = (b + 1) * L - 1; i >= b * L; --i) {
+            const bool on = mask.as<uint8_t>()[i];
+            if (on) sum = rewards.as<T>()[i] + gamma * sum;
+            out.as<T>()[i] = on ? T(sum) : T(0);
+        }
+    }
+}
+
+enum Variant { kOfficial, kPaper, kVerl };
+
+template <typename T>
+void remax_rows(Pointer scores, Pointer greedy, Pointer logp, Pointer ref, Pointer mask, int64_t B, int64_t L, double kl_coef,
+                double gamma, double clip, int variant, Pointer out, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t b = 0; b < B; ++b) {
+        double advantage = clamp(double(scores.as<T>()[b]) - double(greedy.as<T>()[b]), -clip, clip), kl_to_go = 0;
+        for (int64_t i = (b + 1) * L - 1; i >= b * L; --i) {
+            const bool on = mask.as<uint8_t>()[i];
+            if (on) {
+                const double kl = double(logp.as<T>()[i]) - double(ref.as<T>()[i]);
+                kl_to_go = variant == kVerl ? kl_to_go + kl : kl;
+                if (variant == kOfficial) advantage *= gamma;  // gamma^(L - t), gamma at the last token
+            }
+            out.as<T>()[i] = on ? T(advantage - kl_coef * kl_to_go) : T(0);
+        }
+    }
+}
+
+}  // namespace
+
+void gae(int dtype, Pointer rewards, Pointer values, Pointer mask, int64_t B, int64_t T, double gamma, double lam,
+         Pointer advantages, Pointer returns, int threads) {
+    RLHF_BY_DTYPE(gae_rows, rewards, values, mask, B, T, gamma, lam, advantages, returns, threads);
+}
+
+void discounted_returns(int dtype, Pointer rewards, Pointer mask, int64_t B, int64_t T, double gamma, Pointer out, int threads) {
+    RLHF_BY_DTYPE(return_rows, rewards, mask, B, T, gamma, out, threads);
+}
+
+void remax_returns(int dtype, Pointer scores, Pointer greedy, Pointer logp, Pointer ref, Pointer mask, int64_t B, int64_t T,
+                   double kl_coef, double gamma, double clip, int variant, Pointer out, int threads) {
+    RLHF_BY_DTYPE(remax_rows, scores, greedy, logp, ref, mask, B, T, kl_coef, gamma, clip, variant, out, threads);
+}
+
+}  // namespace rlhf::ISA

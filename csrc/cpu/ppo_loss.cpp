@@ -1,0 +1,217 @@
+// Clipped policy, clipped value and REINFORCE losses: value, gradient and statistics in one pass.
+// Short float sums per block, double across blocks, rows combined in order: the same bits for any number of threads.
+#include "../math.h"
+#include "ops.h"
+
+namespace rlhf::ISA {
+namespace {
+
+constexpr int64_t kTokens = 256;  // a block's tokens
+
+enum Reduction { kTokenMean, kSequenceMean, kSequenceSum, kConstant };
+
+// Sums over the True tokens of a row.
+struct Sums {
+    double count = 0, policy = 0, clipped = 0, approx_kl = 0, ratio = 0, kl = 0, entropy = 0, ratio_max = -kInf;
+};
+
+int64_t count_true(const uint8_t* mask, int64_t n) {
+    int64_t count = 0;
+#pragma omp simd reduction(+ : count)
+    for (int64_t i = 0; i < n; ++i) count += mask[i] != 0;
+    return count;
+}
+
+// A row's weight per token and, for rows, the count over the whole batch.
+double row_weight(int64_t row_count, int64_t total, int64_t B, int reduction, double denominator) {
+    const double whole = denominator != 0 ? denominator : reduction == kTokenMean ? double(total) : double(B);
+    if (row_count == 0 || whole == 0) return 0;
+    return reduction == kSequenceMean ? 1 / (whole * double(row_count)) : 1 / whole;
+}
+
+template <typename T>
+void policy_block(const T* logp, const T* old_logp, const T* advantage, const uint8_t* mask, int64_t n, T low, T high, T dual_clip,
+                  T weight, T* grad, Sums& sums) {
+    T policy = 0, clipped = 0, approx_kl = 0, ratio = 0, ratio_max = T(-kInf);
+#pragma omp simd reduction(+ : policy, clipped, approx_kl, ratio) reduction(max : ratio_max)
+    for (int64_t k = 0; k < n; ++k) {
+        const bool on = mask[k];
+        const PPOTerm<T> term = ppo_term(logp[k] - old_logp[k], advantage[k], low, high, dual_clip);
+        policy += on ? term.value : T(0);
+        clipped += on ? term.clipped : T(0);
+        approx_kl += on ? term.approx_kl : T(0);
+        ratio += on ? term.ratio : T(0);
+        const T seen = on ? term.ratio : T(-kInf);
+        ratio_max = seen > ratio_max ? seen : ratio_max;
+        grad[k] = on ? weight * term.grad : T(0);
+    }
+    sums.policy += policy;
+    sums.clipped += clipped;
+    sums.approx_kl += approx_kl;
+    sums.ratio += ratio;
+    sums.ratio_max = maximum(double(ratio_max), sums.ratio_max);
+}
+
+template <typename T, int kEstimator>
+double kl_block(const T* logp, const T* ref, const uint8_t* mask, int64_t n, T weight, T* grad) {
+    const T limit = T(kMaxLogRatio);
+    T kl = 0;
+#pragma omp simd reduction(+ : kl)
+    for (int64_t k = 0; k < n; ++k) {
+        const T d = logp[k] - ref[k], x = clamp(d, -limit, limit);
+        const Term<T> term = kl_term(x, kEstimator);
+        kl += mask[k] ? term.value : T(0);
+        grad[k] += mask[k] && x == d ? weight * term.grad : T(0);
+    }
+    return kl;
+}
+
+template <typename T>
+double kl_block(const T* logp, const T* ref, const uint8_t* mask, int64_t n, int estimator, T weight, T* grad) {
+    switch (estimator) {
+        case kK1: return kl_block<T, kK1>(logp, ref, mask, n, weight, grad);
+        case kK2: return kl_block<T, kK2>(logp, ref, mask, n, weight, grad);
+        case kK3: return kl_block<T, kK3>(logp, ref, mask, n, weight, grad);
+        default: return kl_block<T, kAbs>(logp, ref, mask, n, weight, grad);
+    }
+}
+
+template <typename T>
+double masked_sum(const T* x, const uint8_t* mask, int64_t n) {
+    T sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t k = 0; k < n; ++k) sum += mask[k] ? x[k] : T(0);
+    return sum;
+}
+
+template <typename T>
+void ppo(Pointer logp, Pointer old_logp, Pointer advantages, bool per_token, Pointer mask, Pointer ref, Pointer entropy, int64_t B,
+         int64_t L, double clip_low, double clip_high, double dual_clip, double kl_coef, int estimator, double entropy_coef,
+         int reduction, double denominator, Pointer grad_logp, Pointer grad_entropy, Pointer stats, int threads) {
+    const int64_t total = count_true(mask.as<uint8_t>(), B * L);
+    const T dual = dual_clip > 0 ? T(dual_clip) : T(kInf);
+    Sums* rows = new Sums[B];
+    double* weights = new double[B];
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t b = 0; b < B; ++b) {
+        const int64_t row_count = count_true(mask.as<uint8_t>() + b * L, L);
+        const double weight = weights[b] = row_weight(row_count, total, B, reduction, denominator);
+        Sums sums;
+        sums.count = double(row_count);
+        T constant[kTokens], scratch[kTokens];
+        if (!per_token)
+            for (T& a : constant) a = advantages.as<T>()[b];
+        for (int64_t t = 0; t < L; t += kTokens) {
+            const int64_t n = minimum(kTokens, L - t), i = b * L + t;
+            const uint8_t* on = mask.as<uint8_t>() + i;
+            T* grad = grad_logp ? grad_logp.as<T>() + i : scratch;
+            policy_block(logp.as<T>() + i, old_logp.as<T>() + i, per_token ? advantages.as<T>() + i : constant, on, n, T(clip_low),
+                         T(clip_high), dual, T(weight), grad, sums);
+            if (ref) sums.kl += kl_block(logp.as<T>() + i, ref.as<T>() + i, on, n, estimator, T(weight * kl_coef), grad);
+            if (entropy) sums.entropy += masked_sum(entropy.as<T>() + i, on, n);
+            if (grad_entropy)
+                for (int64_t k = 0; k < n; ++k) grad_entropy.as<T>()[i + k] = on[k] ? T(-entropy_coef * weight) : T(0);
+        }
+        rows[b] = sums;
+    }
+    Sums all;
+    for (int64_t b = 0; b < B; ++b) {
+        all.policy += weights[b] * rows[b].policy;
+        all.kl += weights[b] * rows[b].kl;
+        all.entropy += weights[b] * rows[b].entropy;
+        all.clipped += rows[b].clipped;
+        all.approx_kl += rows[b].approx_kl;
+        all.ratio += rows[b].ratio;
+        all.ratio_max = maximum(rows[b].ratio_max, all.ratio_max);
+    }
+    delete[] rows;
+    delete[] weights;
+    const double n = total > 0 ? double(total) : 1;
+    T* out = stats.as<T>();
+    out[0] = T(all.policy + kl_coef * all.kl - entropy_coef * all.entropy);
+    out[1] = T(all.policy);
+    out[2] = T(all.clipped / n);
+    out[3] = T(all.approx_kl / n);
+    out[4] = T(all.ratio / n);
+    out[5] = total > 0 ? T(all.ratio_max) : T(0);
+    out[6] = T(all.kl);
+    out[7] = T(all.entropy);
+}
+
+template <typename T>
+void value_loss(Pointer values, Pointer old_values, Pointer returns, Pointer mask, int64_t n, double clip, double denominator,
+                Pointer grad, Pointer stats, int threads) {
+    const int64_t total = count_true(mask.as<uint8_t>(), n), blocks = (n + kTokens - 1) / kTokens;
+    const double weight = row_weight(total, total, 1, kTokenMean, denominator);
+    double* partial = new double[2 * blocks];
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t i = block * kTokens, m = minimum(kTokens, n - i);
+        const T *v = values.as<T>() + i, *old = old_values.as<T>() + i, *target = returns.as<T>() + i;
+        const uint8_t* on = mask.as<uint8_t>() + i;
+        T scratch[kTokens], sum = 0, clipped = 0;
+        T* g = grad ? grad.as<T>() + i : scratch;
+#pragma omp simd reduction(+ : sum, clipped)
+        for (int64_t k = 0; k < m; ++k) {
+            const PPOTerm<T> term = value_term(v[k], old[k], target[k], T(clip));
+            sum += on[k] ? term.value : T(0);
+            clipped += on[k] ? term.clipped : T(0);
+            g[k] = on[k] ? T(weight) * term.grad : T(0);
+        }
+        partial[2 * block] = sum;
+        partial[2 * block + 1] = clipped;
+    }
+    double sum = 0, clipped = 0;
+    for (int64_t block = 0; block < blocks; ++block) {
+        sum += partial[2 * block];
+        clipped += partial[2 * block + 1];
+    }
+    delete[] partial;
+    stats.as<T>()[0] = T(weight * sum);
+    stats.as<T>()[1] = T(total > 0 ? clipped / double(total) : 0);
+}
+
+template <typename T>
+void reinforce(Pointer logp, Pointer advantages, bool per_token, Pointer mask, int64_t B, int64_t L, int reduction,
+               double denominator, Pointer grad, Pointer loss, int threads) {
+    const int64_t total = count_true(mask.as<uint8_t>(), B * L);
+    double* rows = new double[B];
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t b = 0; b < B; ++b) {
+        const uint8_t* on = mask.as<uint8_t>() + b * L;
+        const double weight = row_weight(count_true(on, L), total, B, reduction, denominator);
+        double sum = 0;
+        for (int64_t t = 0; t < L; ++t) {
+            const double advantage = advantages.as<T>()[per_token ? b * L + t : b];
+            sum -= on[t] ? advantage * double(logp.as<T>()[b * L + t]) : 0.0;
+            if (grad) grad.as<T>()[b * L + t] = on[t] ? T(-weight * advantage) : T(0);
+        }
+        rows[b] = weight * sum;
+    }
+    double sum = 0;
+    for (int64_t b = 0; b < B; ++b) sum += rows[b];
+    delete[] rows;
+    loss.as<T>()[0] = T(sum);
+}
+
+}  // namespace
+
+void ppo_loss(int dtype, Pointer logp, Pointer old_logp, Pointer advantages, bool per_token, Pointer mask, Pointer ref,
+              Pointer entropy, int64_t B, int64_t T, double clip_low, double clip_high, double dual_clip, double kl_coef,
+              int estimator, double entropy_coef, int reduction, double denominator, Pointer grad_logp, Pointer grad_entropy,
+              Pointer stats, int threads) {
+    RLHF_BY_DTYPE(ppo, logp, old_logp, advantages, per_token, mask, ref, entropy, B, T, clip_low, clip_high, dual_clip, kl_coef,
+                  estimator, entropy_coef, reduction, denominator, grad_logp, grad_entropy, stats, threads);
+}
+
+void ppo_value_loss(int dtype, Pointer values, Pointer old_values, Pointer returns, Pointer mask, int64_t n, double clip,
+                    double denominator, Pointer grad, Pointer stats, int threads) {
+    RLHF_BY_DTYPE(value_loss, values, old_values, returns, mask, n, clip, denominator, grad, stats, threads);
+}
+
+void reinforce_loss(int dtype, Pointer logp, Pointer advantages, bool per_token, Pointer mask, int64_t B, int64_t T, int reduction,
+                    double denominator, Pointer grad, Pointer loss, int threads) {
+    RLHF_BY_DTYPE(reinforce, logp, advantages, per_token, mask, B, T, reduction, denominator, grad, loss, threads);
+}
+
+}  // namespace rlhf::ISA

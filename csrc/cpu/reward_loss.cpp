@@ -1,0 +1,75 @@
+// Bradley-Terry losses of a reward model: pairs with margin and centring, and all pairs of K ranked answers. Serial: B is small.
+#include "../math.h"
+#include "ops.h"
+
+namespace rlhf::ISA {
+namespace {
+
+// 1 for the right order, 1/2 for a tie
+double order(double difference) { return difference > 0 ? 1 : difference == 0 ? 0.5 : 0; }
+
+template <typename T>
+void pairs(Pointer chosen, Pointer rejected, Pointer margin, int64_t B, double center_coef, Pointer grad_chosen,
+           Pointer grad_rejected, Pointer stats) {
+    double likelihood = 0, centre = 0, right = 0, difference = 0;
+    const double n = B > 0 ? double(B) : 1;
+    for (int64_t b = 0; b < B; ++b) {
+        const double c = chosen.as<T>()[b], r = rejected.as<T>()[b];
+        const Term<double> term = bradley_terry(c - r - (margin ? double(margin.as<T>()[b]) : 0.0));
+        likelihood += term.value;
+        centre += (c + r) * (c + r);
+        right += order(c - r);
+        difference += c - r;
+        const double by_centre = 2 * center_coef * (c + r);
+        if (grad_chosen) grad_chosen.as<T>()[b] = T((term.grad + by_centre) / n);
+        if (grad_rejected) grad_rejected.as<T>()[b] = T((by_centre - term.grad) / n);
+    }
+    T* out = stats.as<T>();
+    out[0] = T((likelihood + center_coef * centre) / n);
+    out[1] = T(right / n);
+    out[2] = T(difference / n);
+    out[3] = T(likelihood / n);
+}
+
+template <typename T>
+void ranking(Pointer scores, Pointer ranks, int64_t B, int64_t K, Pointer grad, Pointer stats) {
+    double loss = 0, right = 0, count = 0;
+    const auto is_pair = [](const int64_t* rank, int64_t i, int64_t j) { return rank[i] >= 0 && rank[i] < rank[j]; };
+    for (int64_t b = 0; b < B; ++b)
+        for (int64_t i = 0; i < K; ++i)
+            for (int64_t j = 0; j < K; ++j) count += is_pair(ranks.as<int64_t>() + b * K, i, j);
+    const double n = count > 0 ? count : 1;
+    double* row_grad = new double[K];
+    for (int64_t b = 0; b < B; ++b) {
+        const T* score = scores.as<T>() + b * K;
+        for (int64_t i = 0; i < K; ++i) row_grad[i] = 0;
+        for (int64_t i = 0; i < K; ++i)
+            for (int64_t j = 0; j < K; ++j) {
+                if (!is_pair(ranks.as<int64_t>() + b * K, i, j)) continue;
+                const double difference = double(score[i]) - double(score[j]);
+                const Term<double> term = bradley_terry(difference);
+                loss += term.value;
+                right += order(difference);
+                row_grad[i] += term.grad / n;
+                row_grad[j] -= term.grad / n;
+            }
+        if (grad)
+            for (int64_t i = 0; i < K; ++i) grad.as<T>()[b * K + i] = T(row_grad[i]);
+    }
+    delete[] row_grad;
+    stats.as<T>()[0] = T(loss / n);
+    stats.as<T>()[1] = T(right / n);
+}
+
+}  // namespace
+
+void reward_loss(int dtype, Pointer chosen, Pointer rejected, Pointer margin, int64_t B, double center_coef, Pointer grad_chosen,
+                 Pointer grad_rejected, Pointer stats, int) {
+    RLHF_BY_DTYPE(pairs, chosen, rejected, margin, B, center_coef, grad_chosen, grad_rejected, stats);
+}
+
+void ranking_loss(int dtype, Pointer scores, Pointer ranks, int64_t B, int64_t K, Pointer grad, Pointer stats, int) {
+    RLHF_BY_DTYPE(ranking, scores, ranks, B, K, grad, stats);
+}
+
+}  // namespace rlhf::ISA

@@ -1,0 +1,179 @@
+// Reading and writing a row of logits in blocks that stay in the L1 cache, and its online-softmax state in one pass over memory.
+#pragma once
+#include "../math.h"
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
+namespace rlhf::ISA {
+namespace {
+
+constexpr int64_t kBlock = 2048;      // floats: two blocks fit in L1
+constexpr int64_t kSegment = 1 << 14;  // columns summed in one go: fixed, so that splitting a row over threads keeps its bits
+
+struct bfloat16 {
+    uint16_t bits;
+};
+struct float16 {
+    uint16_t bits;
+};
+
+template <typename T>
+inline T from_bits(uint32_t bits) {
+    T x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+inline uint32_t to_bits(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+// The type the arithmetic runs in.
+template <typename In>
+struct ComputeOf {
+    using type = float;
+};
+template <>
+struct ComputeOf<double> {
+    using type = double;
+};
+template <typename In>
+using Compute = typename ComputeOf<In>::type;
+
+inline float widen(bfloat16 x) { return from_bits<float>(uint32_t(x.bits) << 16); }
+inline float widen(float x) { return x; }
+inline double widen(double x) { return x; }
+inline float widen(float16 x) {
+    const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13, sign = uint32_t(x.bits & 0x8000) << 16;
+    const float scaled = from_bits<float>(magnitude) * 0x1p112f;  // rebiases the exponent, denormals included
+    const uint32_t bits = magnitude >= 0x0f800000 ? magnitude | 0x7f800000 : to_bits(scaled);
+    return from_bits<float>(bits | sign);
+}
+
+// One rounding, to nearest even.
+inline void narrow(float x, float& out) { out = x; }
+inline void narrow(double x, double& out) { out = x; }
+inline void narrow(float x, bfloat16& out) {
+    const uint32_t bits = to_bits(x), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    out.bits = uint16_t(x != x ? 0x7fc0 : rounded);
+}
+inline void narrow(float x, float16& out) {
+    const uint32_t bits = to_bits(x), sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+    // Below 2^-14 the result is denormal: adding 0.5 lets the float adder round at the right place.
+    const uint32_t small = to_bits(from_bits<float>(magnitude) + 0.5f) - 0x3f000000;
+    const uint32_t normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    const uint32_t large = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
+    out.bits = uint16_t(sign | (magnitude < 0x38800000 ? small : magnitude < 0x47800000 ? normal : large));
+}
+
+template <typename In>
+inline void load(const In* from, Compute<In>* to, int64_t n) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) to[i] = widen(from[i]);
+}
+template <typename In>
+inline void store(const Compute<In>* from, In* to, int64_t n) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) narrow(from[i], to[i]);
+}
+
+template <typename T>
+inline void cap(T* z, int64_t n, T softcap) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) z[i] = softcap * tanh_of(z[i] / softcap);
+}
+
+template <typename In>
+inline Compute<In> logit(const In* row, int64_t i, double softcap) {
+    Compute<In> z = widen(row[i]);
+    if (softcap != 0) cap(&z, 1, Compute<In>(softcap));
+    return z;
+}
+
+// n <= kBlock logits as T: in place where nothing has to be done to them, else in the buffer.
+template <typename In>
+inline const Compute<In>* block(const In* from, int64_t n, double softcap, Compute<In>* buffer) {
+    if constexpr (sizeof(In) == sizeof(Compute<In>))
+        if (softcap == 0) return from;
+    load(from, buffer, n);
+    if (softcap != 0) cap(buffer, n, Compute<In>(softcap));
+    return buffer;
+}
+
+// State of the columns [begin, end).
+template <typename In>
+Softmax accumulate(const In* row, int64_t begin, int64_t end, double inv_temperature, double softcap) {
+    using T = Compute<In>;
+    alignas(64) T buffer[kBlock];
+    const T factor = T(inv_temperature);
+    Softmax state;
+    for (int64_t i = begin; i < end; i += kBlock) {
+        const int64_t n = minimum(kBlock, end - i);
+        const T* z = block(row + i, n, softcap, buffer);
+        T top = T(state.max);
+#pragma omp simd reduction(max : top)
+        for (int64_t k = 0; k < n; ++k) top = z[k] > top ? z[k] : top;
+        if (top > state.max) state.move_max(top, inv_temperature);
+        const T m = top == T(-kInf) ? T(0) : top;
+        T sum = 0, centred = 0;
+#pragma omp simd reduction(+ : sum, centred)
+        for (int64_t k = 0; k < n; ++k) {
+            T x = (z[k] - m) * factor;
+            x = x < kLowest<T> ? kLowest<T> : x;
+            const T e = exp_clamped(x);
+            sum += e;
+            centred += e * x;
+        }
+        state.sum += sum;
+        state.centred += centred;
+    }
+    return state;
+}
+
+inline int64_t segments_of(int64_t V) { return (V + kSegment - 1) / kSegment; }
+
+// One segment of a row, in two parts: the target, where it lies inside, apart from the others.
+template <typename In>
+Softmax segment_without(const In* row, int64_t segment, int64_t V, int64_t target, double inv_temperature, double softcap) {
+    const int64_t begin = segment * kSegment, end = minimum(begin + kSegment, V);
+    if (target < begin || target >= end) return accumulate(row, begin, end, inv_temperature, softcap);
+    Softmax state = accumulate(row, begin, target, inv_temperature, softcap);
+    state.merge(accumulate(row, target + 1, end, inv_temperature, softcap), inv_temperature);
+    return state;
+}
+
+struct RowResult {
+    double logprob, entropy, max, log_sum;
+};
+
+// From the state of all the columns but the target.
+inline RowResult finish(const Softmax& others, double z_t, double inv_temperature) {
+    Softmax all = others;
+    all.merge({z_t, z_t == -kInf ? 0.0 : 1.0, 0.0}, inv_temperature);
+    // A row of nothing but -inf has no max; 0 keeps the backward pass finite.
+    return {target_logprob(others, z_t, inv_temperature), all.entropy(), all.sum == 0 ? 0.0 : all.max, all.log_sum()};
+}
+
+template <typename In>
+RowResult row_result(const In* row, int64_t V, int64_t target, double inv_temperature, double softcap) {
+    Softmax others;
+    for (int64_t s = 0; s < segments_of(V); ++s)
+        others.merge(segment_without(row, s, V, target, inv_temperature, softcap), inv_temperature);
+    return finish(others, logit(row, target, softcap), inv_temperature);
+}
+
+// Calls function with a value of the storage type that the dtype code names.
+template <typename Function>
+inline auto with_storage(int dtype, Function function) {
+    switch (dtype) {
+        case 1: return function(bfloat16());
+        case 2: return function(float16());
+        case 3: return function(double());
+        default: return function(float());
+    }
+}
+
+}  // namespace
+}  // namespace rlhf::ISA

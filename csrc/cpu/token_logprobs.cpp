@@ -1,0 +1,127 @@
+// log p(token) and entropy of softmax(logits / temperature), forward in one pass over each row, backward in one read and write.
+#include "ops.h"
+#include "row.h"
+
+namespace rlhf::ISA {
+namespace {
+
+constexpr int64_t kMasked = -100;
+
+template <typename In>
+void write(Pointer logprobs, Pointer entropy, Pointer stats, int64_t i, const RowResult& row) {
+    using T = Compute<In>;
+    logprobs.as<T>()[i] = T(row.logprob);
+    entropy.as<T>()[i] = T(row.entropy);
+    stats.as<T>()[2 * i] = T(row.max);
+    stats.as<T>()[2 * i + 1] = T(row.log_sum);
+}
+
+template <typename In>
+void forward(const In* logits, int64_t row_stride, const int64_t* ids, int64_t N, int64_t V, double inv_temperature, double softcap,
+             Pointer logprobs, Pointer entropy, Pointer stats, int threads) {
+    if (N >= threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+        for (int64_t i = 0; i < N; ++i) {
+            const bool masked = ids[i] == kMasked;
+            const RowResult none = {0, 0, 0, 0};
+            write<In>(logprobs, entropy, stats, i,
+                      masked ? none : row_result(logits + i * row_stride, V, ids[i], inv_temperature, softcap));
+        }
+        return;
+    }
+    Softmax* states = new Softmax[segments_of(V)];
+    for (int64_t i = 0; i < N; ++i) {
+        const In* row = logits + i * row_stride;
+        if (ids[i] == kMasked) {
+            write<In>(logprobs, entropy, stats, i, {0, 0, 0, 0});
+            continue;
+        }
+#pragma omp parallel for num_threads(threads) schedule(static)
+        for (int64_t s = 0; s < segments_of(V); ++s)
+            states[s] = segment_without(row, s, V, ids[i], inv_temperature, softcap);
+        Softmax others;
+        for (int64_t s = 0; s < segments_of(V); ++s) others.merge(states[s], inv_temperature);
+        write<In>(logprobs, entropy, stats, i, finish(others, logit(row, ids[i], softcap), inv_temperature));
+    }
+    delete[] states;
+}
+
+// Gradient of the columns [begin, end) of one row: dz_j = gL (1[j = t] - p_j) - gH p_j (log p_j + H), by the chain rule
+// through the temperature and the softcap. out may be the same memory as row.
+template <typename In>
+void row_gradient(const In* row, In* out, int64_t begin, int64_t end, int64_t target, double inv_temperature, double softcap,
+                  double logprob, double entropy, double max, double log_sum, double grad_logprob, double grad_entropy) {
+    using T = Compute<In>;
+    alignas(64) T buffer[kBlock], gradient[kBlock];
+    const T factor = T(inv_temperature), m = T(max), log_s = T(log_sum), h = T(entropy), cap_ = T(softcap);
+    const T g_logprob = T(grad_logprob * inv_temperature), g_entropy = T(grad_entropy * inv_temperature);
+    double target_gradient = 0;
+    if (target >= begin && target < end) {
+        const double p = std::exp(logprob), z = logit(row, target, softcap);
+        target_gradient = -grad_logprob * std::expm1(logprob) - (p == 0 ? p : grad_entropy * p * (logprob + entropy));
+        target_gradient *= inv_temperature * (softcap == 0 ? 1 : 1 - (z / softcap) * (z / softcap));
+    }
+    for (int64_t i = begin; i < end; i += kBlock) {
+        const int64_t n = minimum(kBlock, end - i);
+        const T* z = block(row + i, n, softcap, buffer);
+        T* g = gradient;
+        if constexpr (sizeof(In) == sizeof(T)) g = out + i;
+#pragma omp simd
+        for (int64_t k = 0; k < n; ++k) {
+            T x = (z[k] - m) * factor - log_s;
+            x = x < kLowest<T> ? kLowest<T> : x;
+            const T dz = -exp_clamped(x) * (g_logprob + g_entropy * (x + h));
+            g[k] = softcap == 0 ? dz : dz * (1 - (z[k] / cap_) * (z[k] / cap_));
+        }
+        if constexpr (sizeof(In) != sizeof(T)) store(gradient, out + i, n);
+    }
+    if (target >= begin && target < end) narrow(T(target_gradient), out[target]);
+}
+
+template <typename In>
+void backward(const In* logits, int64_t row_stride, const int64_t* ids, int64_t N, int64_t V, double inv_temperature, double softcap,
+              Pointer logprobs, Pointer entropy, Pointer stats, Pointer grad_logprobs, Pointer grad_entropy, In* grad_logits,
+              int64_t grad_row_stride, int threads) {
+    using T = Compute<In>;
+    const int64_t segments = segments_of(V);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t task = 0; task < N * segments; ++task) {
+        const int64_t i = task / segments, begin = task % segments * kSegment, end = minimum(begin + kSegment, V);
+        In* out = grad_logits + i * grad_row_stride;
+        if (ids[i] == kMasked) {
+            memset(out + begin, 0, size_t(end - begin) * sizeof(In));
+            continue;
+        }
+        row_gradient(logits + i * row_stride, out, begin, end, ids[i], inv_temperature, softcap, double(logprobs.as<T>()[i]),
+                     double(entropy.as<T>()[i]), double(stats.as<T>()[2 * i]), double(stats.as<T>()[2 * i + 1]),
+                     grad_logprobs ? double(grad_logprobs.as<T>()[i]) : 0.0, grad_entropy ? double(grad_entropy.as<T>()[i]) : 0.0);
+    }
+}
+
+}  // namespace
+
+int64_t token_logprobs(Pointer logits, int dtype, int64_t row_stride, Pointer ids, int64_t N, int64_t V, double inv_temperature,
+                       double softcap, Pointer logprobs, Pointer entropy, Pointer stats, int threads) {
+    for (int64_t i = 0; i < N; ++i) {
+        const int64_t id = ids.as<int64_t>()[i];
+        if (id != kMasked && (id < 0 || id >= V)) return i;
+    }
+    with_storage(dtype, [&](auto storage) {
+        using In = decltype(storage);
+        forward(logits.as<const In>(), row_stride, ids.as<const int64_t>(), N, V, inv_temperature, softcap, logprobs, entropy, stats,
+                threads);
+    });
+    return -1;
+}
+
+void token_logprobs_backward(Pointer logits, int dtype, int64_t row_stride, Pointer ids, int64_t N, int64_t V,
+                             double inv_temperature, double softcap, Pointer logprobs, Pointer entropy, Pointer stats,
+                             Pointer grad_logprobs, Pointer grad_entropy, Pointer grad_logits, int64_t grad_row_stride, int threads) {
+    with_storage(dtype, [&](auto storage) {
+        using In = decltype(storage);
+        backward(logits.as<const In>(), row_stride, ids.as<const int64_t>(), N, V, inv_temperature, softcap, logprobs, entropy, stats,
+                 grad_logprobs, grad_entropy, grad_logits.as<In>(), grad_row_stride, threads);
+    });
+}
+
+}  // namespace rlhf::ISA

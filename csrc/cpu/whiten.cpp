@@ -1,0 +1,62 @@
+// Normalised advantages: masked whitening, and the group baselines of RLOO and GRPO. Sums run serially in double.
+#include "../math.h"
+#include "ops.h"
+
+namespace rlhf::ISA {
+namespace {
+
+template <typename T>
+void whiten_all(Pointer x, Pointer mask, int64_t n, bool shift_mean, Pointer out, int threads) {
+    const T* from = x.as<T>();
+    const uint8_t* on = mask.as<uint8_t>();
+    double count = 0, sum = 0, squares = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        count += on[i] ? 1 : 0;
+        sum += on[i] ? double(from[i]) : 0.0;
+    }
+    const double mean = count > 0 ? sum / count : 0;
+    for (int64_t i = 0; i < n; ++i) squares += on[i] ? (double(from[i]) - mean) * (double(from[i]) - mean) : 0.0;
+    const double scale = 1 / std::sqrt((count > 1 ? squares / (count - 1) : 0) + 1e-8), shift = shift_mean ? 0 : mean;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < n; ++i) out.as<T>()[i] = on[i] ? T((double(from[i]) - mean) * scale + shift) : T(0);
+}
+
+template <typename T>
+void rloo(Pointer scores, int64_t B, int64_t group, Pointer out) {
+    for (int64_t b = 0; b < B; b += group) {
+        double sum = 0;
+        for (int64_t i = b; i < b + group; ++i) sum += double(scores.as<T>()[i]);
+        for (int64_t i = b; i < b + group; ++i) {
+            const double score = scores.as<T>()[i];
+            out.as<T>()[i] = T(score - (sum - score) / double(group - 1));
+        }
+    }
+}
+
+template <typename T>
+void grpo(Pointer scores, int64_t B, int64_t group, Pointer out) {
+    for (int64_t b = 0; b < B; b += group) {
+        double sum = 0, squares = 0;
+        for (int64_t i = b; i < b + group; ++i) sum += double(scores.as<T>()[i]);
+        const double mean = sum / double(group);
+        for (int64_t i = b; i < b + group; ++i) squares += (scores.as<T>()[i] - mean) * (scores.as<T>()[i] - mean);
+        const double scale = 1 / (std::sqrt(squares / double(group - 1)) + 1e-4);
+        for (int64_t i = b; i < b + group; ++i) out.as<T>()[i] = T((scores.as<T>()[i] - mean) * scale);
+    }
+}
+
+}  // namespace
+
+void whiten(int dtype, Pointer x, Pointer mask, int64_t n, bool shift_mean, Pointer out, int threads) {
+    RLHF_BY_DTYPE(whiten_all, x, mask, n, shift_mean, out, threads);
+}
+
+void rloo_advantages(int dtype, Pointer scores, int64_t B, int64_t group, Pointer out, int) {
+    RLHF_BY_DTYPE(rloo, scores, B, group, out);
+}
+
+void grpo_advantages(int dtype, Pointer scores, int64_t B, int64_t group, Pointer out, int) {
+    RLHF_BY_DTYPE(grpo, scores, B, group, out);
+}
+
+}  // namespace rlhf::ISA

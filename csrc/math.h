@@ -1,0 +1,254 @@
+// Scalar maths shared by the CPU and CUDA kernels: exponentials, the online-softmax state, every loss term with its derivative.
+// Written once, templated on float and double. Branch-free where it runs per token, so that loops over it vectorise.
+// Everything lives in rlhf::ISA: a copy shared by two instruction sets would let the linker keep the wrong one.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#ifdef __CUDACC__
+#define RLHF_INLINE __host__ __device__ __forceinline__
+#else
+#define RLHF_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace rlhf::ISA {
+
+constexpr double kInf = __builtin_huge_val();
+
+template <typename T>
+RLHF_INLINE T maximum(T a, T b) { return a > b ? a : b; }  // b where a is NaN
+template <typename T>
+RLHF_INLINE T minimum(T a, T b) { return a < b ? a : b; }
+template <typename T>
+RLHF_INLINE T clamp(T x, T low, T high) { return x < low ? low : x > high ? high : x; }  // keeps NaN
+
+// ---- exponentials
+
+// exp(kLowest) is exactly 0: clamp there first where exp(x) meets a factor x, since 0 * -inf is NaN.
+template <typename T>
+constexpr T kLowest = T(-746);
+template <>
+inline constexpr float kLowest<float> = -87.33f;
+
+RLHF_INLINE double exp_clamped(double x) { return std::exp(x); }
+
+// e^x for kLowest <= x <= 89.4, relative error 1e-7: x = n ln2 + r, e^r by a minimax polynomial, 2^(n-1) from its bits and
+// the factor 2 in the coefficients. So n = -126 gives an exact 0 instead of a denormal, and n = 129 gives infinity.
+RLHF_INLINE float exp_clamped(float x) {
+#ifdef __CUDA_ARCH__
+    return expf(x);
+#else
+    constexpr float magic = 12582912.0f + 126.0f;  // 1.5 * 2^23: the sum's low mantissa bits are the integer n + 126
+    const float shifted = x * 1.44269504f + magic;
+    const float n = shifted - magic;
+    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 2.0f * 1.38145406e-3f;
+    p = p * r + 2.0f * 8.36874545e-3f;
+    p = p * r + 2.0f * 4.16683890e-2f;
+    p = p * r + 2.0f * 1.66665211e-1f;
+    p = p * r + 2.0f * 4.99999940e-1f;
+    p = p * r + 2.0f;
+    p = p * r + 2.0f;
+    uint32_t bits;
+    memcpy(&bits, &shifted, sizeof bits);
+    bits <<= 23;
+    float scale;
+    memcpy(&scale, &bits, sizeof scale);
+    return p * scale;
+#endif
+}
+
+template <typename T>
+RLHF_INLINE T exp_of(T x) { return exp_clamped(clamp(x, kLowest<T>, sizeof(T) == 4 ? T(89.4) : T(710))); }
+
+// e^x - 1 - x without cancellation near 0: the k3 estimator, with derivative e^x - 1 = bregman(x) + x.
+RLHF_INLINE float bregman(float x) {
+    float p = 2.48416795e-5f;
+    p = p * x + 1.99619571e-4f;
+    p = p * x + 1.38890401e-3f;
+    p = p * x + 8.33318276e-3f;
+    p = p * x + 4.16666643e-2f;
+    p = p * x + 1.66666671e-1f;
+    p = p * x + 0.5f;
+    const float near = p * x * x, far = (exp_of(x) - 1.0f) - x;
+    return x > -0.5f && x < 0.5f ? near : far;
+}
+RLHF_INLINE double bregman(double x) {
+    return std::fabs(x) < 1e-3 ? x * x * (0.5 + x * (1.0 / 6 + x * (1.0 / 24 + x / 120))) : std::expm1(x) - x;
+}
+
+RLHF_INLINE double tanh_of(double x) { return std::tanh(x); }
+
+RLHF_INLINE float tanh_of(float x) {
+    const float y = x < 0 ? -x : x, y2 = y * y;
+    float p = -5.70493396e-3f;
+    p = p * y2 + 2.06390419e-2f;
+    p = p * y2 - 5.37397019e-2f;
+    p = p * y2 + 1.33314420e-1f;
+    p = p * y2 - 3.33332819e-1f;
+    const float near = y + y * y2 * p, far = 1.0f - 2.0f / (exp_of(2.0f * y) + 1.0f);
+    const float t = y < 0.625f ? near : far;
+    return x < 0 ? -t : t;
+}
+
+template <typename T>
+RLHF_INLINE T softplus(T x) { return x > 0 ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x)); }
+template <typename T>
+RLHF_INLINE T log_sigmoid(T x) { return -softplus(-x); }
+template <typename T>
+RLHF_INLINE T sigmoid(T x) { return x > 0 ? 1 / (1 + std::exp(-x)) : std::exp(x) / (1 + std::exp(x)); }
+
+// ---- online softmax
+
+// max m of the logits z seen so far, sum of e^x and of x e^x with x = (z - m) / temperature.
+struct Softmax {
+    double max = -kInf, sum = 0, centred = 0;
+
+    RLHF_INLINE void move_max(double to, double inv_temperature) {
+        if (sum != 0) {  // with an empty sum, max may be -inf and the step below 0 * inf
+            const double x = (max - to) * inv_temperature, e = std::exp(x);
+            centred = e == 0 ? 0 : e * (centred + sum * x);
+            sum *= e;
+        }
+        max = to;
+    }
+    RLHF_INLINE void merge(Softmax other, double inv_temperature) {
+        if (other.max > max) move_max(other.max, inv_temperature);
+        other.move_max(max, inv_temperature);
+        sum += other.sum;
+        centred += other.centred;
+    }
+    RLHF_INLINE double log_sum() const { return sum == 0 ? 0 : std::log(sum); }
+    RLHF_INLINE double entropy() const { return sum == 0 ? 0 : std::log(sum) - centred / sum; }
+};
+
+// log p of a target z_t against the state of all the others. Exact where the target leads by so much that
+// z_t - logsumexp would round to 0: log p = -log(1 + e^x), x = log of the others' weight over the target's.
+RLHF_INLINE double target_logprob(const Softmax& others, double z_t, double inv_temperature) {
+    if (z_t == -kInf) return others.sum == others.sum ? -kInf : others.sum;
+    if (!(z_t < kInf)) return z_t - z_t;  // NaN or +inf: no distribution
+    if (others.sum == 0) return 0;
+    return 0 - softplus((others.max - z_t) * inv_temperature + std::log(others.sum));
+}
+
+// ---- per-token loss terms: value and derivative by the log-prob
+
+template <typename T>
+struct Term {
+    T value, grad;
+};
+
+constexpr double kMaxLogRatio = 20;
+
+enum Estimator { kK1, kK2, kK3, kAbs };
+
+// KL estimate from d = logp - ref_logp (Schulman 2020, "Approximating KL divergence").
+template <typename T>
+RLHF_INLINE Term<T> kl_term(T d, int estimator) {
+    if (estimator == kK1) return {d, T(1)};
+    if (estimator == kK2) return {d * d / 2, d};
+    if (estimator == kAbs) return {d < 0 ? -d : d, d > 0 ? T(1) : d < 0 ? T(-1) : d * 0};
+    const T b = bregman(-d);
+    return {b, d - b};
+}
+
+template <typename T>
+struct PPOTerm {
+    T value, grad, ratio, approx_kl, clipped;
+};
+
+// max(-A r, -A clip(r, 1 - low, 1 + high)), below 0 advantage at most -A dual_clip (infinity = off); r = e^clamp(log ratio).
+// Ties share the gradient equally and clamps pass it on their closed interval, as torch does.
+template <typename T>
+RLHF_INLINE PPOTerm<T> ppo_term(T log_ratio, T advantage, T low, T high, T dual_clip) {
+    const T limit = T(kMaxLogRatio), x = clamp(log_ratio, -limit, limit), r = exp_clamped(x);
+    const T r_clipped = clamp(r, 1 - low, 1 + high), a = -advantage * r, b = -advantage * r_clipped;
+    const T grad_b = r == r_clipped ? a : T(0);
+    T value = a > b ? a : b, grad = a > b ? a : b > a ? grad_b : (a + grad_b) / 2;
+    const T bound = advantage < 0 ? -advantage * dual_clip : T(kInf);
+    grad = value < bound ? grad : value > bound ? T(0) : grad / 2;
+    value = value > bound ? bound : value;
+    grad = x == log_ratio ? grad : log_ratio != log_ratio ? log_ratio : T(0);
+    return {value, grad, r, bregman(x), b > a ? T(1) : T(0)};
+}
+
+// 0.5 max((v - R)^2, (clamp(v, old - clip, old + clip) - R)^2)
+template <typename T>
+RLHF_INLINE PPOTerm<T> value_term(T value, T old_value, T target, T clip) {
+    const T v = clamp(value, old_value - clip, old_value + clip);
+    const T a = (value - target) * (value - target), b = (v - target) * (v - target);
+    const T grad_a = value - target, grad_b = v == value ? grad_a : T(0);
+    const T grad = a > b ? grad_a : b > a ? grad_b : (grad_a + grad_b) / 2;
+    return {(a > b ? a : b) / 2, grad, 0, 0, b > a ? T(1) : T(0)};
+}
+
+// ---- per-pair loss terms
+
+// -log sigmoid(x), the Bradley-Terry likelihood
+template <typename T>
+RLHF_INLINE Term<T> bradley_terry(T x) { return {softplus(-x), -sigmoid(-x)}; }
+
+template <typename T>
+struct PairTerm {
+    T value, grad_chosen, grad_rejected;
+};
+
+enum DPOType { kSigmoid, kRobust, kHinge, kIPO, kExoPair, kNcaPair, kApoZero, kApoDown, kSigmoidNorm, kSppoHard, kDiscopop };
+
+// Loss of one pair from the log-ratios c, r = logp - ref_logp of the chosen and rejected answer, with derivatives by c and r.
+// eps is the label smoothing. kIPO and kSigmoidNorm get ratios already divided by the lengths.
+template <typename T>
+RLHF_INLINE PairTerm<T> dpo_term(T c, T r, T beta, int type, T eps) {
+    const T h = beta * (c - r), p = sigmoid(h), q = sigmoid(-h), log_p = log_sigmoid(h), log_q = log_sigmoid(-h);
+    T value = 0, by_h = 0;  // for the losses that depend on h alone
+    switch (type) {
+        case kSigmoid:
+        case kSigmoidNorm:
+            value = -(1 - eps) * log_p - eps * log_q;
+            by_h = -(1 - eps) * q + eps * p;
+            break;
+        case kRobust:
+            value = (-(1 - eps) * log_p + eps * log_q) / (1 - 2 * eps);
+            by_h = (-(1 - eps) * q - eps * p) / (1 - 2 * eps);
+            break;
+        case kHinge:
+            value = h < 1 ? 1 - h : h - h;
+            by_h = h < 1 ? T(-1) : T(0);
+            break;
+        case kIPO: {
+            const T error = (c - r) - 1 / (2 * beta);
+            return {error * error, 2 * error, -2 * error};
+        }
+        case kExoPair: {
+            const T on_p = log_p - std::log1p(-eps), on_q = log_q - std::log(eps);
+            value = p * on_p + q * on_q;
+            by_h = p * q * (on_p - on_q);  // d p = p q, and the logs' own derivatives cancel
+            break;
+        }
+        case kNcaPair: {
+            const T a = beta * c, b = beta * r;
+            return {softplus(-a) + (softplus(a) + softplus(b)) / 2, beta * (sigmoid(a) / 2 - sigmoid(-a)), beta * sigmoid(b) / 2};
+        }
+        case kApoZero: {
+            const T a = beta * c, b = beta * r;
+            return {sigmoid(-a) + sigmoid(b), -beta * sigmoid(a) * sigmoid(-a), beta * sigmoid(b) * sigmoid(-b)};
+        }
+        case kApoDown: {
+            const T a = beta * c;
+            return {sigmoid(a) + q, beta * (sigmoid(a) * sigmoid(-a) - p * q), beta * p * q};
+        }
+        case kSppoHard: {
+            const T win = c - 1 / (2 * beta), lose = r + 1 / (2 * beta);
+            return {win * win + lose * lose, 2 * win, 2 * lose};
+        }
+        default: {  // kDiscopop, temperature 0.05
+            const T tau = T(0.05), mix = sigmoid(h / tau), rest = sigmoid(-h / tau), e = std::exp(-h);
+            value = -log_p * rest + e * mix;
+            by_h = mix * rest / tau * (e + log_p) - q * rest - e * mix;
+        }
+    }
+    return {value, beta * by_h, -beta * by_h};
+}
+
+}  // namespace rlhf::ISA
