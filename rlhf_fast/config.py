@@ -212,12 +212,18 @@ class PairsConfig:
     reward: str = _required("Reward-model directory, or a function `package.module:name` or `file.py:name`.")
     output: str = _required("JSONL file (.jsonl or .jsonl.gz) to write: prompt, chosen, rejected.")
     scale: float = _arg(1.0, "P(a preferred) = sigmoid(scale * (reward(a) - reward(b))).")
+    eval_output: str | None = _arg(None, "Second file, for the pairs of the last eval_rows prompts.")
+    eval_rows: int = _arg(0, "Prompts whose pairs are held out into eval_output.")
     max_rows: int | None = _arg(None, "Use only the first so many prompts.")
     batch_size: int = _arg(64, "Prompts sampled at once.")
     max_prompt_length: int = _arg(256, "Longest prompt in tokens; longer ones lose their left end.")
     max_response_length: int = _arg(64, "Longest completion in tokens.")
     temperature: float = _arg(1.0, "Sampling temperature.")
     seed: int = _arg(0, "Seed of sampling and labelling.")
+
+    def __post_init__(self) -> None:
+        if bool(self.eval_rows) != bool(self.eval_output):
+            raise ValueError(f"eval_rows: expected both it and eval_output, or neither, got {self.eval_rows}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 from rlhf_fast.config import OnlineConfig
 from rlhf_fast.data import PromptExample, encode_prompts, epoch_batches, load_rows, pad_id, pad_left
 from rlhf_fast.evaluation import make_evaluator, prompt_columns
+from rlhf_fast.memory import Meter
 from rlhf_fast.models import default_device, load_policy, load_tokenizer, response_logprobs
 from rlhf_fast.ops import kl_penalty, reinforce_loss
 from rlhf_fast.rewards import Reward
@@ -105,19 +106,20 @@ class Online:
         ) as run:
             run.note(prompts=len(self.prompts), truncated_prompts=self.truncated)
             for step in run.steps():
-                experience = self.collect(run, step)
+                experience = self.collect(run.meter, step)
                 metrics = {**self._describe(experience), **update(run, experience)}
                 metrics |= {"lr": self.learner.lr, "episode": step * self.config.batch_size}
                 self.kl.update(metrics["objective/kl"], self.config.batch_size)
                 run.end_step(step, metrics)
             run.finish()
 
-    def collect(self, run: Run, step: int) -> Experience:
+    def collect(self, meter: Meter, step: int) -> Experience:
+        """Sample, score and take the reference's log-probs for round `step`."""
         prompts = self._round_prompts(step)
         ids, mask = (x.to(self.device) for x in pad_left([p.prompt_ids for p in prompts], pad_id(self.tokenizer)))
         generator = torch.Generator(self.device).manual_seed(seed_everything(self.config.seed, step))
         with autocast(self.device, self.config.bf16), torch.no_grad():
-            with run.meter.phase("rollout"):
+            with meter.phase("rollout"):
                 rollout, greedy = generate(
                     self.policy,
                     ids,
@@ -130,11 +132,11 @@ class Online:
                     greedy=self.greedy,
                     generator=generator,
                 )
-            with run.meter.phase("scoring"):
+            with meter.phase("scoring"):
                 columns = prompt_columns([p for p in prompts for _ in range(self.samples)])
                 scores = self._score(rollout, columns)
                 greedy_scores = self._score(greedy, prompt_columns(prompts)) if greedy is not None else None
-            with run.meter.phase("reference"):
+            with meter.phase("reference"):
                 ref_logprobs = torch.cat(
                     [
                         response_logprobs(

@@ -19,8 +19,8 @@ from rlhf_fast.rollout import eos_token_ids, generate
 from rlhf_fast.training import micro_batches
 
 
-def train(config: PairsConfig) -> None:
-    """Write one {prompt, chosen, rejected} row per prompt to `config.output`; equal completions are left out."""
+def sample(config: PairsConfig) -> None:
+    """Write a {prompt, chosen, rejected} row per prompt to `config.output`; equal or empty completions are left out."""
     device = default_device()
     tokenizer = load_tokenizer(config.model)
     policy = load_policy(config.model, trainable=False).to(device)
@@ -29,10 +29,10 @@ def train(config: PairsConfig) -> None:
         load_rows(config.prompts, "prompt")[: config.max_rows], tokenizer, config.max_prompt_length
     )
     generator = torch.Generator(device).manual_seed(config.seed)
-    label_generator = torch.Generator().manual_seed(config.seed)
+    labels = torch.Generator().manual_seed(config.seed)
     pairs = []
-    for rows in micro_batches(len(prompts.examples), config.batch_size):
-        batch = prompts.examples[rows]
+    for rows in micro_batches(len(prompts), config.batch_size):
+        batch = prompts[rows]
         ids, mask = (x.to(device) for x in pad_left([p.prompt_ids for p in batch], pad_id(tokenizer)))
         rollout = generate(
             policy,
@@ -47,18 +47,22 @@ def train(config: PairsConfig) -> None:
         ).sampled
         scores = reward(rollout, prompt_columns([p for p in batch for _ in range(2)])).view(-1, 2).cpu()
         first_wins = torch.sigmoid(config.scale * (scores[:, 0] - scores[:, 1]))
-        chosen = (torch.rand(len(batch), generator=label_generator) >= first_wins).long().tolist()
+        best = (torch.rand(len(batch), generator=labels) >= first_wins).long().tolist()
         texts = decode_responses(tokenizer, rollout)
-        for i, (prompt, best) in enumerate(zip(batch, chosen, strict=True)):
+        for i, prompt in enumerate(batch):
             answers = texts[2 * i : 2 * i + 2]
-            if answers[0].strip() and answers[1].strip() and answers[0] != answers[1]:
-                pairs.append({"prompt": prompt.prompt, "chosen": answers[best], "rejected": answers[1 - best]})
-    _write(Path(config.output), pairs)
+            useful = answers[0].strip() and answers[1].strip() and answers[0] != answers[1]
+            row = {"prompt": prompt.prompt, "chosen": answers[best[i]], "rejected": answers[1 - best[i]]}
+            pairs.append(row if useful else None)
+    training = len(pairs) - config.eval_rows
+    _write(Path(config.output), pairs[:training])
+    if config.eval_output:
+        _write(Path(config.eval_output), pairs[training:])
 
 
-def _write(path: Path, rows: list[dict]) -> None:
+def _write(path: Path, rows: list[dict | None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with gzip.open(partial, "wt") if path.suffix == ".gz" else open(partial, "w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.writelines(json.dumps(row) + "\n" for row in rows if row)
     os.replace(partial, path)
