@@ -57,7 +57,7 @@ def token_logprobs(
 
 @torch.no_grad()
 def sample_tokens(logits: Tensor, uniforms: Tensor, *, temperature: float, greedy_mask: Tensor | None = None) -> Sample:
-    """Inverse CDF: the first token whose running sum of p exceeds the uniform number; in greedy rows the first maximum."""
+    """Inverse CDF: the first token whose running sum of p exceeds the uniform number; or the first maximum."""
     z = scaled_logits(logits, temperature, None)
     e = torch.exp(z - z.amax(-1, keepdim=True)).double()
     below = (e.cumsum(-1) <= (uniforms * e.sum(-1)).unsqueeze(-1)).sum(-1)

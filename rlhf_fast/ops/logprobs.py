@@ -9,7 +9,7 @@ from torch import Tensor
 from rlhf_fast import reference
 from rlhf_fast.ops.checks import FLOATS, INTEGERS, check_device, check_positive, expect
 from rlhf_fast.ops.dispatch import LIBRARY, _cpu, code, has_kernel, statistics_dtype
-from rlhf_fast.ops.gradients import no_second_derivative
+from rlhf_fast.ops.gradients import no_second_derivative, register_autograd
 from rlhf_fast.reference import IGNORED_ID
 from rlhf_fast.results import TokenLogprobs
 
@@ -233,5 +233,5 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad_logprobs: Tensor | 
     return logits, None, None, None, None
 
 
-torch.library.register_autograd("rlhf_fast::token_logprobs", _backward, setup_context=_setup_context, lib=LIBRARY)
+register_autograd("token_logprobs", _setup_context, _backward, differentiable=(0,))
 no_second_derivative("token_logprobs_backward")
