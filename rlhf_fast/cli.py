@@ -1,0 +1,94 @@
+"""The `rlhf-fast` command: one sub-command per stage, its flags and YAML keys the fields of the stage's config.
+
+Exit codes: 0 done, 2 the config is wrong, 1 the stage failed, 130 interrupted. torch is imported when a stage runs.
+"""
+
+import importlib
+import sys
+from typing import Any, NamedTuple
+
+import rlhf_fast
+
+
+class Command(NamedTuple):
+    config: str  # package.module:dataclass
+    run: str  # package.module:function of the config
+    help: str
+
+
+COMMANDS = {
+    "demo": Command("config:DemoConfig", "demo:run", "five methods on a small world made on the spot, with a report"),
+    "pipeline": Command("config:PipelineConfig", "pipeline:run", "SFT, reward model and every method, with a report"),
+    "init": Command("tokenizers:InitConfig", "tokenizers:init", "train a tokenizer and make a model from a config"),
+    "sft": Command("config:SFTConfig", "stages.sft:train", "supervised fine-tuning"),
+    "pairs": Command("config:PairsConfig", "stages.pairs:sample", "sample preference pairs and label them by a reward"),
+    "reward": Command("config:RewardConfig", "stages.reward:train", "reward model from preferences"),
+    "ppo": Command("config:PPOConfig", "stages.ppo:train", "PPO with a value model"),
+    "remax": Command("config:ReMaxConfig", "stages.remax:train", "REINFORCE with a greedy baseline"),
+    "reinforce": Command("config:ReinforceConfig", "stages.reinforce:train", "REINFORCE without a baseline"),
+    "rloo": Command("config:RLOOConfig", "stages.rloo:train", "REINFORCE with a leave-one-out baseline"),
+    "dpo": Command("config:DPOConfig", "stages.dpo:train", "direct preference optimisation"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if argv[0] == "--version":
+        print(f"rlhf-fast {rlhf_fast.__version__}")
+        return 0
+    from rlhf_fast.arguments import nearest, parse
+
+    name, *arguments = argv
+    if name not in COMMANDS:
+        return _fail(f"unknown command {nearest(name, list(COMMANDS))}", 2)
+    command = COMMANDS[name]
+    debug = "--debug" in arguments
+    try:
+        parsed = parse(_load(command.config), arguments, f"rlhf-fast {name}")
+    except ValueError as error:
+        if debug:
+            raise
+        return _fail(str(error), 2)
+    if parsed is None:
+        return 0
+    try:
+        _load(command.run)(parsed)
+    except (ValueError, OSError) as error:
+        if debug:
+            raise
+        return _fail(f"{error} (--debug shows where)", 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    print(f"{name}: wrote {getattr(parsed, 'output_dir', None) or parsed.output}")
+    return 0
+
+
+def _load(target: str) -> Any:
+    module, name = target.split(":")
+    return getattr(importlib.import_module(f"rlhf_fast.{module}"), name)
+
+
+def _fail(message: str, code: int) -> int:
+    red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")
+    print(f"{red}rlhf-fast: {' '.join(message.split())}{plain}", file=sys.stderr)
+    return code
+
+
+def _overview() -> str:
+    commands = "\n".join(f"  {name:<10} {command.help}" for name, command in COMMANDS.items())
+    return f"""usage: rlhf-fast COMMAND [--config FILE] [flags]
+
+RLHF post-training of language models on one machine.
+
+commands:
+{commands}
+
+`rlhf-fast COMMAND --help` lists its flags. `rlhf-fast --version` prints {rlhf_fast.__version__}."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
