@@ -15,6 +15,7 @@
 namespace rlhf::ISA {
 
 constexpr double kInf = __builtin_huge_val();
+constexpr double kLog2E = 1.4426950408889634;
 
 template <typename T>
 RLHF_INLINE T maximum(T a, T b) { return a > b ? a : b; }  // b where a is NaN
@@ -25,42 +26,54 @@ RLHF_INLINE T clamp(T x, T low, T high) { return x < low ? low : x > high ? high
 
 // ---- exponentials
 
-// exp(kLowest) is exactly 0: clamp there first where exp(x) meets a factor x, since 0 * -inf is NaN.
+// 2^kLowest is exactly 0. Clamp there before exp2_clamped, and wherever 2^x meets a factor x: 0 * -inf is NaN.
 template <typename T>
-constexpr T kLowest = T(-746);
+constexpr T kLowest = T(-1080);
 template <>
-inline constexpr float kLowest<float> = -87.33f;
+inline constexpr float kLowest<float> = -126.0f;
 
-RLHF_INLINE double exp_clamped(double x) { return std::exp(x); }
+constexpr float kRound = 12582912.0f + 126.0f;  // 1.5 * 2^23: a sum's low mantissa bits are the nearest integer n, plus 126
 
-// e^x for kLowest <= x <= 89.4, relative error 1e-7: x = n ln2 + r, e^r by a minimax polynomial, 2^(n-1) from its bits and
-// the factor 2 in the coefficients. So n = -126 gives an exact 0 instead of a denormal, and n = 129 gives infinity.
-RLHF_INLINE float exp_clamped(float x) {
-#ifdef __CUDA_ARCH__
-    return expf(x);
-#else
-    constexpr float magic = 12582912.0f + 126.0f;  // 1.5 * 2^23: the sum's low mantissa bits are the integer n + 126
-    const float shifted = x * 1.44269504f + magic;
-    const float n = shifted - magic;
-    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 2.0f * 1.38145406e-3f;
-    p = p * r + 2.0f * 8.36874545e-3f;
-    p = p * r + 2.0f * 4.16683890e-2f;
-    p = p * r + 2.0f * 1.66665211e-1f;
-    p = p * r + 2.0f * 4.99999940e-1f;
-    p = p * r + 2.0f;
-    p = p * r + 2.0f;
+// 2^(n + f) for |f| <= 1/2 from shifted = n + kRound: a minimax polynomial in f, relative error 9e-8, times 2^(n-1) from
+// its bits, the missing factor 2 being in the coefficients. So n = -126 gives an exact 0, not a denormal, n = 129 infinity.
+RLHF_INLINE float exp2_parts(float shifted, float f) {
+    float p = 2.0f * 1.3264659e-3f;
+    p = p * f + 2.0f * 9.6715660e-3f;
+    p = p * f + 2.0f * 5.5507344e-2f;
+    p = p * f + 2.0f * 2.4022241e-1f;
+    p = p * f + 2.0f * 6.9314698e-1f;
+    p = p * f + 2.0f;
     uint32_t bits;
     memcpy(&bits, &shifted, sizeof bits);
     bits <<= 23;
     float scale;
     memcpy(&scale, &bits, sizeof scale);
     return p * scale;
+}
+
+// 2^x for kLowest <= x <= 129
+RLHF_INLINE double exp2_clamped(double x) { return std::exp2(x); }
+RLHF_INLINE float exp2_clamped(float x) {
+#ifdef __CUDA_ARCH__
+    return exp2f(x);
+#else
+    const float shifted = x + kRound;
+    return exp2_parts(shifted, x - (shifted - kRound));
 #endif
 }
 
-template <typename T>
-RLHF_INLINE T exp_of(T x) { return exp_clamped(clamp(x, kLowest<T>, sizeof(T) == 4 ? T(89.4) : T(710))); }
+// e^x, relative error 2e-7: x = n ln2 + r with ln2 in two parts, the first short enough for an exact n ln2.
+RLHF_INLINE double exp_of(double x) { return std::exp(x); }
+RLHF_INLINE float exp_of(float x) {
+#ifdef __CUDA_ARCH__
+    return expf(x);
+#else
+    x = clamp(x, -87.33f, 89.4f);
+    const float shifted = x * 1.44269504f + kRound, n = shifted - kRound;
+    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    return exp2_parts(shifted, r * 1.44269504f);
+#endif
+}
 
 // e^x - 1 - x without cancellation near 0: the k3 estimator, with derivative e^x - 1 = bregman(x) + x.
 RLHF_INLINE float bregman(float x) {
@@ -101,26 +114,29 @@ RLHF_INLINE T sigmoid(T x) { return x > 0 ? 1 / (1 + std::exp(-x)) : std::exp(x)
 
 // ---- online softmax
 
-// max m of the logits z seen so far, sum of e^x and of x e^x with x = (z - m) / temperature.
+// Sums over logits z of e^x and x e^x, x = (z - shift) / temperature. The shift is close to the largest logit seen.
 struct Softmax {
-    double max = -kInf, sum = 0, centred = 0;
+    double shift = -kInf, sum = 0, centred = 0;
 
-    RLHF_INLINE void move_max(double to, double inv_temperature) {
-        if (sum != 0) {  // with an empty sum, max may be -inf and the step below 0 * inf
-            const double x = (max - to) * inv_temperature, e = std::exp(x);
+    RLHF_INLINE void move(double to, double inv_temperature) {
+        if (sum != 0) {  // the shift of an empty sum may be -inf, and the step below 0 * inf
+            const double x = (shift - to) * inv_temperature, e = std::exp(x);
             centred = e == 0 ? 0 : e * (centred + sum * x);
             sum *= e;
         }
-        max = to;
+        shift = to;
     }
     RLHF_INLINE void merge(Softmax other, double inv_temperature) {
-        if (other.max > max) move_max(other.max, inv_temperature);
-        other.move_max(max, inv_temperature);
+        if (other.shift > shift) move(other.shift, inv_temperature);
+        other.move(shift, inv_temperature);
         sum += other.sum;
         centred += other.centred;
     }
     RLHF_INLINE double log_sum() const { return sum == 0 ? 0 : std::log(sum); }
-    RLHF_INLINE double entropy() const { return sum == 0 ? 0 : std::log(sum) - centred / sum; }
+    RLHF_INLINE double entropy() const {
+        const double h = sum == 0 ? 0 : std::log(sum) - centred / sum;
+        return h < 0 ? 0 : h;
+    }
 };
 
 // log p of a target z_t against the state of all the others. Exact where the target leads by so much that
@@ -129,7 +145,7 @@ RLHF_INLINE double target_logprob(const Softmax& others, double z_t, double inv_
     if (z_t == -kInf) return others.sum == others.sum ? -kInf : others.sum;
     if (!(z_t < kInf)) return z_t - z_t;  // NaN or +inf: no distribution
     if (others.sum == 0) return 0;
-    return 0 - softplus((others.max - z_t) * inv_temperature + std::log(others.sum));
+    return 0 - softplus((others.shift - z_t) * inv_temperature + std::log(others.sum));
 }
 
 // ---- per-token loss terms: value and derivative by the log-prob
@@ -162,7 +178,7 @@ struct PPOTerm {
 // Ties share the gradient equally and clamps pass it on their closed interval, as torch does.
 template <typename T>
 RLHF_INLINE PPOTerm<T> ppo_term(T log_ratio, T advantage, T low, T high, T dual_clip) {
-    const T limit = T(kMaxLogRatio), x = clamp(log_ratio, -limit, limit), r = exp_clamped(x);
+    const T limit = T(kMaxLogRatio), x = clamp(log_ratio, -limit, limit), r = exp_of(x);
     const T r_clipped = clamp(r, 1 - low, 1 + high), a = -advantage * r, b = -advantage * r_clipped;
     const T grad_b = r == r_clipped ? a : T(0);
     T value = a > b ? a : b, grad = a > b ? a : b > a ? grad_b : (a + grad_b) / 2;

@@ -8,7 +8,7 @@
 namespace rlhf::ISA {
 namespace {
 
-constexpr int64_t kBlock = 2048;      // floats: two blocks fit in L1
+constexpr int64_t kBlock = 2048;      // logits: a block of floats and its neighbours fit in the L1 cache
 constexpr int64_t kSegment = 1 << 14;  // columns summed in one go: fixed, so that splitting a row over threads keeps its bits
 
 struct bfloat16 {
@@ -92,7 +92,7 @@ inline Compute<In> logit(const In* row, int64_t i, double softcap) {
     return z;
 }
 
-// n <= kBlock logits as T: in place where nothing has to be done to them, else in the buffer.
+// n <= kBlock logits ready to be summed: the row itself where nothing has to be done to them, else the buffer.
 template <typename In>
 inline const Compute<In>* block(const In* from, int64_t n, double softcap, Compute<In>* buffer) {
     if constexpr (sizeof(In) == sizeof(Compute<In>))
@@ -102,32 +102,47 @@ inline const Compute<In>* block(const In* from, int64_t n, double softcap, Compu
     return buffer;
 }
 
-// State of the columns [begin, end).
+template <typename T>
+inline T max_of(const T* z, int64_t n) {
+    T top = T(-kInf);
+#pragma omp simd reduction(max : top)
+    for (int64_t k = 0; k < n; ++k) top = z[k] > top ? z[k] : top;
+    return top;
+}
+
+template <typename T>
+inline Softmax sums_of(const T* z, int64_t n, T shift, T factor) {
+    const T lowest = kLowest<T> / factor;
+    T sum = 0, centred = 0;
+#pragma omp simd reduction(+ : sum, centred)
+    for (int64_t k = 0; k < n; ++k) {
+        T d = z[k] - shift;
+        d = lowest > d ? lowest : d;
+        const T x = d * factor, e = exp2_clamped(x);
+        sum += e;
+        centred += e * x;
+    }
+    return {double(shift), double(sum), double(centred) / kLog2E};
+}
+
+// State of the columns [begin, end). Reads memory once and does without the running max: the shift stays where the first
+// block put it as long as no later sum shows a logit far above it.
 template <typename In>
 Softmax accumulate(const In* row, int64_t begin, int64_t end, double inv_temperature, double softcap) {
     using T = Compute<In>;
     alignas(64) T buffer[kBlock];
-    const T factor = T(inv_temperature);
+    const T factor = T(inv_temperature * kLog2E);
     Softmax state;
     for (int64_t i = begin; i < end; i += kBlock) {
         const int64_t n = minimum(kBlock, end - i);
         const T* z = block(row + i, n, softcap, buffer);
-        T top = T(state.max);
-#pragma omp simd reduction(max : top)
-        for (int64_t k = 0; k < n; ++k) top = z[k] > top ? z[k] : top;
-        if (top > state.max) state.move_max(top, inv_temperature);
-        const T m = top == T(-kInf) ? T(0) : top;
-        T sum = 0, centred = 0;
-#pragma omp simd reduction(+ : sum, centred)
-        for (int64_t k = 0; k < n; ++k) {
-            T x = (z[k] - m) * factor;
-            x = x < kLowest<T> ? kLowest<T> : x;
-            const T e = exp_clamped(x);
-            sum += e;
-            centred += e * x;
+        Softmax sums;
+        if (state.shift > -kInf) sums = sums_of(z, n, T(state.shift), factor);
+        if (!(state.shift > -kInf && sums.sum <= 2 * kBlock)) {
+            const T top = max_of(z, n);
+            sums = sums_of(z, n, top > T(-kInf) ? top : T(0), factor);
         }
-        state.sum += sum;
-        state.centred += centred;
+        if (sums.sum != 0) state.merge(sums, inv_temperature);
     }
     return state;
 }
@@ -145,15 +160,15 @@ Softmax segment_without(const In* row, int64_t segment, int64_t V, int64_t targe
 }
 
 struct RowResult {
-    double logprob, entropy, max, log_sum;
+    double logprob, entropy, shift, log_sum;
 };
 
 // From the state of all the columns but the target.
 inline RowResult finish(const Softmax& others, double z_t, double inv_temperature) {
     Softmax all = others;
     all.merge({z_t, z_t == -kInf ? 0.0 : 1.0, 0.0}, inv_temperature);
-    // A row of nothing but -inf has no max; 0 keeps the backward pass finite.
-    return {target_logprob(others, z_t, inv_temperature), all.entropy(), all.sum == 0 ? 0.0 : all.max, all.log_sum()};
+    // A row of nothing but -inf has no finite shift; 0 keeps the backward pass finite.
+    return {target_logprob(others, z_t, inv_temperature), all.entropy(), all.sum == 0 ? 0.0 : all.shift, all.log_sum()};
 }
 
 template <typename In>

@@ -7,28 +7,27 @@ namespace rlhf::ISA {
 namespace {
 
 template <typename In>
-Compute<In> max_of(const In* row, int64_t V) {
-    using T = Compute<In>;
-    alignas(64) T buffer[kBlock];
-    T top = T(-kInf);
+Compute<In> row_max(const In* row, int64_t V) {
+    alignas(64) Compute<In> buffer[kBlock];
+    double top = -kInf;
     for (int64_t i = 0; i < V; i += kBlock) {
         const int64_t n = minimum(kBlock, V - i);
-        const T* z = block(row + i, n, 0.0, buffer);
-#pragma omp simd reduction(max : top)
-        for (int64_t k = 0; k < n; ++k) top = z[k] > top ? z[k] : top;
+        top = maximum(double(max_of(block(row + i, n, 0.0, buffer), n)), top);
     }
-    return top;
+    return Compute<In>(top);
 }
 
 // weights = e^((z - m) / temperature) of one block; returns their sum.
 template <typename In>
 double weigh(const In* from, int64_t n, Compute<In> m, Compute<In> factor, Compute<In>* weights) {
     const Compute<In>* z = block(from, n, 0.0, weights);
+    const Compute<In> lowest = kLowest<Compute<In>> / factor;
     double sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t k = 0; k < n; ++k) {
-        const Compute<In> x = (z[k] - m) * factor;
-        weights[k] = exp_clamped(x < kLowest<Compute<In>> ? kLowest<Compute<In>> : x);
+        Compute<In> d = z[k] - m;
+        d = lowest > d ? lowest : d;
+        weights[k] = exp2_clamped(d * factor);
         sum += double(weights[k]);
     }
     return sum;
@@ -42,7 +41,7 @@ int64_t inverse_cdf(const In* row, int64_t V, Compute<In> m, double inv_temperat
     alignas(64) T weights[kBlock];
     double total = 0;
     for (int64_t i = 0, b = 0; i < V; i += kBlock, ++b)
-        total += block_sums[b] = weigh(row + i, minimum(kBlock, V - i), m, T(inv_temperature), weights);
+        total += block_sums[b] = weigh(row + i, minimum(kBlock, V - i), m, T(inv_temperature * kLog2E), weights);
     const double goal = uniform * total;
     double before = 0, running = 0;
     int64_t chosen_block = 0;
@@ -54,7 +53,7 @@ int64_t inverse_cdf(const In* row, int64_t V, Compute<In> m, double inv_temperat
         running += block_sums[b];
     }
     const int64_t begin = chosen_block * kBlock, n = minimum(kBlock, V - begin);
-    weigh(row + begin, n, m, T(inv_temperature), weights);
+    weigh(row + begin, n, m, T(inv_temperature * kLog2E), weights);
     int64_t token = begin;
     for (int64_t k = 0; k < n && before <= goal; ++k) {
         if (weights[k] > 0) token = begin + k;
@@ -80,7 +79,7 @@ int64_t sample(const In* logits, int64_t row_stride, int64_t N, int64_t V, doubl
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < N; ++i) {
             const In* row = logits + i * row_stride;
-            const Compute<In> m = max_of(row, V);
+            const Compute<In> m = row_max(row, V);
             tokens[i] = greedy && greedy[i] ? first_equal(row, V, m)
                                             : inverse_cdf(row, V, m, inv_temperature, uniforms[i], block_sums);
             const RowResult result = row_result(row, V, tokens[i], inv_temperature, 0.0);

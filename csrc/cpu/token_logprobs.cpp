@@ -12,7 +12,7 @@ void write(Pointer logprobs, Pointer entropy, Pointer stats, int64_t i, const Ro
     using T = Compute<In>;
     logprobs.as<T>()[i] = T(row.logprob);
     entropy.as<T>()[i] = T(row.entropy);
-    stats.as<T>()[2 * i] = T(row.max);
+    stats.as<T>()[2 * i] = T(row.shift);
     stats.as<T>()[2 * i + 1] = T(row.log_sum);
 }
 
@@ -50,11 +50,14 @@ void forward(const In* logits, int64_t row_stride, const int64_t* ids, int64_t N
 // through the temperature and the softcap. out may be the same memory as row.
 template <typename In>
 void row_gradient(const In* row, In* out, int64_t begin, int64_t end, int64_t target, double inv_temperature, double softcap,
-                  double logprob, double entropy, double max, double log_sum, double grad_logprob, double grad_entropy) {
+                  double logprob, double entropy, double shift, double log_sum, double grad_logprob, double grad_entropy) {
     using T = Compute<In>;
     alignas(64) T buffer[kBlock], gradient[kBlock];
-    const T factor = T(inv_temperature), m = T(max), log_s = T(log_sum), h = T(entropy), cap_ = T(softcap);
-    const T g_logprob = T(grad_logprob * inv_temperature), g_entropy = T(grad_entropy * inv_temperature);
+    const T factor = T(inv_temperature * kLog2E), m = T(shift), log2_s = T(log_sum * kLog2E), cap_ = T(softcap);
+    const T lowest = (kLowest<T> + log2_s) / factor;
+    // gL + gH (log p + H) as a line in log2 p
+    const T slope = T(grad_entropy * inv_temperature / kLog2E);
+    const T offset = T((grad_logprob + grad_entropy * entropy) * inv_temperature);
     double target_gradient = 0;
     if (target >= begin && target < end) {
         const double p = std::exp(logprob), z = logit(row, target, softcap);
@@ -68,9 +71,10 @@ void row_gradient(const In* row, In* out, int64_t begin, int64_t end, int64_t ta
         if constexpr (sizeof(In) == sizeof(T)) g = out + i;
 #pragma omp simd
         for (int64_t k = 0; k < n; ++k) {
-            T x = (z[k] - m) * factor - log_s;
-            x = x < kLowest<T> ? kLowest<T> : x;
-            const T dz = -exp_clamped(x) * (g_logprob + g_entropy * (x + h));
+            T d = z[k] - m;
+            d = lowest > d ? lowest : d;
+            const T x = d * factor - log2_s;
+            const T dz = -exp2_clamped(x) * (slope * x + offset);
             g[k] = softcap == 0 ? dz : dz * (1 - (z[k] / cap_) * (z[k] / cap_));
         }
         if constexpr (sizeof(In) != sizeof(T)) store(gradient, out + i, n);
