@@ -1,5 +1,7 @@
 // Reading and writing a row of logits in blocks that stay in the L1 cache, and its online-softmax state in one pass over memory.
 #pragma once
+#include <type_traits>
+
 #include "../math.h"
 #ifdef __F16C__
 #include <immintrin.h>
@@ -70,13 +72,24 @@ inline void narrow(float x, float16& out) {
 
 template <typename In>
 inline void load(const In* from, Compute<In>* to, int64_t n) {
+    int64_t i = 0;
+#ifdef __F16C__
+    if constexpr (std::is_same_v<In, float16>)  // the compiler does not find these instructions by itself
+        for (; i + 8 <= n; i += 8) _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
+#endif
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) to[i] = widen(from[i]);
+    for (int64_t k = i; k < n; ++k) to[k] = widen(from[k]);
 }
+
 template <typename In>
 inline void store(const Compute<In>* from, In* to, int64_t n) {
+    int64_t i = 0;
+#ifdef __F16C__
+    if constexpr (std::is_same_v<In, float16>)
+        for (; i + 8 <= n; i += 8) _mm_storeu_si128((__m128i*)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
+#endif
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) narrow(from[i], to[i]);
+    for (int64_t k = i; k < n; ++k) narrow(from[k], to[k]);
 }
 
 template <typename T>
