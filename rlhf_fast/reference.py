@@ -373,6 +373,6 @@ def pair_losses(chosen: Tensor, rejected: Tensor, beta: float, loss_type: str, s
         case "sppo_hard":  # Wu et al. 2024, eq. 4.7 with P = 1 and 0
             return (chosen - 0.5 / beta).square() + (rejected + 0.5 / beta).square()
         case "discopop":  # Lu et al. 2024, eq. 5
-            share = torch.sigmoid(h / DISCOPOP_TAU)
-            return -(1 - share) * F.logsigmoid(h) + share * torch.exp(-h)
+            share = h / DISCOPOP_TAU  # as log-odds; its product with e^-h is taken in logs, where e^-h may overflow
+            return -torch.sigmoid(-share) * F.logsigmoid(h) + torch.exp(F.logsigmoid(share) - h)
     raise ValueError(f"unknown loss_type {loss_type!r}")
