@@ -167,7 +167,7 @@ def remax_returns(
     kl_BT = torch.where(mask_BT, kl_penalty(logprobs_BT, ref_logprobs_BT), 0.0)
     advantage_BT = advantage_B[:, None].expand_as(kl_BT)
     if variant == "official":
-        advantage_BT = gamma ** count_from_end(mask_BT) * advantage_BT
+        advantage_BT = gamma ** count_from_end(mask_BT).to(kl_BT) * advantage_BT
     elif variant == "verl":
         kl_BT = kl_BT.flip(-1).cumsum(-1).flip(-1)
     return torch.where(mask_BT, advantage_BT - kl_coef * kl_BT, 0.0)
@@ -183,7 +183,9 @@ def rloo_advantages(scores_B: Tensor, group_size: int) -> Tensor:
 @torch.no_grad()
 def grpo_advantages(scores_B: Tensor, group_size: int) -> Tensor:
     groups = at_least_fp32(scores_B).view(-1, group_size)
-    return ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).view(-1)
+    centred = groups - groups.mean(1, keepdim=True)
+    std = (centred.square().sum(1, keepdim=True) / (group_size - 1)).sqrt()
+    return (centred / (std + 1e-4)).view(-1)
 
 
 # Policy and value losses

@@ -57,10 +57,10 @@ def register_saved_gradients(name: str, inputs: dict[int, int]) -> None:
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
-    def backward(ctx: FunctionCtx, upstream: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         grads: list[Tensor | None] = [None] * number
         for position, grad in zip(inputs, ctx.saved_tensors, strict=True):
-            if ctx.needs_input_grad[position]:
+            if upstream is not None and ctx.needs_input_grad[position]:
                 grads[position] = grad * upstream
         return tuple(grads)
 

@@ -1,0 +1,164 @@
+import math
+
+import pytest
+import torch
+from oracle import VALUE_TOLERANCE, error, token_truth
+
+from rlhf_fast import sample_tokens, token_logprobs
+from rlhf_fast.ops import sampling
+
+INF = math.inf
+
+
+def uniform(monkeypatch, *numbers):
+    """The next draws, instead of the generator's."""
+    monkeypatch.setattr(torch, "rand", lambda *args, **options: torch.tensor(numbers, dtype=torch.float64))
+
+
+def test_inverse_cdf_by_hand(kernels, monkeypatch):
+    """p = (1/8, 0, 2/8, 5/8): steps at 1/8 and 3/8, the token is the first whose running sum exceeds u."""
+    logits = torch.tensor([1.0, 0.0, 2.0, 5.0]).log().expand(6, 4)
+    uniform(monkeypatch, 0.0, 0.1249, 0.1251, 0.3749, 0.3751, math.nextafter(1, 0))
+    out = sample_tokens(logits, temperature=1.0)
+    assert out.tokens.tolist() == [0, 0, 2, 2, 3, 3]
+    assert error(out.logprobs, torch.tensor([1, 1, 2, 2, 5, 5]).div(8).log()) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", list(VALUE_TOLERANCE))
+@pytest.mark.parametrize("shape", [(1, 1), (4, 3), (3, 5000), (33, 257)])
+def test_statistics_are_those_of_token_logprobs(kernels, dtype, shape):
+    logits = (torch.randn(shape) * 3).to(dtype)
+    greedy = torch.arange(shape[0]) % 3 == 1
+    out = sample_tokens(logits, temperature=0.7, greedy_mask=greedy)
+    zero = torch.zeros(shape[0])
+    logprobs, entropy, _ = token_truth(logits, out.tokens, zero, zero, temperature=0.7)
+    assert error(out.logprobs, logprobs) <= VALUE_TOLERANCE[dtype]
+    assert error(out.entropy, entropy) <= VALUE_TOLERANCE[dtype]
+    assert torch.equal(out.tokens[greedy], logits.argmax(-1)[greedy])
+
+
+def test_frequencies(kernels):
+    """30,000 draws over 40 tokens: chi-squared with 39 degrees of freedom stays under its 1 - 1e-6 quantile, 97."""
+    logits = torch.randn(40) * 1.5
+    n = 30_000
+    generator = torch.Generator().manual_seed(1)
+    tokens = sample_tokens(logits.expand(n, 40), temperature=1.3, generator=generator).tokens
+    expected = n * torch.softmax(logits.double() / 1.3, -1)
+    assert ((torch.bincount(tokens, minlength=40) - expected).square() / expected).sum().item() < 97
+
+
+def test_impossible_tokens_are_never_drawn(kernels, monkeypatch):
+    logits = torch.randn(3, 5000)
+    logits[:, 1:-7] = -INF
+    logits[:, -6:] = -INF
+    uniform(monkeypatch, 0.0, 0.5, math.nextafter(1, 0))
+    assert set(sample_tokens(logits, temperature=1.0).tokens.tolist()) <= {0, 4993}
+
+
+def test_greedy_takes_the_first_maximum(kernels):
+    logits = torch.tensor([[1.0, 3.0, 3.0, 0.0], [-INF, -INF, -INF, -5.0]])
+    out = sample_tokens(logits, temperature=1.0, greedy_mask=torch.tensor([True, True]))
+    assert out.tokens.tolist() == [1, 3]
+    assert out.logprobs[1].item() == out.entropy[1].item() == 0
+
+
+def test_kernel_draws_what_the_reference_draws():
+    """Same uniforms, same tokens, up to the rounding of the running sum: u is kept away from the steps."""
+    logits = torch.randn(64, 501) * 2
+    cdf = torch.softmax(logits.double(), -1).cumsum(-1)
+    token = torch.randint(501, (64,))
+    rows = torch.arange(64)
+    middle = cdf[rows, token] - torch.softmax(logits.double(), -1)[rows, token] / 2
+    drawn = torch.ops.rlhf_fast.sample_tokens(logits, middle, None, 1.0)[0]
+    assert torch.equal(drawn, token)
+    assert torch.equal(sampling.reference.sample_tokens(logits, middle, temperature=1.0).tokens, token)
+
+
+def test_generator_decides(kernels):
+    logits = torch.randn(20, 50)
+    a, b = (sample_tokens(logits, temperature=1.0, generator=torch.Generator().manual_seed(5)) for _ in range(2))
+    c = sample_tokens(logits, temperature=1.0, generator=torch.Generator().manual_seed(6))
+    assert torch.equal(a.tokens, b.tokens) and not torch.equal(a.tokens, c.tokens)
+
+
+class TestTruncation:
+    logits = torch.tensor([[0.15, 0.4, 0.05, 0.3, 0.1]]).log()
+
+    def drawn(self, **options):
+        out = sample_tokens(self.logits.expand(400, 5), temperature=1.0, **options)
+        return out, set(out.tokens.tolist())
+
+    def test_top_k(self, kernels):
+        out, tokens = self.drawn(top_k=2)
+        assert tokens == {1, 3}
+        truth = torch.where(out.tokens == 1, 4 / 7, 3 / 7).log()
+        assert error(out.logprobs, truth) < 1e-6
+
+    def test_top_k_larger_than_the_vocabulary(self, kernels):
+        assert self.drawn(top_k=99)[1] == {0, 1, 2, 3, 4}
+
+    @pytest.mark.parametrize(
+        ("top_p", "kept"), [(0.39, {1}), (0.41, {1, 3}), (0.71, {0, 1, 3}), (0.96, {0, 1, 2, 3, 4}), (1e-9, {1})]
+    )
+    def test_top_p(self, kernels, top_p, kept):
+        """The smallest set that reaches top_p: sums 0.4, 0.7, 0.85, 0.95, 1."""
+        out, tokens = self.drawn(top_p=top_p)
+        assert tokens == kept
+        mass = sum(self.logits.exp()[0, j].item() for j in kept)
+        assert error(out.logprobs, (self.logits[0, out.tokens].exp() / mass).log()) < 1e-6
+
+    def test_top_p_sees_the_temperature(self, kernels):
+        """At temperature 1/2 the probabilities are squared: 0.16 / 0.285 alone reaches 0.55."""
+        out = sample_tokens(self.logits.expand(200, 5), temperature=0.5, top_p=0.55)
+        assert set(out.tokens.tolist()) == {1}
+
+
+def test_no_rows(kernels):
+    out = sample_tokens(torch.randn(0, 9), temperature=1.0)
+    assert out.tokens.shape == out.logprobs.shape == out.entropy.shape == (0,)
+
+
+def test_strided_logits(kernels):
+    logits = torch.randn(3, 4, 50)
+    greedy = torch.ones(3, dtype=torch.bool)
+    for view in (logits[:, -1], logits[:, 0, ::2], logits[0, :3].t()):
+        out = sample_tokens(view, temperature=2.0, greedy_mask=torch.ones(len(view), dtype=torch.bool))
+        assert torch.equal(out.tokens, view.argmax(-1))
+        assert torch.equal(out.logprobs, token_logprobs(view.contiguous(), out.tokens, temperature=2.0).logprobs)
+    assert sample_tokens(logits[:, -1], temperature=1.0, greedy_mask=greedy[::1]).tokens.shape == (3,)
+
+
+def test_permuted_rows_give_permuted_bits():
+    logits, order = torch.randn(37, 1003), torch.randperm(37)
+    greedy = torch.rand(37) < 0.5
+    uniforms = torch.rand(37, dtype=torch.float64)
+    a = torch.ops.rlhf_fast.sample_tokens(logits, uniforms, greedy, 0.8)
+    b = torch.ops.rlhf_fast.sample_tokens(logits[order], uniforms[order], greedy[order], 0.8)
+    assert all(torch.equal(x[order], y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("junk", [torch.nan, INF, -INF])
+def test_row_without_a_distribution(kernels, junk):
+    logits = torch.randn(4, 6)
+    logits[2] = junk
+    with pytest.raises(ValueError, match="logits: expected a finite largest logit in every row, got .* in row 2"):
+        sample_tokens(logits, temperature=1.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(logits=torch.zeros(3)), r"logits: expected shape \[N, V\] with V > 0, got \[3\]"),
+        (dict(logits=torch.zeros(3, 0)), r"logits: expected shape \[N, V\] with V > 0, got \[3, 0\]"),
+        (dict(logits=torch.zeros(2, 3, dtype=torch.int32)), "logits: expected dtype .* got torch.int32"),
+        (dict(temperature=0.0), "temperature: expected a finite number > 0, got 0.0"),
+        (dict(greedy_mask=torch.zeros(2)), "greedy_mask: expected dtype bool, got torch.float32"),
+        (dict(greedy_mask=torch.zeros(3, dtype=torch.bool)), r"greedy_mask: expected shape \[2\] .* got \[3\]"),
+        (dict(top_k=-1), "top_k: expected an integer >= 0, got -1"),
+        (dict(top_p=0.0), r"top_p: expected a number in \(0, 1\], got 0.0"),
+        (dict(top_p=1.1), r"top_p: expected a number in \(0, 1\], got 1.1"),
+    ],
+)
+def test_errors(kernels, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        sample_tokens(**(dict(logits=torch.zeros(2, 3), temperature=1.0) | arguments))
