@@ -168,7 +168,7 @@ def format_value(key: str, value: Any) -> str:
         return "-"
     if isinstance(value, tuple):
         mean, error = value
-        digits = max(0, 1 - math.floor(math.log10(error))) if error and math.isfinite(error) else 3
+        digits = min(4, max(0, 1 - math.floor(math.log10(error)))) if error and math.isfinite(error) else 3
         return f"{mean:.{digits}f} ± {error:.{digits}f}"
     if isinstance(value, bool | str) or not isinstance(value, int | float):
         return str(value)
