@@ -199,7 +199,7 @@ def _check_tokens(
     logprobs: Tensor, advantages: Tensor, mask: Tensor, reduction: str, normalizer: float | Tensor | None
 ) -> None:
     check_dims("logprobs", logprobs, "BT")
-    if advantages.dim() == 1:
+    if isinstance(advantages, Tensor) and advantages.dim() == 1:
         check_per_row("advantages", advantages, "logprobs", logprobs)
     else:
         check_floats("logprobs", logprobs=logprobs, advantages=advantages)
