@@ -1,4 +1,4 @@
-"""Phase peaks against allocations of known size, times against sleeps, static bytes against arithmetic."""
+"""Phase peaks against allocations of known size, times against a fake clock, static bytes against arithmetic."""
 
 import time
 
@@ -44,7 +44,7 @@ def test_sampling_fallback_sees_the_phase(monkeypatch, tmp_path):
     meter = Meter("cpu")
     with meter.phase("large"):
         block = np.ones(200 * MiB, dtype=np.uint8)
-        time.sleep(0.05)
+        time.sleep(0.3)
         del block
     with meter.phase("small"):
         time.sleep(0.01)
@@ -60,38 +60,58 @@ def test_current_bytes_follows_a_block():
     del block
 
 
-def test_times_add_and_peaks_take_the_maximum():
+class Clock:
+    """perf_counter that only moves when told to."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(memory.time, "perf_counter", clock)
+    return clock
+
+
+def test_times_add_and_peaks_take_the_maximum(clock):
     meter = Meter("cpu")
+    clock.sleep(7)  # before the first phase: loading models, say
     with meter.phase("rollout"):
+        clock.sleep(1)
         touch(200)
     with meter.phase("rollout"):
-        time.sleep(0.05)
+        clock.sleep(2)
     with meter.phase("policy"):
-        time.sleep(0.02)
-    time.sleep(0.03)
+        clock.sleep(4)
+    clock.sleep(8)
     step = meter.step()
     assert step["memory/rollout"] - step["memory/policy"] > 190 * MiB
-    assert 0.05 <= step["time/rollout"] < step["time/step"]
-    assert 0.02 <= step["time/policy"] < 0.05
-    assert step["time/step"] >= step["time/rollout"] + step["time/policy"] + 0.03
-    assert list(meter.step()) == ["time/step"]  # nothing is carried over
+    assert (step["time/rollout"], step["time/policy"], step["time/step"]) == (3, 4, 15)
+    clock.sleep(0.5)
+    assert meter.step() == {"time/step": 0.5}  # nothing else is carried over
 
 
-def test_summary_over_steps():
+def test_summary_over_steps(clock):
     meter = Meter("cpu", memory_every=1)
-    for mib, seconds in ((100, 0.01), (300, 0.02), (1, 0.06)):
+    for mib, seconds in ((100, 1), (300, 2), (1, 6)):
         with meter.phase("rollout"):
             touch(mib)
         with meter.phase("policy"):
-            time.sleep(seconds)
+            clock.sleep(seconds)
+        clock.sleep(0.5)
         meter.step()
     summary = meter.summary()
-    assert summary["steps"] == 3
-    assert summary["policy"]["count"] == 3
-    assert 0.09 <= summary["policy"]["seconds"] < 0.12
-    assert 0.02 <= summary["policy"]["seconds_median"] < 0.03
-    assert summary["rollout"]["peak_bytes"] - summary["policy"]["peak_bytes"] > 290 * MiB
-    assert summary["step_seconds"] >= summary["policy"]["seconds"] + summary["rollout"]["seconds"]
+    rollout, policy = summary.pop("rollout"), summary.pop("policy")
+    assert summary == {"steps": 3, "step_seconds": 10.5, "step_seconds_median": 2.5}
+    assert rollout.pop("peak_bytes") - policy.pop("peak_bytes") > 290 * MiB
+    assert policy == {"seconds": 9, "seconds_median": 2, "count": 3}
+    assert rollout == {"seconds": 0, "seconds_median": 0, "count": 3}
 
 
 def test_memory_is_measured_in_some_steps_only():
