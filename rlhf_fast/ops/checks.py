@@ -70,7 +70,7 @@ def check_option(name: str, value: str, options: tuple[str, ...]) -> None:
 
 
 def check_positive(name: str, value: float) -> None:
-    if not (value > 0 and math.isfinite(value)):
+    if not 0 < value < math.inf:
         raise ValueError(f"{name}: expected a finite number > 0, got {value}")
 
 

@@ -222,7 +222,7 @@ def _as_tensor(normalizer: float | Tensor | None) -> Tensor | None:
     """As a tensor, so that its value is data and a new one does not recompile."""
     if normalizer is None or isinstance(normalizer, Tensor):
         return normalizer
-    return torch.tensor(normalizer, dtype=torch.float64)
+    return torch.ones((), dtype=torch.float64) * normalizer  # torch.tensor(number) would be a constant of the graph
 
 
 def _denominator(normalizer: Tensor | None) -> float:

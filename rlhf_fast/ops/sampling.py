@@ -73,11 +73,15 @@ def sample_tokens(
         check_device("greedy_mask", greedy_mask, "logits", logits)
     if top_k or top_p < 1:
         logits = _truncated(logits, temperature, top_k, top_p)
-    uniforms = torch.rand(logits.shape[0], dtype=torch.float64, device=logits.device, generator=generator)
+    uniforms = _uniforms(logits, generator)
     if not has_kernel("sample_tokens", logits):
         _check_rows(logits)
         return reference.sample_tokens(logits, uniforms, temperature=temperature, greedy_mask=greedy_mask)
     return Sample(*torch.ops.rlhf_fast.sample_tokens(logits, uniforms, greedy_mask, temperature))
+
+
+def _uniforms(logits: Tensor, generator: torch.Generator | None) -> Tensor:
+    return torch.empty(logits.shape[0], dtype=torch.float64, device=logits.device).uniform_(generator=generator)
 
 
 def _truncated(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:

@@ -255,7 +255,10 @@ def test_id_out_of_range(kernels, bad):
         (dict(logits=torch.zeros(2, 3, dtype=torch.int64)), "logits: expected dtype float32, .* got torch.int64"),
         (dict(token_ids=torch.zeros(2)), "token_ids: expected dtype int64 or int32, got torch.float32"),
         (dict(token_ids=torch.zeros(3, dtype=torch.int64)), r"token_ids: expected shape \[2\] .* got \[3\]"),
-        (dict(token_ids=torch.zeros(2, dtype=torch.int64, device="meta")), "token_ids: expected device cpu .* got meta"),
+        (
+            dict(token_ids=torch.zeros(2, dtype=torch.int64, device="meta")),
+            "token_ids: expected device cpu .* got meta",
+        ),
         (dict(temperature=0.0), "temperature: expected a finite number > 0, got 0.0"),
         (dict(temperature=torch.nan), "temperature: expected a finite number > 0, got nan"),
         (dict(softcap=-1.0), "softcap: expected a finite number > 0, got -1.0"),

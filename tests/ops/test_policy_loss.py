@@ -27,7 +27,9 @@ def ppo_truth(logprobs, old, advantages, low, high, dual_clip):
     r = (logprobs.double() - old.double()).exp()
     A = advantages.double().expand_as(r)
     up, down, far = (A >= 0) & (r > 1 + high), (A < 0) & (r < 1 - low), (A < 0) & (r > dual_clip)
-    value = torch.where(up, -A * (1 + high), torch.where(down, -A * (1 - low), torch.where(far, -A * dual_clip, -A * r)))
+    value = torch.where(
+        up, -A * (1 + high), torch.where(down, -A * (1 - low), torch.where(far, -A * dual_clip, -A * r))
+    )
     slope = torch.where(up | down | far, 0.0, -A * r)
     return value, slope, r, (up & (A > 0)) | down
 
@@ -42,7 +44,7 @@ KL = {
 
 class TestPPO:
     def test_hand_computed(self, kernels):
-        """r = 3/2, 3/2, 1/2, 1/2 with A = 1, -1, 1, -1, clip 0.2: losses -1.2, 1.5, -0.5, 0.8; slopes 0, 1.5, -0.5, 0."""
+        """r = 3/2, 3/2, 1/2, 1/2, A = 1, -1, 1, -1, clip 0.2: losses -1.2, 1.5, -0.5, 0.8; slopes 0, 1.5, -0.5, 0."""
         x = torch.tensor([[1.5, 1.5, 0.5, 0.5]]).log().requires_grad_()
         old, advantages = torch.zeros(1, 4), torch.tensor([[1.0, -1.0, 1.0, -1.0]])
         mask = torch.ones(1, 4, dtype=torch.bool)
@@ -76,7 +78,9 @@ class TestPPO:
             entropy=h, entropy_coef=0.01, reduction=reduction, normalizer=normalizer,
         )  # fmt: skip
         out.loss.backward()
-        value, slope, r, clipped = ppo_truth(logprobs, old, advantages if per_token else advantages[:, None], 0.2, 0.3, 2.0)
+        value, slope, r, clipped = ppo_truth(
+            logprobs, old, advantages if per_token else advantages[:, None], 0.2, 0.3, 2.0
+        )
         w = weights(mask, reduction, normalizer)
         d = logprobs.double() - ref.double()
         kl, kl_slope = KL["k3"]
@@ -159,7 +163,7 @@ class TestPPO:
 
 class TestValueLoss:
     def test_hand_computed(self, kernels):
-        """old 0, clip 0.2. V = 1, R = 0: max(1, 0.04)/2. V = 1, R = 2: max(1, 3.24)/2, clipped. V = 0.1, R = 1: 0.81/2."""
+        """old 0, clip 0.2. V = 1, R = 0: max(1, 0.04)/2. V = 1, R = 2: max(1, 3.24)/2, clipped. V = .1, R = 1: .81/2."""
         v = torch.tensor([[1.0, 1.0, 0.1, torch.nan]], requires_grad=True)
         returns = torch.tensor([[0.0, 2.0, 1.0, torch.nan]])
         mask = torch.tensor([[True, True, True, False]])
@@ -238,7 +242,7 @@ LOSSES = {
 @pytest.mark.parametrize("name", list(LOSSES))
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_micro_batches_add_up(kernels, name, as_tensor):
-    """With the global number of tokens as normalizer, values and gradients of micro-batches sum to the whole batch's."""
+    """With the global number of tokens as normalizer, micro-batches sum to the whole batch, gradients too."""
     x, mask = torch.randn(8, 21), ragged_mask(8, 21)
     normalizer = mask.sum() if as_tensor else mask.sum().item()
     whole = x.clone().requires_grad_()
@@ -283,7 +287,11 @@ def test_strides(kernels, name):
 
 @given(scale=st.floats(-3, 3))
 def test_loss_is_linear_in_the_advantage(scale):
-    x, advantages, mask = torch.randn(3, 7, dtype=torch.float64), torch.randn(3, 7, dtype=torch.float64), ragged_mask(3, 7)
+    x, advantages, mask = (
+        torch.randn(3, 7, dtype=torch.float64),
+        torch.randn(3, 7, dtype=torch.float64),
+        ragged_mask(3, 7),
+    )
     assert error(reinforce_loss(x, advantages * scale, mask), scale * reinforce_loss(x, advantages, mask)) < 1e-12
 
 

@@ -74,7 +74,7 @@ class TestRewardLoss:
 
 class TestRankingLoss:
     def test_hand_computed(self, kernels):
-        """Scores 2, 1, 0 in this order: differences 1, 2, 1. In the second row one pair of differing rank, scored wrongly."""
+        """Scores 2, 1, 0 in this order: differences 1, 2, 1. The second row has one pair, scored wrongly: -3."""
         scores = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 3.0]], requires_grad=True)
         out = ranking_loss(scores, torch.tensor([[0, 1, 2], [4, 7, -1]]))
         out.loss.backward()
@@ -191,7 +191,7 @@ class TestDPO:
         assert rejected.grad.item() == pytest.approx(0.1 * weight, abs=1e-5)
 
     def test_optimum_recovers_the_reward(self, kernels):
-        """At pi proportional to pi_ref e^{r/beta} (eq. 4) the implicit rewards differ as the rewards do: loss -log sigma(r_w - r_l)."""
+        """At pi ~ pi_ref e^{r/beta} (DPO eq. 4) implicit rewards differ as rewards do: -log sigma(r_w - r_l)."""
         ref, reward = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.0, 1.0, 2.0])
         optimum = ref * (reward / 0.5).exp() / 13.6363468363
         chosen, rejected = torch.tensor([2, 1, 2]), torch.tensor([0, 0, 1])
@@ -208,7 +208,8 @@ class TestDPO:
         out = dpo_loss(pc, pr, rc, rr, beta=0.3, **variant(name, smoothing, lengths))
         c, r = (pc.double() - rc.double()).tolist(), (pr.double() - rr.double()).tolist()
         truth = [
-            closed_form(name, c[i], r[i], 0.3, smoothing, (lengths[0, i].item(), lengths[1, i].item())) for i in range(19)
+            closed_form(name, c[i], r[i], 0.3, smoothing, (lengths[0, i].item(), lengths[1, i].item()))
+            for i in range(19)
         ]
         assert error(out.losses, torch.tensor(truth, dtype=torch.float64)) <= VALUE_TOLERANCE[dtype]
         assert error(out.chosen_rewards, 0.3 * torch.tensor(c, dtype=torch.float64)) <= VALUE_TOLERANCE[dtype]
@@ -229,6 +230,7 @@ class TestDPO:
         options = variant(name, smoothing, lengths)
         dpo_loss(c, r, zero, zero, beta=0.3, **options).losses.sum().backward()
         for i in range(7):
+
             def loss(dc=0.0, dr=0.0, i=i):
                 pair = (lengths[0, i].item(), lengths[1, i].item())
                 return closed_form(name, c[i].item() + dc, r[i].item() + dr, 0.3, smoothing, pair)
@@ -303,7 +305,10 @@ def dpo(**arguments):
         (dpo(chosen_lengths=b, rejected_lengths=b), "chosen_lengths: expected None, as sigmoid does not use lengths"),
         (dpo(loss_type="ipo", chosen_lengths=b), "chosen_lengths: expected both lengths or neither"),
         (dpo(loss_type="ipo", chosen_lengths=kb, rejected_lengths=b), r"chosen_lengths: expected shape \[2\]"),
-        (dpo(loss_type="ipo", chosen_lengths=b > 0, rejected_lengths=b), "chosen_lengths: expected a tensor of numbers"),
+        (
+            dpo(loss_type="ipo", chosen_lengths=b > 0, rejected_lengths=b),
+            "chosen_lengths: expected a tensor of numbers",
+        ),
         (dpo(ref_chosen_logps=None), "ref_chosen_logps: expected a tensor, as reference_free is False, got None"),
         (dpo(ref_rejected_logps=b[:1]), r"ref_rejected_logps: expected shape \[2\] as chosen_logps, got \[1\]"),
         (dpo(rejected_logps=b.long()), "rejected_logps: expected dtype .* got torch.int64"),

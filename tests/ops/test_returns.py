@@ -32,7 +32,7 @@ def gae_truth(rewards, values, mask, gamma, lam):
 class TestGAE:
     def test_hand_computed(self, kernels):
         """gamma = lam = 1/2, r = (1, 0, 2), V = (1/2, 1/4, 1):
-        delta = (1 + 1/8 - 1/2, 1/2 - 1/4, 2 - 1) = (5/8, 1/4, 1), A = (3/4, 1/2, 1). The hole in the row changes nothing."""
+        delta = (1 + 1/8 - 1/2, 1/2 - 1/4, 2 - 1) = (5/8, 1/4, 1), A = (3/4, 1/2, 1). The hole changes nothing."""
         nan = torch.nan
         rewards = torch.tensor([[nan, 1.0, nan, 0.0, 2.0, nan]])
         values = torch.tensor([[nan, 0.5, torch.inf, 0.25, 1.0, nan]])
@@ -218,12 +218,21 @@ x, mask, s = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool), torch.zeros(
         (lambda: whiten(x, mask.to("meta")), "mask: expected device cpu as x, got meta"),
         (lambda: whiten(x.int(), mask), "x: expected dtype .* got torch.int32"),
         (lambda: whiten(x, None), "mask: expected a bool tensor .* got NoneType"),
-        (lambda: remax_returns(s, s, x, x, mask, kl_coef=0.1, variant="v4"), "variant: expected one of official, paper"),
+        (
+            lambda: remax_returns(s, s, x, x, mask, kl_coef=0.1, variant="v4"),
+            "variant: expected one of official, paper",
+        ),
         (lambda: remax_returns(s, x[0], x, x, mask, kl_coef=0.1), r"greedy_scores: expected shape \[2\], .* \[3\]"),
-        (lambda: remax_returns(s, s, x, x, mask, kl_coef=0.1, clip=-1.0), "clip: expected a number > 0 or None, got -1"),
+        (
+            lambda: remax_returns(s, s, x, x, mask, kl_coef=0.1, clip=-1.0),
+            "clip: expected a number > 0 or None, got -1",
+        ),
         (lambda: remax_returns(s, s, x, x, mask, kl_coef=0.1, gamma=1.5), r"gamma: expected a number in \[0, 1\]"),
         (lambda: rloo_advantages(s, 1), "group_size: expected at least 2 answers per prompt, got 1"),
-        (lambda: grpo_advantages(torch.zeros(7), 2), "group_size: expected a divisor of the number of scores, 7, got 2"),
+        (
+            lambda: grpo_advantages(torch.zeros(7), 2),
+            "group_size: expected a divisor of the number of scores, 7, got 2",
+        ),
         (lambda: rloo_advantages(x, 3), r"scores: expected shape \[B\], got \[2, 3\]"),
         (lambda: grpo_advantages(s.long(), 2), "scores: expected dtype .* got torch.int64"),
     ],

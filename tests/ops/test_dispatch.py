@@ -1,0 +1,89 @@
+"""Which back end runs: the override, a core that was not built, a core that does not load."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import rlhf_fast.ops
+from rlhf_fast.ops import dispatch
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    """A fresh interpreter: the choice is made at import."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
+
+
+HIDE = """
+import importlib.util
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "rlhf_fast._cpu" else find_spec(name, *rest)
+"""
+BREAK = """
+import sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "rlhf_fast._cpu":
+            raise ImportError("libgomp.so.1: undefined symbol")
+sys.meta_path.insert(0, Finder())
+"""
+LOSS = """
+import torch, rlhf_fast
+x = torch.tensor([[0.5, -1.0]], requires_grad=True)
+rlhf_fast.reinforce_loss(x, torch.ones(1), x < 9).backward()
+print(x.grad.tolist())
+"""
+
+
+def test_missing_core_runs_the_reference_and_warns_once():
+    done = python("import warnings; warnings.simplefilter('always')" + HIDE + LOSS + LOSS)
+    assert done.stdout.split("\n")[:2] == ["[[-0.5, -0.5]]"] * 2, done.stderr
+    assert done.stderr.count("rlhf_fast._cpu is not built") == 1
+
+
+def test_broken_core_is_an_error():
+    done = python(BREAK + LOSS)
+    assert done.returncode != 0 and "undefined symbol" in done.stderr
+
+
+def test_environment_variable():
+    code = "import torch; from rlhf_fast.ops import dispatch; print(dispatch.has_kernel('gae', torch.zeros(1)))"
+    assert python(code, RLHF_FAST_BACKEND="cpu").stdout == "True\n"
+    assert python(code, RLHF_FAST_BACKEND="reference").stdout == "False\n"
+    done = python(code, RLHF_FAST_BACKEND="gpu")
+    assert "RLHF_FAST_BACKEND: expected one of reference, cpu, triton, cuda, got 'gpu'" in done.stderr
+
+
+def test_context_manager(monkeypatch):
+    """The kernel runs by default; inside `backend("reference")` it does not, and afterwards it does again."""
+    calls = []
+
+    class Core:
+        def __getattr__(self, name):
+            calls.append(name)
+            return lambda *arguments: None
+
+    monkeypatch.setattr(rlhf_fast.ops.returns, "_cpu", Core())
+    x, mask = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    with rlhf_fast.ops.backend("reference"):
+        rlhf_fast.ops.gae(x, x, mask)
+    assert calls == []
+    rlhf_fast.ops.gae(x, x, mask)
+    with rlhf_fast.ops.backend("cpu"):
+        rlhf_fast.ops.whiten(x, mask)
+    assert calls == ["gae", "whiten"]
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="backend: expected one of reference, cpu, triton, cuda, got 'gpu'"):
+        with rlhf_fast.ops.backend("gpu"):
+            pass
+    assert dispatch._override is None
+
+
+def test_tensors_without_kernels_run_the_reference():
+    """On a device with no kernels shapes, and here no values, come from the plain PyTorch body."""
+    logits = torch.empty(4, 9, device="meta")
+    out = rlhf_fast.ops.token_logprobs(logits, torch.empty(4, dtype=torch.int64, device="meta"))
+    assert out.logprobs.shape == (4,) and out.entropy.device.type == "meta"

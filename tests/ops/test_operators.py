@@ -1,0 +1,199 @@
+"""What every operator owes torch: a true schema, fake kernels, autograd, one compilation for all lengths."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.library import opcheck
+
+import rlhf_fast
+import rlhf_fast.ops
+
+B, T, V = 3, 5, 11
+
+
+def mask(*shape):
+    return torch.arange(torch.Size(shape).numel()).view(shape) % 4 > 0
+
+
+def samples():
+    """Arguments of every operator of the namespace: plain, and with everything optional."""
+    f, g, h = (torch.randn(B, T) for _ in range(3))
+    b = torch.randn(B)
+    logits, ids = torch.randn(B, T, V), torch.randint(V, (B, T))
+    forward = torch.ops.rlhf_fast.token_logprobs(logits, ids, 1.0, 0.0, False)
+    leaf = lambda x: x.clone().requires_grad_()  # noqa: E731
+    n = torch.tensor(7.0)
+    return {
+        "token_logprobs": [
+            (leaf(logits), ids, 1.0, 0.0, False),
+            (leaf(logits.bfloat16()), ids, 0.7, 3.0, False),
+            (leaf(logits.transpose(0, 1)), ids.t(), 1.0, 0.0, False),
+        ],
+        "token_logprobs_backward": [
+            (logits, ids, *forward, f, g, 1.0, 0.0),
+            (logits.transpose(0, 1), ids.t(), *(x.transpose(0, 1) for x in forward), None, g.t(), 1.0, 0.0),
+        ],
+        "token_logprobs_backward_": [(logits.clone(), ids, *forward, f, None, 1.0, 0.0)],
+        "sample_tokens": [
+            (torch.randn(B, V), torch.rand(B, dtype=torch.float64), None, 1.0),
+            (torch.randn(V, B).t(), torch.rand(B, dtype=torch.float64), mask(B), 0.5),
+        ],
+        "kl_penalty": [(leaf(f), g, "k3", True), (f.t(), g.t(), "k1", False)],
+        "shape_rewards": [(b, f, g, mask(B, T), 0.1, "k1", 5.0)],
+        "gae": [(f, g, mask(B, T), 1.0, 0.95)],
+        "discounted_returns": [(f, mask(B, T), 0.9)],
+        "whiten": [(f, mask(B, T), True)],
+        "remax_returns": [(b, b.flip(0), f, g, mask(B, T), 0.1, 0.99, 5.0, "official")],
+        "rloo_advantages": [(torch.randn(6), 2)],
+        "grpo_advantages": [(torch.randn(6), 3)],
+        "ppo_loss": [
+            (leaf(f), g, h, mask(B, T), None, None, None, 0.2, 0.2, 0.0, 0.0, "k3", 0.0, "token_mean", True, False),
+            (leaf(f), g, b, mask(B, T), h, leaf(g), n, 0.2, 0.3, 2.0, 0.1, "k1", 0.1, "constant", True, True),
+            (f.t(), h.t(), h.t(), mask(T, B), *[None] * 3, 0.2, 0.2, 0.0, 0.0, "k3", 0.0, "token_mean", False, False),
+        ],
+        "ppo_value_loss": [(leaf(f), g, h, mask(B, T), n, 0.2, True), (f, g, h, mask(B, T), None, 0.2, False)],
+        "reinforce_loss": [(leaf(f), b, mask(B, T), None, "sequence_sum", True)],
+        "reward_loss": [(leaf(b), leaf(b), None, 0.0, True), (leaf(b), b, b, 0.1, True), (b, b, None, 0.0, False)],
+        "ranking_loss": [(leaf(f), torch.randint(-1, 3, (B, T)), True)],
+        "dpo_loss": [
+            (leaf(b), leaf(b), b, b, None, None, 0.1, "sigmoid", 0.0, True),
+            (leaf(b), leaf(b), None, None, b.exp(), b.exp(), 0.1, "ipo", 0.0, True),
+        ],
+    }  # fmt: skip
+
+
+def test_every_operator_has_samples():
+    names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("rlhf_fast::")}
+    assert names == set(samples())
+
+
+@pytest.mark.parametrize("name", list(samples()))
+def test_opcheck(name):
+    for arguments in samples()[name]:
+        opcheck(getattr(torch.ops.rlhf_fast, name).default, arguments)
+
+
+def public_calls():
+    """Every public function on rows of a given length, with the tensors that get gradients first."""
+    ops = rlhf_fast.ops
+    n = torch.tensor(9.0)
+    return {
+        "token_logprobs": lambda x: ops.token_logprobs(x[..., None] * torch.linspace(-1, 1, V), (x > 0).long()),
+        "inplace_backward": lambda x: ops.token_logprobs(
+            x[..., None] * torch.linspace(-1, 1, V), (x > 0).long(), temperature=0.5, inplace_backward=True
+        ),
+        "kl_penalty": lambda x: (ops.kl_penalty(x, x.sin(), "k3"),),
+        "shape_rewards": lambda x: (x * ops.shape_rewards(x[:, 0], x, x.cos(), x > 0, kl_coef=0.1),),
+        "gae": lambda x: (x * ops.gae(x, x.cos(), x > 0).advantages,),
+        "discounted_returns": lambda x: (x * ops.discounted_returns(x, x > 0),),
+        "whiten": lambda x: (x * ops.whiten(x, x > 0),),
+        "remax_returns": lambda x: (x * ops.remax_returns(x[:, 0], x[:, 1], x, x.cos(), x > 0, kl_coef=0.1),),
+        "groups": lambda x: (x.t() * ops.rloo_advantages(x[:, 0], 2) + ops.grpo_advantages(x[:, 1], 2),),
+        "ppo_loss": lambda x: ops.ppo_loss(x, x.detach().sin(), x.detach().cos(), x > -1, normalizer=n),
+        "ppo_value_loss": lambda x: ops.ppo_value_loss(x, x.detach().sin(), x.detach().cos(), x > -1),
+        "reinforce_loss": lambda x: (ops.reinforce_loss(x, x.detach()[:, 0], x > -1, normalizer=7.0),),
+        "reward_loss": lambda x: ops.reward_loss(x[0], x[1], center_coef=0.1),
+        "ranking_loss": lambda x: ops.ranking_loss(x, torch.arange(x.shape[1]).expand_as(x)),
+        "dpo_loss": lambda x: ops.dpo_loss(x[0], x[1], x[2], x[3]),
+    }
+
+
+@pytest.mark.parametrize("name", list(public_calls()))
+def test_one_compilation_serves_all_lengths(name):
+    """fullgraph, with dynamic lengths: values and gradients are eager's, and new lengths compile nothing."""
+    torch._dynamo.reset()
+    call, counter = public_calls()[name], CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    for length in (7, 12, 9):
+        x = torch.randn(4, length)
+        results = []
+        for function in (call, compiled):
+            y = x.clone().requires_grad_()
+            torch._dynamo.mark_dynamic(y, 1)
+            out = [z for z in function(y) if z.requires_grad]
+            sum(z.sum() for z in out).backward()
+            results.append([*out, y.grad])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b)
+    assert counter.frame_count == 1
+
+
+def test_sampling_compiles():
+    """Draws are made by torch.rand in the graph: the same generator state gives the same tokens."""
+    torch._dynamo.reset()
+    compiled = torch.compile(rlhf_fast.ops.sample_tokens, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n in (3, 8):
+        logits = torch.randn(n, V)
+        draws = []
+        for function in (rlhf_fast.ops.sample_tokens, compiled):
+            torch.manual_seed(4)
+            draws.append(function(logits, temperature=0.9).tokens)
+        assert torch.equal(*draws)
+
+
+def test_the_normalizer_is_data():
+    """A denominator that changes each step does not recompile, as a tensor nor as a float."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    x, rows = torch.randn(4, 6, requires_grad=True), torch.randn(4)
+
+    def loss(x, n):
+        return rlhf_fast.ops.reinforce_loss(x, rows, x > -1, normalizer=n)
+
+    compiled = torch.compile(loss, fullgraph=True, backend=counter)
+    for n in (3.0, 17.0, 250.5):
+        torch.testing.assert_close(compiled(x, torch.tensor(n)), loss(x, n))
+    assert counter.frame_count == 1
+    compiled = torch.compile(loss, fullgraph=True, backend=counter, dynamic=True)
+    for n in (3.0, 17.0, 250.5):
+        torch.testing.assert_close(compiled(x, n), loss(x, n))
+    assert counter.frame_count == 2
+
+
+def test_inductor():
+    """The default compiler, on a PPO step from logits to gradient, through the lazy names of the package."""
+    torch._dynamo.reset()
+    ids, old, advantages = torch.randint(V, (B, T)), torch.randn(B, T) - 2, torch.randn(B)
+
+    def step(logits):
+        out = rlhf_fast.token_logprobs(logits * 2, ids, temperature=0.8, inplace_backward=True)
+        kept = ids > 1
+        loss = rlhf_fast.ppo_loss(out.logprobs, old, advantages, kept, entropy=out.entropy, entropy_coef=0.01)
+        return loss.loss, loss.clip_fraction
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, dynamic=True)):
+        torch.manual_seed(1)
+        logits = torch.randn(B, T, V, requires_grad=True)
+        loss, clip_fraction = function(logits)
+        loss.backward()
+        results.append((loss.detach(), clip_fraction, logits.grad))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_thread_count_changes_no_bit():
+    x = torch.randn(23, 301)
+    calls = public_calls() | {
+        "sample_tokens": lambda y: rlhf_fast.ops.sample_tokens(
+            y.detach(), temperature=1.0, generator=torch.Generator().manual_seed(0)
+        )
+    }
+    del calls["groups"]  # needs an even number of rows; it runs on one thread
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append([])
+            for call in calls.values():
+                y = x.clone().requires_grad_()
+                out = call(y)
+                differentiable = [z for z in out if z.requires_grad]
+                if differentiable:
+                    sum(z.sum() for z in differentiable).backward()
+                results[-1] += [*out, y.grad if differentiable else x]
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
