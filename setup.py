@@ -1,6 +1,6 @@
 """Builds the compiled core: rlhf_fast._cpu, and rlhf_fast._cuda where nvcc is found.
 
-Needs a C++17 compiler with OpenMP and no torch. The project's own build.ninja keeps builds incremental and tracks headers.
+Needs a C++17 compiler with OpenMP and no torch. A build.ninja of our own keeps builds incremental and tracks headers.
 Environment: CXX (compiler), CUDA_HOME, RLHF_FAST_CUDA=0 (skip CUDA), RLHF_FAST_WERROR=1 (warnings are errors).
 """
 
@@ -17,7 +17,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CXXFLAGS = "-std=c++17 -O3 -fPIC -fopenmp -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math"
-# Every kernel source is compiled once per instruction set, in a namespace of that name; the widest one is chosen at load.
+# Every kernel source is compiled once per instruction set, in a namespace of that name; the widest is chosen at load.
 ISA_FLAGS = {"scalar": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS["avx2"] = "-mavx2 -mfma -mf16c"
@@ -102,14 +102,14 @@ class NinjaBuild(build_ext):
             return target
 
         csrc = ROOT / "csrc"
-        objects = [compile_("cxx", csrc / "bind_cpu.cpp", CXXFLAGS + warnings + includes)]
+        objects = [compile_("cxx", csrc / "bind_cpu.cpp", f"{CXXFLAGS} -O1{warnings}{includes}")]
         for isa, isa_flags in ISA_FLAGS.items():
             for source in sorted((csrc / "cpu").glob("*.cpp")):
                 objects.append(compile_("cxx", source, f"{CXXFLAGS}{warnings} {isa_flags} -DISA={isa}", f".{isa}"))
         if "rlhf_fast._cpu" in modules:
             lines.append(f"build {escape(modules['rlhf_fast._cpu'].name)}: link {' '.join(objects)}")
         if "rlhf_fast._cuda" in modules:
-            objects = [compile_("cxx", csrc / "bind_cuda.cpp", CXXFLAGS + warnings + includes)]
+            objects = [compile_("cxx", csrc / "bind_cuda.cpp", f"{CXXFLAGS} -O1{warnings}{includes}")]
             nvccflags = NVCCFLAGS + (" -Werror all-warnings" if os.environ.get("RLHF_FAST_WERROR") == "1" else "")
             for source in sorted((csrc / "cuda").glob("*.cu")):
                 objects.append(compile_("nvcc", source, nvccflags, ".cuda"))

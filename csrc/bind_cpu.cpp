@@ -7,6 +7,8 @@
 #include <string>
 #include <vector>
 
+#include "bind.h"
+
 #define ISA scalar
 #include "cpu/ops.h"
 #undef ISA
@@ -21,22 +23,6 @@
 #else
 #define RLHF_VERSIONS(op) {rlhf::scalar::op, rlhf::scalar::op, rlhf::scalar::op}
 #endif
-
-namespace py = pybind11;
-
-namespace pybind11::detail {
-template <>
-struct type_caster<rlhf::Pointer> {
-    PYBIND11_TYPE_CASTER(rlhf::Pointer, const_name("int"));
-    bool load(handle source, bool) {
-        if (!PyLong_Check(source.ptr())) return false;
-        value.address = PyLong_AsSize_t(source.ptr());
-        if (!PyErr_Occurred()) return true;
-        PyErr_Clear();
-        return false;
-    }
-};
-}  // namespace pybind11::detail
 
 namespace {
 

@@ -148,6 +148,26 @@ RLHF_INLINE double target_logprob(const Softmax& others, double z_t, double inv_
     return 0 - softplus((others.shift - z_t) * inv_temperature + std::log(others.sum));
 }
 
+struct RowOutputs {
+    double logprob, entropy, shift, log_sum;
+};
+
+// From the state of all the columns but the target.
+RLHF_INLINE RowOutputs row_outputs(const Softmax& others, double z_t, double inv_temperature) {
+    Softmax all = others, target;
+    target.shift = z_t;
+    target.sum = z_t == -kInf ? 0.0 : 1.0;
+    all.merge(target, inv_temperature);
+    // A row of nothing but -inf has no finite shift; 0 keeps the backward pass finite.
+    return {target_logprob(others, z_t, inv_temperature), all.entropy(), all.sum == 0 ? 0.0 : all.shift, all.log_sum()};
+}
+
+// The gradient at the target is gL (1 - p) - gH p (log p + H), with 1 - p = -expm1(log p) exact for p near 1.
+RLHF_INLINE double target_gradient(double logprob, double entropy, double grad_logprob, double grad_entropy) {
+    const double p = std::exp(logprob);
+    return -grad_logprob * std::expm1(logprob) - (p == 0 ? 0.0 : grad_entropy * p * (logprob + entropy));
+}
+
 // ---- per-token loss terms: value and derivative by the log-prob
 
 template <typename T>
@@ -188,6 +208,43 @@ RLHF_INLINE PPOTerm<T> ppo_term(T log_ratio, T advantage, T low, T high, T dual_
     grad = x == log_ratio ? grad : log_ratio != log_ratio ? log_ratio : T(0);
     return {value, grad, r, bregman(x), b > a ? T(1) : T(0)};
 }
+
+enum Reduction { kTokenMean, kSequenceMean, kSequenceSum, kConstant };
+
+// The weight of each True token in the loss: a row's share of the batch's denominator (0 = derive it from the mask).
+RLHF_INLINE double token_weight(double row_count, double total_count, double rows, int reduction, double denominator) {
+    const double whole = denominator != 0 ? denominator : reduction == kTokenMean ? total_count : rows;
+    if (row_count == 0 || whole == 0) return 0;
+    return reduction == kSequenceMean ? 1 / (whole * row_count) : 1 / whole;
+}
+
+// Sums over True tokens of the PPO loss's terms, and over rows, where the parts of the loss are weighted.
+struct PPOSums {
+    double policy = 0, kl = 0, entropy = 0, clipped = 0, approx_kl = 0, ratio = 0, ratio_max = -kInf, count = 0;
+
+    RLHF_INLINE void add(const PPOSums& row, double weight) {
+        policy += weight * row.policy;
+        kl += weight * row.kl;
+        entropy += weight * row.entropy;
+        clipped += row.clipped;
+        approx_kl += row.approx_kl;
+        ratio += row.ratio;
+        ratio_max = maximum(row.ratio_max, ratio_max);
+        count += row.count;
+    }
+    template <typename T>
+    RLHF_INLINE void write(T* stats, double kl_coef, double entropy_coef) const {
+        const double n = count > 0 ? count : 1;
+        stats[0] = T(policy + kl_coef * kl - entropy_coef * entropy);
+        stats[1] = T(policy);
+        stats[2] = T(clipped / n);
+        stats[3] = T(approx_kl / n);
+        stats[4] = T(ratio / n);
+        stats[5] = count > 0 ? T(ratio_max) : T(0);
+        stats[6] = T(kl);
+        stats[7] = T(entropy);
+    }
+};
 
 // 0.5 max((v - R)^2, (clamp(v, old - clip, old + clip) - R)^2)
 template <typename T>

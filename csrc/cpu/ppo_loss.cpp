@@ -8,13 +8,6 @@ namespace {
 
 constexpr int64_t kTokens = 256;  // a block's tokens
 
-enum Reduction { kTokenMean, kSequenceMean, kSequenceSum, kConstant };
-
-// Sums over the True tokens of a row.
-struct Sums {
-    double count = 0, policy = 0, clipped = 0, approx_kl = 0, ratio = 0, kl = 0, entropy = 0, ratio_max = -kInf;
-};
-
 int64_t count_true(const uint8_t* mask, int64_t n) {
     int64_t count = 0;
 #pragma omp simd reduction(+ : count)
@@ -22,16 +15,9 @@ int64_t count_true(const uint8_t* mask, int64_t n) {
     return count;
 }
 
-// A row's weight per token and, for rows, the count over the whole batch.
-double row_weight(int64_t row_count, int64_t total, int64_t B, int reduction, double denominator) {
-    const double whole = denominator != 0 ? denominator : reduction == kTokenMean ? double(total) : double(B);
-    if (row_count == 0 || whole == 0) return 0;
-    return reduction == kSequenceMean ? 1 / (whole * double(row_count)) : 1 / whole;
-}
-
 template <typename T>
 void policy_block(const T* logp, const T* old_logp, const T* advantage, const uint8_t* mask, int64_t n, T low, T high, T dual_clip,
-                  T weight, T* grad, Sums& sums) {
+                  T weight, T* grad, PPOSums& sums) {
     T policy = 0, clipped = 0, approx_kl = 0, ratio = 0, ratio_max = T(-kInf);
 #pragma omp simd reduction(+ : policy, clipped, approx_kl, ratio) reduction(max : ratio_max)
     for (int64_t k = 0; k < n; ++k) {
@@ -90,13 +76,13 @@ void ppo(Pointer logp, Pointer old_logp, Pointer advantages, bool per_token, Poi
          int reduction, double denominator, Pointer grad_logp, Pointer grad_entropy, Pointer stats, int threads) {
     const int64_t total = count_true(mask.as<uint8_t>(), B * L);
     const T dual = dual_clip > 0 ? T(dual_clip) : T(kInf);
-    Sums* rows = new Sums[B];
+    PPOSums* rows = new PPOSums[B];
     double* weights = new double[B];
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t b = 0; b < B; ++b) {
         const int64_t row_count = count_true(mask.as<uint8_t>() + b * L, L);
-        const double weight = weights[b] = row_weight(row_count, total, B, reduction, denominator);
-        Sums sums;
+        const double weight = weights[b] = token_weight(double(row_count), double(total), double(B), reduction, denominator);
+        PPOSums sums;
         sums.count = double(row_count);
         T constant[kTokens], scratch[kTokens];
         if (!per_token)
@@ -114,35 +100,18 @@ void ppo(Pointer logp, Pointer old_logp, Pointer advantages, bool per_token, Poi
         }
         rows[b] = sums;
     }
-    Sums all;
-    for (int64_t b = 0; b < B; ++b) {
-        all.policy += weights[b] * rows[b].policy;
-        all.kl += weights[b] * rows[b].kl;
-        all.entropy += weights[b] * rows[b].entropy;
-        all.clipped += rows[b].clipped;
-        all.approx_kl += rows[b].approx_kl;
-        all.ratio += rows[b].ratio;
-        all.ratio_max = maximum(rows[b].ratio_max, all.ratio_max);
-    }
+    PPOSums all;
+    for (int64_t b = 0; b < B; ++b) all.add(rows[b], weights[b]);
+    all.write(stats.as<T>(), kl_coef, entropy_coef);
     delete[] rows;
     delete[] weights;
-    const double n = total > 0 ? double(total) : 1;
-    T* out = stats.as<T>();
-    out[0] = T(all.policy + kl_coef * all.kl - entropy_coef * all.entropy);
-    out[1] = T(all.policy);
-    out[2] = T(all.clipped / n);
-    out[3] = T(all.approx_kl / n);
-    out[4] = T(all.ratio / n);
-    out[5] = total > 0 ? T(all.ratio_max) : T(0);
-    out[6] = T(all.kl);
-    out[7] = T(all.entropy);
 }
 
 template <typename T>
 void value_loss(Pointer values, Pointer old_values, Pointer returns, Pointer mask, int64_t n, double clip, double denominator,
                 Pointer grad, Pointer stats, int threads) {
     const int64_t total = count_true(mask.as<uint8_t>(), n), blocks = (n + kTokens - 1) / kTokens;
-    const double weight = row_weight(total, total, 1, kTokenMean, denominator);
+    const double weight = token_weight(double(total), double(total), 1, kTokenMean, denominator);
     double* partial = new double[2 * blocks];
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t block = 0; block < blocks; ++block) {
@@ -179,7 +148,8 @@ void reinforce(Pointer logp, Pointer advantages, bool per_token, Pointer mask, i
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t b = 0; b < B; ++b) {
         const uint8_t* on = mask.as<uint8_t>() + b * L;
-        const double weight = row_weight(count_true(on, L), total, B, reduction, denominator);
+        const double weight = 
+            token_weight(double(count_true(on, L)), double(total), double(B), reduction, denominator);
         double sum = 0;
         for (int64_t t = 0; t < L; ++t) {
             const double advantage = advantages.as<T>()[per_token ? b * L + t : b];

@@ -172,24 +172,12 @@ Softmax segment_without(const In* row, int64_t segment, int64_t V, int64_t targe
     return state;
 }
 
-struct RowResult {
-    double logprob, entropy, shift, log_sum;
-};
-
-// From the state of all the columns but the target.
-inline RowResult finish(const Softmax& others, double z_t, double inv_temperature) {
-    Softmax all = others;
-    all.merge({z_t, z_t == -kInf ? 0.0 : 1.0, 0.0}, inv_temperature);
-    // A row of nothing but -inf has no finite shift; 0 keeps the backward pass finite.
-    return {target_logprob(others, z_t, inv_temperature), all.entropy(), all.sum == 0 ? 0.0 : all.shift, all.log_sum()};
-}
-
 template <typename In>
-RowResult row_result(const In* row, int64_t V, int64_t target, double inv_temperature, double softcap) {
+RowOutputs row_outputs_of(const In* row, int64_t V, int64_t target, double inv_temperature, double softcap) {
     Softmax others;
     for (int64_t s = 0; s < segments_of(V); ++s)
         others.merge(segment_without(row, s, V, target, inv_temperature, softcap), inv_temperature);
-    return finish(others, logit(row, target, softcap), inv_temperature);
+    return row_outputs(others, logit(row, target, softcap), inv_temperature);
 }
 
 // Calls function with a value of the storage type that the dtype code names.

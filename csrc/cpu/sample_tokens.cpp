@@ -82,7 +82,7 @@ int64_t sample(const In* logits, int64_t row_stride, int64_t N, int64_t V, doubl
             const Compute<In> m = row_max(row, V);
             tokens[i] = greedy && greedy[i] ? first_equal(row, V, m)
                                             : inverse_cdf(row, V, m, inv_temperature, uniforms[i], block_sums);
-            const RowResult result = row_result(row, V, tokens[i], inv_temperature, 0.0);
+            const RowOutputs result = row_outputs_of(row, V, tokens[i], inv_temperature, 0.0);
             logprobs[i] = Compute<In>(result.logprob);
             entropy[i] = Compute<In>(result.entropy);
             const bool valid = result.entropy == result.entropy && result.logprob > -kInf;

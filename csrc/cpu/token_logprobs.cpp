@@ -8,7 +8,7 @@ namespace {
 constexpr int64_t kMasked = -100;
 
 template <typename In>
-void write(Pointer logprobs, Pointer entropy, Pointer stats, int64_t i, const RowResult& row) {
+void write(Pointer logprobs, Pointer entropy, Pointer stats, int64_t i, const RowOutputs& row) {
     using T = Compute<In>;
     logprobs.as<T>()[i] = T(row.logprob);
     entropy.as<T>()[i] = T(row.entropy);
@@ -23,9 +23,9 @@ void forward(const In* logits, int64_t row_stride, const int64_t* ids, int64_t N
 #pragma omp parallel for num_threads(threads) schedule(static)
         for (int64_t i = 0; i < N; ++i) {
             const bool masked = ids[i] == kMasked;
-            const RowResult none = {0, 0, 0, 0};
+            const RowOutputs none = {0, 0, 0, 0};
             write<In>(logprobs, entropy, stats, i,
-                      masked ? none : row_result(logits + i * row_stride, V, ids[i], inv_temperature, softcap));
+                      masked ? none : row_outputs_of(logits + i * row_stride, V, ids[i], inv_temperature, softcap));
         }
         return;
     }
@@ -41,7 +41,7 @@ void forward(const In* logits, int64_t row_stride, const int64_t* ids, int64_t N
             states[s] = segment_without(row, s, V, ids[i], inv_temperature, softcap);
         Softmax others;
         for (int64_t s = 0; s < segments_of(V); ++s) others.merge(states[s], inv_temperature);
-        write<In>(logprobs, entropy, stats, i, finish(others, logit(row, ids[i], softcap), inv_temperature));
+        write<In>(logprobs, entropy, stats, i, row_outputs(others, logit(row, ids[i], softcap), inv_temperature));
     }
     delete[] states;
 }
@@ -58,12 +58,8 @@ void row_gradient(const In* row, In* out, int64_t begin, int64_t end, int64_t ta
     // gL + gH (log p + H) as a line in log2 p
     const T slope = T(grad_entropy * inv_temperature / kLog2E);
     const T offset = T((grad_logprob + grad_entropy * entropy) * inv_temperature);
-    double target_gradient = 0;
-    if (target >= begin && target < end) {
-        const double p = std::exp(logprob), z = logit(row, target, softcap);
-        target_gradient = -grad_logprob * std::expm1(logprob) - (p == 0 ? p : grad_entropy * p * (logprob + entropy));
-        target_gradient *= inv_temperature * (softcap == 0 ? 1 : 1 - (z / softcap) * (z / softcap));
-    }
+    const bool has_target = target >= begin && target < end;
+    const double z_t = has_target ? double(logit(row, target, softcap)) : 0;  // read before it may be overwritten
     for (int64_t i = begin; i < end; i += kBlock) {
         const int64_t n = minimum(kBlock, end - i);
         const T* z = block(row + i, n, softcap, buffer);
@@ -79,7 +75,9 @@ void row_gradient(const In* row, In* out, int64_t begin, int64_t end, int64_t ta
         }
         if constexpr (sizeof(In) != sizeof(T)) store(gradient, out + i, n);
     }
-    if (target >= begin && target < end) narrow(T(target_gradient), out[target]);
+    if (!has_target) return;
+    const double by_softcap = softcap == 0 ? 1 : 1 - (z_t / softcap) * (z_t / softcap);
+    narrow(T(target_gradient(logprob, entropy, grad_logprob, grad_entropy) * inv_temperature * by_softcap), out[target]);
 }
 
 template <typename In>

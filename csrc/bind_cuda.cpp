@@ -1,0 +1,14 @@
+// Python module rlhf_fast._cuda: the kernels of cuda/ops.h under their own names. Imports on a machine without a driver.
+#include <pybind11/pybind11.h>
+
+#include "bind.h"
+#include "cuda/ops.h"
+
+PYBIND11_MODULE(_cuda, module) {
+    module.doc() = "CUDA kernels on raw device pointers. Argument order: csrc/cuda/ops.h.";
+#define RLHF_DEFINE(op) module.def(#op, rlhf::cuda::op, py::call_guard<py::gil_scoped_release>())
+    RLHF_DEFINE(token_logprobs);
+    RLHF_DEFINE(token_logprobs_backward);
+    RLHF_DEFINE(gae);
+    RLHF_DEFINE(ppo_loss);
+}
