@@ -6,7 +6,7 @@ A directory that holds other files too (an output directory with its metrics) ke
 into place one by one, and a crash between two of these renames leaves a checkpoint marked as incomplete.
 
     <directory>/model.safetensors, config.json, tokenizer files   the model saved under "" (others in sub-directories)
-    <directory>/state.pt             optimizer, scheduler, random states ...: tensors and plain values only
+    <directory>/state.pt             optimizer, scheduler, step ...: tensors and plain values only
     <directory>/checkpoint.json      the entries of the checkpoint, and whether it is complete
 
 Left out: fsync (a power failure can lose the newest checkpoint) and sharded state.
@@ -14,7 +14,6 @@ Left out: fsync (a power failure can lose the newest checkpoint) and sharded sta
 
 import json
 import os
-import random
 import re
 import shutil
 from collections.abc import Iterator
@@ -22,7 +21,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -112,10 +110,7 @@ def _manifest(directory: Path) -> dict[str, Any]:
 
 
 def _write_manifest(directory: Path, entries: set[str], *, complete: bool) -> None:
-    text = json.dumps({"complete": complete, "entries": sorted(entries)}, indent=2) + "\n"
-    beside = directory / f".{_MANIFEST}.new"
-    beside.write_text(text)
-    os.replace(beside, directory / _MANIFEST)
+    write_json(directory / _MANIFEST, {"complete": complete, "entries": sorted(entries)})
 
 
 def load_state(directory: str | os.PathLike) -> dict[str, Any]:
@@ -151,26 +146,9 @@ def _checkpoints(output_dir: Path) -> list[Path]:
     return [steps[step] for step in sorted(steps)]
 
 
-def rng_state() -> dict[str, Any]:
-    """States of the global generators of Python, NumPy and torch (CPU and every CUDA device), fit for `save`."""
-    name, keys, *rest = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Restores what `rng_state` returned. Raises ValueError when the number of CUDA devices differs."""
-    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if len(state["cuda"]) != devices:
-        raise ValueError(f"state: expected random states of {devices} CUDA devices, got {len(state['cuda'])}")
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if devices:
-        torch.cuda.set_rng_state_all(state["cuda"])
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    """Writes `content` beside `path` and renames it into place."""
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.new")
+    beside.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(beside, path)

@@ -4,9 +4,7 @@ Only values live here: no device or path is touched, no default depends on anoth
 the values run when the object is built, so a wrong config fails before any model is loaded.
 """
 
-import dataclasses
-import difflib
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 LRSchedule = Literal["constant", "linear", "cosine"]
@@ -265,18 +263,3 @@ class DemoConfig:
     output_dir: str = _arg("demo_out", "Where models, metrics and report.html go.")
     seed: int = _arg(0, "Seed of data, models and sampling; same seed, same bits.")
     quick: bool = _arg(False, "A tenth of the steps: shows that everything runs, proves nothing.")
-
-
-def from_dict(cls: type, values: dict[str, Any], where: str) -> Any:
-    """Build the config `cls` from `values`; unknown and missing keys are `ValueError`s naming `where`."""
-
-    names = [f.name for f in fields(cls)]
-    for key in values:
-        if key not in names:
-            near = difflib.get_close_matches(key, names, n=1)
-            raise ValueError(f"{where}: unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else ""))
-    for f in fields(cls):
-        no_default = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        if no_default and f.name not in values:
-            raise ValueError(f"{where}: missing key {f.name!r} ({f.metadata['help']})")
-    return cls(**values)

@@ -1,6 +1,6 @@
 """`rlhf-fast demo`: the DPO paper's controlled-sentiment experiment, small enough for a laptop CPU.
 
-Film reviews from a grammar, a Llama-shaped model of a third of a million weights, SFT, preference pairs sampled from
+Film reviews from a grammar, a Llama-shaped model of a hundred thousand weights, SFT, preference pairs sampled from
 the SFT model and labelled by Bradley-Terry on the known true reward, a reward model, then five methods from the same
 start on the same prompts. Nothing is downloaded. The report says what each method cost in time and memory and what it
 bought in true reward and KL, on prompts none of them saw.
@@ -12,8 +12,8 @@ import os
 from pathlib import Path
 
 from rlhf_fast import pipeline
+from rlhf_fast.checkpoint import write_json
 from rlhf_fast.config import DemoConfig, PipelineConfig
-from rlhf_fast.pipeline import write_report
 from rlhf_fast.tokenizers import init_model
 from rlhf_fast.variance import gradient_variance
 from rlhf_fast.world import build_tokenizer, prompt_rows, sft_rows
@@ -21,9 +21,9 @@ from rlhf_fast.world import build_tokenizer, prompt_rows, sft_rows
 TRUE_REWARD = "rlhf_fast.world:true_reward"
 MODEL = {
     "model_type": "llama",
-    "hidden_size": 96,
-    "intermediate_size": 256,
-    "num_hidden_layers": 3,
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
     "max_position_embeddings": 128,
@@ -40,13 +40,13 @@ def run(config: DemoConfig) -> None:
         init_model(MODEL, build_tokenizer(), out / "init", config.seed)
     plan = pipeline_config(config, shorten)
     pipeline.run_stages(plan)
-    variance = {}
-    for where, model in {"SFT model": "sft", "after ReMax": "remax"}.items():
-        remax = pipeline.make_plan(plan)["remax"]
-        at = dataclasses.replace(remax, model=str(out / model), reference=str(out / "sft"), eval_steps=0, resume=False)
-        variance[where] = gradient_variance(at, batches=max(4, 24 // shorten))
-    (out / "variance.json").write_text(json.dumps(variance, indent=2) + "\n")
-    write_report(plan)
+    remax = dataclasses.replace(pipeline.make_plan(plan)["remax"], reference=str(out / "sft"), eval_steps=0)
+    variance = {
+        where: gradient_variance(dataclasses.replace(remax, model=str(out / model)), batches=max(4, 24 // shorten))
+        for where, model in {"SFT model": "sft", "after ReMax": "remax"}.items()
+    }
+    write_json(out / "variance.json", variance)
+    pipeline.write_report(plan, variance)
 
 
 def pipeline_config(config: DemoConfig, shorten: int) -> PipelineConfig:
@@ -71,7 +71,7 @@ def pipeline_config(config: DemoConfig, shorten: int) -> PipelineConfig:
         pairs={
             "prompts": str(data / "prompts.jsonl"),
             "reward": TRUE_REWARD,
-            "scale": 8.0,
+            "scale": 30.0,
             "eval_rows": 500 // shorten,
             **lengths,
         },
@@ -79,7 +79,7 @@ def pipeline_config(config: DemoConfig, shorten: int) -> PipelineConfig:
             "epochs": 2,
             "batch_size": 32,
             "max_length": 64,
-            "learning_rate": 5e-4,
+            "learning_rate": 1e-3,
             "warmup_steps": 10,
             **lengths,
         },
@@ -90,19 +90,19 @@ def pipeline_config(config: DemoConfig, shorten: int) -> PipelineConfig:
             "eval_steps": max(1, 10 // shorten),
             "steps": 60 // shorten,
             "batch_size": 64,
-            "kl_coef": 0.05,
-            "learning_rate": 3e-4,
+            "kl_coef": 0.3,
+            "learning_rate": 1e-3,
             "lr_schedule": "constant",
             **lengths,
         },
-        ppo={"epochs": 2, "minibatches": 2, "value_learning_rate": 1e-3},
-        dpo={"epochs": 1, "batch_size": 32, "learning_rate": 3e-4, "beta": 0.1, "max_length": 64},
+        ppo={"epochs": 2, "minibatches": 2, "learning_rate": 3e-4, "value_learning_rate": 1e-3},
+        dpo={"batch_size": 32, "learning_rate": 3e-4, "lr_schedule": "linear", "beta": 0.3, "max_length": 64},
     )
 
 
 def _write_data(directory: Path, seed: int, shorten: int) -> None:
     evaluation = prompt_rows(256 // shorten, seed + 1)
-    training = prompt_rows(3000 // shorten, seed + 2, exclude=[row["prompt"] for row in evaluation])
+    training = prompt_rows(6500 // shorten, seed + 2, exclude=[row["prompt"] for row in evaluation])
     files = {"sft.jsonl": sft_rows(6000 // shorten, seed + 3), "prompts.jsonl": training, "eval.jsonl": evaluation}
     directory.mkdir(parents=True, exist_ok=True)
     for name, rows in files.items():

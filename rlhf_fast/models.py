@@ -11,6 +11,7 @@ Left out on purpose: devices, autocast and gradients, which belong to the caller
 import functools
 import inspect
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,12 +58,14 @@ def default_device() -> torch.device:
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(path)
+    return AutoTokenizer.from_pretrained(_existing(path))
 
 
 def load_policy(path: str | Path, *, trainable: bool = True) -> PreTrainedModel:
     """The causal language model at `path` in fp32, dropout off; frozen unless `trainable`."""
-    return _prepare(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), trainable)
+    with _quiet_loading():
+        model = AutoModelForCausalLM.from_pretrained(_existing(path), dtype=torch.float32)
+    return _prepare(model, trainable)
 
 
 def load_scorer(
@@ -73,11 +76,11 @@ def load_scorer(
     A new `score` head is drawn from N(0, 1/(H+1)) (`normal`, for reward models; arXiv 2009.01325) or set to 0
     (`zero`, for value models, so that the first values are 0).
     """
-    config = AutoConfig.from_pretrained(path)
+    config = AutoConfig.from_pretrained(_existing(path))
     is_classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
     if is_classifier and config.num_labels != 1:
         raise ValueError(f"model: expected a reward model with one label at {path}, got {config.num_labels} labels")
-    with _quiet_loading():  # transformers reports a missing score head, which is what we are about to make
+    with _quiet_loading():
         model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=torch.float32)
     if not hasattr(model, "score"):
         raise ValueError(f"model: expected a model with a `score` head (decoder type) at {path}, got {type(model)}")
@@ -148,6 +151,15 @@ def forward_inputs(model: PreTrainedModel, ids: Tensor, mask: Tensor, positions:
     return inputs
 
 
+def _existing(path: str | Path) -> str:
+    """`path` itself; a local path that is not there must not be looked for on the hub, which takes minutes to fail."""
+    text = str(path)
+    local = isinstance(path, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or os.sep in text[-1:]
+    if local and not Path(text).is_dir():
+        raise ValueError(f"model: expected a checkpoint directory or a hub name, found no directory {text}")
+    return text
+
+
 def _inputs(model: PreTrainedModel, sequences: Sequences) -> dict:
     mask_BL = sequences.attention_mask()
     return {**forward_inputs(model, sequences.input_ids(), mask_BL, position_ids(mask_BL)), "use_cache": False}
@@ -177,9 +189,13 @@ def _forward_parameters(model_class: type) -> frozenset[str]:
 
 @contextmanager
 def _quiet_loading() -> Iterator[None]:
-    level = transformers.logging.get_verbosity()
+    """No bar for every file, and no report of a missing score head, which is what we are about to make."""
+    level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.logging.enable_progress_bar()

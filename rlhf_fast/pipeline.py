@@ -5,13 +5,17 @@ what one config section leaves out is filled in from the stages before it.
 """
 
 import dataclasses
+import json
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from rlhf_fast import config as configs
-from rlhf_fast.config import PipelineConfig, from_dict
+from rlhf_fast.arguments import from_dict
+from rlhf_fast.config import PipelineConfig
+from rlhf_fast.metrics import print_table
 
+NAMES = {"ppo": "PPO", "remax": "ReMax", "reinforce": "REINFORCE", "rloo": "RLOO", "dpo": "DPO"}
 METHODS = {
     "ppo": configs.PPOConfig,
     "remax": configs.ReMaxConfig,
@@ -69,9 +73,44 @@ def make_plan(config: PipelineConfig) -> dict[str, Any]:
     return plan
 
 
-def write_report(config: PipelineConfig) -> None:
-    """report.html, report.json and plots/*.png from what the finished stages left on disk."""
-    raise NotImplementedError
+def write_report(config: PipelineConfig, variance: dict[str, Any] | None = None) -> None:
+    """report.html, report.json and plots/*.png from what the stages left on disk, and the tables on the console.
+
+    Needs evaluations: without eval_steps > 0 in the methods' configs there is nothing to compare, and no report.
+    """
+    from rlhf_fast import report
+
+    plan, out = make_plan(config), Path(config.output_dir)
+    methods = [m for m in config.methods if plan[m].eval_steps]
+    if not methods:
+        return
+    runs = [report.load_run(NAMES[m], out / m) for m in methods]
+    before = json.loads((out / methods[0] / "samples_before.json").read_text())
+    named = plan[methods[0]].eval_reward
+    reward_name = "score of the reward model" if named is None else named.rpartition(":")[2].replace("_", " ")
+    labels = {"reward_name": reward_name, "gradient_variance": variance}
+    notes = _notes(config, out)
+    report.write_report(out / "report.html", runs, title=config.title, samples=before, notes=notes, **labels)
+    report.write_plots(out / "plots", runs, variance, reward_name=reward_name)
+    print_table("What each method bought", report.quality_table(runs, before, reward_name))
+    print_table("What it cost", report.cost_table(runs))
+    print(f"report: {out / 'report.html'}")
+
+
+def _notes(config: PipelineConfig, out: Path) -> list[str]:
+    """What a reader of the report must know: the stages before the methods, and the machine."""
+    sft, reward = (json.loads((out / name / "run.json").read_text()) for name in ("sft", "reward"))
+    machine = sft["environment"]
+    notes = [
+        f"SFT from {config.model} on {sft['rows']} rows in {sft['train_seconds']:.0f} s "
+        f"({sft['parameters']['policy']:,} weights). Reward model on {reward['rows']} preferences in "
+        f"{reward['train_seconds']:.0f} s"
+        + (f", held-out pair accuracy {reward['eval/accuracy']:.3f}." if "eval/accuracy" in reward else "."),
+        "Every method starts from the SFT model, on the same prompts. One seed each.",
+        f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, "
+        f"transformers {machine['transformers']}, Python {machine['python']}.",
+    ]
+    return notes
 
 
 def _fields(cls: type) -> set[str]:

@@ -8,7 +8,8 @@ Sampling is from the full softmax at `temperature`, which is what the training p
 Left out on purpose: text, rewards, and any decoding trick that changes the distribution.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -46,6 +47,17 @@ class Generation(NamedTuple):
     greedy: Rollout | None  # [B] rows
 
 
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Eval mode: in train mode a model that checkpoints its activations silently drops the KV cache."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 @torch.no_grad()
 def generate(
     model: PreTrainedModel,
@@ -80,34 +92,37 @@ def generate(
     logprobs_RT, entropy_RT = torch.zeros(R, T, device=device), torch.zeros(R, T, device=device)
     finished_R = torch.zeros(R, dtype=torch.bool, device=device)
 
-    cache = DynamicCache(config=model.config)
-    positions = position_ids(prompt_mask)
-    logits = _last_logits(model, forward_inputs(model, prompt_ids, prompt_mask, positions), cache)
-    if rows_per_prompt > 1:
-        cache.batch_repeat_interleave(rows_per_prompt)
-    logits = logits.repeat_interleave(rows_per_prompt, dim=0)
-    attention = torch.cat([prompt_mask.repeat_interleave(rows_per_prompt, dim=0), mask_RT.new_ones(R, T)], dim=1)
-    position = positions[:, -1:].repeat_interleave(rows_per_prompt, dim=0)
+    with _evaluating(model):
+        cache = DynamicCache(config=model.config)
+        positions = position_ids(prompt_mask)
+        logits = _last_logits(model, forward_inputs(model, prompt_ids, prompt_mask, positions), cache)
+        if rows_per_prompt > 1:
+            cache.batch_repeat_interleave(rows_per_prompt)
+        logits = logits.repeat_interleave(rows_per_prompt, dim=0)
+        attention = torch.cat([prompt_mask.repeat_interleave(rows_per_prompt, dim=0), mask_RT.new_ones(R, T)], dim=1)
+        position = positions[:, -1:].repeat_interleave(rows_per_prompt, dim=0)
 
-    live = torch.arange(R, device=device)  # the row of the output each row of the batch writes to
-    for t in range(T):
-        chosen = sample_tokens(logits, temperature=temperature, greedy_mask=greedy_R[live], generator=generator)
-        running = ~finished_R[live]  # rows that finished since the last compaction still decode; drop what they make
-        tokens_RT[live, t] = torch.where(running, chosen.tokens, pad_id)
-        logprobs_RT[live, t] = torch.where(running, chosen.logprobs, 0.0)
-        entropy_RT[live, t] = torch.where(running, chosen.entropy, 0.0)
-        mask_RT[live, t] = running
-        finished_R[live] |= torch.isin(chosen.tokens, eos)
-        keep = (~finished_R[live]).nonzero().squeeze(1)
-        if len(keep) == 0 or t == T - 1:
-            break
-        inputs_ids = chosen.tokens
-        if len(keep) < _COMPACT_BELOW * len(live):
-            cache.batch_select_indices(keep)
-            live, attention, position, inputs_ids = live[keep], attention[keep], position[keep], inputs_ids[keep]
-        position = position + 1
-        inputs = forward_inputs(model, inputs_ids[:, None], attention[:, : P + t + 1], position)
-        logits = _last_logits(model, inputs, cache)
+        live = torch.arange(R, device=device)  # the row of the output each row of the batch writes to
+        for t in range(T):
+            chosen = sample_tokens(logits, temperature=temperature, greedy_mask=greedy_R[live], generator=generator)
+            running = ~finished_R[
+                live
+            ]  # rows that finished since the last compaction still decode; drop what they make
+            tokens_RT[live, t] = torch.where(running, chosen.tokens, pad_id)
+            logprobs_RT[live, t] = torch.where(running, chosen.logprobs, 0.0)
+            entropy_RT[live, t] = torch.where(running, chosen.entropy, 0.0)
+            mask_RT[live, t] = running
+            finished_R[live] |= torch.isin(chosen.tokens, eos)
+            keep = (~finished_R[live]).nonzero().squeeze(1)
+            if len(keep) == 0 or t == T - 1:
+                break
+            inputs_ids = chosen.tokens
+            if len(keep) < _COMPACT_BELOW * len(live):
+                cache.batch_select_indices(keep)
+                live, attention, position, inputs_ids = live[keep], attention[keep], position[keep], inputs_ids[keep]
+            position = position + 1
+            inputs = forward_inputs(model, inputs_ids[:, None], attention[:, : P + t + 1], position)
+            logits = _last_logits(model, inputs, cache)
 
     length = t + 1
     rollout = Rollout(

@@ -147,6 +147,7 @@ class Run:
         """Step numbers from 1 (or after the checkpoint), the global generators seeded anew for each."""
         if self.evaluator and self.first_step == 1:
             self.logger.log(0, {**self._evaluate(), "time/total": 0.0})
+            checkpoint.write_json(Path(self.config.output_dir) / "samples_before.json", self.last_evaluation.samples)
             self.meter.step()
         for step in range(self.first_step, self.total_steps + 1):
             seed_everything(self.config.seed, step)
@@ -188,7 +189,7 @@ class Run:
                 **static_bytes(self.frozen, {}),
             },
             "parameters": {
-                name or "model": sum(p.numel() for p in model.parameters()) for name, model in self.models.items()
+                role: sum(p.numel() for p in learner.model.parameters()) for role, learner in self.learners.items()
             },
             **self._facts,
             "environment": environment(self.meter.device),

@@ -25,9 +25,10 @@ def sample(config: PairsConfig) -> None:
     tokenizer = load_tokenizer(config.model)
     policy = load_policy(config.model, trainable=False).to(device)
     reward = Reward(config.reward, tokenizer, device)
-    prompts = encode_prompts(
-        load_rows(config.prompts, "prompt")[: config.max_rows], tokenizer, config.max_prompt_length
-    )
+    rows = load_rows(config.prompts, "prompt")[: config.max_rows]
+    prompts = encode_prompts(rows, tokenizer, config.max_prompt_length).examples
+    if len(prompts) <= config.eval_rows:
+        raise ValueError(f"eval_rows: expected fewer than the {len(prompts)} prompts, got {config.eval_rows}")
     generator = torch.Generator(device).manual_seed(config.seed)
     labels = torch.Generator().manual_seed(config.seed)
     pairs = []

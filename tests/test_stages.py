@@ -1,0 +1,263 @@
+"""Every stage on a tiny model: it learns, micro-batches and interruptions change nothing, and mismatches are caught."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf_fast import checkpoint
+from rlhf_fast.config import DPOConfig, PPOConfig, ReinforceConfig, ReMaxConfig, RewardConfig, RLOOConfig, SFTConfig
+from rlhf_fast.data import encode_prompts, encode_sft, load_rows
+from rlhf_fast.metrics import read_metrics
+from rlhf_fast.models import load_policy, load_tokenizer
+from rlhf_fast.stages import dpo, ppo, reinforce, remax, reward, rloo, sft
+from rlhf_fast.stages.online import KLController, Online
+from rlhf_fast.world import preference_rows, prompt_rows, sft_rows
+
+
+def write_rows(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, str]:
+    directory = tmp_path_factory.mktemp("data")
+    rows = sft_rows(96, seed=0)
+    prompts, completions = [r["prompt"] for r in rows], [r["completion"] for r in rows]
+    pairs = preference_rows(prompts, list(zip(completions, completions[1:] + completions[:1], strict=True)), seed=0)
+    rankings = [
+        {"prompt": p, "completions": completions[i : i + 3], "ranks": [0, 1, 1]} for i, p in enumerate(prompts[:32])
+    ]
+    return {
+        "sft": write_rows(directory / "sft.jsonl", rows),
+        "pairs": write_rows(directory / "pairs.jsonl", pairs),
+        "rankings": write_rows(directory / "rankings.jsonl", rankings),
+        "prompts": write_rows(directory / "prompts.jsonl", prompt_rows(32, seed=1)),
+    }
+
+
+def shortness(prompts, completions):
+    """A reward a tiny model climbs in a few steps: few words, and among them 'good'."""
+    return [("good" in c.split()) - 0.1 * len(c.split()) for c in completions]
+
+
+REWARD = f"{__file__}:shortness"
+LENGTHS = {"max_prompt_length": 16, "max_response_length": 12}
+
+
+def stage_config(cls: type, files: dict[str, str], model: str, output: Path, **options):
+    fields = {f.name for f in dataclasses.fields(cls)}
+    data = {SFTConfig: "sft", RewardConfig: "pairs", DPOConfig: "pairs"}.get(cls, "prompts")
+    values = {"batch_size": 16, "steps": 4, "learning_rate": 2e-3, "lr_schedule": "constant", "reward": REWARD}
+    values = {k: v for k, v in (values | LENGTHS).items() if k in fields}
+    return cls(**{**values, "model": model, "output_dir": str(output), "train_data": files[data], **options})
+
+
+STAGES = {
+    "sft": (sft, SFTConfig),
+    "reward": (reward, RewardConfig),
+    "ppo": (ppo, PPOConfig),
+    "remax": (remax, ReMaxConfig),
+    "reinforce": (reinforce, ReinforceConfig),
+    "rloo": (rloo, RLOOConfig),
+    "dpo": (dpo, DPOConfig),
+}
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    files = sorted(directory.glob("*.safetensors")) + sorted(directory.glob("value/*.safetensors"))
+    return {f"{path.parent.name}/{k}": v for path in files for k, v in load_file(path).items()}
+
+
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() != set() and len(a) == len(b)
+    return max((x - y).abs().max().item() for x, y in zip(a.values(), b.values(), strict=True))
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_micro_batches_change_nothing(name, files, tiny_model, tmp_path):
+    module, cls = STAGES[name]
+    for micro in (None, 4):
+        options = {"micro_batch_size": micro, "seed": 3}
+        options |= {"steps": 1} if name not in ("sft", "reward", "dpo") else {"batch_size": 64}
+        module.train(stage_config(cls, files, tiny_model, tmp_path / str(micro), **options))
+    whole, parts = (read_metrics(tmp_path / m / "metrics.jsonl")[0] for m in ("None", "4"))
+    # Before the first step DPO's margins are 0 but for rounding, and so is the meaning of their signs.
+    noise = ("val/logprob_drift", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
+    for key, value in whole.items():
+        if not key.startswith(("time/", "memory/")) and key not in noise:
+            assert parts[key] == pytest.approx(value, rel=2e-4, abs=2e-5), key
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(name, files, tiny_model, tmp_path):
+    module, cls = STAGES[name]
+    options = {"save_steps": 2, "gradient_checkpointing": name == "ppo"}
+    options |= {"kl_target": 0.1} if name == "remax" else {}
+    config = stage_config(cls, files, tiny_model, tmp_path / "whole", **options)
+    module.train(config)
+    cut = tmp_path / "cut"  # what an interruption after the checkpoint leaves behind
+    cut.mkdir()
+    last = checkpoint.latest(tmp_path / "whole")
+    shutil.copytree(last, cut / last.name)
+    shutil.copy(tmp_path / "whole" / "metrics.jsonl", cut)
+    module.train(dataclasses.replace(config, output_dir=str(cut), resume=True))
+    assert distance(weights(tmp_path / "whole"), weights(cut)) == 0
+    assert distance(weights(last), weights(cut)) > 0  # there was something left to do
+    first, second = (read_metrics(d / "metrics.jsonl") for d in (tmp_path / "whole", cut))
+    assert [row["step"] for row in first] == [row["step"] for row in second]
+
+
+def test_sft_learns_and_reports_held_out_loss(files, tiny_model, tmp_path):
+    config = stage_config(SFTConfig, files, tiny_model, tmp_path, epochs=8, eval_data=files["sft"], learning_rate=5e-3)
+    sft.train(config)
+    history = read_metrics(tmp_path / "metrics.jsonl")
+    assert history[0]["loss"] == pytest.approx(4.82, abs=0.4)  # log of the vocabulary's 124 words, more or less
+    assert history[-1]["loss"] < 3.2
+    assert history[-1]["eval/loss"] < 3.2
+    tokenizer = load_tokenizer(str(tmp_path))
+    examples = encode_sft(load_rows(files["sft"], "sft"), tokenizer, 512, 16).examples
+    loss = sft.held_out_loss(load_policy(tmp_path), examples, 0, config)
+    assert loss == pytest.approx(history[-1]["eval/loss"], rel=1e-5)
+
+
+def test_reward_model_learns_and_is_centred_on_samples_of_its_start(files, tiny_model, tmp_path):
+    config = stage_config(RewardConfig, files, tiny_model, tmp_path, epochs=6, eval_data=files["pairs"])
+    reward.train(config)
+    history = read_metrics(tmp_path / "metrics.jsonl")
+    assert history[0]["loss"] == pytest.approx(0.69, abs=0.2)
+    assert history[-1]["eval/accuracy"] > 0.75
+    run = json.loads((tmp_path / "run.json").read_text())
+    from rlhf_fast.models import load_scorer
+
+    model, tokenizer = load_scorer(tmp_path), load_tokenizer(str(tmp_path))
+    examples = reward._encode(files["pairs"], tokenizer, config)[0]
+    again, _ = reward.normalize(model, examples, tokenizer, config)
+    assert abs(run["score_offset"]) > 1e-3
+    assert again == pytest.approx(0, abs=1e-5)  # normalising a second time has nothing left to shift
+
+
+def test_reward_model_from_rankings(files, tiny_model, tmp_path):
+    config = stage_config(RewardConfig, files, tiny_model, tmp_path, train_data=files["rankings"], normalize_samples=0)
+    reward.train(config)
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["ppo", "remax", "reinforce", "rloo"])
+def test_online_methods_raise_the_reward(name, files, tiny_model, tmp_path):
+    module, cls = STAGES[name]
+    options = {"steps": 30, "batch_size": 32, "kl_coef": 0.0, "learning_rate": 1e-2, "eval_steps": 30}
+    options |= {"eval_data": files["prompts"]}
+    module.train(stage_config(cls, files, tiny_model, tmp_path, **options))
+    history = read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in history] == list(range(31))
+    gain = history[-1]["eval/reward"] - history[0]["eval/reward"]
+    assert gain > 3 * (history[0]["eval/reward_se"] ** 2 + history[-1]["eval/reward_se"] ** 2) ** 0.5
+    assert history[0]["eval/kl"] == pytest.approx(0, abs=1e-4)
+    assert history[-1]["eval/kl"] > 0.5
+    assert max(row.get("val/logprob_drift", 0) for row in history) < 1e-3
+    run = json.loads((tmp_path / "run.json").read_text())
+    model = load_policy(tiny_model)
+    parameters = sum(p.numel() for p in model.parameters())
+    held = 4 * (parameters + sum(b.numel() for b in model.buffers()))
+    policy = run["static_bytes"]["policy"]
+    assert (policy["weights"], policy["gradients"]) == (held, 4 * parameters)
+    assert 8 * parameters <= policy["optimizer"] < 8 * parameters + 1000
+    assert run["static_bytes"]["reference"] == {"weights": held, "gradients": 0, "optimizer": 0}
+    assert ("value" in run["static_bytes"]) == (name == "ppo")
+    assert run["phases"]["rollout"]["seconds"] > 0
+    samples = json.loads((tmp_path / "samples.json").read_text())
+    assert samples[0]["reward"] == pytest.approx(shortness([""], [samples[0]["completion"]])[0])
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "sigmoid_norm"])
+def test_dpo_separates_the_pairs(loss_type, files, tiny_model, tmp_path):
+    dpo.train(stage_config(DPOConfig, files, tiny_model, tmp_path, epochs=3, loss_type=loss_type))
+    history = read_metrics(tmp_path / "metrics.jsonl")
+    assert history[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)  # the policy is still the reference
+    assert history[-1]["rewards/accuracies"] > 0.8
+    assert history[-1]["loss"] < history[0]["loss"]
+
+
+def test_paper_and_verl_variants_of_remax_run(files, tiny_model, tmp_path):
+    losses = {}
+    for variant in ("official", "paper", "verl"):
+        config = stage_config(ReMaxConfig, files, tiny_model, tmp_path / variant, steps=1, variant=variant)
+        remax.train(config)
+        losses[variant] = read_metrics(tmp_path / variant / "metrics.jsonl")[0]
+    # At the first step the policy is the reference, so no KL: official is paper but for the reduction.
+    length = losses["official"]["objective/length"]
+    assert losses["paper"]["loss/policy_avg"] == pytest.approx(losses["official"]["loss/policy_avg"] * length, rel=1e-4)
+    assert losses["verl"]["loss/policy_avg"] == pytest.approx(losses["official"]["loss/policy_avg"], rel=1e-4)
+
+
+def test_a_mismatch_between_decoding_and_training_stops_the_run(files, tiny_model, tmp_path, monkeypatch):
+    config = stage_config(ReMaxConfig, files, tiny_model, tmp_path)
+    original = Online.collect
+
+    def stale(self, meter, step):
+        experience = original(self, meter, step)
+        return experience._replace(rollout=experience.rollout._replace(logprobs=experience.rollout.logprobs - 0.5))
+
+    monkeypatch.setattr(Online, "collect", stale)
+    with pytest.raises(RuntimeError, match="log-probs differ by 0.5.*max_logprob_drift=0.02"):
+        remax.train(config)
+    assert not (tmp_path / "run.json").exists()
+
+
+def test_missing_eos_penalty_is_taken_off_unfinished_completions(files, tiny_model, tmp_path):
+    from rlhf_fast.memory import Meter
+
+    scores = []
+    for penalty in (0.0, 3.0):
+        config = stage_config(ReMaxConfig, files, tiny_model, tmp_path, missing_eos_penalty=penalty)
+        experience = Online(config, "test").collect(Meter("cpu"), step=1)
+        scores.append(experience.scores)
+    unfinished = ~experience.rollout.finished
+    assert unfinished.any()
+    torch.testing.assert_close(scores[0] - scores[1], 3.0 * unfinished)
+
+
+def test_kl_controller_follows_the_published_rule():
+    fixed, adaptive = KLController(0.2, None), KLController(0.2, 6.0)
+    fixed.update(100.0, 64)
+    assert fixed.coef == 0.2
+    adaptive.update(100.0, 64)  # error clipped to 0.2
+    assert adaptive.coef == pytest.approx(0.2 * (1 + 0.2 * 64 / 10_000))
+    adaptive.update(5.7, 64)  # error -0.05
+    assert adaptive.coef == pytest.approx(0.2 * (1 + 0.2 * 64 / 10_000) * (1 - 0.05 * 64 / 10_000))
+
+
+def test_every_prompt_is_used_once_per_pass(files, tiny_model, tmp_path):
+    online = Online(stage_config(RLOOConfig, files, tiny_model, tmp_path, group_size=2), "test", samples=2)
+    prompts = encode_prompts(load_rows(files["prompts"], "prompt"), online.tokenizer, 16).examples
+    for first in (1, 5):
+        used = [p.prompt for step in range(first, first + 4) for p in online._round_prompts(step)]
+        assert sorted(used) == sorted(p.prompt for p in prompts)
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "message"),
+    [
+        (PPOConfig, {"batch_size": 10, "micro_batch_size": 4}, "micro_batch_size: expected a divisor of batch_size=10"),
+        (RLOOConfig, {"batch_size": 10, "group_size": 4}, "group_size: expected >= 2 and a divisor"),
+        (PPOConfig, {"temperature": 0.0}, "temperature: expected a number > 0, got 0.0"),
+        (SFTConfig, {"batch_size": 0}, "batch_size: expected an integer >= 1, got 0"),
+    ],
+)
+def test_bad_config_values(cls, options, message, files, tiny_model, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        stage_config(cls, files, tiny_model, tmp_path, **options)
+
+
+def test_too_little_data_is_an_error(files, tiny_model, tmp_path):
+    with pytest.raises(ValueError, match="batch_size: expected at most the number of rows, 96, got 97"):
+        sft.train(stage_config(SFTConfig, files, tiny_model, tmp_path, batch_size=97))
+    with pytest.raises(ValueError, match=r"train_data: expected at least 64 prompts \(one round\), got 32"):
+        remax.train(stage_config(ReMaxConfig, files, tiny_model, tmp_path, batch_size=64))
