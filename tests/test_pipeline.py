@@ -1,0 +1,186 @@
+"""The pipeline's plan, a whole run on a tiny model, pairs, evaluation and gradient variance."""
+
+import dataclasses
+import gzip
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import random_policy, random_sequences
+from test_stages import REWARD, files, shortness, stage_config  # noqa: F401  (files is a fixture)
+
+from rlhf_fast import pipeline
+from rlhf_fast.config import PairsConfig, PipelineConfig, ReMaxConfig
+from rlhf_fast.data import load_rows
+from rlhf_fast.evaluation import prompt_columns, sequence_kl
+from rlhf_fast.memory import Meter
+from rlhf_fast.metrics import read_metrics
+from rlhf_fast.models import response_logits
+from rlhf_fast.stages import pairs
+from rlhf_fast.stages.online import Online
+from rlhf_fast.training import Learner, _lr_factor, micro_batches
+from rlhf_fast.variance import gradient_variance
+
+TRUE_REWARD = "rlhf_fast.world:true_reward"
+
+
+def pipeline_config(files, tiny_model, output, **options) -> PipelineConfig:  # noqa: F811
+    lengths = {"max_prompt_length": 16, "max_response_length": 12}
+    common = {"train_data": files["prompts"], "eval_data": files["prompts"], "eval_steps": 1, "eval_reward": REWARD}
+    values = {
+        "model": tiny_model,
+        "output_dir": str(output),
+        "seed": 5,
+        "sft": {"train_data": files["sft"], "batch_size": 16, "max_length": 48},
+        "pairs": {"prompts": files["prompts"], "reward": REWARD, "eval_rows": 4, **lengths},
+        "reward": {"batch_size": 8, "normalize_samples": 8, **lengths},
+        "common": {**common, "steps": 2, "batch_size": 8, **lengths},
+        "rloo": {"group_size": 2},
+    }
+    return PipelineConfig(**{**values, **options})
+
+
+def test_plan_hands_each_stage_what_the_one_before_made(files, tiny_model, tmp_path):  # noqa: F811
+    plan = pipeline.make_plan(pipeline_config(files, tiny_model, tmp_path, ppo={"steps": 7, "seed": 9}))
+    assert list(plan) == ["sft", "pairs", "reward", "ppo", "remax", "reinforce", "rloo", "dpo"]
+    out = str(tmp_path)
+    assert (plan["sft"].model, plan["sft"].output_dir, plan["sft"].seed) == (tiny_model, f"{out}/sft", 5)
+    assert (plan["pairs"].model, plan["pairs"].output) == (f"{out}/sft", f"{out}/pairs.jsonl.gz")
+    assert (plan["reward"].train_data, plan["reward"].eval_data) == (f"{out}/pairs.jsonl.gz", plan["pairs"].eval_output)
+    for name in ("ppo", "remax", "reinforce", "rloo"):
+        assert (plan[name].model, plan[name].reward) == (f"{out}/sft", f"{out}/reward")
+    assert (plan["ppo"].steps, plan["ppo"].seed, plan["remax"].steps, plan["remax"].seed) == (7, 9, 2, 5)
+    assert plan["dpo"].train_data == f"{out}/pairs.jsonl.gz"
+    assert plan["rloo"].group_size == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"methods": ["ppo", "grpo"]}, "methods: expected some of .*, got 'grpo'"),
+        ({"common": {"kl_coeff": 0.1}}, "common: unknown key 'kl_coeff'"),
+        ({"ppo": {"epoch": 2}}, "section 'ppo': unknown key 'epoch', did you mean 'epochs'"),
+        ({"sft": {}}, "section 'sft': missing 'train_data'"),
+        ({"remax": {"steps": "many"}}, "section 'remax': steps: expected int, got 'many'"),
+    ],
+)
+def test_config_errors_show_before_anything_runs(options, message, files, tiny_model, tmp_path):  # noqa: F811
+    with pytest.raises(ValueError, match=message):
+        pipeline.run(pipeline_config(files, tiny_model, tmp_path / "out", **options))
+    assert not (tmp_path / "out").exists()
+
+
+def test_whole_pipeline_and_its_resumption(files, tiny_model, tmp_path, capsys):  # noqa: F811
+    config = pipeline_config(files, tiny_model, tmp_path)
+    pipeline.run(config)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert list(report["methods"]) == ["PPO", "ReMax", "REINFORCE", "RLOO", "DPO"]
+    starts = {json.dumps(read_metrics(tmp_path / m / "metrics.jsonl")[0]["eval/reward"]) for m in config.methods}
+    assert len(starts) == 1  # same start, same prompts, same random numbers
+    assert "<svg" in (tmp_path / "report.html").read_text() or "svg+xml" in (tmp_path / "report.html").read_text()
+    assert {p.name for p in (tmp_path / "plots").iterdir()} >= {"reward_kl.png", "step_time.png", "static_memory.png"}
+    assert "What each method bought" in capsys.readouterr().out
+    stamps = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/run.json")}
+    (tmp_path / "dpo" / "run.json").unlink()
+    pipeline.run(dataclasses.replace(config, resume=True))
+    changed = {p.parent.name for p in tmp_path.glob("*/run.json") if stamps.get(p) != p.stat().st_mtime_ns}
+    assert changed == {"dpo"}
+
+
+def test_pairs_follow_bradley_terry(files, tiny_model, tmp_path):  # noqa: F811
+    outputs = {}
+    for scale in (0.5, 50.0):
+        target = tmp_path / f"{scale}.jsonl.gz"
+        pairs.sample(
+            PairsConfig(
+                model=tiny_model,
+                prompts=files["prompts"],
+                reward=REWARD,
+                output=str(target),
+                scale=scale,
+                eval_output=str(tmp_path / f"{scale}_eval.jsonl"),
+                eval_rows=4,
+                max_response_length=12,
+            )
+        )
+        outputs[scale] = load_rows(target, "preference")
+        assert len(outputs[scale]) + len(load_rows(tmp_path / f"{scale}_eval.jsonl", "preference")) <= 32
+    decisive = [(shortness([""], [row["chosen"]])[0], shortness([""], [row["rejected"]])[0]) for row in outputs[50.0]]
+    decisive = [(chosen, rejected) for chosen, rejected in decisive if abs(chosen - rejected) > 0.15]
+    assert len(decisive) > 5
+    assert all(chosen > rejected for chosen, rejected in decisive)
+    flipped = sum(a["chosen"] == b["rejected"] for a, b in zip(outputs[0.5], outputs[50.0], strict=True))
+    assert flipped > 0  # the same draws at scale 0.5 flip some labels
+
+
+def test_pairs_are_written_whole_or_not_at_all(files, tiny_model, tmp_path, monkeypatch):  # noqa: F811
+    target = tmp_path / "pairs.jsonl.gz"
+    with gzip.open(target, "wt") as file:
+        file.write("old\n")
+    config = PairsConfig(model=tiny_model, prompts=files["prompts"], reward=REWARD, output=str(target))
+    monkeypatch.setattr(pairs, "json", SimpleNamespace(dumps=lambda row: 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        pairs.sample(config)
+    assert gzip.decompress(target.read_bytes()) == b"old\n"
+
+
+def test_sequence_kl_is_the_exact_sum_over_the_vocabulary():
+    policy, reference = random_policy("llama", seed=0), random_policy("llama", seed=1)
+    sequences = random_sequences()
+    with torch.no_grad():
+        p, q = (torch.softmax(response_logits(m, sequences).double() / 0.7, -1) for m in (policy, reference))
+        expected = ((p * (p.log() - q.log())).sum(-1) * sequences.response_mask).sum(1)
+        torch.testing.assert_close(sequence_kl(policy, reference, sequences, 0.7).double(), expected, rtol=1e-4, atol=0)
+        assert sequence_kl(policy, policy, sequences, 0.7).abs().max() == 0
+
+
+def test_gradient_variance_is_the_trace_of_the_covariance(files, tiny_model, tmp_path):  # noqa: F811
+    config = stage_config(ReMaxConfig, files, tiny_model, tmp_path, gamma=1.0)
+    measured = gradient_variance(config, batches=3)
+    online = Online(config, "test", greedy=True)
+    for name, use_baseline in (("REINFORCE", 0.0), ("ReMax", 1.0)):
+        gradients = []
+        for step in (1, 2, 3):
+            e = online.collect(Meter("cpu"), step)
+            weights = (e.scores - use_baseline * e.greedy_scores)[:, None]  # the policy is the reference: no KL
+            logprobs = online.training_logprobs(e.rollout).logprobs
+            (-(weights * logprobs).sum(1).mean()).backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in online.learner.parameters]).double())
+            online.policy.zero_grad()
+        stacked = torch.stack(gradients)
+        assert measured[name]["variance"] == pytest.approx(stacked.var(dim=0).sum().item(), rel=1e-3)
+        assert measured[name]["norm"] == pytest.approx(stacked.norm(dim=1).mean().item(), rel=1e-4)
+
+
+def test_learning_rate_schedules():
+    linear, cosine, constant = (_lr_factor(s, 4, 14) for s in ("linear", "cosine", "constant"))
+    assert [linear(step) for step in (0, 3, 4, 9, 14)] == pytest.approx([0.2, 0.8, 1.0, 0.5, 0.0])
+    assert [cosine(step) for step in (4, 9, 14)] == pytest.approx([1.0, 0.5, 0.0])
+    assert [constant(step) for step in (4, 14)] == [1.0, 1.0]
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_weights(files, tiny_model, tmp_path):  # noqa: F811
+    config = stage_config(ReMaxConfig, files, tiny_model, tmp_path)
+    online = Online(config, "test")
+    learner = Learner(online.policy, config, 1)
+    before = [p.detach().clone() for p in learner.parameters]
+    for p in learner.parameters:
+        p.grad = torch.full_like(p, math.nan)
+    with pytest.raises(RuntimeError, match="gradient norm is nan"):
+        learner.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, learner.parameters, strict=True))
+
+
+def test_micro_batches_cover_all_rows():
+    assert micro_batches(7, 3) == [slice(0, 3), slice(3, 6), slice(6, 7)]
+    assert micro_batches(7, None) == [slice(0, 7)]
+
+
+def test_columns_of_ragged_rows(tokenizer):
+    from rlhf_fast.data import encode_prompts
+
+    rows = [{"prompt": "the film", "topic": "film"}, {"prompt": "the plot"}]
+    columns = prompt_columns(encode_prompts(rows, tokenizer, 16).examples)
+    assert columns == {"prompt": ["the film", "the plot"], "topic": ["film", None]}
