@@ -17,6 +17,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CXXFLAGS = "-std=c++17 -O3 -fPIC -fopenmp -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math"
+# Both passes turn selects into jumps, and loops with jumps do not vectorise.
+KERNEL_FLAGS = "-fno-thread-jumps -fno-tree-pre"
 # Every kernel source is compiled once per instruction set, in a namespace of that name; the widest is chosen at load.
 ISA_FLAGS = {"scalar": ""}
 if platform.machine() in ("x86_64", "AMD64"):
@@ -105,7 +107,7 @@ class NinjaBuild(build_ext):
         objects = [compile_("cxx", csrc / "bind_cpu.cpp", f"{CXXFLAGS} -O1{warnings}{includes}")]
         for isa, isa_flags in ISA_FLAGS.items():
             for source in sorted((csrc / "cpu").glob("*.cpp")):
-                objects.append(compile_("cxx", source, f"{CXXFLAGS}{warnings} {isa_flags} -DISA={isa}", f".{isa}"))
+                objects.append(compile_("cxx", source, f"{CXXFLAGS} {KERNEL_FLAGS}{warnings} {isa_flags} -DISA={isa}", f".{isa}"))
         if "rlhf_fast._cpu" in modules:
             lines.append(f"build {escape(modules['rlhf_fast._cpu'].name)}: link {' '.join(objects)}")
         if "rlhf_fast._cuda" in modules:

@@ -170,43 +170,57 @@ RLHF_INLINE double target_gradient(double logprob, double entropy, double grad_l
 
 // ---- per-token loss terms: value and derivative by the log-prob
 
-template <typename T>
-struct Term {
-    T value, grad;
-};
-
 constexpr double kMaxLogRatio = 20;
 
 enum Estimator { kK1, kK2, kK3, kAbs };
 
-// KL estimate from d = logp - ref_logp (Schulman 2020, "Approximating KL divergence").
+// These return the term's value and write the rest to references: a struct returned inside a loop would not vectorise.
+
+// KL estimate from d = logp - ref_logp (Schulman 2020, "Approximating KL divergence"), with its derivative by logp.
 template <typename T>
-RLHF_INLINE Term<T> kl_term(T d, int estimator) {
-    if (estimator == kK1) return {d, T(1)};
-    if (estimator == kK2) return {d * d / 2, d};
-    if (estimator == kAbs) return {d < 0 ? -d : d, d > 0 ? T(1) : d < 0 ? T(-1) : d * 0};
-    const T b = bregman(-d);
-    return {b, d - b};
+RLHF_INLINE T kl_term(T d, int estimator, T& grad) {
+    if (estimator == kK1) {
+        grad = 1;
+        return d;
+    }
+    if (estimator == kK2) {
+        grad = d;
+        return d * d / 2;
+    }
+    if (estimator == kAbs) {
+        grad = d > 0 ? T(1) : d < 0 ? T(-1) : d * 0;
+        return d < 0 ? -d : d;
+    }
+    const T k3 = bregman(-d);
+    grad = d - k3;
+    return k3;
 }
 
-template <typename T>
-struct PPOTerm {
-    T value, grad, ratio, approx_kl, clipped;
-};
-
 // max(-A r, -A clip(r, 1 - low, 1 + high)), below 0 advantage at most -A dual_clip (infinity = off); r = e^clamp(log ratio).
-// Ties share the gradient equally and clamps pass it on their closed interval, as torch does.
+// Ties share the gradient equally and clamps pass it on their closed interval, as torch does. approx_kl is r - 1 - log r.
 template <typename T>
-RLHF_INLINE PPOTerm<T> ppo_term(T log_ratio, T advantage, T low, T high, T dual_clip) {
+RLHF_INLINE T ppo_term(T log_ratio, T advantage, T low, T high, T dual_clip, T& grad, T& ratio, T& approx_kl, T& clipped) {
     const T limit = T(kMaxLogRatio), x = clamp(log_ratio, -limit, limit), r = exp_of(x);
     const T r_clipped = clamp(r, 1 - low, 1 + high), a = -advantage * r, b = -advantage * r_clipped;
-    const T grad_b = r == r_clipped ? a : T(0);
-    T value = a > b ? a : b, grad = a > b ? a : b > a ? grad_b : (a + grad_b) / 2;
-    const T bound = advantage < 0 ? -advantage * dual_clip : T(kInf);
-    grad = value < bound ? grad : value > bound ? T(0) : grad / 2;
-    value = value > bound ? bound : value;
-    grad = x == log_ratio ? grad : log_ratio != log_ratio ? log_ratio : T(0);
-    return {value, grad, r, bregman(x), b > a ? T(1) : T(0)};
+    const T grad_b = r == r_clipped ? a : T(0), bound = advantage < 0 ? -advantage * dual_clip : T(kInf);
+    const T value = a > b ? a : b, slope = a > b ? a : b > a ? grad_b : (a + grad_b) / 2;
+    const T bounded = value < bound ? slope : value > bound ? T(0) : slope / 2;
+    grad = log_ratio < -limit || log_ratio > limit ? T(0) : bounded;
+    ratio = r;
+    approx_kl = bregman(x);
+    clipped = b > a ? T(1) : T(0);
+    return value > bound ? bound : value;
+}
+
+// 0.5 max((v - R)^2, (clamp(v, old - clip, old + clip) - R)^2)
+template <typename T>
+RLHF_INLINE T value_term(T value, T old_value, T target, T clip, T& grad, T& clipped) {
+    const T v = clamp(value, old_value - clip, old_value + clip);
+    const T a = (value - target) * (value - target), b = (v - target) * (v - target);
+    const T grad_a = value - target, grad_b = v == value ? grad_a : T(0);
+    grad = a > b ? grad_a : b > a ? grad_b : (grad_a + grad_b) / 2;
+    clipped = b > a ? T(1) : T(0);
+    return (a > b ? a : b) / 2;
 }
 
 enum Reduction { kTokenMean, kSequenceMean, kSequenceSum, kConstant };
@@ -246,21 +260,14 @@ struct PPOSums {
     }
 };
 
-// 0.5 max((v - R)^2, (clamp(v, old - clip, old + clip) - R)^2)
-template <typename T>
-RLHF_INLINE PPOTerm<T> value_term(T value, T old_value, T target, T clip) {
-    const T v = clamp(value, old_value - clip, old_value + clip);
-    const T a = (value - target) * (value - target), b = (v - target) * (v - target);
-    const T grad_a = value - target, grad_b = v == value ? grad_a : T(0);
-    const T grad = a > b ? grad_a : b > a ? grad_b : (grad_a + grad_b) / 2;
-    return {(a > b ? a : b) / 2, grad, 0, 0, b > a ? T(1) : T(0)};
-}
-
 // ---- per-pair loss terms
 
 // -log sigmoid(x), the Bradley-Terry likelihood
 template <typename T>
-RLHF_INLINE Term<T> bradley_terry(T x) { return {softplus(-x), -sigmoid(-x)}; }
+RLHF_INLINE T bradley_terry(T x, T& grad) {
+    grad = -sigmoid(-x);
+    return softplus(-x);
+}
 
 template <typename T>
 struct PairTerm {

@@ -9,7 +9,7 @@ namespace {
 template <typename T>
 void gae_rows(Pointer rewards, Pointer values, Pointer mask, int64_t B, int64_t L, double gamma, double lam, Pointer advantages,
               Pointer returns, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(team(B * L, threads)) schedule(static)
     for (int64_t b = 0; b < B; ++b) {
         const T *r = rewards.as<T>() + b * L, *v = values.as<T>() + b * L;
         const uint8_t* on = mask.as<uint8_t>() + b * L;
@@ -31,7 +31,7 @@ void gae_rows(Pointer rewards, Pointer values, Pointer mask, int64_t B, int64_t 
 
 template <typename T>
 void return_rows(Pointer rewards, Pointer mask, int64_t B, int64_t L, double gamma, Pointer out, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(team(B * L, threads)) schedule(static)
     for (int64_t b = 0; b < B; ++b) {
         double sum = 0;
         for (int64_t i = (b + 1) * L - 1; i >= b * L; --i) {
@@ -47,7 +47,7 @@ enum Variant { kOfficial, kPaper, kVerl };
 template <typename T>
 void remax_rows(Pointer scores, Pointer greedy, Pointer logp, Pointer ref, Pointer mask, int64_t B, int64_t L, double kl_coef,
                 double gamma, double clip, int variant, Pointer out, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(team(B * L, threads)) schedule(static)
     for (int64_t b = 0; b < B; ++b) {
         double advantage = clamp(double(scores.as<T>()[b]) - double(greedy.as<T>()[b]), -clip, clip), kl_to_go = 0;
         for (int64_t i = (b + 1) * L - 1; i >= b * L; --i) {

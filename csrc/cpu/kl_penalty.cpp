@@ -9,11 +9,16 @@ constexpr int64_t kChunk = 4096;
 
 template <typename T, int kEstimator>
 void estimate(const T* logp, const T* ref, int64_t n, T* out, T* grad) {
+    if (grad) {
 #pragma omp simd
-    for (int64_t k = 0; k < n; ++k) out[k] = kl_term(logp[k] - ref[k], kEstimator).value;
-    if (!grad) return;
+        for (int64_t k = 0; k < n; ++k) out[k] = kl_term(logp[k] - ref[k], kEstimator, grad[k]);
+        return;
+    }
 #pragma omp simd
-    for (int64_t k = 0; k < n; ++k) grad[k] = kl_term(logp[k] - ref[k], kEstimator).grad;
+    for (int64_t k = 0; k < n; ++k) {
+        T unused;
+        out[k] = kl_term(logp[k] - ref[k], kEstimator, unused);
+    }
 }
 
 template <typename T>
@@ -28,7 +33,7 @@ void estimate(const T* logp, const T* ref, int64_t n, int estimator, T* out, T* 
 
 template <typename T>
 void penalty(Pointer logp, Pointer ref, int64_t n, int estimator, Pointer out, Pointer grad, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(team(n, threads)) schedule(static)
     for (int64_t i = 0; i < n; i += kChunk)
         estimate(logp.as<T>() + i, ref.as<T>() + i, minimum(kChunk, n - i), estimator, out.as<T>() + i,
                  grad ? grad.as<T>() + i : nullptr);
@@ -37,7 +42,7 @@ void penalty(Pointer logp, Pointer ref, int64_t n, int estimator, Pointer out, P
 template <typename T>
 void shape(Pointer scores, Pointer logp, Pointer ref, Pointer mask, int64_t B, int64_t L, T kl_coef, int estimator, T clip,
            Pointer out, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(team(B * L, threads)) schedule(static)
     for (int64_t b = 0; b < B; ++b) {
         const uint8_t* on = mask.as<uint8_t>() + b * L;
         T* reward = out.as<T>() + b * L;

@@ -1,4 +1,4 @@
-// A tensor's address as Python passes it.
+// A kernel's arguments: a tensor's address as Python passes it, the choice of type, the number of threads worth starting.
 #pragma once
 #include <cstdint>
 
@@ -10,6 +10,9 @@ struct Pointer {
     __attribute__((always_inline)) T* as() const { return reinterpret_cast<T*>(address); }
     __attribute__((always_inline)) explicit operator bool() const { return address != 0; }
 };
+
+// Waking threads, or waiting for one that is not running, costs more than some 100 microseconds of work.
+__attribute__((always_inline)) inline int team(int64_t elements, int threads) { return elements < (1 << 17) ? 1 : threads; }
 
 }  // namespace rlhf
 

@@ -22,14 +22,15 @@ void policy_block(const T* logp, const T* old_logp, const T* advantage, const ui
 #pragma omp simd reduction(+ : policy, clipped, approx_kl, ratio) reduction(max : ratio_max)
     for (int64_t k = 0; k < n; ++k) {
         const bool on = mask[k];
-        const PPOTerm<T> term = ppo_term(logp[k] - old_logp[k], advantage[k], low, high, dual_clip);
-        policy += on ? term.value : T(0);
-        clipped += on ? term.clipped : T(0);
-        approx_kl += on ? term.approx_kl : T(0);
-        ratio += on ? term.ratio : T(0);
-        const T seen = on ? term.ratio : T(-kInf);
+        T by_logp, r, k3, is_clipped;
+        const T value = ppo_term(logp[k] - old_logp[k], advantage[k], low, high, dual_clip, by_logp, r, k3, is_clipped);
+        policy += on ? value : T(0);
+        clipped += on ? is_clipped : T(0);
+        approx_kl += on ? k3 : T(0);
+        ratio += on ? r : T(0);
+        const T seen = on ? r : T(-kInf);
         ratio_max = seen > ratio_max ? seen : ratio_max;
-        grad[k] = on ? weight * term.grad : T(0);
+        grad[k] = on ? weight * by_logp : T(0);
     }
     sums.policy += policy;
     sums.clipped += clipped;
@@ -45,9 +46,12 @@ double kl_block(const T* logp, const T* ref, const uint8_t* mask, int64_t n, T w
 #pragma omp simd reduction(+ : kl)
     for (int64_t k = 0; k < n; ++k) {
         const T d = logp[k] - ref[k], x = clamp(d, -limit, limit);
-        const Term<T> term = kl_term(x, kEstimator);
-        kl += mask[k] ? term.value : T(0);
-        grad[k] += mask[k] && x == d ? weight * term.grad : T(0);
+        T by_logp;
+        const T value = kl_term(x, kEstimator, by_logp);
+        const bool on = mask[k];
+        kl += on ? value : T(0);
+        by_logp = x == d ? weight * by_logp : T(0);
+        grad[k] += on ? by_logp : T(0);
     }
     return kl;
 }
@@ -78,7 +82,7 @@ void ppo(Pointer logp, Pointer old_logp, Pointer advantages, bool per_token, Poi
     const T dual = dual_clip > 0 ? T(dual_clip) : T(kInf);
     PPOSums* rows = new PPOSums[B];
     double* weights = new double[B];
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(team(B * L, threads)) schedule(static)
     for (int64_t b = 0; b < B; ++b) {
         const int64_t row_count = count_true(mask.as<uint8_t>() + b * L, L);
         const double weight = weights[b] = token_weight(double(row_count), double(total), double(B), reduction, denominator);
@@ -113,7 +117,7 @@ void value_loss(Pointer values, Pointer old_values, Pointer returns, Pointer mas
     const int64_t total = count_true(mask.as<uint8_t>(), n), blocks = (n + kTokens - 1) / kTokens;
     const double weight = token_weight(double(total), double(total), 1, kTokenMean, denominator);
     double* partial = new double[2 * blocks];
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(team(n, threads)) schedule(static)
     for (int64_t block = 0; block < blocks; ++block) {
         const int64_t i = block * kTokens, m = minimum(kTokens, n - i);
         const T *v = values.as<T>() + i, *old = old_values.as<T>() + i, *target = returns.as<T>() + i;
@@ -122,10 +126,11 @@ void value_loss(Pointer values, Pointer old_values, Pointer returns, Pointer mas
         T* g = grad ? grad.as<T>() + i : scratch;
 #pragma omp simd reduction(+ : sum, clipped)
         for (int64_t k = 0; k < m; ++k) {
-            const PPOTerm<T> term = value_term(v[k], old[k], target[k], T(clip));
-            sum += on[k] ? term.value : T(0);
-            clipped += on[k] ? term.clipped : T(0);
-            g[k] = on[k] ? T(weight) * term.grad : T(0);
+            T by_value, is_clipped;
+            const T value = value_term(v[k], old[k], target[k], T(clip), by_value, is_clipped);
+            sum += on[k] ? value : T(0);
+            clipped += on[k] ? is_clipped : T(0);
+            g[k] = on[k] ? T(weight) * by_value : T(0);
         }
         partial[2 * block] = sum;
         partial[2 * block + 1] = clipped;
@@ -145,16 +150,17 @@ void reinforce(Pointer logp, Pointer advantages, bool per_token, Pointer mask, i
                double denominator, Pointer grad, Pointer loss, int threads) {
     const int64_t total = count_true(mask.as<uint8_t>(), B * L);
     double* rows = new double[B];
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(team(B * L, threads)) schedule(static)
     for (int64_t b = 0; b < B; ++b) {
         const uint8_t* on = mask.as<uint8_t>() + b * L;
         const double weight = 
             token_weight(double(count_true(on, L)), double(total), double(B), reduction, denominator);
+        const T *lp = logp.as<T>() + b * L, *advantage = advantages.as<T>() + (per_token ? b * L : b);
         double sum = 0;
         for (int64_t t = 0; t < L; ++t) {
-            const double advantage = advantages.as<T>()[per_token ? b * L + t : b];
-            sum -= on[t] ? advantage * double(logp.as<T>()[b * L + t]) : 0.0;
-            if (grad) grad.as<T>()[b * L + t] = on[t] ? T(-weight * advantage) : T(0);
+            const double a = advantage[per_token ? t : 0];
+            sum -= on[t] ? a * double(lp[t]) : 0.0;
+            if (grad) grad.as<T>()[b * L + t] = on[t] ? T(-weight * a) : T(0);
         }
         rows[b] = weight * sum;
     }

@@ -15,14 +15,14 @@ void pairs(Pointer chosen, Pointer rejected, Pointer margin, int64_t B, double c
     const double n = B > 0 ? double(B) : 1;
     for (int64_t b = 0; b < B; ++b) {
         const double c = chosen.as<T>()[b], r = rejected.as<T>()[b];
-        const Term<double> term = bradley_terry(c - r - (margin ? double(margin.as<T>()[b]) : 0.0));
-        likelihood += term.value;
+        double grad = 0;
+        likelihood += bradley_terry(c - r - (margin ? double(margin.as<T>()[b]) : 0.0), grad);
         centre += (c + r) * (c + r);
         right += order(c - r);
         difference += c - r;
         const double by_centre = 2 * center_coef * (c + r);
-        if (grad_chosen) grad_chosen.as<T>()[b] = T((term.grad + by_centre) / n);
-        if (grad_rejected) grad_rejected.as<T>()[b] = T((by_centre - term.grad) / n);
+        if (grad_chosen) grad_chosen.as<T>()[b] = T((grad + by_centre) / n);
+        if (grad_rejected) grad_rejected.as<T>()[b] = T((by_centre - grad) / n);
     }
     T* out = stats.as<T>();
     out[0] = T((likelihood + center_coef * centre) / n);
@@ -47,11 +47,11 @@ void ranking(Pointer scores, Pointer ranks, int64_t B, int64_t K, Pointer grad, 
             for (int64_t j = 0; j < K; ++j) {
                 if (!is_pair(ranks.as<int64_t>() + b * K, i, j)) continue;
                 const double difference = double(score[i]) - double(score[j]);
-                const Term<double> term = bradley_terry(difference);
-                loss += term.value;
+                double by_difference = 0;
+                loss += bradley_terry(difference, by_difference);
                 right += order(difference);
-                row_grad[i] += term.grad / n;
-                row_grad[j] -= term.grad / n;
+                row_grad[i] += by_difference / n;
+                row_grad[j] -= by_difference / n;
             }
         if (grad)
             for (int64_t i = 0; i < K; ++i) grad.as<T>()[b * K + i] = T(row_grad[i]);

@@ -73,7 +73,7 @@ template <typename In>
 int64_t sample(const In* logits, int64_t row_stride, int64_t N, int64_t V, double inv_temperature, const double* uniforms,
                const uint8_t* greedy, int64_t* tokens, Compute<In>* logprobs, Compute<In>* entropy, int threads) {
     int64_t bad = N;
-#pragma omp parallel num_threads(threads) reduction(min : bad)
+#pragma omp parallel num_threads(team(N * V, threads)) reduction(min : bad)
     {
         double* block_sums = new double[(V + kBlock - 1) / kBlock];
 #pragma omp for schedule(static)

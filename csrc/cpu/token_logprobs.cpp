@@ -19,8 +19,8 @@ void write(Pointer logprobs, Pointer entropy, Pointer stats, int64_t i, const Ro
 template <typename In>
 void forward(const In* logits, int64_t row_stride, const int64_t* ids, int64_t N, int64_t V, double inv_temperature, double softcap,
              Pointer logprobs, Pointer entropy, Pointer stats, int threads) {
-    if (N >= threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
+    if (N >= threads || team(V, threads) == 1) {
+#pragma omp parallel for num_threads(team(N * V, threads)) schedule(static)
         for (int64_t i = 0; i < N; ++i) {
             const bool masked = ids[i] == kMasked;
             const RowOutputs none = {0, 0, 0, 0};
@@ -36,7 +36,7 @@ void forward(const In* logits, int64_t row_stride, const int64_t* ids, int64_t N
             write<In>(logprobs, entropy, stats, i, {0, 0, 0, 0});
             continue;
         }
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(team(V, threads)) schedule(static)
         for (int64_t s = 0; s < segments_of(V); ++s)
             states[s] = segment_without(row, s, V, ids[i], inv_temperature, softcap);
         Softmax others;
@@ -86,7 +86,7 @@ void backward(const In* logits, int64_t row_stride, const int64_t* ids, int64_t 
               int64_t grad_row_stride, int threads) {
     using T = Compute<In>;
     const int64_t segments = segments_of(V);
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(team(N * V, threads)) schedule(static)
     for (int64_t task = 0; task < N * segments; ++task) {
         const int64_t i = task / segments, begin = task % segments * kSegment, end = minimum(begin + kSegment, V);
         In* out = grad_logits + i * grad_row_stride;

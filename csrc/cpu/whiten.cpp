@@ -1,4 +1,4 @@
-// Normalised advantages: masked whitening, and the group baselines of RLOO and GRPO. Sums run serially in double.
+// Normalised advantages: masked whitening, and the group baselines of RLOO and GRPO. Sums on one thread, in double.
 #include "../math.h"
 #include "ops.h"
 
@@ -10,14 +10,16 @@ void whiten_all(Pointer x, Pointer mask, int64_t n, bool shift_mean, Pointer out
     const T* from = x.as<T>();
     const uint8_t* on = mask.as<uint8_t>();
     double count = 0, sum = 0, squares = 0;
+#pragma omp simd reduction(+ : count, sum)
     for (int64_t i = 0; i < n; ++i) {
         count += on[i] ? 1 : 0;
         sum += on[i] ? double(from[i]) : 0.0;
     }
     const double mean = count > 0 ? sum / count : 0;
+#pragma omp simd reduction(+ : squares)
     for (int64_t i = 0; i < n; ++i) squares += on[i] ? (double(from[i]) - mean) * (double(from[i]) - mean) : 0.0;
     const double scale = 1 / std::sqrt((count > 1 ? squares / (count - 1) : 0) + 1e-8), shift = shift_mean ? 0 : mean;
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(team(n, threads)) schedule(static)
     for (int64_t i = 0; i < n; ++i) out.as<T>()[i] = on[i] ? T((double(from[i]) - mean) * scale + shift) : T(0);
 }
 

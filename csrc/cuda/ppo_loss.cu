@@ -42,19 +42,18 @@ __global__ void row_sums(const T* logp, const T* old_logp, const T* advantages, 
         T gradient = 0;
         if (mask[i]) {
             const T advantage = advantages[options.per_token ? i : b];
-            const PPOTerm<T> term =
-                ppo_term(logp[i] - old_logp[i], advantage, T(options.clip_low), T(options.clip_high), dual);
-            gradient = T(weight) * term.grad;
-            sums.policy += term.value;
-            sums.clipped += term.clipped;
-            sums.approx_kl += term.approx_kl;
-            sums.ratio += term.ratio;
-            sums.ratio_max = maximum(double(term.ratio), sums.ratio_max);
+            T by_logp, ratio, approx_kl, clipped;
+            sums.policy += ppo_term(logp[i] - old_logp[i], advantage, T(options.clip_low), T(options.clip_high), dual, by_logp,
+                                    ratio, approx_kl, clipped);
+            gradient = T(weight) * by_logp;
+            sums.clipped += clipped;
+            sums.approx_kl += approx_kl;
+            sums.ratio += ratio;
+            sums.ratio_max = maximum(double(ratio), sums.ratio_max);
             if (ref) {
                 const T d = logp[i] - ref[i], x = clamp(d, -limit, limit);
-                const Term<T> kl = kl_term(x, options.estimator);
-                sums.kl += kl.value;
-                gradient += x == d ? T(weight * options.kl_coef) * kl.grad : T(0);
+                sums.kl += kl_term(x, options.estimator, by_logp);
+                gradient += x == d ? T(weight * options.kl_coef) * by_logp : T(0);
             }
             if (entropy) sums.entropy += entropy[i];
         }

@@ -97,8 +97,8 @@ def test_instruction_sets_agree(isa, dtype):
             torch.testing.assert_close(got, expected, rtol=relative, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
-# One and two rows are fewer than the threads: their columns are split.
-@pytest.mark.parametrize("N, V", [(1, 40001), (2, 50257), (33, 1009)])
+# Large enough for several threads. One and two rows are fewer than the threads: their columns are split.
+@pytest.mark.parametrize("N, V", [(1, 150001), (2, 100257), (33, 5003)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_same_bits_for_any_thread_count(N, V, dtype):
     z, ids = logits(N, V, dtype)
@@ -110,9 +110,9 @@ def test_same_bits_for_any_thread_count(N, V, dtype):
 
 
 def test_same_bits_for_any_thread_count_in_losses():
-    one = (*ppo_loss(7, 501, threads=1), *gae(7, 501, threads=1))
+    one = (*ppo_loss(70, 2001, threads=1), *gae(70, 2001, threads=1))
     for threads in (2, 3):
-        many = (*ppo_loss(7, 501, threads=threads), *gae(7, 501, threads=threads))
+        many = (*ppo_loss(70, 2001, threads=threads), *gae(70, 2001, threads=threads))
         assert all(torch.equal(a, b) for a, b in zip(one, many, strict=True))
 
 
