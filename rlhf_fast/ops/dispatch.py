@@ -100,6 +100,11 @@ def pointer(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
+def threads(x: Tensor) -> int:
+    """Threads for a kernel that passes over x: one per 32,768 elements, as in torch's own CPU kernels."""
+    return max(1, min(torch.get_num_threads(), x.numel() // 32_768))
+
+
 def statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 

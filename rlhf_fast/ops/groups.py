@@ -5,7 +5,7 @@ from torch import Tensor
 
 from rlhf_fast import reference
 from rlhf_fast.ops.checks import check_dims, check_floats, expect
-from rlhf_fast.ops.dispatch import LIBRARY, _cpu, code, common_dtype, has_kernel
+from rlhf_fast.ops.dispatch import LIBRARY, _cpu, code, common_dtype, has_kernel, threads
 
 LIBRARY.define("rloo_advantages(Tensor scores, int group_size) -> Tensor")
 LIBRARY.define("grpo_advantages(Tensor scores, int group_size) -> Tensor")
@@ -59,9 +59,7 @@ def _check(scores: Tensor, group_size: int) -> None:
 def _rloo_cpu(scores: Tensor, group_size: int) -> Tensor:
     scores = scores.contiguous()
     out = torch.empty_like(scores)
-    _cpu.rloo_advantages(
-        code(scores), scores.data_ptr(), scores.shape[0], group_size, out.data_ptr(), torch.get_num_threads()
-    )
+    _cpu.rloo_advantages(code(scores), scores.data_ptr(), scores.shape[0], group_size, out.data_ptr(), threads(scores))
     return out
 
 
@@ -69,9 +67,7 @@ def _rloo_cpu(scores: Tensor, group_size: int) -> Tensor:
 def _grpo_cpu(scores: Tensor, group_size: int) -> Tensor:
     scores = scores.contiguous()
     out = torch.empty_like(scores)
-    _cpu.grpo_advantages(
-        code(scores), scores.data_ptr(), scores.shape[0], group_size, out.data_ptr(), torch.get_num_threads()
-    )
+    _cpu.grpo_advantages(code(scores), scores.data_ptr(), scores.shape[0], group_size, out.data_ptr(), threads(scores))
     return out
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf_fast import reference
 from rlhf_fast.ops.checks import check_clip, check_dims, check_floats, check_mask, check_option, check_per_row
-from rlhf_fast.ops.dispatch import LIBRARY, _cpu, code, common_dtype, contiguous, has_kernel, pointer
+from rlhf_fast.ops.dispatch import LIBRARY, _cpu, code, common_dtype, contiguous, has_kernel, pointer, threads
 from rlhf_fast.ops.gradients import register_saved_gradients
 
 ESTIMATORS = ("k1", "k2", "k3", "abs")
@@ -102,7 +102,7 @@ def _kl_cpu(logprobs: Tensor, ref_logprobs: Tensor, estimator: str, with_grad: b
     kl, grad = _kl_fake(logprobs, ref_logprobs, estimator, with_grad)
     _cpu.kl_penalty(
         code(logprobs), logprobs.data_ptr(), ref_logprobs.data_ptr(), logprobs.numel(), ESTIMATORS.index(estimator),
-        kl.data_ptr(), pointer(grad if with_grad else None), torch.get_num_threads(),
+        kl.data_ptr(), pointer(grad if with_grad else None), threads(logprobs),
     )  # fmt: skip
     return kl, grad
 
@@ -123,7 +123,7 @@ def _rewards_cpu(
     rewards = torch.empty_like(logprobs)
     _cpu.shape_rewards(
         code(logprobs), scores.data_ptr(), logprobs.data_ptr(), ref.data_ptr(), mask.data_ptr(), *logprobs.shape,
-        kl_coef, ESTIMATORS.index(estimator), clip, rewards.data_ptr(), torch.get_num_threads(),
+        kl_coef, ESTIMATORS.index(estimator), clip, rewards.data_ptr(), threads(logprobs),
     )  # fmt: skip
     return rewards
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rlhf_fast import reference
 from rlhf_fast.ops.checks import FLOATS, INTEGERS, check_device, check_positive, expect
-from rlhf_fast.ops.dispatch import LIBRARY, _cpu, code, has_kernel, statistics_dtype
+from rlhf_fast.ops.dispatch import LIBRARY, _cpu, code, has_kernel, statistics_dtype, threads
 from rlhf_fast.ops.gradients import no_second_derivative, register_autograd
 from rlhf_fast.reference import IGNORED_ID
 from rlhf_fast.results import TokenLogprobs
@@ -143,7 +143,7 @@ def _forward_cpu(
         bad = _cpu.token_logprobs(
             z.data_ptr(), code(z), z.stride(0), ids.data_ptr() + 8 * row, n, vocabulary, 1.0 / temperature, softcap,
             logprobs.data_ptr() + size * row, entropy.data_ptr() + size * row, stats.data_ptr() + 2 * size * row,
-            torch.get_num_threads(),
+            threads(z),
         )  # fmt: skip
         if bad >= 0:
             raise _id_error(ids, row + bad, vocabulary)
@@ -189,7 +189,7 @@ def _backward_into(
             z.data_ptr(), code(z), z.stride(0), ids.data_ptr() + 8 * row, n, vocabulary, 1.0 / temperature, softcap,
             logprobs.data_ptr() + size * row, entropy.data_ptr() + size * row, stats.data_ptr() + 2 * size * row,
             *(0 if g is None else g.data_ptr() + size * row for g in upstream),
-            *out, torch.get_num_threads(),
+            *out, threads(z),
         )  # fmt: skip
         row += n
 

@@ -16,7 +16,7 @@ from rlhf_fast.ops.checks import (
     check_positive,
     expect,
 )
-from rlhf_fast.ops.dispatch import LIBRARY, _cpu, code, common_dtype, contiguous, has_kernel, pointer
+from rlhf_fast.ops.dispatch import LIBRARY, _cpu, code, common_dtype, contiguous, has_kernel, pointer, threads
 from rlhf_fast.ops.gradients import register_saved_gradients
 from rlhf_fast.ops.kl import ESTIMATORS
 from rlhf_fast.results import PPOLoss, ValueLoss
@@ -259,7 +259,7 @@ def _ppo_cpu(
         code(logprobs), logprobs.data_ptr(), old.data_ptr(), advantages.data_ptr(), advantages.dim() == 2,
         mask.data_ptr(), pointer(ref), pointer(entropy), *logprobs.shape, clip_low, clip_high, dual_clip, kl_coef,
         ESTIMATORS.index(kl_estimator), entropy_coef, REDUCTIONS.index(reduction), _denominator(normalizer),
-        pointer(grad_logprobs), pointer(grad_entropy), stats.data_ptr(), torch.get_num_threads(),
+        pointer(grad_logprobs), pointer(grad_entropy), stats.data_ptr(), threads(logprobs),
     )  # fmt: skip
     return stats[0].clone(), stats, grad_logprobs, grad_entropy
 
@@ -292,7 +292,7 @@ def _value_cpu(
     stats, grad = values.new_empty(2), values.new_empty(values.shape if with_grad else 0)
     _cpu.ppo_value_loss(
         code(values), values.data_ptr(), old_values.data_ptr(), returns.data_ptr(), mask.data_ptr(), values.numel(),
-        clip, _denominator(normalizer), pointer(grad), stats.data_ptr(), torch.get_num_threads(),
+        clip, _denominator(normalizer), pointer(grad), stats.data_ptr(), threads(values),
     )  # fmt: skip
     return stats[0].clone(), stats, grad
 
@@ -314,7 +314,7 @@ def _reinforce_cpu(
     _cpu.reinforce_loss(
         code(logprobs), logprobs.data_ptr(), advantages.data_ptr(), advantages.dim() == 2, mask.data_ptr(),
         *logprobs.shape, REDUCTIONS.index(reduction), _denominator(normalizer), pointer(grad), loss.data_ptr(),
-        torch.get_num_threads(),
+        threads(logprobs),
     )  # fmt: skip
     return loss, grad
 

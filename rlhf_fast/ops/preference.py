@@ -5,7 +5,7 @@ from torch import Tensor
 
 from rlhf_fast import reference
 from rlhf_fast.ops.checks import check_device, check_dims, check_floats, check_option, check_positive, expect
-from rlhf_fast.ops.dispatch import LIBRARY, _cpu, code, common_dtype, contiguous, has_kernel, pointer
+from rlhf_fast.ops.dispatch import LIBRARY, _cpu, code, common_dtype, contiguous, has_kernel, pointer, threads
 from rlhf_fast.ops.gradients import register_saved_gradients
 from rlhf_fast.results import DPOLoss, RankingLoss, RewardLoss
 
@@ -221,7 +221,7 @@ def _reward_cpu(
     _, stats, grad_chosen, grad_rejected = _reward_fake(chosen, rejected, margin, center_coef, with_grad)
     _cpu.reward_loss(
         code(chosen), chosen.data_ptr(), rejected.data_ptr(), pointer(margin), chosen.shape[0], center_coef,
-        pointer(grad_chosen), pointer(grad_rejected), stats.data_ptr(), torch.get_num_threads(),
+        pointer(grad_chosen), pointer(grad_rejected), stats.data_ptr(), threads(chosen),
     )  # fmt: skip
     return stats[0].clone(), stats, grad_chosen, grad_rejected
 
@@ -243,7 +243,7 @@ def _ranking_cpu(scores: Tensor, ranks: Tensor, with_grad: bool) -> tuple[Tensor
     _, stats, grad = _ranking_fake(scores, ranks, with_grad)
     _cpu.ranking_loss(
         code(scores), scores.data_ptr(), ranks.data_ptr(), *scores.shape, pointer(grad), stats.data_ptr(),
-        torch.get_num_threads(),
+        threads(scores),
     )  # fmt: skip
     return stats[0].clone(), stats, grad
 
@@ -273,7 +273,7 @@ def _dpo_cpu(
     outputs = _dpo_fake(chosen, with_grad)
     _cpu.dpo_loss(
         code(chosen), *map(pointer, inputs), chosen.shape[0], beta, LOSS_TYPES.index(loss_type), label_smoothing,
-        *map(pointer, outputs), torch.get_num_threads(),
+        *map(pointer, outputs), threads(chosen),
     )  # fmt: skip
     return outputs
 

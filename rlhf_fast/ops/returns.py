@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf_fast import reference
 from rlhf_fast.ops.checks import check_clip, check_dims, check_floats, check_mask, check_option, check_per_row, expect
-from rlhf_fast.ops.dispatch import LIBRARY, _cpu, code, common_dtype, contiguous, has_kernel
+from rlhf_fast.ops.dispatch import LIBRARY, _cpu, code, common_dtype, contiguous, has_kernel, threads
 from rlhf_fast.results import GAE
 
 REMAX_VARIANTS = ("official", "paper", "verl")
@@ -170,7 +170,7 @@ def _gae_cpu(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: f
     advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
     _cpu.gae(
         code(rewards), rewards.data_ptr(), values.data_ptr(), mask.data_ptr(), *rewards.shape, gamma, lam,
-        advantages.data_ptr(), returns.data_ptr(), torch.get_num_threads(),
+        advantages.data_ptr(), returns.data_ptr(), threads(rewards),
     )  # fmt: skip
     return advantages, returns
 
@@ -186,7 +186,7 @@ def _discounted_cpu(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
     out = torch.empty_like(rewards)
     _cpu.discounted_returns(
         code(rewards), rewards.data_ptr(), mask.data_ptr(), *rewards.shape, gamma, out.data_ptr(),
-        torch.get_num_threads(),
+        threads(rewards),
     )  # fmt: skip
     return out
 
@@ -201,7 +201,7 @@ def _whiten_cpu(x: Tensor, mask: Tensor, shift_mean: bool) -> Tensor:
     x, mask = contiguous(x, mask)
     out = torch.empty_like(x)
     _cpu.whiten(
-        code(x), x.data_ptr(), mask.data_ptr(), x.numel(), shift_mean, out.data_ptr(), torch.get_num_threads()
+        code(x), x.data_ptr(), mask.data_ptr(), x.numel(), shift_mean, out.data_ptr(), threads(x)
     )  # fmt: skip
     return out
 
@@ -228,7 +228,7 @@ def _remax_cpu(
     _cpu.remax_returns(
         code(logprobs), scores.data_ptr(), greedy_scores.data_ptr(), logprobs.data_ptr(), ref.data_ptr(),
         mask.data_ptr(), *logprobs.shape, kl_coef, gamma, clip, REMAX_VARIANTS.index(variant), out.data_ptr(),
-        torch.get_num_threads(),
+        threads(logprobs),
     )  # fmt: skip
     return out
 

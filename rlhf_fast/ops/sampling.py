@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf_fast import reference
 from rlhf_fast.ops.checks import FLOATS, check_device, check_positive, expect
-from rlhf_fast.ops.dispatch import LIBRARY, _cpu, code, has_kernel, pointer, statistics_dtype
+from rlhf_fast.ops.dispatch import LIBRARY, _cpu, code, has_kernel, pointer, statistics_dtype, threads
 from rlhf_fast.results import Sample
 
 LIBRARY.define(
@@ -123,7 +123,7 @@ def _sample_cpu(
     tokens, logprobs, entropy = _sample_fake(logits, uniforms, greedy_mask, temperature)
     bad = _cpu.sample_tokens(
         logits.data_ptr(), code(logits), logits.stride(0), n, vocabulary, 1.0 / temperature, uniforms.data_ptr(),
-        pointer(greedy), tokens.data_ptr(), logprobs.data_ptr(), entropy.data_ptr(), torch.get_num_threads(),
+        pointer(greedy), tokens.data_ptr(), logprobs.data_ptr(), entropy.data_ptr(), threads(logits),
     )  # fmt: skip
     if bad >= 0:
         raise _row_error(bad)

@@ -173,13 +173,15 @@ def test_inductor():
 
 
 def test_thread_count_changes_no_bit():
-    x = torch.randn(23, 301)
+    x = torch.randn(8, 40_001)  # enough for several threads to be used
+    ops, generator = rlhf_fast.ops, torch.Generator()
     calls = public_calls() | {
-        "sample_tokens": lambda y: rlhf_fast.ops.sample_tokens(
-            y.detach(), temperature=1.0, generator=torch.Generator().manual_seed(0)
-        )
+        "sample_tokens": lambda y: ops.sample_tokens(y.detach(), temperature=1.0, generator=generator.manual_seed(0)),
+        "ranking_loss": lambda y: ops.ranking_loss(y.view(-1, 4), torch.arange(4).expand(y.numel() // 4, 4)),
+        "reward_loss": lambda y: ops.reward_loss(*y.view(2, -1)),
+        "dpo_loss": lambda y: ops.dpo_loss(*y.view(4, -1)),
+        "groups": lambda y: (ops.rloo_advantages(y.flatten(), 4), ops.grpo_advantages(y.flatten(), 4)),
     }
-    del calls["groups"]  # needs an even number of rows; it runs on one thread
     before = torch.get_num_threads()
     results = []
     try:

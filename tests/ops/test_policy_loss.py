@@ -163,7 +163,7 @@ class TestPPO:
 
 class TestValueLoss:
     def test_hand_computed(self, kernels):
-        """old 0, clip 0.2. V = 1, R = 0: max(1, 0.04)/2. V = 1, R = 2: max(1, 3.24)/2, clipped. V = .1, R = 1: .81/2."""
+        """old 0, clip 0.2. V = 1, R = 0: max(1, 0.04)/2. V = 1, R = 2: max(1, 3.24)/2, clipped. V = .1, R = 1: .81/2"""
         v = torch.tensor([[1.0, 1.0, 0.1, torch.nan]], requires_grad=True)
         returns = torch.tensor([[0.0, 2.0, 1.0, torch.nan]])
         mask = torch.tensor([[True, True, True, False]])
