@@ -1,0 +1,242 @@
+"""What is measured: every operation beside its rivals, written as users write them, on the same tensors.
+
+The functions of a case take the same tensors and return the same results in the same order, so that the eager rival
+in float64 is the truth ours is checked against. Where gradients are taken, the first result is the scalar loss.
+B sequences, T response tokens, N tokens, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rlhf_fast import ops
+
+Function = Callable[..., tuple[Tensor, ...]]
+OURS, EAGER, COMPILED, UPCAST = "rlhf_fast", "eager", "torch.compile", "eager, upcast"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One row group of the results.
+
+    differentiable: positions of the inputs whose gradient is taken; none means forward only, under no_grad.
+    traffic: for a case bound by memory, what has to be moved at least once, in units of the first input. It is moved
+    by plain torch in the same rounds, as the ceiling.
+    overwrites: ours leaves something else in its first input, which is restored, untimed, before each run.
+    """
+
+    name: str
+    shape: str
+    make_inputs: Callable[[], tuple[Tensor, ...]]
+    ours: Function
+    eager: Function
+    upcast: Function | None = None
+    compiled: bool = False
+    differentiable: tuple[int, ...] = ()
+    traffic: Literal["read", "read, copy", "read, overwrite"] | None = None
+    overwrites: bool = False
+
+    def functions(self) -> dict[str, Function]:
+        """Who takes part, ours first."""
+        functions = {OURS: self.ours, EAGER: self.eager}
+        if self.upcast:
+            functions[UPCAST] = self.upcast
+        if self.compiled:
+            functions[COMPILED] = torch.compile(self.eager, dynamic=False)
+        return functions
+
+
+def all_cases(quick: bool = False) -> list[Case]:
+    """Every case at the shapes of the bars, or at toy shapes that take seconds and prove only that everything runs."""
+    return [
+        *_token_cases(*((64, 5003) if quick else (1024, 50257))),
+        *_sequence_cases(*((16, 128) if quick else (64, 1024))),
+        *_pair_cases(64),
+    ]
+
+
+# Log-probabilities and entropy from logits
+
+
+def eager_token_logprobs(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    logp = torch.log_softmax(logits, -1)
+    return logp.gather(-1, ids.unsqueeze(-1)).squeeze(-1), -(logp.exp() * logp).sum(-1)
+
+
+def upcast_token_logprobs(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    return eager_token_logprobs(logits.float(), ids)
+
+
+def policy_gradient(token_logprobs: Function, **options: bool) -> Function:
+    """REINFORCE from logits, with the entropy that everybody logs beside it."""
+
+    def loss(logits: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+        logprobs, entropy = token_logprobs(logits, ids, **options)
+        return (weights * logprobs).mean(), logprobs.detach(), entropy.detach()
+
+    return loss
+
+
+def _token_cases(n: int, vocabulary: int) -> list[Case]:
+    def inputs(dtype: torch.dtype, backward: bool) -> Callable[[], tuple[Tensor, ...]]:
+        def make() -> tuple[Tensor, ...]:
+            logits, ids = (3 * torch.randn(n, vocabulary)).to(dtype), torch.randint(0, vocabulary, (n,))
+            return (logits, ids, torch.randn(n)) if backward else (logits, ids)
+
+        return make
+
+    def case(what: str, dtype: str, ours: Function, **options: object) -> Case:
+        backward = "backward" in what
+        wrap = policy_gradient if backward else lambda function: function
+        return Case(
+            name=f"token_logprobs {what} {dtype}",
+            shape=f"[{n}, {vocabulary}]",
+            make_inputs=inputs(DTYPES[dtype], backward),
+            ours=ours,
+            eager=wrap(eager_token_logprobs),
+            upcast=None if dtype == "fp32" else wrap(upcast_token_logprobs),
+            compiled=True,
+            differentiable=(0,) if backward else (),
+            **options,
+        )
+
+    plain, in_place = policy_gradient(ops.token_logprobs), policy_gradient(ops.token_logprobs, inplace_backward=True)
+    halves = ("fp32", "bf16")
+    return [
+        *(case("forward", d, ops.token_logprobs, traffic="read") for d in DTYPES),
+        *(case("forward + backward", d, plain, traffic="read, copy") for d in halves),
+        *(case("forward + in-place backward", d, in_place, traffic="read, overwrite", overwrites=True) for d in halves),
+    ]
+
+
+# Rewards, returns and losses over [B, T]
+
+
+def eager_gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95) -> tuple:
+    advantages = []
+    next_value = next_advantage = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        next_advantage = torch.where(mask[:, t], delta + gamma * lam * next_advantage, next_advantage)
+        next_value = torch.where(mask[:, t], values[:, t], next_value)
+        advantages.append(next_advantage)
+    advantages = torch.stack(advantages[::-1], 1)
+    return advantages * mask, (advantages + values) * mask
+
+
+def eager_ppo_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, clip: float = 0.2) -> tuple:
+    log_ratio = logprobs - old
+    ratio = torch.exp(log_ratio)
+    unclipped, clipped = -advantages * ratio, -advantages * torch.clamp(ratio, 1 - clip, 1 + clip)
+    loss = (torch.max(unclipped, clipped) * mask).sum() / mask.sum()
+    with torch.no_grad():
+        clip_fraction = ((clipped > unclipped) * mask).sum() / mask.sum()
+        approx_kl = ((ratio - 1 - log_ratio) * mask).sum() / mask.sum()
+    return loss, clip_fraction, approx_kl
+
+
+def eager_value_loss(values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, clip: float = 0.2) -> tuple:
+    unclipped = (values - returns) ** 2
+    clipped = (torch.clamp(values, old - clip, old + clip) - returns) ** 2
+    loss = 0.5 * (torch.max(unclipped, clipped) * mask).sum() / mask.sum()
+    with torch.no_grad():
+        return loss, ((clipped > unclipped) * mask).sum() / mask.sum()
+
+
+def eager_whiten(x: Tensor, mask: Tensor) -> tuple[Tensor]:
+    mean = (x * mask).sum() / mask.sum()
+    variance = ((x - mean) ** 2 * mask).sum() / (mask.sum() - 1)
+    return ((x - mean) * torch.rsqrt(variance + 1e-8) * mask,)
+
+
+def eager_shape_rewards(scores: Tensor, logprobs: Tensor, ref: Tensor, mask: Tensor, kl_coef: float = 0.05) -> tuple:
+    rewards = -kl_coef * (logprobs - ref) * mask
+    rewards[torch.arange(len(scores)), mask.sum(1) - 1] += torch.clamp(scores, -5, 5)
+    return (rewards,)
+
+
+def eager_remax(scores: Tensor, greedy: Tensor, logprobs: Tensor, ref: Tensor, mask: Tensor, kl_coef: float = 0.05):
+    rewards = -kl_coef * (logprobs - ref) * mask
+    rewards[torch.arange(len(scores)), mask.sum(1) - 1] += scores
+    returns = rewards.flip(-1).cumsum(-1).flip(-1)
+    return ((returns - greedy[:, None]) * mask,)
+
+
+def _sequence_cases(b: int, t: int) -> list[Case]:
+    def floats(count: int, scores: int = 0) -> Callable[[], tuple[Tensor, ...]]:
+        """`scores` tensors [B], then `count` tensors [B, T] close to each other, and the mask of ragged responses."""
+
+        def make() -> tuple[Tensor, ...]:
+            mask = torch.arange(t) < torch.randint(t // 4, t + 1, (b, 1))
+            centre = torch.randn(b, t) - 2
+            near = (centre + 0.2 * torch.randn(b, t) for _ in range(count))
+            return *(torch.randn(b) for _ in range(scores)), *near, mask
+
+        return make
+
+    def case(name: str, make_inputs: Callable, ours: Function, eager: Function, **options: object) -> Case:
+        return Case(name=name, shape=f"[{b}, {t}]", make_inputs=make_inputs, ours=ours, eager=eager, **options)
+
+    return [
+        case("gae", floats(2), ops.gae, eager_gae),
+        case(
+            "ppo_loss forward + backward",
+            floats(3),
+            lambda *x: ops.ppo_loss(*x)[:3],
+            eager_ppo_loss,
+            compiled=True,
+            differentiable=(0,),
+        ),
+        case("ppo_value_loss forward + backward", floats(3), ops.ppo_value_loss, eager_value_loss, differentiable=(0,)),
+        case("whiten", floats(1), lambda *x: (ops.whiten(*x),), eager_whiten),
+        case(
+            "shape_rewards",
+            floats(2, scores=1),
+            lambda *x: (ops.shape_rewards(*x, kl_coef=0.05, clip=5.0),),
+            eager_shape_rewards,
+        ),
+        case(
+            "remax_returns",
+            floats(2, scores=2),
+            lambda *x: (ops.remax_returns(*x, kl_coef=0.05, variant="verl"),),
+            eager_remax,
+        ),
+    ]
+
+
+# Preference losses over [B]
+
+
+def eager_dpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float = 0.1):
+    losses = -F.logsigmoid(beta * ((chosen - rejected) - (ref_chosen - ref_rejected)))
+    return losses.mean(), beta * (chosen - ref_chosen).detach(), beta * (rejected - ref_rejected).detach()
+
+
+def our_dpo_loss(*logps: Tensor) -> tuple[Tensor, ...]:
+    losses, chosen_rewards, rejected_rewards = ops.dpo_loss(*logps)
+    return losses.mean(), chosen_rewards, rejected_rewards
+
+
+def eager_reward_loss(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
+    return -F.logsigmoid(chosen - rejected).mean(), (chosen > rejected).float().mean()
+
+
+def _pair_cases(b: int) -> list[Case]:
+    def make(count: int) -> Callable[[], tuple[Tensor, ...]]:
+        return lambda: tuple(5 * torch.randn(b) for _ in range(count))
+
+    def case(name: str, count: int, ours: Function, eager: Function) -> Case:
+        return Case(
+            name=f"{name} forward + backward", shape=f"[{b}]", make_inputs=make(count), ours=ours, eager=eager,
+            differentiable=(0, 1),
+        )  # fmt: skip
+
+    return [
+        case("dpo_loss", 4, our_dpo_loss, eager_dpo_loss),
+        case("reward_loss", 2, lambda *x: ops.reward_loss(*x)[:2], eager_reward_loss),
+    ]

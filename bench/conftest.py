@@ -1,0 +1,5 @@
+"""The option of `pytest bench`."""
+
+
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="bench: toy shapes, seconds in all")

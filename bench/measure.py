@@ -1,0 +1,175 @@
+"""Measures a case: its errors against float64 first, then time beside its rivals and its ceiling, then memory.
+
+A case whose results disagree with float64 is not timed: it raises. The contenders and the ceiling take turns in every
+round, forwards and backwards in time, so that whatever else the machine does hits all of them alike.
+
+Left out: pinning of threads and clocks. Run on an idle machine; the 20 and 80 % quantiles show whether it was.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.cases import OURS, Case, Function
+from rlhf_fast.memory import Meter
+
+CEILING = "ceiling"
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+SAMPLE_SECONDS = 2e-3  # shorter calls are repeated to fill it: the timer and the cold start of a call weigh less
+
+
+class Disagreement(Exception):
+    """A kernel whose results are not those of the formula in float64."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    run: Callable[[], object]
+    restore: Callable[[], None] | None = None  # untimed, before every run
+
+
+def bind(function: Function, inputs: tuple[Tensor, ...], differentiable: tuple[int, ...]) -> Callable:
+    """One call of the function: its results, then the gradients of the first of them."""
+    inputs = tuple(x.detach().requires_grad_(i in differentiable) for i, x in enumerate(inputs))
+    leaves = [inputs[i] for i in differentiable]
+
+    def forward() -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return tuple(function(*inputs))
+
+    def forward_backward() -> tuple[Tensor, ...]:
+        results = function(*inputs)
+        return *results, *torch.autograd.grad(results[0], leaves)
+
+    return forward_backward if leaves else forward
+
+
+def contenders(case: Case, inputs: tuple[Tensor, ...]) -> dict[str, Contender]:
+    """Ours and the rivals on these tensors. What ours overwrites is a copy of its own."""
+    own = (inputs[0].clone(), *inputs[1:]) if case.overwrites else inputs
+
+    def restore() -> None:
+        own[0].copy_(inputs[0])
+
+    ours = Contender(bind(case.ours, own, case.differentiable), restore if case.overwrites else None)
+    rivals = {name: Contender(bind(f, inputs, case.differentiable)) for name, f in case.functions().items()}
+    return rivals | {OURS: ours}
+
+
+def errors(case: Case, inputs: tuple[Tensor, ...], competitors: dict[str, Contender]) -> dict[str, float]:
+    """Largest error of each contender's results and gradients against the eager rival in float64.
+
+    The error is relative, for entries smaller than 1 to 1 or the largest entry. Raises Disagreement where ours is
+    not within the tolerance of the result's dtype.
+    """
+    doubles = tuple(x.double() if x.is_floating_point() else x for x in inputs)
+    truth = bind(case.eager, doubles, case.differentiable)()
+    worst = {}
+    for name, contender in competitors.items():
+        if contender.restore:
+            contender.restore()
+        results = contender.run()
+        error = [_error(x, true) for x, true in zip(results, truth, strict=True)]
+        worst[name] = max(error)
+        if name == OURS:
+            for i, (x, e) in enumerate(zip(results, error, strict=True)):
+                if not e <= TOLERANCE[x.dtype]:
+                    raise Disagreement(f"{case.name}: result {i} is off by {e:.2g}, more than {TOLERANCE[x.dtype]:.2g}")
+    return worst
+
+
+def _error(actual: Tensor, truth: Tensor) -> float:
+    size = truth.abs()
+    scale = size.clamp(min=min(1.0, size.max().item()))
+    return ((actual.double() - truth).abs() / scale).max().item()
+
+
+def ceiling(case: Case, x: Tensor) -> Contender:
+    """The traffic the case cannot avoid, moved by plain torch as float32 words of memory that is already mapped."""
+    words = x.flatten().view(torch.float32)
+    other = torch.empty_like(words) if case.traffic != "read" else words
+    second = {"read": None, "read, copy": lambda: other.copy_(words), "read, overwrite": lambda: other.neg_()}
+    if case.traffic == "read, overwrite":
+        other.copy_(words)
+    after = second[case.traffic]
+
+    def run() -> None:
+        words.sum()
+        if after:
+            after()
+
+    return Contender(run)
+
+
+def traffic_bytes(case: Case, x: Tensor) -> int:
+    """Bytes moved at least once: a copy and an overwrite are a read and a write."""
+    return x.nbytes * (1 if case.traffic == "read" else 3)
+
+
+def timed(contender: Contender, calls: int = 1) -> float:
+    """Seconds per call; the results are freed within the time, as they are in a training loop."""
+    if contender.restore:
+        contender.restore()
+    start = time.perf_counter()
+    for _ in range(calls):
+        contender.run()
+    return (time.perf_counter() - start) / calls
+
+
+def take_turns(competitors: dict[str, Contender], rounds: int, seconds: float) -> dict[str, list[float]]:
+    """Samples of seconds per call, one of each contender per round; at least `rounds` rounds and `seconds` of them."""
+    calls = {}
+    for name, contender in competitors.items():
+        timed(contender)
+        calls[name] = 1 if contender.restore else max(1, round(SAMPLE_SECONDS / timed(contender)))
+    samples: dict[str, list[float]] = {name: [] for name in competitors}
+    order = list(competitors)
+    end = time.perf_counter() + seconds
+    while len(samples[order[0]]) < rounds or time.perf_counter() < end:
+        for name in order:
+            samples[name].append(timed(competitors[name], calls[name]))
+        order.reverse()
+    return samples
+
+
+def temporary_bytes(contender: Contender) -> int:
+    """The process's true peak during one call, above what it held before: temporaries and results."""
+    if contender.restore:
+        contender.restore()
+    meter = Meter("cpu", memory_every=1)
+    with meter.phase("before"):
+        pass
+    with meter.phase("call"):
+        contender.run()
+    peaks = meter.step()
+    return int(max(0, peaks["memory/call"] - peaks["memory/before"]))
+
+
+def quantiles(samples: list[float]) -> dict[str, float]:
+    low, median, high = torch.tensor(samples, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double())
+    return {"median": median.item(), "p20": low.item(), "p80": high.item()}
+
+
+def measure(case: Case, rounds: int, seconds: float) -> dict[str, Any]:
+    """Everything about one case, ready for JSON: seconds, bytes, errors by contender."""
+    torch.manual_seed(0)
+    inputs = case.make_inputs()
+    competitors = contenders(case, inputs)
+    error = errors(case, inputs, competitors)
+    turns = competitors | ({CEILING: ceiling(case, inputs[0])} if case.traffic else {})
+    samples = take_turns(turns, rounds, seconds)
+    return {
+        "name": case.name,
+        "shape": case.shape,
+        "rounds": len(samples[OURS]),
+        "seconds": {name: quantiles(values) for name, values in samples.items()},
+        "traffic": case.traffic,
+        "traffic_bytes": traffic_bytes(case, inputs[0]) if case.traffic else None,
+        "input_bytes": inputs[0].nbytes,
+        "temporary_bytes": {name: temporary_bytes(contender) for name, contender in competitors.items()},
+        "error": error,
+    }

@@ -1,0 +1,140 @@
+"""What the measurements say: rows for people, the bars that have to be met, Markdown and a chart."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from matplotlib.figure import Figure
+
+from bench.cases import COMPILED, EAGER, OURS, UPCAST
+from bench.measure import CEILING
+from rlhf_fast.metrics import format_value
+
+COLORS = {OURS: "#0072B2", COMPILED: "#E69F00", UPCAST: "#999999"}
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A promise about a case: our speed as a multiple of a rival's or of the ceiling's, or our temporary memory as a
+    multiple of the first input (the logits: 1 would be a second [N, V] tensor)."""
+
+    case: str
+    against: Literal["ceiling", "eager", "torch.compile", "memory of the input"]
+    at_least: float = 0.0
+    at_most: float = math.inf
+
+    def measured(self, result: dict[str, Any]) -> float:
+        if self.against == "memory of the input":
+            return result["temporary_bytes"][OURS] / result["input_bytes"]
+        return speedup(result, self.against)
+
+    def met(self, result: dict[str, Any]) -> bool:
+        return self.at_least <= self.measured(result) <= self.at_most
+
+
+_IN_PLACE = "token_logprobs forward + in-place backward"
+BARS = (
+    Bar("token_logprobs forward fp32", CEILING, at_least=0.8),
+    Bar(f"{_IN_PLACE} fp32", EAGER, at_least=6),
+    Bar(f"{_IN_PLACE} fp32", COMPILED, at_least=3),
+    Bar(f"{_IN_PLACE} fp32", "memory of the input", at_most=0.05),
+    Bar(f"{_IN_PLACE} bf16", EAGER, at_least=6),
+    Bar(f"{_IN_PLACE} bf16", COMPILED, at_least=3),
+    Bar(f"{_IN_PLACE} bf16", "memory of the input", at_most=0.05),
+    Bar("gae", EAGER, at_least=150),
+    Bar("ppo_loss forward + backward", EAGER, at_least=5),
+    Bar("ppo_loss forward + backward", COMPILED, at_least=1),
+)
+
+
+def speedup(result: dict[str, Any], rival: str) -> float:
+    """How many times our speed is the rival's: ratio of the medians."""
+    return result["seconds"][rival]["median"] / result["seconds"][OURS]["median"]
+
+
+def rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per case and contender; "ours is faster" is our speed as a multiple of that row's."""
+    table = []
+    for result in results:
+        for name, seconds in result["seconds"].items():
+            by = f"ceiling: {result['traffic']}" if name == CEILING else name
+            row = {"operation": result["name"], "shape": result["shape"], "by": by}
+            row |= {f"{quantile} seconds": seconds[quantile] for quantile in ("median", "p20", "p80")}
+            if result["traffic"]:
+                row["GB/s"] = result["traffic_bytes"] / seconds["median"] / 1e9
+                row["% of ceiling"] = 100 * result["seconds"][CEILING]["median"] / seconds["median"]
+            if name != CEILING:
+                row["ours is faster"] = f"{speedup(result, name):.3g}x" if name != OURS else ""
+                row["temporary bytes"] = result["temporary_bytes"][name]
+                row["max error"] = result["error"][name]
+            table.append(row)
+    return table
+
+
+def bar_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    by_name = {result["name"]: result for result in results}
+    return [
+        {
+            "operation": bar.case,
+            "against": bar.against,
+            "bar": f"<= {bar.at_most:g}" if bar.at_most < math.inf else f">= {bar.at_least:g}",
+            "measured": bar.measured(by_name[bar.case]),
+            "met": "yes" if bar.met(by_name[bar.case]) else "NO",
+        }
+        for bar in BARS
+        if bar.case in by_name
+    ]
+
+
+def markdown_table(table: Sequence[dict[str, Any]]) -> str:
+    columns = list(dict.fromkeys(key for row in table for key in row))
+    lines = [columns, ["---"] * len(columns)]
+    lines += [[format_value(column, row[column]) if column in row else "" for column in columns] for row in table]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def markdown(run: dict[str, Any], chart: str) -> str:
+    machine = ", ".join(f"{key} {value}" for key, value in run["machine"].items())
+    parts = [
+        "# CPU operations",
+        f"`{run['command']}`, {run['date']}: {machine}.",
+        "Medians of interleaved rounds. GB/s counts what has to be moved at least once; the ceiling moves as much with "
+        "plain torch (`sum`, then `copy_` or `neg_`) in the same rounds. Temporary memory is the process's peak during "
+        "one call above what it held before. Errors are against float64, relative where entries are large.",
+        f"![Speed relative to eager PyTorch]({chart})",
+        markdown_table(rows(run["cases"])),
+    ]
+    if run["bars"]:
+        parts += ["## Bars", markdown_table(run["bars"])]
+    return "\n\n".join(parts) + "\n"
+
+
+def figure(results: Sequence[dict[str, Any]]) -> Figure:
+    """Speed of everyone as a multiple of eager's, one group of bars per case, on a logarithmic axis."""
+    plot = Figure(figsize=(9, 1.2 + 0.55 * len(results)), layout="constrained")
+    axes = plot.add_subplot()
+    labelled: set[str] = set()
+    height = 0.27
+    for y, result in enumerate(results):
+        names = [name for name in COLORS if name in result["seconds"]]
+        for i, name in enumerate(names):
+            ratio = result["seconds"][EAGER]["median"] / result["seconds"][name]["median"]
+            label = None if name in labelled else name
+            labelled.add(name)
+            at = y + (i - (len(names) - 1) / 2) * height
+            axes.barh(at, ratio - 1, height * 0.9, left=1, color=COLORS[name], label=label)
+            axes.annotate(
+                f"{ratio:.3g}x", (ratio, at), (3 if ratio >= 1 else -3, 0), textcoords="offset points",
+                ha="left" if ratio >= 1 else "right", va="center", fontsize=8,
+            )  # fmt: skip
+    axes.axvline(1, color="#333333", linewidth=1)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}x")
+    axes.margins(x=0.12)
+    axes.set_yticks(range(len(results)), [f"{result['name']}\n{result['shape']}" for result in results], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("speed as a multiple of eager PyTorch (longer is faster)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower right")
+    return plot
