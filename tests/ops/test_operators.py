@@ -118,6 +118,15 @@ def test_one_compilation_serves_all_lengths(name):
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("name", list(public_calls()))
+def test_autocast_changes_nothing(kernels, name):
+    call, x = public_calls()[name], torch.randn(4, 9, requires_grad=True)
+    plain = call(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = call(x)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype == torch.float32 for a, b in zip(plain, cast, strict=True))
+
+
 def test_sampling_compiles():
     """Draws are made by torch.rand in the graph: the same generator state gives the same tokens."""
     torch._dynamo.reset()
