@@ -31,7 +31,8 @@ int level = 0;  // index of the instruction set in use
 
 bool available(int i) {
 #if defined(__x86_64__)
-    if (i == 1) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    if (i == 1)
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     if (i == 2)
         return available(1) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
@@ -52,7 +53,8 @@ void set_isa(const std::string& name) {
             level = i;
             return;
         }
-    throw py::value_error("isa: expected one of this CPU's " + py::repr(py::cast(isas())).cast<std::string>() + ", got '" + name + "'");
+    throw py::value_error("isa: expected one of this CPU's " + py::repr(py::cast(isas())).cast<std::string>() +
+                          ", got '" + name + "'");
 }
 
 template <typename Result, typename... Args>

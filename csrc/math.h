@@ -1,6 +1,6 @@
-// Scalar maths shared by the CPU and CUDA kernels: exponentials, the online-softmax state, every loss term with its derivative.
-// Written once, templated on float and double. Branch-free where it runs per token, so that loops over it vectorise.
-// Everything lives in rlhf::ISA: a copy shared by two instruction sets would let the linker keep the wrong one.
+// Scalar maths shared by the CPU and CUDA kernels: exponentials, the online-softmax state, every loss term with its
+// derivative. Templated on float and double, free of branches where it runs per token, so that loops over it vectorise.
+// All of it in rlhf::ISA: of a copy shared by two instruction sets the linker might keep the wrong one.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -18,11 +18,17 @@ constexpr double kInf = __builtin_huge_val();
 constexpr double kLog2E = 1.4426950408889634;
 
 template <typename T>
-RLHF_INLINE T maximum(T a, T b) { return a > b ? a : b; }  // b where a is NaN
+RLHF_INLINE T maximum(T a, T b) {
+    return a > b ? a : b;  // b where a is NaN
+}
 template <typename T>
-RLHF_INLINE T minimum(T a, T b) { return a < b ? a : b; }
+RLHF_INLINE T minimum(T a, T b) {
+    return a < b ? a : b;
+}
 template <typename T>
-RLHF_INLINE T clamp(T x, T low, T high) { return x < low ? low : x > high ? high : x; }  // keeps NaN
+RLHF_INLINE T clamp(T x, T low, T high) {
+    return x < low ? low : x > high ? high : x;  // keeps NaN
+}
 
 // ---- exponentials
 
@@ -32,10 +38,11 @@ constexpr T kLowest = T(-1080);
 template <>
 inline constexpr float kLowest<float> = -126.0f;
 
-constexpr float kRound = 12582912.0f + 126.0f;  // 1.5 * 2^23: a sum's low mantissa bits are the nearest integer n, plus 126
+// 1.5 * 2^23 + 126: x + kRound has the integer nearest to x, plus 126, in its low mantissa bits.
+constexpr float kRound = 12582912.0f + 126.0f;
 
-// 2^(n + f) for |f| <= 1/2 from shifted = n + kRound: a minimax polynomial in f, relative error 9e-8, times 2^(n-1) from
-// its bits, the missing factor 2 being in the coefficients. So n = -126 gives an exact 0, not a denormal, n = 129 infinity.
+// 2^(n + f) for |f| <= 1/2 from shifted = n + kRound: a minimax polynomial in f, relative error 9e-8, times 2^(n-1)
+// from the bits, the missing factor 2 being in the coefficients. So n = -126 gives an exact 0, n = 129 infinity.
 RLHF_INLINE float exp2_parts(float shifted, float f) {
     float p = 2.0f * 1.3264659e-3f;
     p = p * f + 2.0f * 9.6715660e-3f;
@@ -106,11 +113,17 @@ RLHF_INLINE float tanh_of(float x) {
 }
 
 template <typename T>
-RLHF_INLINE T softplus(T x) { return x > 0 ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x)); }
+RLHF_INLINE T softplus(T x) {
+    return x > 0 ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x));
+}
 template <typename T>
-RLHF_INLINE T log_sigmoid(T x) { return -softplus(-x); }
+RLHF_INLINE T log_sigmoid(T x) {
+    return -softplus(-x);
+}
 template <typename T>
-RLHF_INLINE T sigmoid(T x) { return x > 0 ? 1 / (1 + std::exp(-x)) : std::exp(x) / (1 + std::exp(x)); }
+RLHF_INLINE T sigmoid(T x) {
+    return x > 0 ? 1 / (1 + std::exp(-x)) : std::exp(x) / (1 + std::exp(x));
+}
 
 // ---- online softmax
 
@@ -119,7 +132,7 @@ struct Softmax {
     double shift = -kInf, sum = 0, centred = 0;
 
     RLHF_INLINE void move(double to, double inv_temperature) {
-        if (sum != 0) {  // the shift of an empty sum may be -inf, and the step below 0 * inf
+        if (sum != 0 && to != shift) {  // the shift of an empty sum may be -inf, and the step below 0 * inf
             const double x = (shift - to) * inv_temperature, e = std::exp(x);
             centred = e == 0 ? 0 : e * (centred + sum * x);
             sum *= e;
@@ -196,10 +209,12 @@ RLHF_INLINE T kl_term(T d, int estimator, T& grad) {
     return k3;
 }
 
-// max(-A r, -A clip(r, 1 - low, 1 + high)), below 0 advantage at most -A dual_clip (infinity = off); r = e^clamp(log ratio).
-// Ties share the gradient equally and clamps pass it on their closed interval, as torch does. approx_kl is r - 1 - log r.
+// max(-A r, -A clip(r, 1 - low, 1 + high)) with r = e^clamp(log_ratio); for A < 0 at most -A dual_clip (infinity =
+// off). Ties share the gradient equally and clamps pass it on their closed interval, as in torch. approx_kl is r - 1 -
+// log r.
 template <typename T>
-RLHF_INLINE T ppo_term(T log_ratio, T advantage, T low, T high, T dual_clip, T& grad, T& ratio, T& approx_kl, T& clipped) {
+RLHF_INLINE T ppo_term(T log_ratio, T advantage, T low, T high, T dual_clip, T& grad, T& ratio, T& approx_kl,
+                       T& clipped) {
     const T limit = T(kMaxLogRatio), x = clamp(log_ratio, -limit, limit), r = exp_of(x);
     const T r_clipped = clamp(r, 1 - low, 1 + high), a = -advantage * r, b = -advantage * r_clipped;
     const T grad_b = r == r_clipped ? a : T(0), bound = advantage < 0 ? -advantage * dual_clip : T(kInf);
@@ -274,10 +289,22 @@ struct PairTerm {
     T value, grad_chosen, grad_rejected;
 };
 
-enum DPOType { kSigmoid, kRobust, kHinge, kIPO, kExoPair, kNcaPair, kApoZero, kApoDown, kSigmoidNorm, kSppoHard, kDiscopop };
+enum DPOType {
+    kSigmoid,
+    kRobust,
+    kHinge,
+    kIPO,
+    kExoPair,
+    kNcaPair,
+    kApoZero,
+    kApoDown,
+    kSigmoidNorm,
+    kSppoHard,
+    kDiscopop
+};
 
-// Loss of one pair from the log-ratios c, r = logp - ref_logp of the chosen and rejected answer, with derivatives by c and r.
-// eps is the label smoothing. kIPO and kSigmoidNorm get ratios already divided by the lengths.
+// Loss of one pair from the log-ratios c, r = logp - ref_logp of the chosen and rejected answer, with derivatives by c
+// and r. eps is the label smoothing. kIPO and kSigmoidNorm get ratios already divided by the lengths.
 template <typename T>
 RLHF_INLINE PairTerm<T> dpo_term(T c, T r, T beta, int type, T eps) {
     const T h = beta * (c - r), p = sigmoid(h), q = sigmoid(-h), log_p = log_sigmoid(h), log_q = log_sigmoid(-h);
@@ -308,7 +335,8 @@ RLHF_INLINE PairTerm<T> dpo_term(T c, T r, T beta, int type, T eps) {
         }
         case kNcaPair: {
             const T a = beta * c, b = beta * r;
-            return {softplus(-a) + (softplus(a) + softplus(b)) / 2, beta * (sigmoid(a) / 2 - sigmoid(-a)), beta * sigmoid(b) / 2};
+            return {softplus(-a) + (softplus(a) + softplus(b)) / 2, beta * (sigmoid(a) / 2 - sigmoid(-a)),
+                    beta * sigmoid(b) / 2};
         }
         case kApoZero: {
             const T a = beta * c, b = beta * r;

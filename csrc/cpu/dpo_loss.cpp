@@ -26,9 +26,10 @@ void dpo(Pointer chosen, Pointer rejected, Pointer ref_chosen, Pointer ref_rejec
 
 }  // namespace
 
-void dpo_loss(int dtype, Pointer chosen, Pointer rejected, Pointer ref_chosen, Pointer ref_rejected, Pointer chosen_lengths,
-              Pointer rejected_lengths, int64_t B, double beta, int loss_type, double label_smoothing, Pointer losses,
-              Pointer chosen_rewards, Pointer rejected_rewards, Pointer grad_chosen, Pointer grad_rejected, int) {
+void dpo_loss(int dtype, Pointer chosen, Pointer rejected, Pointer ref_chosen, Pointer ref_rejected,
+              Pointer chosen_lengths, Pointer rejected_lengths, int64_t B, double beta, int loss_type,
+              double label_smoothing, Pointer losses, Pointer chosen_rewards, Pointer rejected_rewards,
+              Pointer grad_chosen, Pointer grad_rejected, int) {
     RLHF_BY_DTYPE(dpo, chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, B, beta, loss_type,
                   label_smoothing, losses, chosen_rewards, rejected_rewards, grad_chosen, grad_rejected);
 }

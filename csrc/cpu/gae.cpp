@@ -1,5 +1,5 @@
-// Recurrences over time, one row at a time from its end: GAE, discounted returns, ReMax returns. State is kept in double.
-// Masked positions are skipped over: the state passes them unchanged and the output there is 0.
+// Recurrences over time, one row at a time from its end: GAE, discounted returns, ReMax returns. State is kept in
+// double. Masked positions are skipped over: the state passes them unchanged and the output there is 0.
 #include "../math.h"
 #include "ops.h"
 
@@ -7,9 +7,10 @@ namespace rlhf::ISA {
 namespace {
 
 template <typename T>
-void gae_rows(Pointer rewards, Pointer values, Pointer mask, int64_t B, int64_t L, double gamma, double lam, Pointer advantages,
-              Pointer returns, int threads) {
-#pragma omp parallel for num_threads(team(B * L, threads)) schedule(static)
+void gae_rows(Pointer rewards, Pointer values, Pointer mask, int64_t B, int64_t L, double gamma, double lam,
+              Pointer advantages, Pointer returns, int threads) {
+    const int team = team_size(B * L, threads);
+#pragma omp parallel for num_threads(team) schedule(static)
     for (int64_t b = 0; b < B; ++b) {
         const T *r = rewards.as<T>() + b * L, *v = values.as<T>() + b * L;
         const uint8_t* on = mask.as<uint8_t>() + b * L;
@@ -31,7 +32,8 @@ void gae_rows(Pointer rewards, Pointer values, Pointer mask, int64_t B, int64_t 
 
 template <typename T>
 void return_rows(Pointer rewards, Pointer mask, int64_t B, int64_t L, double gamma, Pointer out, int threads) {
-#pragma omp parallel for num_threads(team(B * L, threads)) schedule(static)
+    const int team = team_size(B * L, threads);
+#pragma omp parallel for num_threads(team) schedule(static)
     for (int64_t b = 0; b < B; ++b) {
         double sum = 0;
         for (int64_t i = (b + 1) * L - 1; i >= b * L; --i) {
@@ -45,9 +47,10 @@ void return_rows(Pointer rewards, Pointer mask, int64_t B, int64_t L, double gam
 enum Variant { kOfficial, kPaper, kVerl };
 
 template <typename T>
-void remax_rows(Pointer scores, Pointer greedy, Pointer logp, Pointer ref, Pointer mask, int64_t B, int64_t L, double kl_coef,
-                double gamma, double clip, int variant, Pointer out, int threads) {
-#pragma omp parallel for num_threads(team(B * L, threads)) schedule(static)
+void remax_rows(Pointer scores, Pointer greedy, Pointer logp, Pointer ref, Pointer mask, int64_t B, int64_t L,
+                double kl_coef, double gamma, double clip, int variant, Pointer out, int threads) {
+    const int team = team_size(B * L, threads);
+#pragma omp parallel for num_threads(team) schedule(static)
     for (int64_t b = 0; b < B; ++b) {
         double advantage = clamp(double(scores.as<T>()[b]) - double(greedy.as<T>()[b]), -clip, clip), kl_to_go = 0;
         for (int64_t i = (b + 1) * L - 1; i >= b * L; --i) {
@@ -69,12 +72,13 @@ void gae(int dtype, Pointer rewards, Pointer values, Pointer mask, int64_t B, in
     RLHF_BY_DTYPE(gae_rows, rewards, values, mask, B, T, gamma, lam, advantages, returns, threads);
 }
 
-void discounted_returns(int dtype, Pointer rewards, Pointer mask, int64_t B, int64_t T, double gamma, Pointer out, int threads) {
+void discounted_returns(int dtype, Pointer rewards, Pointer mask, int64_t B, int64_t T, double gamma, Pointer out,
+                        int threads) {
     RLHF_BY_DTYPE(return_rows, rewards, mask, B, T, gamma, out, threads);
 }
 
-void remax_returns(int dtype, Pointer scores, Pointer greedy, Pointer logp, Pointer ref, Pointer mask, int64_t B, int64_t T,
-                   double kl_coef, double gamma, double clip, int variant, Pointer out, int threads) {
+void remax_returns(int dtype, Pointer scores, Pointer greedy, Pointer logp, Pointer ref, Pointer mask, int64_t B,
+                   int64_t T, double kl_coef, double gamma, double clip, int variant, Pointer out, int threads) {
     RLHF_BY_DTYPE(remax_rows, scores, greedy, logp, ref, mask, B, T, kl_coef, gamma, clip, variant, out, threads);
 }
 

@@ -1,54 +1,60 @@
-// Every CPU kernel's signature. No include guard: bind_cpu.cpp includes it once per instruction set, with ISA defined to its name.
+// Every CPU kernel's signature. No include guard: bind_cpu.cpp includes it once per instruction set, with ISA defined
+// to its name.
 //
-// Pointers arrive as integers (0 = absent). dtype: 0 float32, 1 bfloat16, 2 float16, 3 float64; ops with a leading dtype take
-// 0 and 3 only and all their float pointers have it. Masks are one byte per element. Tensors are contiguous, row strides are in
-// elements. The results do not depend on the number of threads.
+// Pointers arrive as integers (0 = absent). dtype: 0 float32, 1 bfloat16, 2 float16, 3 float64; ops with a leading
+// dtype take 0 and 3 only and all their float pointers have it. Masks are one byte per element. Tensors are contiguous,
+// row strides are in elements. The results do not depend on the number of threads.
 #include "pointer.h"
 
 namespace rlhf::ISA {
 
-// Returns -1 or the first row whose token id is outside [0, V) and not -100. stats[N,2] = max of the logits (after softcap,
-// before temperature), log of the sum of exp; the backward pass reads them.
-int64_t token_logprobs(Pointer logits, int dtype, int64_t row_stride, Pointer ids, int64_t N, int64_t V, double inv_temperature,
-                       double softcap, Pointer logprobs, Pointer entropy, Pointer stats, int threads);
+// Returns -1 or the first row whose token id is outside [0, V) and not -100. stats[N,2] = max of the logits (after
+// softcap, before temperature), log of the sum of exp; the backward pass reads them.
+int64_t token_logprobs(Pointer logits, int dtype, int64_t row_stride, Pointer ids, int64_t N, int64_t V,
+                       double inv_temperature, double softcap, Pointer logprobs, Pointer entropy, Pointer stats,
+                       int threads);
 void token_logprobs_backward(Pointer logits, int dtype, int64_t row_stride, Pointer ids, int64_t N, int64_t V,
                              double inv_temperature, double softcap, Pointer logprobs, Pointer entropy, Pointer stats,
-                             Pointer grad_logprobs, Pointer grad_entropy, Pointer grad_logits, int64_t grad_row_stride, int threads);
+                             Pointer grad_logprobs, Pointer grad_entropy, Pointer grad_logits, int64_t grad_row_stride,
+                             int threads);
 // Returns -1 or the first row without a distribution (NaN, +inf or nothing but -inf).
 int64_t sample_tokens(Pointer logits, int dtype, int64_t row_stride, int64_t N, int64_t V, double inv_temperature,
                       Pointer uniforms, Pointer greedy, Pointer tokens, Pointer logprobs, Pointer entropy, int threads);
 
 void kl_penalty(int dtype, Pointer logp, Pointer ref, int64_t n, int estimator, Pointer out, Pointer grad, int threads);
-void shape_rewards(int dtype, Pointer scores, Pointer logp, Pointer ref, Pointer mask, int64_t B, int64_t T, double kl_coef,
-                   int estimator, double clip, Pointer out, int threads);
+void shape_rewards(int dtype, Pointer scores, Pointer logp, Pointer ref, Pointer mask, int64_t B, int64_t T,
+                   double kl_coef, int estimator, double clip, Pointer out, int threads);
 
 void gae(int dtype, Pointer rewards, Pointer values, Pointer mask, int64_t B, int64_t T, double gamma, double lam,
          Pointer advantages, Pointer returns, int threads);
-void discounted_returns(int dtype, Pointer rewards, Pointer mask, int64_t B, int64_t T, double gamma, Pointer out, int threads);
-void remax_returns(int dtype, Pointer scores, Pointer greedy, Pointer logp, Pointer ref, Pointer mask, int64_t B, int64_t T,
-                   double kl_coef, double gamma, double clip, int variant, Pointer out, int threads);
+void discounted_returns(int dtype, Pointer rewards, Pointer mask, int64_t B, int64_t T, double gamma, Pointer out,
+                        int threads);
+void remax_returns(int dtype, Pointer scores, Pointer greedy, Pointer logp, Pointer ref, Pointer mask, int64_t B,
+                   int64_t T, double kl_coef, double gamma, double clip, int variant, Pointer out, int threads);
 void rloo_advantages(int dtype, Pointer scores, int64_t B, int64_t group, Pointer out, int threads);
 void grpo_advantages(int dtype, Pointer scores, int64_t B, int64_t group, Pointer out, int threads);
 void whiten(int dtype, Pointer x, Pointer mask, int64_t n, bool shift_mean, Pointer out, int threads);
 
 // stats[8] = loss, policy_loss, clip_fraction, approx_kl, ratio_mean, ratio_max, kl, entropy
 void ppo_loss(int dtype, Pointer logp, Pointer old_logp, Pointer advantages, bool per_token, Pointer mask, Pointer ref,
-              Pointer entropy, int64_t B, int64_t T, double clip_low, double clip_high, double dual_clip, double kl_coef,
-              int estimator, double entropy_coef, int reduction, double denominator, Pointer grad_logp, Pointer grad_entropy,
-              Pointer stats, int threads);
+              Pointer entropy, int64_t B, int64_t T, double clip_low, double clip_high, double dual_clip,
+              double kl_coef, int estimator, double entropy_coef, int reduction, double denominator, Pointer grad_logp,
+              Pointer grad_entropy, Pointer stats, int threads);
 // stats[2] = loss, clip_fraction
-void ppo_value_loss(int dtype, Pointer values, Pointer old_values, Pointer returns, Pointer mask, int64_t n, double clip,
-                    double denominator, Pointer grad, Pointer stats, int threads);
-void reinforce_loss(int dtype, Pointer logp, Pointer advantages, bool per_token, Pointer mask, int64_t B, int64_t T, int reduction,
-                    double denominator, Pointer grad, Pointer loss, int threads);
+void ppo_value_loss(int dtype, Pointer values, Pointer old_values, Pointer returns, Pointer mask, int64_t n,
+                    double clip, double denominator, Pointer grad, Pointer stats, int threads);
+void reinforce_loss(int dtype, Pointer logp, Pointer advantages, bool per_token, Pointer mask, int64_t B, int64_t T,
+                    int reduction, double denominator, Pointer grad, Pointer loss, int threads);
 
 // stats[4] = loss, accuracy, margin, bt_loss
-void reward_loss(int dtype, Pointer chosen, Pointer rejected, Pointer margin, int64_t B, double center_coef, Pointer grad_chosen,
-                 Pointer grad_rejected, Pointer stats, int threads);
+void reward_loss(int dtype, Pointer chosen, Pointer rejected, Pointer margin, int64_t B, double center_coef,
+                 Pointer grad_chosen, Pointer grad_rejected, Pointer stats, int threads);
 // stats[2] = loss, accuracy
-void ranking_loss(int dtype, Pointer scores, Pointer ranks, int64_t B, int64_t K, Pointer grad, Pointer stats, int threads);
-void dpo_loss(int dtype, Pointer chosen, Pointer rejected, Pointer ref_chosen, Pointer ref_rejected, Pointer chosen_lengths,
-              Pointer rejected_lengths, int64_t B, double beta, int loss_type, double label_smoothing, Pointer losses,
-              Pointer chosen_rewards, Pointer rejected_rewards, Pointer grad_chosen, Pointer grad_rejected, int threads);
+void ranking_loss(int dtype, Pointer scores, Pointer ranks, int64_t B, int64_t K, Pointer grad, Pointer stats,
+                  int threads);
+void dpo_loss(int dtype, Pointer chosen, Pointer rejected, Pointer ref_chosen, Pointer ref_rejected,
+              Pointer chosen_lengths, Pointer rejected_lengths, int64_t B, double beta, int loss_type,
+              double label_smoothing, Pointer losses, Pointer chosen_rewards, Pointer rejected_rewards,
+              Pointer grad_chosen, Pointer grad_rejected, int threads);
 
 }  // namespace rlhf::ISA

@@ -1,4 +1,5 @@
-// A kernel's arguments: a tensor's address as Python passes it, the choice of type, the number of threads worth starting.
+// A kernel's arguments: a tensor's address as Python passes it, the choice of type, the number of threads worth
+// starting.
 #pragma once
 #include <cstdint>
 
@@ -7,12 +8,16 @@ namespace rlhf {
 struct Pointer {
     uintptr_t address = 0;
     template <typename T>
-    __attribute__((always_inline)) T* as() const { return reinterpret_cast<T*>(address); }
+    __attribute__((always_inline)) T* as() const {
+        return reinterpret_cast<T*>(address);
+    }
     __attribute__((always_inline)) explicit operator bool() const { return address != 0; }
 };
 
 // Waking threads, or waiting for one that is not running, costs more than some 100 microseconds of work.
-__attribute__((always_inline)) inline int team(int64_t elements, int threads) { return elements < (1 << 17) ? 1 : threads; }
+__attribute__((always_inline)) inline int team_size(int64_t elements, int threads) {
+    return elements < (1 << 17) ? 1 : threads;
+}
 
 }  // namespace rlhf
 

@@ -16,8 +16,8 @@ int64_t count_true(const uint8_t* mask, int64_t n) {
 }
 
 template <typename T>
-void policy_block(const T* logp, const T* old_logp, const T* advantage, const uint8_t* mask, int64_t n, T low, T high, T dual_clip,
-                  T weight, T* grad, PPOSums& sums) {
+void policy_block(const T* logp, const T* old_logp, const T* advantage, const uint8_t* mask, int64_t n, T low, T high,
+                  T dual_clip, T weight, T* grad, PPOSums& sums) {
     T policy = 0, clipped = 0, approx_kl = 0, ratio = 0, ratio_max = T(-kInf);
 #pragma omp simd reduction(+ : policy, clipped, approx_kl, ratio) reduction(max : ratio_max)
     for (int64_t k = 0; k < n; ++k) {
@@ -59,10 +59,14 @@ double kl_block(const T* logp, const T* ref, const uint8_t* mask, int64_t n, T w
 template <typename T>
 double kl_block(const T* logp, const T* ref, const uint8_t* mask, int64_t n, int estimator, T weight, T* grad) {
     switch (estimator) {
-        case kK1: return kl_block<T, kK1>(logp, ref, mask, n, weight, grad);
-        case kK2: return kl_block<T, kK2>(logp, ref, mask, n, weight, grad);
-        case kK3: return kl_block<T, kK3>(logp, ref, mask, n, weight, grad);
-        default: return kl_block<T, kAbs>(logp, ref, mask, n, weight, grad);
+        case kK1:
+            return kl_block<T, kK1>(logp, ref, mask, n, weight, grad);
+        case kK2:
+            return kl_block<T, kK2>(logp, ref, mask, n, weight, grad);
+        case kK3:
+            return kl_block<T, kK3>(logp, ref, mask, n, weight, grad);
+        default:
+            return kl_block<T, kAbs>(logp, ref, mask, n, weight, grad);
     }
 }
 
@@ -75,17 +79,20 @@ double masked_sum(const T* x, const uint8_t* mask, int64_t n) {
 }
 
 template <typename T>
-void ppo(Pointer logp, Pointer old_logp, Pointer advantages, bool per_token, Pointer mask, Pointer ref, Pointer entropy, int64_t B,
-         int64_t L, double clip_low, double clip_high, double dual_clip, double kl_coef, int estimator, double entropy_coef,
-         int reduction, double denominator, Pointer grad_logp, Pointer grad_entropy, Pointer stats, int threads) {
+void ppo(Pointer logp, Pointer old_logp, Pointer advantages, bool per_token, Pointer mask, Pointer ref, Pointer entropy,
+         int64_t B, int64_t L, double clip_low, double clip_high, double dual_clip, double kl_coef, int estimator,
+         double entropy_coef, int reduction, double denominator, Pointer grad_logp, Pointer grad_entropy, Pointer stats,
+         int threads) {
     const int64_t total = count_true(mask.as<uint8_t>(), B * L);
     const T dual = dual_clip > 0 ? T(dual_clip) : T(kInf);
     PPOSums* rows = new PPOSums[B];
     double* weights = new double[B];
-#pragma omp parallel for num_threads(team(B * L, threads)) schedule(static)
+    const int team = team_size(B * L, threads);
+#pragma omp parallel for num_threads(team) schedule(static)
     for (int64_t b = 0; b < B; ++b) {
         const int64_t row_count = count_true(mask.as<uint8_t>() + b * L, L);
-        const double weight = weights[b] = token_weight(double(row_count), double(total), double(B), reduction, denominator);
+        const double weight = weights[b] =
+            token_weight(double(row_count), double(total), double(B), reduction, denominator);
         PPOSums sums;
         sums.count = double(row_count);
         T constant[kTokens], scratch[kTokens];
@@ -95,9 +102,10 @@ void ppo(Pointer logp, Pointer old_logp, Pointer advantages, bool per_token, Poi
             const int64_t n = minimum(kTokens, L - t), i = b * L + t;
             const uint8_t* on = mask.as<uint8_t>() + i;
             T* grad = grad_logp ? grad_logp.as<T>() + i : scratch;
-            policy_block(logp.as<T>() + i, old_logp.as<T>() + i, per_token ? advantages.as<T>() + i : constant, on, n, T(clip_low),
-                         T(clip_high), dual, T(weight), grad, sums);
-            if (ref) sums.kl += kl_block(logp.as<T>() + i, ref.as<T>() + i, on, n, estimator, T(weight * kl_coef), grad);
+            policy_block(logp.as<T>() + i, old_logp.as<T>() + i, per_token ? advantages.as<T>() + i : constant, on, n,
+                         T(clip_low), T(clip_high), dual, T(weight), grad, sums);
+            if (ref)
+                sums.kl += kl_block(logp.as<T>() + i, ref.as<T>() + i, on, n, estimator, T(weight * kl_coef), grad);
             if (entropy) sums.entropy += masked_sum(entropy.as<T>() + i, on, n);
             if (grad_entropy)
                 for (int64_t k = 0; k < n; ++k) grad_entropy.as<T>()[i + k] = on[k] ? T(-entropy_coef * weight) : T(0);
@@ -112,12 +120,13 @@ void ppo(Pointer logp, Pointer old_logp, Pointer advantages, bool per_token, Poi
 }
 
 template <typename T>
-void value_loss(Pointer values, Pointer old_values, Pointer returns, Pointer mask, int64_t n, double clip, double denominator,
-                Pointer grad, Pointer stats, int threads) {
+void value_loss(Pointer values, Pointer old_values, Pointer returns, Pointer mask, int64_t n, double clip,
+                double denominator, Pointer grad, Pointer stats, int threads) {
     const int64_t total = count_true(mask.as<uint8_t>(), n), blocks = (n + kTokens - 1) / kTokens;
     const double weight = token_weight(double(total), double(total), 1, kTokenMean, denominator);
     double* partial = new double[2 * blocks];
-#pragma omp parallel for num_threads(team(n, threads)) schedule(static)
+    const int team = team_size(n, threads);
+#pragma omp parallel for num_threads(team) schedule(static)
     for (int64_t block = 0; block < blocks; ++block) {
         const int64_t i = block * kTokens, m = minimum(kTokens, n - i);
         const T *v = values.as<T>() + i, *old = old_values.as<T>() + i, *target = returns.as<T>() + i;
@@ -150,11 +159,11 @@ void reinforce(Pointer logp, Pointer advantages, bool per_token, Pointer mask, i
                double denominator, Pointer grad, Pointer loss, int threads) {
     const int64_t total = count_true(mask.as<uint8_t>(), B * L);
     double* rows = new double[B];
-#pragma omp parallel for num_threads(team(B * L, threads)) schedule(static)
+    const int team = team_size(B * L, threads);
+#pragma omp parallel for num_threads(team) schedule(static)
     for (int64_t b = 0; b < B; ++b) {
         const uint8_t* on = mask.as<uint8_t>() + b * L;
-        const double weight = 
-            token_weight(double(count_true(on, L)), double(total), double(B), reduction, denominator);
+        const double weight = token_weight(double(count_true(on, L)), double(total), double(B), reduction, denominator);
         const T *lp = logp.as<T>() + b * L, *advantage = advantages.as<T>() + (per_token ? b * L : b);
         double sum = 0;
         for (int64_t t = 0; t < L; ++t) {
@@ -173,20 +182,20 @@ void reinforce(Pointer logp, Pointer advantages, bool per_token, Pointer mask, i
 }  // namespace
 
 void ppo_loss(int dtype, Pointer logp, Pointer old_logp, Pointer advantages, bool per_token, Pointer mask, Pointer ref,
-              Pointer entropy, int64_t B, int64_t T, double clip_low, double clip_high, double dual_clip, double kl_coef,
-              int estimator, double entropy_coef, int reduction, double denominator, Pointer grad_logp, Pointer grad_entropy,
-              Pointer stats, int threads) {
-    RLHF_BY_DTYPE(ppo, logp, old_logp, advantages, per_token, mask, ref, entropy, B, T, clip_low, clip_high, dual_clip, kl_coef,
-                  estimator, entropy_coef, reduction, denominator, grad_logp, grad_entropy, stats, threads);
+              Pointer entropy, int64_t B, int64_t T, double clip_low, double clip_high, double dual_clip,
+              double kl_coef, int estimator, double entropy_coef, int reduction, double denominator, Pointer grad_logp,
+              Pointer grad_entropy, Pointer stats, int threads) {
+    RLHF_BY_DTYPE(ppo, logp, old_logp, advantages, per_token, mask, ref, entropy, B, T, clip_low, clip_high, dual_clip,
+                  kl_coef, estimator, entropy_coef, reduction, denominator, grad_logp, grad_entropy, stats, threads);
 }
 
-void ppo_value_loss(int dtype, Pointer values, Pointer old_values, Pointer returns, Pointer mask, int64_t n, double clip,
-                    double denominator, Pointer grad, Pointer stats, int threads) {
+void ppo_value_loss(int dtype, Pointer values, Pointer old_values, Pointer returns, Pointer mask, int64_t n,
+                    double clip, double denominator, Pointer grad, Pointer stats, int threads) {
     RLHF_BY_DTYPE(value_loss, values, old_values, returns, mask, n, clip, denominator, grad, stats, threads);
 }
 
-void reinforce_loss(int dtype, Pointer logp, Pointer advantages, bool per_token, Pointer mask, int64_t B, int64_t T, int reduction,
-                    double denominator, Pointer grad, Pointer loss, int threads) {
+void reinforce_loss(int dtype, Pointer logp, Pointer advantages, bool per_token, Pointer mask, int64_t B, int64_t T,
+                    int reduction, double denominator, Pointer grad, Pointer loss, int threads) {
     RLHF_BY_DTYPE(reinforce, logp, advantages, per_token, mask, B, T, reduction, denominator, grad, loss, threads);
 }
 

@@ -1,4 +1,5 @@
-// Bradley-Terry losses of a reward model: pairs with margin and centring, and all pairs of K ranked answers. Serial: B is small.
+// Bradley-Terry losses of a reward model: pairs with margin and centring, and all pairs of K ranked answers. Serial: B
+// is small.
 #include "../math.h"
 #include "ops.h"
 
@@ -63,8 +64,8 @@ void ranking(Pointer scores, Pointer ranks, int64_t B, int64_t K, Pointer grad, 
 
 }  // namespace
 
-void reward_loss(int dtype, Pointer chosen, Pointer rejected, Pointer margin, int64_t B, double center_coef, Pointer grad_chosen,
-                 Pointer grad_rejected, Pointer stats, int) {
+void reward_loss(int dtype, Pointer chosen, Pointer rejected, Pointer margin, int64_t B, double center_coef,
+                 Pointer grad_chosen, Pointer grad_rejected, Pointer stats, int) {
     RLHF_BY_DTYPE(pairs, chosen, rejected, margin, B, center_coef, grad_chosen, grad_rejected, stats);
 }
 

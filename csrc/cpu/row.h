@@ -1,4 +1,5 @@
-// Reading and writing a row of logits in blocks that stay in the L1 cache, and its online-softmax state in one pass over memory.
+// Reading and writing a row of logits in blocks that stay in the L1 cache, and its online-softmax state in one pass
+// over memory.
 #pragma once
 #include <type_traits>
 
@@ -10,8 +11,9 @@
 namespace rlhf::ISA {
 namespace {
 
-constexpr int64_t kBlock = 2048;      // logits: a block of floats and its neighbours fit in the L1 cache
-constexpr int64_t kSegment = 1 << 14;  // columns summed in one go: fixed, so that splitting a row over threads keeps its bits
+constexpr int64_t kBlock = 2048;  // logits: a block of floats and its neighbours fit in the L1 cache
+constexpr int64_t kSegment =
+    1 << 14;  // columns summed in one go: fixed, so that splitting a row over threads keeps its bits
 
 struct bfloat16 {
     uint16_t bits;
@@ -75,7 +77,8 @@ inline void load(const In* from, Compute<In>* to, int64_t n) {
     int64_t i = 0;
 #ifdef __F16C__
     if constexpr (std::is_same_v<In, float16>)  // the compiler does not find these instructions by itself
-        for (; i + 8 <= n; i += 8) _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
+        for (; i + 8 <= n; i += 8)
+            _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
 #endif
 #pragma omp simd
     for (int64_t k = i; k < n; ++k) to[k] = widen(from[k]);
@@ -138,8 +141,8 @@ inline Softmax sums_of(const T* z, int64_t n, T shift, T factor) {
     return {double(shift), double(sum), double(centred) / kLog2E};
 }
 
-// State of the columns [begin, end). Reads memory once and does without the running max: the shift stays where the first
-// block put it as long as no later sum shows a logit far above it.
+// State of the columns [begin, end). Reads memory once and does without the running max: the shift stays where the
+// first block put it as long as no later sum shows a logit far above it.
 template <typename In>
 Softmax accumulate(const In* row, int64_t begin, int64_t end, double inv_temperature, double softcap) {
     using T = Compute<In>;
@@ -164,7 +167,8 @@ inline int64_t segments_of(int64_t V) { return (V + kSegment - 1) / kSegment; }
 
 // One segment of a row, in two parts: the target, where it lies inside, apart from the others.
 template <typename In>
-Softmax segment_without(const In* row, int64_t segment, int64_t V, int64_t target, double inv_temperature, double softcap) {
+Softmax segment_without(const In* row, int64_t segment, int64_t V, int64_t target, double inv_temperature,
+                        double softcap) {
     const int64_t begin = segment * kSegment, end = minimum(begin + kSegment, V);
     if (target < begin || target >= end) return accumulate(row, begin, end, inv_temperature, softcap);
     Softmax state = accumulate(row, begin, target, inv_temperature, softcap);
@@ -184,10 +188,14 @@ RowOutputs row_outputs_of(const In* row, int64_t V, int64_t target, double inv_t
 template <typename Function>
 inline auto with_storage(int dtype, Function function) {
     switch (dtype) {
-        case 1: return function(bfloat16());
-        case 2: return function(float16());
-        case 3: return function(double());
-        default: return function(float());
+        case 1:
+            return function(bfloat16());
+        case 2:
+            return function(float16());
+        case 3:
+            return function(double());
+        default:
+            return function(float());
     }
 }
 

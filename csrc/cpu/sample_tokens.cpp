@@ -1,5 +1,5 @@
-// One token per row, by inverse CDF over the full softmax or the first argmax, with its log-prob and the row's entropy. The
-// log-prob has the bits that token_logprobs gives for the same row. Top-k and top-p arrive as -inf logits.
+// One token per row, by inverse CDF over the full softmax or the first argmax, with its log-prob and the row's entropy.
+// The log-prob has the bits that token_logprobs gives for the same row. Top-k and top-p arrive as -inf logits.
 #include "ops.h"
 #include "row.h"
 
@@ -33,10 +33,11 @@ double weigh(const In* from, int64_t n, Compute<In> m, Compute<In> factor, Compu
     return sum;
 }
 
-// First column whose running sum of weights exceeds uniform * total. Sums of blocks find the block; inside it, and where
-// rounding leaves the goal unmet, the last column with any weight stands in.
+// First column whose running sum of weights exceeds uniform * total. Sums of blocks find the block; inside it, and
+// where rounding leaves the goal unmet, the last column with any weight stands in.
 template <typename In>
-int64_t inverse_cdf(const In* row, int64_t V, Compute<In> m, double inv_temperature, double uniform, double* block_sums) {
+int64_t inverse_cdf(const In* row, int64_t V, Compute<In> m, double inv_temperature, double uniform,
+                    double* block_sums) {
     using T = Compute<In>;
     alignas(64) T weights[kBlock];
     double total = 0;
@@ -70,10 +71,12 @@ int64_t first_equal(const In* row, int64_t V, Compute<In> value) {
 }
 
 template <typename In>
-int64_t sample(const In* logits, int64_t row_stride, int64_t N, int64_t V, double inv_temperature, const double* uniforms,
-               const uint8_t* greedy, int64_t* tokens, Compute<In>* logprobs, Compute<In>* entropy, int threads) {
+int64_t sample(const In* logits, int64_t row_stride, int64_t N, int64_t V, double inv_temperature,
+               const double* uniforms, const uint8_t* greedy, int64_t* tokens, Compute<In>* logprobs,
+               Compute<In>* entropy, int threads) {
     int64_t bad = N;
-#pragma omp parallel num_threads(team(N * V, threads)) reduction(min : bad)
+    const int team = team_size(N * V, threads);
+#pragma omp parallel num_threads(team) reduction(min : bad)
     {
         double* block_sums = new double[(V + kBlock - 1) / kBlock];
 #pragma omp for schedule(static)
@@ -96,7 +99,8 @@ int64_t sample(const In* logits, int64_t row_stride, int64_t N, int64_t V, doubl
 }  // namespace
 
 int64_t sample_tokens(Pointer logits, int dtype, int64_t row_stride, int64_t N, int64_t V, double inv_temperature,
-                      Pointer uniforms, Pointer greedy, Pointer tokens, Pointer logprobs, Pointer entropy, int threads) {
+                      Pointer uniforms, Pointer greedy, Pointer tokens, Pointer logprobs, Pointer entropy,
+                      int threads) {
     return with_storage(dtype, [&](auto storage) {
         using In = decltype(storage);
         using T = Compute<In>;

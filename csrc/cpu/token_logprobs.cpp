@@ -1,4 +1,5 @@
-// log p(token) and entropy of softmax(logits / temperature), forward in one pass over each row, backward in one read and write.
+// log p(token) and entropy of softmax(logits / temperature), forward in one pass over each row, backward in one read
+// and write.
 #include "ops.h"
 #include "row.h"
 
@@ -17,31 +18,35 @@ void write(Pointer logprobs, Pointer entropy, Pointer stats, int64_t i, const Ro
 }
 
 template <typename In>
-void forward(const In* logits, int64_t row_stride, const int64_t* ids, int64_t N, int64_t V, double inv_temperature, double softcap,
-             Pointer logprobs, Pointer entropy, Pointer stats, int threads) {
-    if (N >= threads || team(V, threads) == 1) {
-#pragma omp parallel for num_threads(team(N * V, threads)) schedule(static)
+void forward(const In* logits, int64_t row_stride, const int64_t* ids, int64_t N, int64_t V, double inv_temperature,
+             double softcap, Pointer logprobs, Pointer entropy, Pointer stats, int threads) {
+    const int team = team_size(N * V, threads);
+    if (N >= team) {
+#pragma omp parallel for num_threads(team) schedule(static)
         for (int64_t i = 0; i < N; ++i) {
-            const bool masked = ids[i] == kMasked;
-            const RowOutputs none = {0, 0, 0, 0};
-            write<In>(logprobs, entropy, stats, i,
-                      masked ? none : row_outputs_of(logits + i * row_stride, V, ids[i], inv_temperature, softcap));
+            RowOutputs row = {0, 0, 0, 0};
+            if (ids[i] != kMasked) row = row_outputs_of(logits + i * row_stride, V, ids[i], inv_temperature, softcap);
+            write<In>(logprobs, entropy, stats, i, row);
         }
         return;
     }
-    Softmax* states = new Softmax[segments_of(V)];
+    // Fewer rows than threads: the segments of a row go to different threads and are merged in the same order.
+    const int64_t segments = segments_of(V);
+    Softmax* states = new Softmax[N * segments];
+#pragma omp parallel for num_threads(team) schedule(static)
+    for (int64_t task = 0; task < N * segments; ++task) {
+        const int64_t i = task / segments;
+        if (ids[i] == kMasked) continue;
+        states[task] = segment_without(logits + i * row_stride, task % segments, V, ids[i], inv_temperature, softcap);
+    }
     for (int64_t i = 0; i < N; ++i) {
-        const In* row = logits + i * row_stride;
-        if (ids[i] == kMasked) {
-            write<In>(logprobs, entropy, stats, i, {0, 0, 0, 0});
-            continue;
+        RowOutputs row = {0, 0, 0, 0};
+        if (ids[i] != kMasked) {
+            Softmax others;
+            for (int64_t s = 0; s < segments; ++s) others.merge(states[i * segments + s], inv_temperature);
+            row = row_outputs(others, logit(logits + i * row_stride, ids[i], softcap), inv_temperature);
         }
-#pragma omp parallel for num_threads(team(V, threads)) schedule(static)
-        for (int64_t s = 0; s < segments_of(V); ++s)
-            states[s] = segment_without(row, s, V, ids[i], inv_temperature, softcap);
-        Softmax others;
-        for (int64_t s = 0; s < segments_of(V); ++s) others.merge(states[s], inv_temperature);
-        write<In>(logprobs, entropy, stats, i, row_outputs(others, logit(row, ids[i], softcap), inv_temperature));
+        write<In>(logprobs, entropy, stats, i, row);
     }
     delete[] states;
 }
@@ -49,8 +54,9 @@ void forward(const In* logits, int64_t row_stride, const int64_t* ids, int64_t N
 // Gradient of the columns [begin, end) of one row: dz_j = gL (1[j = t] - p_j) - gH p_j (log p_j + H), by the chain rule
 // through the temperature and the softcap. out may be the same memory as row.
 template <typename In>
-void row_gradient(const In* row, In* out, int64_t begin, int64_t end, int64_t target, double inv_temperature, double softcap,
-                  double logprob, double entropy, double shift, double log_sum, double grad_logprob, double grad_entropy) {
+void row_gradient(const In* row, In* out, int64_t begin, int64_t end, int64_t target, double inv_temperature,
+                  double softcap, double logprob, double entropy, double shift, double log_sum, double grad_logprob,
+                  double grad_entropy) {
     using T = Compute<In>;
     alignas(64) T buffer[kBlock], gradient[kBlock];
     const T factor = T(inv_temperature * kLog2E), m = T(shift), log2_s = T(log_sum * kLog2E), cap_ = T(softcap);
@@ -77,16 +83,18 @@ void row_gradient(const In* row, In* out, int64_t begin, int64_t end, int64_t ta
     }
     if (!has_target) return;
     const double by_softcap = softcap == 0 ? 1 : 1 - (z_t / softcap) * (z_t / softcap);
-    narrow(T(target_gradient(logprob, entropy, grad_logprob, grad_entropy) * inv_temperature * by_softcap), out[target]);
+    narrow(T(target_gradient(logprob, entropy, grad_logprob, grad_entropy) * inv_temperature * by_softcap),
+           out[target]);
 }
 
 template <typename In>
-void backward(const In* logits, int64_t row_stride, const int64_t* ids, int64_t N, int64_t V, double inv_temperature, double softcap,
-              Pointer logprobs, Pointer entropy, Pointer stats, Pointer grad_logprobs, Pointer grad_entropy, In* grad_logits,
-              int64_t grad_row_stride, int threads) {
+void backward(const In* logits, int64_t row_stride, const int64_t* ids, int64_t N, int64_t V, double inv_temperature,
+              double softcap, Pointer logprobs, Pointer entropy, Pointer stats, Pointer grad_logprobs,
+              Pointer grad_entropy, In* grad_logits, int64_t grad_row_stride, int threads) {
     using T = Compute<In>;
     const int64_t segments = segments_of(V);
-#pragma omp parallel for num_threads(team(N * V, threads)) schedule(static)
+    const int team = team_size(N * V, threads);
+#pragma omp parallel for num_threads(team) schedule(static)
     for (int64_t task = 0; task < N * segments; ++task) {
         const int64_t i = task / segments, begin = task % segments * kSegment, end = minimum(begin + kSegment, V);
         In* out = grad_logits + i * grad_row_stride;
@@ -94,35 +102,38 @@ void backward(const In* logits, int64_t row_stride, const int64_t* ids, int64_t 
             memset(out + begin, 0, size_t(end - begin) * sizeof(In));
             continue;
         }
-        row_gradient(logits + i * row_stride, out, begin, end, ids[i], inv_temperature, softcap, double(logprobs.as<T>()[i]),
-                     double(entropy.as<T>()[i]), double(stats.as<T>()[2 * i]), double(stats.as<T>()[2 * i + 1]),
-                     grad_logprobs ? double(grad_logprobs.as<T>()[i]) : 0.0, grad_entropy ? double(grad_entropy.as<T>()[i]) : 0.0);
+        row_gradient(logits + i * row_stride, out, begin, end, ids[i], inv_temperature, softcap,
+                     double(logprobs.as<T>()[i]), double(entropy.as<T>()[i]), double(stats.as<T>()[2 * i]),
+                     double(stats.as<T>()[2 * i + 1]), grad_logprobs ? double(grad_logprobs.as<T>()[i]) : 0.0,
+                     grad_entropy ? double(grad_entropy.as<T>()[i]) : 0.0);
     }
 }
 
 }  // namespace
 
-int64_t token_logprobs(Pointer logits, int dtype, int64_t row_stride, Pointer ids, int64_t N, int64_t V, double inv_temperature,
-                       double softcap, Pointer logprobs, Pointer entropy, Pointer stats, int threads) {
+int64_t token_logprobs(Pointer logits, int dtype, int64_t row_stride, Pointer ids, int64_t N, int64_t V,
+                       double inv_temperature, double softcap, Pointer logprobs, Pointer entropy, Pointer stats,
+                       int threads) {
     for (int64_t i = 0; i < N; ++i) {
         const int64_t id = ids.as<int64_t>()[i];
         if (id != kMasked && (id < 0 || id >= V)) return i;
     }
     with_storage(dtype, [&](auto storage) {
         using In = decltype(storage);
-        forward(logits.as<const In>(), row_stride, ids.as<const int64_t>(), N, V, inv_temperature, softcap, logprobs, entropy, stats,
-                threads);
+        forward(logits.as<const In>(), row_stride, ids.as<const int64_t>(), N, V, inv_temperature, softcap, logprobs,
+                entropy, stats, threads);
     });
     return -1;
 }
 
 void token_logprobs_backward(Pointer logits, int dtype, int64_t row_stride, Pointer ids, int64_t N, int64_t V,
                              double inv_temperature, double softcap, Pointer logprobs, Pointer entropy, Pointer stats,
-                             Pointer grad_logprobs, Pointer grad_entropy, Pointer grad_logits, int64_t grad_row_stride, int threads) {
+                             Pointer grad_logprobs, Pointer grad_entropy, Pointer grad_logits, int64_t grad_row_stride,
+                             int threads) {
     with_storage(dtype, [&](auto storage) {
         using In = decltype(storage);
-        backward(logits.as<const In>(), row_stride, ids.as<const int64_t>(), N, V, inv_temperature, softcap, logprobs, entropy, stats,
-                 grad_logprobs, grad_entropy, grad_logits.as<In>(), grad_row_stride, threads);
+        backward(logits.as<const In>(), row_stride, ids.as<const int64_t>(), N, V, inv_temperature, softcap, logprobs,
+                 entropy, stats, grad_logprobs, grad_entropy, grad_logits.as<In>(), grad_row_stride, threads);
     });
 }
 

@@ -19,7 +19,8 @@ void whiten_all(Pointer x, Pointer mask, int64_t n, bool shift_mean, Pointer out
 #pragma omp simd reduction(+ : squares)
     for (int64_t i = 0; i < n; ++i) squares += on[i] ? (double(from[i]) - mean) * (double(from[i]) - mean) : 0.0;
     const double scale = 1 / std::sqrt((count > 1 ? squares / (count - 1) : 0) + 1e-8), shift = shift_mean ? 0 : mean;
-#pragma omp parallel for num_threads(team(n, threads)) schedule(static)
+    const int team = team_size(n, threads);
+#pragma omp parallel for num_threads(team) schedule(static)
     for (int64_t i = 0; i < n; ++i) out.as<T>()[i] = on[i] ? T((double(from[i]) - mean) * scale + shift) : T(0);
 }
 

@@ -1,5 +1,5 @@
-// Generalised advantage estimation: one warp per row, 32 steps at a time from the row's end. Each step is the affine map
-// x -> a x + b, composed by a warp scan; masked steps are the identity, which skips them over. State in double.
+// Generalised advantage estimation: one warp per row, 32 steps at a time from the row's end. Each step is the affine
+// map x -> a x + b, composed by a warp scan; masked steps are the identity, which skips them over. State in double.
 #include "launch.cuh"
 
 namespace rlhf::cuda {
@@ -8,8 +8,8 @@ namespace {
 constexpr unsigned kAll = 0xffffffffu;
 
 template <typename T>
-__global__ void gae_rows(const T* rewards, const T* values, const uint8_t* mask, int64_t B, int64_t L, double gamma, double lam,
-                         T* advantages, T* returns) {
+__global__ void gae_rows(const T* rewards, const T* values, const uint8_t* mask, int64_t B, int64_t L, double gamma,
+                         double lam, T* advantages, T* returns) {
     const int64_t b = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
     if (b >= B) return;
     const int lane = threadIdx.x % 32;
@@ -23,7 +23,8 @@ __global__ void gae_rows(const T* rewards, const T* values, const uint8_t* mask,
         double slope = on ? gamma * lam : 1;
         double offset = on ? double(rewards[i]) + gamma * (right ? neighbour : next_value) - value : 0;
         for (int step = 1; step < 32; step *= 2) {
-            const double other_slope = __shfl_down_sync(kAll, slope, step), other_offset = __shfl_down_sync(kAll, offset, step);
+            const double other_slope = __shfl_down_sync(kAll, slope, step),
+                         other_offset = __shfl_down_sync(kAll, offset, step);
             if (lane + step >= 32) continue;
             offset += slope * other_offset;
             slope *= other_slope;
@@ -40,12 +41,13 @@ __global__ void gae_rows(const T* rewards, const T* values, const uint8_t* mask,
 }
 
 template <typename T>
-void launch(Pointer rewards, Pointer values, Pointer mask, int64_t B, int64_t L, double gamma, double lam, Pointer advantages,
-            Pointer returns, Pointer stream) {
+void launch(Pointer rewards, Pointer values, Pointer mask, int64_t B, int64_t L, double gamma, double lam,
+            Pointer advantages, Pointer returns, Pointer stream) {
     if (B == 0) return;
     const unsigned blocks = unsigned((B + kThreads / 32 - 1) / (kThreads / 32));
-    gae_rows<T><<<blocks, kThreads, 0, as_stream(stream)>>>(rewards.as<const T>(), values.as<const T>(), mask.as<const uint8_t>(), B,
-                                                            L, gamma, lam, advantages.as<T>(), returns.as<T>());
+    gae_rows<T><<<blocks, kThreads, 0, as_stream(stream)>>>(rewards.as<const T>(), values.as<const T>(),
+                                                            mask.as<const uint8_t>(), B, L, gamma, lam,
+                                                            advantages.as<T>(), returns.as<T>());
     check(cudaGetLastError(), "gae");
 }
 

@@ -1,4 +1,5 @@
-// What every CUDA kernel here shares: the maths in its own namespace, a fixed-order block reduction, launch errors as exceptions.
+// What every CUDA kernel here shares: the maths in its own namespace, a fixed-order block reduction, launch errors as
+// exceptions.
 #pragma once
 #define ISA cuda
 #include <stdexcept>

@@ -1,5 +1,5 @@
-// Clipped policy loss: value, gradient and statistics. Three launches: True tokens per row, one block per row, the rows combined
-// in a fixed order. Per-row sums in double, no atomics, no wait for the device.
+// Clipped policy loss: value, gradient and statistics. Three launches: True tokens per row, one block per row, the rows
+// combined in a fixed order. Per-row sums in double, no atomics, no wait for the device.
 #include "launch.cuh"
 
 namespace rlhf::cuda {
@@ -30,8 +30,9 @@ struct Options {
 };
 
 template <typename T>
-__global__ void row_sums(const T* logp, const T* old_logp, const T* advantages, const uint8_t* mask, const T* ref, const T* entropy,
-                         int64_t B, int64_t L, Options options, T* grad_logp, T* grad_entropy, PPOSums* rows, double* weights) {
+__global__ void row_sums(const T* logp, const T* old_logp, const T* advantages, const uint8_t* mask, const T* ref,
+                         const T* entropy, int64_t B, int64_t L, Options options, T* grad_logp, T* grad_entropy,
+                         PPOSums* rows, double* weights) {
     const int64_t b = blockIdx.x;
     const double count = rows[b].count, total = total_count(rows, B);
     const double weight = token_weight(count, total, double(B), options.reduction, options.denominator);
@@ -43,8 +44,8 @@ __global__ void row_sums(const T* logp, const T* old_logp, const T* advantages, 
         if (mask[i]) {
             const T advantage = advantages[options.per_token ? i : b];
             T by_logp, ratio, approx_kl, clipped;
-            sums.policy += ppo_term(logp[i] - old_logp[i], advantage, T(options.clip_low), T(options.clip_high), dual, by_logp,
-                                    ratio, approx_kl, clipped);
+            sums.policy += ppo_term(logp[i] - old_logp[i], advantage, T(options.clip_low), T(options.clip_high), dual,
+                                    by_logp, ratio, approx_kl, clipped);
             gradient = T(weight) * by_logp;
             sums.clipped += clipped;
             sums.approx_kl += approx_kl;
@@ -79,18 +80,20 @@ __global__ void combine(const PPOSums* rows, const double* weights, int64_t B, O
 }
 
 template <typename T>
-void launch(Pointer logp, Pointer old_logp, Pointer advantages, Pointer mask, Pointer ref, Pointer entropy, int64_t B, int64_t L,
-            Options options, Pointer grad_logp, Pointer grad_entropy, Pointer stats, Pointer stream_) {
+void launch(Pointer logp, Pointer old_logp, Pointer advantages, Pointer mask, Pointer ref, Pointer entropy, int64_t B,
+            int64_t L, Options options, Pointer grad_logp, Pointer grad_entropy, Pointer stats, Pointer stream_) {
     const cudaStream_t stream = as_stream(stream_);
     void* workspace = nullptr;
-    check(cudaMallocAsync(&workspace, size_t(B) * (2 * sizeof(PPOSums) + sizeof(double)) + 1, stream), "ppo_loss workspace");
+    check(cudaMallocAsync(&workspace, size_t(B) * (2 * sizeof(PPOSums) + sizeof(double)) + 1, stream),
+          "ppo_loss workspace");
     PPOSums* rows = static_cast<PPOSums*>(workspace);
     double* weights = reinterpret_cast<double*>(rows + 2 * B);
     if (B > 0) {
         count_rows<<<unsigned(B), kThreads, 0, stream>>>(mask.as<const uint8_t>(), L, rows);
-        row_sums<T><<<unsigned(B), kThreads, 0, stream>>>(
-            logp.as<const T>(), old_logp.as<const T>(), advantages.as<const T>(), mask.as<const uint8_t>(), ref.as<const T>(),
-            entropy.as<const T>(), B, L, options, grad_logp.as<T>(), grad_entropy.as<T>(), rows, weights);
+        row_sums<T><<<unsigned(B), kThreads, 0, stream>>>(logp.as<const T>(), old_logp.as<const T>(),
+                                                          advantages.as<const T>(), mask.as<const uint8_t>(),
+                                                          ref.as<const T>(), entropy.as<const T>(), B, L, options,
+                                                          grad_logp.as<T>(), grad_entropy.as<T>(), rows, weights);
     }
     combine<T><<<1, kThreads, 0, stream>>>(rows, weights, B, options, stats.as<T>());
     check(cudaGetLastError(), "ppo_loss");
@@ -100,12 +103,13 @@ void launch(Pointer logp, Pointer old_logp, Pointer advantages, Pointer mask, Po
 }  // namespace
 
 void ppo_loss(int dtype, Pointer logp, Pointer old_logp, Pointer advantages, bool per_token, Pointer mask, Pointer ref,
-              Pointer entropy, int64_t B, int64_t T, double clip_low, double clip_high, double dual_clip, double kl_coef,
-              int estimator, double entropy_coef, int reduction, double denominator, Pointer grad_logp, Pointer grad_entropy,
-              Pointer stats, Pointer stream) {
+              Pointer entropy, int64_t B, int64_t T, double clip_low, double clip_high, double dual_clip,
+              double kl_coef, int estimator, double entropy_coef, int reduction, double denominator, Pointer grad_logp,
+              Pointer grad_entropy, Pointer stats, Pointer stream) {
     const Options options = {clip_low,    clip_high, dual_clip, kl_coef,  entropy_coef,
                              denominator, estimator, reduction, per_token};
-    RLHF_BY_DTYPE(launch, logp, old_logp, advantages, mask, ref, entropy, B, T, options, grad_logp, grad_entropy, stats, stream);
+    RLHF_BY_DTYPE(launch, logp, old_logp, advantages, mask, ref, entropy, B, T, options, grad_logp, grad_entropy, stats,
+                  stream);
 }
 
 }  // namespace rlhf::cuda

@@ -1,5 +1,5 @@
-// log p(token) and entropy of softmax(logits / temperature): one block per row and one pass over it, no atomics. Left out: rows
-// split over several blocks, and 16-byte loads (an odd V leaves every other row unaligned).
+// log p(token) and entropy of softmax(logits / temperature): one block per row and one pass over it, no atomics. Left
+// out: rows split over several blocks, and 16-byte loads (an odd V leaves every other row unaligned).
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -75,18 +75,18 @@ __device__ Softmax accumulate(const In* row, int64_t V, int64_t target, double i
 }
 
 template <typename In>
-__global__ void forward(const In* logits, int64_t row_stride, const int64_t* ids, int64_t V, double inv_temperature, double softcap,
-                        Compute<In>* logprobs, Compute<In>* entropy, Compute<In>* stats) {
+__global__ void forward(const In* logits, int64_t row_stride, const int64_t* ids, int64_t V, double inv_temperature,
+                        double softcap, Compute<In>* logprobs, Compute<In>* entropy, Compute<In>* stats) {
     using T = Compute<In>;
     const int64_t i = blockIdx.x, target = ids[i];
     const In* row = logits + i * row_stride;
     RowOutputs out = {0, 0, 0, 0};
     if (target != kMasked) {
-        const Softmax others =
-            block_reduce(accumulate(row, V, target, inv_temperature, T(softcap)),
-                         [=](Softmax& a, const Softmax& b) { a.merge(b, inv_temperature); });
+        const Softmax others = block_reduce(accumulate(row, V, target, inv_temperature, T(softcap)),
+                                            [=](Softmax& a, const Softmax& b) { a.merge(b, inv_temperature); });
         const bool in_range = target >= 0 && target < V;
-        if (threadIdx.x == 0) out = row_outputs(others, in_range ? double(logit(row, target, T(softcap))) : kInf - kInf, inv_temperature);
+        if (threadIdx.x == 0)
+            out = row_outputs(others, in_range ? double(logit(row, target, T(softcap))) : kInf - kInf, inv_temperature);
     }
     if (threadIdx.x != 0) return;
     logprobs[i] = T(out.logprob);
@@ -98,17 +98,19 @@ __global__ void forward(const In* logits, int64_t row_stride, const int64_t* ids
 // dz_j = gL (1[j = t] - p_j) - gH p_j (log p_j + H), by the chain rule through the temperature and the softcap.
 // grad_logits may be the same memory as logits.
 template <typename In>
-__global__ void backward(const In* logits, int64_t row_stride, const int64_t* ids, int64_t V, double inv_temperature, double softcap,
-                         const Compute<In>* logprobs, const Compute<In>* entropy, const Compute<In>* stats,
-                         const Compute<In>* grad_logprobs, const Compute<In>* grad_entropy, In* grad_logits,
-                         int64_t grad_row_stride) {
+__global__ void backward(const In* logits, int64_t row_stride, const int64_t* ids, int64_t V, double inv_temperature,
+                         double softcap, const Compute<In>* logprobs, const Compute<In>* entropy,
+                         const Compute<In>* stats, const Compute<In>* grad_logprobs, const Compute<In>* grad_entropy,
+                         In* grad_logits, int64_t grad_row_stride) {
     using T = Compute<In>;
     const int64_t i = blockIdx.x, target = ids[i];
     const In* row = logits + i * row_stride;
     In* out = grad_logits + i * grad_row_stride;
     const T g_logprob = grad_logprobs ? grad_logprobs[i] : T(0), g_entropy = grad_entropy ? grad_entropy[i] : T(0);
-    const T factor = T(inv_temperature * kLog2E), shift = stats[2 * i], log2_s = stats[2 * i + 1] * T(kLog2E), cap = T(softcap);
-    const T slope = g_entropy * T(inv_temperature / kLog2E), offset = (g_logprob + g_entropy * entropy[i]) * T(inv_temperature);
+    const T factor = T(inv_temperature * kLog2E), shift = stats[2 * i], log2_s = stats[2 * i + 1] * T(kLog2E),
+            cap = T(softcap);
+    const T slope = g_entropy * T(inv_temperature / kLog2E),
+            offset = (g_logprob + g_entropy * entropy[i]) * T(inv_temperature);
     for (int64_t j = threadIdx.x; j < V; j += kThreads) {
         if (target == kMasked) {
             narrow(T(0), out[j]);
@@ -119,46 +121,53 @@ __global__ void backward(const In* logits, int64_t row_stride, const int64_t* id
         x = x < kLowest<T> ? kLowest<T> : x;
         T dz = -exp2_clamped(x) * (slope * x + offset);
         if (j == target)
-            dz = T(target_gradient(double(logprobs[i]), double(entropy[i]), double(g_logprob), double(g_entropy)) * inv_temperature);
+            dz = T(target_gradient(double(logprobs[i]), double(entropy[i]), double(g_logprob), double(g_entropy)) *
+                   inv_temperature);
         narrow(softcap == 0 ? dz : dz * (1 - (z / cap) * (z / cap)), out[j]);
     }
 }
 
 template <typename In>
-void launch_forward(Pointer logits, int64_t row_stride, Pointer ids, int64_t N, int64_t V, double inv_temperature, double softcap,
-                    Pointer logprobs, Pointer entropy, Pointer stats, Pointer stream) {
+void launch_forward(Pointer logits, int64_t row_stride, Pointer ids, int64_t N, int64_t V, double inv_temperature,
+                    double softcap, Pointer logprobs, Pointer entropy, Pointer stats, Pointer stream) {
     using T = Compute<In>;
-    forward<In><<<unsigned(N), kThreads, 0, as_stream(stream)>>>(logits.as<const In>(), row_stride, ids.as<const int64_t>(), V,
-                                                                 inv_temperature, softcap, logprobs.as<T>(), entropy.as<T>(),
-                                                                 stats.as<T>());
+    forward<In><<<unsigned(N), kThreads, 0, as_stream(stream)>>>(logits.as<const In>(), row_stride,
+                                                                 ids.as<const int64_t>(), V, inv_temperature, softcap,
+                                                                 logprobs.as<T>(), entropy.as<T>(), stats.as<T>());
     check(cudaGetLastError(), "token_logprobs");
 }
 
 template <typename In>
-void launch_backward(Pointer logits, int64_t row_stride, Pointer ids, int64_t N, int64_t V, double inv_temperature, double softcap,
-                     Pointer logprobs, Pointer entropy, Pointer stats, Pointer grad_logprobs, Pointer grad_entropy,
-                     Pointer grad_logits, int64_t grad_row_stride, Pointer stream) {
+void launch_backward(Pointer logits, int64_t row_stride, Pointer ids, int64_t N, int64_t V, double inv_temperature,
+                     double softcap, Pointer logprobs, Pointer entropy, Pointer stats, Pointer grad_logprobs,
+                     Pointer grad_entropy, Pointer grad_logits, int64_t grad_row_stride, Pointer stream) {
     using T = Compute<In>;
     backward<In><<<unsigned(N), kThreads, 0, as_stream(stream)>>>(
         logits.as<const In>(), row_stride, ids.as<const int64_t>(), V, inv_temperature, softcap, logprobs.as<const T>(),
-        entropy.as<const T>(), stats.as<const T>(), grad_logprobs.as<const T>(), grad_entropy.as<const T>(), grad_logits.as<In>(),
-        grad_row_stride);
+        entropy.as<const T>(), stats.as<const T>(), grad_logprobs.as<const T>(), grad_entropy.as<const T>(),
+        grad_logits.as<In>(), grad_row_stride);
     check(cudaGetLastError(), "token_logprobs_backward");
 }
 
 }  // namespace
 
-#define RLHF_BY_LOGITS(FUNCTION, ...)                           \
-    switch (N == 0 ? -1 : dtype) {                              \
-        case 0: return FUNCTION<float>(__VA_ARGS__);            \
-        case 1: return FUNCTION<__nv_bfloat16>(__VA_ARGS__);    \
-        case 2: return FUNCTION<__half>(__VA_ARGS__);           \
-        case 3: return FUNCTION<double>(__VA_ARGS__);           \
+#define RLHF_BY_LOGITS(FUNCTION, ...)                    \
+    switch (N == 0 ? -1 : dtype) {                       \
+        case 0:                                          \
+            return FUNCTION<float>(__VA_ARGS__);         \
+        case 1:                                          \
+            return FUNCTION<__nv_bfloat16>(__VA_ARGS__); \
+        case 2:                                          \
+            return FUNCTION<__half>(__VA_ARGS__);        \
+        case 3:                                          \
+            return FUNCTION<double>(__VA_ARGS__);        \
     }
 
-void token_logprobs(Pointer logits, int dtype, int64_t row_stride, Pointer ids, int64_t N, int64_t V, double inv_temperature,
-                    double softcap, Pointer logprobs, Pointer entropy, Pointer stats, Pointer stream) {
-    RLHF_BY_LOGITS(launch_forward, logits, row_stride, ids, N, V, inv_temperature, softcap, logprobs, entropy, stats, stream)
+void token_logprobs(Pointer logits, int dtype, int64_t row_stride, Pointer ids, int64_t N, int64_t V,
+                    double inv_temperature, double softcap, Pointer logprobs, Pointer entropy, Pointer stats,
+                    Pointer stream) {
+    RLHF_BY_LOGITS(launch_forward, logits, row_stride, ids, N, V, inv_temperature, softcap, logprobs, entropy, stats,
+                   stream)
 }
 
 void token_logprobs_backward(Pointer logits, int dtype, int64_t row_stride, Pointer ids, int64_t N, int64_t V,
