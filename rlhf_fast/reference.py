@@ -201,7 +201,10 @@ def reduce_tokens(x_BT: Tensor, mask_BT: Tensor, reduction: str, normalizer: flo
 
 
 def mean_over(x: Tensor, denominator: float | Tensor) -> Tensor:
-    return x.sum() / (denominator.to(x) if isinstance(denominator, Tensor) else denominator)
+    """Sum over a denominator, which may be a 0-dim tensor; 0 / 0 is 0: a batch in which nothing counts."""
+    if isinstance(denominator, Tensor):
+        denominator = denominator.to(x).clamp(min=torch.finfo(x.dtype).tiny)
+    return x.sum() / denominator
 
 
 def clamped_log_ratio(logprobs: Tensor, other_logprobs: Tensor, mask: Tensor) -> Tensor:

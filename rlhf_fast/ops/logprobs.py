@@ -85,7 +85,8 @@ def token_logprobs(
 def _check(logits: Tensor, token_ids: Tensor, temperature: float, softcap: float | None) -> None:
     expect(logits.dtype in FLOATS, "logits", "dtype float32, bfloat16, float16 or float64", logits.dtype)
     expect(token_ids.dtype in INTEGERS, "token_ids", "dtype int64 or int32", token_ids.dtype)
-    if logits.dim() == 0 or logits.shape[:-1] != token_ids.shape:
+    expect(logits.dim() > 0 and logits.shape[-1] > 0, "logits", "shape [..., V] with V > 0", list(logits.shape))
+    if logits.shape[:-1] != token_ids.shape:
         expected = f"shape {list(logits.shape[:-1])} as the rows of logits {list(logits.shape)}"
         raise ValueError(f"token_ids: expected {expected}, got {list(token_ids.shape)}")
     check_device("token_ids", token_ids, "logits", logits)
@@ -118,11 +119,10 @@ def _id_error(token_ids: Tensor, row: int, vocabulary: int) -> ValueError:
 
 def _row_blocks(x: Tensor) -> list[Tensor]:
     """[..., V] as 2-D views with one row stride each: a single one unless x is cut like ``x[:, :-1]``."""
-    if x.dim() < 3:
-        return [x.reshape(-1, x.shape[-1])]
-    if all(x.stride(i) == x.stride(i + 1) * x.shape[i + 1] for i in range(x.dim() - 2) if x.shape[i] > 1):
-        return [x.flatten(0, -2)]
-    return [block for part in x for block in _row_blocks(part)]
+    try:
+        return [x.view(-1, x.shape[-1])]
+    except RuntimeError:
+        return [block for part in x for block in _row_blocks(part)]
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:

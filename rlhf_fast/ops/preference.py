@@ -203,12 +203,8 @@ def _check_lengths(loss_type: str, chosen_logps: Tensor, chosen: Tensor | None, 
             continue
         expect(uses, name, f"None, as {loss_type} does not use lengths", "a tensor")
         expect(not lengths.is_complex() and lengths.dtype != torch.bool, name, "a tensor of numbers", lengths.dtype)
-        expect(
-            lengths.shape == chosen_logps.shape,
-            name,
-            f"shape {list(chosen_logps.shape)} as chosen_logps",
-            lengths.shape,
-        )
+        shape = list(chosen_logps.shape)
+        expect(list(lengths.shape) == shape, name, f"shape {shape} as chosen_logps", list(lengths.shape))
         check_device(name, lengths, "chosen_logps", chosen_logps)
     expect((chosen is None) == (rejected is None), "chosen_lengths", "both lengths or neither", "one of them")
 

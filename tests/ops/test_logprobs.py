@@ -140,6 +140,7 @@ def test_strides(kernels, dtype):
     check(torch.randn(4, 6, 6).to(dtype)[:, :-1], ids)  # as a causal shift leaves it: one block per sequence
     check(torch.randn(5, 4, 6).to(dtype).transpose(0, 1), ids)
     check(torch.randn(6).to(dtype).expand(4, 5, 6), ids)
+    check(torch.randn(4, 7, 6).to(dtype)[:, -1:], ids[:, :1])
 
 
 def test_offsets_beyond_32_bits():
@@ -259,6 +260,7 @@ def test_id_out_of_range(kernels, bad):
     ("arguments", "message"),
     [
         (dict(logits=torch.zeros(2, 3, dtype=torch.int64)), "logits: expected dtype float32, .* got torch.int64"),
+        (dict(logits=torch.zeros(2, 0)), r"logits: expected shape \[..., V\] with V > 0, got \[2, 0\]"),
         (dict(token_ids=torch.zeros(2)), "token_ids: expected dtype int64 or int32, got torch.float32"),
         (dict(token_ids=torch.zeros(3, dtype=torch.int64)), r"token_ids: expected shape \[2\] .* got \[3\]"),
         (

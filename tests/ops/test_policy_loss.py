@@ -270,6 +270,8 @@ def test_nothing_counts(kernels, name, shape):
     loss = LOSSES[name](x, torch.zeros(shape, dtype=torch.bool))
     loss.backward()
     assert loss.item() == 0 and torch.all(x.grad == 0)
+    nowhere = torch.zeros((), dtype=torch.int64)  # nor in the other micro-batches
+    assert LOSSES[name](x, torch.zeros(shape, dtype=torch.bool), normalizer=nowhere).item() == 0
 
 
 @pytest.mark.parametrize("name", list(LOSSES))
