@@ -11,9 +11,9 @@
 namespace rlhf::ISA {
 namespace {
 
-constexpr int64_t kBlock = 2048;  // logits: a block of floats and its neighbours fit in the L1 cache
-constexpr int64_t kSegment =
-    1 << 14;  // columns summed in one go: fixed, so that splitting a row over threads keeps its bits
+constexpr int64_t kBlock = 2048;       // logits: a block of floats and its neighbours fit in the L1 cache
+constexpr int64_t kSegment = 1 << 14;  // columns summed in one go: fixed, so that threads sharing a row keep its bits
+constexpr double kHeadroom = 8;        // log2 of how far a logit's exponential may exceed 1
 
 struct bfloat16 {
     uint16_t bits;
@@ -126,37 +126,41 @@ inline T max_of(const T* z, int64_t n) {
     return top;
 }
 
+// The sums of one block around a given shift. excess is how far its largest logit lies above the shift.
 template <typename T>
-inline Softmax sums_of(const T* z, int64_t n, T shift, T factor) {
+inline Softmax sums_of(const T* z, int64_t n, T shift, T factor, T& excess) {
     const T lowest = kLowest<T> / factor;
-    T sum = 0, centred = 0;
-#pragma omp simd reduction(+ : sum, centred)
+    T sum = 0, centred = 0, top = T(-kInf);
+#pragma omp simd reduction(+ : sum, centred) reduction(max : top)
     for (int64_t k = 0; k < n; ++k) {
         T d = z[k] - shift;
+        top = d > top ? d : top;
         d = lowest > d ? lowest : d;
         const T x = d * factor, e = exp2_clamped(x);
         sum += e;
         centred += e * x;
     }
+    excess = top;
     return {double(shift), double(sum), double(centred) / kLog2E};
 }
 
-// State of the columns [begin, end). Reads memory once and does without the running max: the shift stays where the
-// first block put it as long as no later sum shows a logit far above it.
+// State of the columns [begin, end), memory read once. The shift stays at the largest logit of the first block that has
+// one, which saves looking for the largest before summing, unless a later block holds one above it by 2^kHeadroom.
 template <typename In>
 Softmax accumulate(const In* row, int64_t begin, int64_t end, double inv_temperature, double softcap) {
     using T = Compute<In>;
     alignas(64) T buffer[kBlock];
-    const T factor = T(inv_temperature * kLog2E);
+    const T factor = T(inv_temperature * kLog2E), headroom = T(kHeadroom) / factor;
     Softmax state;
     for (int64_t i = begin; i < end; i += kBlock) {
         const int64_t n = minimum(kBlock, end - i);
         const T* z = block(row + i, n, softcap, buffer);
+        T shift = T(state.shift), excess = T(kInf);
         Softmax sums;
-        if (state.shift > -kInf) sums = sums_of(z, n, T(state.shift), factor);
-        if (!(state.shift > -kInf && sums.sum <= 2 * kBlock)) {
-            const T top = max_of(z, n);
-            sums = sums_of(z, n, top > T(-kInf) ? top : T(0), factor);
+        if (state.sum != 0) sums = sums_of(z, n, shift, factor, excess);
+        if (excess > headroom) {
+            shift = max_of(z, n);
+            sums = sums_of(z, n, shift > T(-kInf) ? shift : T(0), factor, excess);
         }
         if (sums.sum != 0) state.merge(sums, inv_temperature);
     }

@@ -116,6 +116,33 @@ def test_same_bits_for_any_thread_count_in_losses():
         assert all(torch.equal(a, b) for a, b in zip(one, many, strict=True))
 
 
+def hostile_rows():
+    """Rows whose largest logits come late, far above everything before them; across several blocks and segments."""
+    V, g = 33000, torch.Generator().manual_seed(3)
+    noise = torch.randn(12, V, generator=g)
+    for row, top in zip(noise[:4], (5, 20, 100, 1000), strict=True):
+        row += torch.linspace(0, top, V)
+    for row, top in zip(noise[4:9], (6, 9, 15, 40, 200), strict=True):
+        row[31000] += top
+    noise[9, :20000] = noise[10, 20000:] = noise[11, 1:] = -float("inf")
+    return noise, torch.cat([torch.randint(20000, 30000, (9,), generator=g), torch.tensor([20001, 7, 0])])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.1, 3.0])
+def test_late_and_missing_maxima_against_double(isa, temperature):
+    z, ids = hostile_rows()
+    x = z.double().requires_grad_()
+    logp = torch.log_softmax(x / temperature, -1)
+    entropy = -torch.where(logp > -float("inf"), logp.exp() * logp.clamp(min=-1e300), 0.0).sum(-1)
+    logprobs = logp.gather(-1, ids[:, None])[:, 0]
+    (0.7 * logprobs - 0.3 * entropy).sum().backward()
+    for name in _cpu.isas():
+        isa(name)
+        got = token_logprobs(z, ids, temperature=temperature)
+        for value, exact in zip(got, (logprobs, entropy, x.grad.nan_to_num()), strict=True):
+            torch.testing.assert_close(value.double(), exact.detach(), rtol=1e-6, atol=1e-5)
+
+
 def test_sampled_logprob_has_the_bits_of_token_logprobs():
     z, _ = logits(16, 5003)
     tokens, logprobs, entropy = sample_tokens(z, torch.linspace(0, 0.999, 16, dtype=torch.float64))
