@@ -52,7 +52,7 @@ def run(config: DemoConfig) -> None:
 def pipeline_config(config: DemoConfig, shorten: int) -> PipelineConfig:
     out = Path(config.output_dir)
     data = out / "data"
-    lengths = {"max_prompt_length": 16, "max_response_length": 48}
+    lengths = {"max_prompt_length": 18, "max_response_length": 40}
     return PipelineConfig(
         model=str(out / "init"),
         output_dir=str(out),
@@ -63,7 +63,7 @@ def pipeline_config(config: DemoConfig, shorten: int) -> PipelineConfig:
             "epochs": 2,
             "batch_size": 32,
             "max_length": 64,
-            "max_prompt_length": 16,
+            "max_prompt_length": 18,
             "learning_rate": 3e-3,
             "warmup_steps": 10,
             "lr_schedule": "cosine",

@@ -180,9 +180,9 @@ def _fact(rng: random.Random) -> list[str]:
 
 
 def split_prompt(review: str, rng: random.Random) -> tuple[str, str]:
-    """Cuts a review after 5 to 12 words: (prompt, completion). The prompt may end in the middle of a clause."""
+    """Cuts a review of 22 words or more after 8 to 18: (prompt, completion). The cut may be in the middle of a clause."""
     words = review.split()
-    cut = rng.randint(5, 12)
+    cut = rng.randint(8, 18)
     return " ".join(words[:cut]), " ".join(words[cut:])
 
 

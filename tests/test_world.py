@@ -95,8 +95,8 @@ def test_reviews_are_grammatical_and_of_the_right_length():
     for review in world.generate_reviews(300, seed=2):
         prompt, completion = world.split_prompt(review, random.Random(0))
         assert f"{prompt} {completion}" == review
-        assert 5 <= len(prompt.split()) <= 12
-        assert 10 <= len(completion.split()) <= 40
+        assert 8 <= len(prompt.split()) <= 18
+        assert 4 <= len(completion.split()) <= 37
         for sentence in review.removesuffix(" .").split(" . "):
             for clause in sentence.split(" but "):
                 words = clause.split()
