@@ -4,6 +4,7 @@
 from here; they load torch at first use, so that `rlhf-fast --help` need not. The stages live in `rlhf_fast.stages`.
 """
 
+from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
@@ -37,12 +38,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
-        from rlhf_fast import ops
-
-        return getattr(ops, name)
-    raise AttributeError(f"module 'rlhf_fast' has no attribute {name!r}")
+    if name != "ops" and name not in __all__:
+        raise AttributeError(f"module 'rlhf_fast' has no attribute {name!r}")
+    ops = import_module("rlhf_fast.ops")
+    globals().update({known: getattr(ops, known) for known in __all__})  # found without this function from now on
+    return ops if name == "ops" else globals()[name]
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted({*globals(), *__all__, "ops"})
