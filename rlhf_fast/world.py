@@ -180,7 +180,7 @@ def _fact(rng: random.Random) -> list[str]:
 
 
 def split_prompt(review: str, rng: random.Random) -> tuple[str, str]:
-    """Cuts a review of 22 words or more after 8 to 18: (prompt, completion). The cut may be in the middle of a clause."""
+    """Cuts a review, which has 22 words or more, after 8 to 18 of them, be it within a clause: (prompt, completion)."""
     words = review.split()
     cut = rng.randint(8, 18)
     return " ".join(words[:cut]), " ".join(words[cut:])

@@ -138,15 +138,15 @@ def dpo_loss(
         beta: > 0.
         label_smoothing: e, the probability that a label is wrong: [0, 1] for sigmoid, [0, 0.5) for robust, (0, 1) for
             exo_pair; of no other loss.
-        chosen_lengths, rejected_lengths: [B] token counts; for ipo (optional) and sigmoid_norm (required).
+        chosen_lengths, rejected_lengths: [B] token counts; for ipo (optional) and sigmoid_norm (required), else unused.
 
     Returns:
         DPOLoss(losses, chosen_rewards, rejected_rewards): [B], float32 (float64 if an input is); rewards are beta c
         and beta r before any division by length, detached.
 
     Raises:
-        ValueError: unknown loss_type; label_smoothing out of range or not used by the loss; lengths missing or not
-            used; beta <= 0; shapes, dtypes or devices that do not fit.
+        ValueError: unknown loss_type; label_smoothing out of range or not used by the loss; lengths missing;
+            beta <= 0; shapes, dtypes or devices that do not fit.
     """
     check_option("loss_type", loss_type, LOSS_TYPES)
     check_positive("beta", beta)
@@ -161,6 +161,8 @@ def dpo_loss(
         ref_rejected_logps=ref_rejected_logps,
     )  # fmt: skip
     check_dims("chosen_logps", chosen_logps, "B")
+    if loss_type not in ("ipo", "sigmoid_norm"):
+        chosen_lengths = rejected_lengths = None
     _check_lengths(loss_type, chosen_logps, chosen_lengths, rejected_lengths)
     if not has_kernel("dpo_loss", chosen_logps):
         return reference.dpo_loss(
@@ -196,12 +198,10 @@ def _check_smoothing(loss_type: str, e: float) -> None:
 
 
 def _check_lengths(loss_type: str, chosen_logps: Tensor, chosen: Tensor | None, rejected: Tensor | None) -> None:
-    uses = loss_type in ("ipo", "sigmoid_norm")
     for name, lengths in (("chosen_lengths", chosen), ("rejected_lengths", rejected)):
         if lengths is None:
             expect(loss_type != "sigmoid_norm", name, "a tensor, as sigmoid_norm divides by it", None)
             continue
-        expect(uses, name, f"None, as {loss_type} does not use lengths", "a tensor")
         expect(not lengths.is_complex() and lengths.dtype != torch.bool, name, "a tensor of numbers", lengths.dtype)
         shape = list(chosen_logps.shape)
         expect(list(lengths.shape) == shape, name, f"shape {shape} as chosen_logps", list(lengths.shape))

@@ -39,7 +39,6 @@ def train(config: DPOConfig) -> None:
     reference = load_policy(config.reference or config.model, trainable=False).to(device)
     learner = Learner(policy, config, len(batches))
     size = config.micro_batch_size or config.batch_size
-    averaged = config.loss_type in ("ipo", "sigmoid_norm")  # TRL averages these over tokens
     evaluator = make_evaluator(config, tokenizer, reference, None)
 
     with Run(
@@ -76,8 +75,8 @@ def train(config: DPOConfig) -> None:
                         beta=config.beta,
                         loss_type=config.loss_type,
                         label_smoothing=config.label_smoothing,
-                        chosen_lengths=logps.chosen_lengths if averaged else None,
-                        rejected_lengths=logps.rejected_lengths if averaged else None,
+                        chosen_lengths=logps.chosen_lengths,
+                        rejected_lengths=logps.rejected_lengths,
                     )
                     loss = out.losses.mean()
                     (loss * weight).backward()

@@ -308,7 +308,6 @@ def dpo(**arguments):
         (dpo(loss_type="exo_pair"), r"label_smoothing: expected a number in \(0, 1\) for exo_pair .* got 0.0"),
         (dpo(label_smoothing=0.1, loss_type="hinge"), "label_smoothing: expected 0, as hinge has none, got 0.1"),
         (dpo(loss_type="sigmoid_norm"), "chosen_lengths: expected a tensor, as sigmoid_norm divides by it"),
-        (dpo(chosen_lengths=b, rejected_lengths=b), "chosen_lengths: expected None, as sigmoid does not use lengths"),
         (dpo(loss_type="ipo", chosen_lengths=b), "chosen_lengths: expected both lengths or neither"),
         (dpo(loss_type="ipo", chosen_lengths=kb, rejected_lengths=b), r"chosen_lengths: expected shape \[2\]"),
         (
