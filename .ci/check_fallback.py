@@ -8,7 +8,7 @@ import torch
 
 site = Path(sys.argv[1])
 installed = {path.name.partition("-")[0] for path in site.iterdir()}
-assert installed == {"rlhf_fast"}, f"the wheel installs {installed}"
+assert installed == {"rlhf_fast", "bin"}, f"the wheel installs {installed}"
 assert not list(site.glob("rlhf_fast/*.so")), "the wheel has a compiled core"
 assert (site / "rlhf_fast" / "kernels" / "__init__.py").is_file()
 
