@@ -265,3 +265,4 @@ class DemoConfig:
     output_dir: str = _arg("demo_out", "Where models, metrics and report.html go.")
     seed: int = _arg(0, "Seed of data, models and sampling; same seed, same bits.")
     quick: bool = _arg(False, "A tenth of the steps: shows that everything runs, proves nothing.")
+    resume: bool = _arg(False, "Skip what an earlier, interrupted demo in output_dir finished.")

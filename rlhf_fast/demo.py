@@ -18,6 +18,11 @@ from rlhf_fast.tokenizers import init_model
 from rlhf_fast.variance import gradient_variance
 from rlhf_fast.world import build_tokenizer, prompt_rows, sft_rows
 
+METHODS = ("ppo", "remax", "reinforce", "rloo")  # whose policies the gradient variance is measured on, at the end
+VARIANCE_NOTE = (
+    "Gradient variance: scores are shifted so that the SFT model's samples average 0, which makes no baseline nearly "
+    "the best one at the start. From then on the scores rise, and ReMax's greedy baseline rises with them."
+)
 TRUE_REWARD = "rlhf_fast.world:true_reward"
 MODEL = {
     "model_type": "llama",
@@ -36,17 +41,19 @@ def run(config: DemoConfig) -> None:
     out = Path(config.output_dir)
     shorten = 10 if config.quick else 1
     _write_data(out / "data", config.seed, shorten)
-    if not (out / "init" / "config.json").is_file():
+    if not (config.resume and (out / "init" / "config.json").is_file()):
         init_model(MODEL, build_tokenizer(), out / "init", config.seed)
     plan = pipeline_config(config, shorten)
     pipeline.run_stages(plan)
-    remax = dataclasses.replace(pipeline.make_plan(plan)["remax"], reference=str(out / "sft"), eval_steps=0)
+    remax = dataclasses.replace(
+        pipeline.make_plan(plan)["remax"], reference=str(out / "sft"), eval_steps=0, resume=False
+    )
     variance = {
-        where: gradient_variance(dataclasses.replace(remax, model=str(out / model)), batches=max(4, 24 // shorten))
-        for where, model in {"SFT model": "sft", "after ReMax": "remax"}.items()
+        where: gradient_variance(dataclasses.replace(remax, model=str(out / model)), batches=max(4, 16 // shorten))
+        for where, model in {"SFT model": "sft", **{f"after {pipeline.NAMES[m]}": m for m in METHODS}}.items()
     }
     write_json(out / "variance.json", variance)
-    pipeline.write_report(plan, variance)
+    pipeline.write_report(plan, variance=variance, notes=(VARIANCE_NOTE,))
 
 
 def pipeline_config(config: DemoConfig, shorten: int) -> PipelineConfig:
@@ -57,6 +64,7 @@ def pipeline_config(config: DemoConfig, shorten: int) -> PipelineConfig:
         model=str(out / "init"),
         output_dir=str(out),
         seed=config.seed,
+        resume=config.resume,
         title="Controlled sentiment: five ways to align one language model",
         sft={
             "train_data": str(data / "sft.jsonl"),

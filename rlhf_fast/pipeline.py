@@ -73,8 +73,12 @@ def make_plan(config: PipelineConfig) -> dict[str, Any]:
     return plan
 
 
-def write_report(config: PipelineConfig, variance: dict[str, Any] | None = None) -> None:
+def write_report(
+    config: PipelineConfig, *, variance: dict[str, Any] | None = None, notes: tuple[str, ...] = ()
+) -> None:
     """report.html, report.json and plots/*.png from what the stages left on disk, and the tables on the console.
+
+    variance: what `gradient_variance` measured, by where. notes: further paragraphs for the top of the report.
 
     Needs evaluations: without eval_steps > 0 in the methods' configs there is nothing to compare, and no report.
     """
@@ -89,7 +93,7 @@ def write_report(config: PipelineConfig, variance: dict[str, Any] | None = None)
     named = plan[methods[0]].eval_reward
     reward_name = "score of the reward model" if named is None else named.rpartition(":")[2].replace("_", " ")
     labels = {"reward_name": reward_name, "gradient_variance": variance}
-    notes = _notes(config, out)
+    notes = (*_notes(config, out), *notes)
     report.write_report(out / "report.html", runs, title=config.title, samples=before, notes=notes, **labels)
     report.write_plots(out / "plots", runs, variance, reward_name=reward_name)
     print_table("What each method bought", report.quality_table(runs, before, reward_name))
