@@ -246,7 +246,7 @@ def variance(measured: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Figur
         heights = [at[method]["variance"] for at in measured.values()]
         bars = axes.bar(x, heights, width * 0.94, color=COLORS.get(method, "#56B4E9"), label=method)
         axes.bar_label(bars, [f"{height:.3g}" for height in heights], padding=2)
-    axes.set_xticks(range(len(measured)), list(measured))
+    axes.set_xticks(range(len(measured)), [where.replace(" ", "\n", 1) for where in measured])
     axes.grid(axis="x", visible=False)
     axes.set_ylabel("variance of the gradient (trace)")
     _legend(axes, len(methods))
