@@ -26,7 +26,8 @@ if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS["avx512"] = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512"
 NVCCFLAGS = (
     "-std=c++17 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden"
-    " -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=[sm_90,compute_90]"
+    " -gencode arch=compute_80,code=sm_80"
+    " -gencode arch=compute_90,code=sm_90 -gencode arch=compute_90,code=compute_90"
 )
 RULES = """\
 ninja_required_version = 1.5
@@ -107,7 +108,8 @@ class NinjaBuild(build_ext):
         objects = [compile_("cxx", csrc / "bind_cpu.cpp", f"{CXXFLAGS} -O1{warnings}{includes}")]
         for isa, isa_flags in ISA_FLAGS.items():
             for source in sorted((csrc / "cpu").glob("*.cpp")):
-                objects.append(compile_("cxx", source, f"{CXXFLAGS} {KERNEL_FLAGS}{warnings} {isa_flags} -DISA={isa}", f".{isa}"))
+                flags = f"{CXXFLAGS} {KERNEL_FLAGS}{warnings} {isa_flags} -DISA={isa}"
+                objects.append(compile_("cxx", source, flags, f".{isa}"))
         if "rlhf_fast._cpu" in modules:
             lines.append(f"build {escape(modules['rlhf_fast._cpu'].name)}: link {' '.join(objects)}")
         if "rlhf_fast._cuda" in modules:

@@ -209,9 +209,8 @@ RLHF_INLINE T kl_term(T d, int estimator, T& grad) {
     return k3;
 }
 
-// max(-A r, -A clip(r, 1 - low, 1 + high)) with r = e^clamp(log_ratio); for A < 0 at most -A dual_clip (infinity =
-// off). Ties share the gradient equally and clamps pass it on their closed interval, as in torch. approx_kl is r - 1 -
-// log r.
+// max(-A r, -A clip(r, 1 - low, 1 + high)), r = e^clamp(log_ratio); for A < 0 at most -A dual_clip (infinity = off).
+// Ties share the gradient equally and clamps pass it on their closed interval, as in torch. approx_kl: r - 1 - log r.
 template <typename T>
 RLHF_INLINE T ppo_term(T log_ratio, T advantage, T low, T high, T dual_clip, T& grad, T& ratio, T& approx_kl,
                        T& clipped) {
