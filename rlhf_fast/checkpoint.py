@@ -131,7 +131,16 @@ def prune(output_dir: str | os.PathLike, keep: int) -> None:
     """Deletes all but the `keep` newest of output_dir/checkpoint-<step>."""
     if keep < 1:
         raise ValueError(f"keep: expected at least 1, got {keep}")
-    for path in _checkpoints(Path(output_dir))[:-keep]:
+    _delete(_checkpoints(Path(output_dir))[:-keep])
+
+
+def clear(output_dir: str | os.PathLike) -> None:
+    """Deletes every output_dir/checkpoint-<step>."""
+    _delete(_checkpoints(Path(output_dir)))
+
+
+def _delete(checkpoints: list[Path]) -> None:
+    for path in checkpoints:
         doomed = path.with_name(f".{path.name}.old")
         os.replace(path, doomed)  # renamed first, so that a half-deleted one is never taken for a checkpoint
         shutil.rmtree(doomed)

@@ -19,7 +19,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "demo": Command("config:DemoConfig", "demo:run", "five methods on a small world made on the spot, with a report"),
     "pipeline": Command("config:PipelineConfig", "pipeline:run", "SFT, reward model and every method, with a report"),
-    "init": Command("tokenizers:InitConfig", "tokenizers:init", "train a tokenizer and make a model from a config"),
+    "init": Command("config:InitConfig", "tokenizers:init", "train a tokenizer and make a model from a config"),
     "sft": Command("config:SFTConfig", "stages.sft:train", "supervised fine-tuning"),
     "pairs": Command("config:PairsConfig", "stages.pairs:sample", "sample preference pairs and label them by a reward"),
     "reward": Command("config:RewardConfig", "stages.reward:train", "reward model from preferences"),

@@ -204,6 +204,24 @@ class DPOConfig(StageConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """A tokenizer trained on text columns and a model with random weights, as one checkpoint directory."""
+
+    model_config: str = _required("JSON file with a transformers model config; needs model_type.")
+    data: list[str] = _required("JSONL(.gz), Parquet or `datasets` directories to train BPE on.")
+    text_columns: list[str] = _required("Columns of text, or of messages, to train it on.")
+    output_dir: str = _required("Checkpoint directory to write.")
+    vocab_size: int = _arg(4096, "Tokens, the special ones included.")
+    seed: int = _arg(0, "Seed of the weights.")
+    max_rows: int | None = _arg(None, "Use only the first so many rows of each file.")
+
+    def __post_init__(self) -> None:
+        for name in ("data", "text_columns"):
+            _check(self, name, bool, "at least one")
+        _check(self, "max_rows", lambda v: v >= 1, "an integer >= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class PairsConfig:
     """Preference pairs: two samples of a model per prompt, labelled by Bradley-Terry on a reward."""
 

@@ -7,7 +7,6 @@ Left out: loading published tokenizers and models, which `transformers` does (a 
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +15,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from rlhf_fast import checkpoint
+from rlhf_fast.config import InitConfig
 from rlhf_fast.data import pad_id
 from rlhf_fast.rows import read_rows
 
 _BYTES = 256
-
-
-@dataclass(frozen=True, kw_only=True)
-class InitConfig:
-    """A tokenizer trained on text columns and a model with random weights, as one checkpoint directory."""
-
-    model_config: str = field(metadata={"help": "JSON file with a transformers model config; needs model_type."})
-    data: list[str] = field(metadata={"help": "JSONL(.gz), Parquet or `datasets` directories to train BPE on."})
-    text_columns: list[str] = field(metadata={"help": "Columns of text, or of messages, to train it on."})
-    output_dir: str = field(metadata={"help": "Checkpoint directory to write."})
-    vocab_size: int = field(default=4096, metadata={"help": "Tokens, the special ones included."})
-    seed: int = field(default=0, metadata={"help": "Seed of the weights."})
-    max_rows: int | None = field(default=None, metadata={"help": "Use only the first so many rows of each file."})
-
-    def __post_init__(self) -> None:
-        for name in ("data", "text_columns"):
-            if not getattr(self, name):
-                raise ValueError(f"{name}: expected at least one, got none")
-        if self.max_rows is not None and self.max_rows < 1:
-            raise ValueError(f"max_rows: expected an integer >= 1, got {self.max_rows}")
 
 
 def init(config: InitConfig) -> None:

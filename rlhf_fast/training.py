@@ -44,7 +44,9 @@ class Learner:
         factor = _lr_factor(config.lr_schedule, config.warmup_steps, total_steps)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # renamed within transformers 5; the old name warns where the new one exists
+            old = model.gradient_checkpointing_enable
+            getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
 
     def autocast(self) -> torch.autocast:
         return autocast(self.model.device, self.bf16)
@@ -129,6 +131,8 @@ class Run:
             for name, part in self.states.items():
                 part.load_state_dict(state[name])
             self.first_step, self.train_seconds = state["step"] + 1, state["train_seconds"]
+        else:
+            self._make_room()
         self.logger = MetricsLogger(
             self.config.output_dir,
             self.total_steps,
@@ -139,6 +143,17 @@ class Run:
         )
         self.logger.__enter__()
         return self
+
+    def _make_room(self) -> None:
+        """Clear what a finished run left, so that nothing of it passes for this one's; refuse an unfinished run's."""
+        finished = Path(self.config.output_dir) / "run.json"
+        left = checkpoint.latest(self.config.output_dir)
+        if left is not None and not finished.exists():
+            raise ValueError(
+                f"output_dir: expected no unfinished run, found {left}; continue it with resume or name another one"
+            )
+        checkpoint.clear(self.config.output_dir)
+        finished.unlink(missing_ok=True)
 
     def __exit__(self, *exc: Any) -> None:
         self.logger.__exit__(*exc)

@@ -114,6 +114,19 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(name, files, tiny_m
     assert [row["step"] for row in first] == [row["step"] for row in second]
 
 
+def test_a_fresh_run_clears_a_finished_one_but_not_an_unfinished_one(files, tiny_model, tmp_path):
+    config = stage_config(SFTConfig, files, tiny_model, tmp_path, save_steps=2)
+    sft.train(config)
+    assert checkpoint.latest(tmp_path).name == "checkpoint-4"
+    sft.train(dataclasses.replace(config, save_steps=0))  # the finished run's checkpoint does not survive
+    assert checkpoint.latest(tmp_path) is None
+    sft.train(config)
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(ValueError, match="output_dir: expected no unfinished run, found .*checkpoint-4; continue it"):
+        sft.train(config)
+    assert checkpoint.latest(tmp_path).name == "checkpoint-4"
+
+
 def test_sft_learns_and_reports_held_out_loss(files, tiny_model, tmp_path):
     config = stage_config(SFTConfig, files, tiny_model, tmp_path, epochs=8, eval_data=files["sft"], learning_rate=5e-3)
     sft.train(config)

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf_fast.tokenizers import InitConfig, init, init_model, train_bpe
+from rlhf_fast.config import InitConfig
+from rlhf_fast.tokenizers import init, init_model, train_bpe
 
 TEXTS = ["the cat sat on the mat . the cat sat .", "a hat , a mat , a cat !", "Das Österreichische Käuzchen"] * 20
 LLAMA = {
@@ -144,7 +145,7 @@ def test_init_errors(tmp_path):
         ValueError, match="rows.jsonl, line 1: text: expected a string or a list of messages, got nothing"
     ):
         init(init_config(tmp_path, rows, text_columns=["text"]))
-    with pytest.raises(ValueError, match="^text_columns: expected at least one, got none"):
+    with pytest.raises(ValueError, match=r"^text_columns: expected at least one, got \[\]"):
         init_config(tmp_path, rows, text_columns=[])
     with pytest.raises(ValueError, match="^max_rows: expected an integer >= 1, got 0"):
         init_config(tmp_path, rows, max_rows=0)
