@@ -26,9 +26,8 @@ def expect(holds: bool, what: str) -> None:
 
 
 loaded = re.findall(r"""(?:src|href)\s*=\s*["'](?!data:|#)[^"']*""", html)
-expect(
-    html.rstrip().endswith("</html>") and not loaded, f"report.html is whole and loads nothing from elsewhere{loaded}"
-)
+expect(html.rstrip().endswith("</html>"), "report.html is whole")
+expect(not loaded, f"report.html loads nothing from elsewhere {loaded or ''}".rstrip())
 expect(html.count("data:image/svg+xml") >= 5, "report.html has its figures")
 gains = {row["method"]: row["gain over SFT"] for row in report["quality"] if row["method"] != "SFT"}
 expect(set(gains) == METHODS, f"methods in the report: {', '.join(gains)}")
