@@ -114,6 +114,15 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(name, files, tiny_m
     assert [row["step"] for row in first] == [row["step"] for row in second]
 
 
+@pytest.mark.parametrize("name", ["reward", "ppo", "remax"])
+def test_same_seed_same_bits_and_another_seed_other_bits(name, files, tiny_model, tmp_path):
+    module, cls = STAGES[name]
+    for label, seed in (("a", 1), ("b", 1), ("c", 2)):
+        module.train(stage_config(cls, files, tiny_model, tmp_path / label, seed=seed))
+    assert distance(weights(tmp_path / "a"), weights(tmp_path / "b")) == 0
+    assert distance(weights(tmp_path / "a"), weights(tmp_path / "c")) > 0
+
+
 def test_a_fresh_run_clears_a_finished_one_but_not_an_unfinished_one(files, tiny_model, tmp_path):
     config = stage_config(SFTConfig, files, tiny_model, tmp_path, save_steps=2)
     sft.train(config)
