@@ -58,6 +58,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "rlhf_fast": rlhf_fast.__version__,
+        "load before": round(os.getloadavg()[0], 1),
     }
 
 
@@ -74,7 +75,7 @@ def main() -> int:
     if not cases:
         names = ", ".join(case.name for case in all_cases(args.quick))
         sys.exit(f"--only: no case contains {args.only!r}; there are {names}")
-    results = []
+    results, about = [], machine()
     for case in cases:
         print(f"{case.name} {case.shape} ...", file=sys.stderr, flush=True)
         results.append(measure(case, *((2, 0.0) if args.quick else (args.rounds, 3.0))))
@@ -82,7 +83,7 @@ def main() -> int:
     run = {
         "command": " ".join(["python -m bench", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "machine": machine(),
+        "machine": about,
         "cases": results,
         "bars": bars,
     }

@@ -48,6 +48,11 @@ BARS = (
 )
 
 
+def spread(result: dict[str, Any], names: Sequence[str]) -> float:
+    """The largest ratio of the 80 % to the 20 % quantile: well above 1 where the machine was busy with something else."""
+    return max(result["seconds"][name]["p80"] / result["seconds"][name]["p20"] for name in names)
+
+
 def speedup(result: dict[str, Any], rival: str) -> float:
     """How many times our speed is the rival's: ratio of the medians."""
     return result["seconds"][rival]["median"] / result["seconds"][OURS]["median"]
@@ -80,6 +85,7 @@ def bar_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "against": bar.against,
             "bar": f"<= {bar.at_most:g}" if bar.at_most < math.inf else f">= {bar.at_least:g}",
             "measured": bar.measured(by_name[bar.case]),
+            "p80 / p20": spread(by_name[bar.case], [OURS, *({bar.against} & set(by_name[bar.case]["seconds"]))]),
             "met": "yes" if bar.met(by_name[bar.case]) else "NO",
         }
         for bar in BARS

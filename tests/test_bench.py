@@ -101,6 +101,12 @@ def test_bars(bench):
     assert not bar("x", "memory of the input", at_most=0.04).met(result)
 
 
+def test_spread_shows_a_busy_machine(bench):
+    seconds = {"rlhf_fast": {"p20": 1.0, "p80": 1.1}, "eager": {"p20": 2.0, "p80": 5.0}}
+    assert bench.report.spread({"seconds": seconds}, ["rlhf_fast"]) == 1.1
+    assert bench.report.spread({"seconds": seconds}, ["rlhf_fast", "eager"]) == 2.5
+
+
 def test_command_line_writes_its_results(tmp_path):
     command = [sys.executable, "-m", "bench", "ops", "--quick", "--only", "whiten", "--out", str(tmp_path / "x.json")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
