@@ -49,7 +49,7 @@ BARS = (
 
 
 def spread(result: dict[str, Any], names: Sequence[str]) -> float:
-    """The largest ratio of the 80 % to the 20 % quantile: well above 1 where the machine was busy with something else."""
+    """The largest ratio of the 80 % to the 20 % quantile: well above 1 where the machine was busy otherwise."""
     return max(result["seconds"][name]["p80"] / result["seconds"][name]["p20"] for name in names)
 
 
