@@ -87,7 +87,7 @@ void ppo(Pointer logp, Pointer old_logp, Pointer advantages, bool per_token, Poi
     const T dual = dual_clip > 0 ? T(dual_clip) : T(kInf);
     PPOSums* rows = new PPOSums[B];
     double* weights = new double[B];
-    const int team = team_size(B * L, threads);
+    const int team = team_size(4 * B * L, threads);  // an exponential and two dozen selections an element
 #pragma omp parallel for num_threads(team) schedule(static)
     for (int64_t b = 0; b < B; ++b) {
         const int64_t row_count = count_true(mask.as<uint8_t>() + b * L, L);
