@@ -13,7 +13,10 @@ namespace {
 
 constexpr int64_t kBlock = 2048;       // logits: a block of floats and its neighbours fit in the L1 cache
 constexpr int64_t kSegment = 1 << 14;  // columns summed in one go: fixed, so that threads sharing a row keep its bits
-constexpr double kHeadroom = 8;        // log2 of how far a logit's exponential may exceed 1
+constexpr int64_t kProbe = 256;        // columns looked at for a first shift
+constexpr double kHeadroom = 16;       // log2 of how far a logit's exponential may exceed 1
+constexpr int kLanes = 16;             // partial sums side by side: the same ones on every instruction set
+constexpr int64_t kAhead = 4096;       // bytes from the logits being read to those being fetched
 
 struct bfloat16 {
     uint16_t bits;
@@ -126,26 +129,54 @@ inline T max_of(const T* z, int64_t n) {
     return top;
 }
 
-// The sums of one block around a given shift. excess is how far its largest logit lies above the shift.
 template <typename T>
-inline Softmax sums_of(const T* z, int64_t n, T shift, T factor, T& excess) {
-    const T lowest = kLowest<T> / factor;
-    T sum = 0, centred = 0, top = T(-kInf);
-#pragma omp simd reduction(+ : sum, centred) reduction(max : top)
-    for (int64_t k = 0; k < n; ++k) {
+struct Lanes {
+    T sum[kLanes] = {}, centred[kLanes] = {}, excess[kLanes];
+};
+
+template <typename T>
+inline __attribute__((always_inline)) void add(Lanes<T>& lanes, const T* z, T shift, T factor, T lowest) {
+#pragma omp simd
+    for (int k = 0; k < kLanes; ++k) {
         T d = z[k] - shift;
-        top = d > top ? d : top;
+        lanes.excess[k] = d > lanes.excess[k] ? d : lanes.excess[k];
         d = lowest > d ? lowest : d;
         const T x = d * factor, e = exp2_clamped(x);
-        sum += e;
-        centred += e * x;
+        lanes.sum[k] += e;
+        lanes.centred[k] += e * x;
     }
-    excess = top;
-    return {double(shift), double(sum), double(centred) / kLog2E};
 }
 
-// State of the columns [begin, end), memory read once. The shift stays at the largest logit of the first block that has
-// one, which saves looking for the largest before summing, unless a later block holds one above it by 2^kHeadroom.
+// Sums of one block around a given shift; excess is how far its largest logit lies above the shift. The processor's own
+// prefetching does not keep up with a loop this long, so the lines after `from`, where the logits come from, are asked
+// for.
+template <typename In, typename T>
+inline Softmax sums_of(const In* from, const T* z, int64_t n, T shift, T factor, T& excess) {
+    const T lowest = kLowest<T> / factor;
+    Lanes<T> lanes;
+    for (T& top : lanes.excess) top = T(-kInf);
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+        __builtin_prefetch(reinterpret_cast<const char*>(from + i) + kAhead);
+        add(lanes, z + i, shift, factor, lowest);
+    }
+    if (i < n) {
+        T rest[kLanes];
+        for (int k = 0; k < kLanes; ++k) rest[k] = i + k < n ? z[i + k] : T(-kInf);
+        add(lanes, rest, shift, factor, lowest);
+    }
+    double sum = 0, centred = 0;
+    excess = T(-kInf);
+    for (int k = 0; k < kLanes; ++k) {
+        sum += double(lanes.sum[k]);
+        centred += double(lanes.centred[k]);
+        excess = maximum(lanes.excess[k], excess);
+    }
+    return {double(shift), sum, centred / kLog2E};
+}
+
+// State of the columns [begin, end), memory read once. The shift stays at the largest of the first few logits, which
+// saves a search before every sum, until a block holds a logit that exceeds it by kHeadroom.
 template <typename In>
 Softmax accumulate(const In* row, int64_t begin, int64_t end, double inv_temperature, double softcap) {
     using T = Compute<In>;
@@ -155,12 +186,12 @@ Softmax accumulate(const In* row, int64_t begin, int64_t end, double inv_tempera
     for (int64_t i = begin; i < end; i += kBlock) {
         const int64_t n = minimum(kBlock, end - i);
         const T* z = block(row + i, n, softcap, buffer);
-        T shift = T(state.shift), excess = T(kInf);
+        T shift = state.sum != 0 ? T(state.shift) : max_of(z, minimum(kProbe, n)), excess = T(kInf);
         Softmax sums;
-        if (state.sum != 0) sums = sums_of(z, n, shift, factor, excess);
+        if (shift > T(-kInf)) sums = sums_of(row + i, z, n, shift, factor, excess);
         if (excess > headroom) {
             shift = max_of(z, n);
-            sums = sums_of(z, n, shift > T(-kInf) ? shift : T(0), factor, excess);
+            sums = sums_of(row + i, z, n, shift > T(-kInf) ? shift : T(0), factor, excess);
         }
         if (sums.sum != 0) state.merge(sums, inv_temperature);
     }
