@@ -1,7 +1,8 @@
 """python .ci/check_demo.py demo_out: the report is there and whole, and the demo showed what it is meant to show.
 
 Every method above the SFT model by two standard errors of the paired gain, the reward model's held-out pair accuracy
-well above chance, ReMax's gradient variance below REINFORCE's.
+well above chance, ReMax's gradient variance below REINFORCE's on every trained policy and on average. At the SFT model
+the scores average 0 by construction, so that no baseline is nearly the best one there; that figure is only printed.
 """
 
 import json
@@ -34,7 +35,14 @@ expect(set(gains) == METHODS, f"methods in the report: {', '.join(gains)}")
 for method, (gain, error) in gains.items():
     expect(gain > 2 * error > 0, f"{method}: gain over SFT in true reward {gain:.3f}, standard error {error:.3f}")
 expect(accuracy >= ACCURACY, f"reward model: held-out pair accuracy {accuracy:.3f}, at least {ACCURACY}")
-for where, variance in report["gradient_variance"].items():
-    remax, reinforce = variance["ReMax"]["variance"], variance["REINFORCE"]["variance"]
-    expect(remax < reinforce, f"gradient variance, {where}: ReMax {remax:.4g} < REINFORCE {reinforce:.4g}")
+totals = {"ReMax": 0.0, "REINFORCE": 0.0}
+for where, measured in report["gradient_variance"].items():
+    remax, reinforce = (measured[method]["variance"] for method in totals)
+    totals = {"ReMax": totals["ReMax"] + remax, "REINFORCE": totals["REINFORCE"] + reinforce}
+    figures = f"gradient variance, {where}: ReMax {remax:.4g}, REINFORCE {reinforce:.4g}"
+    if where == "SFT model":
+        print(f"       {figures}")
+    else:
+        expect(remax < reinforce, figures)
+expect(totals["ReMax"] < totals["REINFORCE"], "gradient variance, mean over these policies: ReMax below REINFORCE")
 sys.exit(len(failures) > 0)
