@@ -121,6 +121,19 @@ inline const Compute<In>* block(const In* from, int64_t n, double softcap, Compu
     return buffer;
 }
 
+// Asks for the line kAhead of the logits being read: the processor's own prefetching does not keep up with long loops.
+template <typename In>
+inline void fetch(const In* from) {
+    __builtin_prefetch(reinterpret_cast<const char*>(from) + kAhead);
+}
+
+// Keeps a constant from the compiler, which makes a compare and a blend of the maximum with a constant it knows.
+template <typename T>
+inline T hidden(T x) {
+    asm("" : "+m"(x));
+    return x;
+}
+
 template <typename T>
 inline T max_of(const T* z, int64_t n) {
     T top = T(-kInf);
@@ -129,50 +142,73 @@ inline T max_of(const T* z, int64_t n) {
     return top;
 }
 
+// x = (z - shift) * factor. With a fused multiply-add one instruction and one rounding do: the product of shift and
+// factor is rounded once, here, and `shift` is what makes it exact.
 template <typename T>
-struct Lanes {
-    T sum[kLanes] = {}, centred[kLanes] = {}, excess[kLanes];
+struct Scaling {
+    T factor, product;
+    double shift;
+
+    Scaling(double near, double factor_) : factor(T(factor_)) {
+#ifdef FP_FAST_FMAF
+        product = T(near * double(factor));
+        shift = double(product) / double(factor);
+#else
+        product = T(near);
+        shift = double(product);
+#endif
+    }
+    __attribute__((always_inline)) T operator()(T z) const {
+#ifdef FP_FAST_FMAF
+        return z * factor - product;
+#else
+        return (z - product) * factor;
+#endif
+    }
 };
 
 template <typename T>
-inline __attribute__((always_inline)) void add(Lanes<T>& lanes, const T* z, T shift, T factor, T lowest) {
+struct Lanes {
+    T sum[kLanes] = {}, centred[kLanes] = {}, top[kLanes];
+};
+
+template <typename T>
+inline __attribute__((always_inline)) void add(Lanes<T>& lanes, const T* z, const Scaling<T>& scaling, T lowest) {
 #pragma omp simd
     for (int k = 0; k < kLanes; ++k) {
-        T d = z[k] - shift;
-        lanes.excess[k] = d > lanes.excess[k] ? d : lanes.excess[k];
-        d = lowest > d ? lowest : d;
-        const T x = d * factor, e = exp2_clamped(x);
+        T x = scaling(z[k]);
+        lanes.top[k] = x > lanes.top[k] ? x : lanes.top[k];
+        x = lowest > x ? lowest : x;
+        const T e = exp2_clamped(x);
         lanes.sum[k] += e;
         lanes.centred[k] += e * x;
     }
 }
 
-// Sums of one block around a given shift; excess is how far its largest logit lies above the shift. The processor's own
-// prefetching does not keep up with a loop this long, so the lines after `from`, where the logits come from, are asked
-// for.
+// Sums of one block, whose logits come from `from`; top is its largest x.
 template <typename In, typename T>
-inline Softmax sums_of(const In* from, const T* z, int64_t n, T shift, T factor, T& excess) {
-    const T lowest = kLowest<T> / factor;
+inline Softmax sums_of(const In* from, const T* z, int64_t n, const Scaling<T>& scaling, double& top) {
+    const T lowest = hidden(kLowest<T>);
     Lanes<T> lanes;
-    for (T& top : lanes.excess) top = T(-kInf);
+    for (T& x : lanes.top) x = T(-kInf);
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) {
-        __builtin_prefetch(reinterpret_cast<const char*>(from + i) + kAhead);
-        add(lanes, z + i, shift, factor, lowest);
+        fetch(from + i);
+        add(lanes, z + i, scaling, lowest);
     }
     if (i < n) {
         T rest[kLanes];
         for (int k = 0; k < kLanes; ++k) rest[k] = i + k < n ? z[i + k] : T(-kInf);
-        add(lanes, rest, shift, factor, lowest);
+        add(lanes, rest, scaling, lowest);
     }
     double sum = 0, centred = 0;
-    excess = T(-kInf);
+    top = -kInf;
     for (int k = 0; k < kLanes; ++k) {
         sum += double(lanes.sum[k]);
         centred += double(lanes.centred[k]);
-        excess = maximum(lanes.excess[k], excess);
+        top = maximum(double(lanes.top[k]), top);
     }
-    return {double(shift), sum, centred / kLog2E};
+    return {scaling.shift, sum, centred / kLog2E};
 }
 
 // State of the columns [begin, end), memory read once. The shift stays at the largest of the first few logits, which
@@ -181,17 +217,17 @@ template <typename In>
 Softmax accumulate(const In* row, int64_t begin, int64_t end, double inv_temperature, double softcap) {
     using T = Compute<In>;
     alignas(64) T buffer[kBlock];
-    const T factor = T(inv_temperature * kLog2E), headroom = T(kHeadroom) / factor;
+    const double factor = inv_temperature * kLog2E;
     Softmax state;
     for (int64_t i = begin; i < end; i += kBlock) {
         const int64_t n = minimum(kBlock, end - i);
         const T* z = block(row + i, n, softcap, buffer);
-        T shift = state.sum != 0 ? T(state.shift) : max_of(z, minimum(kProbe, n)), excess = T(kInf);
+        double shift = state.sum != 0 ? state.shift : double(max_of(z, minimum(kProbe, n))), top = kInf;
         Softmax sums;
-        if (shift > T(-kInf)) sums = sums_of(row + i, z, n, shift, factor, excess);
-        if (excess > headroom) {
-            shift = max_of(z, n);
-            sums = sums_of(row + i, z, n, shift > T(-kInf) ? shift : T(0), factor, excess);
+        if (shift > -kInf) sums = sums_of(row + i, z, n, Scaling<T>(shift, factor), top);
+        if (top > kHeadroom) {
+            shift = double(max_of(z, n));
+            sums = sums_of(row + i, z, n, Scaling<T>(shift > -kInf ? shift : 0, factor), top);
         }
         if (sums.sum != 0) state.merge(sums, inv_temperature);
     }

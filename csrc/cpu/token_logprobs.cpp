@@ -55,6 +55,17 @@ void forward(const In* logits, int64_t row_stride, const int64_t* ids, int64_t N
     delete[] states;
 }
 
+template <typename T>
+inline __attribute__((always_inline)) void gradients(const T* z, T* g, int n, const Scaling<T>& scaling, T slope,
+                                                     T offset, T lowest) {
+#pragma omp simd
+    for (int k = 0; k < n; ++k) {
+        T x = scaling(z[k]);
+        x = lowest > x ? lowest : x;
+        g[k] = exp2_clamped(x) * (slope * x + offset);
+    }
+}
+
 // Gradient of the columns [begin, end) of one row: dz_j = gL (1[j = t] - p_j) - gH p_j (log p_j + H), by the chain rule
 // through the temperature and the softcap. out may be the same memory as row.
 template <typename In>
@@ -63,11 +74,13 @@ void row_gradient(const In* row, In* out, int64_t begin, int64_t end, int64_t ta
                   double grad_entropy) {
     using T = Compute<In>;
     alignas(64) T buffer[kBlock], gradient[kBlock];
-    const T factor = T(inv_temperature * kLog2E), m = T(shift), log2_s = T(log_sum * kLog2E), cap_ = T(softcap);
-    const T lowest = (kLowest<T> + log2_s) / factor;
-    // gL + gH (log p + H) as a line in log2 p
-    const T slope = T(grad_entropy * inv_temperature / kLog2E);
-    const T offset = T((grad_logprob + grad_entropy * entropy) * inv_temperature);
+    // x + rest = log2 p
+    const Scaling<T> scaling(shift + log_sum / inv_temperature, inv_temperature * kLog2E);
+    const double rest = (scaling.shift - shift) * double(scaling.factor) - log_sum * kLog2E;
+    // dz = 2^x (slope x + offset)
+    const double by_log2 = grad_entropy / kLog2E, scale = -inv_temperature * std::exp2(rest);
+    const T slope = T(by_log2 * scale), offset = T((grad_logprob + grad_entropy * entropy + by_log2 * rest) * scale);
+    const T lowest = hidden(kLowest<T>), cap_ = T(softcap);
     const bool has_target = target >= begin && target < end;
     const double z_t = has_target ? double(logit(row, target, softcap)) : 0;  // read before it may be overwritten
     for (int64_t i = begin; i < end; i += kBlock) {
@@ -75,13 +88,15 @@ void row_gradient(const In* row, In* out, int64_t begin, int64_t end, int64_t ta
         const T* z = block(row + i, n, softcap, buffer);
         T* g = gradient;
         if constexpr (sizeof(In) == sizeof(T)) g = out + i;
+        int64_t k = 0;
+        for (; k + kLanes <= n; k += kLanes) {
+            fetch(row + i + k);
+            gradients(z + k, g + k, kLanes, scaling, slope, offset, lowest);
+        }
+        gradients(z + k, g + k, int(n - k), scaling, slope, offset, lowest);
+        if (softcap != 0) {
 #pragma omp simd
-        for (int64_t k = 0; k < n; ++k) {
-            T d = z[k] - m;
-            d = lowest > d ? lowest : d;
-            const T x = d * factor - log2_s;
-            const T dz = -exp2_clamped(x) * (slope * x + offset);
-            g[k] = softcap == 0 ? dz : dz * (1 - (z[k] / cap_) * (z[k] / cap_));
+            for (k = 0; k < n; ++k) g[k] *= 1 - (z[k] / cap_) * (z[k] / cap_);
         }
         if constexpr (sizeof(In) != sizeof(T)) store(gradient, out + i, n);
     }
