@@ -171,7 +171,6 @@ RLHF_INLINE RowOutputs row_outputs(const Softmax& others, double z_t, double inv
     target.shift = z_t;
     target.sum = z_t == -kInf ? 0.0 : 1.0;
     all.merge(target, inv_temperature);
-    all.move(double(float(all.shift)), inv_temperature);  // the backward pass gets it in float
     // A row of nothing but -inf has no finite shift; 0 keeps the backward pass finite.
     return {target_logprob(others, z_t, inv_temperature), all.entropy(), all.sum == 0 ? 0.0 : all.shift, all.log_sum()};
 }

@@ -11,7 +11,7 @@
 namespace rlhf::ISA {
 namespace {
 
-constexpr int64_t kBlock = 2048;       // logits: a block of floats and its neighbours fit in the L1 cache
+constexpr int64_t kBlock = 4096;       // logits: a block of floats fits in the L1 cache
 constexpr int64_t kSegment = 1 << 14;  // columns summed in one go: fixed, so that threads sharing a row keep its bits
 constexpr int64_t kProbe = 256;        // columns looked at for a first shift
 constexpr double kHeadroom = 16;       // log2 of how far a logit's exponential may exceed 1
@@ -127,13 +127,6 @@ inline void fetch(const In* from) {
     __builtin_prefetch(reinterpret_cast<const char*>(from) + kAhead);
 }
 
-// Keeps a constant from the compiler, which makes a compare and a blend of the maximum with a constant it knows.
-template <typename T>
-inline T hidden(T x) {
-    asm("" : "+m"(x));
-    return x;
-}
-
 template <typename T>
 inline T max_of(const T* z, int64_t n) {
     T top = T(-kInf);
@@ -142,73 +135,48 @@ inline T max_of(const T* z, int64_t n) {
     return top;
 }
 
-// x = (z - shift) * factor. With a fused multiply-add one instruction and one rounding do: the product of shift and
-// factor is rounded once, here, and `shift` is what makes it exact.
-template <typename T>
-struct Scaling {
-    T factor, product;
-    double shift;
-
-    Scaling(double near, double factor_) : factor(T(factor_)) {
-#ifdef FP_FAST_FMAF
-        product = T(near * double(factor));
-        shift = double(product) / double(factor);
-#else
-        product = T(near);
-        shift = double(product);
-#endif
-    }
-    __attribute__((always_inline)) T operator()(T z) const {
-#ifdef FP_FAST_FMAF
-        return z * factor - product;
-#else
-        return (z - product) * factor;
-#endif
-    }
-};
-
 template <typename T>
 struct Lanes {
     T sum[kLanes] = {}, centred[kLanes] = {}, top[kLanes];
 };
 
 template <typename T>
-inline __attribute__((always_inline)) void add(Lanes<T>& lanes, const T* z, const Scaling<T>& scaling, T lowest) {
+inline __attribute__((always_inline)) void add(Lanes<T>& lanes, const T* z, T shift, T factor, T lowest) {
 #pragma omp simd
     for (int k = 0; k < kLanes; ++k) {
-        T x = scaling(z[k]);
-        lanes.top[k] = x > lanes.top[k] ? x : lanes.top[k];
-        x = lowest > x ? lowest : x;
-        const T e = exp2_clamped(x);
+        T d = z[k] - shift;
+        lanes.top[k] = d > lanes.top[k] ? d : lanes.top[k];
+        d = lowest > d ? lowest : d;
+        const T x = d * factor, e = exp2_clamped(x);
         lanes.sum[k] += e;
         lanes.centred[k] += e * x;
     }
 }
 
-// Sums of one block, whose logits come from `from`; top is its largest x.
+// Sums of one block, whose logits come from `from`; top is how far the largest lies above the shift.
 template <typename In, typename T>
-inline Softmax sums_of(const In* from, const T* z, int64_t n, const Scaling<T>& scaling, double& top) {
-    const T lowest = hidden(kLowest<T>);
+inline Softmax sums_of(const In* from, const T* z, int64_t n, T shift, T factor, T& top) {
+    const T lowest = kLowest<T> / factor;
     Lanes<T> lanes;
-    for (T& x : lanes.top) x = T(-kInf);
+    for (T& d : lanes.top) d = T(-kInf);
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) {
         fetch(from + i);
-        add(lanes, z + i, scaling, lowest);
+        add(lanes, z + i, shift, factor, lowest);
     }
     if (i < n) {
         T rest[kLanes];
         for (int k = 0; k < kLanes; ++k) rest[k] = i + k < n ? z[i + k] : T(-kInf);
-        add(lanes, rest, scaling, lowest);
+        add(lanes, rest, shift, factor, lowest);
     }
-    double sum = 0, centred = 0;
-    top = -kInf;
-    for (int k = 0; k < kLanes; ++k) {
-        sum += double(lanes.sum[k]);
-        centred += double(lanes.centred[k]);
-        top = maximum(double(lanes.top[k]), top);
-    }
-    return {scaling.shift, sum, centred / kLog2E};
+    for (int width = kLanes / 2; width > 0; width /= 2)
+        for (int k = 0; k < width; ++k) {
+            lanes.sum[k] += lanes.sum[k + width];
+            lanes.centred[k] += lanes.centred[k + width];
+            lanes.top[k] = maximum(lanes.top[k + width], lanes.top[k]);
+        }
+    top = lanes.top[0];
+    return {double(shift), double(lanes.sum[0]), double(lanes.centred[0]) / kLog2E};
 }
 
 // State of the columns [begin, end), memory read once. The shift stays at the largest of the first few logits, which
@@ -217,17 +185,17 @@ template <typename In>
 Softmax accumulate(const In* row, int64_t begin, int64_t end, double inv_temperature, double softcap) {
     using T = Compute<In>;
     alignas(64) T buffer[kBlock];
-    const double factor = inv_temperature * kLog2E;
+    const T factor = T(inv_temperature * kLog2E), headroom = T(kHeadroom) / factor;
     Softmax state;
     for (int64_t i = begin; i < end; i += kBlock) {
         const int64_t n = minimum(kBlock, end - i);
         const T* z = block(row + i, n, softcap, buffer);
-        double shift = state.sum != 0 ? state.shift : double(max_of(z, minimum(kProbe, n))), top = kInf;
+        T shift = state.sum != 0 ? T(state.shift) : max_of(z, minimum(kProbe, n)), top = T(kInf);
         Softmax sums;
-        if (shift > -kInf) sums = sums_of(row + i, z, n, Scaling<T>(shift, factor), top);
-        if (top > kHeadroom) {
-            shift = double(max_of(z, n));
-            sums = sums_of(row + i, z, n, Scaling<T>(shift > -kInf ? shift : 0, factor), top);
+        if (shift > T(-kInf)) sums = sums_of(row + i, z, n, shift, factor, top);
+        if (top > headroom) {
+            shift = max_of(z, n);
+            sums = sums_of(row + i, z, n, shift > T(-kInf) ? shift : T(0), factor, top);
         }
         if (sums.sum != 0) state.merge(sums, inv_temperature);
     }

@@ -55,13 +55,15 @@ void forward(const In* logits, int64_t row_stride, const int64_t* ids, int64_t N
     delete[] states;
 }
 
+// g = 2^x (slope x + offset), x = (z - shift) factor
 template <typename T>
-inline __attribute__((always_inline)) void gradients(const T* z, T* g, int n, const Scaling<T>& scaling, T slope,
-                                                     T offset, T lowest) {
+inline __attribute__((always_inline)) void gradients(const T* z, T* g, int n, T shift, T factor, T slope, T offset) {
+    const T lowest = kLowest<T> / factor;
 #pragma omp simd
     for (int k = 0; k < n; ++k) {
-        T x = scaling(z[k]);
-        x = lowest > x ? lowest : x;
+        T d = z[k] - shift;
+        d = lowest > d ? lowest : d;
+        const T x = d * factor;
         g[k] = exp2_clamped(x) * (slope * x + offset);
     }
 }
@@ -74,13 +76,11 @@ void row_gradient(const In* row, In* out, int64_t begin, int64_t end, int64_t ta
                   double grad_entropy) {
     using T = Compute<In>;
     alignas(64) T buffer[kBlock], gradient[kBlock];
-    // x + rest = log2 p
-    const Scaling<T> scaling(shift + log_sum / inv_temperature, inv_temperature * kLog2E);
-    const double rest = (scaling.shift - shift) * double(scaling.factor) - log_sum * kLog2E;
-    // dz = 2^x (slope x + offset)
-    const double by_log2 = grad_entropy / kLog2E, scale = -inv_temperature * std::exp2(rest);
-    const T slope = T(by_log2 * scale), offset = T((grad_logprob + grad_entropy * entropy + by_log2 * rest) * scale);
-    const T lowest = hidden(kLowest<T>), cap_ = T(softcap);
+    // dz = -p (gL + gH (log p + H)) as 2^x (slope x + offset), where log p = x / log2(e) - log_sum
+    const T factor = T(inv_temperature * kLog2E), m = T(shift), cap_ = T(softcap);
+    const double scale = -inv_temperature * std::exp(-log_sum);
+    const T slope = T(scale * grad_entropy / kLog2E),
+            offset = T(scale * (grad_logprob + grad_entropy * (entropy - log_sum)));
     const bool has_target = target >= begin && target < end;
     const double z_t = has_target ? double(logit(row, target, softcap)) : 0;  // read before it may be overwritten
     for (int64_t i = begin; i < end; i += kBlock) {
@@ -91,9 +91,9 @@ void row_gradient(const In* row, In* out, int64_t begin, int64_t end, int64_t ta
         int64_t k = 0;
         for (; k + kLanes <= n; k += kLanes) {
             fetch(row + i + k);
-            gradients(z + k, g + k, kLanes, scaling, slope, offset, lowest);
+            gradients(z + k, g + k, kLanes, m, factor, slope, offset);
         }
-        gradients(z + k, g + k, int(n - k), scaling, slope, offset, lowest);
+        gradients(z + k, g + k, int(n - k), m, factor, slope, offset);
         if (softcap != 0) {
 #pragma omp simd
             for (k = 0; k < n; ++k) g[k] *= 1 - (z[k] / cap_) * (z[k] / cap_);
