@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, random_policy, random_sequences
+from tiny_models import ARCHITECTURES, random_policy, random_sequences
 
 from rlhf_fast.models import (
     Sequences,

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import random_policy, random_sequences
 from test_stages import REWARD, files, shortness, stage_config  # noqa: F401  (files is a fixture)
+from tiny_models import random_policy, random_sequences
 
 from rlhf_fast import pipeline
 from rlhf_fast.config import PairsConfig, PipelineConfig, ReMaxConfig
