@@ -32,7 +32,7 @@ RLHF_INLINE T clamp(T x, T low, T high) {
 
 // ---- exponentials
 
-// 2^kLowest is exactly 0. Clamp there before exp2_clamped, and wherever 2^x meets a factor x: 0 * -inf is NaN.
+// 2^kLowest is exactly 0. Clamp there before exp2_scaled, and wherever it meets a factor d: 0 * -inf is NaN.
 template <typename T>
 constexpr T kLowest = T(-1080);
 template <>
@@ -58,14 +58,14 @@ RLHF_INLINE float exp2_parts(float shifted, float f) {
     return p * scale;
 }
 
-// 2^x for kLowest <= x <= 129
-RLHF_INLINE double exp2_clamped(double x) { return std::exp2(x); }
-RLHF_INLINE float exp2_clamped(float x) {
+// 2^(d * factor) for products from kLowest to 129
+RLHF_INLINE double exp2_scaled(double d, double factor) { return std::exp2(d * factor); }
+RLHF_INLINE float exp2_scaled(float d, float factor) {
 #ifdef __CUDA_ARCH__
-    return exp2f(x);
+    return exp2f(d * factor);
 #else
-    const float shifted = x + kRound;
-    return exp2_parts(shifted, x - (shifted - kRound));
+    const float shifted = d * factor + kRound;
+    return exp2_parts(shifted, d * factor - (shifted - kRound));
 #endif
 }
 

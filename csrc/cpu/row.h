@@ -12,9 +12,8 @@ namespace rlhf::ISA {
 namespace {
 
 constexpr int64_t kBlock = 4096;       // logits: a block of floats fits in the L1 cache
-constexpr int64_t kSegment = 1 << 14;  // columns summed in one go: fixed, so that threads sharing a row keep its bits
-constexpr int64_t kProbe = 256;        // columns looked at for a first shift
-constexpr double kHeadroom = 16;       // log2 of how far a logit's exponential may exceed 1
+constexpr int64_t kSegment = 1 << 15;  // columns summed in one go: fixed, so that threads sharing a row keep its bits
+constexpr double kHeadroom = 4;        // log2 of how far a logit's exponential may exceed 1
 constexpr int kLanes = 16;             // partial sums side by side: the same ones on every instruction set
 constexpr int64_t kAhead = 4096;       // bytes from the logits being read to those being fetched
 
@@ -135,66 +134,68 @@ inline T max_of(const T* z, int64_t n) {
     return top;
 }
 
-template <typename T>
-struct Lanes {
-    T sum[kLanes] = {}, centred[kLanes] = {}, top[kLanes];
-};
-
-template <typename T>
-inline __attribute__((always_inline)) void add(Lanes<T>& lanes, const T* z, T shift, T factor, T lowest) {
-#pragma omp simd
-    for (int k = 0; k < kLanes; ++k) {
-        T d = z[k] - shift;
-        lanes.top[k] = d > lanes.top[k] ? d : lanes.top[k];
-        d = lowest > d ? lowest : d;
-        const T x = d * factor, e = exp2_clamped(x);
-        lanes.sum[k] += e;
-        lanes.centred[k] += e * x;
-    }
-}
-
-// Sums of one block, whose logits come from `from`; top is how far the largest lies above the shift.
+// Sums of one block, whose logits come from `from`; top is how far the largest lies above the shift. Not inlined, for
+// then the accumulators stay in registers.
 template <typename In, typename T>
-inline Softmax sums_of(const In* from, const T* z, int64_t n, T shift, T factor, T& top) {
+__attribute__((noinline)) Softmax sums_of(const In* from, const T* z, int64_t n, T shift, T factor, T& top) {
     const T lowest = kLowest<T> / factor;
-    Lanes<T> lanes;
-    for (T& d : lanes.top) d = T(-kInf);
+    T sum[kLanes], centred[kLanes], most[kLanes];
+    for (int k = 0; k < kLanes; ++k) {
+        sum[k] = centred[k] = 0;
+        most[k] = T(-kInf);
+    }
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) {
         fetch(from + i);
-        add(lanes, z + i, shift, factor, lowest);
-    }
-    if (i < n) {
-        T rest[kLanes];
-        for (int k = 0; k < kLanes; ++k) rest[k] = i + k < n ? z[i + k] : T(-kInf);
-        add(lanes, rest, shift, factor, lowest);
-    }
-    for (int width = kLanes / 2; width > 0; width /= 2)
-        for (int k = 0; k < width; ++k) {
-            lanes.sum[k] += lanes.sum[k + width];
-            lanes.centred[k] += lanes.centred[k + width];
-            lanes.top[k] = maximum(lanes.top[k + width], lanes.top[k]);
+#pragma omp simd
+        for (int k = 0; k < kLanes; ++k) {
+            T d = z[i + k] - shift;
+            most[k] = d > most[k] ? d : most[k];
+            d = lowest > d ? lowest : d;
+            const T e = exp2_scaled(d, factor);
+            sum[k] += e;
+            centred[k] += e * d;
         }
-    top = lanes.top[0];
-    return {double(shift), double(lanes.sum[0]), double(lanes.centred[0]) / kLog2E};
+    }
+    for (int k = 0; i < n; ++i, ++k) {
+        T d = z[i] - shift;
+        most[k] = d > most[k] ? d : most[k];
+        d = lowest > d ? lowest : d;
+        const T e = exp2_scaled(d, factor);
+        sum[k] += e;
+        centred[k] += e * d;
+    }
+    double all = 0, all_centred = 0;
+    top = most[0];
+    for (int k = 0; k < kLanes; ++k) {
+        all += double(sum[k]);
+        all_centred += double(centred[k]);
+        top = maximum(most[k], top);
+    }
+    return {double(shift), all, all_centred * double(factor) / kLog2E};
 }
 
-// State of the columns [begin, end), memory read once. The shift stays at the largest of the first few logits, which
-// saves a search before every sum, until a block holds a logit that exceeds it by kHeadroom.
+// State of the columns [begin, end) without the target, memory read once. The shift stays at the first block's largest
+// logit, which saves a search before every sum, until a block holds a logit that exceeds it by kHeadroom.
 template <typename In>
-Softmax accumulate(const In* row, int64_t begin, int64_t end, double inv_temperature, double softcap) {
+Softmax accumulate(const In* row, int64_t begin, int64_t end, int64_t target, double inv_temperature, double softcap) {
     using T = Compute<In>;
     alignas(64) T buffer[kBlock];
     const T factor = T(inv_temperature * kLog2E), headroom = T(kHeadroom) / factor;
     Softmax state;
-    for (int64_t i = begin; i < end; i += kBlock) {
-        const int64_t n = minimum(kBlock, end - i);
+    for (int64_t i = begin, next; i < end; i = next) {
+        next = minimum(i + kBlock, end);
+        int64_t n = next - i;
+        if (target >= i && target < next) {
+            n = target - i;
+            next = target + 1;
+        }
         const T* z = block(row + i, n, softcap, buffer);
-        T shift = state.sum != 0 ? T(state.shift) : max_of(z, minimum(kProbe, n)), top = T(kInf);
         Softmax sums;
-        if (shift > T(-kInf)) sums = sums_of(row + i, z, n, shift, factor, top);
+        T top = T(kInf);
+        if (state.sum != 0) sums = sums_of(row + i, z, n, T(state.shift), factor, top);
         if (top > headroom) {
-            shift = max_of(z, n);
+            const T shift = max_of(z, n);
             sums = sums_of(row + i, z, n, shift > T(-kInf) ? shift : T(0), factor, top);
         }
         if (sums.sum != 0) state.merge(sums, inv_temperature);
@@ -202,24 +203,21 @@ Softmax accumulate(const In* row, int64_t begin, int64_t end, double inv_tempera
     return state;
 }
 
-inline int64_t segments_of(int64_t V) { return (V + kSegment - 1) / kSegment; }
-
-// One segment of a row, in two parts: the target, where it lies inside, apart from the others.
+// The same of one segment.
 template <typename In>
-Softmax segment_without(const In* row, int64_t segment, int64_t V, int64_t target, double inv_temperature,
-                        double softcap) {
-    const int64_t begin = segment * kSegment, end = minimum(begin + kSegment, V);
-    if (target < begin || target >= end) return accumulate(row, begin, end, inv_temperature, softcap);
-    Softmax state = accumulate(row, begin, target, inv_temperature, softcap);
-    state.merge(accumulate(row, target + 1, end, inv_temperature, softcap), inv_temperature);
-    return state;
+Softmax segment_state(const In* row, int64_t segment, int64_t V, int64_t target, double inv_temperature,
+                      double softcap) {
+    const int64_t begin = segment * kSegment;
+    return accumulate(row, begin, minimum(begin + kSegment, V), target, inv_temperature, softcap);
 }
+
+inline int64_t segments_of(int64_t V) { return (V + kSegment - 1) / kSegment; }
 
 template <typename In>
 RowOutputs row_outputs_of(const In* row, int64_t V, int64_t target, double inv_temperature, double softcap) {
     Softmax others;
     for (int64_t s = 0; s < segments_of(V); ++s)
-        others.merge(segment_without(row, s, V, target, inv_temperature, softcap), inv_temperature);
+        others.merge(segment_state(row, s, V, target, inv_temperature, softcap), inv_temperature);
     return row_outputs(others, logit(row, target, softcap), inv_temperature);
 }
 

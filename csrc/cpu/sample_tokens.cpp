@@ -27,7 +27,7 @@ double weigh(const In* from, int64_t n, Compute<In> m, Compute<In> factor, Compu
     for (int64_t k = 0; k < n; ++k) {
         Compute<In> d = z[k] - m;
         d = lowest > d ? lowest : d;
-        weights[k] = exp2_clamped(d * factor);
+        weights[k] = exp2_scaled(d, factor);
         sum += double(weights[k]);
     }
     return sum;

@@ -41,7 +41,7 @@ void forward(const In* logits, int64_t row_stride, const int64_t* ids, int64_t N
     for (int64_t task = 0; task < N * segments; ++task) {
         const int64_t i = task / segments;
         if (ids[i] == kMasked) continue;
-        states[task] = segment_without(logits + i * row_stride, task % segments, V, ids[i], inv_temperature, softcap);
+        states[task] = segment_state(logits + i * row_stride, task % segments, V, ids[i], inv_temperature, softcap);
     }
     for (int64_t i = 0; i < N; ++i) {
         RowOutputs row = {0, 0, 0, 0};
@@ -55,7 +55,7 @@ void forward(const In* logits, int64_t row_stride, const int64_t* ids, int64_t N
     delete[] states;
 }
 
-// g = 2^x (slope x + offset), x = (z - shift) factor
+// g = 2^(d factor) (slope d + offset), d = z - shift
 template <typename T>
 inline __attribute__((always_inline)) void gradients(const T* z, T* g, int n, T shift, T factor, T slope, T offset) {
     const T lowest = kLowest<T> / factor;
@@ -63,8 +63,7 @@ inline __attribute__((always_inline)) void gradients(const T* z, T* g, int n, T 
     for (int k = 0; k < n; ++k) {
         T d = z[k] - shift;
         d = lowest > d ? lowest : d;
-        const T x = d * factor;
-        g[k] = exp2_clamped(x) * (slope * x + offset);
+        g[k] = exp2_scaled(d, factor) * (slope * d + offset);
     }
 }
 
@@ -76,10 +75,10 @@ void row_gradient(const In* row, In* out, int64_t begin, int64_t end, int64_t ta
                   double grad_entropy) {
     using T = Compute<In>;
     alignas(64) T buffer[kBlock], gradient[kBlock];
-    // dz = -p (gL + gH (log p + H)) as 2^x (slope x + offset), where log p = x / log2(e) - log_sum
+    // -p (gL + gH (log p + H)), where log p = (z - shift) / temperature - log_sum
     const T factor = T(inv_temperature * kLog2E), m = T(shift), cap_ = T(softcap);
     const double scale = -inv_temperature * std::exp(-log_sum);
-    const T slope = T(scale * grad_entropy / kLog2E),
+    const T slope = T(scale * grad_entropy * inv_temperature),
             offset = T(scale * (grad_logprob + grad_entropy * (entropy - log_sum)));
     const bool has_target = target >= begin && target < end;
     const double z_t = has_target ? double(logit(row, target, softcap)) : 0;  // read before it may be overwritten

@@ -41,8 +41,8 @@ __device__ Compute<In> logit(const In* row, int64_t j, Compute<In> softcap) {
 template <typename In>
 __device__ Softmax accumulate(const In* row, int64_t V, int64_t target, double inv_temperature, Compute<In> softcap) {
     using T = Compute<In>;
-    const T factor = T(inv_temperature * kLog2E);
-    T m = T(-kInf), sum = 0, centred = 0;  // of 2^x and x 2^x, x = (z - m) factor
+    const T factor = T(inv_temperature * kLog2E), lowest = kLowest<T> / factor;
+    T m = T(-kInf), sum = 0, centred = 0;  // of 2^(d factor) and d 2^(d factor), d = z - m
     for (int64_t first = threadIdx.x; first < V; first += kUnroll * kThreads) {
         T z[kUnroll], top = m;
 #pragma unroll
@@ -53,24 +53,24 @@ __device__ Softmax accumulate(const In* row, int64_t V, int64_t target, double i
         }
         const T shift = top > T(-kInf) ? top : T(0);
         if (sum != 0) {
-            const T x = maximum((m - shift) * factor, kLowest<T>), e = exp2_clamped(x);
-            centred = e * (centred + sum * x);
+            const T d = maximum(m - shift, lowest), e = exp2_scaled(d, factor);
+            centred = e * (centred + sum * d);
             sum *= e;
         }
         m = top;
 #pragma unroll
         for (int k = 0; k < kUnroll; ++k) {
-            T x = (z[k] - shift) * factor;
-            x = x < kLowest<T> ? kLowest<T> : x;
-            const T e = exp2_clamped(x);
+            T d = z[k] - shift;
+            d = d < lowest ? lowest : d;
+            const T e = exp2_scaled(d, factor);
             sum += e;
-            centred += e * x;
+            centred += e * d;
         }
     }
     Softmax state;
     state.shift = double(m);
     state.sum = double(sum);
-    state.centred = double(centred) / kLog2E;
+    state.centred = double(centred) * inv_temperature;
     return state;
 }
 
@@ -107,19 +107,19 @@ __global__ void backward(const In* logits, int64_t row_stride, const int64_t* id
     const In* row = logits + i * row_stride;
     In* out = grad_logits + i * grad_row_stride;
     const T g_logprob = grad_logprobs ? grad_logprobs[i] : T(0), g_entropy = grad_entropy ? grad_entropy[i] : T(0);
-    const T factor = T(inv_temperature * kLog2E), shift = stats[2 * i], log2_s = stats[2 * i + 1] * T(kLog2E),
-            cap = T(softcap);
-    const T slope = g_entropy * T(inv_temperature / kLog2E),
-            offset = (g_logprob + g_entropy * entropy[i]) * T(inv_temperature);
+    const T factor = T(inv_temperature * kLog2E), lowest = kLowest<T> / factor, shift = stats[2 * i], cap = T(softcap);
+    const T log_sum = stats[2 * i + 1], scale = -T(inv_temperature) * exp_of(-log_sum);
+    const T slope = scale * g_entropy * T(inv_temperature),
+            offset = scale * (g_logprob + g_entropy * (entropy[i] - log_sum));
     for (int64_t j = threadIdx.x; j < V; j += kThreads) {
         if (target == kMasked) {
             narrow(T(0), out[j]);
             continue;
         }
         const T z = logit(row, j, cap);
-        T x = (z - shift) * factor - log2_s;
-        x = x < kLowest<T> ? kLowest<T> : x;
-        T dz = -exp2_clamped(x) * (slope * x + offset);
+        T d = z - shift;
+        d = d < lowest ? lowest : d;
+        T dz = exp2_scaled(d, factor) * (slope * d + offset);
         if (j == target)
             dz = T(target_gradient(double(logprobs[i]), double(entropy[i]), double(g_logprob), double(g_entropy)) *
                    inv_temperature);
