@@ -13,7 +13,8 @@ namespace {
 
 constexpr int64_t kBlock = 4096;       // logits: a block of floats fits in the L1 cache
 constexpr int64_t kSegment = 1 << 15;  // columns summed in one go: fixed, so that threads sharing a row keep its bits
-constexpr double kHeadroom = 4;        // log2 of how far a logit's exponential may exceed 1
+constexpr int64_t kProbe = 1024;       // columns looked at for a first shift
+constexpr double kHeadroom = 6;        // log2 of how far a logit's exponential may exceed 1
 constexpr int kLanes = 16;             // partial sums side by side: the same ones on every instruction set
 constexpr int64_t kAhead = 4096;       // bytes from the logits being read to those being fetched
 
@@ -175,8 +176,8 @@ __attribute__((noinline)) Softmax sums_of(const In* from, const T* z, int64_t n,
     return {double(shift), all, all_centred * double(factor) / kLog2E};
 }
 
-// State of the columns [begin, end) without the target, memory read once. The shift stays at the first block's largest
-// logit, which saves a search before every sum, until a block holds a logit that exceeds it by kHeadroom.
+// State of the columns [begin, end) without the target, memory read once. The shift stays at the largest of the first
+// few logits, which saves a search before every sum, until a block holds a logit that exceeds it by kHeadroom.
 template <typename In>
 Softmax accumulate(const In* row, int64_t begin, int64_t end, int64_t target, double inv_temperature, double softcap) {
     using T = Compute<In>;
@@ -192,10 +193,10 @@ Softmax accumulate(const In* row, int64_t begin, int64_t end, int64_t target, do
         }
         const T* z = block(row + i, n, softcap, buffer);
         Softmax sums;
-        T top = T(kInf);
-        if (state.sum != 0) sums = sums_of(row + i, z, n, T(state.shift), factor, top);
+        T shift = state.sum != 0 ? T(state.shift) : max_of(z, minimum(kProbe, n)), top = T(kInf);
+        if (shift > T(-kInf)) sums = sums_of(row + i, z, n, shift, factor, top);
         if (top > headroom) {
-            const T shift = max_of(z, n);
+            shift = max_of(z, n);
             sums = sums_of(row + i, z, n, shift > T(-kInf) ? shift : T(0), factor, top);
         }
         if (sums.sum != 0) state.merge(sums, inv_temperature);
