@@ -65,7 +65,7 @@ RLHF_INLINE float exp2_scaled(float d, float factor) {
     return exp2f(d * factor);
 #else
     const float shifted = d * factor + kRound;
-    return exp2_parts(shifted, d * factor - (shifted - kRound));
+    return exp2_parts(shifted, d * factor + (kRound - shifted));  // one constant in a register, not two
 #endif
 }
 

@@ -15,8 +15,14 @@ constexpr int64_t kBlock = 4096;       // logits: a block of floats fits in the 
 constexpr int64_t kSegment = 1 << 15;  // columns summed in one go: fixed, so that threads sharing a row keep its bits
 constexpr int64_t kProbe = 1024;       // columns looked at for a first shift
 constexpr double kHeadroom = 6;        // log2 of how far a logit's exponential may exceed 1
-constexpr int kLanes = 16;             // partial sums side by side: the same ones on every instruction set
-constexpr int64_t kAhead = 4096;       // bytes from the logits being read to those being fetched
+constexpr int64_t kChunk = 1024;       // columns summed in the compute type, before the sums go on in double
+constexpr int kLine = 16;              // logits whose memory is asked for at a time
+#ifdef __AVX512F__
+constexpr int kLanes = 16;  // partial sums side by side: a register of floats
+#else
+constexpr int kLanes = 8;
+#endif
+constexpr int64_t kAhead = 4096;  // bytes from the logits being read to those being fetched
 
 struct bfloat16 {
     uint16_t bits;
@@ -135,57 +141,68 @@ inline T max_of(const T* z, int64_t n) {
     return top;
 }
 
-// Sums of one block, whose logits come from `from`; top is how far the largest lies above the shift. Not inlined, for
-// then the accumulators stay in registers.
+// Sums of n logits, which come from `from`; top is how far the largest lies above the shift. Not inlined, for then the
+// accumulators and constants stay in registers; -shift, for then the subtraction takes its logits from memory.
 template <typename In, typename T>
-__attribute__((noinline)) Softmax sums_of(const In* from, const T* z, int64_t n, T shift, T factor, T& top) {
+__attribute__((noinline)) Softmax sums_of(const In* from, const T* z, int64_t n, T minus_shift, T factor, T& top) {
     const T lowest = kLowest<T> / factor;
-    T sum[kLanes], centred[kLanes], most[kLanes];
-    for (int k = 0; k < kLanes; ++k) {
-        sum[k] = centred[k] = 0;
-        most[k] = T(-kInf);
-    }
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
-        fetch(from + i);
+    T most[kLanes];
+    double all[kLanes] = {}, all_centred[kLanes] = {};
+    for (T& d : most) d = T(-kInf);
+    for (int64_t begin = 0; begin < n; begin += kChunk) {
+        T sum[kLanes] = {}, centred[kLanes] = {};
+        const auto add = [&](const T* z) __attribute__((always_inline)) {
+#pragma omp simd
+            for (int k = 0; k < kLanes; ++k) {
+                T d = z[k] + minus_shift;
+                most[k] = d > most[k] ? d : most[k];
+                d = lowest > d ? lowest : d;
+                const T e = exp2_scaled(d, factor);
+                sum[k] += e;
+                centred[k] += e * d;
+            }
+        };
+        const int64_t end = minimum(begin + kChunk, n);
+        int64_t i = begin;
+        for (; i + kLine <= end; i += kLine) {
+            fetch(from + i);
+            for (int k = 0; k < kLine; k += kLanes) add(z + i + k);
+        }
+        for (; i < end; i += kLanes) {
+            T rest[kLanes];
+            for (int k = 0; k < kLanes; ++k) rest[k] = i + k < end ? z[i + k] : T(-kInf);
+            add(rest);
+        }
 #pragma omp simd
         for (int k = 0; k < kLanes; ++k) {
-            T d = z[i + k] - shift;
-            most[k] = d > most[k] ? d : most[k];
-            d = lowest > d ? lowest : d;
-            const T e = exp2_scaled(d, factor);
-            sum[k] += e;
-            centred[k] += e * d;
+            all[k] += double(sum[k]);
+            all_centred[k] += double(centred[k]);
         }
     }
-    for (int k = 0; i < n; ++i, ++k) {
-        T d = z[i] - shift;
-        most[k] = d > most[k] ? d : most[k];
-        d = lowest > d ? lowest : d;
-        const T e = exp2_scaled(d, factor);
-        sum[k] += e;
-        centred[k] += e * d;
-    }
-    double all = 0, all_centred = 0;
+    for (int width = kLanes / 2; width > 0; width /= 2)
+        for (int k = 0; k < width; ++k) {
+            all[k] += all[k + width];
+            all_centred[k] += all_centred[k + width];
+            most[k] = maximum(most[k + width], most[k]);
+        }
     top = most[0];
-    for (int k = 0; k < kLanes; ++k) {
-        all += double(sum[k]);
-        all_centred += double(centred[k]);
-        top = maximum(most[k], top);
-    }
-    return {double(shift), all, all_centred * double(factor) / kLog2E};
+    return {-double(minus_shift), all[0], all_centred[0] * double(factor) / kLog2E};
 }
 
-// State of the columns [begin, end) without the target, memory read once. The shift stays at the largest of the first
-// few logits, which saves a search before every sum, until a block holds a logit that exceeds it by kHeadroom.
+// State of the columns [begin, end) without the target, memory read once. The shift is the largest of the first few
+// logits, which saves a search before every sum, and follows the largest of what has been read; only a stretch with a
+// logit that exceeds it by kHeadroom is summed again. It is an integer, so that z - shift rounds off nothing of the
+// large logits.
 template <typename In>
 Softmax accumulate(const In* row, int64_t begin, int64_t end, int64_t target, double inv_temperature, double softcap) {
     using T = Compute<In>;
     alignas(64) T buffer[kBlock];
     const T factor = T(inv_temperature * kLog2E), headroom = T(kHeadroom) / factor;
+    const bool in_place = sizeof(In) == sizeof(T) && softcap == 0;
     Softmax state;
+    T shift = T(-kInf);
     for (int64_t i = begin, next; i < end; i = next) {
-        next = minimum(i + kBlock, end);
+        next = minimum(i + (in_place && i > begin ? 4 : 1) * kBlock, end);
         int64_t n = next - i;
         if (target >= i && target < next) {
             n = target - i;
@@ -193,13 +210,15 @@ Softmax accumulate(const In* row, int64_t begin, int64_t end, int64_t target, do
         }
         const T* z = block(row + i, n, softcap, buffer);
         Softmax sums;
-        T shift = state.sum != 0 ? T(state.shift) : max_of(z, minimum(kProbe, n)), top = T(kInf);
-        if (shift > T(-kInf)) sums = sums_of(row + i, z, n, shift, factor, top);
+        if (shift == T(-kInf)) shift = std::rint(max_of(z, minimum(kProbe, n)));
+        T top = T(kInf);
+        if (shift > T(-kInf)) sums = sums_of(row + i, z, n, -shift, factor, top);
         if (top > headroom) {
-            shift = max_of(z, n);
-            sums = sums_of(row + i, z, n, shift > T(-kInf) ? shift : T(0), factor, top);
+            shift = std::rint(max_of(z, n));
+            sums = sums_of(row + i, z, n, shift > T(-kInf) ? -shift : T(0), factor, top);
         }
         if (sums.sum != 0) state.merge(sums, inv_temperature);
+        if (top > 0) shift = std::rint(shift + top);
     }
     return state;
 }

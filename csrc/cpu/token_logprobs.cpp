@@ -88,9 +88,9 @@ void row_gradient(const In* row, In* out, int64_t begin, int64_t end, int64_t ta
         T* g = gradient;
         if constexpr (sizeof(In) == sizeof(T)) g = out + i;
         int64_t k = 0;
-        for (; k + kLanes <= n; k += kLanes) {
+        for (; k + kLine <= n; k += kLine) {
             fetch(row + i + k);
-            gradients(z + k, g + k, kLanes, m, factor, slope, offset);
+            gradients(z + k, g + k, kLine, m, factor, slope, offset);
         }
         gradients(z + k, g + k, int(n - k), m, factor, slope, offset);
         if (softcap != 0) {
