@@ -36,49 +36,54 @@ RLHF_INLINE T clamp(T x, T low, T high) {
 template <typename T>
 constexpr T kLowest = T(-1080);
 template <>
-inline constexpr float kLowest<float> = -126.0f;
+inline constexpr float kLowest<float> = -127.0f;
 
-// 1.5 * 2^23 + 126: x + kRound has the integer nearest to x, plus 126, in its low mantissa bits.
-constexpr float kRound = 12582912.0f + 126.0f;
+// 1.5 * 2^23: x + kRound + bias has the integer nearest to x, plus the bias, in its low mantissa bits.
+constexpr float kRound = 12582912.0f;
 
-// 2^(n + f) for |f| <= 1/2 from shifted = n + kRound: a minimax polynomial in f, relative error 9e-8, times 2^(n-1)
-// from the bits, the missing factor 2 being in the coefficients. So n = -126 gives an exact 0, n = 129 infinity.
-RLHF_INLINE float exp2_parts(float shifted, float f) {
-    float p = 2.0f * 1.3264659e-3f;
-    p = p * f + 2.0f * 9.6715660e-3f;
-    p = p * f + 2.0f * 5.5507344e-2f;
-    p = p * f + 2.0f * 2.4022241e-1f;
-    p = p * f + 2.0f * 6.9314698e-1f;
-    p = p * f + 2.0f;
+// 2^n from n + kRound + 127: the exponent's bits. 0 for n = -127, infinity for n = 128.
+RLHF_INLINE float power_of_2(float shifted) {
     uint32_t bits;
     memcpy(&bits, &shifted, sizeof bits);
     bits <<= 23;
-    float scale;
-    memcpy(&scale, &bits, sizeof scale);
-    return p * scale;
+    memcpy(&shifted, &bits, sizeof bits);
+    return shifted;
 }
 
-// 2^(d * factor) for products from kLowest to 129
+// (2^f - 1) / f for |f| <= 1/2: a minimax polynomial, which leaves 2^f with a relative error of 9e-8.
+RLHF_INLINE float exp2_slope(float f) {
+    float q = 1.3264659e-3f;
+    q = q * f + 9.6715660e-3f;
+    q = q * f + 5.5507344e-2f;
+    q = q * f + 2.4022241e-1f;
+    return q * f + 6.9314698e-1f;
+}
+
+// 2^(d * factor) for products from kLowest to 127. As few constants as possible: a loop over it is bound by registers.
 RLHF_INLINE double exp2_scaled(double d, double factor) { return std::exp2(d * factor); }
 RLHF_INLINE float exp2_scaled(float d, float factor) {
 #ifdef __CUDA_ARCH__
-    return exp2f(d * factor);
+    const float x = d * factor;
+    return x > -126.5f ? exp2f(x) : 0;
 #else
-    const float shifted = d * factor + kRound;
-    return exp2_parts(shifted, d * factor + (kRound - shifted));  // one constant in a register, not two
+    constexpr float round = kRound + 127;
+    const float shifted = d * factor + round, f = d * factor + (round - shifted), power = power_of_2(shifted);
+    return (power * f) * exp2_slope(f) + power;
 #endif
 }
 
-// e^x, relative error 2e-7: x = n ln2 + r with ln2 in two parts, the first short enough for an exact n ln2.
+// e^x, relative error 2e-7: x = n ln2 + r with ln2 in two parts, the first short enough for an exact n ln2. Half of
+// 2^n, which may be beyond the largest float, times 2 * 2^f.
 RLHF_INLINE double exp_of(double x) { return std::exp(x); }
 RLHF_INLINE float exp_of(float x) {
 #ifdef __CUDA_ARCH__
     return expf(x);
 #else
     x = clamp(x, -87.33f, 89.4f);
-    const float shifted = x * 1.44269504f + kRound, n = shifted - kRound;
-    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    return exp2_parts(shifted, r * 1.44269504f);
+    constexpr float round = kRound + 126;
+    const float shifted = x * 1.44269504f + round, n = shifted - round;
+    const float f = ((x - n * 0.693359375f) + n * 2.12194440e-4f) * 1.44269504f;
+    return (exp2_slope(f) * (f + f) + 2.0f) * power_of_2(shifted);
 #endif
 }
 

@@ -190,7 +190,7 @@ __attribute__((noinline)) Softmax sums_of(const In* from, const T* z, int64_t n,
 }
 
 // State of the columns [begin, end) without the target, memory read once. The shift is the largest of the first few
-// logits, which saves a search before every sum, and follows the largest of what has been read; only a stretch with a
+// logits, which saves a search before every sum, and follows the largest of what has been read; only a block with a
 // logit that exceeds it by kHeadroom is summed again. It is an integer, so that z - shift rounds off nothing of the
 // large logits.
 template <typename In>
@@ -198,11 +198,10 @@ Softmax accumulate(const In* row, int64_t begin, int64_t end, int64_t target, do
     using T = Compute<In>;
     alignas(64) T buffer[kBlock];
     const T factor = T(inv_temperature * kLog2E), headroom = T(kHeadroom) / factor;
-    const bool in_place = sizeof(In) == sizeof(T) && softcap == 0;
     Softmax state;
     T shift = T(-kInf);
     for (int64_t i = begin, next; i < end; i = next) {
-        next = minimum(i + (in_place && i > begin ? 4 : 1) * kBlock, end);
+        next = minimum(i + kBlock, end);
         int64_t n = next - i;
         if (target >= i && target < next) {
             n = target - i;
@@ -210,15 +209,15 @@ Softmax accumulate(const In* row, int64_t begin, int64_t end, int64_t target, do
         }
         const T* z = block(row + i, n, softcap, buffer);
         Softmax sums;
-        if (shift == T(-kInf)) shift = std::rint(max_of(z, minimum(kProbe, n)));
+        if (shift == T(-kInf)) shift = std::floor(max_of(z, minimum(kProbe, n)));
         T top = T(kInf);
         if (shift > T(-kInf)) sums = sums_of(row + i, z, n, -shift, factor, top);
         if (top > headroom) {
-            shift = std::rint(max_of(z, n));
+            shift = std::floor(max_of(z, n));
             sums = sums_of(row + i, z, n, shift > T(-kInf) ? -shift : T(0), factor, top);
         }
         if (sums.sum != 0) state.merge(sums, inv_temperature);
-        if (top > 0) shift = std::rint(shift + top);
+        if (top > 0) shift = std::floor(shift + top);
     }
     return state;
 }
