@@ -12,10 +12,10 @@ namespace rlhf::ISA {
 namespace {
 
 constexpr int64_t kBlock = 4096;       // logits: a block of floats fits in the L1 cache
-constexpr int64_t kSegment = 1 << 15;  // columns summed in one go: fixed, so that threads sharing a row keep its bits
-constexpr int64_t kProbe = 1024;       // columns looked at for a first shift
+constexpr int64_t kSegment = 1 << 15;  // columns of one thread: fixed, so that threads sharing a row keep its bits
+constexpr int64_t kStretch = 1 << 14;  // columns summed under one shift
 constexpr double kHeadroom = 6;        // log2 of how far a logit's exponential may exceed 1
-constexpr int64_t kChunk = 1024;       // columns summed in the compute type, before the sums go on in double
+constexpr int64_t kChunk = 1024;       // columns summed in the compute type; from there on in double
 constexpr int kLine = 16;              // logits whose memory is asked for at a time
 #ifdef __AVX512F__
 constexpr int kLanes = 16;  // partial sums side by side: a register of floats
@@ -117,7 +117,7 @@ inline Compute<In> logit(const In* row, int64_t i, double softcap) {
     return z;
 }
 
-// n <= kBlock logits ready to be summed: the row itself where nothing has to be done to them, else the buffer.
+// n logits ready to be summed: the row itself where nothing has to be done to them, else the buffer.
 template <typename In>
 inline const Compute<In>* block(const In* from, int64_t n, double softcap, Compute<In>* buffer) {
     if constexpr (sizeof(In) == sizeof(Compute<In>))
@@ -141,10 +141,22 @@ inline T max_of(const T* z, int64_t n) {
     return top;
 }
 
-// Sums of n logits, which come from `from`; top is how far the largest lies above the shift. Not inlined, for then the
-// accumulators and constants stay in registers; -shift, for then the subtraction takes its logits from memory.
+template <typename In>
+Compute<In> max_of_row(const In* row, int64_t n, double softcap) {
+    alignas(64) Compute<In> buffer[kChunk];
+    Compute<In> top = Compute<In>(-kInf);
+    for (int64_t i = 0; i < n; i += kChunk) {
+        const int64_t m = minimum(kChunk, n - i);
+        top = maximum(max_of(block(row + i, m, softcap, buffer), m), top);
+    }
+    return top;
+}
+
+// Sums of n logits; top is how far the largest lies above the shift. Not inlined, for then the accumulators and
+// constants stay in registers; -shift, for then the subtraction takes its logits from memory.
 template <typename In, typename T>
-__attribute__((noinline)) Softmax sums_of(const In* from, const T* z, int64_t n, T minus_shift, T factor, T& top) {
+__attribute__((noinline)) Softmax sums_of(const In* row, int64_t n, double softcap, T minus_shift, T factor, T& top) {
+    alignas(64) T buffer[kChunk];
     const T lowest = kLowest<T> / factor;
     T most[kLanes];
     double all[kLanes] = {}, all_centred[kLanes] = {};
@@ -162,15 +174,17 @@ __attribute__((noinline)) Softmax sums_of(const In* from, const T* z, int64_t n,
                 centred[k] += e * d;
             }
         };
-        const int64_t end = minimum(begin + kChunk, n);
-        int64_t i = begin;
-        for (; i + kLine <= end; i += kLine) {
+        const In* from = row + begin;
+        const int64_t m = minimum(kChunk, n - begin);
+        const T* z = block(from, m, softcap, buffer);
+        int64_t i = 0;
+        for (; i + kLine <= m; i += kLine) {
             fetch(from + i);
             for (int k = 0; k < kLine; k += kLanes) add(z + i + k);
         }
-        for (; i < end; i += kLanes) {
+        for (; i < m; i += kLanes) {
             T rest[kLanes];
-            for (int k = 0; k < kLanes; ++k) rest[k] = i + k < end ? z[i + k] : T(-kInf);
+            for (int k = 0; k < kLanes; ++k) rest[k] = i + k < m ? z[i + k] : T(-kInf);
             add(rest);
         }
 #pragma omp simd
@@ -190,34 +204,34 @@ __attribute__((noinline)) Softmax sums_of(const In* from, const T* z, int64_t n,
 }
 
 // State of the columns [begin, end) without the target, memory read once. The shift is the largest of the first few
-// logits, which saves a search before every sum, and follows the largest of what has been read; only a block with a
+// logits, which saves a search before every sum, and follows the largest of what has been read; only a stretch with a
 // logit that exceeds it by kHeadroom is summed again. It is an integer, so that z - shift rounds off nothing of the
 // large logits.
 template <typename In>
 Softmax accumulate(const In* row, int64_t begin, int64_t end, int64_t target, double inv_temperature, double softcap) {
     using T = Compute<In>;
-    alignas(64) T buffer[kBlock];
     const T factor = T(inv_temperature * kLog2E), headroom = T(kHeadroom) / factor;
     Softmax state;
     T shift = T(-kInf);
+    int64_t stretch = kStretch / 4;  // the first, whose shift is a guess
     for (int64_t i = begin, next; i < end; i = next) {
-        next = minimum(i + kBlock, end);
+        next = minimum(i + stretch, end);
         int64_t n = next - i;
         if (target >= i && target < next) {
             n = target - i;
             next = target + 1;
         }
-        const T* z = block(row + i, n, softcap, buffer);
-        Softmax sums;
-        if (shift == T(-kInf)) shift = std::floor(max_of(z, minimum(kProbe, n)));
         T top = T(kInf);
-        if (shift > T(-kInf)) sums = sums_of(row + i, z, n, -shift, factor, top);
+        Softmax sums;
+        if (shift == T(-kInf)) shift = std::floor(max_of_row(row + i, minimum(kChunk, n), softcap));
+        if (shift > T(-kInf)) sums = sums_of(row + i, n, softcap, -shift, factor, top);
         if (top > headroom) {
-            shift = std::floor(max_of(z, n));
-            sums = sums_of(row + i, z, n, shift > T(-kInf) ? -shift : T(0), factor, top);
+            shift = std::floor(max_of_row(row + i, n, softcap));
+            sums = sums_of(row + i, n, softcap, shift > T(-kInf) ? -shift : T(0), factor, top);
         }
         if (sums.sum != 0) state.merge(sums, inv_temperature);
         if (top > 0) shift = std::floor(shift + top);
+        stretch = kStretch;
     }
     return state;
 }
