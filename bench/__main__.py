@@ -41,6 +41,8 @@ def arguments() -> argparse.Namespace:
         parser.error("--check: the bars hold at full size, not with --quick")
     if args.rounds < 1:
         parser.error(f"--rounds: expected at least 1, got {args.rounds}")
+    if args.out is not None and args.out.suffix != ".json":
+        parser.error(f"--out: expected a file name ending in .json, got {args.out}")
     if args.out is None and not args.quick:
         args.out = Path("bench/results/cpu_ops.json")
     return args

@@ -214,19 +214,23 @@ RLHF_INLINE T kl_term(T d, int estimator, T& grad) {
     return k3;
 }
 
-// max(-A r, -A clip(r, 1 - low, 1 + high)), r = e^clamp(log_ratio); for A < 0 at most -A dual_clip (infinity = off).
-// Ties share the gradient equally and clamps pass it on their closed interval, as in torch. approx_kl: r - 1 - log r.
+// r = e^x for the log-ratio clamped to +-kMaxLogRatio, and approx_kl = r - 1 - x.
 template <typename T>
-RLHF_INLINE T ppo_term(T log_ratio, T advantage, T low, T high, T dual_clip, T& grad, T& ratio, T& approx_kl,
-                       T& clipped) {
-    const T limit = T(kMaxLogRatio), x = clamp(log_ratio, -limit, limit), r = exp_of(x);
-    const T r_clipped = clamp(r, 1 - low, 1 + high), a = -advantage * r, b = -advantage * r_clipped;
-    const T grad_b = r == r_clipped ? a : T(0), bound = advantage < 0 ? -advantage * dual_clip : T(kInf);
-    const T value = a > b ? a : b, slope = a > b ? a : b > a ? grad_b : (a + grad_b) / 2;
-    const T bounded = value < bound ? slope : value > bound ? T(0) : slope / 2;
-    grad = log_ratio < -limit || log_ratio > limit ? T(0) : bounded;
-    ratio = r;
+RLHF_INLINE T ratio_of(T log_ratio, T& approx_kl) {
+    const T x = clamp(log_ratio, T(-kMaxLogRatio), T(kMaxLogRatio));
     approx_kl = bregman(x);
+    return exp_of(x);
+}
+
+// max(-A r, -A clip(r, 1 - low, 1 + high)); for A < 0 at most -A dual_clip (infinity = off). The gradient is that of
+// the larger, all of -A r where they are equal because r lies within the bounds; a bound itself passes half of it, and
+// the clamp of the log-ratio what lies in its closed interval, as in torch.
+template <typename T>
+RLHF_INLINE T ppo_term(T log_ratio, T r, T advantage, T low, T high, T dual_clip, T& grad, T& clipped) {
+    const T limit = T(kMaxLogRatio), a = -advantage * r, b = -advantage * clamp(r, 1 - low, 1 + high);
+    const T bound = advantage < 0 ? -advantage * dual_clip : T(kInf), value = a > b ? a : b;
+    const T slope = b > a ? T(0) : a, bounded = value < bound ? slope : value > bound ? T(0) : slope / 2;
+    grad = log_ratio < -limit || log_ratio > limit ? T(0) : bounded;
     clipped = b > a ? T(1) : T(0);
     return value > bound ? bound : value;
 }

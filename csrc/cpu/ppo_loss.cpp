@@ -8,28 +8,53 @@ namespace {
 
 constexpr int64_t kTokens = 256;  // a block's tokens
 
+// In bytes, which count to 255: 32 side by side.
 int64_t count_true(const uint8_t* mask, int64_t n) {
-    int64_t count = 0;
-#pragma omp simd reduction(+ : count)
-    for (int64_t i = 0; i < n; ++i) count += mask[i] != 0;
+    constexpr int kBytes = 32;
+    int64_t count = 0, i = 0;
+    while (i + kBytes <= n) {
+        uint8_t counts[kBytes] = {};
+        for (int j = 0; j < 255 && i + kBytes <= n; ++j, i += kBytes)
+#pragma omp simd
+            for (int k = 0; k < kBytes; ++k) counts[k] = uint8_t(counts[k] + (mask[i + k] != 0));
+        for (int k = 0; k < kBytes; ++k) count += counts[k];
+    }
+    for (; i < n; ++i) count += mask[i] != 0;
     return count;
 }
 
+// As numbers: beside a float, a byte makes a loop take four registers of each.
 template <typename T>
-void policy_block(const T* logp, const T* old_logp, const T* advantage, const uint8_t* mask, int64_t n, T low, T high,
+void widen_mask(const uint8_t* mask, int64_t n, T* on) {
+#pragma omp simd
+    for (int64_t k = 0; k < n; ++k) on[k] = mask[k] ? T(1) : T(0);
+}
+
+template <typename T>
+void policy_block(const T* logp, const T* old_logp, const T* advantage, const T* mask, int64_t n, T low, T high,
                   T dual_clip, T weight, T* grad, PPOSums& sums) {
+    // Two loops, each with few enough values alive for the registers.
+    T ratios[kTokens];
     T policy = 0, clipped = 0, approx_kl = 0, ratio = 0, ratio_max = T(-kInf);
-#pragma omp simd reduction(+ : policy, clipped, approx_kl, ratio) reduction(max : ratio_max)
+#pragma omp simd reduction(+ : approx_kl, ratio) reduction(max : ratio_max)
     for (int64_t k = 0; k < n; ++k) {
-        const bool on = mask[k];
-        T by_logp, r, k3, is_clipped;
-        const T value = ppo_term(logp[k] - old_logp[k], advantage[k], low, high, dual_clip, by_logp, r, k3, is_clipped);
-        policy += on ? value : T(0);
-        clipped += on ? is_clipped : T(0);
+        const bool on = mask[k] != 0;
+        T k3;
+        const T r = ratio_of(logp[k] - old_logp[k], k3);
         approx_kl += on ? k3 : T(0);
         ratio += on ? r : T(0);
         const T seen = on ? r : T(-kInf);
         ratio_max = seen > ratio_max ? seen : ratio_max;
+        ratios[k] = r;
+    }
+#pragma omp simd reduction(+ : policy, clipped)
+    for (int64_t k = 0; k < n; ++k) {
+        const bool on = mask[k] != 0;
+        T by_logp, is_clipped;
+        const T value =
+            ppo_term(logp[k] - old_logp[k], ratios[k], advantage[k], low, high, dual_clip, by_logp, is_clipped);
+        policy += on ? value : T(0);
+        clipped += on ? is_clipped : T(0);
         grad[k] = on ? weight * by_logp : T(0);
     }
     sums.policy += policy;
@@ -40,7 +65,7 @@ void policy_block(const T* logp, const T* old_logp, const T* advantage, const ui
 }
 
 template <typename T, int kEstimator>
-double kl_block(const T* logp, const T* ref, const uint8_t* mask, int64_t n, T weight, T* grad) {
+double kl_block(const T* logp, const T* ref, const T* mask, int64_t n, T weight, T* grad) {
     const T limit = T(kMaxLogRatio);
     T kl = 0;
 #pragma omp simd reduction(+ : kl)
@@ -48,7 +73,7 @@ double kl_block(const T* logp, const T* ref, const uint8_t* mask, int64_t n, T w
         const T d = logp[k] - ref[k], x = clamp(d, -limit, limit);
         T by_logp;
         const T value = kl_term(x, kEstimator, by_logp);
-        const bool on = mask[k];
+        const bool on = mask[k] != 0;
         kl += on ? value : T(0);
         by_logp = x == d ? weight * by_logp : T(0);
         grad[k] += on ? by_logp : T(0);
@@ -57,7 +82,7 @@ double kl_block(const T* logp, const T* ref, const uint8_t* mask, int64_t n, T w
 }
 
 template <typename T>
-double kl_block(const T* logp, const T* ref, const uint8_t* mask, int64_t n, int estimator, T weight, T* grad) {
+double kl_block(const T* logp, const T* ref, const T* mask, int64_t n, int estimator, T weight, T* grad) {
     switch (estimator) {
         case kK1:
             return kl_block<T, kK1>(logp, ref, mask, n, weight, grad);
@@ -71,10 +96,10 @@ double kl_block(const T* logp, const T* ref, const uint8_t* mask, int64_t n, int
 }
 
 template <typename T>
-double masked_sum(const T* x, const uint8_t* mask, int64_t n) {
+double masked_sum(const T* x, const T* mask, int64_t n) {
     T sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t k = 0; k < n; ++k) sum += mask[k] ? x[k] : T(0);
+    for (int64_t k = 0; k < n; ++k) sum += mask[k] != 0 ? x[k] : T(0);
     return sum;
 }
 
@@ -83,24 +108,22 @@ void ppo(Pointer logp, Pointer old_logp, Pointer advantages, bool per_token, Poi
          int64_t B, int64_t L, double clip_low, double clip_high, double dual_clip, double kl_coef, int estimator,
          double entropy_coef, int reduction, double denominator, Pointer grad_logp, Pointer grad_entropy, Pointer stats,
          int threads) {
-    const int64_t total = count_true(mask.as<uint8_t>(), B * L);
-    const T dual = dual_clip > 0 ? T(dual_clip) : T(kInf);
     PPOSums* rows = new PPOSums[B];
+    double total = 0;
+    for (int64_t b = 0; b < B; ++b) total += rows[b].count = double(count_true(mask.as<uint8_t>() + b * L, L));
+    const T dual = dual_clip > 0 ? T(dual_clip) : T(kInf);
     double* weights = new double[B];
     const int team = team_size(4 * B * L, threads);  // an exponential and two dozen selections an element
 #pragma omp parallel for num_threads(team) schedule(static)
     for (int64_t b = 0; b < B; ++b) {
-        const int64_t row_count = count_true(mask.as<uint8_t>() + b * L, L);
-        const double weight = weights[b] =
-            token_weight(double(row_count), double(total), double(B), reduction, denominator);
-        PPOSums sums;
-        sums.count = double(row_count);
-        T constant[kTokens], scratch[kTokens];
+        PPOSums sums = rows[b];
+        const double weight = weights[b] = token_weight(sums.count, total, double(B), reduction, denominator);
+        T constant[kTokens], scratch[kTokens], on[kTokens];
         if (!per_token)
             for (T& a : constant) a = advantages.as<T>()[b];
         for (int64_t t = 0; t < L; t += kTokens) {
             const int64_t n = minimum(kTokens, L - t), i = b * L + t;
-            const uint8_t* on = mask.as<uint8_t>() + i;
+            widen_mask(mask.as<uint8_t>() + i, n, on);
             T* grad = grad_logp ? grad_logp.as<T>() + i : scratch;
             policy_block(logp.as<T>() + i, old_logp.as<T>() + i, per_token ? advantages.as<T>() + i : constant, on, n,
                          T(clip_low), T(clip_high), dual, T(weight), grad, sums);
@@ -108,7 +131,8 @@ void ppo(Pointer logp, Pointer old_logp, Pointer advantages, bool per_token, Poi
                 sums.kl += kl_block(logp.as<T>() + i, ref.as<T>() + i, on, n, estimator, T(weight * kl_coef), grad);
             if (entropy) sums.entropy += masked_sum(entropy.as<T>() + i, on, n);
             if (grad_entropy)
-                for (int64_t k = 0; k < n; ++k) grad_entropy.as<T>()[i + k] = on[k] ? T(-entropy_coef * weight) : T(0);
+                for (int64_t k = 0; k < n; ++k)
+                    grad_entropy.as<T>()[i + k] = on[k] != 0 ? T(-entropy_coef * weight) : T(0);
         }
         rows[b] = sums;
     }
@@ -130,16 +154,16 @@ void value_loss(Pointer values, Pointer old_values, Pointer returns, Pointer mas
     for (int64_t block = 0; block < blocks; ++block) {
         const int64_t i = block * kTokens, m = minimum(kTokens, n - i);
         const T *v = values.as<T>() + i, *old = old_values.as<T>() + i, *target = returns.as<T>() + i;
-        const uint8_t* on = mask.as<uint8_t>() + i;
-        T scratch[kTokens], sum = 0, clipped = 0;
+        T scratch[kTokens], on[kTokens], sum = 0, clipped = 0;
+        widen_mask(mask.as<uint8_t>() + i, m, on);
         T* g = grad ? grad.as<T>() + i : scratch;
 #pragma omp simd reduction(+ : sum, clipped)
         for (int64_t k = 0; k < m; ++k) {
             T by_value, is_clipped;
             const T value = value_term(v[k], old[k], target[k], T(clip), by_value, is_clipped);
-            sum += on[k] ? value : T(0);
-            clipped += on[k] ? is_clipped : T(0);
-            g[k] = on[k] ? T(weight) * by_value : T(0);
+            sum += on[k] != 0 ? value : T(0);
+            clipped += on[k] != 0 ? is_clipped : T(0);
+            g[k] = on[k] != 0 ? T(weight) * by_value : T(0);
         }
         partial[2 * block] = sum;
         partial[2 * block + 1] = clipped;

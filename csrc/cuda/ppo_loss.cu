@@ -43,9 +43,10 @@ __global__ void row_sums(const T* logp, const T* old_logp, const T* advantages, 
         T gradient = 0;
         if (mask[i]) {
             const T advantage = advantages[options.per_token ? i : b];
-            T by_logp, ratio, approx_kl, clipped;
-            sums.policy += ppo_term(logp[i] - old_logp[i], advantage, T(options.clip_low), T(options.clip_high), dual,
-                                    by_logp, ratio, approx_kl, clipped);
+            T by_logp, approx_kl, clipped;
+            const T log_ratio = logp[i] - old_logp[i], ratio = ratio_of(log_ratio, approx_kl);
+            sums.policy += ppo_term(log_ratio, ratio, advantage, T(options.clip_low), T(options.clip_high), dual,
+                                    by_logp, clipped);
             gradient = T(weight) * by_logp;
             sums.clipped += clipped;
             sums.approx_kl += approx_kl;
