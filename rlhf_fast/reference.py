@@ -48,11 +48,26 @@ def token_logprobs(
     s_others = e.scatter(-1, ids, 0.0).sum(-1)
     alone = s_others == 0
     log_odds = c.gather(-1, ids).squeeze(-1) - torch.log(torch.where(alone, 1.0, s_others))
-    logprobs = torch.where(alone, 0.0, -F.softplus(-log_odds))
+    logprobs = torch.where(alone, 0.0, F.logsigmoid(log_odds))  # F.softplus is linear past 20
     s = e.sum(-1)
     a = (e * torch.where(c == -math.inf, 0.0, c)).sum(-1)
     entropy = torch.log(s) - a / s
     return TokenLogprobs(torch.where(keep, logprobs, 0.0), torch.where(keep, entropy, 0.0))
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+) -> TokenLogprobs:
+    dtype = torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    return token_logprobs(logits, token_ids, temperature=temperature, softcap=softcap)
 
 
 @torch.no_grad()

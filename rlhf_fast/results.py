@@ -31,6 +31,31 @@ class PPOLoss(NamedTuple):
     kl: Tensor
     entropy: Tensor
 
+    @classmethod
+    def of(cls, loss: Tensor, stats: Tensor) -> "PPOLoss":
+        """From the [8] statistics in a kernel's order."""
+        _, policy_loss, clip_fraction, approx_kl, ratio_mean, ratio_max, kl, entropy = stats.unbind()
+        return cls(loss, clip_fraction, approx_kl, ratio_mean, ratio_max, policy_loss, kl, entropy)
+
+
+class LinearPPOLoss(NamedTuple):
+    loss: Tensor
+    clip_fraction: Tensor
+    approx_kl: Tensor
+    ratio_mean: Tensor
+    ratio_max: Tensor
+    policy_loss: Tensor
+    kl: Tensor
+    entropy: Tensor
+    logprobs: Tensor
+    token_entropy: Tensor
+
+
+class LinearLoss(NamedTuple):
+    loss: Tensor
+    logprobs: Tensor
+    entropy: Tensor
+
 
 class ValueLoss(NamedTuple):
     loss: Tensor
@@ -53,3 +78,12 @@ class DPOLoss(NamedTuple):
     losses: Tensor
     chosen_rewards: Tensor
     rejected_rewards: Tensor
+
+
+class LinearDPOLoss(NamedTuple):
+    loss: Tensor
+    losses: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+    chosen_logps: Tensor
+    rejected_logps: Tensor

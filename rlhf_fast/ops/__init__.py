@@ -7,6 +7,8 @@ of any strides, and returns float32 statistics; masks are bool, True = counts. E
 from rlhf_fast.ops.dispatch import backend
 from rlhf_fast.ops.groups import grpo_advantages, rloo_advantages
 from rlhf_fast.ops.kl import kl_penalty, shape_rewards
+from rlhf_fast.ops.linear import linear_token_logprobs
+from rlhf_fast.ops.linear_losses import linear_dpo_loss, linear_ppo_loss, linear_reinforce_loss, linear_sft_loss
 from rlhf_fast.ops.logprobs import token_logprobs
 from rlhf_fast.ops.policy_loss import ppo_loss, ppo_value_loss, reinforce_loss
 from rlhf_fast.ops.preference import dpo_loss, ranking_loss, reward_loss
@@ -15,6 +17,9 @@ from rlhf_fast.ops.sampling import sample_tokens
 from rlhf_fast.results import (
     GAE,
     DPOLoss,
+    LinearDPOLoss,
+    LinearLoss,
+    LinearPPOLoss,
     PPOLoss,
     RankingLoss,
     RewardLoss,
@@ -26,6 +31,9 @@ from rlhf_fast.results import (
 __all__ = [
     "GAE",
     "DPOLoss",
+    "LinearDPOLoss",
+    "LinearLoss",
+    "LinearPPOLoss",
     "PPOLoss",
     "RankingLoss",
     "RewardLoss",
@@ -38,6 +46,11 @@ __all__ = [
     "gae",
     "grpo_advantages",
     "kl_penalty",
+    "linear_dpo_loss",
+    "linear_ppo_loss",
+    "linear_reinforce_loss",
+    "linear_sft_loss",
+    "linear_token_logprobs",
     "ppo_loss",
     "ppo_value_loss",
     "ranking_loss",

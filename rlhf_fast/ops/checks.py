@@ -21,17 +21,21 @@ def check_floats(first: str, **tensors: Tensor | None) -> None:
     """Every tensor given is floating point and has the shape and device of the one named `first`."""
     like = tensors[first]
     for name, x in tensors.items():
-        if x is None:
-            continue
-        if not isinstance(x, Tensor):
-            raise ValueError(f"{name}: expected a tensor, got {type(x).__name__}")
-        if x.dtype not in FLOATS:
-            raise ValueError(f"{name}: expected dtype float32, bfloat16, float16 or float64, got {x.dtype}")
-        if x is like:
-            continue
-        if x.shape != like.shape:
-            raise ValueError(f"{name}: expected shape {list(like.shape)} as {first}, got {list(x.shape)}")
-        check_device(name, x, first, like)
+        if x is not None:
+            check_like(name, x, first, like)
+
+
+def check_like(name: str, x: Tensor, first: str, like: Tensor) -> None:
+    """A floating point tensor with the shape and device of the one named `first`."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.dtype not in FLOATS:
+        raise ValueError(f"{name}: expected dtype float32, bfloat16, float16 or float64, got {x.dtype}")
+    if x is like:
+        return
+    if x.shape != like.shape:
+        raise ValueError(f"{name}: expected shape {list(like.shape)} as {first}, got {list(x.shape)}")
+    check_device(name, x, first, like)
 
 
 def check_device(name: str, x: Tensor, first: str, like: Tensor) -> None:

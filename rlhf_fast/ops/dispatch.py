@@ -49,6 +49,11 @@ _CPU_OPS = (
     "reward_loss",
     "ranking_loss",
     "dpo_loss",
+    "linear_token_logprobs",
+    "linear_sft_loss",
+    "linear_reinforce_loss",
+    "linear_ppo_loss",
+    "linear_dpo_loss",
 )
 TABLE: dict[str, dict[str, str]] = {
     "cpu": dict.fromkeys(_CPU_OPS, "cpu") if COMPILED else {},

@@ -14,7 +14,8 @@ def register_autograd(name: str, setup_context: Callable, backward: Callable, di
 
     That rebuilds the schema's argument list once per argument and call: 0.1 ms for the 16 arguments of `ppo_loss`, as
     long as its kernel runs. Our schemas have no defaults to fill in. `differentiable`: the positions of the inputs that
-    can ask for a gradient; the others are constants.
+    can ask for a gradient; the others are constants. `backward` returns the gradients of those, in that order, and its
+    `ctx.needs_input_grad` starts with two entries of no interest.
     """
     op = getattr(torch.ops.rlhf_fast, name).default
 
@@ -22,21 +23,23 @@ def register_autograd(name: str, setup_context: Callable, backward: Callable, di
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
-    class Operator(torch.autograd.Function):
+    class Operator(torch.autograd.Function):  # sees the differentiable inputs alone: every argument costs it time
         @staticmethod
-        def forward(ctx: FunctionCtx, *args_and_keyset: object) -> tuple[Tensor, ...]:
-            *args, keyset = args_and_keyset
+        def forward(
+            ctx: FunctionCtx, keyset: torch._C.DispatchKeySet, args: tuple, *_: Tensor | None
+        ) -> tuple[Tensor, ...]:
             output = call_kernel(keyset, args)
             setup_context(ctx, args, output)
             return output
 
         @staticmethod
         def backward(ctx: FunctionCtx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-            return *backward(ctx, *grads), None
+            return None, None, *backward(ctx, *grads)
 
     def autograd(keyset: torch._C.DispatchKeySet, *args: object) -> tuple[Tensor, ...]:
-        if torch.is_grad_enabled() and any(args[i] is not None and args[i].requires_grad for i in differentiable):
-            return Operator.apply(*args, keyset)
+        inputs = [args[i] for i in differentiable]
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+            return Operator.apply(keyset, args, *inputs)
         return call_kernel(keyset, args)
 
     Operator.__name__ = Operator.__qualname__ = f"rlhf_fast_{name}"
@@ -49,7 +52,6 @@ def register_saved_gradients(name: str, inputs: dict[int, int]) -> None:
     `inputs` maps the position of each differentiable input to that of the output holding its gradient; only the first
     output is differentiable. The gradient is a constant: a second derivative is an error of autograd, not a number.
     """
-    number = len(getattr(torch.ops.rlhf_fast, name).default._schema.arguments)
     saved = tuple(inputs.values())
 
     def setup_context(ctx: FunctionCtx, args: tuple, output: tuple[Tensor, ...]) -> None:
@@ -58,13 +60,43 @@ def register_saved_gradients(name: str, inputs: dict[int, int]) -> None:
         ctx.set_materialize_grads(False)
 
     def backward(ctx: FunctionCtx, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        grads: list[Tensor | None] = [None] * number
-        for position, grad in zip(inputs, ctx.saved_tensors, strict=True):
-            if upstream is not None and ctx.needs_input_grad[position]:
-                grads[position] = grad * upstream
-        return tuple(grads)
+        return tuple(
+            grad * upstream if upstream is not None and needed else None
+            for grad, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[2:], strict=True)
+        )
 
     register_autograd(name, setup_context, backward, tuple(inputs))
+
+
+def register_consumed_gradients(name: str, inputs: dict[int, int]) -> None:
+    """As `register_saved_gradients`, for gradients too large to keep twice: the backward pass hands them over.
+
+    An upstream gradient of 1 leaves them as they are; a second backward pass is an error.
+    """
+    positions = tuple(inputs.values())
+
+    def setup_context(ctx: FunctionCtx, args: tuple, output: tuple[Tensor, ...]) -> None:
+        ctx.gradients = [output[i] for i in positions]
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx: FunctionCtx, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError(f"{name}: the gradients were made in the forward pass and are gone after one backward")
+        gradients, ctx.gradients = ctx.gradients, None
+        if upstream is not None and not _is_one(upstream):
+            gradients = [grad * upstream for grad in gradients]
+        wanted = ctx.needs_input_grad[2:]
+        return tuple(
+            grad if upstream is not None and want else None for grad, want in zip(gradients, wanted, strict=True)
+        )
+
+    register_autograd(name, setup_context, backward, tuple(inputs))
+
+
+def _is_one(upstream: Tensor) -> bool:
+    """Known without waiting for a device, and while nothing is being traced."""
+    return type(upstream) is Tensor and upstream.device.type == "cpu" and upstream.item() == 1.0
 
 
 def no_second_derivative(name: str) -> None:

@@ -73,7 +73,7 @@ def token_logprobs(
     if inplace_backward:
         _check_overwritable(logits)
     if not has_kernel("token_logprobs", logits):
-        _check_ids(logits, token_ids)
+        check_ids(token_ids, logits.shape[-1])
         return reference.token_logprobs(logits, token_ids, temperature=temperature, softcap=softcap)
     inplace_backward = inplace_backward and not torch.compiler.is_compiling()
     logprobs, entropy, _ = torch.ops.rlhf_fast.token_logprobs(
@@ -104,12 +104,12 @@ def _check_overwritable(logits: Tensor) -> None:
         raise ValueError(f"inplace_backward: expected rows that do not overlap, got strides {logits.stride()}")
 
 
-def _check_ids(logits: Tensor, token_ids: Tensor) -> None:
-    if logits.device.type != "cpu" or torch.compiler.is_compiling():
+def check_ids(token_ids: Tensor, vocabulary: int) -> None:
+    if token_ids.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    bad = (token_ids != IGNORED_ID) & ((token_ids < 0) | (token_ids >= logits.shape[-1]))
+    bad = (token_ids != IGNORED_ID) & ((token_ids < 0) | (token_ids >= vocabulary))
     if bad.any():
-        raise _id_error(token_ids, int(bad.flatten().int().argmax()), logits.shape[-1])
+        raise _id_error(token_ids, int(bad.flatten().int().argmax()), vocabulary)
 
 
 def _id_error(token_ids: Tensor, row: int, vocabulary: int) -> ValueError:
@@ -227,10 +227,10 @@ def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, outp
 def _backward(ctx: torch.autograd.function.FunctionCtx, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _):
     args = (*ctx.saved_tensors, grad_logprobs, grad_entropy, ctx.temperature, ctx.softcap)
     if not ctx.inplace:
-        return torch.ops.rlhf_fast.token_logprobs_backward(*args), None, None, None, None
+        return (torch.ops.rlhf_fast.token_logprobs_backward(*args),)
     logits = args[0].detach()
     torch.ops.rlhf_fast.token_logprobs_backward_(logits, *args[1:])
-    return logits, None, None, None, None
+    return (logits,)
 
 
 register_autograd("token_logprobs", _setup_context, _backward, differentiable=(0,))

@@ -10,6 +10,7 @@ from rlhf_fast import reference
 from rlhf_fast.ops.checks import (
     check_dims,
     check_floats,
+    check_like,
     check_mask,
     check_option,
     check_per_row,
@@ -91,14 +92,10 @@ def ppo_loss(
             normalizer; kl_coef without ref_logprobs or entropy_coef without entropy; shapes, dtypes or devices that
             do not fit.
     """
-    low, high = clip if isinstance(clip, (tuple, list)) else (clip, clip)
-    expect(0 <= low < 1 and high >= 0, "clip", "bounds 0 <= low < 1 and high >= 0", clip)
-    expect(dual_clip is None or dual_clip > 1, "dual_clip", "a number > 1 or None", dual_clip)
-    check_option("kl_estimator", kl_estimator, ESTIMATORS)
-    expect(ref_logprobs is not None or kl_coef == 0, "ref_logprobs", "a tensor, as kl_coef is not 0", None)
+    low, high = check_ppo_options(clip, dual_clip, kl_estimator, ref_logprobs, kl_coef)
     expect(entropy is not None or entropy_coef == 0, "entropy", "a tensor, as entropy_coef is not 0", None)
     check_floats("logprobs", logprobs=logprobs, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, entropy=entropy)
-    _check_tokens(logprobs, advantages, mask, reduction, normalizer)
+    check_tokens("logprobs", logprobs, advantages, mask, reduction, normalizer)
     if not has_kernel("ppo_loss", logprobs):
         return reference.ppo_loss(
             logprobs, old_logprobs, advantages, mask, clip=(low, high), dual_clip=dual_clip,
@@ -110,12 +107,11 @@ def ppo_loss(
     )
     grad = torch.is_grad_enabled()
     loss, stats, _, _ = torch.ops.rlhf_fast.ppo_loss(
-        logprobs, old_logprobs, advantages, mask, ref_logprobs, entropy, _as_tensor(normalizer), low, high,
+        logprobs, old_logprobs, advantages, mask, ref_logprobs, entropy, as_tensor(normalizer), low, high,
         dual_clip or 0.0, kl_coef, kl_estimator, entropy_coef, reduction,
         grad and logprobs.requires_grad, grad and entropy is not None and entropy.requires_grad,
     )  # fmt: skip
-    _, policy_loss, clip_fraction, approx_kl, ratio_mean, ratio_max, kl, mean_entropy = stats.unbind()
-    return PPOLoss(loss, clip_fraction, approx_kl, ratio_mean, ratio_max, policy_loss, kl, mean_entropy)
+    return PPOLoss.of(loss, stats)
 
 
 def ppo_value_loss(
@@ -148,7 +144,7 @@ def ppo_value_loss(
     expect(clip > 0, "clip", "a number > 0", clip)
     check_floats("values", values=values, old_values=old_values, returns=returns)
     check_mask(mask, "values", values)
-    _check_normalizer(normalizer)
+    check_normalizer(normalizer)
     if not has_kernel("ppo_value_loss", values):
         return reference.ppo_value_loss(values, old_values, returns, mask, clip=clip, normalizer=normalizer)
     values, old_values, returns = common_dtype(values, old_values, returns)
@@ -157,7 +153,7 @@ def ppo_value_loss(
         old_values,
         returns,
         mask,
-        _as_tensor(normalizer),
+        as_tensor(normalizer),
         clip,
         torch.is_grad_enabled() and values.requires_grad,
     )
@@ -186,39 +182,56 @@ def reinforce_loss(
         ValueError: unknown reduction; "constant" without normalizer; shapes, dtypes or devices that do not fit.
     """
     check_floats("logprobs", logprobs=logprobs)
-    _check_tokens(logprobs, advantages, mask, reduction, normalizer)
+    check_tokens("logprobs", logprobs, advantages, mask, reduction, normalizer)
     if not has_kernel("reinforce_loss", logprobs):
         return reference.reinforce_loss(logprobs, advantages, mask, reduction=reduction, normalizer=normalizer)
     logprobs, advantages = common_dtype(logprobs, advantages)
     with_grad = torch.is_grad_enabled() and logprobs.requires_grad
-    denominator = _as_tensor(normalizer)
+    denominator = as_tensor(normalizer)
     return torch.ops.rlhf_fast.reinforce_loss(logprobs, advantages, mask, denominator, reduction, with_grad)[0]
 
 
-def _check_tokens(
-    logprobs: Tensor, advantages: Tensor, mask: Tensor, reduction: str, normalizer: float | Tensor | None
+def check_ppo_options(
+    clip: float | tuple[float, float],
+    dual_clip: float | None,
+    kl_estimator: str,
+    ref_logprobs: Tensor | None,
+    kl_coef: float,
+) -> tuple[float, float]:
+    """The bounds (low, high)."""
+    low, high = clip if isinstance(clip, (tuple, list)) else (clip, clip)
+    expect(0 <= low < 1 and high >= 0, "clip", "bounds 0 <= low < 1 and high >= 0", clip)
+    expect(dual_clip is None or dual_clip > 1, "dual_clip", "a number > 1 or None", dual_clip)
+    check_option("kl_estimator", kl_estimator, ESTIMATORS)
+    expect(ref_logprobs is not None or kl_coef == 0, "ref_logprobs", "a tensor, as kl_coef is not 0", None)
+    return low, high
+
+
+def check_tokens(
+    first: str, like: Tensor, advantages: Tensor, mask: Tensor, reduction: str, normalizer: float | Tensor | None
 ) -> None:
-    check_dims("logprobs", logprobs, "BT")
+    """`like`, the tensor named `first`, is [B, T] and all else fits it."""
+    check_dims(first, like, "BT")
     if isinstance(advantages, Tensor) and advantages.dim() == 1:
-        check_per_row("advantages", advantages, "logprobs", logprobs)
+        check_per_row("advantages", advantages, first, like)
     else:
-        check_floats("logprobs", logprobs=logprobs, advantages=advantages)
-    check_mask(mask, "logprobs", logprobs)
+        check_like("advantages", advantages, first, like)
+    check_mask(mask, first, like)
     check_option("reduction", reduction, REDUCTIONS)
     expect(
         reduction != "constant" or normalizer is not None, "normalizer", 'a number, as reduction is "constant"', None
     )
-    _check_normalizer(normalizer)
+    check_normalizer(normalizer)
 
 
-def _check_normalizer(normalizer: float | Tensor | None) -> None:
+def check_normalizer(normalizer: float | Tensor | None) -> None:
     if isinstance(normalizer, Tensor):
         expect(normalizer.dim() == 0, "normalizer", "a number or a 0-dim tensor", f"shape {list(normalizer.shape)}")
     elif normalizer is not None:
         check_positive("normalizer", normalizer)
 
 
-def _as_tensor(normalizer: float | Tensor | None) -> Tensor | None:
+def as_tensor(normalizer: float | Tensor | None) -> Tensor | None:
     """As a tensor, so that its value is data and a new one does not recompile."""
     if normalizer is None or isinstance(normalizer, Tensor):
         return normalizer

@@ -148,22 +148,10 @@ def dpo_loss(
         ValueError: unknown loss_type; label_smoothing out of range or not used by the loss; lengths missing;
             beta <= 0; shapes, dtypes or devices that do not fit.
     """
-    check_option("loss_type", loss_type, LOSS_TYPES)
-    check_positive("beta", beta)
-    _check_smoothing(loss_type, label_smoothing)
-    if reference_free:
-        ref_chosen_logps = ref_rejected_logps = None
-    else:
-        expect(ref_chosen_logps is not None, "ref_chosen_logps", "a tensor, as reference_free is False", None)
-        expect(ref_rejected_logps is not None, "ref_rejected_logps", "a tensor, as reference_free is False", None)
-    check_floats(
-        "chosen_logps", chosen_logps=chosen_logps, rejected_logps=rejected_logps, ref_chosen_logps=ref_chosen_logps,
-        ref_rejected_logps=ref_rejected_logps,
+    (ref_chosen_logps, ref_rejected_logps), (chosen_lengths, rejected_lengths) = check_dpo_arguments(
+        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_lengths, rejected_lengths,
+        beta=beta, loss_type=loss_type, label_smoothing=label_smoothing, reference_free=reference_free,
     )  # fmt: skip
-    check_dims("chosen_logps", chosen_logps, "B")
-    if loss_type not in ("ipo", "sigmoid_norm"):
-        chosen_lengths = rejected_lengths = None
-    _check_lengths(loss_type, chosen_logps, chosen_lengths, rejected_lengths)
     if not has_kernel("dpo_loss", chosen_logps):
         return reference.dpo_loss(
             chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=beta, loss_type=loss_type,
@@ -180,6 +168,39 @@ def dpo_loss(
         label_smoothing, _any_grad(chosen, rejected),
     )  # fmt: skip
     return DPOLoss(*outputs[:3])
+
+
+def check_dpo_arguments(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    ref_chosen_logps: Tensor | None,
+    ref_rejected_logps: Tensor | None,
+    chosen_lengths: Tensor | None,
+    rejected_lengths: Tensor | None,
+    *,
+    beta: float,
+    loss_type: str,
+    label_smoothing: float,
+    reference_free: bool,
+) -> tuple[tuple[Tensor | None, Tensor | None], tuple[Tensor | None, Tensor | None]]:
+    """The reference log-probs and the lengths, None where the loss does not use them."""
+    check_option("loss_type", loss_type, LOSS_TYPES)
+    check_positive("beta", beta)
+    _check_smoothing(loss_type, label_smoothing)
+    if reference_free:
+        ref_chosen_logps = ref_rejected_logps = None
+    else:
+        expect(ref_chosen_logps is not None, "ref_chosen_logps", "a tensor, as reference_free is False", None)
+        expect(ref_rejected_logps is not None, "ref_rejected_logps", "a tensor, as reference_free is False", None)
+    check_floats(
+        "chosen_logps", chosen_logps=chosen_logps, rejected_logps=rejected_logps, ref_chosen_logps=ref_chosen_logps,
+        ref_rejected_logps=ref_rejected_logps,
+    )  # fmt: skip
+    check_dims("chosen_logps", chosen_logps, "B")
+    if loss_type not in ("ipo", "sigmoid_norm"):
+        chosen_lengths = rejected_lengths = None
+    _check_lengths(loss_type, chosen_logps, chosen_lengths, rejected_lengths)
+    return (ref_chosen_logps, ref_rejected_logps), (chosen_lengths, rejected_lengths)
 
 
 def _any_grad(*tensors: Tensor) -> bool:

@@ -21,6 +21,7 @@ def samples():
     b = torch.randn(B)
     logits, ids = torch.randn(B, T, V), torch.randint(V, (B, T))
     forward = torch.ops.rlhf_fast.token_logprobs(logits, ids, 1.0, 0.0, False)
+    x, w, c = torch.randn(B, T, 6), torch.randn(V, 6), torch.randn(V)  # of the linear family
     leaf = lambda x: x.clone().requires_grad_()  # noqa: E731
     n = torch.tensor(7.0)
     return {
@@ -34,6 +35,21 @@ def samples():
             (logits.transpose(0, 1), ids.t(), *(x.transpose(0, 1) for x in forward), None, g.t(), 1.0, 0.0),
         ],
         "token_logprobs_backward_": [(logits.clone(), ids, *forward, f, None, 1.0, 0.0)],
+        "linear_token_logprobs": [
+            (leaf(x), leaf(w), leaf(c), ids, 0.7, 3.0, 1 << 20, False),
+            (leaf(x.bfloat16()), w.bfloat16(), None, ids, 1.0, 0.0, 1 << 20, True),
+        ],
+        "linear_token_logprobs_backward": [(x, w, c, ids, f, None, 1.0, 0.0, 1 << 20, True, True, False)],
+        "linear_weighted_loss": [(leaf(x), leaf(w), leaf(c), ids, f.double(), 0.7, 3.0, 1 << 20, True, True, True)],
+        "linear_ppo_loss": [
+            (leaf(x), leaf(w), None, ids, g, b, mask(B, T), h, n, 0.2, 0.3, 2.0, 0.1, "k1", 0.1, "constant", 1.0, 0.0,
+             1 << 20, True, True, False),
+        ],
+        "linear_dpo_loss": [
+            (leaf(x), leaf(w), None, torch.randint(V, (4, T)), b[:2], b[1:], None, None, None, 0.1, "sigmoid", 0.0,
+             1.0, 0.0, 1 << 20, True, True, False)
+            for x in [torch.randn(4, T, 6)]
+        ],
         "sample_tokens": [
             (torch.randn(B, V), torch.rand(B, dtype=torch.float64), None, 1.0),
             (torch.randn(V, B).t(), torch.rand(B, dtype=torch.float64), mask(B), 0.5),
@@ -77,11 +93,22 @@ def public_calls():
     """Every public function on rows of a given length, with the tensors that get gradients first."""
     ops = rlhf_fast.ops
     n = torch.tensor(9.0)
+    w = torch.linspace(-1, 1, V * 3).view(V, 3)
+    head = lambda x: torch.stack([x, x.sin(), x.cos()], -1)  # noqa: E731
     return {
         "token_logprobs": lambda x: ops.token_logprobs(x[..., None] * torch.linspace(-1, 1, V), (x > 0).long()),
         "inplace_backward": lambda x: ops.token_logprobs(
             x[..., None] * torch.linspace(-1, 1, V), (x > 0).long(), temperature=0.5, inplace_backward=True
         ),
+        "linear_token_logprobs": lambda x: ops.linear_token_logprobs(head(x), w, (x > 0).long(), bias=w[:, 0]),
+        "linear_sft_loss": lambda x: ops.linear_sft_loss(head(x), w, (x > 0).long())[:1],
+        "linear_reinforce_loss": lambda x: ops.linear_reinforce_loss(
+            head(x), w, (x > 0).long(), x.detach()[:, 0], x > -1
+        )[:1],
+        "linear_ppo_loss": lambda x: ops.linear_ppo_loss(
+            head(x), w, (x > 0).long(), x.detach(), x.detach().cos(), x > -1, normalizer=n, entropy_coef=0.1
+        )[:1],
+        "linear_dpo_loss": lambda x: ops.linear_dpo_loss(head(x), w, (x > 0).long(), *x.detach()[:, 0].chunk(2))[:1],
         "kl_penalty": lambda x: (ops.kl_penalty(x, x.sin(), "k3"),),
         "shape_rewards": lambda x: (x * ops.shape_rewards(x[:, 0], x, x.cos(), x > 0, kl_coef=0.1),),
         "gae": lambda x: (x * ops.gae(x, x.cos(), x > 0).advantages,),
@@ -184,7 +211,8 @@ def test_inductor():
 def test_thread_count_changes_no_bit():
     x = torch.randn(8, 40_001)  # enough for several threads to be used
     ops, generator = rlhf_fast.ops, torch.Generator()
-    calls = public_calls() | {
+    own = {name: call for name, call in public_calls().items() if not name.startswith("linear")}  # not torch's matmul
+    calls = own | {
         "sample_tokens": lambda y: ops.sample_tokens(y.detach(), temperature=1.0, generator=generator.manual_seed(0)),
         "ranking_loss": lambda y: ops.ranking_loss(y.view(-1, 4), torch.arange(4).expand(y.numel() // 4, 4)),
         "reward_loss": lambda y: ops.reward_loss(*y.view(2, -1)),

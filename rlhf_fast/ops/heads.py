@@ -1,0 +1,168 @@
+"""The last linear layer a chunk of tokens at a time: logits into a reused buffer, a pass over them, their gradients.
+
+Nothing here holds [N, V]: chunks are sized by a memory budget. Only rows that count reach a matmul. Logits are float32
+(float64 for float64 input) whatever the input, and so are the sums of the gradients; a half-precision weight is widened
+a tile at a time. Leaves out what the gradients are of: that is `rlhf_fast.ops.linear`.
+
+Shapes: N tokens, n of them counted, C in a chunk, H hidden, V vocabulary.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.reference import IGNORED_ID
+
+MEMORY_BUDGET = {"cpu": 128 << 20, "cuda": 2 << 30}
+"""Bytes of working memory by device type, beyond inputs and gradients, where the caller names none."""
+FEWEST_ROWS = 32
+"""Rows of a chunk however small the budget: below this a matmul is a slow way to read the weight."""
+TILE_BYTES = 16 << 20
+"""A widened tile of a half-precision weight."""
+
+
+def full_precision(kernel: Callable) -> Callable:
+    """Autocast off inside: the logits are float32 for a reason."""
+
+    @functools.wraps(kernel)
+    def call(hidden: Tensor, *args: object) -> object:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return kernel(hidden, *args)
+
+    return call
+
+
+class Gradients(NamedTuple):
+    """By hidden [..., H], weight [V, H] and bias [V], in their dtypes; empty where not asked for."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
+class Chunk(NamedTuple):
+    rows: Tensor  # [C] of the flattened tokens
+    hidden: Tensor  # [C, H], the compute dtype
+    ids: Tensor  # [C]
+    logits: Tensor  # [C, V], a view of the buffer
+    logprobs: Tensor  # [C]
+    entropy: Tensor  # [C]
+    stats: Tensor  # [C, 2]
+
+
+class Head:
+    """The layer on the tokens whose id is not -100, with the sums of its gradients."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        token_ids: Tensor,
+        temperature: float,
+        softcap: float,
+        budget: int,
+        wanted: tuple[bool, bool, bool] = (False, False, False),
+    ) -> None:
+        self.shape, self.dtypes = hidden.shape, (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        self.hidden, self.weight, self.bias = hidden.reshape(-1, hidden.shape[-1]), weight, bias
+        self.ids = token_ids.reshape(-1)
+        self.temperature, self.softcap = temperature, softcap
+        self.dtype = torch.float64 if torch.float64 in self.dtypes else torch.float32
+        self.rows = (self.ids != IGNORED_ID).nonzero().squeeze(1)
+        V, H = weight.shape
+        self.tile = V if weight.dtype == self.dtype else max(1, min(V, TILE_BYTES // (H * self.dtype.itemsize)))
+        if self.tile < V:
+            budget -= self.tile * H * self.dtype.itemsize
+        most = max(FEWEST_ROWS, budget // (V * self.dtype.itemsize))
+        n = len(self.rows)
+        self.chunk_rows = -(-n // -(-n // most)) if n else 1  # of equal size
+        self.buffer = weight.new_empty((min(self.chunk_rows, n), V), dtype=self.dtype)
+        self.grad_hidden = self.hidden.new_zeros(self.hidden.shape) if wanted[0] else None
+        self.grad_weight = weight.new_zeros((V, H), dtype=self.dtype) if wanted[1] else None
+        self.grad_bias = weight.new_zeros(V, dtype=self.dtype) if wanted[2] and bias is not None else None
+
+    def chunks(self, rows: Tensor | None = None) -> Iterator[Chunk]:
+        """The chunks of these tokens, all that count by default, forward pass done. Each overwrites the one before."""
+        for part in (self.rows if rows is None else rows).split(self.chunk_rows):
+            yield self.forward(part)
+
+    def forward(self, rows: Tensor) -> Chunk:
+        hidden = self.hidden.index_select(0, rows).to(self.dtype)
+        ids = self.ids.index_select(0, rows)
+        logits = self.buffer[: len(rows)]
+        for columns, weight in self._tiles():
+            torch.mm(hidden, weight.t(), out=logits[:, columns])
+        if self.bias is not None:
+            logits += self.bias
+        out = torch.ops.rlhf_fast.token_logprobs(logits, ids, self.temperature, self.softcap, False)
+        return Chunk(rows, hidden, ids, logits, *out)
+
+    def backward(self, chunk: Chunk, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> None:
+        """Add the gradients of sum(grad_logprobs * logprobs + grad_entropy * entropy); overwrites the logits."""
+        grad_logits = self._grad_logits(chunk, grad_logprobs, grad_entropy)
+        if self.grad_hidden is not None:
+            self.grad_hidden.index_copy_(0, chunk.rows, self._times_weight(grad_logits).to(self.grad_hidden.dtype))
+        if self.grad_weight is not None:
+            torch.addmm(self.grad_weight, grad_logits.t(), chunk.hidden, out=self.grad_weight)
+        if self.grad_bias is not None:
+            self.grad_bias += grad_logits.sum(0)
+
+    def slope(self, chunk: Chunk) -> Tensor:
+        """d logprobs / d hidden, [C, H] in the dtype of hidden; overwrites the logits."""
+        return self._times_weight(self._grad_logits(chunk, torch.ones_like(chunk.logprobs), None)).to(self.dtypes[0])
+
+    def gradients(self) -> Gradients:
+        sums = self.grad_hidden, self.grad_weight, self.grad_bias
+        hidden, weight, bias = (
+            self.weight.new_empty(0) if x is None else x.to(dtype) for x, dtype in zip(sums, self.dtypes, strict=True)
+        )
+        return Gradients(hidden if self.grad_hidden is None else hidden.view(self.shape), weight, bias)
+
+    def _grad_logits(self, chunk: Chunk, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> Tensor:
+        torch.ops.rlhf_fast.token_logprobs_backward_(
+            chunk.logits, chunk.ids, chunk.logprobs, chunk.entropy, chunk.stats, grad_logprobs, grad_entropy,
+            self.temperature, self.softcap,
+        )  # fmt: skip
+        return chunk.logits
+
+    def _times_weight(self, grad_logits: Tensor) -> Tensor:
+        out = grad_logits.new_zeros((len(grad_logits), self.weight.shape[1]))
+        for columns, weight in self._tiles():
+            out.addmm_(grad_logits[:, columns], weight)
+        return out
+
+    def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        for begin in range(0, self.weight.shape[0], self.tile):
+            columns = slice(begin, begin + self.tile)
+            yield columns, self.weight[columns].to(self.dtype)
+
+
+def loss_in_forward(
+    head: Head,
+    packs: list[Tensor] | None,
+    coefficients: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]],
+) -> tuple[Tensor, Tensor]:
+    """Gradients into `head` while its logits are there, so that none are computed twice; (logprobs, entropy) [N].
+
+    `coefficients(rows, logprobs, entropy)`, all [n], gives (d loss / d logprobs, d loss / d entropy or None). It sees a
+    pack of rows at once, which is a chunk where `packs` is None. A pack larger than a chunk takes a second pass.
+    """
+    logprobs, entropy = (head.hidden.new_zeros(len(head.ids), dtype=head.dtype) for _ in range(2))
+    for rows in head.rows.split(head.chunk_rows) if packs is None else packs:
+        parts = rows.split(head.chunk_rows)
+        for part in parts:
+            chunk = head.forward(part)
+            logprobs[part], entropy[part] = chunk.logprobs, chunk.entropy
+        by_logprobs, by_entropy = coefficients(rows, logprobs[rows], entropy[rows])
+        start = 0
+        for part in parts:
+            if len(parts) > 1:
+                chunk = head.forward(part)
+            here = slice(start, start + len(part))
+            head.backward(chunk, by_logprobs[here], None if by_entropy is None else by_entropy[here])
+            start += len(part)
+    return logprobs, entropy

@@ -1,0 +1,227 @@
+"""The last linear layer fused with what follows it: log-probs, and losses whose gradient is taken in the forward pass.
+
+A loss whose coefficient per token is known once the token's row is (SFT, REINFORCE, ReMax, PPO, DPO by pairs) needs
+three products with the weight, 6 N H V flops, and computes no logits twice; `linear_token_logprobs` with a loss of your
+own needs four. Neither ever holds [N, V]. Leaves out the chunking itself: `rlhf_fast.ops.heads`.
+"""
+
+import torch
+from torch import Tensor
+
+from rlhf_fast import reference
+from rlhf_fast.ops.checks import FLOATS, INTEGERS, check_device, check_positive, expect
+from rlhf_fast.ops.dispatch import LIBRARY, has_kernel
+from rlhf_fast.ops.gradients import no_second_derivative, register_autograd
+from rlhf_fast.ops.heads import MEMORY_BUDGET, Head, full_precision
+from rlhf_fast.ops.logprobs import check_ids
+from rlhf_fast.results import TokenLogprobs
+
+LIBRARY.define(
+    "linear_token_logprobs(Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, float temperature, "
+    "float softcap, int memory_budget, bool with_slope) "
+    "-> (Tensor logprobs, Tensor entropy, Tensor slope)"
+)
+LIBRARY.define(
+    "linear_token_logprobs_backward(Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, "
+    "Tensor? grad_logprobs, Tensor? grad_entropy, float temperature, float softcap, int memory_budget, "
+    "bool with_hidden, bool with_weight, bool with_bias) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
+)
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    memory_budget: int | None = None,
+) -> TokenLogprobs:
+    """`token_logprobs` of logits = hidden weight^T + bias, without the [..., V] logits; both outputs differentiable.
+
+    Plain PyTorch: ``token_logprobs(hidden @ weight.t() + bias, token_ids)``, which holds the logits and, in the
+    backward pass, their gradient. This computes them twice instead, a chunk at a time. With a frozen weight and bias
+    (LoRA) it keeps d logprobs / d hidden, as large as `hidden`, and computes them once; a gradient into `entropy` then
+    costs the second time. Where the loss is one of the `linear_*_loss` functions, those are faster.
+
+    Args:
+        hidden: [..., H]; weight: [V, H], may be the tied embedding; bias: [V]. float32, bfloat16, float16 or float64.
+            Logits are float32 (float64 if an input is) whatever the inputs, and so are the sums of the gradients.
+        token_ids: [...], int64 or int32; -100 marks a masked place, which reaches no matmul: both outputs and the
+            gradient are exactly 0 there.
+        temperature, softcap: as in `token_logprobs`.
+        memory_budget: bytes of working memory beyond inputs and gradients, in which the chunks have to fit; by default
+            128 MiB on CPU, 2 GiB on CUDA. At least 32 rows of logits are held.
+
+    Returns:
+        TokenLogprobs(logprobs, entropy), [...], float32 (float64 if an input is).
+
+    Raises:
+        ValueError: wrong shapes, dtypes or devices; temperature, softcap or memory_budget <= 0; a token id outside
+            [0, V) other than -100 (on CPU).
+    """
+    budget = check_head(hidden, weight, bias, token_ids, temperature, softcap, memory_budget)
+    if not has_kernel("linear_token_logprobs", hidden):
+        return reference.linear_token_logprobs(
+            hidden, weight, token_ids, bias=bias, temperature=temperature, softcap=softcap
+        )
+    frozen = not any(wants_gradients(weight, bias))
+    logprobs, entropy, _ = torch.ops.rlhf_fast.linear_token_logprobs(
+        hidden, weight, bias, token_ids.long(), temperature, softcap or 0.0, budget,
+        frozen and wants_gradients(hidden)[0],
+    )  # fmt: skip
+    return TokenLogprobs(logprobs, entropy)
+
+
+def check_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor,
+    temperature: float,
+    softcap: float | None,
+    memory_budget: int | None,
+) -> int:
+    """The memory budget in bytes, once everything fits."""
+    for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if x is None:
+            continue
+        expect(isinstance(x, Tensor), name, "a tensor", type(x).__name__)
+        expect(x.dtype in FLOATS, name, "dtype float32, bfloat16, float16 or float64", x.dtype)
+        check_device(name, x, "hidden", hidden)
+    expect(weight.dim() == 2 and weight.shape[0] > 0, "weight", "shape [V, H] with V > 0", list(weight.shape))
+    V, H = weight.shape
+    expect(
+        hidden.dim() > 0 and hidden.shape[-1] == H,
+        "hidden",
+        f"shape [..., {H}] as weight {list(weight.shape)}",
+        list(hidden.shape),
+    )
+    if bias is not None:
+        expect(list(bias.shape) == [V], "bias", f"shape [{V}] as weight {list(weight.shape)}", list(bias.shape))
+    expect(token_ids.dtype in INTEGERS, "token_ids", "dtype int64 or int32", token_ids.dtype)
+    expected = f"shape {list(hidden.shape[:-1])} as the rows of hidden {list(hidden.shape)}"
+    expect(token_ids.shape == hidden.shape[:-1], "token_ids", expected, list(token_ids.shape))
+    check_device("token_ids", token_ids, "hidden", hidden)
+    check_positive("temperature", temperature)
+    if softcap is not None:
+        check_positive("softcap", softcap)
+    if memory_budget is not None:
+        check_positive("memory_budget", memory_budget)
+    check_ids(token_ids, V)
+    return memory_budget or MEMORY_BUDGET.get(hidden.device.type, MEMORY_BUDGET["cpu"])
+
+
+def wants_gradients(*tensors: Tensor | None) -> tuple[bool, ...]:
+    return tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors)
+
+
+@torch.library.impl(LIBRARY, "linear_token_logprobs", "CPU")
+@full_precision
+def _logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor,
+    temperature: float,
+    softcap: float,
+    memory_budget: int,
+    with_slope: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    head = Head(hidden, weight, bias, token_ids, temperature, softcap, memory_budget)
+    logprobs, entropy, slope = (
+        x.zero_()
+        for x in _logprobs_fake(hidden, weight, bias, token_ids, temperature, softcap, memory_budget, with_slope)
+    )
+    for chunk in head.chunks():
+        logprobs.view(-1)[chunk.rows], entropy.view(-1)[chunk.rows] = chunk.logprobs, chunk.entropy
+        if with_slope:
+            slope.view(-1, hidden.shape[-1])[chunk.rows] = head.slope(chunk)
+    return logprobs, entropy, slope
+
+
+@torch.library.register_fake("rlhf_fast::linear_token_logprobs", lib=LIBRARY)
+def _logprobs_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor,
+    temperature: float,
+    softcap: float,
+    memory_budget: int,
+    with_slope: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(hidden, weight, bias)
+    logprobs, entropy = (hidden.new_empty(token_ids.shape, dtype=dtype) for _ in range(2))
+    return logprobs, entropy, hidden.new_empty(hidden.shape if with_slope else 0)
+
+
+@torch.library.impl(LIBRARY, "linear_token_logprobs_backward", "CPU")
+@full_precision
+def _logprobs_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    temperature: float,
+    softcap: float,
+    memory_budget: int,
+    with_hidden: bool,
+    with_weight: bool,
+    with_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    wanted = with_hidden, with_weight, with_bias
+    head = Head(hidden, weight, bias, token_ids, temperature, softcap, memory_budget, wanted)
+    flat = [None if g is None else g.reshape(-1) for g in (grad_logprobs, grad_entropy)]
+    for chunk in head.chunks():
+        head.backward(chunk, *(None if g is None else g[chunk.rows] for g in flat))
+    return tuple(head.gradients())
+
+
+@torch.library.register_fake("rlhf_fast::linear_token_logprobs_backward", lib=LIBRARY)
+def _backward_fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Tensor | float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_gradients(hidden, weight, bias, args[-3:])
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def empty_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `Head.gradients` returns, for a fake kernel."""
+    tensors = hidden, weight, bias
+    return tuple(
+        hidden.new_empty(0) if x is None or not want else torch.empty_like(x, memory_format=torch.contiguous_format)
+        for x, want in zip(tensors, wanted, strict=True)
+    )
+
+
+def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, token_ids, *ctx.options, ctx.with_slope = inputs
+    ctx.save_for_backward(hidden, weight, bias, token_ids, output[2])
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(
+    ctx: torch.autograd.function.FunctionCtx, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: None
+) -> tuple[Tensor | None, ...]:
+    *inputs, slope = ctx.saved_tensors
+    if ctx.with_slope and grad_entropy is None:
+        return (None if grad_logprobs is None else (grad_logprobs.unsqueeze(-1) * slope).to(slope.dtype)), None, None
+    wanted = ctx.needs_input_grad[2:]
+    grads = torch.ops.rlhf_fast.linear_token_logprobs_backward(
+        *inputs, grad_logprobs, grad_entropy, *ctx.options, *wanted
+    )
+    return tuple(g if want else None for g, want in zip(grads, wanted, strict=True))
+
+
+register_autograd("linear_token_logprobs", _setup_context, _backward, differentiable=(0, 1, 2))
+no_second_derivative("linear_token_logprobs_backward")

@@ -1,0 +1,251 @@
+"""SFT, REINFORCE, PPO and DPO losses straight from hidden states, the gradient taken in the forward pass.
+
+A token's gradient needs its own row of logits and a coefficient, which each loss knows once the row's log-prob is
+known; so the chunk's gradient is made while its logits are still there, and the backward pass only scales it.
+Masked places reach no matmul. Denominators come from the mask or are passed in, never from a chunk.
+"""
+
+import torch
+from torch import Tensor
+
+from rlhf_fast import reference
+from rlhf_fast.ops import linear_ops  # noqa: F401  the operators
+from rlhf_fast.ops.checks import check_dims, check_like, check_mask, expect
+from rlhf_fast.ops.dispatch import has_kernel
+from rlhf_fast.ops.linear import check_head, compute_dtype, wants_gradients
+from rlhf_fast.ops.policy_loss import as_tensor, check_normalizer, check_ppo_options, check_tokens
+from rlhf_fast.ops.preference import check_dpo_arguments
+from rlhf_fast.reference import IGNORED_ID
+from rlhf_fast.results import LinearDPOLoss, LinearLoss, LinearPPOLoss, PPOLoss
+
+
+def linear_sft_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    normalizer: float | Tensor | None = None,
+    memory_budget: int | None = None,
+) -> LinearLoss:
+    """Negative log-likelihood of tokens from hidden states: loss = -sum of log p(token) / number of counted tokens.
+
+    Plain PyTorch: ``cross_entropy((hidden @ weight.t() + bias).float(), token_ids)``.
+
+    Args:
+        hidden, weight, token_ids, bias, temperature, softcap, memory_budget: as in `linear_token_logprobs`; gradients
+            flow to hidden, weight and bias.
+        normalizer: replaces the number of counted tokens; a 0-dim tensor may change without recompiling.
+
+    Returns:
+        LinearLoss(loss, logprobs, entropy): the loss 0-dim, the others [...], detached, 0 where masked; float32
+        (float64 if an input is).
+
+    Raises:
+        ValueError: as `linear_token_logprobs`; normalizer <= 0.
+    """
+    budget = check_head(hidden, weight, bias, token_ids, temperature, softcap, memory_budget)
+    check_normalizer(normalizer)
+    mask = token_ids != IGNORED_ID
+    if normalizer is None:
+        normalizer = mask.sum()
+    if not has_kernel("linear_sft_loss", hidden):
+        out = reference.linear_token_logprobs(
+            hidden, weight, token_ids, bias=bias, temperature=temperature, softcap=softcap
+        )
+        return LinearLoss(reference.mean_over(-out.logprobs, normalizer), *(x.detach() for x in out))
+    return _weighted(hidden, weight, bias, token_ids, -linear_ops.over(mask, normalizer), temperature, softcap, budget)
+
+
+def linear_reinforce_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    reduction: str = "token_mean",
+    normalizer: float | Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    memory_budget: int | None = None,
+) -> LinearLoss:
+    """`reinforce_loss` of `linear_token_logprobs`: REINFORCE, ReMax, RLOO from hidden states.
+
+    Args:
+        hidden: [B, T, H]; token_ids: [B, T], anything where the mask is False.
+        advantages, mask, reduction, normalizer: as in `reinforce_loss`.
+        weight, bias, temperature, softcap, memory_budget: as in `linear_token_logprobs`; gradients flow to hidden,
+            weight and bias.
+
+    Returns:
+        LinearLoss(loss, logprobs, entropy), as `linear_sft_loss`.
+
+    Raises:
+        ValueError: as `linear_token_logprobs` and `reinforce_loss`.
+    """
+    ids = _masked(token_ids, mask)
+    budget = check_head(hidden, weight, bias, ids, temperature, softcap, memory_budget)
+    check_tokens("token_ids", token_ids, advantages, mask, reduction, normalizer)
+    if not has_kernel("linear_reinforce_loss", hidden):
+        out = reference.linear_token_logprobs(hidden, weight, ids, bias=bias, temperature=temperature, softcap=softcap)
+        loss = reference.reinforce_loss(out.logprobs, advantages, mask, reduction=reduction, normalizer=normalizer)
+        return LinearLoss(loss, *(x.detach() for x in out))
+    each = advantages if advantages.dim() == 2 else advantages.unsqueeze(1)
+    weights = torch.where(mask, -each * linear_ops.token_weights(mask, reduction, normalizer), 0.0)
+    return _weighted(hidden, weight, bias, ids, weights, temperature, softcap, budget)
+
+
+def linear_ppo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip: float | tuple[float, float] = 0.2,
+    dual_clip: float | None = None,
+    ref_logprobs: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    entropy_coef: float = 0.0,
+    reduction: str = "token_mean",
+    normalizer: float | Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    memory_budget: int | None = None,
+) -> LinearPPOLoss:
+    """`ppo_loss` of `linear_token_logprobs`: PPO's clipped objective from hidden states.
+
+    Args:
+        hidden: [B, T, H]; token_ids: [B, T], anything where the mask is False.
+        old_logprobs, advantages, mask, clip, dual_clip, ref_logprobs, kl_coef, kl_estimator, entropy_coef, reduction,
+            normalizer: as in `ppo_loss`; the entropy is this policy's own.
+        weight, bias, temperature, softcap, memory_budget: as in `linear_token_logprobs`; gradients flow to hidden,
+            weight and bias.
+
+    Returns:
+        LinearPPOLoss: the fields of PPOLoss, then logprobs and token_entropy [B, T], detached, 0 where masked.
+
+    Raises:
+        ValueError: as `linear_token_logprobs` and `ppo_loss`.
+    """
+    ids = _masked(token_ids, mask)
+    budget = check_head(hidden, weight, bias, ids, temperature, softcap, memory_budget)
+    low, high = check_ppo_options(clip, dual_clip, kl_estimator, ref_logprobs, kl_coef)
+    for name, x in (("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs)):
+        if x is not None:
+            check_like(name, x, "token_ids", token_ids)
+    check_tokens("token_ids", token_ids, advantages, mask, reduction, normalizer)
+    if not has_kernel("linear_ppo_loss", hidden):
+        out = reference.linear_token_logprobs(hidden, weight, ids, bias=bias, temperature=temperature, softcap=softcap)
+        loss = reference.ppo_loss(
+            out.logprobs, old_logprobs, advantages, mask, clip=(low, high), dual_clip=dual_clip,
+            ref_logprobs=ref_logprobs, kl_coef=kl_coef, kl_estimator=kl_estimator, entropy=out.entropy,
+            entropy_coef=entropy_coef, reduction=reduction, normalizer=normalizer,
+        )  # fmt: skip
+        return LinearPPOLoss(*loss, *(x.detach() for x in out))
+    loss, stats, logprobs, entropy, _, _, _ = torch.ops.rlhf_fast.linear_ppo_loss(
+        hidden, weight, bias, ids, old_logprobs, advantages, mask, ref_logprobs, as_tensor(normalizer), low, high,
+        dual_clip or 0.0, kl_coef, kl_estimator, entropy_coef, reduction, temperature, softcap or 0.0, budget,
+        *wants_gradients(hidden, weight, bias),
+    )  # fmt: skip
+    return LinearPPOLoss(*PPOLoss.of(loss, stats), logprobs, entropy)
+
+
+def linear_dpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    ref_chosen_logps: Tensor | None,
+    ref_rejected_logps: Tensor | None,
+    *,
+    beta: float = 0.1,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    chosen_lengths: Tensor | None = None,
+    rejected_lengths: Tensor | None = None,
+    reference_free: bool = False,
+    normalizer: float | Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    memory_budget: int | None = None,
+) -> LinearDPOLoss:
+    """`dpo_loss` of the summed `linear_token_logprobs` of both answers, averaged: DPO from hidden states.
+
+    Both answers of a pair share a chunk, so that the pair's coefficient is known while its logits are there. Only a
+    pair too long for the memory budget has its logits computed twice.
+
+    Args:
+        hidden: [2B, T, H], the B chosen answers and then the B rejected ones.
+        token_ids: [2B, T], -100 where nothing counts (prompt, padding).
+        ref_chosen_logps, ref_rejected_logps, beta, loss_type, label_smoothing, chosen_lengths, rejected_lengths,
+            reference_free: as in `dpo_loss`; sigmoid_norm counts the answers' tokens itself where no lengths are given.
+        normalizer: replaces the number of pairs B.
+        weight, bias, temperature, softcap, memory_budget: as in `linear_token_logprobs`; gradients flow to hidden,
+            weight and bias.
+
+    Returns:
+        LinearDPOLoss(loss, losses, chosen_rewards, rejected_rewards, chosen_logps, rejected_logps): loss is
+        sum(losses) / B; the others [B] and detached.
+
+    Raises:
+        ValueError: as `linear_token_logprobs` and `dpo_loss`; an odd number of rows.
+    """
+    check_dims("token_ids", token_ids, "BT")
+    expect(len(token_ids) % 2 == 0, "token_ids", "an even number of rows, chosen then rejected", list(token_ids.shape))
+    budget = check_head(hidden, weight, bias, token_ids, temperature, softcap, memory_budget)
+    check_normalizer(normalizer)
+    if loss_type == "sigmoid_norm" and chosen_lengths is None:
+        chosen_lengths, rejected_lengths = (token_ids != IGNORED_ID).sum(1).chunk(2)
+    options = dict(beta=beta, loss_type=loss_type, label_smoothing=label_smoothing, reference_free=reference_free)
+    like = hidden.new_empty(len(token_ids) // 2, dtype=compute_dtype(hidden, weight, bias))
+    references, lengths = check_dpo_arguments(
+        like, like, ref_chosen_logps, ref_rejected_logps, chosen_lengths, rejected_lengths, **options
+    )
+    if not has_kernel("linear_dpo_loss", hidden):
+        out = reference.linear_token_logprobs(
+            hidden, weight, token_ids, bias=bias, temperature=temperature, softcap=softcap
+        )
+        logps = out.logprobs.sum(1).chunk(2)
+        losses, *rewards = reference.dpo_loss(
+            *logps, *references, chosen_lengths=lengths[0], rejected_lengths=lengths[1], **options
+        )
+        whole = max(len(losses), 1) if normalizer is None else normalizer
+        return LinearDPOLoss(
+            reference.mean_over(losses, whole), losses.detach(), *rewards, *(x.detach() for x in logps)
+        )
+    loss, losses, chosen_rewards, rejected_rewards, logps, _, _, _ = torch.ops.rlhf_fast.linear_dpo_loss(
+        hidden, weight, bias, token_ids.long(), *references, *lengths, as_tensor(normalizer), beta, loss_type,
+        label_smoothing, temperature, softcap or 0.0, budget, *wants_gradients(hidden, weight, bias),
+    )  # fmt: skip
+    return LinearDPOLoss(loss, losses, chosen_rewards, rejected_rewards, *logps.chunk(2))
+
+
+def _masked(token_ids: Tensor, mask: Tensor) -> Tensor:
+    check_dims("token_ids", token_ids, "BT")
+    check_mask(mask, "token_ids", token_ids)
+    return torch.where(mask, token_ids.long(), IGNORED_ID)
+
+
+def _weighted(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor,
+    weights: Tensor,
+    temperature: float,
+    softcap: float | None,
+    budget: int,
+) -> LinearLoss:
+    outputs = torch.ops.rlhf_fast.linear_weighted_loss(
+        hidden, weight, bias, token_ids.long(), weights, temperature, softcap or 0.0, budget,
+        *wants_gradients(hidden, weight, bias),
+    )  # fmt: skip
+    return LinearLoss(*outputs[:3])

@@ -1,0 +1,212 @@
+"""The operators behind `rlhf_fast.ops.linear_losses`: schema, kernel, fake kernel, autograd.
+
+Each returns its loss and, as its last outputs, the loss's gradients by hidden, weight and bias, made on the way.
+"""
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.ops.dispatch import LIBRARY
+from rlhf_fast.ops.gradients import register_consumed_gradients
+from rlhf_fast.ops.heads import Head, full_precision, loss_in_forward
+from rlhf_fast.ops.linear import compute_dtype, empty_gradients
+
+_GRADIENTS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
+_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids"
+_OPTIONS = "float temperature, float softcap, int memory_budget, bool with_hidden, bool with_weight, bool with_bias"
+LIBRARY.define(
+    f"linear_weighted_loss({_HEAD}, Tensor weights, {_OPTIONS}) "
+    f"-> (Tensor loss, Tensor logprobs, Tensor entropy, {_GRADIENTS})"
+)
+LIBRARY.define(
+    f"linear_ppo_loss({_HEAD}, Tensor old_logprobs, Tensor advantages, Tensor mask, Tensor? ref_logprobs, "
+    "Tensor? normalizer, float clip_low, float clip_high, float dual_clip, float kl_coef, str kl_estimator, "
+    f"float entropy_coef, str reduction, {_OPTIONS}) "
+    f"-> (Tensor loss, Tensor stats, Tensor logprobs, Tensor entropy, {_GRADIENTS})"
+)
+LIBRARY.define(
+    f"linear_dpo_loss({_HEAD}, Tensor? ref_chosen, Tensor? ref_rejected, Tensor? chosen_lengths, "
+    "Tensor? rejected_lengths, Tensor? normalizer, float beta, str loss_type, float label_smoothing, "
+    f"{_OPTIONS}) -> (Tensor loss, Tensor losses, Tensor chosen_rewards, Tensor rejected_rewards, Tensor logps, "
+    f"{_GRADIENTS})"
+)
+
+
+def token_weights(mask: Tensor, reduction: str, normalizer: float | Tensor | None) -> Tensor:
+    """What a reduction multiplies each token by, [B, T] float64; 0 where masked."""
+    if normalizer is None:
+        normalizer = mask.shape[0] if reduction.startswith("sequence") else mask.sum()
+    weights = over(mask, normalizer)
+    return weights / mask.sum(1, keepdim=True).clamp(min=1) if reduction == "sequence_mean" else weights
+
+
+def over(mask: Tensor, denominator: float | Tensor) -> Tensor:
+    if isinstance(denominator, Tensor):
+        denominator = denominator.double().clamp(min=torch.finfo(torch.float64).tiny)
+    return mask.double() / denominator
+
+
+def _head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, options: tuple[float | int | bool, ...]
+) -> Head:
+    temperature, softcap, memory_budget, *wanted = options
+    return Head(hidden, weight, bias, token_ids, temperature, softcap, memory_budget, tuple(wanted))
+
+
+@torch.library.impl(LIBRARY, "linear_weighted_loss", "CPU")
+@full_precision
+def _weighted(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, weights: Tensor, *options: float
+) -> tuple[Tensor, ...]:
+    """loss = sum(weights * logprobs)"""
+    head = _head(hidden, weight, bias, token_ids, options)
+    flat = weights.reshape(-1).to(head.dtype)
+    logprobs, entropy = loss_in_forward(head, None, lambda rows, *_: (flat[rows], None))
+    shape = token_ids.shape
+    return (flat * logprobs).sum(), logprobs.view(shape), entropy.view(shape), *head.gradients()
+
+
+@torch.library.register_fake("rlhf_fast::linear_weighted_loss", lib=LIBRARY)
+def _weighted_fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, weights: Tensor, *options: float
+) -> tuple[Tensor, ...]:
+    dtype = compute_dtype(hidden, weight, bias)
+    per_token = (hidden.new_empty(token_ids.shape, dtype=dtype) for _ in range(2))
+    return hidden.new_empty((), dtype=dtype), *per_token, *empty_gradients(hidden, weight, bias, options[-3:])
+
+
+register_consumed_gradients("linear_weighted_loss", {0: 3, 1: 4, 2: 5})
+
+
+@torch.library.impl(LIBRARY, "linear_ppo_loss", "CPU")
+@full_precision
+def _ppo(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    ref_logprobs: Tensor | None,
+    normalizer: Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float,
+    kl_coef: float,
+    kl_estimator: str,
+    entropy_coef: float,
+    reduction: str,
+    *options: float,
+) -> tuple[Tensor, ...]:
+    head = _head(hidden, weight, bias, token_ids, options)
+    old, A, ref = (None if x is None else x.to(head.dtype) for x in (old_logprobs, advantages, ref_logprobs))
+    A_BT = (A if A.dim() == 2 else A.unsqueeze(1)).expand_as(old)
+    flat_old, flat_A, flat_ref = (None if x is None else x.reshape(-1) for x in (old, A_BT, ref))
+    weights = token_weights(mask, reduction, normalizer).to(head.dtype).reshape(-1)
+    one = torch.ones((), dtype=torch.float64)
+
+    def coefficients(rows: Tensor, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The unweighted loss's gradient by each token's log-prob, times the token's weight."""
+        by_logprobs = torch.ops.rlhf_fast.ppo_loss(
+            logprobs[None], flat_old[rows][None], flat_A[rows][None], torch.ones_like(rows, dtype=torch.bool)[None],
+            None if ref is None else flat_ref[rows][None], None, one, clip_low, clip_high, dual_clip, kl_coef,
+            kl_estimator, 0.0, "constant", True, False,
+        )[2][0]  # fmt: skip
+        return by_logprobs * weights[rows], -entropy_coef * weights[rows] if entropy_coef else None
+
+    logprobs, entropy = (x.view(token_ids.shape) for x in loss_in_forward(head, None, coefficients))
+    loss, stats, _, _ = torch.ops.rlhf_fast.ppo_loss(
+        logprobs, old, A, mask, ref, entropy, normalizer, clip_low, clip_high, dual_clip, kl_coef, kl_estimator,
+        entropy_coef, reduction, False, False,
+    )  # fmt: skip
+    return loss, stats, logprobs, entropy, *head.gradients()
+
+
+@torch.library.register_fake("rlhf_fast::linear_ppo_loss", lib=LIBRARY)
+def _ppo_fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, *args: Tensor | float | str | None
+) -> tuple[Tensor, ...]:
+    dtype = compute_dtype(hidden, weight, bias)
+    shapes = (), (8,), token_ids.shape, token_ids.shape
+    return (
+        *(hidden.new_empty(shape, dtype=dtype) for shape in shapes),
+        *empty_gradients(hidden, weight, bias, args[-3:]),
+    )
+
+
+register_consumed_gradients("linear_ppo_loss", {0: 4, 1: 5, 2: 6})
+
+
+@torch.library.impl(LIBRARY, "linear_dpo_loss", "CPU")
+@full_precision
+def _dpo(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor,
+    ref_chosen: Tensor | None,
+    ref_rejected: Tensor | None,
+    chosen_lengths: Tensor | None,
+    rejected_lengths: Tensor | None,
+    normalizer: Tensor | None,
+    beta: float,
+    loss_type: str,
+    label_smoothing: float,
+    *options: float,
+) -> tuple[Tensor, ...]:
+    head = _head(hidden, weight, bias, token_ids, options)
+    B, T = token_ids.shape[0] // 2, token_ids.shape[1]
+    constants = [
+        None if x is None else x.to(head.dtype) for x in (ref_chosen, ref_rejected, chosen_lengths, rejected_lengths)
+    ]
+    whole = max(B, 1) if normalizer is None else float(normalizer)
+
+    def losses_of(logps_2B: Tensor, pairs: slice, with_grad: bool) -> tuple[Tensor, ...]:
+        chosen, rejected = (x[pairs] for x in logps_2B.chunk(2))
+        here = (None if x is None else x[pairs] for x in constants)
+        return torch.ops.rlhf_fast.dpo_loss(chosen, rejected, *here, beta, loss_type, label_smoothing, with_grad)
+
+    def coefficients(rows: Tensor, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, None]:
+        sequence = rows // T
+        logps_2B = logprobs.new_zeros(2 * B).index_add(0, sequence, logprobs)
+        pair = sequence % B
+        pairs = slice(int(pair.min()), int(pair.max()) + 1)
+        by_chosen, by_rejected = losses_of(logps_2B, pairs, True)[3:]
+        by_logps_2B = torch.zeros_like(logps_2B)
+        by_logps_2B[pairs], by_logps_2B[B:][pairs] = by_chosen / whole, by_rejected / whole
+        return by_logps_2B[sequence], None
+
+    logprobs, _ = loss_in_forward(head, _pair_packs(head.rows, B, T, head.chunk_rows), coefficients)
+    logps_2B = logprobs.view(2 * B, T).sum(1)
+    losses, chosen_rewards, rejected_rewards, _, _ = losses_of(logps_2B, slice(None), False)
+    return losses.sum() / whole, losses, chosen_rewards, rejected_rewards, logps_2B, *head.gradients()
+
+
+def _pair_packs(rows: Tensor, B: int, T: int, most: int) -> list[Tensor]:
+    """The rows of consecutive pairs, as many whole pairs as fit into `most` rows or one that does not."""
+    if not len(rows):
+        return []
+    pair = rows // T % B
+    rows = rows[torch.argsort(pair, stable=True)]
+    packs = [0]
+    for count in torch.bincount(pair, minlength=B).tolist():
+        if packs[-1] and packs[-1] + count > most:
+            packs.append(0)
+        packs[-1] += count
+    return list(rows.split(packs))
+
+
+@torch.library.register_fake("rlhf_fast::linear_dpo_loss", lib=LIBRARY)
+def _dpo_fake(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, *args: Tensor | float | str | None
+) -> tuple[Tensor, ...]:
+    dtype, B = compute_dtype(hidden, weight, bias), token_ids.shape[0] // 2
+    shapes = (), (B,), (B,), (B,), (2 * B,)
+    return (
+        *(hidden.new_empty(shape, dtype=dtype) for shape in shapes),
+        *empty_gradients(hidden, weight, bias, args[-3:]),
+    )
+
+
+register_consumed_gradients("linear_dpo_loss", {0: 5, 1: 6, 2: 7})
