@@ -92,6 +92,7 @@ class SFTConfig(StageConfig):
     micro_batch_size: int | None = _arg(None, "Rows per forward pass; default: the whole batch.")
     max_length: int = _arg(512, "Longest prompt + completion in tokens; longer prompts lose their left end.")
     max_prompt_length: int = _arg(256, "Longest prompt in tokens.")
+    fused_head: bool = _arg(True, "Take losses from hidden states, in chunks; false takes them from [B, T, V] logits.")
     learning_rate: float = _arg(1e-5, "Peak learning rate of AdamW (betas 0.9, 0.95; eps 1e-8).")
 
 
@@ -127,6 +128,7 @@ class OnlineConfig(StageConfig):
     max_prompt_length: int = _arg(256, "Longest prompt in tokens; longer ones lose their left end.")
     max_response_length: int = _arg(64, "Longest completion in tokens.")
     temperature: float = _arg(1.0, "Sampling temperature; also applied in every training pass.")
+    fused_head: bool = _arg(True, "Take losses from hidden states, in chunks; false takes them from [B, T, V] logits.")
     kl_coef: float = _arg(0.05, "Weight of the per-token KL penalty in the reward (k1 estimate).")
     kl_target: float | None = _arg(None, "Adapt kl_coef towards this KL per completion in nats; default: fixed.")
     missing_eos_penalty: float = _arg(0.0, "Subtracted from the score of a completion that never ends.")
@@ -195,6 +197,7 @@ class DPOConfig(StageConfig):
     epochs: int = _arg(1, "Passes over the data.")
     batch_size: int = _arg(16, "Pairs per optimizer step.")
     micro_batch_size: int | None = _arg(None, "Pairs per forward pass; default: the whole batch.")
+    fused_head: bool = _arg(True, "Take losses from hidden states, in chunks; false takes them from [B, T, V] logits.")
     max_length: int = _arg(512, "Longest prompt + completion in tokens; longer prompts lose their left end.")
     max_prompt_length: int = _arg(256, "Longest prompt in tokens.")
     eval_data: str | None = _arg(None, "Held-out prompts, sampled and scored every eval_steps.")

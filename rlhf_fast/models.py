@@ -1,4 +1,4 @@
-"""Policies, reward and value models: loading, and the three forward passes the stages need.
+"""Policies, reward and value models: loading, and the forward passes the stages need.
 
 A policy is an `AutoModelForCausalLM`. Reward and value models are `AutoModelForSequenceClassification` with one label,
 whose `score` head we apply ourselves: transformers looks for the pad id to find the last token, which is wrong as soon
@@ -28,8 +28,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-
-from rlhf_fast.ops import TokenLogprobs, token_logprobs
 
 
 class Sequences(NamedTuple):
@@ -93,28 +91,19 @@ def load_scorer(
     return _prepare(model, trainable)
 
 
-def response_logprobs(
-    model: PreTrainedModel, sequences: Sequences, *, temperature: float = 1.0, training: bool = False
-) -> TokenLogprobs:
-    """Log-probability and entropy, both [B, T] fp32, of every response token; 0 where masked.
-
-    With `training`, backward writes the gradient over the logits, which nothing else here holds.
-    """
-    logits_BTV = response_logits(model, sequences)
-    ids_BT = sequences.response_ids.masked_fill(~sequences.response_mask, -100)
-    return token_logprobs(logits_BTV, ids_BT, temperature=temperature, inplace_backward=training)
-
-
 def response_logits(model: PreTrainedModel, sequences: Sequences) -> Tensor:
     """The logits [B, T, V] that predict the response tokens; the prompt's are never computed."""
-    P, T = sequences.prompt_ids.shape[1], sequences.response_ids.shape[1]
-    if P == 0:
-        raise ValueError("prompt_ids: expected at least one prompt token to predict from, got shape [B, 0]")
-    positions = torch.arange(P - 1, P + T - 1, device=sequences.prompt_ids.device)
+    predicting = _predicting(sequences)
+    positions = torch.arange(predicting.start, predicting.stop, device=sequences.prompt_ids.device)
     inputs = _inputs(model, sequences)
     if "logits_to_keep" in _forward_parameters(type(model)):
         return model(**inputs, logits_to_keep=positions).logits
     return model(**inputs).logits[:, positions]
+
+
+def response_hidden(model: PreTrainedModel, sequences: Sequences) -> Tensor:
+    """The last hidden states [B, T, H] that predict the response tokens."""
+    return model.base_model(**_inputs(model, sequences)).last_hidden_state[:, _predicting(sequences)]
 
 
 def sequence_scores(model: PreTrainedModel, sequences: Sequences) -> Tensor:
@@ -129,9 +118,7 @@ def sequence_scores(model: PreTrainedModel, sequences: Sequences) -> Tensor:
 
 def token_values(model: PreTrainedModel, sequences: Sequences) -> Tensor:
     """V(s_t) [B, T] fp32: the score of the state before each response token (its last token is the state's end)."""
-    P, T = sequences.prompt_ids.shape[1], sequences.response_ids.shape[1]
-    hidden_BLH = model.base_model(**_inputs(model, sequences)).last_hidden_state
-    return _score(model, hidden_BLH[:, P - 1 : P + T - 1])
+    return _score(model, response_hidden(model, sequences))
 
 
 def set_score_offset(model: PreTrainedModel, offset: float) -> None:
@@ -158,6 +145,13 @@ def _existing(path: str | Path) -> str:
     if local and not Path(text).is_dir():
         raise ValueError(f"model: expected a checkpoint directory or a hub name, found no directory {text}")
     return text
+
+
+def _predicting(sequences: Sequences) -> slice:
+    P, T = sequences.prompt_ids.shape[1], sequences.response_ids.shape[1]
+    if P == 0:
+        raise ValueError("prompt_ids: expected at least one prompt token to predict from, got shape [B, 0]")
+    return slice(P - 1, P + T - 1)
 
 
 def _inputs(model: PreTrainedModel, sequences: Sequences) -> dict:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlhf_fast.config import ReMaxConfig
 from rlhf_fast.memory import Meter
-from rlhf_fast.ops import reinforce_loss, remax_returns
+from rlhf_fast.ops import remax_returns
 from rlhf_fast.stages.online import Experience, Online
 
 
@@ -59,8 +59,7 @@ def _gradient(online: Online, experience: Experience, baseline_B: Tensor) -> Ten
         gamma=config.gamma,
         variant=config.variant,
     )
-    logprobs_BT = online.training_logprobs(rollout).logprobs
-    reinforce_loss(logprobs_BT, weights_BT, rollout.response_mask, reduction="sequence_sum").backward()
+    online.objectives.reinforce(rollout.sequences, weights_BT, reduction="sequence_sum").loss.backward()
     gradient = torch.cat([p.grad.flatten() for p in online.learner.parameters])
     online.policy.zero_grad(set_to_none=True)
     return gradient

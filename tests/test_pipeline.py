@@ -145,7 +145,7 @@ def test_gradient_variance_is_the_trace_of_the_covariance(files, tiny_model, tmp
         for step in (1, 2, 3):
             e = online.collect(Meter("cpu"), step)
             weights = (e.scores - use_baseline * e.greedy_scores)[:, None]  # the policy is the reference: no KL
-            logprobs = online.training_logprobs(e.rollout).logprobs
+            logprobs = online.objectives.logprobs(e.rollout.sequences).logprobs
             (-(weights * logprobs).sum(1).mean()).backward()
             gradients.append(torch.cat([p.grad.flatten() for p in online.learner.parameters]).double())
             online.policy.zero_grad()

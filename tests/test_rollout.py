@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_models import ARCHITECTURES, random_policy, random_sequences
 
-from rlhf_fast.models import response_logprobs
+from rlhf_fast.objectives import Objectives
 from rlhf_fast.rollout import eos_token_ids, generate
 
 EOS, PAD = 1, 0
@@ -38,7 +38,7 @@ def test_decode_logprobs_equal_a_teacher_forced_pass(architecture):
     generator = torch.Generator().manual_seed(0)
     rollout = _generate(model, sequences, samples=2, temperature=0.8, generator=generator).sampled
     with torch.no_grad():
-        forced = response_logprobs(model, rollout.sequences, temperature=0.8)
+        forced = Objectives(model, temperature=0.8).logprobs(rollout.sequences)
     torch.testing.assert_close(rollout.logprobs, forced.logprobs, rtol=0, atol=2e-4)
     torch.testing.assert_close(rollout.entropy, forced.entropy, rtol=0, atol=2e-4)
 

@@ -13,6 +13,7 @@ from rlhf_fast.config import DPOConfig, PPOConfig, ReinforceConfig, ReMaxConfig,
 from rlhf_fast.data import encode_prompts, encode_sft, load_rows
 from rlhf_fast.metrics import read_metrics
 from rlhf_fast.models import load_policy, load_tokenizer
+from rlhf_fast.objectives import Objectives
 from rlhf_fast.stages import dpo, ppo, reinforce, remax, reward, rloo, sft
 from rlhf_fast.stages.online import KLController, Online
 from rlhf_fast.world import preference_rows, prompt_rows, sft_rows
@@ -145,7 +146,7 @@ def test_sft_learns_and_reports_held_out_loss(files, tiny_model, tmp_path):
     assert history[-1]["eval/loss"] < 3.2
     tokenizer = load_tokenizer(str(tmp_path))
     examples = encode_sft(load_rows(files["sft"], "sft"), tokenizer, 512, 16).examples
-    loss = sft.held_out_loss(load_policy(tmp_path), examples, 0, config)
+    loss = sft.held_out_loss(Objectives(load_policy(tmp_path)), examples, 0, config)
     assert loss == pytest.approx(history[-1]["eval/loss"], rel=1e-5)
 
 

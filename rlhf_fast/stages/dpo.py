@@ -4,27 +4,14 @@ The reference's log-probs are computed once for all pairs and reused in every ep
 dropped. Chosen and rejected answers of a pair go through the policy in one forward pass.
 """
 
-from typing import NamedTuple
-
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from rlhf_fast.config import DPOConfig
 from rlhf_fast.data import PreferenceExample, encode_preferences, load_rows, pad_id, pad_left, pad_right
 from rlhf_fast.evaluation import make_evaluator
-from rlhf_fast.models import Sequences, default_device, load_policy, load_tokenizer, response_logprobs
-from rlhf_fast.ops import dpo_loss
+from rlhf_fast.models import Sequences, default_device, load_policy, load_tokenizer
+from rlhf_fast.objectives import Objectives
 from rlhf_fast.training import Learner, Run, micro_batches, offline_batches, resume_directory
-
-
-class PairLogps(NamedTuple):
-    """Summed log-probs and token counts [B] of both answers."""
-
-    chosen: Tensor
-    rejected: Tensor
-    chosen_lengths: Tensor
-    rejected_lengths: Tensor
 
 
 def train(config: DPOConfig) -> None:
@@ -38,6 +25,7 @@ def train(config: DPOConfig) -> None:
     policy = load_policy(resume_directory(config) or config.model).to(device)
     reference = load_policy(config.reference or config.model, trainable=False).to(device)
     learner = Learner(policy, config, len(batches))
+    objectives = Objectives(policy, fused=config.fused_head)
     size = config.micro_batch_size or config.batch_size
     evaluator = make_evaluator(config, tokenizer, reference, None)
 
@@ -52,10 +40,13 @@ def train(config: DPOConfig) -> None:
     ) as run:
         run.note(rows=len(data.examples), truncated_rows=data.truncated)
         with run.meter.phase("reference"), torch.no_grad(), learner.autocast():
+            frozen = Objectives(reference, fused=config.fused_head)
             parts = [
-                pair_logps(reference, data.examples[rows], pad) for rows in micro_batches(len(data.examples), size)
+                frozen.logprobs(pair_sequences(data.examples[rows], pad, device)).logprobs.sum(dim=1).chunk(2)
+                for rows in micro_batches(len(data.examples), size)
             ]
-        ref_logps = PairLogps(*(torch.cat(column) for column in zip(*parts, strict=True)))
+            del frozen
+        ref_chosen, ref_rejected = (torch.cat(column) for column in zip(*parts, strict=True))
         if evaluator is None:
             del reference
         for step in run.steps():
@@ -65,30 +56,29 @@ def train(config: DPOConfig) -> None:
                 micro = indices[rows]
                 weight = len(micro) / len(indices)
                 with run.meter.phase("policy_update"):
+                    pairs = pair_sequences([data.examples[i] for i in micro], pad, device)
+                    chosen_lengths, rejected_lengths = pairs.response_mask.sum(dim=1).chunk(2)
                     with learner.autocast():
-                        logps = pair_logps(policy, [data.examples[i] for i in micro], pad, training=True)
-                    out = dpo_loss(
-                        logps.chosen,
-                        logps.rejected,
-                        ref_logps.chosen[micro],
-                        ref_logps.rejected[micro],
-                        beta=config.beta,
-                        loss_type=config.loss_type,
-                        label_smoothing=config.label_smoothing,
-                        chosen_lengths=logps.chosen_lengths,
-                        rejected_lengths=logps.rejected_lengths,
-                    )
-                    loss = out.losses.mean()
-                    (loss * weight).backward()
+                        out = objectives.dpo(
+                            pairs,
+                            (ref_chosen[micro], ref_rejected[micro]),
+                            len(indices),
+                            beta=config.beta,
+                            loss_type=config.loss_type,
+                            label_smoothing=config.label_smoothing,
+                            chosen_lengths=chosen_lengths,
+                            rejected_lengths=rejected_lengths,
+                        )
+                    out.loss.backward()
                 margins = out.chosen_rewards - out.rejected_rewards
                 for name, value in {
-                    "loss": loss,
+                    "loss": out.losses.mean(),
                     "rewards/chosen": out.chosen_rewards.mean(),
                     "rewards/rejected": out.rejected_rewards.mean(),
                     "rewards/margins": margins.mean(),
                     "rewards/accuracies": (margins > 0).float().mean(),
-                    "logps/chosen": logps.chosen.mean(),
-                    "logps/rejected": logps.rejected.mean(),
+                    "logps/chosen": out.chosen_logps.mean(),
+                    "logps/rejected": out.rejected_logps.mean(),
                 }.items():
                     sums[name] = sums.get(name, 0.0) + weight * value.item()
             with run.meter.phase("optimizer"):
@@ -97,11 +87,8 @@ def train(config: DPOConfig) -> None:
         run.finish()
 
 
-def pair_logps(
-    model: PreTrainedModel, batch: list[PreferenceExample], pad: int, *, training: bool = False
-) -> PairLogps:
+def pair_sequences(batch: list[PreferenceExample], pad: int, device: torch.device) -> Sequences:
+    """[2B, ...]: the prompts with their chosen answers, then again with the rejected ones."""
     prompts = pad_left([e.prompt_ids for e in batch] * 2, pad)
     responses = pad_right([e.chosen_ids for e in batch] + [e.rejected_ids for e in batch], pad)
-    sequences = Sequences(*prompts, *responses).to(model.device)
-    chosen, rejected = response_logprobs(model, sequences, training=training).logprobs.sum(dim=1).chunk(2)
-    return PairLogps(chosen, rejected, *sequences.response_mask.sum(dim=1).float().chunk(2))
+    return Sequences(*prompts, *responses).to(device)

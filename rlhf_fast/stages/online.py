@@ -15,8 +15,9 @@ from rlhf_fast.config import OnlineConfig
 from rlhf_fast.data import PromptExample, encode_prompts, epoch_batches, load_rows, pad_id, pad_left
 from rlhf_fast.evaluation import make_evaluator, prompt_columns
 from rlhf_fast.memory import Meter
-from rlhf_fast.models import default_device, load_policy, load_tokenizer, response_logprobs
-from rlhf_fast.ops import kl_penalty, reinforce_loss
+from rlhf_fast.models import default_device, load_policy, load_tokenizer
+from rlhf_fast.objectives import Objectives
+from rlhf_fast.ops import kl_penalty
 from rlhf_fast.rewards import Reward
 from rlhf_fast.rollout import Rollout, eos_token_ids, generate
 from rlhf_fast.training import Learner, Run, autocast, micro_batches, resume_directory, seed_everything
@@ -80,6 +81,10 @@ class Online:
             )
         self.policy = load_policy(resume_directory(config) or config.model).to(self.device)
         self.reference = load_policy(config.reference or config.model, trainable=False).to(self.device)
+        self.objectives, self.reference_objectives = (
+            Objectives(model, temperature=config.temperature, fused=config.fused_head)
+            for model in (self.policy, self.reference)
+        )
         self.reward = Reward(config.reward, self.tokenizer, self.device, micro_batch_size=config.micro_batch_size)
         self.evaluator = make_evaluator(config, self.tokenizer, self.reference, self.reward)
         self.updates = config.steps * updates_per_round
@@ -142,9 +147,7 @@ class Online:
             with meter.phase("reference"):
                 ref_logprobs = torch.cat(
                     [
-                        response_logprobs(
-                            self.reference, rollout.rows(rows).sequences, temperature=self.config.temperature
-                        ).logprobs
+                        self.reference_objectives.logprobs(rollout.rows(rows).sequences).logprobs
                         for rows in micro_batches(len(scores), self.config.micro_batch_size)
                     ]
                 )
@@ -161,19 +164,15 @@ class Online:
             part = rollout.rows(rows)
             with run.meter.phase("policy_update"):
                 with self.learner.autocast():
-                    logprobs = self.training_logprobs(part)
-                micro_loss = reinforce_loss(
-                    logprobs.logprobs, advantages[rows], part.response_mask, reduction=reduction, normalizer=total
-                )
-                micro_loss.backward()
-            drift = max(drift, self.check_drift(logprobs.logprobs, part))
-            loss += micro_loss.item()
+                    out = self.objectives.reinforce(
+                        part.sequences, advantages[rows], reduction=reduction, normalizer=total
+                    )
+                out.loss.backward()
+            drift = max(drift, self.check_drift(out.logprobs, part))
+            loss += out.loss.item()
         with run.meter.phase("optimizer"):
             grad_norm = self.learner.step()
         return {"loss/policy_avg": loss, "val/logprob_drift": drift, "grad_norm": grad_norm}
-
-    def training_logprobs(self, rollout: Rollout):
-        return response_logprobs(self.policy, rollout.sequences, temperature=self.config.temperature, training=True)
 
     def check_drift(self, logprobs: Tensor, rollout: Rollout) -> float:
         """Largest |training-time - decode-time| log-prob; raises past config.max_logprob_drift.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlhf_fast.config import PPOConfig
 from rlhf_fast.models import load_scorer, token_values
-from rlhf_fast.ops import gae, ppo_loss, ppo_value_loss, shape_rewards, whiten
+from rlhf_fast.ops import gae, ppo_value_loss, shape_rewards, whiten
 from rlhf_fast.rollout import Rollout
 from rlhf_fast.stages.online import Experience, Online
 from rlhf_fast.training import Learner, Run, micro_batches, resume_directory
@@ -88,18 +88,12 @@ def minibatch_update(
         share = (part.response_mask.sum() / tokens).item()
         with run.meter.phase("policy_update"):
             with online.learner.autocast():
-                new = online.training_logprobs(part)
-            policy = ppo_loss(
-                new.logprobs,
-                part.logprobs,
-                target.advantages,
-                part.response_mask,
-                clip=config.clip,
-                normalizer=tokens,
-            )
+                policy = online.objectives.ppo(
+                    part.sequences, part.logprobs, target.advantages, clip=config.clip, normalizer=tokens
+                )
             policy.loss.backward()
         if untouched:
-            drift = max(drift, online.check_drift(new.logprobs, part))
+            drift = max(drift, online.check_drift(policy.logprobs, part))
         with run.meter.phase("value_update"):
             with critic.autocast():
                 values = token_values(critic.model, part.sequences)
@@ -116,7 +110,7 @@ def minibatch_update(
         metrics["loss/value_avg"] += value.loss.item()
         metrics["policy/clipfrac_avg"] += share * policy.clip_fraction.item()
         metrics["policy/approxkl_avg"] += share * policy.approx_kl.item()
-        metrics["policy/entropy_avg"] += (new.entropy.detach().sum() / tokens).item()
+        metrics["policy/entropy_avg"] += (policy.token_entropy.sum() / tokens).item()
         metrics["val/ratio"] += share * policy.ratio_mean.item()
         metrics["val/clipfrac_avg"] += share * value.clip_fraction.item()
     with run.meter.phase("optimizer"):

@@ -5,12 +5,11 @@ The denominator is the number of trained tokens of the whole batch, so micro-bat
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from rlhf_fast.config import SFTConfig
 from rlhf_fast.data import SFTExample, encode_sft, load_rows, pad_id, pad_right
-from rlhf_fast.models import Sequences, default_device, load_policy, load_tokenizer, response_logits
-from rlhf_fast.ops import TokenLogprobs, token_logprobs
+from rlhf_fast.models import Sequences, default_device, load_policy, load_tokenizer
+from rlhf_fast.objectives import Objectives
 from rlhf_fast.training import Learner, Run, autocast, micro_batches, offline_batches, resume_directory
 
 
@@ -26,6 +25,7 @@ def train(config: SFTConfig) -> None:
     batches = offline_batches(len(data.examples), config.batch_size, config.epochs, config.seed)
     policy = load_policy(resume_directory(config) or config.model).to(device)
     learner = Learner(policy, config, len(batches))
+    objectives = Objectives(policy, fused=config.fused_head)
     pad = pad_id(tokenizer)
 
     with Run(config, "SFT", len(batches), learners={"policy": learner}, tokenizer=tokenizer, show=("loss",)) as run:
@@ -37,36 +37,35 @@ def train(config: SFTConfig) -> None:
             for rows in micro_batches(len(batch), config.micro_batch_size):
                 with run.meter.phase("policy_update"):
                     with learner.autocast():
-                        out = completion_logprobs(policy, batch[rows], pad, training=True)
-                    micro_loss = -out.logprobs.sum() / max(1, tokens)
-                    micro_loss.backward()
-                loss += micro_loss.item()
-                entropy += out.entropy.detach().sum().item() / max(1, tokens)
+                        out = objectives.sft(*completions(batch[rows], pad, device), max(1, tokens))
+                    out.loss.backward()
+                loss += out.loss.item()
+                entropy += out.entropy.sum().item() / max(1, tokens)
             with run.meter.phase("optimizer"):
                 grad_norm = learner.step()
             metrics = {"loss": loss, "entropy": entropy, "num_tokens": tokens, "grad_norm": grad_norm, "lr": learner.lr}
             if held_out and step % (len(batches) // config.epochs) == 0:
                 with run.meter.phase("evaluation"):
-                    metrics["eval/loss"] = held_out_loss(policy, held_out, pad, config)
+                    metrics["eval/loss"] = held_out_loss(objectives, held_out, pad, config)
             run.end_step(step, metrics)
         run.finish()
 
 
-def completion_logprobs(model: PreTrainedModel, batch: list[SFTExample], pad: int, *, training: bool) -> TokenLogprobs:
-    """Log-probability and entropy [B, L-1] of the trained tokens of right-padded rows; 0 elsewhere."""
-    ids, real = (x.to(model.device) for x in pad_right([e.input_ids for e in batch], pad))
-    trained = pad_right([list(map(int, e.mask)) for e in batch], 0)[0].bool().to(model.device)
+def completions(batch: list[SFTExample], pad: int, device: torch.device) -> tuple[Sequences, Tensor]:
+    """Right-padded rows and their trained tokens [B, L-1], -100 elsewhere."""
+    ids, real = (x.to(device) for x in pad_right([e.input_ids for e in batch], pad))
+    trained = pad_right([list(map(int, e.mask)) for e in batch], 0)[0].bool().to(device)
     sequences = Sequences(ids[:, :1], real[:, :1], ids[:, 1:], real[:, 1:])
-    targets = ids[:, 1:].masked_fill(~trained[:, 1:], -100)
-    return token_logprobs(response_logits(model, sequences), targets, inplace_backward=training)
+    return sequences, ids[:, 1:].masked_fill(~trained[:, 1:], -100)
 
 
 @torch.no_grad()
-def held_out_loss(model: PreTrainedModel, examples: list[SFTExample], pad: int, config: SFTConfig) -> float:
+def held_out_loss(objectives: Objectives, examples: list[SFTExample], pad: int, config: SFTConfig) -> float:
     """Mean negative log-likelihood per trained token."""
+    device = objectives.model.device
     size = config.micro_batch_size or config.batch_size
     total: Tensor | float = 0.0
-    with autocast(model.device, config.bf16):
+    with autocast(device, config.bf16):
         for rows in micro_batches(len(examples), size):
-            total = total - completion_logprobs(model, examples[rows], pad, training=False).logprobs.double().sum()
+            total = total - objectives.logprobs(*completions(examples[rows], pad, device)).logprobs.double().sum()
     return float(total) / sum(sum(e.mask[1:]) for e in examples)

@@ -1,0 +1,140 @@
+"""A policy's log-probs and losses on sequences: from its hidden states, a chunk at a time, or from its logits.
+
+Both ways give the same numbers. The first never holds [B, T, V] and is the default; it needs logits that are the output
+embedding of the last hidden state (with or without a soft cap), which is tried out once on the model at hand.
+
+Shapes: B rows, T response tokens, H hidden, V vocabulary.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlhf_fast.models import Sequences, response_hidden, response_logits
+from rlhf_fast.ops import (
+    LinearDPOLoss,
+    LinearLoss,
+    LinearPPOLoss,
+    TokenLogprobs,
+    dpo_loss,
+    linear_dpo_loss,
+    linear_ppo_loss,
+    linear_reinforce_loss,
+    linear_sft_loss,
+    linear_token_logprobs,
+    ppo_loss,
+    reinforce_loss,
+    token_logprobs,
+)
+
+
+class OutputHead(NamedTuple):
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    softcap: float | None
+
+
+class Objectives:
+    """The losses of one model.
+
+    temperature: logits are divided by it, as they were in sampling. fused: from hidden states, where `output_head`
+    finds that this is what the model computes.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, temperature: float = 1.0, fused: bool = True) -> None:
+        self.model, self.temperature = model, temperature
+        self.head = output_head(model) if fused else None
+
+    def logprobs(self, sequences: Sequences, token_ids: Tensor | None = None) -> TokenLogprobs:
+        """Log-probability and entropy [B, T] of the response tokens, or of `token_ids` (-100 = masked)."""
+        ids = _response_ids(sequences) if token_ids is None else token_ids
+        if self.head is None:
+            return token_logprobs(response_logits(self.model, sequences), ids, temperature=self.temperature)
+        return linear_token_logprobs(*self._layer(sequences), ids, **self._options())
+
+    def sft(self, sequences: Sequences, token_ids: Tensor, normalizer: float) -> LinearLoss:
+        """-sum of log p(token) / normalizer over the `token_ids` [B, T] that are not -100."""
+        if self.head is None:
+            out = self._trained_logprobs(sequences, token_ids)
+            return LinearLoss(-out.logprobs.sum() / normalizer, out.logprobs.detach(), out.entropy.detach())
+        return linear_sft_loss(*self._layer(sequences), token_ids, normalizer=normalizer, **self._options())
+
+    def reinforce(self, sequences: Sequences, advantages: Tensor, **options: Any) -> LinearLoss:
+        """`reinforce_loss` of the response tokens, with its options."""
+        if self.head is None:
+            out = self._trained_logprobs(sequences, _response_ids(sequences))
+            loss = reinforce_loss(out.logprobs, advantages, sequences.response_mask, **options)
+            return LinearLoss(loss, out.logprobs.detach(), out.entropy.detach())
+        ids, mask = sequences.response_ids, sequences.response_mask
+        return linear_reinforce_loss(*self._layer(sequences), ids, advantages, mask, **options, **self._options())
+
+    def ppo(self, sequences: Sequences, old_logprobs: Tensor, advantages: Tensor, **options: Any) -> LinearPPOLoss:
+        """`ppo_loss` of the response tokens, with its options."""
+        if self.head is None:
+            out = self._trained_logprobs(sequences, _response_ids(sequences))
+            loss = ppo_loss(
+                out.logprobs, old_logprobs, advantages, sequences.response_mask, entropy=out.entropy, **options
+            )
+            return LinearPPOLoss(*loss, out.logprobs.detach(), out.entropy.detach())
+        ids, mask = sequences.response_ids, sequences.response_mask
+        return linear_ppo_loss(
+            *self._layer(sequences), ids, old_logprobs, advantages, mask, **options, **self._options()
+        )
+
+    def dpo(
+        self, pairs: Sequences, ref_logps: tuple[Tensor, Tensor], normalizer: float, **options: Any
+    ) -> LinearDPOLoss:
+        """`dpo_loss` of B pairs, sum over B / normalizer; rows are the B chosen answers, then the B rejected ones."""
+        ids = _response_ids(pairs)
+        if self.head is None:
+            chosen, rejected = self._trained_logprobs(pairs, ids).logprobs.sum(dim=1).chunk(2)
+            out = dpo_loss(chosen, rejected, *ref_logps, **options)
+            loss = out.losses.sum() / normalizer
+            return LinearDPOLoss(loss, out.losses.detach(), *out[1:], chosen.detach(), rejected.detach())
+        return linear_dpo_loss(
+            *self._layer(pairs), ids, *ref_logps, normalizer=normalizer, **options, **self._options()
+        )
+
+    def _trained_logprobs(self, sequences: Sequences, token_ids: Tensor) -> TokenLogprobs:
+        """Backward writes the gradient over the logits, which nothing else here holds."""
+        logits_BTV = response_logits(self.model, sequences)
+        return token_logprobs(logits_BTV, token_ids, temperature=self.temperature, inplace_backward=True)
+
+    def _layer(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
+        return response_hidden(self.model, sequences), self.head.weight
+
+    def _options(self) -> dict[str, Any]:
+        return {"bias": self.head.bias, "temperature": self.temperature, "softcap": self.head.softcap}
+
+
+@torch.no_grad()
+def output_head(model: PreTrainedModel) -> OutputHead | None:
+    """The layer whose product with the last hidden state is the model's logits; None where there is no such layer.
+
+    Some architectures scale or otherwise change one or the other (Cohere, Granite, MPT), so the claim is tested on two
+    tokens rather than taken from the class.
+    """
+    layer = model.get_output_embeddings()
+    if not isinstance(layer, nn.Linear) or model.base_model is model:
+        return None
+    config = model.config.get_text_config()
+    head = OutputHead(layer.weight, layer.bias, getattr(config, "final_logit_softcapping", None))
+    ids = torch.tensor([[1, 2]], device=layer.weight.device) % layer.weight.shape[0]
+    training = model.training
+    model.eval()
+    logits = model(input_ids=ids, use_cache=False).logits.float()
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    model.train(training)
+    if hidden.shape[-1] != layer.in_features:
+        return None
+    mine = F.linear(hidden, layer.weight, layer.bias).float()
+    if head.softcap is not None:
+        mine = head.softcap * torch.tanh(mine / head.softcap)
+    return head if torch.allclose(mine, logits, rtol=1e-3, atol=1e-3) else None
+
+
+def _response_ids(sequences: Sequences) -> Tensor:
+    return sequences.response_ids.masked_fill(~sequences.response_mask, -100)
