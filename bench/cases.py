@@ -1,54 +1,19 @@
-"""What is measured: every operation beside its rivals, written as users write them, on the same tensors.
+"""What is measured: the operations on logits and log-probs beside their rivals (see `bench.case`).
 
-The functions of a case take the same tensors and return the same results in the same order, so that the eager rival
-in float64 is the truth ours is checked against. Where gradients are taken, the first result is the scalar loss.
 B sequences, T response tokens, N tokens, V vocabulary.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.case import Case, Function
+from bench.linear_cases import linear_cases
 from rlhf_fast import ops
 
-Function = Callable[..., tuple[Tensor, ...]]
-OURS, EAGER, COMPILED, UPCAST = "rlhf_fast", "eager", "torch.compile", "eager, upcast"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """One row group of the results.
-
-    differentiable: positions of the inputs whose gradient is taken; none means forward only, under no_grad.
-    traffic: for a case bound by memory, what has to be moved at least once, in units of the first input. It is moved
-    by plain torch in the same rounds, as the ceiling.
-    overwrites: ours leaves something else in its first input, which is restored, untimed, before each run.
-    """
-
-    name: str
-    shape: str
-    make_inputs: Callable[[], tuple[Tensor, ...]]
-    ours: Function
-    eager: Function
-    upcast: Function | None = None
-    compiled: bool = False
-    differentiable: tuple[int, ...] = ()
-    traffic: Literal["read", "read, copy", "read, overwrite"] | None = None
-    overwrites: bool = False
-
-    def functions(self) -> dict[str, Function]:
-        """Who takes part, ours first."""
-        functions = {OURS: self.ours, EAGER: self.eager}
-        if self.upcast:
-            functions[UPCAST] = self.upcast
-        if self.compiled:
-            functions[COMPILED] = torch.compile(self.eager, dynamic=False)
-        return functions
 
 
 def all_cases(quick: bool = False) -> list[Case]:
@@ -57,6 +22,7 @@ def all_cases(quick: bool = False) -> list[Case]:
         *_token_cases(*((64, 5003) if quick else (1024, 50257))),
         *_sequence_cases(*((16, 128) if quick else (64, 1024))),
         *_pair_cases(64),
+        *linear_cases(*((128, 32, 1009) if quick else (4096, 512, 32000))),
     ]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.cases import OURS, Case, Function
+from bench.case import OURS, Case, Function
 from rlhf_fast.memory import Meter
 
 CEILING = "ceiling"
@@ -73,7 +73,10 @@ def errors(case: Case, inputs: tuple[Tensor, ...], competitors: dict[str, Conten
         if contender.restore:
             contender.restore()
         results = contender.run()
-        error = [_error(x, true) for x, true in zip(results, truth, strict=True)]
+        expected = truth
+        if name in case.others:  # the loss and its gradients alone
+            expected = truth[:1] + truth[len(truth) - len(case.differentiable) :]
+        error = [_error(x, true) for x, true in zip(results, expected, strict=True)]
         worst[name] = max(error)
         if name == OURS:
             for i, (x, e) in enumerate(zip(results, error, strict=True)):
@@ -88,8 +91,23 @@ def _error(actual: Tensor, truth: Tensor) -> float:
     return ((actual.double() - truth).abs() / scale).max().item()
 
 
-def ceiling(case: Case, x: Tensor) -> Contender:
-    """The traffic the case cannot avoid, moved by plain torch as float32 words of memory that is already mapped."""
+def ceiling(case: Case, inputs: tuple[Tensor, ...]) -> Contender | None:
+    """What the case cannot avoid, done by plain torch: its traffic or its matmuls."""
+    if case.products:
+        return Contender(lambda: bare_products(*inputs[:2], case.products))
+    return Contender(bare_traffic(case, inputs[0])) if case.traffic else None
+
+
+@torch.no_grad()
+def bare_products(hidden: Tensor, weight: Tensor, number: int) -> None:
+    logits = hidden @ weight.t()
+    logits @ weight
+    if number > 2:
+        logits.t() @ hidden
+
+
+def bare_traffic(case: Case, x: Tensor) -> Callable[[], None]:
+    """Moves float32 words of memory that is already mapped."""
     words = x.flatten().view(torch.float32)
     other = torch.empty_like(words) if case.traffic != "read" else words
     second = {"read": None, "read, copy": lambda: other.copy_(words), "read, overwrite": lambda: other.neg_()}
@@ -102,7 +120,7 @@ def ceiling(case: Case, x: Tensor) -> Contender:
         if after:
             after()
 
-    return Contender(run)
+    return run
 
 
 def traffic_bytes(case: Case, x: Tensor) -> int:
@@ -160,7 +178,8 @@ def measure(case: Case, rounds: int, seconds: float) -> dict[str, Any]:
     inputs = case.make_inputs()
     competitors = contenders(case, inputs)
     error = errors(case, inputs, competitors)
-    turns = competitors | ({CEILING: ceiling(case, inputs[0])} if case.traffic else {})
+    most = ceiling(case, inputs)
+    turns = competitors | ({CEILING: most} if most else {})
     samples = take_turns(turns, rounds, seconds)
     return {
         "name": case.name,
@@ -169,6 +188,8 @@ def measure(case: Case, rounds: int, seconds: float) -> dict[str, Any]:
         "seconds": {name: quantiles(values) for name, values in samples.items()},
         "traffic": case.traffic,
         "traffic_bytes": traffic_bytes(case, inputs[0]) if case.traffic else None,
+        "products": case.products,
+        "flops": 2 * case.products * inputs[0].numel() * len(inputs[1]) if case.products else None,
         "input_bytes": inputs[0].nbytes,
         "temporary_bytes": {name: temporary_bytes(contender) for name, contender in competitors.items()},
         "error": error,

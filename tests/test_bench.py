@@ -17,6 +17,7 @@ def bench():
     """`bench` is not installed. The root is on the path no longer than needed: it has a folder `kernels`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT)
+        import bench.cases
         import bench.measure
         import bench.report
     return bench
@@ -43,7 +44,7 @@ class WrongGradient(torch.autograd.Function):
 )
 def test_refuses_to_time_a_kernel_that_disagrees(bench, ours, result):
     timed = []
-    case = bench.cases.Case(
+    case = bench.case.Case(
         name="square",
         shape="[3]",
         make_inputs=lambda: (torch.tensor([1.0, 2.0, 3.0]),),

@@ -1,0 +1,96 @@
+"""The fused linear heads beside the unfused layer and loss, torch's own fused cross-entropy, and the bare matmuls.
+
+N tokens, H hidden, V vocabulary. bf16 is left out on CPU, where the rivals' bf16 matmul of an untransposed matrix takes
+minutes without hardware for it; ours widens the weight a tile at a time and takes as long as fp32.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.case import Case, Function
+from rlhf_fast import ops
+
+TORCH_FUSED = "torch linear_cross_entropy"
+TORCH_CHUNK = 512
+"""Rows of a chunk: torch's default chunking is several times slower on CPU."""
+
+
+def linear_cases(n: int, hidden: int, vocabulary: int) -> list[Case]:
+    def inputs(*extra: Callable[[], Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+        def make() -> tuple[Tensor, ...]:
+            h, weight = torch.randn(n, hidden) / 2, torch.randn(vocabulary, hidden) / hidden**0.5
+            return h, weight, torch.randint(0, vocabulary, (n,)), *(each() for each in extra)
+
+        return make
+
+    def case(name: str, extra: tuple, ours: Function, eager: Function, products: int, **options: object) -> Case:
+        return Case(
+            name=f"{name} forward + backward",
+            shape=f"[{n}, {hidden}] x [{vocabulary}, {hidden}]",
+            make_inputs=inputs(*extra),
+            ours=ours,
+            eager=eager,
+            compiled=True,
+            products=products,
+            **options,
+        )
+
+    def per_token() -> Tensor:
+        return torch.randn(n)
+
+    def old_logprobs() -> Tensor:
+        return torch.randn(n) / 5 - 10.4
+
+    both = {"differentiable": (0, 1)}
+    fused = {TORCH_FUSED: torch_sft} if hasattr(F, "linear_cross_entropy") else {}
+    return [
+        case("linear_sft_loss", (), our_sft, eager_sft, 3, **both, others=fused),
+        case("linear_ppo_loss", (old_logprobs, per_token), our_ppo, eager_ppo, 3, **both),
+        case("linear_ppo_loss, frozen head,", (old_logprobs, per_token), our_ppo, eager_ppo, 2, differentiable=(0,)),
+        case("linear_token_logprobs", (per_token,), our_logprobs, eager_logprobs, 3, **both),
+    ]
+
+
+def our_sft(h: Tensor, weight: Tensor, ids: Tensor) -> tuple[Tensor]:
+    return (ops.linear_sft_loss(h, weight, ids).loss,)
+
+
+def eager_sft(h: Tensor, weight: Tensor, ids: Tensor) -> tuple[Tensor]:
+    return (F.cross_entropy(h @ weight.t(), ids),)
+
+
+def torch_sft(h: Tensor, weight: Tensor, ids: Tensor) -> tuple[Tensor]:
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=TORCH_CHUNK)
+    return (F.linear_cross_entropy(h, weight, ids, options=options),)
+
+
+def our_ppo(h: Tensor, weight: Tensor, ids: Tensor, old: Tensor, advantages: Tensor) -> tuple[Tensor, ...]:
+    mask = torch.ones_like(ids[None], dtype=torch.bool)
+    out = ops.linear_ppo_loss(h[None], weight, ids[None], old[None], advantages[None], mask)
+    return out.loss, out.logprobs[0], out.token_entropy[0]
+
+
+def eager_ppo(h: Tensor, weight: Tensor, ids: Tensor, old: Tensor, advantages: Tensor) -> tuple[Tensor, ...]:
+    logp = torch.log_softmax(h @ weight.t(), -1)
+    logprobs = logp.gather(-1, ids[:, None])[:, 0]
+    with torch.no_grad():
+        entropy = -(logp.exp() * logp).sum(-1)
+    ratio = torch.exp(logprobs - old)
+    loss = torch.max(-advantages * ratio, -advantages * torch.clamp(ratio, 0.8, 1.2)).mean()
+    return loss, logprobs.detach(), entropy
+
+
+def our_logprobs(h: Tensor, weight: Tensor, ids: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
+    logprobs, entropy = ops.linear_token_logprobs(h, weight, ids)
+    return (logprobs * upstream).mean(), logprobs.detach(), entropy.detach()
+
+
+def eager_logprobs(h: Tensor, weight: Tensor, ids: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
+    logp = torch.log_softmax(h @ weight.t(), -1)
+    logprobs = logp.gather(-1, ids[:, None])[:, 0]
+    with torch.no_grad():
+        entropy = -(logp.exp() * logp).sum(-1)
+    return (logprobs * upstream).mean(), logprobs.detach(), entropy
