@@ -60,8 +60,11 @@ def register_saved_gradients(name: str, inputs: dict[int, int]) -> None:
         ctx.set_materialize_grads(False)
 
     def backward(ctx: FunctionCtx, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return (None,) * len(saved)
+        unscaled = _is_one(upstream)
         return tuple(
-            grad * upstream if upstream is not None and needed else None
+            (grad if unscaled else grad * upstream) if needed else None
             for grad, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[2:], strict=True)
         )
 
