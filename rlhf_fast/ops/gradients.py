@@ -99,7 +99,8 @@ def register_consumed_gradients(name: str, inputs: dict[int, int]) -> None:
 
 def _is_one(upstream: Tensor) -> bool:
     """Known without waiting for a device, and while nothing is being traced."""
-    return type(upstream) is Tensor and upstream.device.type == "cpu" and upstream.item() == 1.0
+    known = type(upstream) is Tensor and upstream.dim() == 0 and upstream.device.type == "cpu"
+    return known and upstream.item() == 1.0
 
 
 def no_second_derivative(name: str) -> None:
