@@ -64,7 +64,8 @@ def linear_token_logprobs(
     temperature: float = 1.0,
     softcap: float | None = None,
 ) -> TokenLogprobs:
-    dtype = torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
+    doubles = [x for x in (hidden, weight, bias) if x is not None and x.dtype == torch.float64]
+    dtype = torch.float64 if doubles else torch.float32
     with torch.autocast(hidden.device.type, enabled=False):
         logits = F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     return token_logprobs(logits, token_ids, temperature=temperature, softcap=softcap)

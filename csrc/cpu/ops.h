@@ -8,7 +8,7 @@
 
 namespace rlhf::ISA {
 
-// Returns -1 or the first row whose token id is outside [0, V) and not -100. stats[N,2] = max of the logits (after
+// Returns -1 or the first row whose token id is outside [0, V) and not -100. stats[N,2] = shift near the max (after
 // softcap, before temperature), log of the sum of exp; the backward pass reads them.
 int64_t token_logprobs(Pointer logits, int dtype, int64_t row_stride, Pointer ids, int64_t N, int64_t V,
                        double inv_temperature, double softcap, Pointer logprobs, Pointer entropy, Pointer stats,

@@ -85,9 +85,9 @@ class Head:
         self.grad_weight = weight.new_zeros((V, H), dtype=self.dtype) if wanted[1] else None
         self.grad_bias = weight.new_zeros(V, dtype=self.dtype) if wanted[2] and bias is not None else None
 
-    def chunks(self, rows: Tensor | None = None) -> Iterator[Chunk]:
-        """The chunks of these tokens, all that count by default, forward pass done. Each overwrites the one before."""
-        for part in (self.rows if rows is None else rows).split(self.chunk_rows):
+    def chunks(self) -> Iterator[Chunk]:
+        """The chunks of the tokens that count, forward pass done. Each overwrites the one before."""
+        for part in self.rows.split(self.chunk_rows):
             yield self.forward(part)
 
     def forward(self, rows: Tensor) -> Chunk:
