@@ -40,8 +40,11 @@ inline constexpr float kLowest<float> = -127.0f;
 
 // 1.5 * 2^23: x + kRound + bias has the integer nearest to x, plus the bias, in its low mantissa bits.
 constexpr float kRound = 12582912.0f;
+constexpr float kPowerRound = kRound + 127;
+// The bits of kRound: those of n + kPowerRound differ from them in the low 8 only, for n from -127 to 128.
+constexpr uint32_t kPowerBits = 0x4b400000;
 
-// 2^n from n + kRound + 127: the exponent's bits. 0 for n = -127, infinity for n = 128.
+// 2^n from n + kPowerRound: the exponent's bits. 0 for n = -127, infinity for n = 128.
 RLHF_INLINE float power_of_2(float shifted) {
     uint32_t bits;
     memcpy(&bits, &shifted, sizeof bits);
@@ -51,12 +54,11 @@ RLHF_INLINE float power_of_2(float shifted) {
 }
 
 // (2^f - 1) / f for |f| <= 1/2: a minimax polynomial, which leaves 2^f with a relative error of 9e-8.
+constexpr float kExp2Slope[5] = {1.3264659e-3f, 9.6715660e-3f, 5.5507344e-2f, 2.4022241e-1f, 6.9314698e-1f};
 RLHF_INLINE float exp2_slope(float f) {
-    float q = 1.3264659e-3f;
-    q = q * f + 9.6715660e-3f;
-    q = q * f + 5.5507344e-2f;
-    q = q * f + 2.4022241e-1f;
-    return q * f + 6.9314698e-1f;
+    float q = kExp2Slope[0];
+    for (int j = 1; j < 5; ++j) q = q * f + kExp2Slope[j];
+    return q;
 }
 
 // 2^(d * factor) for products from kLowest to 127. As few constants as possible: a loop over it is bound by registers.
@@ -66,8 +68,8 @@ RLHF_INLINE float exp2_scaled(float d, float factor) {
     const float x = d * factor;
     return x > -126.5f ? exp2f(x) : 0;
 #else
-    constexpr float round = kRound + 127;
-    const float shifted = d * factor + round, f = d * factor + (round - shifted), power = power_of_2(shifted);
+    const float shifted = d * factor + kPowerRound, f = d * factor + (kPowerRound - shifted),
+                power = power_of_2(shifted);
     return (power * f) * exp2_slope(f) + power;
 #endif
 }

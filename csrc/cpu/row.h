@@ -3,7 +3,7 @@
 #pragma once
 #include <type_traits>
 
-#include "../math.h"
+#include "lane_sums.h"
 #ifdef __F16C__
 #include <immintrin.h>
 #endif
@@ -13,17 +13,7 @@ namespace {
 
 constexpr int64_t kBlock = 4096;       // logits: a block of floats fits in the L1 cache
 constexpr int64_t kSegment = 1 << 15;  // columns of one thread: fixed, so that threads sharing a row keep its bits
-constexpr int64_t kStretch = 1 << 14;  // columns summed under one shift
-constexpr double kHeadroom = 6;        // log2 of how far a logit's exponential may exceed 1
-constexpr int64_t kChunk = 1024;       // columns summed in the compute type; from there on in double
-constexpr int kLine = 16;              // logits whose memory is asked for at a time
-#ifdef __AVX512F__
-constexpr int kLanes = 16;  // partial sums side by side: a register of floats
-#else
-constexpr int kLanes = 8;
-#endif
-constexpr int64_t kAhead = 4096;  // bytes from the logits being read to those being fetched
-
+constexpr int64_t kGuess = 256;        // logits whose largest is the first shift
 struct bfloat16 {
     uint16_t bits;
 };
@@ -127,12 +117,6 @@ inline const Compute<In>* block(const In* from, int64_t n, double softcap, Compu
     return buffer;
 }
 
-// Asks for the line kAhead of the logits being read: the processor's own prefetching does not keep up with long loops.
-template <typename In>
-inline void fetch(const In* from) {
-    __builtin_prefetch(reinterpret_cast<const char*>(from) + kAhead);
-}
-
 template <typename T>
 inline T max_of(const T* z, int64_t n) {
     T top = T(-kInf);
@@ -141,98 +125,48 @@ inline T max_of(const T* z, int64_t n) {
     return top;
 }
 
-template <typename In>
-Compute<In> max_of_row(const In* row, int64_t n, double softcap) {
-    alignas(64) Compute<In> buffer[kChunk];
-    Compute<In> top = Compute<In>(-kInf);
-    for (int64_t i = 0; i < n; i += kChunk) {
-        const int64_t m = minimum(kChunk, n - i);
-        top = maximum(max_of(block(row + i, m, softcap, buffer), m), top);
-    }
-    return top;
-}
-
-// Sums of n logits; top is how far the largest lies above the shift. Not inlined, for then the accumulators and
-// constants stay in registers; -shift, for then the subtraction takes its logits from memory.
-template <typename In, typename T>
-__attribute__((noinline)) Softmax sums_of(const In* row, int64_t n, double softcap, T minus_shift, T factor, T& top) {
-    alignas(64) T buffer[kChunk];
-    const T lowest = kLowest<T> / factor;
-    T most[kLanes];
-    double all[kLanes] = {}, all_centred[kLanes] = {};
-    for (T& d : most) d = T(-kInf);
-    for (int64_t begin = 0; begin < n; begin += kChunk) {
-        T sum[kLanes] = {}, centred[kLanes] = {};
-        const auto add = [&](const T* z) __attribute__((always_inline)) {
-#pragma omp simd
-            for (int k = 0; k < kLanes; ++k) {
-                T d = z[k] + minus_shift;
-                most[k] = d > most[k] ? d : most[k];
-                d = lowest > d ? lowest : d;
-                const T e = exp2_scaled(d, factor);
-                sum[k] += e;
-                centred[k] += e * d;
-            }
-        };
-        const In* from = row + begin;
-        const int64_t m = minimum(kChunk, n - begin);
-        const T* z = block(from, m, softcap, buffer);
-        int64_t i = 0;
-        for (; i + kLine <= m; i += kLine) {
-            fetch(from + i);
-            for (int k = 0; k < kLine; k += kLanes) add(z + i + k);
-        }
-        for (; i < m; i += kLanes) {
-            T rest[kLanes];
-            for (int k = 0; k < kLanes; ++k) rest[k] = i + k < m ? z[i + k] : T(-kInf);
-            add(rest);
-        }
-#pragma omp simd
-        for (int k = 0; k < kLanes; ++k) {
-            all[k] += double(sum[k]);
-            all_centred[k] += double(centred[k]);
-        }
-    }
-    for (int width = kLanes / 2; width > 0; width /= 2)
-        for (int k = 0; k < width; ++k) {
-            all[k] += all[k + width];
-            all_centred[k] += all_centred[k + width];
-            most[k] = maximum(most[k + width], most[k]);
-        }
-    top = most[0];
-    return {-double(minus_shift), all[0], all_centred[0] * double(factor) / kLog2E};
-}
-
 // State of the columns [begin, end) without the target, memory read once. The shift is the largest of the first few
-// logits, which saves a search before every sum, and follows the largest of what has been read; only a stretch with a
-// logit that exceeds it by kHeadroom is summed again. It is an integer, so that z - shift rounds off nothing of the
-// large logits.
+// logits, which saves a search before every sum, and moves to the largest of a chunk whose sums show that it lies too
+// low. It is an integer, so that z - shift rounds off nothing of the large logits.
 template <typename In>
 Softmax accumulate(const In* row, int64_t begin, int64_t end, int64_t target, double inv_temperature, double softcap) {
     using T = Compute<In>;
-    const T factor = T(inv_temperature * kLog2E), headroom = T(kHeadroom) / factor;
+    alignas(64) T buffer[kChunk], rest[kLine];
+    const T factor = T(inv_temperature * kLog2E);
     Softmax state;
-    T shift = T(-kInf);
-    int64_t stretch = kStretch / 4;  // the first, whose shift is a guess
-    for (int64_t i = begin, next; i < end; i = next) {
-        next = minimum(i + stretch, end);
-        int64_t n = next - i;
-        if (target >= i && target < next) {
-            n = target - i;
-            next = target + 1;
+    LaneSums sums;
+    bool wide = sizeof(T) != sizeof(float);
+    // Without the target: beside one that leads by far nothing would be left of the others.
+    const int64_t first = target >= begin && target < begin + kGuess ? target + 1 : begin;
+    const int64_t guessed = minimum(kGuess, end - first);
+    T shift = std::ceil(max_of(block(row + first, guessed, softcap, buffer), guessed));
+    const auto add = [&](const T* z, const In* source, int64_t n) {
+        if (!wide && add_lines<false>(z, source, n, -shift, factor, sums)) return;
+        const T top = max_of(z, n);
+        if (top > shift) {
+            if (shift > T(-kInf)) state.merge(sums.total(shift, factor), inv_temperature);
+            sums = LaneSums();
+            shift = std::ceil(top);
+            if (!wide && add_lines<false>(z, source, n, -shift, factor, sums)) return;
         }
-        T top = T(kInf);
-        Softmax sums;
-        if (shift == T(-kInf)) shift = std::floor(max_of_row(row + i, minimum(kChunk, n), softcap));
-        if (shift > T(-kInf)) sums = sums_of(row + i, n, softcap, -shift, factor, top);
-        if (top > headroom) {
-            shift = std::floor(max_of_row(row + i, n, softcap));
-            sums = sums_of(row + i, n, softcap, shift > T(-kInf) ? -shift : T(0), factor, top);
+        wide = true;  // for the rest of the row: where one logit is -inf, others are
+        add_lines<true>(z, source, n, shift > T(-kInf) ? -shift : T(0), factor, sums);
+    };
+    const auto add_range = [&](int64_t from, int64_t to) {
+        for (int64_t i = from; i < to; i += kChunk) {
+            const int64_t n = minimum(kChunk, to - i), lines = n / kLine * kLine;
+            const T* z = block(row + i, n, softcap, buffer);
+            if (lines > 0) add(z, row + i, lines);
+            if (lines == n) continue;
+            for (int k = 0; k < kLine; ++k) rest[k] = lines + k < n ? z[lines + k] : shift + kLowest<T> / factor;
+            add(rest, row + i + lines, kLine);
         }
-        if (sums.sum != 0) state.merge(sums, inv_temperature);
-        if (top > 0) shift = std::floor(shift + top);
-        stretch = kStretch;
-    }
+    };
+    const bool split = target >= begin && target < end;
+    add_range(begin, split ? target : end);
+    if (split) add_range(target + 1, end);
+    const Softmax last = sums.total(shift, factor);
+    if (last.sum != 0) state.merge(last, inv_temperature);
     return state;
 }
 
