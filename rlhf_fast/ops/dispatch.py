@@ -1,18 +1,20 @@
 """Which back end runs an operation, and the library that holds the operators.
 
-`TABLE` says for each device type which operations have a kernel and which back end runs it; everything else runs
-`rlhf_fast.reference`. The environment variable RLHF_FAST_BACKEND and the context manager `backend` override the table
-(tests, bench, bug reports); an operation that the named back end lacks runs the reference.
+`TABLE` says for each device type which back end runs an operation; what is not in it runs `rlhf_fast.reference`. The
+environment variable RLHF_FAST_BACKEND and the context manager `backend` override the table (tests, bench, bug reports);
+an operation that the named back end lacks runs the reference. Under TRITON_INTERPRET=1 the Triton kernels take CPU
+tensors too.
 
 A compiled core that is missing is replaced by the reference, with one warning. One that is there but does not load
 is an error: a broken build must not pass for a slow one.
 """
 
 import contextlib
+import functools
 import importlib.util
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -32,7 +34,7 @@ else:
         stacklevel=2,
     )
 
-_CPU_OPS = (
+OPERATIONS = (
     "token_logprobs",
     "sample_tokens",
     "kl_penalty",
@@ -50,15 +52,52 @@ _CPU_OPS = (
     "ranking_loss",
     "dpo_loss",
     "linear_token_logprobs",
-    "linear_sft_loss",
-    "linear_reinforce_loss",
+    "linear_weighted_loss",
     "linear_ppo_loss",
     "linear_dpo_loss",
 )
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+GPU_BUILD = torch.version.cuda is not None or torch.version.hip is not None
+TRITON = importlib.util.find_spec("triton") is not None and (GPU_BUILD or INTERPRETED)
+CUDA = importlib.util.find_spec("rlhf_fast._cuda") is not None and torch.version.cuda is not None
+
+_ON_GPU = [op for op in OPERATIONS if op != "sample_tokens"]
 TABLE: dict[str, dict[str, str]] = {
-    "cpu": dict.fromkeys(_CPU_OPS, "cpu") if COMPILED else {},
-    "cuda": {},
+    "cpu": dict.fromkeys(OPERATIONS, "cpu") if COMPILED else {},
+    "cuda": dict.fromkeys(_ON_GPU, "triton" if TRITON else "cuda") if TRITON or CUDA else {},
 }
+KERNELS: dict[str, dict[str, Callable]] = {name: {} for name in ("cpu", "triton", "cuda")}
+"""By back end and operator, its implementation; filled by `kernel`."""
+
+
+def kernel(operator: str, *names: str) -> Callable[[Callable], Callable]:
+    """Decorator: this function runs the operator on the back ends named. It has the operator's own signature."""
+
+    def register(function: Callable) -> Callable:
+        if operator not in _chosen_at_call:
+            _chosen_at_call.add(operator)
+            for key in ("CPU", "CUDA"):
+                LIBRARY.impl(operator, functools.partial(_run, operator), key)
+        for name in names:
+            if name != "cpu" or COMPILED:
+                KERNELS[name][operator] = function
+        return function
+
+    return register
+
+
+_chosen_at_call: set[str] = set()
+
+
+def _run(operator: str, first: Tensor, *args: object) -> object:
+    device, op = first.device.type, operator.removesuffix("_").removesuffix("_backward")
+    return KERNELS[_overriding(op, device) or TABLE[device][op]][operator](first, *args)
+
+
+def _overriding(op: str, device: str) -> str | None:
+    """The back end named by the override, if it has the operation and runs on the device."""
+    on_device = _override == device or (_override == "triton" and (device == "cuda" or INTERPRETED))
+    return _override if on_device and op in KERNELS[_override] else None
 
 
 def _known(name: str | None, source: str) -> str | None:
@@ -86,8 +125,8 @@ def backend(name: str) -> Iterator[None]:
 
 def has_kernel(op: str, tensor: Tensor) -> bool:
     """Whether a kernel, not the reference, runs this operation on this tensor."""
-    chosen = TABLE.get(tensor.device.type, {}).get(op, "reference")
-    return chosen != "reference" and _override in (None, chosen)
+    device = tensor.device.type
+    return op in TABLE.get(device, {}) if _override is None else _overriding(op, device) is not None
 
 
 # What every launch of a compiled kernel needs

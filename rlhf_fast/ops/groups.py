@@ -5,7 +5,7 @@ from torch import Tensor
 
 from rlhf_fast import reference
 from rlhf_fast.ops.checks import check_dims, check_floats, expect
-from rlhf_fast.ops.dispatch import LIBRARY, _cpu, code, common_dtype, has_kernel, threads
+from rlhf_fast.ops.dispatch import LIBRARY, _cpu, code, common_dtype, has_kernel, kernel, threads
 
 LIBRARY.define("rloo_advantages(Tensor scores, int group_size) -> Tensor")
 LIBRARY.define("grpo_advantages(Tensor scores, int group_size) -> Tensor")
@@ -55,7 +55,7 @@ def _check(scores: Tensor, group_size: int) -> None:
     expect(n % group_size == 0, "group_size", f"a divisor of the number of scores, {n}", group_size)
 
 
-@torch.library.impl(LIBRARY, "rloo_advantages", "CPU")
+@kernel("rloo_advantages", "cpu")
 def _rloo_cpu(scores: Tensor, group_size: int) -> Tensor:
     scores = scores.contiguous()
     out = torch.empty_like(scores)
@@ -63,7 +63,7 @@ def _rloo_cpu(scores: Tensor, group_size: int) -> Tensor:
     return out
 
 
-@torch.library.impl(LIBRARY, "grpo_advantages", "CPU")
+@kernel("grpo_advantages", "cpu")
 def _grpo_cpu(scores: Tensor, group_size: int) -> Tensor:
     scores = scores.contiguous()
     out = torch.empty_like(scores)

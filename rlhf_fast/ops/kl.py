@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf_fast import reference
 from rlhf_fast.ops.checks import check_clip, check_dims, check_floats, check_mask, check_option, check_per_row
-from rlhf_fast.ops.dispatch import LIBRARY, _cpu, code, common_dtype, contiguous, has_kernel, pointer, threads
+from rlhf_fast.ops.dispatch import LIBRARY, _cpu, code, common_dtype, contiguous, has_kernel, kernel, pointer, threads
 from rlhf_fast.ops.gradients import register_saved_gradients
 
 ESTIMATORS = ("k1", "k2", "k3", "abs")
@@ -96,7 +96,7 @@ def shape_rewards(
     return torch.ops.rlhf_fast.shape_rewards(*tensors, mask, kl_coef, estimator, math.inf if clip is None else clip)
 
 
-@torch.library.impl(LIBRARY, "kl_penalty", "CPU")
+@kernel("kl_penalty", "cpu")
 def _kl_cpu(logprobs: Tensor, ref_logprobs: Tensor, estimator: str, with_grad: bool) -> tuple[Tensor, Tensor]:
     logprobs, ref_logprobs = contiguous(logprobs, ref_logprobs)
     kl, grad = _kl_fake(logprobs, ref_logprobs, estimator, with_grad)
@@ -115,7 +115,7 @@ def _kl_fake(logprobs: Tensor, ref_logprobs: Tensor, estimator: str, with_grad: 
 register_saved_gradients("kl_penalty", {0: 1})
 
 
-@torch.library.impl(LIBRARY, "shape_rewards", "CPU")
+@kernel("shape_rewards", "cpu")
 def _rewards_cpu(
     scores: Tensor, logprobs: Tensor, ref: Tensor, mask: Tensor, kl_coef: float, estimator: str, clip: float
 ) -> Tensor:

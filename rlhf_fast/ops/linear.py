@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf_fast import reference
 from rlhf_fast.ops.checks import FLOATS, INTEGERS, check_device, check_positive, expect
-from rlhf_fast.ops.dispatch import LIBRARY, has_kernel
+from rlhf_fast.ops.dispatch import LIBRARY, has_kernel, kernel
 from rlhf_fast.ops.gradients import no_second_derivative, register_autograd
 from rlhf_fast.ops.heads import MEMORY_BUDGET, Head, full_precision
 from rlhf_fast.ops.logprobs import check_ids
@@ -117,7 +117,7 @@ def wants_gradients(*tensors: Tensor | None) -> tuple[bool, ...]:
     return tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors)
 
 
-@torch.library.impl(LIBRARY, "linear_token_logprobs", "CPU")
+@kernel("linear_token_logprobs", "cpu", "triton", "cuda")
 @full_precision
 def _logprobs(
     hidden: Tensor,
@@ -157,7 +157,7 @@ def _logprobs_fake(
     return logprobs, entropy, hidden.new_empty(hidden.shape if with_slope else 0)
 
 
-@torch.library.impl(LIBRARY, "linear_token_logprobs_backward", "CPU")
+@kernel("linear_token_logprobs_backward", "cpu", "triton", "cuda")
 @full_precision
 def _logprobs_backward(
     hidden: Tensor,

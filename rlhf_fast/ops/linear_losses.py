@@ -51,7 +51,7 @@ def linear_sft_loss(
     mask = token_ids != IGNORED_ID
     if normalizer is None:
         normalizer = mask.sum()
-    if not has_kernel("linear_sft_loss", hidden):
+    if not has_kernel("linear_weighted_loss", hidden):
         out = reference.linear_token_logprobs(
             hidden, weight, token_ids, bias=bias, temperature=temperature, softcap=softcap
         )
@@ -90,7 +90,7 @@ def linear_reinforce_loss(
     ids = _masked(token_ids, mask)
     budget = check_head(hidden, weight, bias, ids, temperature, softcap, memory_budget)
     check_tokens("token_ids", token_ids, advantages, mask, reduction, normalizer)
-    if not has_kernel("linear_reinforce_loss", hidden):
+    if not has_kernel("linear_weighted_loss", hidden):
         out = reference.linear_token_logprobs(hidden, weight, ids, bias=bias, temperature=temperature, softcap=softcap)
         loss = reference.reinforce_loss(out.logprobs, advantages, mask, reduction=reduction, normalizer=normalizer)
         return LinearLoss(loss, *(x.detach() for x in out))

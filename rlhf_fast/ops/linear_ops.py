@@ -6,7 +6,7 @@ Each returns its loss and, as its last outputs, the loss's gradients by hidden, 
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops.dispatch import LIBRARY
+from rlhf_fast.ops.dispatch import LIBRARY, kernel
 from rlhf_fast.ops.gradients import register_consumed_gradients
 from rlhf_fast.ops.heads import Head, full_precision, loss_in_forward
 from rlhf_fast.ops.linear import compute_dtype, empty_gradients
@@ -53,7 +53,7 @@ def _head(
     return Head(hidden, weight, bias, token_ids, temperature, softcap, memory_budget, tuple(wanted))
 
 
-@torch.library.impl(LIBRARY, "linear_weighted_loss", "CPU")
+@kernel("linear_weighted_loss", "cpu", "triton", "cuda")
 @full_precision
 def _weighted(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, weights: Tensor, *options: float
@@ -78,7 +78,7 @@ def _weighted_fake(
 register_consumed_gradients("linear_weighted_loss", {0: 3, 1: 4, 2: 5})
 
 
-@torch.library.impl(LIBRARY, "linear_ppo_loss", "CPU")
+@kernel("linear_ppo_loss", "cpu", "triton", "cuda")
 @full_precision
 def _ppo(
     hidden: Tensor,
@@ -138,7 +138,7 @@ def _ppo_fake(
 register_consumed_gradients("linear_ppo_loss", {0: 4, 1: 5, 2: 6})
 
 
-@torch.library.impl(LIBRARY, "linear_dpo_loss", "CPU")
+@kernel("linear_dpo_loss", "cpu", "triton", "cuda")
 @full_precision
 def _dpo(
     hidden: Tensor,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rlhf_fast import reference
 from rlhf_fast.ops.checks import FLOATS, INTEGERS, check_device, check_positive, expect
-from rlhf_fast.ops.dispatch import LIBRARY, _cpu, code, has_kernel, statistics_dtype, threads
+from rlhf_fast.ops.dispatch import LIBRARY, _cpu, code, has_kernel, kernel, statistics_dtype, threads
 from rlhf_fast.ops.gradients import no_second_derivative, register_autograd
 from rlhf_fast.reference import IGNORED_ID
 from rlhf_fast.results import TokenLogprobs
@@ -129,7 +129,7 @@ def _rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
-@torch.library.impl(LIBRARY, "token_logprobs", "CPU")
+@kernel("token_logprobs", "cpu")
 def _forward_cpu(
     logits: Tensor, token_ids: Tensor, temperature: float, softcap: float, inplace_backward: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -194,14 +194,14 @@ def _backward_into(
         row += n
 
 
-@torch.library.impl(LIBRARY, "token_logprobs_backward", "CPU")
+@kernel("token_logprobs_backward", "cpu")
 def _backward_cpu(logits: Tensor, *args: Tensor | float | None) -> Tensor:
     grad = torch.empty(logits.shape, dtype=logits.dtype)
     _backward_into(grad, _rows_contiguous(logits), *args)
     return grad
 
 
-@torch.library.impl(LIBRARY, "token_logprobs_backward_", "CPU")
+@kernel("token_logprobs_backward_", "cpu")
 def _backward_cpu_(logits: Tensor, *args: Tensor | float | None) -> None:
     _backward_into(None, logits, *args)
     torch.autograd.graph.increment_version(logits)

@@ -17,7 +17,7 @@ from rlhf_fast.ops.checks import (
     check_positive,
     expect,
 )
-from rlhf_fast.ops.dispatch import LIBRARY, _cpu, code, common_dtype, contiguous, has_kernel, pointer, threads
+from rlhf_fast.ops.dispatch import LIBRARY, _cpu, code, common_dtype, contiguous, has_kernel, kernel, pointer, threads
 from rlhf_fast.ops.gradients import register_saved_gradients
 from rlhf_fast.ops.kl import ESTIMATORS
 from rlhf_fast.results import PPOLoss, ValueLoss
@@ -243,7 +243,7 @@ def _denominator(normalizer: Tensor | None) -> float:
     return 0.0 if normalizer is None else float(normalizer)
 
 
-@torch.library.impl(LIBRARY, "ppo_loss", "CPU")
+@kernel("ppo_loss", "cpu")
 def _ppo_cpu(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -291,7 +291,7 @@ def _ppo_fake(logprobs: Tensor, *args: Tensor | float | str | None) -> tuple[Ten
 register_saved_gradients("ppo_loss", {0: 2, 5: 3})
 
 
-@torch.library.impl(LIBRARY, "ppo_value_loss", "CPU")
+@kernel("ppo_value_loss", "cpu")
 def _value_cpu(
     values: Tensor,
     old_values: Tensor,
@@ -318,7 +318,7 @@ def _value_fake(values: Tensor, *args: Tensor | float | None) -> tuple[Tensor, T
 register_saved_gradients("ppo_value_loss", {0: 2})
 
 
-@torch.library.impl(LIBRARY, "reinforce_loss", "CPU")
+@kernel("reinforce_loss", "cpu")
 def _reinforce_cpu(
     logprobs: Tensor, advantages: Tensor, mask: Tensor, normalizer: Tensor | None, reduction: str, with_grad: bool
 ) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from rlhf_fast import reference
 from rlhf_fast.ops.checks import check_device, check_dims, check_floats, check_option, check_positive, expect
-from rlhf_fast.ops.dispatch import LIBRARY, _cpu, code, common_dtype, contiguous, has_kernel, pointer, threads
+from rlhf_fast.ops.dispatch import LIBRARY, _cpu, code, common_dtype, contiguous, has_kernel, kernel, pointer, threads
 from rlhf_fast.ops.gradients import register_saved_gradients
 from rlhf_fast.results import DPOLoss, RankingLoss, RewardLoss
 
@@ -230,7 +230,7 @@ def _check_lengths(loss_type: str, chosen_logps: Tensor, chosen: Tensor | None, 
     expect((chosen is None) == (rejected is None), "chosen_lengths", "both lengths or neither", "one of them")
 
 
-@torch.library.impl(LIBRARY, "reward_loss", "CPU")
+@kernel("reward_loss", "cpu")
 def _reward_cpu(
     chosen: Tensor, rejected: Tensor, margin: Tensor | None, center_coef: float, with_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -254,7 +254,7 @@ def _reward_fake(
 register_saved_gradients("reward_loss", {0: 2, 1: 3})
 
 
-@torch.library.impl(LIBRARY, "ranking_loss", "CPU")
+@kernel("ranking_loss", "cpu")
 def _ranking_cpu(scores: Tensor, ranks: Tensor, with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
     scores, ranks = contiguous(scores, ranks)
     _, stats, grad = _ranking_fake(scores, ranks, with_grad)
@@ -273,7 +273,7 @@ def _ranking_fake(scores: Tensor, ranks: Tensor, with_grad: bool) -> tuple[Tenso
 register_saved_gradients("ranking_loss", {0: 2})
 
 
-@torch.library.impl(LIBRARY, "dpo_loss", "CPU")
+@kernel("dpo_loss", "cpu")
 def _dpo_cpu(
     chosen: Tensor,
     rejected: Tensor,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf_fast import reference
 from rlhf_fast.ops.checks import check_clip, check_dims, check_floats, check_mask, check_option, check_per_row, expect
-from rlhf_fast.ops.dispatch import LIBRARY, _cpu, code, common_dtype, contiguous, has_kernel, threads
+from rlhf_fast.ops.dispatch import LIBRARY, _cpu, code, common_dtype, contiguous, has_kernel, kernel, threads
 from rlhf_fast.results import GAE
 
 REMAX_VARIANTS = ("official", "paper", "verl")
@@ -164,7 +164,7 @@ def _check_fraction(name: str, value: float) -> None:
     expect(0 <= value <= 1, name, "a number in [0, 1]", value)
 
 
-@torch.library.impl(LIBRARY, "gae", "CPU")
+@kernel("gae", "cpu")
 def _gae_cpu(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     rewards, values, mask = contiguous(rewards, values, mask)
     advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
@@ -180,7 +180,7 @@ def _gae_fake(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: 
     return rewards.new_empty(rewards.shape), rewards.new_empty(rewards.shape)
 
 
-@torch.library.impl(LIBRARY, "discounted_returns", "CPU")
+@kernel("discounted_returns", "cpu")
 def _discounted_cpu(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
     rewards, mask = contiguous(rewards, mask)
     out = torch.empty_like(rewards)
@@ -196,7 +196,7 @@ def _discounted_fake(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
     return rewards.new_empty(rewards.shape)
 
 
-@torch.library.impl(LIBRARY, "whiten", "CPU")
+@kernel("whiten", "cpu")
 def _whiten_cpu(x: Tensor, mask: Tensor, shift_mean: bool) -> Tensor:
     x, mask = contiguous(x, mask)
     out = torch.empty_like(x)
@@ -211,7 +211,7 @@ def _whiten_fake(x: Tensor, mask: Tensor, shift_mean: bool) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.impl(LIBRARY, "remax_returns", "CPU")
+@kernel("remax_returns", "cpu")
 def _remax_cpu(
     scores: Tensor,
     greedy_scores: Tensor,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf_fast import reference
 from rlhf_fast.ops.checks import FLOATS, check_device, check_positive, expect
-from rlhf_fast.ops.dispatch import LIBRARY, _cpu, code, has_kernel, pointer, statistics_dtype, threads
+from rlhf_fast.ops.dispatch import LIBRARY, _cpu, code, has_kernel, kernel, pointer, statistics_dtype, threads
 from rlhf_fast.results import Sample
 
 LIBRARY.define(
@@ -112,7 +112,7 @@ def _row_error(row: int) -> ValueError:
     )
 
 
-@torch.library.impl(LIBRARY, "sample_tokens", "CPU")
+@kernel("sample_tokens", "cpu")
 def _sample_cpu(
     logits: Tensor, uniforms: Tensor, greedy_mask: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
