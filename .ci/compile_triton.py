@@ -1,7 +1,8 @@
-"""Compiles every Triton kernel for sm_80 and sm_90, no GPU needed; prints registers and spills, fails on a spill.
+"""Compiles every Triton kernel for sm_80, sm_90 and sm_100 without a GPU; prints registers and spills, fails on any.
 
-A module of kernels/ lists what to compile as COMPILED: (kernel, signature, constants), the signature in Triton's
-notation ({"logits": "*bf16", "V": "i64", "BLOCK": "constexpr"}) and the values of its constexpr arguments.
+A module of kernels/ lists what to compile as COMPILED: (kernel, pointers, constants). pointers: the types, in Triton's
+notation, of those of its pointer arguments that are not *fp32; the other arguments are annotated in the kernel.
+constants: its constexpr arguments, pointers to be None, and the launch's num_warps.
 """
 
 import importlib
@@ -14,24 +15,37 @@ import tempfile
 import rlhf_fast.kernels
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
+
+
+def signature(kernel: triton.JITFunction, pointers: dict[str, str], constants: dict[str, object]) -> dict[str, str]:
+    return {
+        p.name: "constexpr" if p.name in constants else p.annotation_type or pointers.get(p.name, "*fp32")
+        for p in kernel.params
+    }
+
 
 spilled = compiled = 0
 for info in pkgutil.iter_modules(rlhf_fast.kernels.__path__):
     module = importlib.import_module(f"rlhf_fast.kernels.{info.name}")
-    for kernel, signature, constants in module.COMPILED:
-        for capability in (80, 90):
-            source = ASTSource(kernel, signature, constants)
-            ptx = triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
+    for kernel, pointers, constants in getattr(module, "COMPILED", []):
+        options = {name: constants[name] for name in ("num_warps",) if name in constants}
+        constants = {name: value for name, value in constants.items() if name not in options}
+        for capability in (80, 90, 100):
+            types = signature(kernel, pointers, constants)
+            aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types.values()) if t.startswith("*")}
+            source = ASTSource(kernel, types, constants, aligned)  # pointers as torch's allocator leaves them
+            ptx = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
             with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
                 file.write(ptx)
                 file.flush()
                 architecture = re.search(r"\.target (\w+)", ptx)[1]
-                command = [triton.knobs.nvidia.ptxas.path, "-v", f"-arch={architecture}", file.name, "-o", "/dev/null"]
+                command = [get_ptxas(capability).path, "-v", f"-arch={architecture}", file.name, "-o", "/dev/null"]
                 said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
             registers, spills = (int(re.search(p, said)[1]) for p in (r"Used (\d+) registers", r"(\d+) bytes spill"))
-            print(f"{info.name}.{kernel.__name__} sm_{capability}: {registers} registers, {spills} bytes spilled")
+            print(f"{info.name}.{kernel.__name__} {architecture}: {registers} registers, {spills} bytes spilled")
             compiled += 1
             spilled += spills > 0
 print(f"{compiled} compilations")
-sys.exit(spilled > 0)
+sys.exit(spilled > 0 or compiled == 0)

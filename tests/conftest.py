@@ -1,11 +1,17 @@
-"""A word-level tokenizer and a small Llama that speaks it."""
+"""A word-level tokenizer and a small Llama that speaks it. Without a GPU, Triton's kernels run in its interpreter."""
+
+import os
 
 import pytest
-from tiny_models import model_config
-from transformers import PreTrainedTokenizerBase
+import torch
 
-from rlhf_fast.tokenizers import init_model
-from rlhf_fast.world import build_tokenizer
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before the package is imported, which reads it
+from tiny_models import model_config  # noqa: E402
+from transformers import PreTrainedTokenizerBase  # noqa: E402
+
+from rlhf_fast.tokenizers import init_model  # noqa: E402
+from rlhf_fast.world import build_tokenizer  # noqa: E402
 
 
 @pytest.fixture(scope="session")

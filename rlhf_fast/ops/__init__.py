@@ -4,6 +4,7 @@ Every function takes tensors on any device, float32, bfloat16 or float16 (float6
 of any strides, and returns float32 statistics; masks are bool, True = counts. Errors are `ValueError`.
 """
 
+from rlhf_fast.ops import dispatch
 from rlhf_fast.ops.dispatch import backend
 from rlhf_fast.ops.groups import grpo_advantages, rloo_advantages
 from rlhf_fast.ops.kl import kl_penalty, shape_rewards
@@ -63,3 +64,6 @@ __all__ = [
     "token_logprobs",
     "whiten",
 ]
+
+if dispatch.TRITON:  # registers its implementations; elsewhere Triton's import would cost half a second for nothing
+    from rlhf_fast.ops import triton_backend as triton_backend

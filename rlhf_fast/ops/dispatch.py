@@ -61,7 +61,7 @@ GPU_BUILD = torch.version.cuda is not None or torch.version.hip is not None
 TRITON = importlib.util.find_spec("triton") is not None and (GPU_BUILD or INTERPRETED)
 CUDA = importlib.util.find_spec("rlhf_fast._cuda") is not None and torch.version.cuda is not None
 
-_ON_GPU = [op for op in OPERATIONS if op != "sample_tokens"]
+_ON_GPU = [op for op in OPERATIONS if op != "sample_tokens"]  # there the reference draws
 TABLE: dict[str, dict[str, str]] = {
     "cpu": dict.fromkeys(OPERATIONS, "cpu") if COMPILED else {},
     "cuda": dict.fromkeys(_ON_GPU, "triton" if TRITON else "cuda") if TRITON or CUDA else {},
@@ -159,6 +159,17 @@ def common_dtype(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         return tensors
     dtype = torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
     return tuple(x if x is None else x.to(dtype) for x in tensors)
+
+
+def on_device(launch: Callable) -> Callable:
+    """Decorator of a launch on a GPU: makes its first tensor's device the current one."""
+
+    @functools.wraps(launch)
+    def call(first: Tensor, *args: object) -> object:
+        with torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext():
+            return launch(first, *args)
+
+    return call
 
 
 def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -1,8 +1,13 @@
-"""Every test with the argument `kernels` runs on the reference and on the compiled CPU kernels."""
+"""Every test with the argument `kernels` runs on the reference, the compiled CPU kernels and the Triton kernels."""
+
+from collections.abc import Callable
 
 import hypothesis
+import numpy
 import pytest
 import torch
+import triton.language as tl
+import triton.runtime.interpreter
 
 import rlhf_fast.ops
 from rlhf_fast.ops import dispatch
@@ -16,8 +21,23 @@ def seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["reference", "cpu"])
-def kernels(request):
+@pytest.fixture(params=["reference", "cpu", "triton"])
+def kernels(request, monkeypatch):
     assert dispatch.COMPILED, "the tests need the compiled core: pip install -e ."
+    if request.param == "triton":
+        convert = triton.runtime.interpreter._convert_float
+        monkeypatch.setattr(triton.runtime.interpreter, "_convert_float", rounding(convert))
     with rlhf_fast.ops.backend(request.param):
         yield request.param
+
+
+def rounding(convert: Callable) -> Callable:
+    """Triton's interpreter truncates to bfloat16; compiled kernels round to nearest even, as this does."""
+
+    def call(data: numpy.ndarray, source: tl.dtype, target: tl.dtype, mode: object) -> numpy.ndarray:
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(data, source, target, mode)
+        rounded = torch.from_numpy(numpy.array(data, dtype=numpy.float32)).bfloat16()
+        return rounded.view(torch.int16).numpy().view(numpy.uint16)
+
+    return call

@@ -74,6 +74,20 @@ def test_context_manager(monkeypatch):
     assert calls == ["gae", "whiten"]
 
 
+def test_triton_has_every_kernel():
+    """All but the sampler, and operators made of others run on every back end."""
+    assert set(dispatch.KERNELS["cpu"]) - set(dispatch.KERNELS["triton"]) == {"sample_tokens"}
+
+
+def test_triton_takes_cpu_tensors_in_its_interpreter_only():
+    code = (
+        "import torch, rlhf_fast.ops as ops; from rlhf_fast.ops import dispatch\n"
+        "with ops.backend('triton'): print(dispatch.has_kernel('gae', torch.zeros(1)))"
+    )
+    assert python(code, TRITON_INTERPRET="1").stdout == "True\n"
+    assert python(code).stdout == "False\n"
+
+
 def test_unknown_backend():
     message = "backend: expected one of reference, cpu, triton, cuda, got 'gpu'"
     with pytest.raises(ValueError, match=message), rlhf_fast.ops.backend("gpu"):

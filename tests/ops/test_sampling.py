@@ -5,9 +5,16 @@ import torch
 from oracle import VALUE_TOLERANCE, error, token_truth
 
 from rlhf_fast import sample_tokens, token_logprobs
-from rlhf_fast.ops import sampling
+from rlhf_fast.ops import backend, sampling
 
 INF = math.inf
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def kernels(request):
+    """Not Triton: it has no such kernel, on a GPU the reference draws."""
+    with backend(request.param):
+        yield request.param
 
 
 def uniform(monkeypatch, *numbers):

@@ -1,0 +1,132 @@
+"""Direct preference losses per pair, their rewards and gradients, in float64. csrc/math.h has the same terms."""
+
+import triton
+import triton.language as tl
+from rlhf_fast.kernels.maths import sigmoid, softplus
+
+BLOCK = 256
+SIGMOID, ROBUST, HINGE, IPO, EXO, NCA, APO_ZERO, APO_DOWN, SIGMOID_NORM, SPPO_HARD, DISCOPOP = (
+    tl.constexpr(i) for i in range(11)
+)
+
+
+@triton.jit
+def _term(c, r, beta, eps, log_eps, log_rest, TYPE: tl.constexpr):
+    """The loss of log-ratios c and r with its derivatives by both; eps is the label smoothing."""
+    h = (c - r) * beta
+    p = sigmoid(h)
+    q = sigmoid(-h)
+    log_p = -softplus(-h)
+    log_q = -softplus(h)
+    if TYPE == IPO:
+        error = c - r - 1 / (2 * beta)
+        return error * error, 2 * error, -2 * error
+    elif TYPE == NCA:
+        a = c * beta
+        b = r * beta
+        value = softplus(-a) + (softplus(a) + softplus(b)) / 2
+        return value, (sigmoid(a) / 2 - sigmoid(-a)) * beta, sigmoid(b) / 2 * beta
+    elif TYPE == APO_ZERO:
+        a = c * beta
+        b = r * beta
+        return sigmoid(-a) + sigmoid(b), -beta * sigmoid(a) * sigmoid(-a), beta * sigmoid(b) * sigmoid(-b)
+    elif TYPE == APO_DOWN:
+        a = c * beta
+        return sigmoid(a) + q, (sigmoid(a) * sigmoid(-a) - p * q) * beta, p * q * beta
+    elif TYPE == SPPO_HARD:
+        win = c - 1 / (2 * beta)
+        lose = r + 1 / (2 * beta)
+        return win * win + lose * lose, 2 * win, 2 * lose
+    else:
+        if TYPE == ROBUST:
+            value = (log_q * eps - log_p * (1 - eps)) / (1 - 2 * eps)
+            by_h = (-q * (1 - eps) - p * eps) / (1 - 2 * eps)
+        elif TYPE == HINGE:
+            value = tl.where(h < 1, 1 - h, h - h)
+            by_h = tl.where(h < 1, -1.0, h * 0)
+        elif TYPE == EXO:
+            on_p = log_p - log_rest
+            on_q = log_q - log_eps
+            value = p * on_p + q * on_q
+            by_h = p * q * (on_p - on_q)  # d p = p q, and the logs' own derivatives cancel
+        elif TYPE == DISCOPOP:
+            mix = sigmoid(h * 20)
+            rest = sigmoid(h * -20)
+            e = tl.exp(-h)
+            value = e * mix - log_p * rest
+            by_h = mix * rest * 20 * (e + log_p) - q * rest - e * mix
+        else:
+            value = -log_p * (1 - eps) - log_q * eps
+            by_h = p * eps - q * (1 - eps)
+        return value, by_h * beta, -by_h * beta
+
+
+@triton.jit
+def _log_ratio(logps, ref, b, inside):
+    x = tl.load(logps + b, mask=inside, other=0.0).to(tl.float64)
+    if ref is not None:
+        x -= tl.load(ref + b, mask=inside, other=0.0)
+    return x
+
+
+@triton.jit
+def _length(lengths, b, inside, TYPE: tl.constexpr):
+    one = tl.full(b.shape, 1.0, tl.float64)
+    if lengths is None:
+        return one
+    elif TYPE == IPO or TYPE == SIGMOID_NORM:  # noqa: SIM109
+        return tl.maximum(tl.load(lengths + b, mask=inside, other=1.0).to(tl.float64), 1.0)
+    else:
+        return one
+
+
+@triton.jit
+def _dpo_loss(
+    chosen,
+    rejected,
+    ref_chosen,
+    ref_rejected,
+    chosen_lengths,
+    rejected_lengths,
+    losses,
+    chosen_rewards,
+    rejected_rewards,
+    grad_chosen,
+    grad_rejected,
+    B: tl.int64,
+    beta: tl.float64,
+    eps: tl.float64,
+    log_eps: tl.float64,
+    log_rest: tl.float64,
+    TYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    b = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = b < B
+    c = _log_ratio(chosen, ref_chosen, b, inside)
+    r = _log_ratio(rejected, ref_rejected, b, inside)
+    c_length = _length(chosen_lengths, b, inside, TYPE)
+    r_length = _length(rejected_lengths, b, inside, TYPE)
+    value, by_c, by_r = _term(c / c_length, r / r_length, beta, eps, log_eps, log_rest, TYPE)
+    tl.store(losses + b, value, mask=inside)
+    tl.store(chosen_rewards + b, c * beta, mask=inside)
+    tl.store(rejected_rewards + b, r * beta, mask=inside)
+    if grad_chosen is not None:
+        tl.store(grad_chosen + b, by_c / c_length, mask=inside)
+        tl.store(grad_rejected + b, by_r / r_length, mask=inside)
+
+
+def dpo_loss(
+    chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, beta, loss_type, eps, log_eps,
+    log_rest, losses, chosen_rewards, rejected_rewards, grad_chosen, grad_rejected,
+):  # fmt: skip
+    """log_eps, log_rest: log(eps), log(1 - eps), which exo_pair alone reads."""
+    B = chosen.numel()
+    if B:
+        _dpo_loss[(triton.cdiv(B, BLOCK),)](
+            chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, losses, chosen_rewards,
+            rejected_rewards, grad_chosen, grad_rejected, B, beta, eps, log_eps, log_rest, TYPE=loss_type, BLOCK=BLOCK,
+        )  # fmt: skip
+
+
+COMPILED = [(_dpo_loss, {}, {"TYPE": loss_type, "BLOCK": BLOCK}) for loss_type in range(11)]

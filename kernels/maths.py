@@ -1,0 +1,120 @@
+"""Scalar maths of the Triton kernels: what csrc/math.h is to the C++ ones, term by term.
+
+Reductions over programs end in the last program to arrive: it adds the others' partial sums in a fixed order, so that
+same inputs give same bits, and sets the ticket back to 0 for the next launch.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+MAX_LOG_RATIO = tl.constexpr(20.0)
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + e^x), its small values kept; log1p by Kahan's correction."""
+    y = tl.exp(-tl.abs(x))
+    u = 1 + y
+    return tl.maximum(x, 0.0) + tl.where(u == 1, y, tl.log(u) * (y / tl.where(u == 1, 1.0, u - 1)))
+
+
+@triton.jit
+def sigmoid(x):
+    y = tl.exp(-tl.abs(x))
+    return tl.where(x > 0, 1 / (1 + y), y / (1 + y))
+
+
+@triton.jit
+def expm1(x):
+    """In float64: the series below 1e-5 leaves 1e-15."""
+    return tl.where(tl.abs(x) < 1e-5, x * (1 + x / 2 * (1 + x / 3)), tl.exp(x) - 1)
+
+
+@triton.jit
+def tanh(x):
+    y = tl.abs(x)
+    y2 = y * y
+    p = -5.70493396e-3
+    p = p * y2 + 2.06390419e-2
+    p = p * y2 - 5.37397019e-2
+    p = p * y2 + 1.33314420e-1
+    p = p * y2 - 3.33332819e-1
+    t = tl.where((y < 0.625) & (x.dtype != tl.float64), y + y * y2 * p, 1 - 2 / (tl.exp(2 * y) + 1))
+    return tl.where(x < 0, -t, t)
+
+
+@triton.jit
+def bregman(x):
+    """e^x - 1 - x without cancellation near 0."""
+    p = 2.48416795e-5 * x + 1.99619571e-4
+    p = p * x + 1.38890401e-3
+    p = p * x + 8.33318276e-3
+    p = p * x + 4.16666643e-2
+    p = p * x + 1.66666671e-1
+    near = (p * x + 0.5) * x * x
+    if x.dtype == tl.float64:
+        near = tl.where(tl.abs(x) < 1e-3, x * x * (0.5 + x * (1.0 / 6 + x * (1.0 / 24 + x / 120))), tl.exp(x) - 1 - x)
+    return tl.where(tl.abs(x) < 0.5, near, tl.exp(x) - 1 - x)
+
+
+@triton.jit
+def kl_term(d, ESTIMATOR: tl.constexpr):
+    """KL estimate and its derivative by logp, from d = logp - ref_logp; ESTIMATOR counts k1, k2, k3, abs."""
+    if ESTIMATOR == 0:
+        return d, tl.full(d.shape, 1.0, d.dtype)
+    elif ESTIMATOR == 1:
+        return d * d / 2, d
+    elif ESTIMATOR == 2:
+        k3 = bregman(-d)
+        return k3, d - k3
+    else:
+        return tl.abs(d), tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, d * 0))
+
+
+@triton.jit
+def number(x, F: tl.constexpr):
+    """An option, passed in float64, in the dtype of the arithmetic: mixed with it as it is, all would be float64."""
+    return tl.full([], x, F)
+
+
+@triton.jit
+def clamp(x, low, high):
+    """Keeps NaN."""
+    return tl.where(x < low, low, tl.where(x > high, high, x))
+
+
+@triton.jit
+def count_true(mask, n, BLOCK: tl.constexpr):
+    columns = tl.arange(0, BLOCK)
+    count = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, n, BLOCK):
+        count += tl.load(mask + start + columns, mask=start + columns < n, other=0).to(tl.int32)
+    return tl.sum(count.to(tl.int64)).to(tl.float64)
+
+
+@triton.jit
+def count_into(mask, n: tl.int64, total, BLOCK: tl.constexpr):
+    """Adds the True places of one block to the integer `total`; for masks too long for every program to count."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.atomic_add(total, tl.sum(tl.load(mask + at, mask=at < n, other=0).to(tl.int32)), sem="relaxed")
+
+
+@triton.jit
+def is_last(ticket):
+    """Whether this program is the last of the launch to get here."""
+    tl.debug_barrier()  # every thread's partial sums are on their way before the ticket is drawn
+    last = tl.atomic_add(ticket, 1, sem="acq_rel") == tl.num_programs(0) - 1
+    if last:
+        tl.store(ticket, 0)
+    return last
+
+
+@triton.jit
+def sum_partials(partial, n, BLOCK: tl.constexpr):
+    """Sum of n float64 values other programs of this launch have written, past the L1 cache."""
+    columns = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float64)
+    for start in range(0, n, BLOCK):
+        total += tl.load(partial + start + columns, mask=start + columns < n, other=0.0, cache_modifier=".cg")
+    return tl.sum(total)

@@ -1,0 +1,287 @@
+"""Losses of policy and value function, value, gradient and statistics in one launch.
+
+A loss's weight per token needs the number of True tokens. Every program counts a short mask for itself; a long one
+(COUNTED_BY_ALL) is counted by a launch before. Sums in float64, combined by the last program to arrive.
+"""
+
+import triton
+import triton.language as tl
+from rlhf_fast.kernels.maths import (
+    MAX_LOG_RATIO,
+    bregman,
+    clamp,
+    count_into,
+    count_true,
+    is_last,
+    kl_term,
+    number,
+    sum_partials,
+)
+
+BLOCK = 1024
+WARPS = 8
+COUNTED_BY_ALL = 1 << 18
+PARTIALS = 8  # sums a row leaves: policy, kl, entropy, clipped, approx_kl, ratio, largest ratio, tokens
+
+
+def _count(mask, tickets):
+    """None, or where the number of True tokens is: behind the ticket, 0 before the launch."""
+    n = mask.numel()
+    if n <= COUNTED_BY_ALL:
+        return None
+    total = tickets[1:]
+    total.zero_()
+    count_into[(triton.cdiv(n, BLOCK),)](mask, n, total, BLOCK=BLOCK, num_warps=WARPS)
+    return total
+
+
+@triton.jit
+def _weight(mask, row, T, n, total, normalizer, rows, REDUCTION: tl.constexpr, BLOCK: tl.constexpr):
+    """Of each True token of the row; the row's number of them. REDUCTION: token_mean, sequence_mean, sequence_sum,
+    constant."""
+    row_count = count_true(mask + row * T, T, BLOCK)
+    if normalizer is not None:
+        whole = tl.load(normalizer).to(tl.float64)
+    elif REDUCTION != 0:
+        whole = rows.to(tl.float64)
+    elif total is not None:
+        whole = tl.load(total).to(tl.float64)
+    else:
+        whole = count_true(mask, n, BLOCK)
+    if REDUCTION == 1:
+        whole *= tl.maximum(row_count, 1.0)
+    return tl.where((whole == 0) | (row_count == 0), 0.0, 1 / tl.where(whole == 0, 1.0, whole)), row_count
+
+
+@triton.jit
+def _ppo_loss(
+    logprobs,
+    old_logprobs,
+    advantages,
+    mask,
+    ref,
+    entropy,
+    normalizer,
+    grad_logprobs,
+    grad_entropy,
+    loss,
+    stats,
+    partial,
+    ticket,
+    total,
+    B: tl.int64,
+    T: tl.int64,
+    low: tl.float64,
+    high: tl.float64,
+    dual_clip: tl.float64,
+    kl_coef: tl.float64,
+    entropy_coef: tl.float64,
+    PER_TOKEN: tl.constexpr,
+    ESTIMATOR: tl.constexpr,
+    REDUCTION: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    F: tl.constexpr = logprobs.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    weight, count = _weight(mask, row, T, B * T, total, normalizer, B, REDUCTION, BLOCK)
+    token_weight = number(weight, F)
+    policy_sum = tl.zeros([BLOCK], tl.float64)
+    kl_sum = tl.zeros([BLOCK], tl.float64)
+    entropy_sum = tl.zeros([BLOCK], tl.float64)
+    clipped_sum = tl.zeros([BLOCK], tl.float64)
+    approx_kl_sum = tl.zeros([BLOCK], tl.float64)
+    ratio_sum = tl.zeros([BLOCK], tl.float64)
+    ratio_max = tl.full([BLOCK], float("-inf"), tl.float64)
+    for start in range(0, T, BLOCK):
+        t = start + columns
+        inside = t < T
+        at = row * T + t
+        on = tl.load(mask + at, mask=inside, other=0)
+        logp = tl.load(logprobs + at, mask=on, other=0.0)
+        log_ratio = logp - tl.load(old_logprobs + at, mask=on, other=0.0)
+        a = tl.load(advantages + (at if PER_TOKEN else row + columns * 0), mask=on, other=0.0)
+        x = clamp(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+        ratio = tl.exp(x)
+        free = -a * ratio
+        bounded = -a * clamp(ratio, 1 - number(low, F), 1 + number(high, F))
+        value = tl.where(free > bounded, free, bounded)
+        slope = tl.where(bounded > free, 0.0, free)
+        bound = tl.where(a < 0, -a * number(dual_clip, F), float("inf"))
+        slope = tl.where(value < bound, slope, tl.where(value > bound, 0.0, slope / 2))
+        slope = tl.where((log_ratio < -MAX_LOG_RATIO) | (log_ratio > MAX_LOG_RATIO), 0.0, slope)
+        policy_sum += tl.where(on, tl.where(value > bound, bound, value), 0.0)
+        clipped_sum += tl.where(on & (bounded > free), 1.0, 0.0)
+        approx_kl_sum += tl.where(on, bregman(x), 0.0)
+        ratio_sum += tl.where(on, ratio, 0.0)
+        ratio_max = tl.where(on & (ratio > ratio_max), ratio, ratio_max)
+        gradient = slope * token_weight
+        if ref is not None:
+            d = logp - tl.load(ref + at, mask=on, other=0.0)
+            clamped = clamp(d, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+            kl, by_logp = kl_term(clamped, ESTIMATOR)
+            kl_sum += tl.where(on, kl, 0.0)
+            gradient += tl.where(clamped == d, by_logp * (token_weight * number(kl_coef, F)), 0.0)
+        if entropy is not None:
+            entropy_sum += tl.load(entropy + at, mask=on, other=0.0)
+        if grad_logprobs is not None:
+            tl.store(grad_logprobs + at, tl.where(on, gradient, 0.0), mask=inside)
+        if grad_entropy is not None:
+            tl.store(grad_entropy + at, tl.where(on, -number(entropy_coef, F) * token_weight, 0.0), mask=inside)
+    tl.store(partial + row, tl.sum(policy_sum) * weight)
+    tl.store(partial + B + row, tl.sum(kl_sum) * weight)
+    tl.store(partial + 2 * B + row, tl.sum(entropy_sum) * weight)
+    tl.store(partial + 3 * B + row, tl.sum(clipped_sum))
+    tl.store(partial + 4 * B + row, tl.sum(approx_kl_sum))
+    tl.store(partial + 5 * B + row, tl.sum(ratio_sum))
+    tl.store(partial + 6 * B + row, tl.max(ratio_max))
+    tl.store(partial + 7 * B + row, count)
+    if is_last(ticket):
+        policy = sum_partials(partial, B, BLOCK)
+        kl_loss = sum_partials(partial + B, B, BLOCK)
+        entropy_bonus = sum_partials(partial + 2 * B, B, BLOCK)
+        tokens = sum_partials(partial + 7 * B, B, BLOCK)
+        divisor = tl.maximum(tokens, 1.0)
+        largest = tl.full([BLOCK], float("-inf"), tl.float64)
+        for start in range(0, B, BLOCK):
+            inside = start + columns < B
+            of_row = tl.load(partial + 6 * B + start + columns, mask=inside, other=float("-inf"), cache_modifier=".cg")
+            largest = tl.maximum(largest, of_row)
+        result = policy + kl_coef * kl_loss - entropy_coef * entropy_bonus
+        tl.store(loss, result)
+        tl.store(stats, result)
+        tl.store(stats + 1, policy)
+        tl.store(stats + 2, sum_partials(partial + 3 * B, B, BLOCK) / divisor)
+        tl.store(stats + 3, sum_partials(partial + 4 * B, B, BLOCK) / divisor)
+        tl.store(stats + 4, sum_partials(partial + 5 * B, B, BLOCK) / divisor)
+        tl.store(stats + 5, tl.where(tokens > 0, tl.max(largest), 0.0))
+        tl.store(stats + 6, kl_loss)
+        tl.store(stats + 7, entropy_bonus)
+
+
+def ppo_loss(
+    logprobs, old_logprobs, advantages, mask, ref, entropy, normalizer, low, high, dual_clip, kl_coef, estimator,
+    entropy_coef, reduction, grad_logprobs, grad_entropy, loss, stats, partial, tickets,
+):  # fmt: skip
+    """partial: [8, B] float64; B > 0."""
+    B, T = logprobs.shape
+    _ppo_loss[(B,)](
+        logprobs, old_logprobs, advantages, mask, ref, entropy, normalizer, grad_logprobs, grad_entropy, loss, stats,
+        partial, tickets, _count(mask, tickets) if reduction == 0 and normalizer is None else None, B, T, low, high,
+        dual_clip, kl_coef, entropy_coef, PER_TOKEN=advantages.dim() == 2, ESTIMATOR=estimator, REDUCTION=reduction,
+        BLOCK=BLOCK, num_warps=WARPS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _reinforce_loss(
+    logprobs,
+    advantages,
+    mask,
+    normalizer,
+    grad,
+    loss,
+    partial,
+    ticket,
+    total,
+    B: tl.int64,
+    T: tl.int64,
+    PER_TOKEN: tl.constexpr,
+    REDUCTION: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    weight, _ = _weight(mask, row, T, B * T, total, normalizer, B, REDUCTION, BLOCK)
+    row_sum = tl.zeros([BLOCK], tl.float64)
+    for start in range(0, T, BLOCK):
+        t = start + columns
+        at = row * T + t
+        on = tl.load(mask + at, mask=t < T, other=0)
+        logp = tl.load(logprobs + at, mask=on, other=0.0).to(tl.float64)
+        a = tl.load(advantages + (at if PER_TOKEN else row + columns * 0), mask=on, other=0.0).to(tl.float64)
+        row_sum += tl.where(on, -a * logp, 0.0)
+        if grad is not None:
+            tl.store(grad + at, tl.where(on, -a * weight, 0.0), mask=t < T)
+    tl.store(partial + row, tl.sum(row_sum) * weight)
+    if is_last(ticket):
+        tl.store(loss, sum_partials(partial, B, BLOCK))
+
+
+def reinforce_loss(logprobs, advantages, mask, normalizer, reduction, grad, loss, partial, tickets):
+    """partial: [B] float64; B > 0."""
+    B, T = logprobs.shape
+    _reinforce_loss[(B,)](
+        logprobs, advantages, mask, normalizer, grad, loss, partial, tickets,
+        _count(mask, tickets) if reduction == 0 and normalizer is None else None, B, T,
+        PER_TOKEN=advantages.dim() == 2, REDUCTION=reduction, BLOCK=BLOCK, num_warps=WARPS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _ppo_value_loss(
+    values,
+    old_values,
+    returns,
+    mask,
+    normalizer,
+    grad,
+    loss,
+    stats,
+    partial,
+    ticket,
+    total,
+    n: tl.int64,
+    clip: tl.float64,
+    BLOCK: tl.constexpr,
+):
+    block = tl.program_id(0).to(tl.int64)
+    blocks = tl.num_programs(0)
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    inside = at < n
+    tokens = tl.load(total).to(tl.float64) if total is not None else count_true(mask, n, BLOCK)
+    whole = tl.load(normalizer).to(tl.float64) if normalizer is not None else tokens
+    weight = tl.where((whole == 0) | (tokens == 0), 0.0, 1 / tl.where(whole == 0, 1.0, whole))
+    on = tl.load(mask + at, mask=inside, other=0)
+    value = tl.load(values + at, mask=on, other=0.0)
+    old = tl.load(old_values + at, mask=on, other=0.0)
+    target = tl.load(returns + at, mask=on, other=0.0)
+    near = clamp(value, old - number(clip, value.dtype), old + number(clip, value.dtype))
+    free = (value - target) * (value - target)
+    bounded = (near - target) * (near - target)
+    by_free = value - target
+    by_bounded = tl.where(near == value, by_free, 0.0)
+    slope = tl.where(free > bounded, by_free, tl.where(bounded > free, by_bounded, (by_free + by_bounded) / 2))
+    if grad is not None:
+        tl.store(grad + at, tl.where(on, slope * number(weight, value.dtype), 0.0), mask=inside)
+    larger = tl.where(free > bounded, free, bounded).to(tl.float64)
+    tl.store(partial + block, tl.sum(tl.where(on, larger / 2, 0.0)) * weight)
+    tl.store(partial + blocks + block, tl.sum(tl.where(on & (bounded > free), 1.0, 0.0).to(tl.float64)))
+    if is_last(ticket):
+        result = sum_partials(partial, blocks, BLOCK)
+        tl.store(loss, result)
+        tl.store(stats, result)
+        tl.store(stats + 1, sum_partials(partial + blocks, blocks, BLOCK) / tl.maximum(tokens, 1.0))
+
+
+def ppo_value_loss(values, old_values, returns, mask, normalizer, clip, grad, loss, stats, partial, tickets):
+    """partial: [2, n / BLOCK] float64; n > 0."""
+    n = values.numel()
+    _ppo_value_loss[(triton.cdiv(n, BLOCK),)](
+        values, old_values, returns, mask, normalizer, grad, loss, stats, partial, tickets, _count(mask, tickets), n,
+        clip, BLOCK=BLOCK, num_warps=WARPS,
+    )  # fmt: skip
+
+
+_TYPES = {"mask": "*i1", "partial": "*fp64", "normalizer": "*fp64", "ticket": "*i32", "total": "*i32"}
+COMPILED = [
+    (count_into, {"mask": "*i1", "total": "*i32"}, {"BLOCK": BLOCK, "num_warps": WARPS}),
+    (_ppo_loss, _TYPES, {"PER_TOKEN": True, "ESTIMATOR": 2, "REDUCTION": 0, "BLOCK": BLOCK, "num_warps": WARPS}),
+    (
+        _ppo_loss,
+        _TYPES,
+        {"PER_TOKEN": False, "ESTIMATOR": 0, "REDUCTION": 1, "BLOCK": BLOCK, "num_warps": WARPS, "total": None},
+    ),
+    (_reinforce_loss, _TYPES, {"PER_TOKEN": True, "REDUCTION": 2, "BLOCK": BLOCK, "num_warps": WARPS}),
+    (_ppo_value_loss, _TYPES, {"BLOCK": BLOCK, "num_warps": WARPS}),
+]

@@ -1,0 +1,297 @@
+"""log p(token) and entropy of softmax(logits / temperature): forward in one read of the logits, backward in one read
+and write.
+
+A lane keeps its own running maximum m and, over x = (z - m) / temperature, sums of e^x and x e^x, recentred when m
+moves: no program-wide reduction before the end of the row. The target is left out of the sums, so that a target far
+ahead keeps its log-probability's digits. Few rows are split over several programs, the last of which merges their
+states. Rows start wherever an odd V leaves them: columns are counted from the 16-byte boundary before the row, so that
+all but its first and last tile are read unmasked, 16 bytes at a time.
+"""
+
+import triton
+import triton.language as tl
+from rlhf_fast.kernels.maths import LOG2E, expm1, is_last, number, softplus, tanh
+
+ROWS = 4  # of a tile, which one lane holds: a lane's maximum moves at most once per tile
+COLUMNS = 1024
+BLOCK = 2048  # of the backward pass
+WARPS = 4
+MOST_SPLITS = 64
+
+
+@triton.jit
+def _aligned(offset, ALIGN: tl.constexpr):
+    """The last multiple of ALIGN not after the offset, and the compiler's knowledge of it."""
+    return tl.multiple_of(offset // ALIGN * ALIGN, ALIGN)
+
+
+@triton.jit
+def _capped(z, softcap, SOFTCAP: tl.constexpr):
+    return tanh(z / softcap) * softcap if SOFTCAP else z
+
+
+@triton.jit
+def _bounded(x):
+    """2^x is 0 at the bound: 0 * -inf would be NaN. Keeps NaN."""
+    if x.dtype == tl.float64:
+        return tl.where(x < -1100.0, -1100.0, x)
+    else:
+        return tl.where(x < -150.0, -150.0, x)
+
+
+@triton.jit
+def _add(z, m, s, a, scale):
+    """States [COLUMNS] after a tile of logits [ROWS, COLUMNS]; scale: log2(e) / temperature."""
+    top = tl.maximum(m, tl.max(z, 0))
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    moved = (m - shift) * scale
+    e = tl.exp2(moved)
+    a = tl.where(e == 0, 0.0, e * (a + s * moved))  # moved is -inf where nothing has been summed
+    s = s * e
+    x = (z - shift[None, :]) * scale
+    x = _bounded(x)
+    e = tl.exp2(x)
+    return top, s + tl.sum(e, 0), a + tl.sum(e * x, 0)
+
+
+@triton.jit
+def _reduced(m, s, a, scale):
+    """One state of many."""
+    top = tl.max(m, 0)
+    x = (m - tl.where(top == float("-inf"), 0.0, top)) * scale
+    e = tl.exp2(x)
+    return top, tl.sum(s * e, 0), tl.sum(tl.where(e == 0, 0.0, e * (a + s * x)), 0)
+
+
+@triton.jit
+def _write_row(m, s, a, z, scale, logprobs, entropy, stats, row):
+    """From the state of all columns but the target (a: base 2) and the target's logit z, in float64."""
+    factor = scale / LOG2E
+    m = m.to(tl.float64)
+    z = z.to(tl.float64)
+    s = s.to(tl.float64)
+    a = a.to(tl.float64) / LOG2E
+    lead = tl.where(s == 0, float("-inf"), (m - z) * factor + tl.log(tl.where(s == 0, 1.0, s)))
+    logprob = tl.where(s == 0, z - z, -softplus(lead))
+    logprob = tl.where(z == float("-inf"), float("-inf"), logprob)
+    shift = tl.maximum(m, z)
+    shift = tl.where(shift == float("-inf"), 0.0, shift)
+    x_others = tl.where(m == float("-inf"), 0.0, (m - shift) * factor)
+    x_target = tl.where(z == float("-inf"), 0.0, (z - shift) * factor)
+    w_others = tl.exp(x_others)
+    w_target = tl.where(z == float("-inf"), 0.0, tl.exp(x_target))
+    total = s * w_others + w_target
+    centred = (a + s * x_others) * w_others + x_target * w_target
+    log_sum = tl.where(total == 0, 0.0, tl.log(tl.where(total == 0, 1.0, total)))
+    h = log_sum - centred / tl.where(total == 0, 1.0, total)
+    tl.store(logprobs + row, logprob)
+    tl.store(entropy + row, tl.where(h < 0, 0.0, h))
+    tl.store(stats + 2 * row, shift)
+    tl.store(stats + 2 * row + 1, log_sum)
+
+
+@triton.jit
+def _token_logprobs(
+    logits,
+    ids,
+    logprobs,
+    entropy,
+    stats,
+    partial,
+    tickets,
+    row_stride: tl.int64,
+    V: tl.int32,
+    tiles_per_split: tl.int32,
+    scale: tl.float64,
+    softcap: tl.float64,
+    SPLIT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ALIGN: tl.constexpr,
+    F: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    row = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(0)
+    target = tl.load(ids + row)
+    if target == -100:
+        if split == 0:
+            tl.store(logprobs + row, 0.0)
+            tl.store(entropy + row, 0.0)
+            tl.store(stats + 2 * row, 0.0)
+            tl.store(stats + 2 * row + 1, 0.0)
+    else:
+        offset = row * row_stride
+        start = _aligned(offset, ALIGN)
+        first = (start - offset).to(tl.int32)  # the column at the boundary, at most 0
+        tile = (tl.arange(0, ROWS) * COLUMNS)[:, None] + tl.arange(0, COLUMNS)[None, :]
+        factor = number(scale, F)
+        cap = number(softcap, F)
+        m = tl.full([COLUMNS], float("-inf"), F)
+        s = tl.zeros([COLUMNS], F)
+        a = tl.zeros([COLUMNS], F)
+        begin = split * tiles_per_split * (ROWS * COLUMNS)
+        end = tl.minimum(begin + tiles_per_split * (ROWS * COLUMNS), V - first)
+        for done in range(begin, end, ROWS * COLUMNS):
+            done = tl.multiple_of(done, ROWS * COLUMNS)
+            left = first + done  # the tile's first column
+            if (left >= 0) & (left + ROWS * COLUMNS <= V):
+                z = _capped(tl.load(logits + start + done + tile).to(F), cap, SOFTCAP)
+            else:
+                inside = (left + tile >= 0) & (left + tile < V)
+                z = tl.load(logits + start + done + tile, mask=inside, other=0.0).to(F)
+                z = tl.where(inside, _capped(z, cap, SOFTCAP), float("-inf"))
+            if (target >= left) & (target < left + ROWS * COLUMNS):
+                z = tl.where(left + tile == target, float("-inf"), z)
+            m, s, a = _add(z, m, s, a, factor)
+        m_row, s_row, a_row = _reduced(m, s, a, factor)
+        in_range = (target >= 0) & (target < V)
+        z_target = tl.load(logits + offset + target, mask=in_range, other=float("nan")).to(F)
+        z_target = _capped(z_target, cap, SOFTCAP)
+        if SPLIT:
+            splits = tl.num_programs(0)
+            mine = partial + (row * splits + split) * 3
+            tl.store(mine, m_row)
+            tl.store(mine + 1, s_row)
+            tl.store(mine + 2, a_row)
+            if is_last(tickets + row):
+                each = tl.arange(0, 64)
+                theirs = partial + (row * splits + each) * 3
+                there = each < splits
+                m_all = tl.load(theirs, mask=there, other=float("-inf"), cache_modifier=".cg")
+                s_all = tl.load(theirs + 1, mask=there, other=0.0, cache_modifier=".cg")
+                a_all = tl.load(theirs + 2, mask=there, other=0.0, cache_modifier=".cg")
+                m_row, s_row, a_row = _reduced(m_all, s_all, a_all, factor)
+                _write_row(m_row, s_row, a_row, z_target, scale, logprobs, entropy, stats, row)
+        else:
+            _write_row(m_row, s_row, a_row, z_target, scale, logprobs, entropy, stats, row)
+
+
+def splits_for(rows, V, processors):
+    """Programs per row, so that there are at least two for every processor, none with less than a tile."""
+    tiles = triton.cdiv(V, ROWS * COLUMNS)
+    return max(1, min(MOST_SPLITS, tiles, triton.cdiv(2 * processors, max(rows, 1))))
+
+
+def token_logprobs(
+    logits, row_stride, ids, rows, V, temperature, softcap, logprobs, entropy, stats, partial, tickets, splits, compute
+):  # fmt: skip
+    """partial: [rows, splits, 3] of the statistics' dtype and tickets: [rows] int32, 0, or None where splits is 1."""
+    tiles = triton.cdiv(triton.cdiv(V + 16, ROWS * COLUMNS), splits)
+    _token_logprobs[(splits, rows)](
+        logits, ids, logprobs, entropy, stats, partial, tickets, row_stride, V, tiles, 1.4426950408889634 / temperature,
+        softcap, SPLIT=splits > 1, SOFTCAP=softcap != 0, ALIGN=16 // logits.element_size(), F=compute, ROWS=ROWS,
+        COLUMNS=COLUMNS, num_warps=WARPS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _token_logprobs_backward(
+    logits,
+    ids,
+    logprobs,
+    entropy,
+    stats,
+    grad_logprobs,
+    grad_entropy,
+    grad_logits,
+    row_stride: tl.int64,
+    grad_row_stride: tl.int64,
+    V: tl.int32,
+    blocks: tl.int32,
+    scale: tl.float64,
+    softcap: tl.float64,
+    SOFTCAP: tl.constexpr,
+    ALIGN: tl.constexpr,
+    F: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0)
+    row = (program // blocks).to(tl.int64)
+    target = tl.load(ids + row)
+    source = row * row_stride
+    goal = row * grad_row_stride
+    start = _aligned(source, ALIGN)
+    done = tl.multiple_of(program % blocks * BLOCK, BLOCK)
+    first = (start - source).to(tl.int32) + done
+    at = tl.arange(0, BLOCK)
+    inside = (first + at >= 0) & (first + at < V)
+    # Where both rows lie alike on their 16 bytes, as they do in place, whole blocks are written 16 bytes at a time too.
+    alike = (goal - source) % ALIGN == 0
+    whole = (first >= 0) & (first + BLOCK <= V) & alike
+    if target == -100:
+        tl.store(grad_logits + goal + first + at, tl.zeros([BLOCK], F), mask=inside)
+    else:
+        base2 = number(scale, F)
+        factor = base2 / LOG2E
+        cap = number(softcap, F)
+        by_logprob = tl.zeros([1], F)
+        by_entropy = tl.zeros([1], F)
+        if grad_logprobs is not None:
+            by_logprob += tl.load(grad_logprobs + row)
+        if grad_entropy is not None:
+            by_entropy += tl.load(grad_entropy + row)
+        h = tl.load(entropy + row)
+        shift = tl.load(stats + 2 * row)
+        log_sum = tl.load(stats + 2 * row + 1)
+        # -p (gL + gH (log p + H)) / temperature, log p = x ln 2 - log_sum
+        share = -tl.exp(-log_sum) * factor
+        slope = share * by_entropy / LOG2E
+        level = share * (by_logprob + by_entropy * (h - log_sum))
+        if whole:
+            z = tl.load(logits + start + done + at).to(F)
+        else:
+            z = tl.load(logits + source + first + at, mask=inside, other=float("-inf")).to(F)
+        capped = _capped(z, cap, SOFTCAP)
+        x = (capped - shift) * base2
+        x = _bounded(x)
+        g = tl.exp2(x) * (slope * x + level)
+        if (target >= first) & (target < first + BLOCK):
+            logprob = tl.load(logprobs + row).to(tl.float64)
+            p = tl.exp(logprob)
+            at_target = tl.where(p == 0, 0.0, p * (logprob + h) * by_entropy)
+            at_target = (-expm1(logprob) * by_logprob - at_target) * factor
+            g = tl.where(first + at == target, at_target.to(F), g)
+        if SOFTCAP:
+            t = capped / cap
+            g = g * (1 - t * t)
+        if whole:
+            tl.store(grad_logits + _aligned(goal, ALIGN) + done + at, g.to(grad_logits.dtype.element_ty))
+        else:
+            tl.store(grad_logits + goal + first + at, g.to(grad_logits.dtype.element_ty), mask=inside)
+
+
+def token_logprobs_backward(
+    logits, row_stride, ids, rows, V, temperature, softcap, logprobs, entropy, stats, grad_logprobs, grad_entropy,
+    grad_logits, grad_row_stride, compute,
+):  # fmt: skip
+    """grad_logits may be the memory of the logits."""
+    blocks = triton.cdiv(V + 16, BLOCK)
+    _token_logprobs_backward[(rows * blocks,)](
+        logits, ids, logprobs, entropy, stats, grad_logprobs, grad_entropy, grad_logits, row_stride, grad_row_stride, V,
+        blocks, 1.4426950408889634 / temperature, softcap, SOFTCAP=softcap != 0, ALIGN=16 // logits.element_size(),
+        F=compute, BLOCK=BLOCK, num_warps=WARPS,
+    )  # fmt: skip
+
+
+_FORWARD = {"ids": "*i64", "tickets": "*i32"}
+_BACKWARD = {"ids": "*i64"}
+COMPILED = []
+for _dtype, _align in (("*bf16", 8), ("*fp16", 8), ("*fp32", 4)):
+    for _softcap in (False, True):
+        _shared = {"SOFTCAP": _softcap, "ALIGN": _align, "F": tl.float32}
+        for _split in (False, True):
+            COMPILED.append(
+                (
+                    _token_logprobs,
+                    {**_FORWARD, "logits": _dtype},
+                    {**_shared, "SPLIT": _split, "ROWS": ROWS, "COLUMNS": COLUMNS, "num_warps": WARPS},
+                )
+            )
+        COMPILED.append(
+            (
+                _token_logprobs_backward,
+                {**_BACKWARD, "logits": _dtype, "grad_logits": _dtype},
+                {**_shared, "BLOCK": BLOCK, "num_warps": WARPS},
+            )
+        )

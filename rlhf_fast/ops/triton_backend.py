@@ -1,0 +1,355 @@
+"""Every operator on Triton: outputs allocated, kernels of `rlhf_fast.kernels` launched, nothing waited for.
+
+Imported where there is a GPU build of torch, or Triton's interpreter (TRITON_INTERPRET=1), which takes CPU tensors.
+"""
+
+import functools
+import math
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from rlhf_fast.kernels import dpo_loss as dpo
+from rlhf_fast.kernels import gae as recurrences
+from rlhf_fast.kernels import kl_penalty as kl
+from rlhf_fast.kernels import ppo_loss as policy
+from rlhf_fast.kernels import reward_loss as reward
+from rlhf_fast.kernels import token_logprobs as rows
+from rlhf_fast.kernels import whiten as normalised
+from rlhf_fast.ops.dispatch import contiguous, kernel, on_device
+from rlhf_fast.ops.kl import ESTIMATORS, _kl_fake
+from rlhf_fast.ops.logprobs import _forward_fake, _row_blocks, _rows_contiguous, check_ids
+from rlhf_fast.ops.policy_loss import REDUCTIONS, _ppo_fake, _reinforce_fake, _value_fake
+from rlhf_fast.ops.preference import LOSS_TYPES, _dpo_fake, _ranking_fake, _reward_fake
+from rlhf_fast.ops.returns import REMAX_VARIANTS
+
+
+@functools.cache
+def _tickets(device: torch.device, stream: int) -> Tensor:
+    """[2] int32 zeros: what the programs of a launch draw, and a count. A launch leaves the first at 0 again, so that
+    launches of one stream, which follow one another, can share it."""
+    return torch.zeros(2, dtype=torch.int32, device=device)
+
+
+def _of_stream(x: Tensor) -> Tensor:
+    return _tickets(x.device, torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0)
+
+
+def _partial(x: Tensor, *shape: int) -> Tensor:
+    return x.new_empty(shape, dtype=torch.float64)
+
+
+def _present(x: Tensor) -> Tensor | None:
+    """A gradient the caller wants; an operator returns an empty tensor for one it does not."""
+    return x if x.numel() else None
+
+
+def _log(x: float) -> float:
+    return math.log(x) if x > 0 else -math.inf
+
+
+def _compute(x: Tensor) -> tl.dtype:
+    return tl.float64 if x.dtype == torch.float64 else tl.float32
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+# Log-probabilities
+
+
+@kernel("token_logprobs", "triton")
+@on_device
+def _token_logprobs(
+    logits: Tensor, token_ids: Tensor, temperature: float, softcap: float, inplace_backward: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_ids(token_ids, logits.shape[-1])  # of the interpreter's CPU tensors; on a GPU a bad id gives NaN
+    logits, ids = _rows_contiguous(logits), token_ids.contiguous()
+    logprobs, entropy, stats = outputs = _forward_fake(logits, ids, temperature, softcap, inplace_backward)
+    flat = ids.view(-1), logprobs.view(-1), entropy.view(-1), stats.view(-1, 2)
+    row = 0
+    for z in _row_blocks(logits):
+        n, V = z.shape
+        if n == 0:
+            continue
+        here = tuple(x[row : row + n] for x in flat)
+        splits = rows.splits_for(n, V, _processors(z.device))
+        partial = tickets = None
+        if splits > 1:
+            partial = stats.new_empty(n * splits * 3)
+            tickets = torch.zeros(n, dtype=torch.int32, device=z.device)
+        rows.token_logprobs(
+            z, z.stride(0), here[0], n, V, temperature, softcap, *here[1:], partial, tickets, splits, _compute(z)
+        )
+        row += n
+    return outputs
+
+
+def _backward_into(
+    grad: Tensor | None,
+    logits: Tensor,
+    token_ids: Tensor,
+    logprobs: Tensor,
+    entropy: Tensor,
+    stats: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    temperature: float,
+    softcap: float,
+) -> None:
+    """Write the gradient into the contiguous tensor `grad`, or over the logits where it is None."""
+    V, row = logits.shape[-1], 0
+    flat = [
+        None if x is None else x.contiguous().view(-1)
+        for x in (token_ids, logprobs, entropy, grad_logprobs, grad_entropy)
+    ]
+    stats = stats.view(-1, 2)
+    for z in _row_blocks(logits):
+        n = z.shape[0]
+        if n == 0:
+            continue
+        ids, logp, h, by_logp, by_h = (None if x is None else x[row : row + n] for x in flat)
+        out = z if grad is None else grad.view(-1, V)[row : row + n]
+        rows.token_logprobs_backward(
+            z, z.stride(0), ids, n, V, temperature, softcap, logp, h, stats[row : row + n], by_logp, by_h, out,
+            out.stride(0), _compute(z),
+        )  # fmt: skip
+        row += n
+
+
+@kernel("token_logprobs_backward", "triton")
+@on_device
+def _token_logprobs_backward(logits: Tensor, *args: Tensor | float | None) -> Tensor:
+    grad = logits.new_empty(logits.shape)
+    _backward_into(grad, _rows_contiguous(logits), *args)
+    return grad
+
+
+@kernel("token_logprobs_backward_", "triton")
+@on_device
+def _token_logprobs_backward_(logits: Tensor, *args: Tensor | float | None) -> None:
+    _backward_into(None, logits, *args)
+    torch.autograd.graph.increment_version(logits)
+
+
+# Rewards, returns, advantages
+
+
+@kernel("kl_penalty", "triton")
+@on_device
+def _kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str, with_grad: bool) -> tuple[Tensor, Tensor]:
+    logprobs, ref_logprobs = contiguous(logprobs, ref_logprobs)
+    out, grad = _kl_fake(logprobs, ref_logprobs, estimator, with_grad)
+    kl.kl_penalty(logprobs, ref_logprobs, ESTIMATORS.index(estimator), out, _present(grad))
+    return out, grad
+
+
+@kernel("shape_rewards", "triton")
+@on_device
+def _shape_rewards(
+    scores: Tensor, logprobs: Tensor, ref: Tensor, mask: Tensor, kl_coef: float, estimator: str, clip: float
+) -> Tensor:
+    scores, logprobs, ref, mask = contiguous(scores, logprobs, ref, mask)
+    rewards = torch.empty_like(logprobs)
+    kl.shape_rewards(scores, logprobs, ref, mask, kl_coef, ESTIMATORS.index(estimator), clip, rewards)
+    return rewards
+
+
+@kernel("gae", "triton")
+@on_device
+def _gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    rewards, values, mask = contiguous(rewards, values, mask)
+    advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
+    recurrences.gae(rewards, values, mask, gamma, lam, advantages, returns)
+    return advantages, returns
+
+
+@kernel("discounted_returns", "triton")
+@on_device
+def _discounted_returns(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    rewards, mask = contiguous(rewards, mask)
+    out = torch.empty_like(rewards)
+    recurrences.discounted_returns(rewards, mask, gamma, out)
+    return out
+
+
+@kernel("remax_returns", "triton")
+@on_device
+def _remax_returns(
+    scores: Tensor,
+    greedy_scores: Tensor,
+    logprobs: Tensor,
+    ref: Tensor,
+    mask: Tensor,
+    kl_coef: float,
+    gamma: float,
+    clip: float,
+    variant: str,
+) -> Tensor:
+    scores, greedy_scores, logprobs, ref, mask = contiguous(scores, greedy_scores, logprobs, ref, mask)
+    out = torch.empty_like(logprobs)
+    recurrences.remax_returns(
+        scores, greedy_scores, logprobs, ref, mask, kl_coef, _log(gamma), clip, REMAX_VARIANTS.index(variant), out
+    )
+    return out
+
+
+@kernel("whiten", "triton")
+@on_device
+def _whiten(x: Tensor, mask: Tensor, shift_mean: bool) -> Tensor:
+    x, mask = contiguous(x, mask)
+    out = torch.empty_like(x)
+    blocks = -(-x.numel() // normalised.BLOCK)
+    normalised.whiten(x, mask, shift_mean, out, _partial(x, 3, blocks), _partial(x, 2), _of_stream(x))
+    return out
+
+
+@kernel("rloo_advantages", "triton")
+@on_device
+def _rloo(scores: Tensor, group_size: int) -> Tensor:
+    scores = scores.contiguous()
+    out = torch.empty_like(scores)
+    normalised.group_advantages(scores, group_size, False, out)
+    return out
+
+
+@kernel("grpo_advantages", "triton")
+@on_device
+def _grpo(scores: Tensor, group_size: int) -> Tensor:
+    scores = scores.contiguous()
+    out = torch.empty_like(scores)
+    normalised.group_advantages(scores, group_size, True, out)
+    return out
+
+
+# Losses
+
+
+def _normalizer(normalizer: Tensor | None, like: Tensor) -> Tensor | None:
+    """On the device, without waiting for it."""
+    return None if normalizer is None else normalizer.to(like.device, torch.float64, non_blocking=True)
+
+
+@kernel("ppo_loss", "triton")
+@on_device
+def _ppo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    ref_logprobs: Tensor | None,
+    entropy: Tensor | None,
+    normalizer: Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float,
+    kl_coef: float,
+    kl_estimator: str,
+    entropy_coef: float,
+    reduction: str,
+    with_grad_logprobs: bool,
+    with_grad_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs = contiguous(logprobs, old_logprobs, advantages, mask, ref_logprobs, entropy)
+    outputs = _ppo_fake(logprobs, with_grad_logprobs, with_grad_entropy)
+    if logprobs.numel() == 0:
+        return tuple(x.zero_() for x in outputs)
+    loss, stats, grad_logprobs, grad_entropy = outputs
+    policy.ppo_loss(
+        *inputs, _normalizer(normalizer, logprobs), clip_low, clip_high, dual_clip or math.inf, kl_coef,
+        ESTIMATORS.index(kl_estimator), entropy_coef, REDUCTIONS.index(reduction), _present(grad_logprobs),
+        _present(grad_entropy), loss, stats, _partial(logprobs, policy.PARTIALS, len(logprobs)), _of_stream(logprobs),
+    )  # fmt: skip
+    return outputs
+
+
+@kernel("ppo_value_loss", "triton")
+@on_device
+def _ppo_value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    normalizer: Tensor | None,
+    clip: float,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = contiguous(values, old_values, returns, mask)
+    outputs = _value_fake(values, with_grad)
+    if values.numel() == 0:
+        return tuple(x.zero_() for x in outputs)
+    loss, stats, grad = outputs
+    blocks = -(-values.numel() // policy.BLOCK)
+    policy.ppo_value_loss(
+        *inputs, _normalizer(normalizer, values), clip, _present(grad), loss, stats, _partial(values, 2, blocks),
+        _of_stream(values),
+    )  # fmt: skip
+    return outputs
+
+
+@kernel("reinforce_loss", "triton")
+@on_device
+def _reinforce_loss(
+    logprobs: Tensor, advantages: Tensor, mask: Tensor, normalizer: Tensor | None, reduction: str, with_grad: bool
+) -> tuple[Tensor, Tensor]:
+    inputs = contiguous(logprobs, advantages, mask)
+    outputs = _reinforce_fake(logprobs, with_grad)
+    if logprobs.numel() == 0:
+        return tuple(x.zero_() for x in outputs)
+    loss, grad = outputs
+    policy.reinforce_loss(
+        *inputs, _normalizer(normalizer, logprobs), REDUCTIONS.index(reduction), _present(grad), loss,
+        _partial(logprobs, len(logprobs)), _of_stream(logprobs),
+    )  # fmt: skip
+    return outputs
+
+
+@kernel("reward_loss", "triton")
+@on_device
+def _reward_loss(
+    chosen: Tensor, rejected: Tensor, margin: Tensor | None, center_coef: float, with_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    chosen, rejected, margin = contiguous(chosen, rejected, margin)
+    outputs = loss, stats, grad_chosen, grad_rejected = _reward_fake(chosen, rejected, margin, center_coef, with_grad)
+    gradients = _present(grad_chosen), _present(grad_rejected)
+    reward.reward_loss(chosen, rejected, margin, center_coef, *gradients, loss, stats)
+    return outputs
+
+
+@kernel("ranking_loss", "triton")
+@on_device
+def _ranking_loss(scores: Tensor, ranks: Tensor, with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+    scores, ranks = contiguous(scores, ranks)
+    outputs = loss, stats, grad = _ranking_fake(scores, ranks, with_grad)
+    if scores.numel() == 0:
+        return tuple(x.zero_() for x in outputs)
+    partial = _partial(scores, 2, len(scores))
+    reward.ranking_loss(scores, ranks, _present(grad), loss, stats, partial, _of_stream(scores))
+    return outputs
+
+
+@kernel("dpo_loss", "triton")
+@on_device
+def _dpo_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    ref_chosen: Tensor | None,
+    ref_rejected: Tensor | None,
+    chosen_lengths: Tensor | None,
+    rejected_lengths: Tensor | None,
+    beta: float,
+    loss_type: str,
+    label_smoothing: float,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs = contiguous(chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths)
+    *values, grad_chosen, grad_rejected = outputs = _dpo_fake(chosen, with_grad)
+    eps = label_smoothing
+    dpo.dpo_loss(
+        *inputs, beta, LOSS_TYPES.index(loss_type), eps, _log(eps), _log(1 - eps), *values, _present(grad_chosen),
+        _present(grad_rejected),
+    )  # fmt: skip
+    return outputs
