@@ -2,7 +2,9 @@
 
 Nothing here holds [N, V]: chunks are sized by a memory budget. Only rows that count reach a matmul. Logits are float32
 (float64 for float64 input) whatever the input, and so are the sums of the gradients; a half-precision weight is widened
-a tile at a time. Leaves out what the gradients are of: that is `rlhf_fast.ops.linear`.
+a tile at a time. On a GPU bfloat16 goes into the matmuls as it is, the logits and sums that come out are float32 still,
+and the gradient by the logits is rounded once on its way in. Leaves out what the gradients are of: that is
+`rlhf_fast.ops.linear`.
 
 Shapes: N tokens, n of them counted, C in a chunk, H hidden, V vocabulary.
 """
@@ -35,6 +37,11 @@ def full_precision(kernel: Callable) -> Callable:
     return call
 
 
+def mixes(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether the device multiplies bfloat16 into float32. (float16 would lose a gradient's small entries.)"""
+    return hidden.is_cuda and hidden.dtype == weight.dtype == torch.bfloat16
+
+
 class Gradients(NamedTuple):
     """By hidden [..., H], weight [V, H] and bias [V], in their dtypes; empty where not asked for."""
 
@@ -45,7 +52,7 @@ class Gradients(NamedTuple):
 
 class Chunk(NamedTuple):
     rows: Tensor  # [C] of the flattened tokens
-    hidden: Tensor  # [C, H], the compute dtype
+    hidden: Tensor  # [C, H], the dtype of the matmuls
     ids: Tensor  # [C]
     logits: Tensor  # [C, V], a view of the buffer
     logprobs: Tensor  # [C]
@@ -74,13 +81,17 @@ class Head:
         self.dtype = torch.float64 if torch.float64 in self.dtypes else torch.float32
         self.rows = (self.ids != IGNORED_ID).nonzero().squeeze(1)
         V, H = weight.shape
-        self.tile = V if weight.dtype == self.dtype else max(1, min(V, TILE_BYTES // (H * self.dtype.itemsize)))
+        self.mixed = mixes(hidden, weight)
+        self.tile = (
+            V if self.mixed or weight.dtype == self.dtype else max(1, min(V, TILE_BYTES // (H * self.dtype.itemsize)))
+        )
         if self.tile < V:
             budget -= self.tile * H * self.dtype.itemsize
-        most = max(FEWEST_ROWS, budget // (V * self.dtype.itemsize))
+        most = max(FEWEST_ROWS, budget // (V * (self.dtype.itemsize + (2 if self.mixed else 0))))
         n = len(self.rows)
         self.chunk_rows = -(-n // -(-n // most)) if n else 1  # of equal size
         self.buffer = weight.new_empty((min(self.chunk_rows, n), V), dtype=self.dtype)
+        self.rounded = torch.empty_like(self.buffer, dtype=torch.bfloat16) if self.mixed else None
         self.grad_hidden = self.hidden.new_zeros(self.hidden.shape) if wanted[0] else None
         self.grad_weight = weight.new_zeros((V, H), dtype=self.dtype) if wanted[1] else None
         self.grad_bias = weight.new_zeros(V, dtype=self.dtype) if wanted[2] and bias is not None else None
@@ -91,11 +102,16 @@ class Head:
             yield self.forward(part)
 
     def forward(self, rows: Tensor) -> Chunk:
-        hidden = self.hidden.index_select(0, rows).to(self.dtype)
+        hidden = self.hidden.index_select(0, rows)
+        if not self.mixed:
+            hidden = hidden.to(self.dtype)
         ids = self.ids.index_select(0, rows)
         logits = self.buffer[: len(rows)]
-        for columns, weight in self._tiles():
-            torch.mm(hidden, weight.t(), out=logits[:, columns])
+        if self.mixed:
+            torch.mm(hidden, self.weight.t(), out_dtype=torch.float32, out=logits)
+        else:
+            for columns, weight in self._tiles():
+                torch.mm(hidden, weight.t(), out=logits[:, columns])
         if self.bias is not None:
             logits += self.bias
         out = torch.ops.rlhf_fast.token_logprobs(logits, ids, self.temperature, self.softcap, False)
@@ -107,9 +123,10 @@ class Head:
         if self.grad_hidden is not None:
             self.grad_hidden.index_copy_(0, chunk.rows, self._times_weight(grad_logits).to(self.grad_hidden.dtype))
         if self.grad_weight is not None:
-            torch.addmm(self.grad_weight, grad_logits.t(), chunk.hidden, out=self.grad_weight)
+            wide = {"out_dtype": torch.float32} if self.mixed else {}
+            torch.addmm(self.grad_weight, grad_logits.t(), chunk.hidden, out=self.grad_weight, **wide)
         if self.grad_bias is not None:
-            self.grad_bias += grad_logits.sum(0)
+            self.grad_bias += chunk.logits.sum(0)
 
     def slope(self, chunk: Chunk) -> Tensor:
         """d logprobs / d hidden, [C, H] in the dtype of hidden; overwrites the logits."""
@@ -127,9 +144,11 @@ class Head:
             chunk.logits, chunk.ids, chunk.logprobs, chunk.entropy, chunk.stats, grad_logprobs, grad_entropy,
             self.temperature, self.softcap,
         )  # fmt: skip
-        return chunk.logits
+        return self.rounded[: len(chunk.logits)].copy_(chunk.logits) if self.mixed else chunk.logits
 
     def _times_weight(self, grad_logits: Tensor) -> Tensor:
+        if self.mixed:
+            return torch.mm(grad_logits, self.weight)
         out = grad_logits.new_zeros((len(grad_logits), self.weight.shape[1]))
         for columns, weight in self._tiles():
             out.addmm_(grad_logits[:, columns], weight)

@@ -102,6 +102,25 @@ def test_a_half_weight_is_widened_tile_by_tile(monkeypatch):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_bfloat16_into_float32_matmuls(monkeypatch, name):
+    """The path of a GPU, its matmul emulated: bfloat16 in, float32 logits and sums out."""
+
+    def mm(a, b, out_dtype=None, out=None):
+        assert a.dtype == b.dtype == torch.bfloat16 and out_dtype in (None, torch.float32)
+        product = (a.float() @ b.float()).to(out_dtype or a.dtype)
+        return product if out is None else out.copy_(product)
+
+    def addmm(total, a, b, out_dtype, out):
+        assert total is out and a.dtype == b.dtype == torch.bfloat16 and out_dtype == torch.float32
+        return out.add_(a.float() @ b.float())
+
+    monkeypatch.setattr(heads, "mixes", lambda hidden, weight: True)
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(torch, "addmm", addmm)
+    agree(name, torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_masked_places_reach_nothing(name):
     """NaN in hidden states that do not count changes no value and no gradient."""
     torch.manual_seed(1)
