@@ -10,7 +10,6 @@ Left out: flash-attn's own kernel, which needs CUDA to install; its arithmetic i
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -182,7 +181,7 @@ def _row(name: str, load: Callable[[], Function], takes: set[str], *requires: st
 
 
 def _given(name: str, function: Function, takes: set[str]) -> Implementation:
-    return _row(name, partial(lambda function: function, function), takes)
+    return _row(name, lambda: function, takes)
 
 
 FROM_LOGITS = (
