@@ -1,36 +1,42 @@
-"""`python -m bench ops`: measures the operations, prints tables, writes JSON, Markdown and a chart.
+"""`python -m bench`: measures the operations, prints tables, writes JSON, Markdown and a chart.
 
     python -m bench ops                          every case at full size; results under bench/results/
     python -m bench ops --only gae --check       the cases whose name holds "gae"; exit code 1 where a bar is missed
     python -m bench ops --quick                  toy shapes: shows in seconds that everything runs
+    python -m bench exactness                    errors beside other libraries' (the extra `rivals`), -inf and all;
+                                                 exit code 1 where ours is beyond its tolerance
 
 Threads are torch's (OMP_NUM_THREADS). Every kernel is checked against float64 before it is timed.
 """
 
 import argparse
 import datetime
+import importlib.metadata
 import io
 import json
 import os
 import platform
 import re
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import rlhf_fast
-from bench import report
+from bench import exactness, exactness_report, report
 from bench.cases import all_cases
 from bench.measure import measure
+from bench.rivals import FROM_HIDDEN, FROM_LOGITS
+from bench.trials import hidden_trials, logits_trials
 from rlhf_fast.metrics import print_table
 from rlhf_fast.ops import dispatch
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=["ops"])
+    parser.add_argument("what", choices=["ops", "exactness"])
     parser.add_argument("--quick", action="store_true", help="toy shapes and few rounds; no bars")
     parser.add_argument("--only", metavar="NAME", default="", help="the cases whose name contains NAME")
     parser.add_argument("--check", action="store_true", help="exit code 1 where a bar is missed")
@@ -39,6 +45,8 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, help="the JSON file; Markdown and chart go beside it")
     args = parser.parse_args()
+    if args.what == "exactness" and (args.quick or args.check):
+        parser.error("--quick, --check: exactness takes seconds and always checks")
     if args.quick and args.check:
         parser.error("--check: the bars hold at full size, not with --quick")
     if args.rounds < 1:
@@ -46,7 +54,7 @@ def arguments() -> argparse.Namespace:
     if args.out is not None and args.out.suffix != ".json":
         parser.error(f"--out: expected a file name ending in .json, got {args.out}")
     if args.out is None and not args.quick:
-        args.out = Path("bench/results/cpu_ops.json")
+        args.out = Path(f"bench/results/cpu_{args.what}.json")
     return args
 
 
@@ -73,25 +81,65 @@ def write(path: Path, content: bytes) -> None:
     os.replace(beside, path)
 
 
+def versions(*packages: str) -> dict[str, str]:
+    """Those that are installed."""
+    return {name: importlib.metadata.version(name) for name in packages if find_spec(name.replace("-", "_"))}
+
+
+def about_run() -> dict[str, Any]:
+    return {
+        "command": " ".join(["python -m bench", *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "machine": machine(),
+    }
+
+
+def run_exactness(args: argparse.Namespace) -> int:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # read by Triton when a rival's kernels are imported
+    groups = {"logits": (logits_trials(), FROM_LOGITS), "hidden states": (hidden_trials(), FROM_HIDDEN)}
+    run = about_run()
+    run["machine"] |= versions("trl", "liger-kernel", "triton")
+    run["machine"]["triton kernels"] = "interpreted" if device == "cpu" else torch.cuda.get_device_name()
+    run["tables"] = {}
+    for inputs, (trials, implementations) in groups.items():
+        print(f"from {inputs} ...", file=sys.stderr, flush=True)
+        trials = [trial for trial in trials if args.only in trial.name]
+        if not trials:
+            sys.exit(
+                f"--only: no case contains {args.only!r}; there are {', '.join(t.name for t in groups[inputs][0])}"
+            )
+        run["tables"][inputs] = exactness.measure(trials, implementations, device)
+    run["failures"] = [miss for results in run["tables"].values() for miss in exactness.failures(results)]
+    for inputs, results in run["tables"].items():
+        exactness_report.print_short(f"From {inputs}", exactness_report.short_rows(results))
+    print("Log-prob and its gradient / entropy and the gradient of both.", *exactness_report.notes(run), sep="\n")
+    for miss in run["failures"]:
+        print(f"rlhf_fast FAILS: {miss}")
+    write(args.out.with_suffix(".md"), exactness_report.markdown(run).encode())
+    write(args.out, (json.dumps(run, indent=2, allow_nan=False) + "\n").encode())
+    print(f"written: {args.out} and beside it .md with every number")
+    return int(bool(run["failures"]))
+
+
 def main() -> int:
     args = arguments()
+    return run_exactness(args) if args.what == "exactness" else run_ops(args)
+
+
+def run_ops(args: argparse.Namespace) -> int:
     cases = [case for case in all_cases(args.quick) if args.only in case.name]
     if not cases:
         names = ", ".join(case.name for case in all_cases(args.quick))
         sys.exit(f"--only: no case contains {args.only!r}; there are {names}")
-    results, about = [], machine()
+    results, run = [], about_run()
     for case in cases:
         print(f"{case.name} {case.shape} ...", file=sys.stderr, flush=True)
         rounds = min(args.rounds, 3) if case.products else args.rounds  # of ten seconds each
         results.append(measure(case, *((2, 0.0) if args.quick else (rounds, 3.0))))
     bars = [] if args.quick else report.bar_rows(results)
-    run = {
-        "command": " ".join(["python -m bench", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "machine": about,
-        "cases": results,
-        "bars": bars,
-    }
+    run |= {"cases": results, "bars": bars}
     print_table(run["command"], report.rows(results))
     if bars:
         print_table("Bars", bars)

@@ -1,0 +1,108 @@
+"""What `bench.exactness` measured, for people: tables in the terminal and in Markdown."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from bench.exactness import AT_TARGET, ENTROPY, GRADIENT, LOGPROB, LOGPROB_GRADIENT, NO_SUCH, QUANTITIES, Cell
+
+NOTES = (
+    "Errors against float64 on the same inputs, relative where the truth is above 1, absolute below; where the target "
+    "is 25 nats ahead relative throughout (1: nothing is right; the gradient by logits is that at the target).",
+    "-: not offered. Not installed: see the extra `rivals`. A class name: that is what it raised.",
+)
+INTERPRETED = (
+    "Triton kernels ran in Triton's interpreter: float32 arithmetic in their own order, but it cuts off to bf16 where "
+    "a GPU rounds (errors up to twice a GPU's) and has no libdevice (an `InterpreterError` is not the kernel's fault)."
+)
+
+
+def brief(error: Cell, digits: int = 1) -> str:
+    """3e-7, 0.04, NaN, or the word."""
+    if isinstance(error, str):
+        return error
+    if error == 0 or error >= 1e-2:
+        return f"{error:.{digits}g}".replace("e+0", "e+")
+    mantissa, exponent = f"{error:.{digits - 1}e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def worst(cells: Sequence[Cell]) -> Cell:
+    """The larger error; a word is worse than any number."""
+    words = [cell for cell in cells if isinstance(cell, str)]
+    return words[0] if words else max(cells)
+
+
+def pair(errors: dict[str, Cell], first: Sequence[str], second: Sequence[str]) -> str:
+    one, two = (brief(worst([errors[quantity] for quantity in each])) for each in (first, second))
+    return one if one == two and not one[0].isdigit() and one != "NaN" else f"{one} / {two}"
+
+
+def short_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """A row per case: the worse of log-prob and its gradient / the worse of entropy and the gradient of both.
+
+    Gradients in half precision are rounded to it, which hides all else: they have a row of their own.
+    """
+    rows = []
+    for result in results:
+        parts = {"": ((LOGPROB, LOGPROB_GRADIENT), (ENTROPY, GRADIENT))}
+        if result["dtype"] != "float32":
+            parts = {", values": ((LOGPROB,), (ENTROPY,)), ", gradients": ((LOGPROB_GRADIENT,), (GRADIENT,))}
+        for suffix, quantities in parts.items():
+            cells = {name: pair(errors, *quantities) for name, errors in result["errors"].items()}
+            rows.append({"case": result["case"] + suffix} | cells)
+    return rows
+
+
+def full_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    rows = []
+    for result in results:
+        for quantity in (*QUANTITIES, AT_TARGET):
+            if any(quantity in errors for errors in result["errors"].values()):
+                cells = {name: brief(errors.get(quantity, NO_SUCH), 2) for name, errors in result["errors"].items()}
+                rows.append({"case": result["case"], "shape": result["shape"], "error of": quantity} | cells)
+    return rows
+
+
+def failed(cell: str) -> bool:
+    """Not finite, or raised by the implementation itself."""
+    return cell != "InterpreterError" and any(word in cell for word in ("NaN", "inf", "Error", "Exception"))
+
+
+def markdown_table(rows: Sequence[dict[str, str]]) -> str:
+    columns = list(rows[0])
+    lines = [columns, ["---"] * len(columns)]
+    lines += [[f"**{x}**" if i and failed(x) else x for i, x in enumerate(row.values())] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def print_short(title: str, rows: Sequence[dict[str, str]], console: Console | None = None) -> None:
+    """Bold red where a result is not finite or there is none."""
+    console = console or Console()
+    if not console.is_terminal:
+        console.width = 200  # a file has no width
+    table = Table(title=Text(title), title_justify="left", padding=(0, 0), pad_edge=False)
+    for column in rows[0]:
+        table.add_column(column)
+    for row in rows:
+        name, *cells = row.values()
+        table.add_row(Text(name), *(Text(cell, style="bold red" if failed(cell) else "") for cell in cells))
+    console.print(table)
+
+
+def notes(run: dict[str, Any]) -> list[str]:
+    return [*NOTES, *([INTERPRETED] if run["machine"]["triton kernels"] == "interpreted" else [])]
+
+
+def markdown(run: dict[str, Any]) -> str:
+    machine = ", ".join(f"{key} {value}" for key, value in run["machine"].items())
+    parts = ["# Exactness", f"`{run['command']}`, {run['date']}: {machine}.", *notes(run)]
+    parts += ["Log-prob and its gradient / entropy and the gradient of both:"]
+    for inputs, results in run["tables"].items():
+        parts += [f"## From {inputs}", markdown_table(short_rows(results))]
+    for inputs, results in run["tables"].items():
+        parts += [f"## From {inputs}, all", markdown_table(full_rows(results))]
+    return "\n\n".join(parts) + "\n"
