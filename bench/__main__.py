@@ -2,6 +2,7 @@
 
     python -m bench ops                          every case at full size; results under bench/results/
     python -m bench ops --only gae --check       the cases whose name holds "gae"; exit code 1 where a bar is missed
+    python -m bench ops --device cuda --check    the same on a GPU, at a GPU's shapes; under 8 minutes
     python -m bench ops --quick                  toy shapes: shows in seconds that everything runs
     python -m bench exactness                    errors beside other libraries' (the extra `rivals`), -inf and all;
                                                  exit code 1 where ours is beyond its tolerance
@@ -27,6 +28,8 @@ import torch
 import rlhf_fast
 from bench import exactness, exactness_report, report
 from bench.cases import all_cases
+from bench.device import CPU, CUDA
+from bench.libraries import with_libraries
 from bench.measure import measure
 from bench.rivals import FROM_HIDDEN, FROM_LOGITS
 from bench.trials import hidden_trials, logits_trials
@@ -37,6 +40,7 @@ from rlhf_fast.ops import dispatch
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.partition("\n")[0])
     parser.add_argument("what", choices=["ops", "exactness"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="ops: where (default cpu)")
     parser.add_argument("--quick", action="store_true", help="toy shapes and few rounds; no bars")
     parser.add_argument("--only", metavar="NAME", default="", help="the cases whose name contains NAME")
     parser.add_argument("--check", action="store_true", help="exit code 1 where a bar is missed")
@@ -49,12 +53,14 @@ def arguments() -> argparse.Namespace:
         parser.error("--quick, --check: exactness takes seconds and always checks")
     if args.quick and args.check:
         parser.error("--check: the bars hold at full size, not with --quick")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU")
     if args.rounds < 1:
         parser.error(f"--rounds: expected at least 1, got {args.rounds}")
     if args.out is not None and args.out.suffix != ".json":
         parser.error(f"--out: expected a file name ending in .json, got {args.out}")
     if args.out is None and not args.quick:
-        args.out = Path(f"bench/results/cpu_{args.what}.json")
+        args.out = Path(f"bench/results/{'gpu' if args.device == 'cuda' else 'cpu'}_{args.what}.json")
     return args
 
 
@@ -129,16 +135,22 @@ def main() -> int:
 
 
 def run_ops(args: argparse.Namespace) -> int:
-    cases = [case for case in all_cases(args.quick) if args.only in case.name]
+    cases = [case for case in all_cases(args.quick, args.device) if args.only in case.name]
+    if args.device == "cuda":
+        cases = with_libraries(cases)
     if not cases:
-        names = ", ".join(case.name for case in all_cases(args.quick))
+        names = ", ".join(case.name for case in all_cases(args.quick, args.device))
         sys.exit(f"--only: no case contains {args.only!r}; there are {names}")
+    device = CUDA() if args.device == "cuda" else CPU()
     results, run = [], about_run()
+    run["machine"] |= device.about()
     for case in cases:
         print(f"{case.name} {case.shape} ...", file=sys.stderr, flush=True)
-        rounds = min(args.rounds, 3) if case.products else args.rounds  # of ten seconds each
-        results.append(measure(case, *((2, 0.0) if args.quick else (rounds, 3.0))))
-    bars = [] if args.quick else report.bar_rows(results)
+        slow = case.products and args.device == "cpu"  # ten seconds a round
+        rounds = 2 if args.quick else min(args.rounds, 3) if slow else args.rounds
+        results.append(measure(case, rounds, 0.0 if args.quick else 3.0, device))
+    promised = report.CPU_BARS if args.device == "cpu" else report.GPU_BARS
+    bars = [] if args.quick else report.bar_rows(results, promised)
     run |= {"cases": results, "bars": bars}
     print_table(run["command"], report.rows(results))
     if bars:

@@ -3,7 +3,7 @@
 B sequences, T response tokens, N tokens, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +16,19 @@ from rlhf_fast import ops
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def all_cases(quick: bool = False) -> list[Case]:
+def all_cases(quick: bool = False, device: str = "cpu") -> list[Case]:
     """Every case at the shapes of the bars, or at toy shapes that take seconds and prove only that everything runs."""
+    if quick:
+        tokens, sequences, heads = (64, 5003), (16, 128), (128, 32, 1009)
+    elif device == "cpu":
+        tokens, sequences, heads = (1024, 50257), (64, 1024), (4096, 512, 32000)
+    else:
+        tokens, sequences, heads = (8192, 151_936), (512, 4096), (8192, 4096, 151_936)
     return [
-        *_token_cases(*((64, 5003) if quick else (1024, 50257))),
-        *_sequence_cases(*((16, 128) if quick else (64, 1024))),
+        *_token_cases(*tokens, *((("fp32", "bf16", "fp16"), ("fp32", "bf16")) if device == "cpu" else (["bf16"],) * 2)),
+        *_sequence_cases(*sequences),
         *_pair_cases(64),
-        *linear_cases(*((128, 32, 1009) if quick else (4096, 512, 32000))),
+        *linear_cases(*heads, torch.float32 if device == "cpu" else torch.bfloat16),
     ]
 
 
@@ -48,35 +54,35 @@ def policy_gradient(token_logprobs: Function, **options: bool) -> Function:
     return loss
 
 
-def _token_cases(n: int, vocabulary: int) -> list[Case]:
-    def inputs(dtype: torch.dtype, backward: bool) -> Callable[[], tuple[Tensor, ...]]:
+def _token_cases(n: int, vocabulary: int, forward: Sequence[str], backward: Sequence[str]) -> list[Case]:
+    def inputs(dtype: torch.dtype, weighted: bool) -> Callable[[], tuple[Tensor, ...]]:
         def make() -> tuple[Tensor, ...]:
             logits, ids = (3 * torch.randn(n, vocabulary)).to(dtype), torch.randint(0, vocabulary, (n,))
-            return (logits, ids, torch.randn(n)) if backward else (logits, ids)
+            return (logits, ids, torch.randn(n)) if weighted else (logits, ids)
 
         return make
 
     def case(what: str, dtype: str, ours: Function, **options: object) -> Case:
-        backward = "backward" in what
-        wrap = policy_gradient if backward else lambda function: function
+        weighted = "backward" in what
+        wrap = policy_gradient if weighted else lambda function: function
         return Case(
             name=f"token_logprobs {what} {dtype}",
             shape=f"[{n}, {vocabulary}]",
-            make_inputs=inputs(DTYPES[dtype], backward),
+            make_inputs=inputs(DTYPES[dtype], weighted),
             ours=ours,
             eager=wrap(eager_token_logprobs),
             upcast=None if dtype == "fp32" else wrap(upcast_token_logprobs),
             compiled=True,
-            differentiable=(0,) if backward else (),
+            differentiable=(0,) if weighted else (),
             **options,
         )
 
     plain, in_place = policy_gradient(ops.token_logprobs), policy_gradient(ops.token_logprobs, inplace_backward=True)
-    halves = ("fp32", "bf16")
+    over = {"traffic": "read, overwrite", "overwrites": True}
     return [
-        *(case("forward", d, ops.token_logprobs, traffic="read") for d in DTYPES),
-        *(case("forward + backward", d, plain, traffic="read, copy") for d in halves),
-        *(case("forward + in-place backward", d, in_place, traffic="read, overwrite", overwrites=True) for d in halves),
+        *(case("forward", d, ops.token_logprobs, traffic="read") for d in forward),
+        *(case("forward + backward", d, plain, traffic="read, copy") for d in backward),
+        *(case("forward + in-place backward", d, in_place, **over) for d in backward),
     ]
 
 

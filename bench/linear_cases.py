@@ -18,10 +18,11 @@ TORCH_CHUNK = 512
 """Rows of a chunk: torch's default chunking is several times slower on CPU."""
 
 
-def linear_cases(n: int, hidden: int, vocabulary: int) -> list[Case]:
+def linear_cases(n: int, hidden: int, vocabulary: int, dtype: torch.dtype) -> list[Case]:
     def inputs(*extra: Callable[[], Tensor]) -> Callable[[], tuple[Tensor, ...]]:
         def make() -> tuple[Tensor, ...]:
             h, weight = torch.randn(n, hidden) / 2, torch.randn(vocabulary, hidden) / hidden**0.5
+            h, weight = h.to(dtype), weight.to(dtype)
             return h, weight, torch.randint(0, vocabulary, (n,)), *(each() for each in extra)
 
         return make

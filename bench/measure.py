@@ -8,28 +8,23 @@ Left out: pinning of threads and clocks. Run on an idle machine; the 20 and 80 %
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.case import OURS, Case, Function
-from rlhf_fast.memory import Meter
+from bench.device import CPU, CUDA, Contender
+from rlhf_fast import ops
+from rlhf_fast.ops import dispatch
 
 CEILING = "ceiling"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
-SAMPLE_SECONDS = 2e-3  # shorter calls are repeated to fill it: the timer and the cold start of a call weigh less
+OURS_IN_CUDA = f"{OURS}, CUDA C++"  # beside what the dispatch table chooses
 
 
 class Disagreement(Exception):
     """A kernel whose results are not those of the formula in float64."""
-
-
-@dataclass(frozen=True)
-class Contender:
-    run: Callable[[], object]
-    restore: Callable[[], None] | None = None  # untimed, before every run
 
 
 def bind(function: Function, inputs: tuple[Tensor, ...], differentiable: tuple[int, ...]) -> Callable:
@@ -57,7 +52,17 @@ def contenders(case: Case, inputs: tuple[Tensor, ...]) -> dict[str, Contender]:
 
     ours = Contender(bind(case.ours, own, case.differentiable), restore if case.overwrites else None)
     rivals = {name: Contender(bind(f, inputs, case.differentiable)) for name, f in case.functions().items()}
+    if inputs[0].is_cuda and dispatch.CUDA and dispatch.TRITON:
+        rivals[OURS_IN_CUDA] = Contender(on_backend("cuda", ours.run), ours.restore)
     return rivals | {OURS: ours}
+
+
+def on_backend(name: str, run: Callable[[], object]) -> Callable[[], object]:
+    def call() -> object:
+        with ops.backend(name):
+            return run()
+
+    return call
 
 
 def errors(case: Case, inputs: tuple[Tensor, ...], competitors: dict[str, Contender]) -> dict[str, float]:
@@ -107,16 +112,18 @@ def bare_products(hidden: Tensor, weight: Tensor, number: int) -> None:
 
 
 def bare_traffic(case: Case, x: Tensor) -> Callable[[], None]:
-    """Moves float32 words of memory that is already mapped."""
+    """Moves float32 words of memory that is already mapped. A GPU's reads are copies of as many bytes: its `sum` is
+    not at the memory's speed."""
     words = x.flatten().view(torch.float32)
-    other = torch.empty_like(words) if case.traffic != "read" else words
+    other = torch.empty_like(words) if case.traffic != "read" or x.is_cuda else words
+    half = len(words) // 2
     second = {"read": None, "read, copy": lambda: other.copy_(words), "read, overwrite": lambda: other.neg_()}
     if case.traffic == "read, overwrite":
         other.copy_(words)
     after = second[case.traffic]
 
     def run() -> None:
-        words.sum()
+        other[:half].copy_(words[:half]) if x.is_cuda else words.sum()
         if after:
             after()
 
@@ -128,43 +135,22 @@ def traffic_bytes(case: Case, x: Tensor) -> int:
     return x.nbytes * (1 if case.traffic == "read" else 3)
 
 
-def timed(contender: Contender, calls: int = 1) -> float:
-    """Seconds per call; the results are freed within the time, as they are in a training loop."""
-    if contender.restore:
-        contender.restore()
-    start = time.perf_counter()
-    for _ in range(calls):
-        contender.run()
-    return (time.perf_counter() - start) / calls
-
-
-def take_turns(competitors: dict[str, Contender], rounds: int, seconds: float) -> dict[str, list[float]]:
+def take_turns(
+    competitors: dict[str, Contender], rounds: int, seconds: float, device: CPU | CUDA
+) -> dict[str, list[float]]:
     """Samples of seconds per call, one of each contender per round; at least `rounds` rounds and `seconds` of them."""
     calls = {}
     for name, contender in competitors.items():
-        timed(contender)
-        calls[name] = 1 if contender.restore else max(1, round(SAMPLE_SECONDS / timed(contender)))
+        device.timed(contender)
+        calls[name] = 1 if contender.restore else max(1, round(device.sample_seconds / device.timed(contender)))
     samples: dict[str, list[float]] = {name: [] for name in competitors}
     order = list(competitors)
     end = time.perf_counter() + seconds
     while len(samples[order[0]]) < rounds or time.perf_counter() < end:
         for name in order:
-            samples[name].append(timed(competitors[name], calls[name]))
+            samples[name].append(device.timed(competitors[name], calls[name]))
         order.reverse()
     return samples
-
-
-def temporary_bytes(contender: Contender) -> int:
-    """The process's true peak during one call, above what it held before: temporaries and results."""
-    if contender.restore:
-        contender.restore()
-    meter = Meter("cpu", memory_every=1)
-    with meter.phase("before"):
-        pass
-    with meter.phase("call"):
-        contender.run()
-    peaks = meter.step()
-    return int(max(0, peaks["memory/call"] - peaks["memory/before"]))
 
 
 def quantiles(samples: list[float]) -> dict[str, float]:
@@ -172,15 +158,16 @@ def quantiles(samples: list[float]) -> dict[str, float]:
     return {"median": median.item(), "p20": low.item(), "p80": high.item()}
 
 
-def measure(case: Case, rounds: int, seconds: float) -> dict[str, Any]:
+def measure(case: Case, rounds: int, seconds: float, device: CPU | CUDA) -> dict[str, Any]:
     """Everything about one case, ready for JSON: seconds, bytes, errors by contender."""
     torch.manual_seed(0)
-    inputs = case.make_inputs()
+    with torch.device(device.name):
+        inputs = case.make_inputs()
     competitors = contenders(case, inputs)
     error = errors(case, inputs, competitors)
     most = ceiling(case, inputs)
     turns = competitors | ({CEILING: most} if most else {})
-    samples = take_turns(turns, rounds, seconds)
+    samples = take_turns(turns, rounds, seconds, device)
     return {
         "name": case.name,
         "shape": case.shape,
@@ -191,6 +178,6 @@ def measure(case: Case, rounds: int, seconds: float) -> dict[str, Any]:
         "products": case.products,
         "flops": 2 * case.products * inputs[0].numel() * len(inputs[1]) if case.products else None,
         "input_bytes": inputs[0].nbytes,
-        "temporary_bytes": {name: temporary_bytes(contender) for name, contender in competitors.items()},
+        "temporary_bytes": {name: device.temporary_bytes(contender) for name, contender in competitors.items()},
         "error": error,
     }

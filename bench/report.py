@@ -9,33 +9,37 @@ from matplotlib.figure import Figure
 
 from bench.case import COMPILED, EAGER, OURS, UPCAST
 from bench.linear_cases import TORCH_FUSED
-from bench.measure import CEILING
+from bench.measure import CEILING, OURS_IN_CUDA
 from rlhf_fast.metrics import format_value
 
-COLORS = {OURS: "#0072B2", COMPILED: "#E69F00", UPCAST: "#999999", TORCH_FUSED: "#CC79A7"}
+COLORS = {OURS: "#0072B2", OURS_IN_CUDA: "#56B4E9", COMPILED: "#E69F00", UPCAST: "#999999", TORCH_FUSED: "#CC79A7"}
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A promise about a case: our speed as a multiple of a rival's or of the ceiling's, or our temporary memory as a
-    multiple of the first input (the logits: 1 would be a second [N, V] tensor)."""
+    """A promise about a case: our speed as a multiple of a rival's or of the ceiling's, our seconds, or our temporary
+    memory, in GiB or as a multiple of the first input (the logits: 1 would be a second [N, V] tensor)."""
 
     case: str
-    against: str  # a contender, the ceiling, or "memory of the input"
+    against: str  # a contender, the ceiling, or one of OWN
     at_least: float = 0.0
     at_most: float = math.inf
 
     def measured(self, result: dict[str, Any]) -> float:
-        if self.against == "memory of the input":
-            return result["temporary_bytes"][OURS] / result["input_bytes"]
-        return speedup(result, self.against)
+        own = {
+            "memory of the input": result["temporary_bytes"][OURS] / result["input_bytes"],
+            "GiB": result["temporary_bytes"][OURS] / 2**30,
+            "microseconds": result["seconds"][OURS]["median"] * 1e6,
+        }
+        return own[self.against] if self.against in OWN else speedup(result, self.against)
 
     def met(self, result: dict[str, Any]) -> bool:
         return self.at_least <= self.measured(result) <= self.at_most
 
 
+OWN = ("memory of the input", "GiB", "microseconds")
 _IN_PLACE = "token_logprobs forward + in-place backward"
-BARS = (
+CPU_BARS = (
     Bar("token_logprobs forward fp32", CEILING, at_least=0.8),
     Bar(f"{_IN_PLACE} fp32", EAGER, at_least=6),
     Bar(f"{_IN_PLACE} fp32", COMPILED, at_least=3),
@@ -52,6 +56,17 @@ BARS = (
     Bar("linear_ppo_loss forward + backward", CEILING, at_least=1 / 1.15),
     Bar("linear_ppo_loss forward + backward", EAGER, at_least=1),
     Bar("linear_token_logprobs forward + backward", CEILING, at_least=1 / 1.5),
+)
+_PPO, _GRADIENTS_GIB = "linear_ppo_loss forward + backward", (151_936 + 8192) * 4096 * 2 / 2**30
+GPU_BARS = (
+    Bar("token_logprobs forward bf16", CEILING, at_least=0.9),
+    Bar(f"{_IN_PLACE} bf16", CEILING, at_least=0.9),
+    Bar(f"{_IN_PLACE} bf16", "memory of the input", at_most=0.01),
+    Bar("gae", "microseconds", at_most=20),
+    Bar("ppo_loss forward + backward", EAGER, at_least=10),
+    Bar(_PPO, CEILING, at_least=1 / 1.15),
+    Bar(_PPO, "GiB", at_most=3 + _GRADIENTS_GIB),
+    Bar("linear_ppo_loss, frozen head, forward + backward", CEILING, at_least=1 / 1.15),
 )
 
 
@@ -87,7 +102,7 @@ def rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return table
 
 
-def bar_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def bar_rows(results: Sequence[dict[str, Any]], bars: Sequence[Bar]) -> list[dict[str, Any]]:
     by_name = {result["name"]: result for result in results}
     return [
         {
@@ -98,8 +113,8 @@ def bar_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "p80 / p20": spread(by_name[bar.case], [OURS, *({bar.against} & set(by_name[bar.case]["seconds"]))]),
             "met": "yes" if bar.met(by_name[bar.case]) else "NO",
         }
-        for bar in BARS
-        if bar.case in by_name and (bar.against in by_name[bar.case]["seconds"] or bar.against.startswith("memory"))
+        for bar in bars
+        if bar.case in by_name and (bar.against in by_name[bar.case]["seconds"] or bar.against in OWN)
     ]
 
 
@@ -113,12 +128,12 @@ def markdown_table(table: Sequence[dict[str, Any]]) -> str:
 def markdown(run: dict[str, Any], chart: str) -> str:
     machine = ", ".join(f"{key} {value}" for key, value in run["machine"].items())
     parts = [
-        "# CPU operations",
+        f"# {'GPU' if 'GPU' in run['machine'] else 'CPU'} operations",
         f"`{run['command']}`, {run['date']}: {machine}.",
         "Medians of interleaved rounds. GB/s counts what has to be moved at least once; the ceiling moves as much with "
-        "plain torch (`sum`, then `copy_` or `neg_`) in the same rounds, or makes the bare matmuls. Temporary memory, "
-        "results included, is the process's peak during one call above what it held before. Errors are against "
-        "float64, relative where entries are large.",
+        "plain torch (`sum`, on a GPU a copy, then `copy_` or `neg_`) in the same rounds, or makes the bare matmuls. "
+        "Temporary memory, results included, is the peak during one call above what was held before. Errors are "
+        "against float64, relative where entries are large.",
         f"![Speed relative to eager PyTorch]({chart})",
         markdown_table(rows(run["cases"])),
     ]

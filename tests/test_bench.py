@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import rlhf_fast
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -53,14 +55,18 @@ def test_refuses_to_time_a_kernel_that_disagrees(bench, ours, result):
         differentiable=(0,),
     )
     with pytest.raises(bench.measure.Disagreement, match=f"square: result {result} is off by"):
-        bench.measure.measure(case, rounds=3, seconds=0.0)
+        bench.measure.measure(case, rounds=3, seconds=0.0, device=bench.device.CPU())
     assert timed == [torch.float64], "only the truth has run"
-    assert bench.measure.measure(dataclasses.replace(case, ours=square), 1, 0.0)["error"]["rlhf_fast"] == 0
+    assert (
+        bench.measure.measure(dataclasses.replace(case, ours=square), 1, 0.0, bench.device.CPU())["error"]["rlhf_fast"]
+        == 0
+    )
 
 
 def test_every_operation_agrees_with_float64(bench):
     cases = bench.cases.all_cases(quick=True)
-    assert {bar.case for bar in bench.report.BARS} <= {case.name for case in cases}
+    for bars, device in ((bench.report.CPU_BARS, "cpu"), (bench.report.GPU_BARS, "cuda")):
+        assert {bar.case for bar in bars} <= {case.name for case in bench.cases.all_cases(quick=True, device=device)}
     for case in cases:
         torch.manual_seed(0)
         inputs = case.make_inputs()
@@ -69,22 +75,50 @@ def test_every_operation_agrees_with_float64(bench):
         assert ours <= (4e-3 if "backward bf16" in case.name else 2e-6), case.name
 
 
-def test_contenders_take_turns(bench, monkeypatch):
+def test_libraries_take_part_where_installed(bench, monkeypatch):
+    """A library's log-probs become each case's first result, and gradients, as the others have them."""
+    import bench.libraries as libraries
+
+    here = {"requires": ("torch",)}
+    for family, ours in (("FROM_LOGITS", rlhf_fast.token_logprobs), ("FROM_HIDDEN", rlhf_fast.linear_token_logprobs)):
+        rows = [
+            libraries.Implementation(name="a library", load=lambda f=ours: f, **here),
+            libraries.Implementation(name="absent", load=lambda: 1 / 0, requires=("no_such_library",)),
+        ]
+        monkeypatch.setattr(libraries, family, rows)
+    cases = libraries.with_libraries(bench.cases.all_cases(quick=True, device="cuda"))
+    assert [c.name for c in cases if "a library" in c.others] == [
+        "token_logprobs forward bf16",
+        "token_logprobs forward + backward bf16",
+        "token_logprobs forward + in-place backward bf16",
+        "linear_sft_loss forward + backward",
+        "linear_token_logprobs forward + backward",
+    ]
+    for case in cases:
+        if "a library" in case.others:
+            competitors = bench.measure.contenders(
+                dataclasses.replace(case, compiled=False), inputs := case.make_inputs()
+            )
+            assert bench.measure.errors(case, inputs, competitors)["a library"] <= 2**-8
+
+
+def test_contenders_take_turns(bench):
     log = []
     contenders = {
-        "a": bench.measure.Contender(lambda: log.append("a"), lambda: log.append("restore a")),
-        "b": bench.measure.Contender(lambda: log.append("b")),
+        "a": bench.device.Contender(lambda: log.append("a"), lambda: log.append("restore a")),
+        "b": bench.device.Contender(lambda: log.append("b")),
     }
-    monkeypatch.setattr(bench.measure, "SAMPLE_SECONDS", 0.0)
-    samples = bench.measure.take_turns(contenders, rounds=3, seconds=0.0)
+    device = bench.device.CPU()
+    device.sample_seconds = 0.0
+    samples = bench.measure.take_turns(contenders, rounds=3, seconds=0.0, device=device)
     assert {name: len(values) for name, values in samples.items()} == {"a": 3, "b": 3}
     a, b = ["restore a", "a"], ["b"]
     assert log[-9:] == a + b + b + a + a + b
 
 
 def test_temporary_memory_is_the_peak_of_one_call(bench):
-    contender = bench.measure.Contender(lambda: torch.ones(2**23) + torch.ones(2**23))  # three of 32 MiB
-    assert abs(bench.measure.temporary_bytes(contender) - 96 * 2**20) < 2**20
+    contender = bench.device.Contender(lambda: torch.ones(2**23) + torch.ones(2**23))  # three of 32 MiB
+    assert abs(bench.device.CPU().temporary_bytes(contender) - 96 * 2**20) < 2**20
 
 
 def test_bars(bench):
