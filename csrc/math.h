@@ -153,10 +153,6 @@ struct Softmax {
         centred += other.centred;
     }
     RLHF_INLINE double log_sum() const { return sum == 0 ? 0 : std::log(sum); }
-    RLHF_INLINE double entropy() const {
-        const double h = sum == 0 ? 0 : std::log(sum) - centred / sum;
-        return h < 0 ? 0 : h;
-    }
 };
 
 // log p of a target z_t against the state of all the others. Exact where the target leads by so much that
@@ -172,14 +168,22 @@ struct RowOutputs {
     double logprob, entropy, shift, log_sum;
 };
 
-// From the state of all the columns but the target.
+// From the state of all the columns but the target. Beside a target that weighs 1 the others keep their digits: log(1 +
+// others), and so does the entropy of a token that is all but certain.
 RLHF_INLINE RowOutputs row_outputs(const Softmax& others, double z_t, double inv_temperature) {
     Softmax all = others, target;
     target.shift = z_t;
     target.sum = z_t == -kInf ? 0.0 : 1.0;
-    all.merge(target, inv_temperature);
+    if (z_t > all.shift) all.move(z_t, inv_temperature);
+    target.move(all.shift, inv_temperature);
+    const double rest = all.sum;
+    all.sum += target.sum;
+    all.centred += target.centred;
+    const double log_sum = target.sum == 1 ? std::log1p(rest) : all.log_sum();
+    const double entropy = all.sum == 0 ? 0 : log_sum - all.centred / all.sum;
     // A row of nothing but -inf has no finite shift; 0 keeps the backward pass finite.
-    return {target_logprob(others, z_t, inv_temperature), all.entropy(), all.sum == 0 ? 0.0 : all.shift, all.log_sum()};
+    return {target_logprob(others, z_t, inv_temperature), entropy < 0 ? 0 : entropy, all.sum == 0 ? 0.0 : all.shift,
+            log_sum};
 }
 
 // The gradient at the target is gL (1 - p) - gH p (log p + H), with 1 - p = -expm1(log p) exact for p near 1.

@@ -12,11 +12,16 @@ MAX_LOG_RATIO = tl.constexpr(20.0)
 
 
 @triton.jit
-def softplus(x):
-    """log(1 + e^x), its small values kept; log1p by Kahan's correction."""
-    y = tl.exp(-tl.abs(x))
+def log1p(y):
+    """log(1 + y), its small values kept, by Kahan's correction."""
     u = 1 + y
-    return tl.maximum(x, 0.0) + tl.where(u == 1, y, tl.log(u) * (y / tl.where(u == 1, 1.0, u - 1)))
+    return tl.where(u == 1, y, tl.log(u) * (y / tl.where(u == 1, 1.0, u - 1)))
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + e^x), its small values kept."""
+    return tl.maximum(x, 0.0) + log1p(tl.exp(-tl.abs(x)))
 
 
 @triton.jit

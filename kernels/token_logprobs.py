@@ -10,7 +10,7 @@ all but its first and last tile are read unmasked, 16 bytes at a time.
 
 import triton
 import triton.language as tl
-from rlhf_fast.kernels.maths import LOG2E, expm1, is_last, number, softplus, tanh
+from rlhf_fast.kernels.maths import LOG2E, expm1, is_last, log1p, number, softplus, tanh
 
 ROWS = 4  # of a tile, which one lane holds: a lane's maximum moves at most once per tile
 COLUMNS = 1024
@@ -80,9 +80,11 @@ def _write_row(m, s, a, z, scale, logprobs, entropy, stats, row):
     x_target = tl.where(z == float("-inf"), 0.0, (z - shift) * factor)
     w_others = tl.exp(x_others)
     w_target = tl.where(z == float("-inf"), 0.0, tl.exp(x_target))
-    total = s * w_others + w_target
+    rest = s * w_others
+    total = rest + w_target
     centred = (a + s * x_others) * w_others + x_target * w_target
     log_sum = tl.where(total == 0, 0.0, tl.log(tl.where(total == 0, 1.0, total)))
+    log_sum = tl.where(w_target == 1, log1p(rest), log_sum)  # beside a target that weighs 1 the rest keeps its digits
     h = log_sum - centred / tl.where(total == 0, 1.0, total)
     tl.store(logprobs + row, logprob)
     tl.store(entropy + row, tl.where(h < 0, 0.0, h))

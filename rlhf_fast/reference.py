@@ -47,11 +47,12 @@ def token_logprobs(
     e = torch.exp(c)
     s_others = e.scatter(-1, ids, 0.0).sum(-1)
     alone = s_others == 0
-    log_odds = c.gather(-1, ids).squeeze(-1) - torch.log(torch.where(alone, 1.0, s_others))
+    c_target = c.gather(-1, ids).squeeze(-1)
+    log_odds = c_target - torch.log(torch.where(alone, 1.0, s_others))
     logprobs = torch.where(alone, 0.0, F.logsigmoid(log_odds))  # F.softplus is linear past 20
-    s = e.sum(-1)
     a = (e * torch.where(c == -math.inf, 0.0, c)).sum(-1)
-    entropy = torch.log(s) - a / s
+    log_s = torch.log1p(s_others + torch.expm1(c_target))  # keeps what little the others add to a confident token
+    entropy = log_s - a / e.sum(-1)
     return TokenLogprobs(torch.where(keep, logprobs, 0.0), torch.where(keep, entropy, 0.0))
 
 

@@ -103,11 +103,15 @@ def test_confident_target(kernels, lead):
     rows = torch.arange(4)
     logits[rows, ids] = logits.amax() + lead
     x = logits.requires_grad_()
-    logprobs = token_logprobs(x, ids).logprobs
+    logprobs, entropy = token_logprobs(x, ids)
     logprobs.sum().backward()
     zero = torch.zeros(4)
     truth, _, gradient = token_truth(logits.detach(), ids, zero + 1, zero)
     assert torch.all((logprobs - truth).abs() < 1e-3 * truth.abs())
+    others = logits.detach().double().index_put((rows, ids), zero.double() - INF)  # H = sum p (1 + z_t - z), nearly
+    weights = torch.exp(others - logits.detach()[rows, ids, None].double())
+    entropy_truth = (weights * (1 + torch.where(weights > 0, -weights.clamp(min=1e-300).log(), 0))).sum(-1)
+    assert torch.all((entropy - entropy_truth).abs() < 1e-3 * entropy_truth)
     truth = -torch.expm1(truth)  # 1 - p_t, which the float64 formula of the gradient cannot hold
     assert torch.all((x.grad[rows, ids] - truth).abs() < 1e-3 * truth) and torch.all(x.grad[rows, ids] > 0)
     gradient[rows, ids] = 0
