@@ -1,0 +1,191 @@
+// log p(token), entropy of p and KL(p || q) of p = softmax(logits / temperature) and q = softmax(ref_logits /
+// temperature), forward in one pass over both rows, backward in one read of both and one write.
+#include "ops.h"
+#include "pair_sums.h"
+
+namespace rlhf::ISA {
+namespace {
+
+// Two tensors of one shape [N, V] and dtype, each with its own row stride.
+template <typename In>
+struct Rows {
+    const In *logits, *ref_logits;
+    int64_t stride, ref_stride, V;
+    double inv_temperature, softcap;
+};
+
+template <typename T>
+void write(Pointer logprobs, Pointer entropy, Pointer kl, Pointer ref_logprobs, Pointer stats, int64_t i,
+           const PairOutputs& row) {
+    logprobs.as<T>()[i] = T(row.logprob);
+    entropy.as<T>()[i] = T(row.entropy);
+    kl.as<T>()[i] = T(row.kl);
+    ref_logprobs.as<T>()[i] = T(row.ref_logprob);
+    T* kept = stats.as<T>() + 4 * i;
+    kept[0] = T(row.shift);
+    kept[1] = T(row.log_sum);
+    kept[2] = T(row.centre);
+    kept[3] = T(row.mean);
+}
+
+template <typename In>
+void forward(const Rows<In>& rows, const int64_t* ids, int64_t N, Pointer logprobs, Pointer entropy, Pointer kl,
+             Pointer ref_logprobs, Pointer stats, int threads) {
+    const int64_t V = rows.V, segments = segments_of(V);
+    const int team = team_size(N * V, threads);
+    SoftmaxPair* states = new SoftmaxPair[N * segments];
+    double* centres = new double[N];
+#pragma omp parallel num_threads(team)
+    {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < N; ++i)
+            if (ids[i] != kMasked)
+                centres[i] = centre_of(rows.logits + i * rows.stride, rows.ref_logits + i * rows.ref_stride, V, ids[i],
+                                       rows.softcap);
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < N * segments; ++task) {
+            const int64_t i = task / segments, begin = task % segments * kSegment, end = minimum(begin + kSegment, V);
+            if (ids[i] == kMasked) continue;
+            states[task] = accumulate_pair(rows.logits + i * rows.stride, rows.ref_logits + i * rows.ref_stride, begin,
+                                           end, ids[i], centres[i], rows.inv_temperature, rows.softcap);
+        }
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < N; ++i) {
+            PairOutputs row = {};
+            if (ids[i] != kMasked) {
+                SoftmaxPair others;
+                for (int64_t s = 0; s < segments; ++s) others.merge(states[i * segments + s], rows.inv_temperature);
+                row = pair_outputs(others, logit(rows.logits + i * rows.stride, ids[i], rows.softcap),
+                                   logit(rows.ref_logits + i * rows.ref_stride, ids[i], rows.softcap), centres[i],
+                                   rows.inv_temperature);
+            }
+            write<Compute<In>>(logprobs, entropy, kl, ref_logprobs, stats, i, row);
+        }
+    }
+    delete[] states;
+    delete[] centres;
+}
+
+// What the gradient of one row is made of: g_j = p_j (slope d_j + offset + by_u u_j), d = z - shift, u = z_ref - z -
+// centre, and p_j = 2^(d_j factor) but for a factor of the three.
+template <typename T>
+struct RowGradient {
+    T shift, centre, factor, slope, offset, by_u;
+};
+
+template <typename T>
+inline void gradients(const T* z, const T* z_ref, T* g, int64_t n, RowGradient<T> row) {
+    const T lowest = kLowest<T> / row.factor, farthest = kFarthest<T>;
+#pragma omp simd
+    for (int64_t k = 0; k < n; ++k) {
+        T d = z[k] - row.shift, u = (z_ref[k] - z[k]) - row.centre;
+        d = lowest > d ? lowest : d;
+        u = u > -farthest ? u : -farthest;
+        u = u < farthest ? u : farthest;
+        const T w = exp2_scaled(d, row.factor);
+        g[k] = w * (row.slope * d + row.offset) + (w * u) * row.by_u;
+    }
+}
+
+struct Upstream {
+    double logprob, entropy, kl;
+};
+
+// Gradient of the columns [begin, end) of one row, from what the forward pass kept of it. With H the entropy,
+//     dz_j = gL (1[j = t] - p_j) - gH p_j (log p_j + H) + gK p_j (log p_j - log q_j - KL),
+// and log p_j - log q_j - KL = E_p[u] - u_j. out may be the same memory as row.
+template <typename In, typename T>
+void row_gradient(const In* row, const In* ref_row, In* out, int64_t begin, int64_t end, int64_t target,
+                  double inv_temperature, double softcap, double logprob, double entropy, const T* stats, Upstream by) {
+    alignas(64) T buffer[kBlock], ref_buffer[kBlock], gradient[kBlock];
+    const double log_sum = double(stats[1]), centre = double(stats[2]), mean = by.kl == 0 ? 0 : double(stats[3]);
+    const double scale = -inv_temperature * std::exp(-log_sum);
+    const RowGradient<T> coefficients = {stats[0],
+                                         stats[2],
+                                         T(inv_temperature * kLog2E),
+                                         T(scale * by.entropy * inv_temperature),
+                                         T(scale * (by.logprob + by.entropy * (entropy - log_sum) - by.kl * mean)),
+                                         T(scale * by.kl * inv_temperature)};
+    const bool has_target = target >= begin && target < end;
+    const double z_t = has_target ? double(logit(row, target, softcap)) : 0;  // read before it may be overwritten
+    const T cap_ = T(softcap);
+    for (int64_t i = begin; i < end; i += kBlock) {
+        const int64_t n = minimum(kBlock, end - i);
+        const T* z = block(row + i, n, softcap, buffer);
+        const T* z_ref = block(ref_row + i, n, softcap, ref_buffer);
+        T* g = gradient;
+        if constexpr (sizeof(In) == sizeof(T)) g = out + i;
+        gradients(z, z_ref, g, n, coefficients);
+        if (softcap != 0) {
+#pragma omp simd
+            for (int64_t k = 0; k < n; ++k) g[k] *= 1 - (z[k] / cap_) * (z[k] / cap_);
+        }
+        if constexpr (sizeof(In) != sizeof(T)) store(gradient, out + i, n);
+    }
+    if (!has_target) return;
+    double at_target = target_gradient(logprob, entropy, by.logprob, by.entropy);
+    const double p = std::exp(logprob);
+    if (by.kl != 0 && p > 0)
+        at_target += by.kl * p * (mean - (double(logit(ref_row, target, softcap)) - z_t - centre) * inv_temperature);
+    const double by_softcap = softcap == 0 ? 1 : 1 - (z_t / softcap) * (z_t / softcap);
+    narrow(T(at_target * inv_temperature * by_softcap), out[target]);
+}
+
+template <typename In>
+void backward(const Rows<In>& rows, const int64_t* ids, int64_t N, Pointer logprobs, Pointer entropy, Pointer stats,
+              Pointer grad_logprobs, Pointer grad_entropy, Pointer grad_kl, In* grad_logits, int64_t grad_stride,
+              int threads) {
+    using T = Compute<In>;
+    const int64_t V = rows.V, segments = segments_of(V);
+    const int team = team_size(N * V, threads);
+    if (grad_logits != rows.logits && N > 0) prefer_huge_pages(grad_logits, (N - 1) * grad_stride + V);
+    const auto upstream = [](Pointer grad, int64_t i) { return grad ? double(grad.as<T>()[i]) : 0.0; };
+#pragma omp parallel for num_threads(team) schedule(static)
+    for (int64_t task = 0; task < N * segments; ++task) {
+        const int64_t i = task / segments, begin = task % segments * kSegment, end = minimum(begin + kSegment, V);
+        In* out = grad_logits + i * grad_stride;
+        if (ids[i] == kMasked) {
+            memset(out + begin, 0, size_t(end - begin) * sizeof(In));
+            continue;
+        }
+        row_gradient(rows.logits + i * rows.stride, rows.ref_logits + i * rows.ref_stride, out, begin, end, ids[i],
+                     rows.inv_temperature, rows.softcap, double(logprobs.as<T>()[i]), double(entropy.as<T>()[i]),
+                     stats.as<const T>() + 4 * i,
+                     {upstream(grad_logprobs, i), upstream(grad_entropy, i), upstream(grad_kl, i)});
+    }
+}
+
+template <typename In>
+Rows<In> rows_of(Pointer logits, int64_t stride, Pointer ref_logits, int64_t ref_stride, int64_t V,
+                 double inv_temperature, double softcap) {
+    return {logits.as<const In>(), ref_logits.as<const In>(), stride, ref_stride, V, inv_temperature, softcap};
+}
+
+}  // namespace
+
+int64_t token_kl(Pointer logits, int dtype, int64_t row_stride, Pointer ref_logits, int64_t ref_row_stride, Pointer ids,
+                 int64_t N, int64_t V, double inv_temperature, double softcap, Pointer logprobs, Pointer entropy,
+                 Pointer kl, Pointer ref_logprobs, Pointer stats, int threads) {
+    const int64_t bad = first_bad_id(ids.as<const int64_t>(), N, V);
+    if (bad >= 0) return bad;
+    with_storage(dtype, [&](auto storage) {
+        const auto rows =
+            rows_of<decltype(storage)>(logits, row_stride, ref_logits, ref_row_stride, V, inv_temperature, softcap);
+        forward(rows, ids.as<const int64_t>(), N, logprobs, entropy, kl, ref_logprobs, stats, threads);
+    });
+    return -1;
+}
+
+void token_kl_backward(Pointer logits, int dtype, int64_t row_stride, Pointer ref_logits, int64_t ref_row_stride,
+                       Pointer ids, int64_t N, int64_t V, double inv_temperature, double softcap, Pointer logprobs,
+                       Pointer entropy, Pointer stats, Pointer grad_logprobs, Pointer grad_entropy, Pointer grad_kl,
+                       Pointer grad_logits, int64_t grad_row_stride, int threads) {
+    with_storage(dtype, [&](auto storage) {
+        using In = decltype(storage);
+        const auto rows = rows_of<In>(logits, row_stride, ref_logits, ref_row_stride, V, inv_temperature, softcap);
+        backward(rows, ids.as<const int64_t>(), N, logprobs, entropy, stats, grad_logprobs, grad_entropy, grad_kl,
+                 grad_logits.as<In>(), grad_row_stride, threads);
+    });
+}
+
+}  // namespace rlhf::ISA
