@@ -89,14 +89,23 @@ RLHF_INLINE float exp_of(float x) {
 #endif
 }
 
+// e^x - 1 - x for |x| < 1/2, of a float or a vector of floats.
+template <typename Floats>
+RLHF_INLINE void near_bregman(const Floats& x, Floats& value) {
+    Floats p = 2.48416795e-5f * x + 1.99619571e-4f;
+    p = p * x + 1.38890401e-3f;
+    p = p * x + 8.33318276e-3f;
+    p = p * x + 4.16666643e-2f;
+    p = p * x + 1.66666671e-1f;
+    p = p * x + 0.5f;
+    value = p * x * x;
+}
+
 // e^x - 1 - x without cancellation near 0: the k3 estimator, with derivative e^x - 1 = bregman(x) + x.
-// The polynomial of |x| < 1/2, times x^2.
-constexpr float kBregman[7] = {
-    2.48416795e-5f, 1.99619571e-4f, 1.38890401e-3f, 8.33318276e-3f, 4.16666643e-2f, 1.66666671e-1f, 0.5f};
 RLHF_INLINE float bregman(float x) {
-    float p = kBregman[0];
-    for (int j = 1; j < 7; ++j) p = p * x + kBregman[j];
-    const float near = p * x * x, far = (exp_of(x) - 1.0f) - x;
+    float near;
+    near_bregman(x, near);
+    const float far = (exp_of(x) - 1.0f) - x;
     return x > -0.5f && x < 0.5f ? near : far;
 }
 RLHF_INLINE double bregman(double x) {

@@ -26,9 +26,7 @@ inline __attribute__((always_inline)) void powers_of(const Vector& d, T factor, 
 template <typename T, typename Vector>
 inline __attribute__((always_inline)) void near_bregmans(const Vector& u, Vector& excess) {
     if constexpr (sizeof(T) == sizeof(float)) {
-        excess = kBregman[0] * u + kBregman[1];
-        for (int j = 2; j < 7; ++j) excess = excess * u + kBregman[j];
-        excess = excess * u * u;
+        near_bregman(u, excess);
     } else {
         for (int k = 0; k < kLanes; ++k) excess[k] = bregman(u[k]);
     }

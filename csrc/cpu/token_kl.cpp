@@ -107,7 +107,9 @@ void row_gradient(const In* row, const In* ref_row, In* out, int64_t begin, int6
                                          T(scale * (by.logprob + by.entropy * (entropy - log_sum) - by.kl * mean)),
                                          T(scale * by.kl * inv_temperature)};
     const bool has_target = target >= begin && target < end;
-    const double z_t = has_target ? double(logit(row, target, softcap)) : 0;  // read before it may be overwritten
+    // Read before they may be overwritten.
+    const double z_t = has_target ? double(logit(row, target, softcap)) : 0,
+                 z_ref_t = has_target ? double(logit(ref_row, target, softcap)) : 0;
     const T cap_ = T(softcap);
     for (int64_t i = begin; i < end; i += kBlock) {
         const int64_t n = minimum(kBlock, end - i);
@@ -125,8 +127,7 @@ void row_gradient(const In* row, const In* ref_row, In* out, int64_t begin, int6
     if (!has_target) return;
     double at_target = target_gradient(logprob, entropy, by.logprob, by.entropy);
     const double p = std::exp(logprob);
-    if (by.kl != 0 && p > 0)
-        at_target += by.kl * p * (mean - (double(logit(ref_row, target, softcap)) - z_t - centre) * inv_temperature);
+    if (by.kl != 0 && p > 0) at_target += by.kl * p * (mean - (z_ref_t - z_t - centre) * inv_temperature);
     const double by_softcap = softcap == 0 ? 1 : 1 - (z_t / softcap) * (z_t / softcap);
     narrow(T(at_target * inv_temperature * by_softcap), out[target]);
 }
