@@ -87,7 +87,7 @@ def token_kl(
 ) -> TokenKL:
     """KL = sum p (log p - log q) over the tokens that p can give; infinite where q cannot give one of them."""
     keep = token_ids != IGNORED_ID
-    logits, ref_logits = (torch.where(keep.unsqueeze(-1), x, 0) for x in (logits, ref_logits.detach()))
+    logits, ref_logits = (at_least_fp32(torch.where(keep.unsqueeze(-1), x, 0)) for x in (logits, ref_logits.detach()))
     log_p, log_q = (F.log_softmax(scaled_logits(x, temperature, softcap), -1) for x in (logits, ref_logits))
     log_ratio = torch.where(log_p > -math.inf, log_p - log_q, 0.0)
     p = log_p.exp().clamp(min=torch.finfo(log_p.dtype).tiny)  # not 0 * infinity where it underflows

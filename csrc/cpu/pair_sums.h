@@ -6,6 +6,19 @@
 namespace rlhf::ISA {
 namespace {
 
+// z_ref - z - centre, rounding off as little as float32 lets it: the integer first, so that logits with a large offset
+// between them are brought together before their difference is rounded.
+template <typename T>
+struct Centre {
+    T whole, rest;
+
+    explicit Centre(double centre) : whole(T(std::rint(centre))), rest(T(centre - std::rint(centre))) {}
+    template <typename Values>  // a T or a vector of them
+    __attribute__((always_inline)) void difference(const Values& z, const Values& z_ref, Values& u) const {
+        u = ((z_ref - whole) - z) - rest;
+    }
+};
+
 // Bounds u where a logit is -inf, for 0 * inf is NaN.
 template <typename T>
 constexpr T kFarthest = T(1e30);
@@ -45,7 +58,8 @@ inline double total(const Vector& lanes) {
 // its shift. from and ref_from: the memory they come from, to be read kAhead.
 template <typename In, typename T>
 __attribute__((noinline)) void add_pairs(const T* z, const T* z_ref, const In* from, const In* ref_from, int64_t n,
-                                         T shift, T ref_shift, T centre, T inv_temperature, SoftmaxPair& state) {
+                                         T shift, T ref_shift, Centre<T> centre, T inv_temperature,
+                                         SoftmaxPair& state) {
     using Vector = typename VectorOf<T>::type;
     using Unaligned = typename VectorOf<T>::unaligned;
     const T factor = T(inv_temperature * kLog2E);
@@ -57,7 +71,8 @@ __attribute__((noinline)) void add_pairs(const T* z, const T* z_ref, const In* f
             fetch(ref_from + i);
         }
         const Vector a = *reinterpret_cast<const Unaligned*>(z + i), b = *reinterpret_cast<const Unaligned*>(z_ref + i);
-        Vector d = a - shift, d_ref = b - ref_shift, u = (b - a) - centre;
+        Vector d = a - shift, d_ref = b - ref_shift, u;
+        centre.difference(a, b, u);
         d = lowest > d ? lowest : d;
         d_ref = lowest > d_ref ? lowest : d_ref;
         least = u < least ? u : least;
@@ -98,7 +113,7 @@ SoftmaxPair accumulate_pair(const In* row, const In* ref_row, int64_t begin, int
                        maximum(double(std::ceil(ref_top)), state.reference.shift), inv_temperature);
         const auto finite = [](double shift) { return shift > -kInf ? T(shift) : T(0); };
         add_pairs(z, z_ref, row + i, ref_row + i, n, finite(state.policy.shift), finite(state.reference.shift),
-                  T(centre), T(inv_temperature), state);
+                  Centre<T>(centre), T(inv_temperature), state);
     };
     const auto add_range = [&](int64_t from, int64_t to) {
         for (int64_t i = from; i < to; i += kChunk) {

@@ -70,7 +70,8 @@ void forward(const Rows<In>& rows, const int64_t* ids, int64_t N, Pointer logpro
 // centre, and p_j = 2^(d_j factor) but for a factor of the three.
 template <typename T>
 struct RowGradient {
-    T shift, centre, factor, slope, offset, by_u;
+    T shift, factor, slope, offset, by_u;
+    Centre<T> centre;
 };
 
 template <typename T>
@@ -78,7 +79,8 @@ inline void gradients(const T* z, const T* z_ref, T* g, int64_t n, RowGradient<T
     const T lowest = kLowest<T> / row.factor, farthest = kFarthest<T>;
 #pragma omp simd
     for (int64_t k = 0; k < n; ++k) {
-        T d = z[k] - row.shift, u = (z_ref[k] - z[k]) - row.centre;
+        T d = z[k] - row.shift, u;
+        row.centre.difference(z[k], z_ref[k], u);
         d = lowest > d ? lowest : d;
         u = u > -farthest ? u : -farthest;
         u = u < farthest ? u : farthest;
@@ -101,11 +103,11 @@ void row_gradient(const In* row, const In* ref_row, In* out, int64_t begin, int6
     const double log_sum = double(stats[1]), centre = double(stats[2]), mean = by.kl == 0 ? 0 : double(stats[3]);
     const double scale = -inv_temperature * std::exp(-log_sum);
     const RowGradient<T> coefficients = {stats[0],
-                                         stats[2],
                                          T(inv_temperature * kLog2E),
                                          T(scale * by.entropy * inv_temperature),
                                          T(scale * (by.logprob + by.entropy * (entropy - log_sum) - by.kl * mean)),
-                                         T(scale * by.kl * inv_temperature)};
+                                         T(scale * by.kl * inv_temperature),
+                                         Centre<T>(centre)};
     const bool has_target = target >= begin && target < end;
     // Read before they may be overwritten.
     const double z_t = has_target ? double(logit(row, target, softcap)) : 0,
