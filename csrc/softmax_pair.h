@@ -45,6 +45,7 @@ struct SoftmaxPair {
     // E_p[u]
     RLHF_INLINE double mean() const { return policy.sum == 0 ? 0 : cross / policy.sum; }
     RLHF_INLINE double kl(double centre, double inv_temperature) const {
+        if (policy.sum != policy.sum) return policy.sum;  // NaN: no distribution
         if (unsupported) return kInf;
         if (policy.sum == 0) return 0;
         const double apart = (reference.shift - policy.shift - centre) * inv_temperature;  // of the two sums' scales

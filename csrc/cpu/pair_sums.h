@@ -76,8 +76,9 @@ __attribute__((noinline)) void add_pairs(const T* z, const T* z_ref, const In* f
         d = lowest > d ? lowest : d;
         d_ref = lowest > d_ref ? lowest : d_ref;
         least = u < least ? u : least;
+        u *= inv_temperature;
         u = u > -farthest ? u : -farthest;  // NaN too, where both are -inf
-        u = (u < farthest ? u : farthest) * inv_temperature;
+        u = u < farthest ? u : farthest;
         Vector w, w_ref, e;
         powers_of(d, factor, w);
         powers_of(d_ref, factor, w_ref);

@@ -200,9 +200,10 @@ def test_masked_rows_are_exact_zeros(kernels, junk, ref_junk):
 
 
 @pytest.mark.parametrize("side", [0, 1])
-def test_nan_is_not_hidden(kernels, side):
+@pytest.mark.parametrize("broken", [torch.nan, INF])
+def test_what_is_no_distribution_is_not_hidden(kernels, side, broken):
     pair = torch.randn(2, 3, 70)
-    pair[side, :, 11] = torch.nan
+    pair[side, :, 11] = broken
     assert torch.isnan(token_kl(*pair, torch.arange(3)).kl).all()
 
 
