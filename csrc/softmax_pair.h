@@ -80,7 +80,7 @@ RLHF_INLINE SoftmaxPair pair_of(double z, double z_ref, double centre, double in
 
 struct PairOutputs {
     double logprob, entropy, kl, ref_logprob;
-    double shift, log_sum, centre, mean;  // what the gradient needs
+    double shift, log_sum, centre, mean;  // what the gradient needs; the centre is a float
 };
 
 // From the state of all the columns but the target.
@@ -89,14 +89,11 @@ RLHF_INLINE PairOutputs pair_outputs(SoftmaxPair others, double z_t, double z_re
     const RowOutputs row = row_outputs(others.policy, z_t, inv_temperature);
     const double ref_logprob = target_logprob(others.reference, z_ref_t, inv_temperature);
     others.merge(pair_of(z_t, z_ref_t, centre, inv_temperature), inv_temperature);
-    return {row.logprob,
-            row.entropy,
-            others.kl(centre, inv_temperature),
-            ref_logprob,
-            row.shift,
-            row.log_sum,
-            centre,
-            others.unsupported ? kInf - kInf : others.mean()};
+    const double kl = others.kl(centre, inv_temperature), mean = others.unsupported ? kInf - kInf : others.mean();
+    // Of the gradient's p (mean - u), as little as possible is left to cancel.
+    const double on_mean = others.unsupported ? centre : float(centre + mean / inv_temperature);
+    return {row.logprob, row.entropy, kl,      ref_logprob,
+            row.shift,   row.log_sum, on_mean, mean + (centre - on_mean) * inv_temperature};
 }
 
 }  // namespace rlhf::ISA

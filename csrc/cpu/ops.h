@@ -18,7 +18,7 @@ void token_logprobs_backward(Pointer logits, int dtype, int64_t row_stride, Poin
                              Pointer grad_logprobs, Pointer grad_entropy, Pointer grad_logits, int64_t grad_row_stride,
                              int threads);
 // The same of two tensors, ref_logits the reference's. stats[N,4] = shift and log of the sum as above, of the policy;
-// a constant near the rows' difference; the policy's mean of (ref_logit - logit - constant) / temperature, NaN where
+// the policy's mean of ref_logit - logit, rounded; its mean of (ref_logit - logit - that) / temperature, NaN where
 // the KL is infinite.
 int64_t token_kl(Pointer logits, int dtype, int64_t row_stride, Pointer ref_logits, int64_t ref_row_stride, Pointer ids,
                  int64_t N, int64_t V, double inv_temperature, double softcap, Pointer logprobs, Pointer entropy,
