@@ -100,21 +100,51 @@ __attribute__((noinline)) void add_pairs(const T* z, const T* z_ref, const In* f
     for (int k = 0; k < kLanes; ++k) state.unsupported |= least[k] == T(-kInf);
 }
 
+// What a search of the policy's row for its likeliest token gives, before the sums, for which it leaves the row in the
+// cache.
+struct Start {
+    double shift;   // near the largest logit but the target's, beside which nothing might be left of the others
+    double centre;  // z_ref - z of the likeliest token: near E_p[z_ref - z] where p is sure of itself or close to q
+};
+
+template <typename In>
+Start start_of(const In* row, const In* ref_row, int64_t V, int64_t target, double softcap) {
+    using T = Compute<In>;
+    alignas(64) T buffer[kBlock];
+    T top = T(-kInf);  // before the softcap, which changes no order
+    int64_t likeliest = target;
+    const auto search = [&](int64_t from, int64_t to) {
+        for (int64_t i = from; i < to; i += kBlock) {
+            const int64_t n = minimum(kBlock, to - i);
+            const T* z = block(row + i, n, 0, buffer);
+            const T here = max_of(z, n);
+            if (here > top) top = here, likeliest = i;
+        }
+    };
+    search(0, target);
+    search(target + 1, V);
+    if (top > T(-kInf))  // from the beginning of its block, where the target is not
+        while (widen(row[likeliest]) != top) ++likeliest;
+    const double shift = std::ceil(double(logit(row, likeliest, softcap)));
+    if (widen(row[target]) > top) likeliest = target;
+    const T centre = logit(ref_row, likeliest, softcap) - logit(row, likeliest, softcap);
+    return {std::isfinite(shift) ? shift : 0, std::isfinite(centre) ? double(centre) : 0};
+}
+
 // State of the columns [begin, end) without the target. The shifts are integers, as in `accumulate`.
 template <typename In>
-SoftmaxPair accumulate_pair(const In* row, const In* ref_row, int64_t begin, int64_t end, int64_t target, double centre,
+SoftmaxPair accumulate_pair(const In* row, const In* ref_row, int64_t begin, int64_t end, int64_t target, Start start,
                             double inv_temperature, double softcap) {
     using T = Compute<In>;
     alignas(64) T buffer[kChunk], ref_buffer[kChunk];
     SoftmaxPair state;
+    state.policy.shift = start.shift;
     const auto add = [&](const T* z, const T* z_ref, int64_t i, int64_t n) {
-        const T top = max_of(z, n), ref_top = max_of(z_ref, n);
-        if (double(top) > state.policy.shift || double(ref_top) > state.reference.shift)
-            state.move(maximum(double(std::ceil(top)), state.policy.shift),
-                       maximum(double(std::ceil(ref_top)), state.reference.shift), inv_temperature);
-        const auto finite = [](double shift) { return shift > -kInf ? T(shift) : T(0); };
-        add_pairs(z, z_ref, row + i, ref_row + i, n, finite(state.policy.shift), finite(state.reference.shift),
-                  Centre<T>(centre), T(inv_temperature), state);
+        const double ref_top = std::ceil(double(max_of(z_ref, n)));
+        if (ref_top > state.reference.shift) state.move(start.shift, ref_top, inv_temperature);
+        const T ref_shift = state.reference.shift > -kInf ? T(state.reference.shift) : T(0);
+        add_pairs(z, z_ref, row + i, ref_row + i, n, T(start.shift), ref_shift, Centre<T>(start.centre),
+                  T(inv_temperature), state);
     };
     const auto add_range = [&](int64_t from, int64_t to) {
         for (int64_t i = from; i < to; i += kChunk) {
@@ -135,23 +165,6 @@ SoftmaxPair accumulate_pair(const In* row, const In* ref_row, int64_t begin, int
     add_range(begin, split ? target : end);
     if (split) add_range(target + 1, end);
     return state;
-}
-
-// z_ref - z of a likely token: near E_p[z_ref - z] if the distributions are close.
-template <typename In>
-double centre_of(const In* row, const In* ref_row, int64_t V, int64_t target, double softcap) {
-    using T = Compute<In>;
-    alignas(64) T buffer[kGuess];
-    const int64_t n = minimum(kGuess, V);
-    const T* z = block(row, n, softcap, buffer);
-    int64_t likely = target;
-    T top = logit(row, target, softcap);
-    if (max_of(z, n) > top) {
-        top = max_of(z, n);
-        for (likely = 0; z[likely] != top;) ++likely;
-    }
-    const T centre = logit(ref_row, likely, softcap) - top;
-    return std::isfinite(centre) ? double(centre) : 0;
 }
 
 }  // namespace

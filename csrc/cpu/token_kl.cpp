@@ -6,12 +6,25 @@
 namespace rlhf::ISA {
 namespace {
 
-// Two tensors of one shape [N, V] and dtype, each with its own row stride.
+// Two tensors of one shape [N, V] and dtype, each with its own row stride, and the tokens of their rows.
 template <typename In>
 struct Rows {
     const In *logits, *ref_logits;
     int64_t stride, ref_stride, V;
+    const int64_t* ids;
     double inv_temperature, softcap;
+
+    const In* policy(int64_t i) const { return logits + i * stride; }
+    const In* reference(int64_t i) const { return ref_logits + i * ref_stride; }
+    Start start(int64_t i) const { return start_of(policy(i), reference(i), V, ids[i], softcap); }
+    SoftmaxPair segment(int64_t i, int64_t s, Start start) const {
+        const int64_t begin = s * kSegment, end = minimum(begin + kSegment, V);
+        return accumulate_pair(policy(i), reference(i), begin, end, ids[i], start, inv_temperature, softcap);
+    }
+    PairOutputs outputs(int64_t i, const SoftmaxPair& others, Start start) const {
+        return pair_outputs(others, logit(policy(i), ids[i], softcap), logit(reference(i), ids[i], softcap),
+                            start.centre, inv_temperature);
+    }
 };
 
 template <typename T>
@@ -29,41 +42,50 @@ void write(Pointer logprobs, Pointer entropy, Pointer kl, Pointer ref_logprobs, 
 }
 
 template <typename In>
-void forward(const Rows<In>& rows, const int64_t* ids, int64_t N, Pointer logprobs, Pointer entropy, Pointer kl,
-             Pointer ref_logprobs, Pointer stats, int threads) {
-    const int64_t V = rows.V, segments = segments_of(V);
-    const int team = team_size(N * V, threads);
+void forward(const Rows<In>& rows, int64_t N, Pointer logprobs, Pointer entropy, Pointer kl, Pointer ref_logprobs,
+             Pointer stats, int threads) {
+    using T = Compute<In>;
+    const int64_t segments = segments_of(rows.V);
+    const int team = team_size(N * rows.V, threads);
+    if (N >= team) {
+#pragma omp parallel for num_threads(team) schedule(static)
+        for (int64_t i = 0; i < N; ++i) {
+            PairOutputs row = {};
+            if (rows.ids[i] != kMasked) {
+                const Start start = rows.start(i);
+                SoftmaxPair others;
+                for (int64_t s = 0; s < segments; ++s) others.merge(rows.segment(i, s, start), rows.inv_temperature);
+                row = rows.outputs(i, others, start);
+            }
+            write<T>(logprobs, entropy, kl, ref_logprobs, stats, i, row);
+        }
+        return;
+    }
+    // Fewer rows than threads: the segments of a row go to different threads and are merged in the same order.
+    Start* starts = new Start[N];
     SoftmaxPair* states = new SoftmaxPair[N * segments];
-    double* centres = new double[N];
 #pragma omp parallel num_threads(team)
     {
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < N; ++i)
-            if (ids[i] != kMasked)
-                centres[i] = centre_of(rows.logits + i * rows.stride, rows.ref_logits + i * rows.ref_stride, V, ids[i],
-                                       rows.softcap);
+            if (rows.ids[i] != kMasked) starts[i] = rows.start(i);
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < N * segments; ++task) {
-            const int64_t i = task / segments, begin = task % segments * kSegment, end = minimum(begin + kSegment, V);
-            if (ids[i] == kMasked) continue;
-            states[task] = accumulate_pair(rows.logits + i * rows.stride, rows.ref_logits + i * rows.ref_stride, begin,
-                                           end, ids[i], centres[i], rows.inv_temperature, rows.softcap);
-        }
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < N; ++i) {
-            PairOutputs row = {};
-            if (ids[i] != kMasked) {
-                SoftmaxPair others;
-                for (int64_t s = 0; s < segments; ++s) others.merge(states[i * segments + s], rows.inv_temperature);
-                row = pair_outputs(others, logit(rows.logits + i * rows.stride, ids[i], rows.softcap),
-                                   logit(rows.ref_logits + i * rows.ref_stride, ids[i], rows.softcap), centres[i],
-                                   rows.inv_temperature);
-            }
-            write<Compute<In>>(logprobs, entropy, kl, ref_logprobs, stats, i, row);
+            const int64_t i = task / segments;
+            if (rows.ids[i] != kMasked) states[task] = rows.segment(i, task % segments, starts[i]);
         }
     }
+    for (int64_t i = 0; i < N; ++i) {
+        PairOutputs row = {};
+        if (rows.ids[i] != kMasked) {
+            SoftmaxPair others;
+            for (int64_t s = 0; s < segments; ++s) others.merge(states[i * segments + s], rows.inv_temperature);
+            row = rows.outputs(i, others, starts[i]);
+        }
+        write<T>(logprobs, entropy, kl, ref_logprobs, stats, i, row);
+    }
     delete[] states;
-    delete[] centres;
+    delete[] starts;
 }
 
 // What the gradient of one row is made of: g_j = p_j (slope d_j + offset + by_u u_j), d = z - shift, u = z_ref - z -
@@ -135,9 +157,8 @@ void row_gradient(const In* row, const In* ref_row, In* out, int64_t begin, int6
 }
 
 template <typename In>
-void backward(const Rows<In>& rows, const int64_t* ids, int64_t N, Pointer logprobs, Pointer entropy, Pointer stats,
-              Pointer grad_logprobs, Pointer grad_entropy, Pointer grad_kl, In* grad_logits, int64_t grad_stride,
-              int threads) {
+void backward(const Rows<In>& rows, int64_t N, Pointer logprobs, Pointer entropy, Pointer stats, Pointer grad_logprobs,
+              Pointer grad_entropy, Pointer grad_kl, In* grad_logits, int64_t grad_stride, int threads) {
     using T = Compute<In>;
     const int64_t V = rows.V, segments = segments_of(V);
     const int team = team_size(N * V, threads);
@@ -147,21 +168,21 @@ void backward(const Rows<In>& rows, const int64_t* ids, int64_t N, Pointer logpr
     for (int64_t task = 0; task < N * segments; ++task) {
         const int64_t i = task / segments, begin = task % segments * kSegment, end = minimum(begin + kSegment, V);
         In* out = grad_logits + i * grad_stride;
-        if (ids[i] == kMasked) {
+        if (rows.ids[i] == kMasked) {
             memset(out + begin, 0, size_t(end - begin) * sizeof(In));
             continue;
         }
-        row_gradient(rows.logits + i * rows.stride, rows.ref_logits + i * rows.ref_stride, out, begin, end, ids[i],
-                     rows.inv_temperature, rows.softcap, double(logprobs.as<T>()[i]), double(entropy.as<T>()[i]),
-                     stats.as<const T>() + 4 * i,
+        row_gradient(rows.policy(i), rows.reference(i), out, begin, end, rows.ids[i], rows.inv_temperature,
+                     rows.softcap, double(logprobs.as<T>()[i]), double(entropy.as<T>()[i]), stats.as<const T>() + 4 * i,
                      {upstream(grad_logprobs, i), upstream(grad_entropy, i), upstream(grad_kl, i)});
     }
 }
 
 template <typename In>
-Rows<In> rows_of(Pointer logits, int64_t stride, Pointer ref_logits, int64_t ref_stride, int64_t V,
+Rows<In> rows_of(Pointer logits, int64_t stride, Pointer ref_logits, int64_t ref_stride, int64_t V, Pointer ids,
                  double inv_temperature, double softcap) {
-    return {logits.as<const In>(), ref_logits.as<const In>(), stride, ref_stride, V, inv_temperature, softcap};
+    return {logits.as<const In>(),   ref_logits.as<const In>(), stride, ref_stride, V,
+            ids.as<const int64_t>(), inv_temperature,           softcap};
 }
 
 }  // namespace
@@ -172,9 +193,9 @@ int64_t token_kl(Pointer logits, int dtype, int64_t row_stride, Pointer ref_logi
     const int64_t bad = first_bad_id(ids.as<const int64_t>(), N, V);
     if (bad >= 0) return bad;
     with_storage(dtype, [&](auto storage) {
-        const auto rows =
-            rows_of<decltype(storage)>(logits, row_stride, ref_logits, ref_row_stride, V, inv_temperature, softcap);
-        forward(rows, ids.as<const int64_t>(), N, logprobs, entropy, kl, ref_logprobs, stats, threads);
+        const auto rows = rows_of<decltype(storage)>(logits, row_stride, ref_logits, ref_row_stride, V, ids,
+                                                     inv_temperature, softcap);
+        forward(rows, N, logprobs, entropy, kl, ref_logprobs, stats, threads);
     });
     return -1;
 }
@@ -185,9 +206,9 @@ void token_kl_backward(Pointer logits, int dtype, int64_t row_stride, Pointer re
                        Pointer grad_logits, int64_t grad_row_stride, int threads) {
     with_storage(dtype, [&](auto storage) {
         using In = decltype(storage);
-        const auto rows = rows_of<In>(logits, row_stride, ref_logits, ref_row_stride, V, inv_temperature, softcap);
-        backward(rows, ids.as<const int64_t>(), N, logprobs, entropy, stats, grad_logprobs, grad_entropy, grad_kl,
-                 grad_logits.as<In>(), grad_row_stride, threads);
+        const auto rows = rows_of<In>(logits, row_stride, ref_logits, ref_row_stride, V, ids, inv_temperature, softcap);
+        backward(rows, N, logprobs, entropy, stats, grad_logprobs, grad_entropy, grad_kl, grad_logits.as<In>(),
+                 grad_row_stride, threads);
     });
 }
 

@@ -101,7 +101,7 @@ class TestClose:
         check(logits, logits + torch.randn(20, 4999) * 1e-3, torch.randint(4999, (20,)))
 
     def test_the_likely_token_far_from_the_target(self):
-        """The sums are centred on the target and the first columns; the mode may lie elsewhere."""
+        """The sums are centred on the likeliest token, wherever it is."""
         logits = torch.randn(4, 40_000)
         logits[:, 35_000] = 30.0
         ref_logits = logits + torch.randn(4, 40_000) * 1e-2
@@ -233,6 +233,29 @@ def test_permuted_rows_give_permuted_bits():
     sum(z.sum() for z in b[:3]).backward()
     assert all(torch.equal(m[order], n) for m, n in zip(a, b, strict=True))
     assert torch.equal(x.grad[order], y.grad)
+
+
+def test_threads_that_share_a_row_change_no_bit():
+    logits, ref_logits = torch.randn(2, 2, 200_003)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            x = logits.clone().requires_grad_()
+            out = token_kl(x, ref_logits, torch.tensor([-100, 150_000]))
+            sum(y.sum() for y in out[:3]).backward()
+            results.append([*out, x.grad])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+def test_gradient_of_a_policy_sure_of_another_token():
+    """p (log p - log q - KL) cancels where p is near 1 and the log-ratio large: its digits are kept."""
+    logits = torch.randn(4, 4999)
+    logits[:, 3000] = 40.0
+    ref_logits = logits + torch.randn(4, 4999) * 8
+    check(logits, ref_logits, torch.zeros(4, dtype=torch.int64), temperature=0.3)
 
 
 @pytest.mark.parametrize("name", ["logprobs", "entropy", "kl"])
