@@ -100,35 +100,43 @@ __attribute__((noinline)) void add_pairs(const T* z, const T* z_ref, const In* f
     for (int k = 0; k < kLanes; ++k) state.unsupported |= least[k] == T(-kInf);
 }
 
-// What a search of the policy's row for its likeliest token gives, before the sums, for which it leaves the row in the
-// cache.
-struct Start {
-    double shift;   // near the largest logit but the target's, beside which nothing might be left of the others
-    double centre;  // z_ref - z of the likeliest token: near E_p[z_ref - z] where p is sure of itself or close to q
-};
-
+// The column of the largest logit but the target's; the target's where the others are all -inf.
 template <typename In>
-Start start_of(const In* row, const In* ref_row, int64_t V, int64_t target, double softcap) {
+int64_t largest_other(const In* row, int64_t V, int64_t target) {
     using T = Compute<In>;
     alignas(64) T buffer[kBlock];
-    T top = T(-kInf);  // before the softcap, which changes no order
-    int64_t likeliest = target;
+    T top = T(-kInf);
+    int64_t column = target;
     const auto search = [&](int64_t from, int64_t to) {
         for (int64_t i = from; i < to; i += kBlock) {
             const int64_t n = minimum(kBlock, to - i);
-            const T* z = block(row + i, n, 0, buffer);
-            const T here = max_of(z, n);
-            if (here > top) top = here, likeliest = i;
+            const T here = max_of(block(row + i, n, 0, buffer), n);  // the softcap changes no order
+            if (here > top) top = here, column = i;
         }
     };
     search(0, target);
     search(target + 1, V);
     if (top > T(-kInf))  // from the beginning of its block, where the target is not
-        while (widen(row[likeliest]) != top) ++likeliest;
-    const double shift = std::ceil(double(logit(row, likeliest, softcap)));
-    if (widen(row[target]) > top) likeliest = target;
-    const T centre = logit(ref_row, likeliest, softcap) - logit(row, likeliest, softcap);
-    return {std::isfinite(shift) ? shift : 0, std::isfinite(centre) ? double(centre) : 0};
+        while (widen(row[column]) != top) ++column;
+    return column;
+}
+
+// What a search of both rows gives before the sums, for which it leaves them in the cache.
+struct Start {
+    double shift, ref_shift;  // near the largest logits but the target's, beside which nothing might be left of others
+    double centre;            // z_ref - z of the likeliest token: near its mean where p is sure of itself or close to q
+};
+
+template <typename In>
+Start start_of(const In* row, const In* ref_row, int64_t V, int64_t target, double softcap) {
+    const auto shift_at = [&](const In* from, int64_t column) {
+        const double shift = std::ceil(double(logit(from, column, softcap)));
+        return std::isfinite(shift) ? shift : 0;
+    };
+    const int64_t other = largest_other(row, V, target), ref_other = largest_other(ref_row, V, target);
+    const int64_t likeliest = widen(row[target]) > widen(row[other]) ? target : other;
+    const double centre = double(logit(ref_row, likeliest, softcap) - logit(row, likeliest, softcap));
+    return {shift_at(row, other), shift_at(ref_row, ref_other), std::isfinite(centre) ? centre : 0};
 }
 
 // State of the columns [begin, end) without the target. The shifts are integers, as in `accumulate`.
@@ -139,11 +147,9 @@ SoftmaxPair accumulate_pair(const In* row, const In* ref_row, int64_t begin, int
     alignas(64) T buffer[kChunk], ref_buffer[kChunk];
     SoftmaxPair state;
     state.policy.shift = start.shift;
+    state.reference.shift = start.ref_shift;
     const auto add = [&](const T* z, const T* z_ref, int64_t i, int64_t n) {
-        const double ref_top = std::ceil(double(max_of(z_ref, n)));
-        if (ref_top > state.reference.shift) state.move(start.shift, ref_top, inv_temperature);
-        const T ref_shift = state.reference.shift > -kInf ? T(state.reference.shift) : T(0);
-        add_pairs(z, z_ref, row + i, ref_row + i, n, T(start.shift), ref_shift, Centre<T>(start.centre),
+        add_pairs(z, z_ref, row + i, ref_row + i, n, T(start.shift), T(start.ref_shift), Centre<T>(start.centre),
                   T(inv_temperature), state);
     };
     const auto add_range = [&](int64_t from, int64_t to) {
