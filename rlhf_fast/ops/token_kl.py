@@ -56,7 +56,8 @@ def token_kl(
 
     Plain PyTorch: ``lp, lq = (log_softmax(x.float() / temperature, -1) for x in (logits, ref_logits))``, then
     ``(lp.exp() * (lp - lq)).sum(-1)`` beside the gather and the entropy. That holds five or more [..., V] float32
-    tensors; this reads both rows once, keeps 24 bytes per row, and reads them once more for the gradient.
+    tensors; this reads both rows from memory once (for their maxima, then, cached, for the sums), keeps 24 bytes per
+    row, and reads them once more for the gradient.
 
     Args:
         logits: [..., V], float32, bfloat16, float16 or float64, strides as in `token_logprobs`.
