@@ -23,7 +23,8 @@ class Case:
     traffic: for a case bound by memory, what has to be moved at least once, in units of the first input. It is moved
     by plain torch in the same rounds, as the ceiling.
     products: for a case bound by matmuls, how many of the three of a linear layer it needs: input by weight, and the
-    gradients of both. The first two inputs are hidden [N, H] and weight [V, H]; the bare matmuls are the ceiling.
+    gradients of both; a fourth is a reference's input by weight. The first two inputs are hidden [N, H] and weight
+    [V, H]; the bare matmuls are the ceiling.
     overwrites: ours leaves something else in its first input, which is restored, untimed, before each run.
     others: further rivals by name, which return the first result alone.
     """

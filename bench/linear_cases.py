@@ -45,6 +45,7 @@ def linear_cases(n: int, hidden: int, vocabulary: int, dtype: torch.dtype) -> li
     def old_logprobs() -> Tensor:
         return torch.randn(n) / 5 - 10.4
 
+    reference = (lambda: torch.randn(n, hidden) / 2, lambda: torch.randn(vocabulary, hidden) / hidden**0.5)
     both = {"differentiable": (0, 1)}
     fused = {TORCH_FUSED: torch_sft} if hasattr(F, "linear_cross_entropy") else {}
     return [
@@ -52,6 +53,7 @@ def linear_cases(n: int, hidden: int, vocabulary: int, dtype: torch.dtype) -> li
         case("linear_ppo_loss", (old_logprobs, per_token), our_ppo, eager_ppo, 3, **both),
         case("linear_ppo_loss, frozen head,", (old_logprobs, per_token), our_ppo, eager_ppo, 2, differentiable=(0,)),
         case("linear_token_logprobs", (per_token,), our_logprobs, eager_logprobs, 3, **both),
+        case("linear_token_kl", (per_token, *reference), our_kl, eager_kl, 4, **both),
     ]
 
 
@@ -95,3 +97,23 @@ def eager_logprobs(h: Tensor, weight: Tensor, ids: Tensor, upstream: Tensor) -> 
     with torch.no_grad():
         entropy = -(logp.exp() * logp).sum(-1)
     return (logprobs * upstream).mean(), logprobs.detach(), entropy
+
+
+def our_kl(
+    h: Tensor, weight: Tensor, ids: Tensor, upstream: Tensor, ref_h: Tensor, ref_weight: Tensor
+) -> tuple[Tensor, ...]:
+    out = ops.linear_token_kl(h, weight, ref_h, ref_weight, ids)
+    loss = (out.logprobs * upstream).mean() + out.kl.mean()
+    return loss, out.logprobs.detach(), out.entropy.detach(), out.kl.detach(), out.ref_logprobs
+
+
+def eager_kl(
+    h: Tensor, weight: Tensor, ids: Tensor, upstream: Tensor, ref_h: Tensor, ref_weight: Tensor
+) -> tuple[Tensor, ...]:
+    logp = torch.log_softmax(h @ weight.t(), -1)
+    with torch.no_grad():
+        logq = torch.log_softmax(ref_h @ ref_weight.t(), -1)
+        entropy = -(logp.exp() * logp).sum(-1)
+    logprobs, ref_logprobs = (x.gather(-1, ids[:, None])[:, 0] for x in (logp, logq))
+    kl = (logp.exp() * (logp - logq)).sum(-1)
+    return (logprobs * upstream).mean() + kl.mean(), logprobs.detach(), entropy, kl.detach(), ref_logprobs

@@ -109,6 +109,8 @@ def bare_products(hidden: Tensor, weight: Tensor, number: int) -> None:
     logits @ weight
     if number > 2:
         logits.t() @ hidden
+    if number > 3:
+        hidden @ weight.t()
 
 
 def bare_traffic(case: Case, x: Tensor) -> Callable[[], None]:

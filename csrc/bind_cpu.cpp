@@ -77,6 +77,8 @@ PYBIND11_MODULE(_cpu, module) {
 #define RLHF_DEFINE(op) define(module, #op, std::array<decltype(&rlhf::scalar::op), 3> RLHF_VERSIONS(op))
     RLHF_DEFINE(token_logprobs);
     RLHF_DEFINE(token_logprobs_backward);
+    RLHF_DEFINE(token_kl);
+    RLHF_DEFINE(token_kl_backward);
     RLHF_DEFINE(sample_tokens);
     RLHF_DEFINE(kl_penalty);
     RLHF_DEFINE(shape_rewards);

@@ -89,16 +89,23 @@ RLHF_INLINE float exp_of(float x) {
 #endif
 }
 
-// e^x - 1 - x without cancellation near 0: the k3 estimator, with derivative e^x - 1 = bregman(x) + x.
-RLHF_INLINE float bregman(float x) {
-    float p = 2.48416795e-5f;
-    p = p * x + 1.99619571e-4f;
+// e^x - 1 - x for |x| < 1/2, of a float or a vector of floats.
+template <typename Floats>
+RLHF_INLINE void near_bregman(const Floats& x, Floats& value) {
+    Floats p = 2.48416795e-5f * x + 1.99619571e-4f;
     p = p * x + 1.38890401e-3f;
     p = p * x + 8.33318276e-3f;
     p = p * x + 4.16666643e-2f;
     p = p * x + 1.66666671e-1f;
     p = p * x + 0.5f;
-    const float near = p * x * x, far = (exp_of(x) - 1.0f) - x;
+    value = p * x * x;
+}
+
+// e^x - 1 - x without cancellation near 0: the k3 estimator, with derivative e^x - 1 = bregman(x) + x.
+RLHF_INLINE float bregman(float x) {
+    float near;
+    near_bregman(x, near);
+    const float far = (exp_of(x) - 1.0f) - x;
     return x > -0.5f && x < 0.5f ? near : far;
 }
 RLHF_INLINE double bregman(double x) {

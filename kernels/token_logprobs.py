@@ -64,8 +64,9 @@ def _reduced(m, s, a, scale):
 
 
 @triton.jit
-def _write_row(m, s, a, z, scale, logprobs, entropy, stats, row):
-    """From the state of all columns but the target (a: base 2) and the target's logit z, in float64."""
+def _row_results(m, s, a, z, scale):
+    """(logprob, entropy, shift, log_sum) in float64, from the state of all columns but the target (a: base 2) and the
+    target's logit z."""
     factor = scale / LOG2E
     m = m.to(tl.float64)
     z = z.to(tl.float64)
@@ -86,8 +87,14 @@ def _write_row(m, s, a, z, scale, logprobs, entropy, stats, row):
     log_sum = tl.where(total == 0, 0.0, tl.log(tl.where(total == 0, 1.0, total)))
     log_sum = tl.where(w_target == 1, log1p(rest), log_sum)  # beside a target that weighs 1 the rest keeps its digits
     h = log_sum - centred / tl.where(total == 0, 1.0, total)
+    return logprob, tl.where(h < 0, 0.0, h), shift, log_sum
+
+
+@triton.jit
+def _write_row(m, s, a, z, scale, logprobs, entropy, stats, row):
+    logprob, h, shift, log_sum = _row_results(m, s, a, z, scale)
     tl.store(logprobs + row, logprob)
-    tl.store(entropy + row, tl.where(h < 0, 0.0, h))
+    tl.store(entropy + row, h)
     tl.store(stats + 2 * row, shift)
     tl.store(stats + 2 * row + 1, log_sum)
 

@@ -19,6 +19,7 @@ __all__ = [
     "RankingLoss",
     "RewardLoss",
     "Sample",
+    "TokenKL",
     "TokenLogprobs",
     "ValueLoss",
     "discounted_returns",
@@ -30,6 +31,7 @@ __all__ = [
     "linear_ppo_loss",
     "linear_reinforce_loss",
     "linear_sft_loss",
+    "linear_token_kl",
     "linear_token_logprobs",
     "ppo_loss",
     "ppo_value_loss",
@@ -40,6 +42,7 @@ __all__ = [
     "rloo_advantages",
     "sample_tokens",
     "shape_rewards",
+    "token_kl",
     "token_logprobs",
     "whiten",
 ]

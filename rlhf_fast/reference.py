@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf_fast.results import GAE, DPOLoss, PPOLoss, RankingLoss, RewardLoss, Sample, TokenLogprobs, ValueLoss
+from rlhf_fast.results import GAE, DPOLoss, PPOLoss, RankingLoss, RewardLoss, Sample, TokenKL, TokenLogprobs, ValueLoss
 
 IGNORED_ID = -100
 """The token id of a masked place, as in `torch.nn.functional.cross_entropy`."""
@@ -56,6 +56,15 @@ def token_logprobs(
     return TokenLogprobs(torch.where(keep, logprobs, 0.0), torch.where(keep, entropy, 0.0))
 
 
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    with torch.autocast(hidden.device.type, enabled=False):
+        return F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
 def linear_token_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -65,11 +74,47 @@ def linear_token_logprobs(
     temperature: float = 1.0,
     softcap: float | None = None,
 ) -> TokenLogprobs:
-    doubles = [x for x in (hidden, weight, bias) if x is not None and x.dtype == torch.float64]
-    dtype = torch.float64 if doubles else torch.float32
-    with torch.autocast(hidden.device.type, enabled=False):
-        logits = F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    logits = linear_logits(hidden, weight, bias, compute_dtype(hidden, weight, bias))
     return token_logprobs(logits, token_ids, temperature=temperature, softcap=softcap)
+
+
+def token_kl(
+    logits: Tensor,
+    ref_logits: Tensor,
+    token_ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+) -> TokenKL:
+    """KL = sum p (log p - log q) over the tokens that p can give; infinite where q cannot give one of them."""
+    keep = token_ids != IGNORED_ID
+    logits, ref_logits = (at_least_fp32(torch.where(keep.unsqueeze(-1), x, 0)) for x in (logits, ref_logits.detach()))
+    log_p, log_q = (F.log_softmax(scaled_logits(x, temperature, softcap), -1) for x in (logits, ref_logits))
+    log_ratio = torch.where(log_p > -math.inf, log_p - log_q, 0.0)
+    p = log_p.exp().clamp(min=torch.finfo(log_p.dtype).tiny)  # not 0 * infinity where it underflows
+    kl = (p * log_ratio).sum(-1).clamp(min=0)
+    ref = token_logprobs(ref_logits, token_ids, temperature=temperature, softcap=softcap)
+    policy = token_logprobs(logits, token_ids, temperature=temperature, softcap=softcap)
+    return TokenKL(*policy, torch.where(keep, kl, 0.0), ref.logprobs)
+
+
+def linear_token_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    token_ids: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+) -> TokenKL:
+    dtype = compute_dtype(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
+    logits = linear_logits(hidden, weight, bias, dtype)
+    with torch.no_grad():
+        ref_logits = linear_logits(ref_hidden, ref_weight, ref_bias, dtype)
+    return token_kl(logits, ref_logits, token_ids, temperature=temperature, softcap=softcap)
 
 
 @torch.no_grad()

@@ -10,6 +10,13 @@ class TokenLogprobs(NamedTuple):
     entropy: Tensor
 
 
+class TokenKL(NamedTuple):
+    logprobs: Tensor
+    entropy: Tensor
+    kl: Tensor
+    ref_logprobs: Tensor
+
+
 class Sample(NamedTuple):
     tokens: Tensor
     logprobs: Tensor

@@ -17,6 +17,16 @@ void token_logprobs_backward(Pointer logits, int dtype, int64_t row_stride, Poin
                              double inv_temperature, double softcap, Pointer logprobs, Pointer entropy, Pointer stats,
                              Pointer grad_logprobs, Pointer grad_entropy, Pointer grad_logits, int64_t grad_row_stride,
                              int threads);
+// The same of two tensors, ref_logits the reference's. stats[N,4] = shift and log of the sum as above, of the policy;
+// the policy's mean of ref_logit - logit, rounded; its mean of (ref_logit - logit - that) / temperature, NaN where
+// the KL is infinite.
+int64_t token_kl(Pointer logits, int dtype, int64_t row_stride, Pointer ref_logits, int64_t ref_row_stride, Pointer ids,
+                 int64_t N, int64_t V, double inv_temperature, double softcap, Pointer logprobs, Pointer entropy,
+                 Pointer kl, Pointer ref_logprobs, Pointer stats, int threads);
+void token_kl_backward(Pointer logits, int dtype, int64_t row_stride, Pointer ref_logits, int64_t ref_row_stride,
+                       Pointer ids, int64_t N, int64_t V, double inv_temperature, double softcap, Pointer logprobs,
+                       Pointer entropy, Pointer stats, Pointer grad_logprobs, Pointer grad_entropy, Pointer grad_kl,
+                       Pointer grad_logits, int64_t grad_row_stride, int threads);
 // Returns -1 or the first row without a distribution (NaN, +inf or nothing but -inf).
 int64_t sample_tokens(Pointer logits, int dtype, int64_t row_stride, int64_t N, int64_t V, double inv_temperature,
                       Pointer uniforms, Pointer greedy, Pointer tokens, Pointer logprobs, Pointer entropy, int threads);

@@ -7,6 +7,9 @@
 #ifdef __F16C__
 #include <immintrin.h>
 #endif
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 namespace rlhf::ISA {
 namespace {
@@ -14,6 +17,8 @@ namespace {
 constexpr int64_t kBlock = 4096;       // logits: a block of floats fits in the L1 cache
 constexpr int64_t kSegment = 1 << 15;  // columns of one thread: fixed, so that threads sharing a row keep its bits
 constexpr int64_t kGuess = 256;        // logits whose largest is the first shift
+constexpr int64_t kMasked = -100;      // the token id of a row that does not count
+
 struct bfloat16 {
     uint16_t bits;
 };
@@ -186,6 +191,26 @@ RowOutputs row_outputs_of(const In* row, int64_t V, int64_t target, double inv_t
     for (int64_t s = 0; s < segments_of(V); ++s)
         others.merge(segment_state(row, s, V, target, inv_temperature, softcap), inv_temperature);
     return row_outputs(others, logit(row, target, softcap), inv_temperature);
+}
+
+// A new [N, V] tensor is memory not yet touched, and faulting it in 4 KiB at a time takes several times as long as
+// filling it. Asks for 2 MiB pages; only a hint.
+template <typename In>
+void prefer_huge_pages(In* first, int64_t count) {
+#ifdef MADV_HUGEPAGE
+    constexpr uintptr_t huge = 1 << 21;
+    const uintptr_t begin = (uintptr_t(first) + huge - 1) & ~(huge - 1), end = uintptr_t(first + count) & ~(huge - 1);
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+    (void)first, (void)count;
+#endif
+}
+
+// The first row whose token id is neither in [0, V) nor masked, or -1.
+inline int64_t first_bad_id(const int64_t* ids, int64_t N, int64_t V) {
+    for (int64_t i = 0; i < N; ++i)
+        if (ids[i] != kMasked && (ids[i] < 0 || ids[i] >= V)) return i;
+    return -1;
 }
 
 // Calls function with a value of the storage type that the dtype code names.

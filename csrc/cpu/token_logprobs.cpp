@@ -1,16 +1,10 @@
 // log p(token) and entropy of softmax(logits / temperature), forward in one pass over each row, backward in one read
 // and write.
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include "ops.h"
 #include "row.h"
 
 namespace rlhf::ISA {
 namespace {
-
-constexpr int64_t kMasked = -100;
 
 template <typename In>
 void write(Pointer logprobs, Pointer entropy, Pointer stats, int64_t i, const RowOutputs& row) {
@@ -105,19 +99,6 @@ void row_gradient(const In* row, In* out, int64_t begin, int64_t end, int64_t ta
            out[target]);
 }
 
-// A new [N, V] tensor is memory not yet touched, and faulting it in 4 KiB at a time takes several times as long as
-// filling it. Asks for 2 MiB pages; only a hint.
-template <typename In>
-void prefer_huge_pages(In* first, int64_t count) {
-#ifdef MADV_HUGEPAGE
-    constexpr uintptr_t huge = 1 << 21;
-    const uintptr_t begin = (uintptr_t(first) + huge - 1) & ~(huge - 1), end = uintptr_t(first + count) & ~(huge - 1);
-    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-    (void)first, (void)count;
-#endif
-}
-
 template <typename In>
 void backward(const In* logits, int64_t row_stride, const int64_t* ids, int64_t N, int64_t V, double inv_temperature,
               double softcap, Pointer logprobs, Pointer entropy, Pointer stats, Pointer grad_logprobs,
@@ -146,10 +127,8 @@ void backward(const In* logits, int64_t row_stride, const int64_t* ids, int64_t 
 int64_t token_logprobs(Pointer logits, int dtype, int64_t row_stride, Pointer ids, int64_t N, int64_t V,
                        double inv_temperature, double softcap, Pointer logprobs, Pointer entropy, Pointer stats,
                        int threads) {
-    for (int64_t i = 0; i < N; ++i) {
-        const int64_t id = ids.as<int64_t>()[i];
-        if (id != kMasked && (id < 0 || id >= V)) return i;
-    }
+    const int64_t bad = first_bad_id(ids.as<const int64_t>(), N, V);
+    if (bad >= 0) return bad;
     with_storage(dtype, [&](auto storage) {
         using In = decltype(storage);
         forward(logits.as<const In>(), row_stride, ids.as<const int64_t>(), N, V, inv_temperature, softcap, logprobs,

@@ -9,12 +9,14 @@ from rlhf_fast.ops.dispatch import backend
 from rlhf_fast.ops.groups import grpo_advantages, rloo_advantages
 from rlhf_fast.ops.kl import kl_penalty, shape_rewards
 from rlhf_fast.ops.linear import linear_token_logprobs
+from rlhf_fast.ops.linear_kl import linear_token_kl
 from rlhf_fast.ops.linear_losses import linear_dpo_loss, linear_ppo_loss, linear_reinforce_loss, linear_sft_loss
 from rlhf_fast.ops.logprobs import token_logprobs
 from rlhf_fast.ops.policy_loss import ppo_loss, ppo_value_loss, reinforce_loss
 from rlhf_fast.ops.preference import dpo_loss, ranking_loss, reward_loss
 from rlhf_fast.ops.returns import discounted_returns, gae, remax_returns, whiten
 from rlhf_fast.ops.sampling import sample_tokens
+from rlhf_fast.ops.token_kl import token_kl
 from rlhf_fast.results import (
     GAE,
     DPOLoss,
@@ -25,6 +27,7 @@ from rlhf_fast.results import (
     RankingLoss,
     RewardLoss,
     Sample,
+    TokenKL,
     TokenLogprobs,
     ValueLoss,
 )
@@ -39,6 +42,7 @@ __all__ = [
     "RankingLoss",
     "RewardLoss",
     "Sample",
+    "TokenKL",
     "TokenLogprobs",
     "ValueLoss",
     "backend",
@@ -51,6 +55,7 @@ __all__ = [
     "linear_ppo_loss",
     "linear_reinforce_loss",
     "linear_sft_loss",
+    "linear_token_kl",
     "linear_token_logprobs",
     "ppo_loss",
     "ppo_value_loss",
@@ -61,6 +66,7 @@ __all__ = [
     "rloo_advantages",
     "sample_tokens",
     "shape_rewards",
+    "token_kl",
     "token_logprobs",
     "whiten",
 ]

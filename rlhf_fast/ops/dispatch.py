@@ -36,6 +36,7 @@ else:
 
 OPERATIONS = (
     "token_logprobs",
+    "token_kl",
     "sample_tokens",
     "kl_penalty",
     "shape_rewards",
@@ -52,6 +53,7 @@ OPERATIONS = (
     "ranking_loss",
     "dpo_loss",
     "linear_token_logprobs",
+    "linear_token_kl",
     "linear_weighted_loss",
     "linear_ppo_loss",
     "linear_dpo_loss",
@@ -61,11 +63,16 @@ GPU_BUILD = torch.version.cuda is not None or torch.version.hip is not None
 TRITON = importlib.util.find_spec("triton") is not None and (GPU_BUILD or INTERPRETED)
 CUDA = importlib.util.find_spec("rlhf_fast._cuda") is not None and torch.version.cuda is not None
 
-_ON_GPU = [op for op in OPERATIONS if op != "sample_tokens"]  # there the reference draws
+_TRITON_OPERATIONS = [op for op in OPERATIONS if op != "sample_tokens"]
+_CUDA_OPERATIONS = [op for op in _TRITON_OPERATIONS if op not in ("token_kl", "linear_token_kl")]
 TABLE: dict[str, dict[str, str]] = {
     "cpu": dict.fromkeys(OPERATIONS, "cpu") if COMPILED else {},
-    "cuda": dict.fromkeys(_ON_GPU, "triton" if TRITON else "cuda") if TRITON or CUDA else {},
-}
+    "cuda": (
+        dict.fromkeys(_TRITON_OPERATIONS, "triton") if TRITON
+        else dict.fromkeys(_CUDA_OPERATIONS, "cuda") if CUDA
+        else {}
+    ),
+}  # fmt: skip
 KERNELS: dict[str, dict[str, Callable]] = {name: {} for name in ("cpu", "triton", "cuda")}
 """By back end and operator, its implementation; filled by `kernel`."""
 

@@ -60,8 +60,64 @@ class Chunk(NamedTuple):
     stats: Tensor  # [C, 2]
 
 
+class Layer:
+    """A weight and bias, the weight widened to the compute dtype a tile at a time, and the buffer of their logits.
+
+    `mixed`: bfloat16 goes into the matmuls as it is. `operands` is the dtype that they take.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, mixed: bool = False) -> None:
+        self.weight, self.bias, self.dtype, self.mixed = weight, bias, dtype, mixed
+        self.operands = weight.dtype if mixed else dtype
+        V, H = weight.shape
+        self.tile = V if weight.dtype == self.operands else max(1, min(V, TILE_BYTES // (H * dtype.itemsize)))
+        self.tile_bytes = self.tile * H * dtype.itemsize if self.tile < V else 0
+        self.row_bytes = V * (dtype.itemsize + (self.operands.itemsize if mixed else 0))
+
+    def allocate(self, rows: int) -> None:
+        self.buffer = self.weight.new_empty((rows, self.weight.shape[0]), dtype=self.dtype)
+        self.rounded = torch.empty_like(self.buffer, dtype=self.operands) if self.mixed else None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[C, V], a view of the buffer."""
+        logits = self.buffer[: len(hidden)]
+        if self.mixed:
+            torch.mm(hidden, self.weight.t(), out_dtype=self.dtype, out=logits)
+        else:
+            for columns, weight in self._tiles():
+                torch.mm(hidden, weight.t(), out=logits[:, columns])
+        if self.bias is not None:
+            logits += self.bias
+        return logits
+
+    def operand(self, grad_logits: Tensor) -> Tensor:
+        """As it goes into a matmul."""
+        return self.rounded[: len(grad_logits)].copy_(grad_logits) if self.mixed else grad_logits
+
+    def times_weight(self, grad_logits: Tensor) -> Tensor:
+        if self.mixed:
+            return torch.mm(grad_logits, self.weight)
+        out = grad_logits.new_zeros((len(grad_logits), self.weight.shape[1]))
+        for columns, weight in self._tiles():
+            out.addmm_(grad_logits[:, columns], weight)
+        return out
+
+    def add_product(self, total: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
+        """total [V, H] += grad_logits^T hidden"""
+        wide = {"out_dtype": self.dtype} if self.mixed else {}
+        torch.addmm(total, grad_logits.t(), hidden, out=total, **wide)
+
+    def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        for begin in range(0, self.weight.shape[0], self.tile):
+            columns = slice(begin, begin + self.tile)
+            yield columns, self.weight[columns].to(self.dtype)
+
+
 class Head:
-    """The layer on the tokens whose id is not -100, with the sums of its gradients."""
+    """The layer on the tokens whose id is not -100, with the sums of its gradients.
+
+    `beside`: another layer, of the same compute dtype, whose logits of the same tokens are needed at the same time.
+    """
 
     def __init__(
         self,
@@ -73,69 +129,65 @@ class Head:
         softcap: float,
         budget: int,
         wanted: tuple[bool, bool, bool] = (False, False, False),
+        beside: Layer | None = None,
     ) -> None:
         self.shape, self.dtypes = hidden.shape, (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        self.hidden, self.weight, self.bias = hidden.reshape(-1, hidden.shape[-1]), weight, bias
-        self.ids = token_ids.reshape(-1)
+        self.hidden, self.ids = hidden.reshape(-1, hidden.shape[-1]), token_ids.reshape(-1)
         self.temperature, self.softcap = temperature, softcap
         self.dtype = torch.float64 if torch.float64 in self.dtypes else torch.float32
+        if beside is not None:
+            self.dtype = beside.dtype
         self.rows = (self.ids != IGNORED_ID).nonzero().squeeze(1)
-        V, H = weight.shape
-        self.mixed = mixes(hidden, weight)
-        self.tile = (
-            V if self.mixed or weight.dtype == self.dtype else max(1, min(V, TILE_BYTES // (H * self.dtype.itemsize)))
-        )
-        if self.tile < V:
-            budget -= self.tile * H * self.dtype.itemsize
-        most = max(FEWEST_ROWS, budget // (V * (self.dtype.itemsize + (2 if self.mixed else 0))))
+        self.layer = Layer(weight, bias, self.dtype, mixes(hidden, weight))
+        layers = [self.layer] if beside is None else [self.layer, beside]
+        budget -= sum(layer.tile_bytes for layer in layers)
+        most = max(FEWEST_ROWS, budget // sum(layer.row_bytes for layer in layers))
         n = len(self.rows)
         self.chunk_rows = -(-n // -(-n // most)) if n else 1  # of equal size
-        self.buffer = weight.new_empty((min(self.chunk_rows, n), V), dtype=self.dtype)
-        self.rounded = torch.empty_like(self.buffer, dtype=torch.bfloat16) if self.mixed else None
+        for layer in layers:
+            layer.allocate(min(self.chunk_rows, n))
         self.grad_hidden = self.hidden.new_zeros(self.hidden.shape) if wanted[0] else None
-        self.grad_weight = weight.new_zeros((V, H), dtype=self.dtype) if wanted[1] else None
-        self.grad_bias = weight.new_zeros(V, dtype=self.dtype) if wanted[2] and bias is not None else None
+        self.grad_weight = weight.new_zeros(weight.shape, dtype=self.dtype) if wanted[1] else None
+        self.grad_bias = bias.new_zeros(len(bias), dtype=self.dtype) if wanted[2] and bias is not None else None
 
     def chunks(self) -> Iterator[Chunk]:
         """The chunks of the tokens that count, forward pass done. Each overwrites the one before."""
         for part in self.rows.split(self.chunk_rows):
             yield self.forward(part)
 
+    def gather(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states, ids and logits of a chunk."""
+        hidden = self.hidden.index_select(0, rows).to(self.layer.operands)
+        return hidden, self.ids.index_select(0, rows), self.layer.logits(hidden)
+
     def forward(self, rows: Tensor) -> Chunk:
-        hidden = self.hidden.index_select(0, rows)
-        if not self.mixed:
-            hidden = hidden.to(self.dtype)
-        ids = self.ids.index_select(0, rows)
-        logits = self.buffer[: len(rows)]
-        if self.mixed:
-            torch.mm(hidden, self.weight.t(), out_dtype=torch.float32, out=logits)
-        else:
-            for columns, weight in self._tiles():
-                torch.mm(hidden, weight.t(), out=logits[:, columns])
-        if self.bias is not None:
-            logits += self.bias
+        hidden, ids, logits = self.gather(rows)
         out = torch.ops.rlhf_fast.token_logprobs(logits, ids, self.temperature, self.softcap, False)
         return Chunk(rows, hidden, ids, logits, *out)
 
     def backward(self, chunk: Chunk, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> None:
         """Add the gradients of sum(grad_logprobs * logprobs + grad_entropy * entropy); overwrites the logits."""
-        grad_logits = self._grad_logits(chunk, grad_logprobs, grad_entropy)
-        if self.grad_hidden is not None:
-            self.grad_hidden.index_copy_(0, chunk.rows, self._times_weight(grad_logits).to(self.grad_hidden.dtype))
-        if self.grad_weight is not None:
-            wide = {"out_dtype": torch.float32} if self.mixed else {}
-            torch.addmm(self.grad_weight, grad_logits.t(), chunk.hidden, out=self.grad_weight, **wide)
+        self.add_gradients(chunk.rows, chunk.hidden, self._grad_logits(chunk, grad_logprobs, grad_entropy))
+
+    def add_gradients(self, rows: Tensor, hidden: Tensor, grad_logits: Tensor) -> None:
+        """From the gradient by the logits of a chunk; each row once."""
         if self.grad_bias is not None:
-            self.grad_bias += chunk.logits.sum(0)
+            self.grad_bias += grad_logits.sum(0)
+        operand = self.layer.operand(grad_logits)
+        if self.grad_hidden is not None:
+            self.grad_hidden.index_copy_(0, rows, self.layer.times_weight(operand).to(self.grad_hidden.dtype))
+        if self.grad_weight is not None:
+            self.layer.add_product(self.grad_weight, operand, hidden)
 
     def slope(self, chunk: Chunk) -> Tensor:
         """d logprobs / d hidden, [C, H] in the dtype of hidden; overwrites the logits."""
-        return self._times_weight(self._grad_logits(chunk, torch.ones_like(chunk.logprobs), None)).to(self.dtypes[0])
+        grad_logits = self._grad_logits(chunk, torch.ones_like(chunk.logprobs), None)
+        return self.layer.times_weight(self.layer.operand(grad_logits)).to(self.dtypes[0])
 
     def gradients(self) -> Gradients:
         sums = self.grad_hidden, self.grad_weight, self.grad_bias
         hidden, weight, bias = (
-            self.weight.new_empty(0) if x is None else x.to(dtype) for x, dtype in zip(sums, self.dtypes, strict=True)
+            self.hidden.new_empty(0) if x is None else x.to(dtype) for x, dtype in zip(sums, self.dtypes, strict=True)
         )
         return Gradients(hidden if self.grad_hidden is None else hidden.view(self.shape), weight, bias)
 
@@ -144,20 +196,7 @@ class Head:
             chunk.logits, chunk.ids, chunk.logprobs, chunk.entropy, chunk.stats, grad_logprobs, grad_entropy,
             self.temperature, self.softcap,
         )  # fmt: skip
-        return self.rounded[: len(chunk.logits)].copy_(chunk.logits) if self.mixed else chunk.logits
-
-    def _times_weight(self, grad_logits: Tensor) -> Tensor:
-        if self.mixed:
-            return torch.mm(grad_logits, self.weight)
-        out = grad_logits.new_zeros((len(grad_logits), self.weight.shape[1]))
-        for columns, weight in self._tiles():
-            out.addmm_(grad_logits[:, columns], weight)
-        return out
-
-    def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        for begin in range(0, self.weight.shape[0], self.tile):
-            columns = slice(begin, begin + self.tile)
-            yield columns, self.weight[columns].to(self.dtype)
+        return chunk.logits
 
 
 def loss_in_forward(

@@ -14,6 +14,7 @@ from rlhf_fast.ops.dispatch import LIBRARY, has_kernel, kernel
 from rlhf_fast.ops.gradients import no_second_derivative, register_autograd
 from rlhf_fast.ops.heads import MEMORY_BUDGET, Head, full_precision
 from rlhf_fast.ops.logprobs import check_ids
+from rlhf_fast.reference import compute_dtype
 from rlhf_fast.results import TokenLogprobs
 
 LIBRARY.define(
@@ -84,22 +85,7 @@ def check_head(
     memory_budget: int | None,
 ) -> int:
     """The memory budget in bytes, once everything fits."""
-    for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if x is None:
-            continue
-        expect(isinstance(x, Tensor), name, "a tensor", type(x).__name__)
-        expect(x.dtype in FLOATS, name, "dtype float32, bfloat16, float16 or float64", x.dtype)
-        check_device(name, x, "hidden", hidden)
-    expect(weight.dim() == 2 and weight.shape[0] > 0, "weight", "shape [V, H] with V > 0", list(weight.shape))
-    V, H = weight.shape
-    expect(
-        hidden.dim() > 0 and hidden.shape[-1] == H,
-        "hidden",
-        f"shape [..., {H}] as weight {list(weight.shape)}",
-        list(hidden.shape),
-    )
-    if bias is not None:
-        expect(list(bias.shape) == [V], "bias", f"shape [{V}] as weight {list(weight.shape)}", list(bias.shape))
+    check_layer(hidden, weight, bias)
     expect(token_ids.dtype in INTEGERS, "token_ids", "dtype int64 or int32", token_ids.dtype)
     expected = f"shape {list(hidden.shape[:-1])} as the rows of hidden {list(hidden.shape)}"
     expect(token_ids.shape == hidden.shape[:-1], "token_ids", expected, list(token_ids.shape))
@@ -109,8 +95,26 @@ def check_head(
         check_positive("softcap", softcap)
     if memory_budget is not None:
         check_positive("memory_budget", memory_budget)
-    check_ids(token_ids, V)
+    check_ids(token_ids, weight.shape[0])
     return memory_budget or MEMORY_BUDGET.get(hidden.device.type, MEMORY_BUDGET["cpu"])
+
+
+def check_layer(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
+    """The prefix of the arguments' names tells one layer from another."""
+    named = {f"{prefix}hidden": hidden, f"{prefix}weight": weight, f"{prefix}bias": bias}
+    for name, x in named.items():
+        if x is None:
+            continue
+        expect(isinstance(x, Tensor), name, "a tensor", type(x).__name__)
+        expect(x.dtype in FLOATS, name, "dtype float32, bfloat16, float16 or float64", x.dtype)
+        check_device(name, x, f"{prefix}hidden", hidden)
+    shape = list(weight.shape)
+    expect(weight.dim() == 2 and shape[0] > 0, f"{prefix}weight", "shape [V, H] with V > 0", shape)
+    V, H = shape
+    fits = hidden.dim() > 0 and hidden.shape[-1] == H
+    expect(fits, f"{prefix}hidden", f"shape [..., {H}] as {prefix}weight {shape}", list(hidden.shape))
+    if bias is not None:
+        expect(list(bias.shape) == [V], f"{prefix}bias", f"shape [{V}] as {prefix}weight {shape}", list(bias.shape))
 
 
 def wants_gradients(*tensors: Tensor | None) -> tuple[bool, ...]:
@@ -186,10 +190,6 @@ def _backward_fake(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Tensor | float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     return empty_gradients(hidden, weight, bias, args[-3:])
-
-
-def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
 def empty_gradients(

@@ -12,10 +12,10 @@ from rlhf_fast import reference
 from rlhf_fast.ops import linear_ops  # noqa: F401  the operators
 from rlhf_fast.ops.checks import check_dims, check_like, check_mask, expect
 from rlhf_fast.ops.dispatch import has_kernel
-from rlhf_fast.ops.linear import check_head, compute_dtype, wants_gradients
+from rlhf_fast.ops.linear import check_head, wants_gradients
 from rlhf_fast.ops.policy_loss import as_tensor, check_normalizer, check_ppo_options, check_tokens
 from rlhf_fast.ops.preference import check_dpo_arguments
-from rlhf_fast.reference import IGNORED_ID
+from rlhf_fast.reference import IGNORED_ID, compute_dtype
 from rlhf_fast.results import LinearDPOLoss, LinearLoss, LinearPPOLoss, PPOLoss
 
 

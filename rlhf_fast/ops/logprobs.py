@@ -67,11 +67,11 @@ def token_logprobs(
             last dimension is not contiguous or whose rows overlap; a token id outside [0, V) other than -100 (on
             CPU; CUDA tensors are not checked, that would wait for the device).
     """
-    _check(logits, token_ids, temperature, softcap)
+    check_logits(logits, token_ids, temperature, softcap)
     if token_ids.dtype != torch.int64:
         token_ids = token_ids.long()
     if inplace_backward:
-        _check_overwritable(logits)
+        check_overwritable(logits)
     if not has_kernel("token_logprobs", logits):
         check_ids(token_ids, logits.shape[-1])
         return reference.token_logprobs(logits, token_ids, temperature=temperature, softcap=softcap)
@@ -82,7 +82,7 @@ def token_logprobs(
     return TokenLogprobs(logprobs, entropy)
 
 
-def _check(logits: Tensor, token_ids: Tensor, temperature: float, softcap: float | None) -> None:
+def check_logits(logits: Tensor, token_ids: Tensor, temperature: float, softcap: float | None) -> None:
     expect(logits.dtype in FLOATS, "logits", "dtype float32, bfloat16, float16 or float64", logits.dtype)
     expect(token_ids.dtype in INTEGERS, "token_ids", "dtype int64 or int32", token_ids.dtype)
     expect(logits.dim() > 0 and logits.shape[-1] > 0, "logits", "shape [..., V] with V > 0", list(logits.shape))
@@ -95,7 +95,7 @@ def _check(logits: Tensor, token_ids: Tensor, temperature: float, softcap: float
         check_positive("softcap", softcap)
 
 
-def _check_overwritable(logits: Tensor) -> None:
+def check_overwritable(logits: Tensor) -> None:
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         raise ValueError(
             f"inplace_backward: expected logits with a contiguous last dimension, got strides {logits.stride()}"
@@ -109,23 +109,23 @@ def check_ids(token_ids: Tensor, vocabulary: int) -> None:
         return
     bad = (token_ids != IGNORED_ID) & ((token_ids < 0) | (token_ids >= vocabulary))
     if bad.any():
-        raise _id_error(token_ids, int(bad.flatten().int().argmax()), vocabulary)
+        raise id_error(token_ids, int(bad.flatten().int().argmax()), vocabulary)
 
 
-def _id_error(token_ids: Tensor, row: int, vocabulary: int) -> ValueError:
+def id_error(token_ids: Tensor, row: int, vocabulary: int) -> ValueError:
     got = int(token_ids.flatten()[row])
     return ValueError(f"token_ids: expected ids in [0, {vocabulary}) or {IGNORED_ID}, got {got} at row {row}")
 
 
-def _row_blocks(x: Tensor) -> list[Tensor]:
-    """[..., V] as 2-D views with one row stride each: a single one unless x is cut like ``x[:, :-1]``."""
+def row_blocks(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """[..., V] each, as 2-D views with one row stride each: a single one unless one is cut like ``x[:, :-1]``."""
     try:
-        return [x.view(-1, x.shape[-1])]
+        return [tuple(x.view(-1, x.shape[-1]) for x in tensors)]
     except RuntimeError:
-        return [block for part in x for block in _row_blocks(part)]
+        return [block for parts in zip(*tensors, strict=True) for block in row_blocks(*parts)]
 
 
-def _rows_contiguous(x: Tensor) -> Tensor:
+def rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
@@ -133,12 +133,12 @@ def _rows_contiguous(x: Tensor) -> Tensor:
 def _forward_cpu(
     logits: Tensor, token_ids: Tensor, temperature: float, softcap: float, inplace_backward: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    logits, ids = _rows_contiguous(logits), token_ids.contiguous()
+    logits, ids = rows_contiguous(logits), token_ids.contiguous()
     dtype = statistics_dtype(logits)
     logprobs, entropy = logits.new_empty(ids.shape, dtype=dtype), logits.new_empty(ids.shape, dtype=dtype)
     stats = logits.new_empty((*ids.shape, 2), dtype=dtype)
     size, row = dtype.itemsize, 0
-    for z in _row_blocks(logits):
+    for (z,) in row_blocks(logits):
         n, vocabulary = z.shape
         bad = _cpu.token_logprobs(
             z.data_ptr(), code(z), z.stride(0), ids.data_ptr() + 8 * row, n, vocabulary, 1.0 / temperature, softcap,
@@ -146,7 +146,7 @@ def _forward_cpu(
             threads(z),
         )  # fmt: skip
         if bad >= 0:
-            raise _id_error(ids, row + bad, vocabulary)
+            raise id_error(ids, row + bad, vocabulary)
         row += n
     return logprobs, entropy, stats
 
@@ -180,7 +180,7 @@ def _backward_into(
     ids = token_ids.contiguous()
     upstream = [None if g is None else g.contiguous() for g in (grad_logprobs, grad_entropy)]
     size, row = logprobs.dtype.itemsize, 0
-    for z in _row_blocks(logits):
+    for (z,) in row_blocks(logits):
         n, vocabulary = z.shape
         out = (z.data_ptr(), z.stride(0))
         if grad is not None:
@@ -197,7 +197,7 @@ def _backward_into(
 @kernel("token_logprobs_backward", "cpu")
 def _backward_cpu(logits: Tensor, *args: Tensor | float | None) -> Tensor:
     grad = torch.empty(logits.shape, dtype=logits.dtype)
-    _backward_into(grad, _rows_contiguous(logits), *args)
+    _backward_into(grad, rows_contiguous(logits), *args)
     return grad
 
 

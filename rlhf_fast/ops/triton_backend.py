@@ -15,14 +15,16 @@ from rlhf_fast.kernels import gae as recurrences
 from rlhf_fast.kernels import kl_penalty as kl
 from rlhf_fast.kernels import ppo_loss as policy
 from rlhf_fast.kernels import reward_loss as reward
+from rlhf_fast.kernels import token_kl as pairs
 from rlhf_fast.kernels import token_logprobs as rows
 from rlhf_fast.kernels import whiten as normalised
 from rlhf_fast.ops.dispatch import contiguous, kernel, on_device
 from rlhf_fast.ops.kl import ESTIMATORS, _kl_fake
-from rlhf_fast.ops.logprobs import _forward_fake, _row_blocks, _rows_contiguous, check_ids
+from rlhf_fast.ops.logprobs import _forward_fake, check_ids, row_blocks, rows_contiguous
 from rlhf_fast.ops.policy_loss import REDUCTIONS, _ppo_fake, _reinforce_fake, _value_fake
 from rlhf_fast.ops.preference import LOSS_TYPES, _dpo_fake, _ranking_fake, _reward_fake
 from rlhf_fast.ops.returns import REMAX_VARIANTS
+from rlhf_fast.ops.token_kl import _forward_fake as _kl_forward_fake
 
 
 @functools.cache
@@ -67,11 +69,11 @@ def _token_logprobs(
     logits: Tensor, token_ids: Tensor, temperature: float, softcap: float, inplace_backward: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_ids(token_ids, logits.shape[-1])  # of the interpreter's CPU tensors; on a GPU a bad id gives NaN
-    logits, ids = _rows_contiguous(logits), token_ids.contiguous()
+    logits, ids = rows_contiguous(logits), token_ids.contiguous()
     logprobs, entropy, stats = outputs = _forward_fake(logits, ids, temperature, softcap, inplace_backward)
     flat = ids.view(-1), logprobs.view(-1), entropy.view(-1), stats.view(-1, 2)
     row = 0
-    for z in _row_blocks(logits):
+    for (z,) in row_blocks(logits):
         n, V = z.shape
         if n == 0:
             continue
@@ -107,7 +109,7 @@ def _backward_into(
         for x in (token_ids, logprobs, entropy, grad_logprobs, grad_entropy)
     ]
     stats = stats.view(-1, 2)
-    for z in _row_blocks(logits):
+    for (z,) in row_blocks(logits):
         n = z.shape[0]
         if n == 0:
             continue
@@ -124,7 +126,7 @@ def _backward_into(
 @on_device
 def _token_logprobs_backward(logits: Tensor, *args: Tensor | float | None) -> Tensor:
     grad = logits.new_empty(logits.shape)
-    _backward_into(grad, _rows_contiguous(logits), *args)
+    _backward_into(grad, rows_contiguous(logits), *args)
     return grad
 
 
@@ -132,6 +134,74 @@ def _token_logprobs_backward(logits: Tensor, *args: Tensor | float | None) -> Te
 @on_device
 def _token_logprobs_backward_(logits: Tensor, *args: Tensor | float | None) -> None:
     _backward_into(None, logits, *args)
+    torch.autograd.graph.increment_version(logits)
+
+
+@kernel("token_kl", "triton")
+@on_device
+def _token_kl(
+    logits: Tensor, ref_logits: Tensor, token_ids: Tensor, temperature: float, softcap: float, inplace_backward: bool
+) -> tuple[Tensor, ...]:
+    check_ids(token_ids, logits.shape[-1])
+    ids = token_ids.contiguous()
+    outputs = _kl_forward_fake(logits, ref_logits, ids, temperature, softcap, inplace_backward)
+    flat = [x.view(-1) for x in (ids, *outputs[:4])]
+    row = 0
+    for z, z_ref in row_blocks(rows_contiguous(logits), rows_contiguous(ref_logits)):
+        n, V = z.shape
+        if n:
+            ids_here, *here = (x[row : row + n] for x in (*flat, outputs[4].view(-1, 4)))
+            pairs.token_kl(
+                z, z.stride(0), z_ref, z_ref.stride(0), ids_here, n, V, temperature, softcap, *here, _compute(z)
+            )
+        row += n
+    return outputs
+
+
+def _kl_backward_into(
+    grad: Tensor | None,
+    logits: Tensor,
+    ref_logits: Tensor,
+    token_ids: Tensor,
+    logprobs: Tensor,
+    entropy: Tensor,
+    stats: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_kl: Tensor | None,
+    temperature: float,
+    softcap: float,
+) -> None:
+    """Write the gradient into the contiguous tensor `grad`, or over the logits where it is None."""
+    V, row = logits.shape[-1], 0
+    flat = [
+        None if x is None else x.contiguous().view(-1)
+        for x in (token_ids, logprobs, entropy, grad_logprobs, grad_entropy, grad_kl)
+    ]
+    for z, z_ref in row_blocks(logits, rows_contiguous(ref_logits)):
+        n = z.shape[0]
+        if n:
+            ids, logp, h, *upstream = (None if x is None else x[row : row + n] for x in flat)
+            out = z if grad is None else grad.view(-1, V)[row : row + n]
+            pairs.token_kl_backward(
+                z, z.stride(0), z_ref, z_ref.stride(0), ids, n, V, temperature, softcap, logp, h,
+                stats.view(-1, 4)[row : row + n], *upstream, out, out.stride(0), _compute(z),
+            )  # fmt: skip
+        row += n
+
+
+@kernel("token_kl_backward", "triton")
+@on_device
+def _token_kl_backward(logits: Tensor, *args: Tensor | float | None) -> Tensor:
+    grad = logits.new_empty(logits.shape)
+    _kl_backward_into(grad, rows_contiguous(logits), *args)
+    return grad
+
+
+@kernel("token_kl_backward_", "triton")
+@on_device
+def _token_kl_backward_(logits: Tensor, *args: Tensor | float | None) -> None:
+    _kl_backward_into(None, logits, *args)
     torch.autograd.graph.increment_version(logits)
 
 

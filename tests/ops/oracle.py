@@ -37,6 +37,24 @@ def token_truth(logits, ids, grad_logprobs, grad_entropy, temperature=1.0, softc
     return target, entropy, gradient * slope / temperature
 
 
+def kl_truth(logits, ref_logits, ids, grad_logprobs, grad_entropy, grad_kl, temperature=1.0, softcap=None):
+    """float64 log-probs, entropies, KLs, reference log-probs and the gradient: gK p_j (log p_j - log q_j - KL) more."""
+    zero = torch.zeros(ids.shape)
+    options = dict(temperature=temperature, softcap=softcap)
+    logprobs, entropy, gradient = token_truth(logits, ids, grad_logprobs, grad_entropy, **options)
+    ref_logprobs = token_truth(ref_logits, ids, zero, zero, **options)[0]
+    slope = torch.ones_like(gradient)
+    z, z_ref = logits.double(), ref_logits.double()
+    if softcap is not None:
+        slope = 1 - torch.tanh(z / softcap) ** 2
+        z, z_ref = softcap * torch.tanh(z / softcap), softcap * torch.tanh(z_ref / softcap)
+    logp, logq = ((x / temperature).log_softmax(-1) for x in (z, z_ref))
+    ratio = torch.where(logp > -torch.inf, logp - logq, 0.0)
+    kl = (logp.exp() * ratio).sum(-1)
+    by_kl = grad_kl.double().unsqueeze(-1) * logp.exp() * (ratio - kl.unsqueeze(-1))
+    return logprobs, entropy, kl, ref_logprobs, gradient + by_kl * slope / temperature
+
+
 def ragged_mask(rows: int, length: int) -> torch.Tensor:
     """Rows that end early, one with a hole, one empty, one full."""
     lengths = torch.arange(rows) * length // max(rows - 1, 1)

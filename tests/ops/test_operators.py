@@ -21,6 +21,9 @@ def samples():
     b = torch.randn(B)
     logits, ids = torch.randn(B, T, V), torch.randint(V, (B, T))
     forward = torch.ops.rlhf_fast.token_logprobs(logits, ids, 1.0, 0.0, False)
+    ref_logits = torch.randn(B, T, V)
+    *kl_forward, _, _, stats = torch.ops.rlhf_fast.token_kl(logits, ref_logits, ids, 1.0, 0.0, False)
+    kl_kept = *kl_forward, stats
     x, w, c = torch.randn(B, T, 6), torch.randn(V, 6), torch.randn(V)  # of the linear family
     leaf = lambda x: x.clone().requires_grad_()  # noqa: E731
     n = torch.tensor(7.0)
@@ -35,6 +38,23 @@ def samples():
             (logits.transpose(0, 1), ids.t(), *(x.transpose(0, 1) for x in forward), None, g.t(), 1.0, 0.0),
         ],
         "token_logprobs_backward_": [(logits.clone(), ids, *forward, f, None, 1.0, 0.0)],
+        "token_kl": [
+            (leaf(logits), ref_logits, ids, 1.0, 0.0, False),
+            (leaf(logits.bfloat16()), ref_logits.bfloat16(), ids, 0.7, 3.0, False),
+            (leaf(logits.transpose(0, 1)), ref_logits.transpose(0, 1), ids.t(), 1.0, 0.0, False),
+        ],
+        "token_kl_backward": [
+            (logits, ref_logits, ids, *kl_kept, f, g, h, 1.0, 0.0),
+            (logits, ref_logits, ids, *kl_kept, None, None, g, 0.7, 3.0),
+        ],
+        "token_kl_backward_": [(logits.clone(), ref_logits, ids, *kl_kept, f, None, h, 1.0, 0.0)],
+        "linear_token_kl": [
+            (leaf(x), leaf(w), leaf(c), x[..., :4].cos(), w[:, :4].sin(), c.cos(), ids, 0.7, 3.0, 1 << 20),
+            (leaf(x.bfloat16()), w.bfloat16(), None, x.cos(), w, None, ids, 1.0, 0.0, 1 << 20),
+        ],
+        "linear_token_kl_backward": [
+            (x, w, c, x[..., :4].cos(), w[:, :4].sin(), None, ids, f, None, h, 1.0, 0.0, 1 << 20, True, True, False)
+        ],
         "linear_token_logprobs": [
             (leaf(x), leaf(w), leaf(c), ids, 0.7, 3.0, 1 << 20, False),
             (leaf(x.bfloat16()), w.bfloat16(), None, ids, 1.0, 0.0, 1 << 20, True),
@@ -100,6 +120,10 @@ def public_calls():
         "inplace_backward": lambda x: ops.token_logprobs(
             x[..., None] * torch.linspace(-1, 1, V), (x > 0).long(), temperature=0.5, inplace_backward=True
         ),
+        "token_kl": lambda x: ops.token_kl(
+            *(x[..., None] * torch.linspace(-1, end, V) for end in (1, 2)), (x > 0).long(), inplace_backward=True
+        ),
+        "linear_token_kl": lambda x: ops.linear_token_kl(head(x), w, head(x.cos()), w.sin(), (x > 0).long()),
         "linear_token_logprobs": lambda x: ops.linear_token_logprobs(head(x), w, (x > 0).long(), bias=w[:, 0]),
         "linear_sft_loss": lambda x: ops.linear_sft_loss(head(x), w, (x > 0).long())[:1],
         "linear_reinforce_loss": lambda x: ops.linear_reinforce_loss(

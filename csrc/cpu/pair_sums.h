@@ -1,0 +1,177 @@
+// The sums of a SoftmaxPair over two rows of logits, in one pass over the memory of both.
+#pragma once
+#include "../softmax_pair.h"
+#include "row.h"
+
+namespace rlhf::ISA {
+namespace {
+
+// z_ref - z - centre, rounding off as little as float32 lets it: the integer first, so that logits with a large offset
+// between them are brought together before their difference is rounded.
+template <typename T>
+struct Centre {
+    T whole, rest;
+
+    explicit Centre(double centre) : whole(T(std::rint(centre))), rest(T(centre - std::rint(centre))) {}
+    template <typename Values>  // a T or a vector of them
+    __attribute__((always_inline)) void difference(const Values& z, const Values& z_ref, Values& u) const {
+        u = ((z_ref - whole) - z) - rest;
+    }
+};
+
+// Bounds u where a logit is -inf, for 0 * inf is NaN.
+template <typename T>
+constexpr T kFarthest = T(1e30);
+
+// exp2_scaled and bregman of math.h, lane by lane. By reference: a vector returned is a matter of the ABI.
+template <typename T, typename Vector>
+inline __attribute__((always_inline)) void powers_of(const Vector& d, T factor, Vector& power) {
+    if constexpr (sizeof(T) == sizeof(float)) {
+        const Vector shifted = d * factor + kPowerRound, f = d * factor + (kPowerRound - shifted);
+        Vector slope = kExp2Slope[0] * f + kExp2Slope[1];
+        for (int j = 2; j < 5; ++j) slope = slope * f + kExp2Slope[j];
+        power = (Vector)((Bits)shifted << 23);
+        power = (power * f) * slope + power;
+    } else {
+        for (int k = 0; k < kLanes; ++k) power[k] = exp2_scaled(d[k], factor);
+    }
+}
+template <typename T, typename Vector>
+inline __attribute__((always_inline)) void near_bregmans(const Vector& u, Vector& excess) {
+    if constexpr (sizeof(T) == sizeof(float)) {
+        near_bregman(u, excess);
+    } else {
+        for (int k = 0; k < kLanes; ++k) excess[k] = bregman(u[k]);
+    }
+}
+
+template <typename Vector>
+inline double total(const Vector& lanes) {
+    double sums[kLanes];
+    for (int k = 0; k < kLanes; ++k) sums[k] = double(lanes[k]);
+    for (int width = kLanes / 2; width > 0; width /= 2)
+        for (int k = 0; k < width; ++k) sums[k] += sums[k + width];
+    return sums[0];
+}
+
+// Adds n tokens, a multiple of kLanes and at most kChunk, to a state that has these shifts. Neither logit lies above
+// its shift. from and ref_from: the memory they come from, to be read kAhead.
+template <typename In, typename T>
+__attribute__((noinline)) void add_pairs(const T* z, const T* z_ref, const In* from, const In* ref_from, int64_t n,
+                                         T shift, T ref_shift, Centre<T> centre, T inv_temperature,
+                                         SoftmaxPair& state) {
+    using Vector = typename VectorOf<T>::type;
+    using Unaligned = typename VectorOf<T>::unaligned;
+    const T factor = T(inv_temperature * kLog2E);
+    const Vector zero = {}, lowest = zero + kLowest<T> / factor, farthest = zero + kFarthest<T>;
+    Vector sum = zero, centred = zero, cross = zero, excess = zero, ref_sum = zero, far = zero, least = zero;
+    for (int64_t i = 0; i < n; i += kLanes) {
+        if (i % kLine == 0) {
+            fetch(from + i);
+            fetch(ref_from + i);
+        }
+        const Vector a = *reinterpret_cast<const Unaligned*>(z + i), b = *reinterpret_cast<const Unaligned*>(z_ref + i);
+        Vector d = a - shift, d_ref = b - ref_shift, u;
+        centre.difference(a, b, u);
+        d = lowest > d ? lowest : d;
+        d_ref = lowest > d_ref ? lowest : d_ref;
+        least = u < least ? u : least;
+        u *= inv_temperature;
+        u = u > -farthest ? u : -farthest;  // NaN too, where both are -inf
+        u = u < farthest ? u : farthest;
+        Vector w, w_ref, e;
+        powers_of(d, factor, w);
+        powers_of(d_ref, factor, w_ref);
+        near_bregmans<T>(u, e);
+        const auto near = u * u < T(0.25);
+        sum += w;
+        centred += w * d;
+        cross += w * u;
+        excess += w * (near ? e : -1 - u);
+        ref_sum += w_ref;
+        far += near ? zero : w_ref;
+    }
+    state.policy.sum += total(sum);
+    state.policy.centred += total(centred) * inv_temperature;
+    state.reference.sum += total(ref_sum);
+    state.cross += total(cross);
+    state.excess += total(excess);
+    state.far += total(far);
+    for (int k = 0; k < kLanes; ++k) state.unsupported |= least[k] == T(-kInf);
+}
+
+// The column of the largest logit but the target's; the target's where the others are all -inf.
+template <typename In>
+int64_t largest_other(const In* row, int64_t V, int64_t target) {
+    using T = Compute<In>;
+    alignas(64) T buffer[kBlock];
+    T top = T(-kInf);
+    int64_t column = target;
+    const auto search = [&](int64_t from, int64_t to) {
+        for (int64_t i = from; i < to; i += kBlock) {
+            const int64_t n = minimum(kBlock, to - i);
+            const T here = max_of(block(row + i, n, 0, buffer), n);  // the softcap changes no order
+            if (here > top) top = here, column = i;
+        }
+    };
+    search(0, target);
+    search(target + 1, V);
+    if (top > T(-kInf))  // from the beginning of its block, where the target is not
+        while (widen(row[column]) != top) ++column;
+    return column;
+}
+
+// What a search of both rows gives before the sums, for which it leaves them in the cache.
+struct Start {
+    double shift, ref_shift;  // near the largest logits but the target's, beside which nothing might be left of others
+    double centre;            // z_ref - z of the likeliest token: near its mean where p is sure of itself or close to q
+};
+
+template <typename In>
+Start start_of(const In* row, const In* ref_row, int64_t V, int64_t target, double softcap) {
+    const auto shift_at = [&](const In* from, int64_t column) {
+        const double shift = std::ceil(double(logit(from, column, softcap)));
+        return std::isfinite(shift) ? shift : 0;
+    };
+    const int64_t other = largest_other(row, V, target), ref_other = largest_other(ref_row, V, target);
+    const int64_t likeliest = widen(row[target]) > widen(row[other]) ? target : other;
+    const double centre = double(logit(ref_row, likeliest, softcap) - logit(row, likeliest, softcap));
+    return {shift_at(row, other), shift_at(ref_row, ref_other), std::isfinite(centre) ? centre : 0};
+}
+
+// State of the columns [begin, end) without the target. The shifts are integers, as in `accumulate`.
+template <typename In>
+SoftmaxPair accumulate_pair(const In* row, const In* ref_row, int64_t begin, int64_t end, int64_t target, Start start,
+                            double inv_temperature, double softcap) {
+    using T = Compute<In>;
+    alignas(64) T buffer[kChunk], ref_buffer[kChunk];
+    SoftmaxPair state;
+    state.policy.shift = start.shift;
+    state.reference.shift = start.ref_shift;
+    const auto add = [&](const T* z, const T* z_ref, int64_t i, int64_t n) {
+        add_pairs(z, z_ref, row + i, ref_row + i, n, T(start.shift), T(start.ref_shift), Centre<T>(start.centre),
+                  T(inv_temperature), state);
+    };
+    const auto add_range = [&](int64_t from, int64_t to) {
+        for (int64_t i = from; i < to; i += kChunk) {
+            const int64_t n = minimum(kChunk, to - i), whole = n / kLanes * kLanes;
+            const T* z = block(row + i, n, softcap, buffer);
+            const T* z_ref = block(ref_row + i, n, softcap, ref_buffer);
+            if (whole > 0) add(z, z_ref, i, whole);
+            if (whole == n) continue;
+            alignas(64) T rest[kLanes], ref_rest[kLanes];
+            for (int k = 0; k < kLanes; ++k) {
+                rest[k] = whole + k < n ? z[whole + k] : T(-kInf);
+                ref_rest[k] = whole + k < n ? z_ref[whole + k] : T(-kInf);
+            }
+            add(rest, ref_rest, i + whole, kLanes);
+        }
+    };
+    const bool split = target >= begin && target < end;
+    add_range(begin, split ? target : end);
+    if (split) add_range(target + 1, end);
+    return state;
+}
+
+}  // namespace
+}  // namespace rlhf::ISA

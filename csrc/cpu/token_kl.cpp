@@ -1,0 +1,215 @@
+// log p(token), entropy of p and KL(p || q) of p = softmax(logits / temperature) and q = softmax(ref_logits /
+// temperature), forward in one pass over both rows, backward in one read of both and one write.
+#include "ops.h"
+#include "pair_sums.h"
+
+namespace rlhf::ISA {
+namespace {
+
+// Two tensors of one shape [N, V] and dtype, each with its own row stride, and the tokens of their rows.
+template <typename In>
+struct Rows {
+    const In *logits, *ref_logits;
+    int64_t stride, ref_stride, V;
+    const int64_t* ids;
+    double inv_temperature, softcap;
+
+    const In* policy(int64_t i) const { return logits + i * stride; }
+    const In* reference(int64_t i) const { return ref_logits + i * ref_stride; }
+    Start start(int64_t i) const { return start_of(policy(i), reference(i), V, ids[i], softcap); }
+    SoftmaxPair segment(int64_t i, int64_t s, Start start) const {
+        const int64_t begin = s * kSegment, end = minimum(begin + kSegment, V);
+        return accumulate_pair(policy(i), reference(i), begin, end, ids[i], start, inv_temperature, softcap);
+    }
+    PairOutputs outputs(int64_t i, const SoftmaxPair& others, Start start) const {
+        return pair_outputs(others, logit(policy(i), ids[i], softcap), logit(reference(i), ids[i], softcap),
+                            start.centre, inv_temperature);
+    }
+};
+
+template <typename T>
+void write(Pointer logprobs, Pointer entropy, Pointer kl, Pointer ref_logprobs, Pointer stats, int64_t i,
+           const PairOutputs& row) {
+    logprobs.as<T>()[i] = T(row.logprob);
+    entropy.as<T>()[i] = T(row.entropy);
+    kl.as<T>()[i] = T(row.kl);
+    ref_logprobs.as<T>()[i] = T(row.ref_logprob);
+    T* kept = stats.as<T>() + 4 * i;
+    kept[0] = T(row.shift);
+    kept[1] = T(row.log_sum);
+    kept[2] = T(row.centre);
+    kept[3] = T(row.mean);
+}
+
+template <typename In>
+void forward(const Rows<In>& rows, int64_t N, Pointer logprobs, Pointer entropy, Pointer kl, Pointer ref_logprobs,
+             Pointer stats, int threads) {
+    using T = Compute<In>;
+    const int64_t segments = segments_of(rows.V);
+    const int team = team_size(N * rows.V, threads);
+    if (N >= team) {
+#pragma omp parallel for num_threads(team) schedule(static)
+        for (int64_t i = 0; i < N; ++i) {
+            PairOutputs row = {};
+            if (rows.ids[i] != kMasked) {
+                const Start start = rows.start(i);
+                SoftmaxPair others;
+                for (int64_t s = 0; s < segments; ++s) others.merge(rows.segment(i, s, start), rows.inv_temperature);
+                row = rows.outputs(i, others, start);
+            }
+            write<T>(logprobs, entropy, kl, ref_logprobs, stats, i, row);
+        }
+        return;
+    }
+    // Fewer rows than threads: the segments of a row go to different threads and are merged in the same order.
+    Start* starts = new Start[N];
+    SoftmaxPair* states = new SoftmaxPair[N * segments];
+#pragma omp parallel num_threads(team)
+    {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < N; ++i)
+            if (rows.ids[i] != kMasked) starts[i] = rows.start(i);
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < N * segments; ++task) {
+            const int64_t i = task / segments;
+            if (rows.ids[i] != kMasked) states[task] = rows.segment(i, task % segments, starts[i]);
+        }
+    }
+    for (int64_t i = 0; i < N; ++i) {
+        PairOutputs row = {};
+        if (rows.ids[i] != kMasked) {
+            SoftmaxPair others;
+            for (int64_t s = 0; s < segments; ++s) others.merge(states[i * segments + s], rows.inv_temperature);
+            row = rows.outputs(i, others, starts[i]);
+        }
+        write<T>(logprobs, entropy, kl, ref_logprobs, stats, i, row);
+    }
+    delete[] states;
+    delete[] starts;
+}
+
+// What the gradient of one row is made of: g_j = p_j (slope d_j + offset + by_u u_j), d = z - shift, u = z_ref - z -
+// centre, and p_j = 2^(d_j factor) but for a factor of the three.
+template <typename T>
+struct RowGradient {
+    T shift, factor, slope, offset, by_u;
+    Centre<T> centre;
+};
+
+template <typename T>
+inline void gradients(const T* z, const T* z_ref, T* g, int64_t n, RowGradient<T> row) {
+    const T lowest = kLowest<T> / row.factor, farthest = kFarthest<T>;
+#pragma omp simd
+    for (int64_t k = 0; k < n; ++k) {
+        T d = z[k] - row.shift, u;
+        row.centre.difference(z[k], z_ref[k], u);
+        d = lowest > d ? lowest : d;
+        u = u > -farthest ? u : -farthest;
+        u = u < farthest ? u : farthest;
+        const T w = exp2_scaled(d, row.factor);
+        g[k] = w * (row.slope * d + row.offset) + (w * u) * row.by_u;
+    }
+}
+
+struct Upstream {
+    double logprob, entropy, kl;
+};
+
+// Gradient of the columns [begin, end) of one row, from what the forward pass kept of it. With H the entropy,
+//     dz_j = gL (1[j = t] - p_j) - gH p_j (log p_j + H) + gK p_j (log p_j - log q_j - KL),
+// and log p_j - log q_j - KL = E_p[u] - u_j. out may be the same memory as row.
+template <typename In, typename T>
+void row_gradient(const In* row, const In* ref_row, In* out, int64_t begin, int64_t end, int64_t target,
+                  double inv_temperature, double softcap, double logprob, double entropy, const T* stats, Upstream by) {
+    alignas(64) T buffer[kBlock], ref_buffer[kBlock], gradient[kBlock];
+    const double log_sum = double(stats[1]), centre = double(stats[2]), mean = by.kl == 0 ? 0 : double(stats[3]);
+    const double scale = -inv_temperature * std::exp(-log_sum);
+    const RowGradient<T> coefficients = {stats[0],
+                                         T(inv_temperature * kLog2E),
+                                         T(scale * by.entropy * inv_temperature),
+                                         T(scale * (by.logprob + by.entropy * (entropy - log_sum) - by.kl * mean)),
+                                         T(scale * by.kl * inv_temperature),
+                                         Centre<T>(centre)};
+    const bool has_target = target >= begin && target < end;
+    // Read before they may be overwritten.
+    const double z_t = has_target ? double(logit(row, target, softcap)) : 0,
+                 z_ref_t = has_target ? double(logit(ref_row, target, softcap)) : 0;
+    const T cap_ = T(softcap);
+    for (int64_t i = begin; i < end; i += kBlock) {
+        const int64_t n = minimum(kBlock, end - i);
+        const T* z = block(row + i, n, softcap, buffer);
+        const T* z_ref = block(ref_row + i, n, softcap, ref_buffer);
+        T* g = gradient;
+        if constexpr (sizeof(In) == sizeof(T)) g = out + i;
+        gradients(z, z_ref, g, n, coefficients);
+        if (softcap != 0) {
+#pragma omp simd
+            for (int64_t k = 0; k < n; ++k) g[k] *= 1 - (z[k] / cap_) * (z[k] / cap_);
+        }
+        if constexpr (sizeof(In) != sizeof(T)) store(gradient, out + i, n);
+    }
+    if (!has_target) return;
+    double at_target = target_gradient(logprob, entropy, by.logprob, by.entropy);
+    const double p = std::exp(logprob);
+    if (by.kl != 0 && p > 0) at_target += by.kl * p * (mean - (z_ref_t - z_t - centre) * inv_temperature);
+    const double by_softcap = softcap == 0 ? 1 : 1 - (z_t / softcap) * (z_t / softcap);
+    narrow(T(at_target * inv_temperature * by_softcap), out[target]);
+}
+
+template <typename In>
+void backward(const Rows<In>& rows, int64_t N, Pointer logprobs, Pointer entropy, Pointer stats, Pointer grad_logprobs,
+              Pointer grad_entropy, Pointer grad_kl, In* grad_logits, int64_t grad_stride, int threads) {
+    using T = Compute<In>;
+    const int64_t V = rows.V, segments = segments_of(V);
+    const int team = team_size(N * V, threads);
+    if (grad_logits != rows.logits && N > 0) prefer_huge_pages(grad_logits, (N - 1) * grad_stride + V);
+    const auto upstream = [](Pointer grad, int64_t i) { return grad ? double(grad.as<T>()[i]) : 0.0; };
+#pragma omp parallel for num_threads(team) schedule(static)
+    for (int64_t task = 0; task < N * segments; ++task) {
+        const int64_t i = task / segments, begin = task % segments * kSegment, end = minimum(begin + kSegment, V);
+        In* out = grad_logits + i * grad_stride;
+        if (rows.ids[i] == kMasked) {
+            memset(out + begin, 0, size_t(end - begin) * sizeof(In));
+            continue;
+        }
+        row_gradient(rows.policy(i), rows.reference(i), out, begin, end, rows.ids[i], rows.inv_temperature,
+                     rows.softcap, double(logprobs.as<T>()[i]), double(entropy.as<T>()[i]), stats.as<const T>() + 4 * i,
+                     {upstream(grad_logprobs, i), upstream(grad_entropy, i), upstream(grad_kl, i)});
+    }
+}
+
+template <typename In>
+Rows<In> rows_of(Pointer logits, int64_t stride, Pointer ref_logits, int64_t ref_stride, int64_t V, Pointer ids,
+                 double inv_temperature, double softcap) {
+    return {logits.as<const In>(),   ref_logits.as<const In>(), stride, ref_stride, V,
+            ids.as<const int64_t>(), inv_temperature,           softcap};
+}
+
+}  // namespace
+
+int64_t token_kl(Pointer logits, int dtype, int64_t row_stride, Pointer ref_logits, int64_t ref_row_stride, Pointer ids,
+                 int64_t N, int64_t V, double inv_temperature, double softcap, Pointer logprobs, Pointer entropy,
+                 Pointer kl, Pointer ref_logprobs, Pointer stats, int threads) {
+    const int64_t bad = first_bad_id(ids.as<const int64_t>(), N, V);
+    if (bad >= 0) return bad;
+    with_storage(dtype, [&](auto storage) {
+        const auto rows = rows_of<decltype(storage)>(logits, row_stride, ref_logits, ref_row_stride, V, ids,
+                                                     inv_temperature, softcap);
+        forward(rows, N, logprobs, entropy, kl, ref_logprobs, stats, threads);
+    });
+    return -1;
+}
+
+void token_kl_backward(Pointer logits, int dtype, int64_t row_stride, Pointer ref_logits, int64_t ref_row_stride,
+                       Pointer ids, int64_t N, int64_t V, double inv_temperature, double softcap, Pointer logprobs,
+                       Pointer entropy, Pointer stats, Pointer grad_logprobs, Pointer grad_entropy, Pointer grad_kl,
+                       Pointer grad_logits, int64_t grad_row_stride, int threads) {
+    with_storage(dtype, [&](auto storage) {
+        using In = decltype(storage);
+        const auto rows = rows_of<In>(logits, row_stride, ref_logits, ref_row_stride, V, ids, inv_temperature, softcap);
+        backward(rows, N, logprobs, entropy, stats, grad_logprobs, grad_entropy, grad_kl, grad_logits.as<In>(),
+                 grad_row_stride, threads);
+    });
+}
+
+}  // namespace rlhf::ISA

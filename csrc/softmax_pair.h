@@ -1,0 +1,99 @@
+// The online state of two rows of logits side by side, from which their KL comes without cancellation. Shared by the
+// CPU and CUDA kernels.
+#pragma once
+#include "math.h"
+
+namespace rlhf::ISA {
+
+// With u = (z_ref - z - centre) / temperature, the log-ratio q / p up to a constant,
+//
+//     KL(p || q) = sum p (log p - log q) = log E_p[e^u] - E_p[u] = log(1 + E_p[u] + E_p[e^u - 1 - u]) - E_p[u]
+//
+// for any centre. The last form is accurate for distributions as close as they may be: errors of the weights
+// e^(z - shift) are the same in every mean, and e^u - 1 - u is a polynomial where u is small (`is_near`). Elsewhere
+// e^u may overflow, where z is very low or -inf, and comes from the reference's own sum.
+struct SoftmaxPair {
+    Softmax policy, reference;     // `reference.centred` is not kept
+    double cross = 0, excess = 0;  // over the policy's weights w: sums of w u; of w (e^u - 1 - u), or w (-1 - u) if far
+    double far = 0;                // the reference's sum over the tokens that are not near
+    bool unsupported = false;      // a token is possible under the policy and impossible under the reference
+
+    RLHF_INLINE void move(double to, double reference_to, double inv_temperature) {
+        if (policy.sum != 0 && to != policy.shift) {
+            const double e = std::exp((policy.shift - to) * inv_temperature);
+            cross *= e;
+            excess *= e;
+        }
+        if (far != 0 && reference_to != reference.shift)
+            far *= std::exp((reference.shift - reference_to) * inv_temperature);
+        policy.move(to, inv_temperature);
+        reference.move(reference_to, inv_temperature);
+    }
+    RLHF_INLINE void merge(SoftmaxPair other, double inv_temperature) {
+        const double to = maximum(policy.shift, other.policy.shift),
+                     reference_to = maximum(reference.shift, other.reference.shift);
+        move(to, reference_to, inv_temperature);
+        other.move(to, reference_to, inv_temperature);
+        policy.sum += other.policy.sum;
+        policy.centred += other.policy.centred;
+        reference.sum += other.reference.sum;
+        cross += other.cross;
+        excess += other.excess;
+        far += other.far;
+        unsupported |= other.unsupported;
+    }
+    // E_p[u]
+    RLHF_INLINE double mean() const { return policy.sum == 0 ? 0 : cross / policy.sum; }
+    RLHF_INLINE double kl(double centre, double inv_temperature) const {
+        if (policy.sum != policy.sum) return policy.sum;  // NaN: no distribution
+        if (unsupported) return kInf;
+        if (policy.sum == 0) return 0;
+        const double apart = (reference.shift - policy.shift - centre) * inv_temperature;  // of the two sums' scales
+        const double growth = (cross + excess + (far == 0 ? 0 : far * std::exp(apart))) / policy.sum;  // E_p[e^u] - 1
+        // Below 1/2 the terms of E_p[e^u] cancel, and it may be too large for a number.
+        const bool direct = growth < -0.5 || growth == kInf;
+        const double log_mean = direct ? std::log(reference.sum / policy.sum) + apart : std::log1p(growth);
+        const double kl = log_mean - mean();
+        return kl < 0 ? 0 : kl;
+    }
+};
+
+template <typename T>
+RLHF_INLINE bool is_near(T u) {
+    return u > T(-0.5) && u < T(0.5);
+}
+
+// The state of one token.
+RLHF_INLINE SoftmaxPair pair_of(double z, double z_ref, double centre, double inv_temperature) {
+    SoftmaxPair pair;
+    pair.policy.shift = z;
+    pair.reference.shift = z_ref;
+    pair.policy.sum = z == -kInf ? 0 : 1;
+    pair.reference.sum = pair.far = z_ref == -kInf ? 0 : 1;
+    if (z == -kInf) return pair;
+    pair.unsupported = z_ref == -kInf;
+    pair.cross = pair.unsupported ? 0 : (z_ref - z - centre) * inv_temperature;
+    pair.excess = is_near(pair.cross) ? bregman(pair.cross) : -1 - pair.cross;
+    if (is_near(pair.cross)) pair.far = 0;
+    return pair;
+}
+
+struct PairOutputs {
+    double logprob, entropy, kl, ref_logprob;
+    double shift, log_sum, centre, mean;  // what the gradient needs; the centre is a float
+};
+
+// From the state of all the columns but the target.
+RLHF_INLINE PairOutputs pair_outputs(SoftmaxPair others, double z_t, double z_ref_t, double centre,
+                                     double inv_temperature) {
+    const RowOutputs row = row_outputs(others.policy, z_t, inv_temperature);
+    const double ref_logprob = target_logprob(others.reference, z_ref_t, inv_temperature);
+    others.merge(pair_of(z_t, z_ref_t, centre, inv_temperature), inv_temperature);
+    const double kl = others.kl(centre, inv_temperature), mean = others.unsupported ? kInf - kInf : others.mean();
+    // Of the gradient's p (mean - u), as little as possible is left to cancel.
+    const double on_mean = others.unsupported ? centre : float(centre + mean / inv_temperature);
+    return {row.logprob, row.entropy, kl,      ref_logprob,
+            row.shift,   row.log_sum, on_mean, mean + (centre - on_mean) * inv_temperature};
+}
+
+}  // namespace rlhf::ISA

@@ -1,0 +1,248 @@
+"""log p(token), entropy and KL(p || q) of the softmaxes of two rows of logits, forward in one read of both rows.
+
+    u_j = x_ref_j - x_j less the same of the target      KL = log E_p[e^u] - E_p[u]
+
+with x = z / temperature, if p can give all that q can. Where they are close, log E_p[e^u] = log(1 + E_p[u] +
+E_p[e^u - 1 - u]) loses nothing, and what q has outside is taken off it; elsewhere it is the difference of both rows'
+log-sum-exps. The policy's state is as in token_logprobs, a lane's own. Left out: 16-byte loads (the linear head's rows
+are float32), rows split over programs.
+"""
+
+import triton
+import triton.language as tl
+from rlhf_fast.kernels.maths import LOG2E, bregman, expm1, log1p, number
+from rlhf_fast.kernels.token_logprobs import _bounded, _capped, _row_results
+
+COLUMNS = 2048
+BLOCK = 2048  # of the backward pass
+WARPS = 8
+
+
+@triton.jit
+def _target(logits, target, V, cap, SOFTCAP: tl.constexpr, F: tl.constexpr):
+    z = tl.load(logits + target, mask=(target >= 0) & (target < V), other=float("nan")).to(F)
+    return _capped(z, cap, SOFTCAP)
+
+
+@triton.jit
+def _finite(z):
+    return tl.where((z > float("-inf")) & (z < float("inf")), z, 0.0)
+
+
+@triton.jit
+def _recentred(m, s, a, top, scale, CENTRED: tl.constexpr):
+    """The factor e of a move from m to top, and sums of e^x and (CENTRED) x e^x, base 2, about top."""
+    moved = (m - tl.where(top == float("-inf"), 0.0, top)) * scale
+    e = tl.exp2(moved)
+    if CENTRED:
+        a = tl.where(e == 0, 0.0, a + s * moved)
+    return e, s * e, a * e
+
+
+@triton.jit
+def _token_kl(
+    logits,
+    ref_logits,
+    ids,
+    logprobs,
+    entropy,
+    kl,
+    ref_logprobs,
+    stats,
+    row_stride: tl.int64,
+    ref_row_stride: tl.int64,
+    V: tl.int32,
+    scale: tl.float64,
+    softcap: tl.float64,
+    SOFTCAP: tl.constexpr,
+    F: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(ids + row)
+    if target == -100:
+        tl.store(kl + row, 0.0)
+        tl.store(logprobs + row, 0.0)
+        tl.store(entropy + row, 0.0)
+        tl.store(ref_logprobs + row, 0.0)
+        tl.store(stats + 4 * row + tl.arange(0, 4), tl.zeros([4], F))
+    else:
+        logits += row * row_stride
+        ref_logits += row * ref_row_stride
+        columns = tl.arange(0, COLUMNS)
+        factor = number(scale, F)
+        cap = number(softcap, F)
+        z_target = _target(logits, target, V, cap, SOFTCAP, F)
+        ref_target = _target(ref_logits, target, V, cap, SOFTCAP, F)
+        origin = _finite(z_target)
+        ref_origin = _finite(ref_target)
+        m = tl.full([COLUMNS], float("-inf"), F)
+        s = tl.zeros([COLUMNS], F)
+        a = tl.zeros([COLUMNS], F)
+        u_sum = tl.zeros([COLUMNS], F)
+        curve = tl.zeros([COLUMNS], F)  # of e^u - 1 - u
+        ref_m = tl.full([COLUMNS], float("-inf"), F)
+        ref_s = tl.zeros([COLUMNS], F)
+        ref_outside = tl.zeros([COLUMNS], F)  # of what p cannot give
+        endless = tl.zeros([COLUMNS], tl.int32)  # p can give what q cannot: the KL is infinite
+        for start in range(0, V, COLUMNS):
+            column = start + columns
+            inside = (column < V) & (column != target)
+            z = _capped(tl.load(logits + column, mask=inside, other=0.0).to(F), cap, SOFTCAP)
+            ref = _capped(tl.load(ref_logits + column, mask=inside, other=0.0).to(F), cap, SOFTCAP)
+            z = tl.where(inside, z, float("-inf"))
+            ref = tl.where(inside, ref, float("-inf"))
+            top = tl.maximum(m, z)
+            moved, s, a = _recentred(m, s, a, top, factor, True)
+            x = _bounded((z - tl.where(top == float("-inf"), 0.0, top)) * factor)
+            e = tl.exp2(x)
+            missing = (z > float("-inf")) & (ref == float("-inf"))
+            endless = tl.where(missing, 1, endless)
+            u = tl.where(missing, 0.0, ((ref - ref_origin) - (z - origin)) * (factor / LOG2E))
+            s += e
+            a += e * x
+            # An infinite sum stays one, or becomes NaN, and is not used.
+            u_sum = tl.where(m == float("-inf"), 0.0, u_sum * moved) + tl.where(e == 0, 0.0, e * u)
+            curve = tl.where(m == float("-inf"), 0.0, curve * moved) + tl.where(e == 0, 0.0, e * bregman(u))
+            m = top
+            top = tl.maximum(ref_m, ref)
+            _, ref_s, ref_outside = _recentred(ref_m, ref_s, ref_outside, top, factor, False)
+            ref_e = tl.exp2(_bounded((ref - tl.where(top == float("-inf"), 0.0, top)) * factor))
+            ref_s += ref_e
+            ref_outside += tl.where(e == 0, ref_e, 0.0)
+            ref_m = top
+        top = tl.max(m, 0)
+        e, s, a = _recentred(m, s, a, top, factor, True)
+        s_row = tl.sum(s, 0)
+        u_row = tl.sum(tl.where(e == 0, 0.0, u_sum * e), 0)
+        curve_row = tl.sum(tl.where(e == 0, 0.0, curve * e), 0)
+        logprob, h, shift, log_sum = _row_results(top, s_row, tl.sum(a, 0), z_target, scale)
+        ref_top = tl.max(ref_m, 0)
+        _, ref_s, ref_outside = _recentred(ref_m, ref_s, ref_outside, ref_top, factor, False)
+        ref_logprob, _, ref_shift, ref_log_sum = _row_results(ref_top, tl.sum(ref_s, 0), 0 * s_row, ref_target, scale)
+        outside = tl.sum(ref_outside, 0) * tl.exp((ref_top - ref_shift) * (scale / LOG2E)) / tl.exp(ref_log_sum)
+        outside = tl.where(ref_top == float("-inf"), 0.0, outside) + tl.where(z_target > float("-inf"), 0.0, 1.0)
+        missing = (z_target > float("-inf")) & (ref_target == float("-inf"))  # the target's own u is 0
+        infinite = missing | (tl.max(endless, 0) > 0)
+        others = tl.where(s_row == 0, 0.0, tl.exp((top - shift) * (scale / LOG2E)) / tl.exp(log_sum))
+        mean = tl.where(others == 0, 0.0, u_row * others)
+        bend = tl.where(others == 0, 0.0, curve_row * others)
+        centre = ref_origin.to(tl.float64) - origin.to(tl.float64)
+        direct = (ref_shift - shift - centre) * (scale / LOG2E) + ref_log_sum - log_sum
+        near = (mean + bend > -0.5) & (mean + bend < 0.5) & (outside < 0.5)
+        log_mean = log1p(tl.where(near, mean + bend, 0.0)) - log1p(tl.where(near, -outside, 0.0))
+        log_mean = tl.where(near, log_mean, direct)
+        difference = log_mean - mean
+        difference = tl.where(infinite, float("inf") + 0 * (log_sum + ref_log_sum), difference)
+        # The backward pass takes u = (ref - level) - (z - shift), small numbers; the mean is made to fit.
+        level = (ref_origin + (shift.to(F) - origin)).to(F)
+        slack = centre - (level.to(tl.float64) - shift.to(F).to(tl.float64))
+        mean = tl.where(infinite, float("-inf"), mean + slack * (scale / LOG2E))
+        tl.store(logprobs + row, logprob)
+        tl.store(entropy + row, h)
+        tl.store(kl + row, tl.where(difference < 0, 0.0, difference))
+        tl.store(ref_logprobs + row, ref_logprob)
+        tl.store(stats + 4 * row, shift)
+        tl.store(stats + 4 * row + 1, log_sum)
+        tl.store(stats + 4 * row + 2, level)
+        tl.store(stats + 4 * row + 3, mean)
+
+
+def token_kl(
+    logits, row_stride, ref_logits, ref_row_stride, ids, rows, V, temperature, softcap, logprobs, entropy, kl,
+    ref_logprobs, stats, compute,
+):  # fmt: skip
+    _token_kl[(rows,)](
+        logits, ref_logits, ids, logprobs, entropy, kl, ref_logprobs, stats, row_stride, ref_row_stride, V,
+        1.4426950408889634 / temperature, softcap, SOFTCAP=softcap != 0, F=compute, COLUMNS=COLUMNS, num_warps=WARPS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _token_kl_backward(
+    logits,
+    ref_logits,
+    ids,
+    logprobs,
+    entropy,
+    stats,
+    grad_logprobs,
+    grad_entropy,
+    grad_kl,
+    grad_logits,
+    row_stride: tl.int64,
+    ref_row_stride: tl.int64,
+    grad_row_stride: tl.int64,
+    V: tl.int32,
+    blocks: tl.int32,
+    scale: tl.float64,
+    softcap: tl.float64,
+    SOFTCAP: tl.constexpr,
+    F: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0)
+    row = (program // blocks).to(tl.int64)
+    column = program % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = column < V
+    target = tl.load(ids + row)
+    out = grad_logits + row * grad_row_stride + column
+    if target == -100:
+        tl.store(out, tl.zeros([BLOCK], F), mask=inside)
+    else:
+        base2 = number(scale, F)
+        factor = base2 / LOG2E
+        cap = number(softcap, F)
+        by_logprob = tl.zeros([1], F)
+        by_entropy = tl.zeros([1], F)
+        by_kl = tl.zeros([1], F)
+        if grad_logprobs is not None:
+            by_logprob += tl.load(grad_logprobs + row)
+        if grad_entropy is not None:
+            by_entropy += tl.load(grad_entropy + row)
+        if grad_kl is not None:
+            by_kl += tl.load(grad_kl + row)
+        h = tl.load(entropy + row)
+        shift = tl.load(stats + 4 * row)
+        log_sum = tl.load(stats + 4 * row + 1)
+        level = tl.load(stats + 4 * row + 2)
+        mean = tl.where(by_kl == 0, 0.0, tl.load(stats + 4 * row + 3))
+        z = _capped(tl.load(logits + row * row_stride + column, mask=inside, other=0.0).to(F), cap, SOFTCAP)
+        ref = _capped(tl.load(ref_logits + row * ref_row_stride + column, mask=inside, other=0.0).to(F), cap, SOFTCAP)
+        x = _bounded((z - shift) * base2)
+        p = tl.exp2(x) * tl.exp(-log_sum)
+        log_ratio = tl.where(
+            (p == 0) | (by_kl == 0), 0.0, mean - ((ref - level) - (z - shift)) * factor
+        )  # log p - log q - KL
+        weight = by_kl * log_ratio - by_entropy * (x / LOG2E - log_sum + h)
+        logprob = tl.load(logprobs + row).to(tl.float64)
+        at_target = (-expm1(logprob)).to(F)
+        g = tl.where(p == 0, 0.0, p * weight) + by_logprob * tl.where(column == target, at_target, -p)
+        g = g * factor
+        if SOFTCAP:
+            t = z / cap
+            g = g * (1 - t * t)
+        tl.store(out, g.to(grad_logits.dtype.element_ty), mask=inside)
+
+
+def token_kl_backward(
+    logits, row_stride, ref_logits, ref_row_stride, ids, rows, V, temperature, softcap, logprobs, entropy, stats,
+    grad_logprobs, grad_entropy, grad_kl, grad_logits, grad_row_stride, compute,
+):  # fmt: skip
+    """grad_logits may be the memory of the logits."""
+    blocks = triton.cdiv(V, BLOCK)
+    _token_kl_backward[(rows * blocks,)](
+        logits, ref_logits, ids, logprobs, entropy, stats, grad_logprobs, grad_entropy, grad_kl, grad_logits,
+        row_stride, ref_row_stride, grad_row_stride, V, blocks, 1.4426950408889634 / temperature, softcap,
+        SOFTCAP=softcap != 0, F=compute, BLOCK=BLOCK, num_warps=WARPS,
+    )  # fmt: skip
+
+
+COMPILED = []
+for _dtype in ("*bf16", "*fp32"):
+    _logits = {"ids": "*i64", "logits": _dtype, "ref_logits": _dtype, "grad_logits": _dtype}
+    _constants = {"SOFTCAP": False, "F": tl.float32, "num_warps": WARPS}
+    COMPILED += [
+        (_token_kl, _logits, _constants | {"COLUMNS": COLUMNS}),
+        (_token_kl_backward, _logits, _constants | {"BLOCK": BLOCK}),
+    ]

@@ -1,0 +1,202 @@
+"""token_kl: log-probability, entropy and the exact KL to a reference from two tensors of logits, in one pass over both.
+
+Leaves out the matmuls that make the logits (`linear_token_kl`) and KL estimates from the sampled token alone
+(`kl_penalty`).
+"""
+
+import torch
+from torch import Tensor
+
+from rlhf_fast import reference
+from rlhf_fast.ops.checks import check_like, expect
+from rlhf_fast.ops.dispatch import LIBRARY, _cpu, code, has_kernel, kernel, statistics_dtype, threads
+from rlhf_fast.ops.gradients import no_second_derivative, register_autograd
+from rlhf_fast.ops.logprobs import (
+    check_ids,
+    check_logits,
+    check_overwritable,
+    id_error,
+    row_blocks,
+    rows_contiguous,
+)
+from rlhf_fast.results import TokenKL
+
+LIBRARY.define(
+    "token_kl(Tensor logits, Tensor ref_logits, Tensor token_ids, float temperature, float softcap, "
+    "bool inplace_backward) -> (Tensor logprobs, Tensor entropy, Tensor kl, Tensor ref_logprobs, Tensor stats)"
+)
+_BACKWARD = (
+    "Tensor ref_logits, Tensor token_ids, Tensor logprobs, Tensor entropy, Tensor stats, Tensor? grad_logprobs, "
+    "Tensor? grad_entropy, Tensor? grad_kl, float temperature, float softcap"
+)
+LIBRARY.define(f"token_kl_backward(Tensor logits, {_BACKWARD}) -> Tensor")
+LIBRARY.define(f"token_kl_backward_(Tensor(a!) logits, {_BACKWARD}) -> ()")
+
+
+def token_kl(
+    logits: Tensor,
+    ref_logits: Tensor,
+    token_ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    inplace_backward: bool = False,
+) -> TokenKL:
+    """`token_logprobs`, and the exact KL(policy || reference) per token over the whole vocabulary.
+
+        p = softmax(z), q = softmax(z_ref)     (z as in `token_logprobs`, of both at one temperature and softcap)
+        kl = sum_j p_j (log p_j - log q_j)     d kl / d z_j = p_j (log p_j - log q_j - kl)
+
+    computed as log(1 + E_p[u] + E_p[e^u - 1 - u]) - E_p[u] with u = z_ref - z - a constant, which loses nothing where p
+    and q are close: equal logits give exactly 0, and it is never negative. -inf logits: a token that p cannot give
+    contributes 0 whatever q_j is, one that p can give and q cannot makes kl infinite (and its gradient NaN).
+
+    logprobs, entropy and kl are differentiable by the logits. The reference is a constant: no gradient reaches
+    ref_logits, and ref_logprobs is detached.
+
+    Plain PyTorch: ``lp, lq = (log_softmax(x.float() / temperature, -1) for x in (logits, ref_logits))``, then
+    ``(lp.exp() * (lp - lq)).sum(-1)`` beside the gather and the entropy. That holds five or more [..., V] float32
+    tensors; this reads both rows from memory once (for their maxima, then, cached, for the sums), keeps 24 bytes per
+    row, and reads them once more for the gradient.
+
+    Args:
+        logits: [..., V], float32, bfloat16, float16 or float64, strides as in `token_logprobs`.
+        ref_logits: the same shape and dtype; strides of its own.
+        token_ids: [...], int64 or int32; -100 marks a masked place: all outputs and the gradient are exactly 0 there,
+            whatever the logits of either hold.
+        temperature, softcap: as in `token_logprobs`, on both.
+        inplace_backward: as in `token_logprobs`: the gradient overwrites `logits`, never ref_logits.
+
+    Returns:
+        TokenKL(logprobs, entropy, kl, ref_logprobs), [...], float32 (float64 for float64 logits). ref_logprobs is the
+        token's log-probability under the reference.
+
+    Raises:
+        ValueError: as `token_logprobs`; ref_logits of another shape, dtype or device than logits.
+    """
+    check_logits(logits, token_ids, temperature, softcap)
+    check_like("ref_logits", ref_logits, "logits", logits)
+    expect(ref_logits.dtype == logits.dtype, "ref_logits", f"dtype {logits.dtype} as logits", ref_logits.dtype)
+    if token_ids.dtype != torch.int64:
+        token_ids = token_ids.long()
+    if inplace_backward:
+        check_overwritable(logits)
+    if not has_kernel("token_kl", logits):
+        check_ids(token_ids, logits.shape[-1])
+        return reference.token_kl(logits, ref_logits, token_ids, temperature=temperature, softcap=softcap)
+    inplace_backward = inplace_backward and not torch.compiler.is_compiling()
+    *results, _ = torch.ops.rlhf_fast.token_kl(
+        logits, ref_logits, token_ids, temperature, softcap or 0.0, inplace_backward
+    )
+    return TokenKL(*results)
+
+
+@kernel("token_kl", "cpu")
+def _forward_cpu(
+    logits: Tensor, ref_logits: Tensor, token_ids: Tensor, temperature: float, softcap: float, inplace_backward: bool
+) -> tuple[Tensor, ...]:
+    ids = token_ids.contiguous()
+    *results, stats = _forward_fake(logits, ref_logits, ids, temperature, softcap, inplace_backward)
+    size, row = stats.dtype.itemsize, 0
+    for z, z_ref in row_blocks(rows_contiguous(logits), rows_contiguous(ref_logits)):
+        n, vocabulary = z.shape
+        bad = _cpu.token_kl(
+            z.data_ptr(), code(z), z.stride(0), z_ref.data_ptr(), z_ref.stride(0), ids.data_ptr() + 8 * row, n,
+            vocabulary, 1.0 / temperature, softcap, *(x.data_ptr() + size * row for x in results),
+            stats.data_ptr() + 4 * size * row, threads(z),
+        )  # fmt: skip
+        if bad >= 0:
+            raise id_error(ids, row + bad, vocabulary)
+        row += n
+    return *results, stats
+
+
+@torch.library.register_fake("rlhf_fast::token_kl", lib=LIBRARY)
+def _forward_fake(
+    logits: Tensor, ref_logits: Tensor, token_ids: Tensor, temperature: float, softcap: float, inplace_backward: bool
+) -> tuple[Tensor, ...]:
+    dtype, shape = statistics_dtype(logits), token_ids.shape
+    results = (logits.new_empty(shape, dtype=dtype) for _ in range(4))
+    return *results, logits.new_empty((*shape, 4), dtype=dtype)
+
+
+def _backward_into(
+    grad: Tensor | None,
+    logits: Tensor,
+    ref_logits: Tensor,
+    token_ids: Tensor,
+    logprobs: Tensor,
+    entropy: Tensor,
+    stats: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_kl: Tensor | None,
+    temperature: float,
+    softcap: float,
+) -> None:
+    """Write the gradient into the contiguous tensor `grad`, or over the logits where it is None."""
+    ids = token_ids.contiguous()
+    upstream = [None if g is None else g.contiguous() for g in (grad_logprobs, grad_entropy, grad_kl)]
+    size, row = logprobs.dtype.itemsize, 0
+    for z, z_ref in row_blocks(logits, rows_contiguous(ref_logits)):
+        n, vocabulary = z.shape
+        out = (z.data_ptr(), z.stride(0))
+        if grad is not None:
+            out = (grad.data_ptr() + grad.dtype.itemsize * row * vocabulary, vocabulary)
+        _cpu.token_kl_backward(
+            z.data_ptr(), code(z), z.stride(0), z_ref.data_ptr(), z_ref.stride(0), ids.data_ptr() + 8 * row, n,
+            vocabulary, 1.0 / temperature, softcap, logprobs.data_ptr() + size * row, entropy.data_ptr() + size * row,
+            stats.data_ptr() + 4 * size * row, *(0 if g is None else g.data_ptr() + size * row for g in upstream),
+            *out, threads(z),
+        )  # fmt: skip
+        row += n
+
+
+@kernel("token_kl_backward", "cpu")
+def _backward_cpu(logits: Tensor, *args: Tensor | float | None) -> Tensor:
+    grad = torch.empty(logits.shape, dtype=logits.dtype)
+    _backward_into(grad, rows_contiguous(logits), *args)
+    return grad
+
+
+@kernel("token_kl_backward_", "cpu")
+def _backward_cpu_(logits: Tensor, *args: Tensor | float | None) -> None:
+    _backward_into(None, logits, *args)
+    torch.autograd.graph.increment_version(logits)
+
+
+@torch.library.register_fake("rlhf_fast::token_kl_backward", lib=LIBRARY)
+def _backward_fake(logits: Tensor, *args: Tensor | float | None) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+@torch.library.register_fake("rlhf_fast::token_kl_backward_", lib=LIBRARY)
+def _backward_fake_(logits: Tensor, *args: Tensor | float | None) -> None:
+    return None
+
+
+def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    logits, ref_logits, token_ids, ctx.temperature, ctx.softcap, ctx.inplace = inputs
+    logprobs, entropy, _, ref_logprobs, stats = output
+    ctx.save_for_backward(logits, ref_logits, token_ids, logprobs, entropy, stats)
+    ctx.mark_non_differentiable(ref_logprobs, stats)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(
+    ctx: torch.autograd.function.FunctionCtx,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_kl: Tensor | None,
+    *_: None,
+) -> tuple[Tensor]:
+    args = (*ctx.saved_tensors, grad_logprobs, grad_entropy, grad_kl, ctx.temperature, ctx.softcap)
+    if not ctx.inplace:
+        return (torch.ops.rlhf_fast.token_kl_backward(*args),)
+    logits = args[0].detach()
+    torch.ops.rlhf_fast.token_kl_backward_(logits, *args[1:])
+    return (logits,)
+
+
+register_autograd("token_kl", _setup_context, _backward, differentiable=(0,))
+no_second_derivative("token_kl_backward")
