@@ -65,8 +65,9 @@ RLHF_INLINE float exp2_slope(float f) {
 RLHF_INLINE double exp2_scaled(double d, double factor) { return std::exp2(d * factor); }
 RLHF_INLINE float exp2_scaled(float d, float factor) {
 #ifdef __CUDA_ARCH__
-    const float x = d * factor;
-    return x > -126.5f ? exp2f(x) : 0;
+    float power;  // one instruction, relative error 2^-22; results that would be denormal are 0
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(d * factor));
+    return power;
 #else
     const float shifted = d * factor + kPowerRound, f = d * factor + (kPowerRound - shifted),
                 power = power_of_2(shifted);
@@ -271,6 +272,7 @@ struct PPOSums {
         ratio_max = maximum(row.ratio_max, ratio_max);
         count += row.count;
     }
+    RLHF_INLINE void operator+=(const PPOSums& other) { add(other, 1); }
     template <typename T>
     RLHF_INLINE void write(T* stats, double kl_coef, double entropy_coef) const {
         const double n = count > 0 ? count : 1;
@@ -285,6 +287,84 @@ struct PPOSums {
     }
 };
 
+// ---- recurrences over time, from a row's end
+
+// x -> slope x + offset, the effect of a stretch of time on a sum to go. The default is that of a masked step.
+struct Affine {
+    double slope = 1, offset = 0;
+
+    RLHF_INLINE double operator()(double x) const { return slope * x + offset; }
+    // This stretch, then the one before it in time.
+    RLHF_INLINE void then(const Affine& earlier) {
+        offset = earlier(offset);
+        slope *= earlier.slope;
+    }
+};
+
+struct GAEState {
+    double advantage = 0, next_value = 0;
+
+    RLHF_INLINE void step(double reward, double value, double gamma, double lam) {
+        advantage = (reward + gamma * next_value - value) + gamma * lam * advantage;
+        next_value = value;
+    }
+};
+
+// The effect of a stretch of time on GAE's state: advantage -> slope advantage + by_value next_value + offset, and the
+// value of its first True step. The default is that of masked steps alone.
+struct GAEMap {
+    double slope = 1, by_value = 0, offset = 0, value = 0;
+    int64_t steps = 0;  // True ones
+
+    static RLHF_INLINE GAEMap of_step(double reward, double value, double gamma, double lam) {
+        return {gamma * lam, gamma, reward - value, value, 1};
+    }
+    RLHF_INLINE GAEState operator()(GAEState state) const {
+        if (steps == 0) return state;
+        return {slope * state.advantage + by_value * state.next_value + offset, value};
+    }
+    // This stretch, then the one before it in time.
+    RLHF_INLINE void then(const GAEMap& earlier) {
+        if (earlier.steps == 0) return;
+        if (steps == 0) {
+            *this = earlier;
+            return;
+        }
+        slope *= earlier.slope;
+        by_value *= earlier.slope;
+        offset = earlier.slope * offset + earlier.by_value * value + earlier.offset;
+        value = earlier.value;
+        steps += earlier.steps;
+    }
+};
+
+enum RemaxVariant { kOfficial, kPaper, kVerl };
+
+// ---- moments
+
+// Count, mean and sum of squared deviations; parts merge without losing digits to a large mean (Chan, Golub and
+// LeVeque 1979).
+struct Moments {
+    double count = 0, mean = 0, squares = 0;
+
+    RLHF_INLINE void operator+=(const Moments& other) {
+        const double n = count + other.count, d = other.mean - mean;
+        if (other.count == 0) return;
+        mean += d * (other.count / n);
+        squares += other.squares + d * d * (count * other.count / n);
+        count = n;
+    }
+    // 1 / standard deviation, unbiased
+    RLHF_INLINE double whitening_scale() const {
+        return 1 / std::sqrt((count > 1 ? squares / (count - 1) : 0) + 1e-8);
+    }
+};
+
+// GRPO's: 1 / (standard deviation + 1e-4)
+RLHF_INLINE double group_scale(double squares, int64_t group) {
+    return 1 / (std::sqrt(squares / double(group - 1)) + 1e-4);
+}
+
 // ---- per-pair loss terms
 
 // -log sigmoid(x), the Bradley-Terry likelihood
@@ -292,6 +372,44 @@ template <typename T>
 RLHF_INLINE T bradley_terry(T x, T& grad) {
     grad = -sigmoid(-x);
     return softplus(-x);
+}
+
+// 1 for the right order, 1/2 for a tie
+RLHF_INLINE double order(double difference) { return difference > 0 ? 1 : difference == 0 ? 0.5 : 0; }
+
+struct RewardSums {
+    double likelihood = 0, centre = 0, right = 0, difference = 0;
+
+    // Adds a pair; returns the gradients by both scores, times the number of pairs.
+    RLHF_INLINE void add(double chosen, double rejected, double margin, double center_coef, double& grad_chosen,
+                         double& grad_rejected) {
+        const double d = chosen - rejected, centre_of = chosen + rejected, by_centre = 2 * center_coef * centre_of;
+        double by_difference = 0;
+        likelihood += bradley_terry(d - margin, by_difference);
+        centre += centre_of * centre_of;
+        right += order(d);
+        difference += d;
+        grad_chosen = by_difference + by_centre;
+        grad_rejected = by_centre - by_difference;
+    }
+    RLHF_INLINE void operator+=(const RewardSums& other) {
+        likelihood += other.likelihood;
+        centre += other.centre;
+        right += other.right;
+        difference += other.difference;
+    }
+    template <typename T>
+    RLHF_INLINE void write(T* stats, double pairs, double center_coef) const {
+        stats[0] = T((likelihood + center_coef * centre) / pairs);
+        stats[1] = T(right / pairs);
+        stats[2] = T(difference / pairs);
+        stats[3] = T(likelihood / pairs);
+    }
+};
+
+// Answer i of a row is ranked above answer j; negative ranks are no answers.
+RLHF_INLINE bool ranked_above(const int64_t* ranks, int64_t i, int64_t j) {
+    return ranks[i] >= 0 && ranks[i] < ranks[j];
 }
 
 template <typename T>
@@ -367,6 +485,15 @@ RLHF_INLINE PairTerm<T> dpo_term(T c, T r, T beta, int type, T eps) {
         }
     }
     return {value, beta * by_h, -beta * by_h};
+}
+
+// From sums over tokens: where the loss averages over them, by the lengths, at least 1.
+RLHF_INLINE PairTerm<double> dpo_pair(double c, double r, double c_length, double r_length, double beta, int type,
+                                      double eps) {
+    const bool average = type == kIPO || type == kSigmoidNorm;
+    const double by_c = average ? maximum(c_length, 1.0) : 1, by_r = average ? maximum(r_length, 1.0) : 1;
+    const PairTerm<double> term = dpo_term(c / by_c, r / by_r, beta, type, eps);
+    return {term.value, term.grad_chosen / by_c, term.grad_rejected / by_r};
 }
 
 }  // namespace rlhf::ISA
