@@ -17,7 +17,7 @@ constexpr int kSteps = 4;  // consecutive ones of a thread
 template <typename Recurrence>
 __global__ void __launch_bounds__(kThreads) scan_rows(Recurrence recurrence, const uint8_t* mask, int64_t L) {
     using Map = typename Recurrence::Map;
-    __shared__ alignas(16) char memory[2][kThreads / 32 * sizeof(Map)];
+    alignas(16) __shared__ char memory[2][kThreads / 32 * sizeof(Map)];
     const int64_t begin = blockIdx.x * L;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     auto state = recurrence.start(blockIdx.x);

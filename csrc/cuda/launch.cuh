@@ -72,7 +72,7 @@ __device__ inline double warp_sum(double x) {
 // Combines one value per thread by a tree of fixed shape; every thread gets the result.
 template <typename State, typename Combine>
 __device__ State block_reduce(State mine, Combine combine) {
-    __shared__ alignas(16) char memory[32 * sizeof(State)];
+    alignas(16) __shared__ char memory[32 * sizeof(State)];
     State* warps = reinterpret_cast<State*>(memory);
 #pragma unroll
     for (int step = 16; step > 0; step /= 2)

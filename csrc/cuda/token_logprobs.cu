@@ -9,7 +9,9 @@ namespace {
 constexpr int64_t kMasked = -100;
 constexpr int kInFlight = 4;            // lines of 16 bytes that a thread loads before it uses them
 constexpr int64_t kFewestLines = 512;   // of a block that shares a row
-constexpr int kBlocksPerProcessor = 4;  // at 64 registers a thread
+constexpr int kBlocksPerProcessor = 4;  // at 64 registers a thread; half that for double, whose values take two
+template <typename In>
+constexpr int kResident = sizeof(In) == 8 ? kBlocksPerProcessor / 2 : kBlocksPerProcessor;
 
 // Sums of 2^(d factor) and d 2^(d factor), d = z - top.
 template <typename T>
@@ -107,7 +109,7 @@ __device__ OnlineSums<Compute<In>> accumulate(const In* row, int64_t V, int64_t 
 #pragma unroll
         for (int k = 0; k < kInFlight; ++k) {
             T* here = z + k * kWidth<In>;
-            if (softcap != 0) {
+            if (softcap != 0 && line + k * kThreads < end) {
 #pragma unroll
                 for (int j = 0; j < kWidth<In>; ++j) here[j] = capped(here[j], softcap);
             }
@@ -123,7 +125,7 @@ __device__ OnlineSums<Compute<In>> accumulate(const In* row, int64_t V, int64_t 
 }
 
 template <typename In>
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+__global__ void __launch_bounds__(kThreads, kResident<In>)
     forward(const In* logits, int64_t row_stride, const int64_t* ids, int64_t V, double inv_temperature, double softcap,
             int splits, Compute<In>* logprobs, Compute<In>* entropy, Compute<In>* stats, Scratch* scratch) {
     using T = Compute<In>;
@@ -172,7 +174,7 @@ constexpr int64_t kStretch = kInFlight * kThreads;  // lines of a block
 
 // grad_logits may be the same memory as logits: every thread writes what it alone has read.
 template <typename In>
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+__global__ void __launch_bounds__(kThreads, kResident<In>)
     backward(const In* logits, int64_t row_stride, const int64_t* ids, int64_t V, double inv_temperature,
              double softcap, int stretches, const Compute<In>* logprobs, const Compute<In>* entropy,
              const Compute<In>* stats, const Compute<In>* grad_logprobs, const Compute<In>* grad_entropy,

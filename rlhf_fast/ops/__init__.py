@@ -4,7 +4,7 @@ Every function takes tensors on any device, float32, bfloat16 or float16 (float6
 of any strides, and returns float32 statistics; masks are bool, True = counts. Errors are `ValueError`.
 """
 
-from rlhf_fast.ops.dispatch import backend
+from rlhf_fast.ops.dispatch import CUDA, backend
 from rlhf_fast.ops.groups import grpo_advantages, rloo_advantages
 from rlhf_fast.ops.kl import kl_penalty, shape_rewards
 from rlhf_fast.ops.linear import linear_token_logprobs
@@ -27,6 +27,9 @@ from rlhf_fast.results import (
     TokenLogprobs,
     ValueLoss,
 )
+
+if CUDA:
+    from rlhf_fast.ops import cuda_backend as cuda_backend  # registers its kernels
 
 __all__ = [
     "GAE",

@@ -1,5 +1,6 @@
-"""Every test with the argument `kernels` runs on the reference and on the compiled CPU kernels."""
+"""Every test with the argument `kernels` runs on the reference, the compiled CPU kernels and the CUDA kernels emulated."""
 
+import cuda_emulator
 import hypothesis
 import pytest
 import torch
@@ -16,8 +17,15 @@ def seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["reference", "cpu"])
-def kernels(request):
+@pytest.fixture(scope="session")
+def emulated_cuda():
+    return cuda_emulator.load()
+
+
+@pytest.fixture(params=["reference", "cpu", "cuda"])
+def kernels(request, monkeypatch):
     assert dispatch.COMPILED, "the tests need the compiled core: pip install -e ."
-    with rlhf_fast.ops.backend(request.param):
+    if request.param == "cuda":
+        cuda_emulator.replace_cpu_kernels(request.getfixturevalue("emulated_cuda"), monkeypatch)
+    with rlhf_fast.ops.backend("cpu" if request.param == "cuda" else request.param):
         yield request.param
