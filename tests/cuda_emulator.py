@@ -59,8 +59,8 @@ def load() -> ModuleType:
     return module
 
 
-def replace_cpu_kernels(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """CPU tensors run the back end "cuda" on the emulated kernels, all on one stream."""
+def replace_cpu_kernels(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+    """CPU tensors run the back end "cuda" on the emulated kernels, all on one stream; returns the scratch memory."""
     from rlhf_fast.ops import cuda_backend
 
     scratch = torch.zeros(module.scratch_bytes, dtype=torch.uint8)
@@ -68,3 +68,4 @@ def replace_cpu_kernels(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(cuda_backend, "_current_stream", lambda device: contextlib.nullcontext(0))
     monkeypatch.setattr(cuda_backend, "_scratch", lambda device, stream: scratch)
     monkeypatch.setitem(dispatch.KERNELS, "cpu", dispatch.KERNELS["cpu"] | dispatch.KERNELS["cuda"])
+    return scratch
