@@ -36,18 +36,22 @@ def build() -> Path:
         return module
     scratch = module.parent / str(os.getpid())  # several pytest workers may build at once
     scratch.mkdir(parents=True)
-    cxx, includes = os.environ.get("CXX", "g++"), [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+    cxx, includes = (
+        os.environ.get("CXX", "g++"),
+        [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"],
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # a sanitizer's
     kernel = [f"-I{HEADERS}", "-include", "cuda_on_host.h", "-x", "c++"]
 
     def compile_(source: Path) -> Path:
         target = scratch / f"{source.stem}.o"
         options = includes if source.suffix == ".cpp" else kernel
-        subprocess.run([cxx, *flags, *options, "-c", str(source), "-o", str(target)], check=True)
+        subprocess.run([cxx, *flags, *options, "-c", source, "-o", target], check=True, env=environment)
         return target
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_, [ROOT / "csrc/bind_cuda.cpp", *sources]))
-    subprocess.run([cxx, *flags, "-shared", *map(str, objects), "-o", str(scratch / module.name)], check=True)
+    subprocess.run([cxx, *flags, "-shared", *objects, "-o", scratch / module.name], check=True, env=environment)
     (scratch / module.name).replace(module)
     return module
 

@@ -1,6 +1,6 @@
 // Recurrences over time, one row at a time from its end: GAE, discounted returns, ReMax returns. State is kept in
 // double. Masked positions are skipped over: the state passes them unchanged and the output there is 0.
-#include "../math.h"
+#include "../returns.h"
 #include "ops.h"
 
 namespace rlhf::ISA {

@@ -1,6 +1,6 @@
 // Bradley-Terry losses of a reward model: pairs with margin and centring, and all pairs of K ranked answers. Serial: B
 // is small.
-#include "../math.h"
+#include "../pair_terms.h"
 #include "ops.h"
 
 namespace rlhf::ISA {

@@ -1,5 +1,5 @@
 // Normalised advantages: masked whitening, and the group baselines of RLOO and GRPO. Sums on one thread, in double.
-#include "../math.h"
+#include "../returns.h"
 #include "ops.h"
 
 namespace rlhf::ISA {

@@ -21,8 +21,8 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t b = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
     if (b >= B) return;
     const double c = at(x.chosen, b, 0) - at(x.ref_chosen, b, 0), r = at(x.rejected, b, 0) - at(x.ref_rejected, b, 0);
-    const PairTerm<double> term = dpo_pair(c, r, at(x.chosen_lengths, b, 1), at(x.rejected_lengths, b, 1), beta,
-                                           loss_type, label_smoothing);
+    const PairTerm<double> term =
+        dpo_pair(c, r, at(x.chosen_lengths, b, 1), at(x.rejected_lengths, b, 1), beta, loss_type, label_smoothing);
     x.losses[b] = T(term.value);
     x.chosen_rewards[b] = T(beta * c);
     x.rejected_rewards[b] = T(beta * r);
@@ -32,9 +32,9 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename T>
 void launch_dpo(Pointer chosen, Pointer rejected, Pointer ref_chosen, Pointer ref_rejected, Pointer chosen_lengths,
-                Pointer rejected_lengths, int64_t B, double beta, int loss_type, double label_smoothing,
-                Pointer losses, Pointer chosen_rewards, Pointer rejected_rewards, Pointer grad_chosen,
-                Pointer grad_rejected, Pointer stream) {
+                Pointer rejected_lengths, int64_t B, double beta, int loss_type, double label_smoothing, Pointer losses,
+                Pointer chosen_rewards, Pointer rejected_rewards, Pointer grad_chosen, Pointer grad_rejected,
+                Pointer stream) {
     const DPOTensors<T> tensors = {chosen.as<const T>(),
                                    rejected.as<const T>(),
                                    ref_chosen.as<const T>(),

@@ -116,9 +116,7 @@ struct RemaxRows {
 
     using Map = Affine;
     using Token = double;  // the token's KL
-    __device__ double advantage(int64_t b) const {
-        return clamp(double(scores[b]) - double(greedy[b]), -clip, clip);
-    }
+    __device__ double advantage(int64_t b) const { return clamp(double(scores[b]) - double(greedy[b]), -clip, clip); }
     __device__ double start(int64_t b) const { return variant == kOfficial ? advantage(b) : 0; }
     __device__ Token load(int64_t i) const { return double(logp[i]) - double(ref[i]); }
     __device__ Map map(Token kl) const {
@@ -134,22 +132,28 @@ struct RemaxRows {
 template <typename T>
 void launch_gae(Pointer rewards, Pointer values, Pointer mask, int64_t B, int64_t L, double gamma, double lam,
                 Pointer advantages, Pointer returns, Pointer stream) {
-    const GAERows<T> rows = {
-        rewards.as<const T>(), values.as<const T>(), gamma, lam, advantages.as<T>(), returns.as<T>()};
+    const GAERows<T> rows = {rewards.as<const T>(), values.as<const T>(), gamma, lam,
+                             advantages.as<T>(),    returns.as<T>()};
     launch_scan("gae", rows, mask, B, L, stream);
 }
 
 template <typename T>
-void launch_discounted(Pointer rewards, Pointer mask, int64_t B, int64_t L, double gamma, Pointer out,
-                       Pointer stream) {
-    launch_scan("discounted_returns", DiscountedRows<T>{rewards.as<const T>(), gamma, out.as<T>()}, mask, B, L,
-                stream);
+void launch_discounted(Pointer rewards, Pointer mask, int64_t B, int64_t L, double gamma, Pointer out, Pointer stream) {
+    launch_scan("discounted_returns", DiscountedRows<T>{rewards.as<const T>(), gamma, out.as<T>()}, mask, B, L, stream);
 }
 
 template <typename T>
 void launch_remax(Pointer scores, Pointer greedy, Pointer logp, Pointer ref, Pointer mask, int64_t B, int64_t L,
                   double kl_coef, double gamma, double clip, int variant, Pointer out, Pointer stream) {
-    const RemaxRows<T> rows = {scores.as<const T>(), greedy.as<const T>(), logp.as<const T>(), ref.as<const T>(), kl_coef, gamma, clip, variant, out.as<T>()};
+    const RemaxRows<T> rows = {scores.as<const T>(),
+                               greedy.as<const T>(),
+                               logp.as<const T>(),
+                               ref.as<const T>(),
+                               kl_coef,
+                               gamma,
+                               clip,
+                               variant,
+                               out.as<T>()};
     launch_scan("remax_returns", rows, mask, B, L, stream);
 }
 

@@ -6,6 +6,8 @@
 #include <string>
 
 #include "../math.h"
+#include "../pair_terms.h"
+#include "../returns.h"
 #include "ops.h"
 
 namespace rlhf::cuda {

@@ -92,8 +92,15 @@ void launch_masked(const char* what, const Loss& loss, Pointer mask, int64_t B, 
                    double denominator, Pointer normalizer, Pointer scratch, Pointer stream) {
     // Only the mean over each sequence weighs the rows differently.
     const bool by_row = reduction == kSequenceMean;
-    Masked batch = {mask.as<const uint8_t>(), by_row ? B : 1, by_row ? T : B * T, double(B), denominator,
-                    normalizer.as<const double>(), reduction, false, scratch.as<Scratch>()};
+    Masked batch = {mask.as<const uint8_t>(),
+                    by_row ? B : 1,
+                    by_row ? T : B * T,
+                    double(B),
+                    denominator,
+                    normalizer.as<const double>(),
+                    reduction,
+                    false,
+                    scratch.as<Scratch>()};
     if (reduction == kTokenMean && denominator == 0 && !normalizer && B * T > kCountedByEveryBlock) {
         launch(what, stream, count_mask, minimum(blocks_for(B * T, kTile * 16), int64_t(kMaxBlocks)), kThreads,
                batch.mask, B * T, batch.scratch);

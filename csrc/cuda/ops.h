@@ -8,7 +8,7 @@
 
 namespace rlhf::cuda {
 
-constexpr int kMaxBlocks = 4096;                                 // of a launch that sums over its blocks
+constexpr int kMaxBlocks = 4096;                                  // of a launch that sums over its blocks
 constexpr int64_t kScratchBytes = int64_t(kMaxBlocks) * 68 + 32;  // a counter and a partial sum each
 
 void token_logprobs(Pointer logits, int dtype, int64_t row_stride, Pointer ids, int64_t N, int64_t V,

@@ -140,8 +140,9 @@ template <typename T>
 void launch_value(Pointer values, Pointer old_values, Pointer returns, Pointer mask, int64_t n, double clip,
                   double denominator, Pointer normalizer, Pointer grad, Pointer loss, Pointer stats, Pointer scratch,
                   Pointer stream) {
-    const ClippedValueLoss<T> terms = {values.as<const T>(), old_values.as<const T>(), returns.as<const T>(), T(clip),
-                                       grad.as<T>(),         loss.as<T>(),             stats.as<T>()};
+    const ClippedValueLoss<T> terms = {
+        values.as<const T>(), old_values.as<const T>(), returns.as<const T>(), T(clip), grad.as<T>(), loss.as<T>(),
+        stats.as<T>()};
     launch_masked("ppo_value_loss", terms, mask, 1, n, kTokenMean, denominator, normalizer, scratch, stream);
 }
 

@@ -42,8 +42,8 @@ __device__ inline int64_t count_pairs(const int64_t* ranks, int64_t answers, int
 
 __global__ void __launch_bounds__(kThreads)
     count_ranked(const int64_t* ranks, int64_t answers, int64_t K, Scratch* scratch) {
-    int64_t count = count_pairs(ranks, answers, K, blockIdx.x * int64_t(kThreads) + threadIdx.x,
-                                gridDim.x * int64_t(kThreads));
+    int64_t count =
+        count_pairs(ranks, answers, K, blockIdx.x * int64_t(kThreads) + threadIdx.x, gridDim.x * int64_t(kThreads));
     if (grid_reduce(count, Add(), scratch) && threadIdx.x == 0) scratch->carried[0] = double(count);
 }
 
@@ -60,9 +60,8 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads)
     ranked_pairs(const T* scores, const int64_t* ranks, int64_t answers, int64_t K, bool counted, T* grad, T* loss,
                  T* stats, Scratch* scratch) {
-    const double count =
-        counted ? scratch->carried[0]
-                : double(block_reduce(count_pairs(ranks, answers, K, threadIdx.x, kThreads), Add()));
+    const double count = counted ? scratch->carried[0]
+                                 : double(block_reduce(count_pairs(ranks, answers, K, threadIdx.x, kThreads), Add()));
     const double n = count > 0 ? count : 1;
     RankingSums sums;
     for (int64_t answer = blockIdx.x * int64_t(kThreads) + threadIdx.x; answer < answers;
@@ -88,9 +87,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T>
-void launch_reward(Pointer chosen, Pointer rejected, Pointer margin, int64_t B, double center_coef,
-                   Pointer grad_chosen, Pointer grad_rejected, Pointer loss, Pointer stats, Pointer scratch,
-                   Pointer stream) {
+void launch_reward(Pointer chosen, Pointer rejected, Pointer margin, int64_t B, double center_coef, Pointer grad_chosen,
+                   Pointer grad_rejected, Pointer loss, Pointer stats, Pointer scratch, Pointer stream) {
     const RewardTensors<T> tensors = {chosen.as<const T>(), rejected.as<const T>(), margin.as<const T>(),
                                       grad_chosen.as<T>(),  grad_rejected.as<T>(),  loss.as<T>(),
                                       stats.as<T>()};

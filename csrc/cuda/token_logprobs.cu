@@ -249,8 +249,7 @@ int splits_of(int64_t N, int64_t lines) {
 
 template <typename In>
 void launch_forward(Pointer logits, int64_t row_stride, Pointer ids, int64_t N, int64_t V, double inv_temperature,
-                    double softcap, Pointer logprobs, Pointer entropy, Pointer stats, Pointer scratch,
-                    Pointer stream) {
+                    double softcap, Pointer logprobs, Pointer entropy, Pointer stats, Pointer scratch, Pointer stream) {
     using T = Compute<In>;
     const int splits = splits_of(N, V / kWidth<In>);
     launch("token_logprobs", stream, forward<In>, N * splits, kThreads, logits.as<const In>(), row_stride,

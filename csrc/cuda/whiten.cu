@@ -74,8 +74,7 @@ __global__ void __launch_bounds__(kThreads) group_rows(const T* scores, int64_t 
 }
 
 template <typename T>
-void launch_whiten(Pointer x, Pointer mask, int64_t n, bool shift_mean, Pointer out, Pointer scratch_,
-                   Pointer stream) {
+void launch_whiten(Pointer x, Pointer mask, int64_t n, bool shift_mean, Pointer out, Pointer scratch_, Pointer stream) {
     if (n == 0) return;
     Scratch* scratch = scratch_.as<Scratch>();
     const int64_t tiles = blocks_for(n, kTile);

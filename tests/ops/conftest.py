@@ -1,4 +1,4 @@
-"""Every test with the argument `kernels` runs on the reference, the compiled CPU kernels and the CUDA kernels emulated."""
+"""Every test with the argument `kernels` runs on the reference, the CPU kernels and the CUDA kernels (emulated)."""
 
 import cuda_emulator
 import hypothesis

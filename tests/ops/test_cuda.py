@@ -15,7 +15,11 @@ from rlhf_fast import ops
 def agree(emulated_cuda, monkeypatch):
     """Runs a call on the CPU's kernels and twice on the CUDA ones (the emulator turns the blocks' order around)."""
 
-    def check(call, tolerance=2e-6):
+    def check(function, *args, tolerance=2e-6, **options):
+        def call():
+            result = function(*args, **options)
+            return result if isinstance(result, tuple) else (result,)
+
         expected = call()
         with monkeypatch.context() as patch:
             scratch = cuda_emulator.replace_cpu_kernels(emulated_cuda, patch)
@@ -52,15 +56,15 @@ def test_token_logprobs(agree, rows, vocabulary, dtype):
     ids = torch.randint(vocabulary, (rows,))
     ids[rows // 2] = -100 if rows > 2 else ids[rows // 2]
     tolerance = max(2e-6, 2 * GRADIENT_TOLERANCE[dtype] if dtype.itemsize == 2 else 0)
-    agree(token_outputs(logits, ids), tolerance)
-    agree(token_outputs(logits, ids, temperature=0.7, softcap=20.0), tolerance)
-    agree(token_outputs(logits, ids, in_place=True), tolerance)
+    agree(token_outputs(logits, ids), tolerance=tolerance)
+    agree(token_outputs(logits, ids, temperature=0.7, softcap=20.0), tolerance=tolerance)
+    agree(token_outputs(logits, ids, in_place=True), tolerance=tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_and_gradients_aligned_differently(agree, dtype):
     logits = torch.randn(3, 5, 1001).to(dtype)[:, :-1]
-    agree(token_outputs(logits, torch.randint(1001, (3, 4))), 2 * GRADIENT_TOLERANCE[dtype])
+    agree(token_outputs(logits, torch.randint(1001, (3, 4))), tolerance=2 * GRADIENT_TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("special", [-float("inf"), float("inf"), float("nan"), 1e30, -1e30])
@@ -95,20 +99,22 @@ def test_recurrences(agree, length, dtype):
     for mask in (torch.rand(B, length) < 0.7, ragged_mask(B, length), torch.ones(B, length, dtype=torch.bool)):
         x_, y_, ref_ = (poisoned(t, mask) for t in (x, y, ref))
         for gamma, lam in ((1.0, 0.95), (0.9, 1.0), (0.0, 0.5), (0.99, 0.0), (1.0, 1.0)):
-            agree(lambda: ops.gae(x_, y_, mask, gamma=gamma, lam=lam))
-            agree(lambda: [ops.discounted_returns(x_, mask, gamma=gamma)])
+            agree(ops.gae, x_, y_, mask, gamma=gamma, lam=lam)
+            agree(ops.discounted_returns, x_, mask, gamma=gamma)
             for variant in ("official", "paper", "verl"):
                 options = dict(kl_coef=0.1, gamma=gamma, clip=1.0, variant=variant)
-                agree(lambda: [ops.remax_returns(scores, greedy, x_, ref_, mask, **options)])
-        agree(lambda: [ops.shape_rewards(scores, x_, ref_, mask, kl_coef=0.1, estimator="k3", clip=1.0)])
+                agree(ops.remax_returns, scores, greedy, x_, ref_, mask, **options)
+        agree(ops.shape_rewards, scores, x_, ref_, mask, kl_coef=0.1, estimator="k3", clip=1.0)
 
 
-def gradients(loss, *inputs):
-    leaves = [x.clone().requires_grad_() for x in inputs]
-    out = loss(*leaves)
+def gradients(loss, logp, *args, entropy=None, **options):
+    leaves = {"logp": logp.clone().requires_grad_()}
+    if entropy is not None:
+        leaves["entropy"] = options["entropy"] = entropy.clone().requires_grad_()
+    out = loss(leaves["logp"], *args, **options)
     out = out if isinstance(out, tuple) else (out,)
     out[0].backward()
-    return *(x.detach() for x in out), *(x.grad for x in leaves)
+    return *(x.detach() for x in out), *(x.grad for x in leaves.values())
 
 
 def mask_of(shape):
@@ -125,21 +131,17 @@ def test_losses_over_a_mask(agree, shape, reduction):
     by_count = [] if reduction == "constant" else [None]
     for normalizer in by_count + [7.0, torch.tensor(0.0)][: 1 if mask.numel() > 10_000 else 2]:
         options = dict(reduction=reduction, normalizer=normalizer)
-        full = settings | options
-        agree(
-            lambda: gradients(
-                lambda x, h: ops.ppo_loss(x, old, A, mask, ref_logprobs=ref, entropy=h, **full), logp, entropy
-            ), 1e-5,
-        )  # fmt: skip
-        agree(lambda: gradients(lambda x: ops.ppo_loss(x, old, A_B, mask, **options), logp), 1e-5)
-        agree(lambda: gradients(lambda x: ops.reinforce_loss(x, A_B, mask, **options), logp), 1e-5)
-        agree(lambda: gradients(lambda x: ops.ppo_value_loss(x, old, A, mask, normalizer=normalizer), logp), 1e-5)
+        full = settings | options | dict(ref_logprobs=ref, entropy=entropy, tolerance=1e-5)
+        agree(gradients, ops.ppo_loss, logp, old, A, mask, **full)
+        agree(gradients, ops.ppo_loss, logp, old, A_B, mask, tolerance=1e-5, **options)
+        agree(gradients, ops.reinforce_loss, logp, A_B, mask, tolerance=1e-5, **options)
+        agree(gradients, ops.ppo_value_loss, logp, old, A, mask, tolerance=1e-5, normalizer=normalizer)
 
 
 def test_more_tiles_than_blocks(agree):
     mask = mask_of((4200, 3))
     logp, A_B = poisoned(torch.randn(4200, 3), mask), torch.randn(4200)
-    agree(lambda: gradients(lambda x: ops.reinforce_loss(x, A_B, mask, reduction="sequence_mean"), logp), 1e-5)
+    agree(gradients, ops.reinforce_loss, logp, A_B, mask, tolerance=1e-5, reduction="sequence_mean")
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 1000, 5000, 4096 * 1024 + 5])
@@ -147,13 +149,14 @@ def test_whiten(agree, n):
     mask = torch.rand(n) < 0.5
     x = poisoned(torch.randn(n, dtype=torch.float64) + 1e6, mask)
     for shift_mean in (True, False)[: 1 if n > 5000 else 2]:
-        agree(lambda: [ops.whiten(x, mask, shift_mean=shift_mean)])
+        agree(ops.whiten, x, mask, shift_mean=shift_mean)
 
 
 @pytest.mark.parametrize(("groups", "size"), [(0, 2), (1, 2), (9, 31), (3, 100)])
 def test_groups(agree, groups, size):
     scores = torch.randn(groups * size)
-    agree(lambda: [ops.rloo_advantages(scores, size), ops.grpo_advantages(scores, size)])
+    agree(ops.rloo_advantages, scores, size)
+    agree(ops.grpo_advantages, scores, size)
 
 
 @pytest.mark.parametrize(("rows", "answers"), [(0, 3), (4, 0), (1, 2), (40, 9), (2000, 9)])
