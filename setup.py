@@ -1,7 +1,8 @@
 """Builds the compiled core: rlhf_fast._cpu, and rlhf_fast._cuda where nvcc is found.
 
 Needs a C++17 compiler with OpenMP and no torch. A build.ninja of our own keeps builds incremental and tracks headers.
-Environment: CXX (compiler), CUDA_HOME, RLHF_FAST_CUDA=0 (skip CUDA), RLHF_FAST_WERROR=1 (warnings are errors).
+Environment: CXX (compiler), CUDA_HOME, RLHF_FAST_CUDA=0 (skip CUDA), RLHF_FAST_WERROR=1 (warnings are errors),
+RLHF_FAST_CXXFLAGS (more flags for the C++ compiler and linker, such as a sanitizer's).
 """
 
 import os
@@ -16,6 +17,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+MORE_CXXFLAGS = os.environ.get("RLHF_FAST_CXXFLAGS", "")
 CXXFLAGS = "-std=c++17 -O3 -fPIC -fopenmp -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math"
 # Both passes turn selects into jumps, and loops with jumps do not vectorise.
 KERNEL_FLAGS = "-fno-thread-jumps -fno-tree-pre"
@@ -40,7 +42,7 @@ rule nvcc
   depfile = $out.d
   deps = gcc
 rule link
-  command = $cxx -shared -fopenmp $in -o $out
+  command = $cxx -shared -fopenmp $more $in -o $out
 rule nvlink
   command = $nvcc -shared -cudart static $in -o $out
 """
@@ -97,7 +99,7 @@ class NinjaBuild(build_ext):
 
         includes = f" -I{escape(pybind11.get_include())} -I{escape(sysconfig.get_paths()['include'])}"
         warnings = " -Wall -Wextra" + (" -Werror" if os.environ.get("RLHF_FAST_WERROR") == "1" else "")
-        lines = [RULES, f"cxx = {self.cxx}", f"nvcc = {self.nvcc}"]
+        lines = [RULES, f"cxx = {self.cxx}", f"nvcc = {self.nvcc}", f"more = {MORE_CXXFLAGS}"]
 
         def compile_(rule: str, source: Path, flags: str, tag: str = "") -> str:
             target = f"{source.stem}{tag}.o"
@@ -105,10 +107,10 @@ class NinjaBuild(build_ext):
             return target
 
         csrc = ROOT / "csrc"
-        objects = [compile_("cxx", csrc / "bind_cpu.cpp", f"{CXXFLAGS} -O1{warnings}{includes}")]
+        objects = [compile_("cxx", csrc / "bind_cpu.cpp", f"{CXXFLAGS} -O1{warnings}{includes} {MORE_CXXFLAGS}")]
         for isa, isa_flags in ISA_FLAGS.items():
             for source in sorted((csrc / "cpu").glob("*.cpp")):
-                flags = f"{CXXFLAGS} {KERNEL_FLAGS}{warnings} {isa_flags} -DISA={isa}"
+                flags = f"{CXXFLAGS} {KERNEL_FLAGS}{warnings} {isa_flags} -DISA={isa} {MORE_CXXFLAGS}"
                 objects.append(compile_("cxx", source, flags, f".{isa}"))
         if "rlhf_fast._cpu" in modules:
             lines.append(f"build {escape(modules['rlhf_fast._cpu'].name)}: link {' '.join(objects)}")

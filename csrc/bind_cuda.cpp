@@ -7,9 +7,22 @@
 
 PYBIND11_MODULE(_cuda, module) {
     module.doc() = "CUDA kernels on raw device pointers. Argument order: csrc/cuda/ops.h.";
+    module.attr("scratch_bytes") = rlhf::cuda::kScratchBytes;
 #define RLHF_DEFINE(op) module.def(#op, rlhf::cuda::op, py::call_guard<py::gil_scoped_release>())
     RLHF_DEFINE(token_logprobs);
     RLHF_DEFINE(token_logprobs_backward);
+    RLHF_DEFINE(kl_penalty);
+    RLHF_DEFINE(shape_rewards);
     RLHF_DEFINE(gae);
+    RLHF_DEFINE(discounted_returns);
+    RLHF_DEFINE(remax_returns);
+    RLHF_DEFINE(rloo_advantages);
+    RLHF_DEFINE(grpo_advantages);
+    RLHF_DEFINE(whiten);
     RLHF_DEFINE(ppo_loss);
+    RLHF_DEFINE(ppo_value_loss);
+    RLHF_DEFINE(reinforce_loss);
+    RLHF_DEFINE(reward_loss);
+    RLHF_DEFINE(ranking_loss);
+    RLHF_DEFINE(dpo_loss);
 }

@@ -1,5 +1,5 @@
 // Direct preference losses per pair, their rewards and gradients. Arithmetic in double: B is small.
-#include "../math.h"
+#include "../pair_terms.h"
 #include "ops.h"
 
 namespace rlhf::ISA {
@@ -12,15 +12,13 @@ void dpo(Pointer chosen, Pointer rejected, Pointer ref_chosen, Pointer ref_rejec
     const auto at = [](Pointer x, int64_t b, double absent) { return x ? double(x.as<T>()[b]) : absent; };
     for (int64_t b = 0; b < B; ++b) {
         const double c = at(chosen, b, 0) - at(ref_chosen, b, 0), r = at(rejected, b, 0) - at(ref_rejected, b, 0);
-        const bool average = loss_type == kIPO || loss_type == kSigmoidNorm;
-        const double c_length = average ? maximum(at(chosen_lengths, b, 1), 1.0) : 1;
-        const double r_length = average ? maximum(at(rejected_lengths, b, 1), 1.0) : 1;
-        const PairTerm<double> term = dpo_term(c / c_length, r / r_length, beta, loss_type, label_smoothing);
+        const PairTerm<double> term =
+            dpo_pair(c, r, at(chosen_lengths, b, 1), at(rejected_lengths, b, 1), beta, loss_type, label_smoothing);
         losses.as<T>()[b] = T(term.value);
         chosen_rewards.as<T>()[b] = T(beta * c);
         rejected_rewards.as<T>()[b] = T(beta * r);
-        if (grad_chosen) grad_chosen.as<T>()[b] = T(term.grad_chosen / c_length);
-        if (grad_rejected) grad_rejected.as<T>()[b] = T(term.grad_rejected / r_length);
+        if (grad_chosen) grad_chosen.as<T>()[b] = T(term.grad_chosen);
+        if (grad_rejected) grad_rejected.as<T>()[b] = T(term.grad_rejected);
     }
 }
 

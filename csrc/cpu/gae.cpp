@@ -1,6 +1,6 @@
 // Recurrences over time, one row at a time from its end: GAE, discounted returns, ReMax returns. State is kept in
 // double. Masked positions are skipped over: the state passes them unchanged and the output there is 0.
-#include "../math.h"
+#include "../returns.h"
 #include "ops.h"
 
 namespace rlhf::ISA {
@@ -15,17 +15,15 @@ void gae_rows(Pointer rewards, Pointer values, Pointer mask, int64_t B, int64_t 
         const T *r = rewards.as<T>() + b * L, *v = values.as<T>() + b * L;
         const uint8_t* on = mask.as<uint8_t>() + b * L;
         T *a = advantages.as<T>() + b * L, *ret = returns.as<T>() + b * L;
-        double advantage = 0, next_value = 0;
+        GAEState state;
         for (int64_t t = L - 1; t >= 0; --t) {
             if (!on[t]) {
                 a[t] = ret[t] = 0;
                 continue;
             }
-            const double value = v[t];
-            advantage = (r[t] + gamma * next_value - value) + gamma * lam * advantage;
-            next_value = value;
-            a[t] = T(advantage);
-            ret[t] = T(advantage + value);
+            state.step(double(r[t]), double(v[t]), gamma, lam);
+            a[t] = T(state.advantage);
+            ret[t] = T(state.advantage + double(v[t]));
         }
     }
 }
@@ -43,8 +41,6 @@ void return_rows(Pointer rewards, Pointer mask, int64_t B, int64_t L, double gam
         }
     }
 }
-
-enum Variant { kOfficial, kPaper, kVerl };
 
 template <typename T>
 void remax_rows(Pointer scores, Pointer greedy, Pointer logp, Pointer ref, Pointer mask, int64_t B, int64_t L,

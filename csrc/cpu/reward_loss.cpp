@@ -1,44 +1,32 @@
 // Bradley-Terry losses of a reward model: pairs with margin and centring, and all pairs of K ranked answers. Serial: B
 // is small.
-#include "../math.h"
+#include "../pair_terms.h"
 #include "ops.h"
 
 namespace rlhf::ISA {
 namespace {
 
-// 1 for the right order, 1/2 for a tie
-double order(double difference) { return difference > 0 ? 1 : difference == 0 ? 0.5 : 0; }
-
 template <typename T>
 void pairs(Pointer chosen, Pointer rejected, Pointer margin, int64_t B, double center_coef, Pointer grad_chosen,
            Pointer grad_rejected, Pointer stats) {
-    double likelihood = 0, centre = 0, right = 0, difference = 0;
+    RewardSums sums;
     const double n = B > 0 ? double(B) : 1;
     for (int64_t b = 0; b < B; ++b) {
-        const double c = chosen.as<T>()[b], r = rejected.as<T>()[b];
-        double grad = 0;
-        likelihood += bradley_terry(c - r - (margin ? double(margin.as<T>()[b]) : 0.0), grad);
-        centre += (c + r) * (c + r);
-        right += order(c - r);
-        difference += c - r;
-        const double by_centre = 2 * center_coef * (c + r);
-        if (grad_chosen) grad_chosen.as<T>()[b] = T((grad + by_centre) / n);
-        if (grad_rejected) grad_rejected.as<T>()[b] = T((by_centre - grad) / n);
+        double by_chosen, by_rejected;
+        sums.add(double(chosen.as<T>()[b]), double(rejected.as<T>()[b]), margin ? double(margin.as<T>()[b]) : 0.0,
+                 center_coef, by_chosen, by_rejected);
+        if (grad_chosen) grad_chosen.as<T>()[b] = T(by_chosen / n);
+        if (grad_rejected) grad_rejected.as<T>()[b] = T(by_rejected / n);
     }
-    T* out = stats.as<T>();
-    out[0] = T((likelihood + center_coef * centre) / n);
-    out[1] = T(right / n);
-    out[2] = T(difference / n);
-    out[3] = T(likelihood / n);
+    sums.write(stats.as<T>(), n, center_coef);
 }
 
 template <typename T>
 void ranking(Pointer scores, Pointer ranks, int64_t B, int64_t K, Pointer grad, Pointer stats) {
     double loss = 0, right = 0, count = 0;
-    const auto is_pair = [](const int64_t* rank, int64_t i, int64_t j) { return rank[i] >= 0 && rank[i] < rank[j]; };
     for (int64_t b = 0; b < B; ++b)
         for (int64_t i = 0; i < K; ++i)
-            for (int64_t j = 0; j < K; ++j) count += is_pair(ranks.as<int64_t>() + b * K, i, j);
+            for (int64_t j = 0; j < K; ++j) count += ranked_above(ranks.as<int64_t>() + b * K, i, j);
     const double n = count > 0 ? count : 1;
     double* row_grad = new double[K];
     for (int64_t b = 0; b < B; ++b) {
@@ -46,7 +34,7 @@ void ranking(Pointer scores, Pointer ranks, int64_t B, int64_t K, Pointer grad, 
         for (int64_t i = 0; i < K; ++i) row_grad[i] = 0;
         for (int64_t i = 0; i < K; ++i)
             for (int64_t j = 0; j < K; ++j) {
-                if (!is_pair(ranks.as<int64_t>() + b * K, i, j)) continue;
+                if (!ranked_above(ranks.as<int64_t>() + b * K, i, j)) continue;
                 const double difference = double(score[i]) - double(score[j]);
                 double by_difference = 0;
                 loss += bradley_terry(difference, by_difference);

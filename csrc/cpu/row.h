@@ -149,7 +149,8 @@ Softmax accumulate(const In* row, int64_t begin, int64_t end, int64_t target, do
         if (!wide && add_lines<false>(z, source, n, -shift, factor, sums)) return;
         const T top = max_of(z, n);
         if (top > shift) {
-            if (shift > T(-kInf)) state.merge(sums.total(shift, factor), inv_temperature);
+            const Softmax before = sums.total(shift, factor);
+            if (before.sum != 0) state.merge(before, inv_temperature);
             sums = LaneSums();
             shift = std::ceil(top);
             if (!wide && add_lines<false>(z, source, n, -shift, factor, sums)) return;
@@ -163,7 +164,8 @@ Softmax accumulate(const In* row, int64_t begin, int64_t end, int64_t target, do
             const T* z = block(row + i, n, softcap, buffer);
             if (lines > 0) add(z, row + i, lines);
             if (lines == n) continue;
-            for (int k = 0; k < kLine; ++k) rest[k] = lines + k < n ? z[lines + k] : shift + kLowest<T> / factor;
+            const T low = shift + kLowest<T> / factor, none = low < shift ? low : T(-kInf);  // low may round to shift
+            for (int k = 0; k < kLine; ++k) rest[k] = lines + k < n ? z[lines + k] : none;
             add(rest, row + i + lines, kLine);
         }
     };

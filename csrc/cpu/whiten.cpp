@@ -1,5 +1,5 @@
 // Normalised advantages: masked whitening, and the group baselines of RLOO and GRPO. Sums on one thread, in double.
-#include "../math.h"
+#include "../returns.h"
 #include "ops.h"
 
 namespace rlhf::ISA {
@@ -18,7 +18,7 @@ void whiten_all(Pointer x, Pointer mask, int64_t n, bool shift_mean, Pointer out
     const double mean = count > 0 ? sum / count : 0;
 #pragma omp simd reduction(+ : squares)
     for (int64_t i = 0; i < n; ++i) squares += on[i] ? (double(from[i]) - mean) * (double(from[i]) - mean) : 0.0;
-    const double scale = 1 / std::sqrt((count > 1 ? squares / (count - 1) : 0) + 1e-8), shift = shift_mean ? 0 : mean;
+    const double scale = Moments{count, mean, squares}.whitening_scale(), shift = shift_mean ? 0 : mean;
     const int team = team_size(n, threads);
 #pragma omp parallel for num_threads(team) schedule(static)
     for (int64_t i = 0; i < n; ++i) out.as<T>()[i] = on[i] ? T((double(from[i]) - mean) * scale + shift) : T(0);
@@ -43,7 +43,7 @@ void grpo(Pointer scores, int64_t B, int64_t group, Pointer out) {
         for (int64_t i = b; i < b + group; ++i) sum += double(scores.as<T>()[i]);
         const double mean = sum / double(group);
         for (int64_t i = b; i < b + group; ++i) squares += (scores.as<T>()[i] - mean) * (scores.as<T>()[i] - mean);
-        const double scale = 1 / (std::sqrt(squares / double(group - 1)) + 1e-4);
+        const double scale = group_scale(squares, group);
         for (int64_t i = b; i < b + group; ++i) out.as<T>()[i] = T((scores.as<T>()[i] - mean) * scale);
     }
 }

@@ -1,61 +1,177 @@
-// Generalised advantage estimation: one warp per row, 32 steps at a time from the row's end. Each step is the affine
-// map x -> a x + b, composed by a warp scan; masked steps are the identity, which skips them over. State in double.
+// Recurrences over time: GAE, discounted returns, ReMax returns. A block per row, from the row's end: each thread
+// composes a few steps into one map, a scan over the block composes those, and each thread walks its steps from the
+// state that reaches it. State in double. Masked steps are the identity, which skips them over; the output there is 0.
 #include "launch.cuh"
 
 namespace rlhf::cuda {
 namespace {
 
-constexpr unsigned kAll = 0xffffffffu;
+constexpr int kSteps = 4;  // consecutive ones of a thread
 
-template <typename T>
-__global__ void gae_rows(const T* rewards, const T* values, const uint8_t* mask, int64_t B, int64_t L, double gamma,
-                         double lam, T* advantages, T* returns) {
-    const int64_t b = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
-    if (b >= B) return;
-    const int lane = threadIdx.x % 32;
-    double advantage = 0, next_value = 0;  // of the True step nearest on the right of this chunk
-    for (int64_t end = L; end > 0; end -= 32) {
-        const int64_t t = end - 32 + lane, i = b * L + t;
-        const bool on = t >= 0 && mask[i];
-        const double value = on ? double(values[i]) : 0;
-        const unsigned right = __ballot_sync(kAll, on) & (lane == 31 ? 0 : kAll << (lane + 1));
-        const double neighbour = __shfl_sync(kAll, value, right ? __ffs(int(right)) - 1 : lane);
-        double slope = on ? gamma * lam : 1;
-        double offset = on ? double(rewards[i]) + gamma * (right ? neighbour : next_value) - value : 0;
-        for (int step = 1; step < 32; step *= 2) {
-            const double other_slope = __shfl_down_sync(kAll, slope, step),
-                         other_offset = __shfl_down_sync(kAll, offset, step);
-            if (lane + step >= 32) continue;
-            offset += slope * other_offset;
-            slope *= other_slope;
+// Recurrence has
+//   State start(b)              behind a row's last step
+//   Token load(i)               what it reads of step i
+//   Map map(token)              of a True step
+//   step(State&, token)         the same step by itself
+//   write(i, on, token, state)  of the state at step i
+template <typename Recurrence>
+__global__ void __launch_bounds__(kThreads) scan_rows(Recurrence recurrence, const uint8_t* mask, int64_t L) {
+    using Map = typename Recurrence::Map;
+    alignas(16) __shared__ char memory[2][kThreads / 32 * sizeof(Map)];
+    const int64_t begin = blockIdx.x * L;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    auto state = recurrence.start(blockIdx.x);
+    int half = 0;  // of the shared memory: a block may still read what the stretch before wrote
+    for (int64_t end = L; end > 0; end -= int64_t(blockDim.x) * kSteps, half ^= 1) {
+        const int64_t last = end - 1 - int64_t(threadIdx.x) * kSteps;  // thread 0 has the last steps
+        typename Recurrence::Token tokens[kSteps];
+        bool on[kSteps];
+#pragma unroll
+        for (int k = 0; k < kSteps; ++k) {
+            const int64_t t = last - k;
+            on[k] = t >= 0 && mask[begin + t];
+            if (t >= 0) tokens[k] = recurrence.load(begin + t);
         }
-        const double mine = slope * advantage + offset;
-        if (t >= 0) {
-            advantages[i] = on ? T(mine) : T(0);
-            returns[i] = on ? T(mine + value) : T(0);
+        Map mine;
+#pragma unroll
+        for (int k = 0; k < kSteps; ++k)
+            if (on[k]) mine.then(recurrence.map(tokens[k]));
+#pragma unroll
+        for (int width = 1; width < 32; width *= 2) {  // then all steps of the lanes up to this one
+            Map later = shuffle(mine, [=](unsigned word) { return __shfl_up_sync(kAll, word, width); });
+            if (lane < width) continue;
+            later.then(mine);
+            mine = later;
         }
-        const unsigned any = __ballot_sync(kAll, on);
-        next_value = any ? __shfl_sync(kAll, value, __ffs(int(any)) - 1) : next_value;
-        advantage = __shfl_sync(kAll, mine, 0);
+        Map* totals = reinterpret_cast<Map*>(memory[half]);
+        if (lane == 31) totals[warp] = mine;
+        Map before = shuffle(mine, [](unsigned word) { return __shfl_up_sync(kAll, word, 1); });
+        if (lane == 0) before = Map();
+        __syncthreads();
+        auto here = state;
+        for (int w = 0; w < warps; ++w) {
+            if (w == warp) here = before(state);
+            state = totals[w](state);
+        }
+#pragma unroll
+        for (int k = 0; k < kSteps; ++k) {
+            if (on[k]) recurrence.step(here, tokens[k]);
+            if (last - k >= 0) recurrence.write(begin + last - k, on[k], tokens[k], here);
+        }
     }
 }
 
+template <typename Recurrence>
+void launch_scan(const char* what, const Recurrence& recurrence, Pointer mask, int64_t B, int64_t L, Pointer stream) {
+    const int64_t warps = clamp(blocks_for(L, 32 * kSteps), int64_t(1), int64_t(kThreads / 32));
+    launch(what, stream, scan_rows<Recurrence>, B, int(32 * warps), recurrence, mask.as<const uint8_t>(), L);
+}
+
 template <typename T>
-void launch(Pointer rewards, Pointer values, Pointer mask, int64_t B, int64_t L, double gamma, double lam,
-            Pointer advantages, Pointer returns, Pointer stream) {
-    if (B == 0) return;
-    const unsigned blocks = unsigned((B + kThreads / 32 - 1) / (kThreads / 32));
-    gae_rows<T><<<blocks, kThreads, 0, as_stream(stream)>>>(rewards.as<const T>(), values.as<const T>(),
-                                                            mask.as<const uint8_t>(), B, L, gamma, lam,
-                                                            advantages.as<T>(), returns.as<T>());
-    check(cudaGetLastError(), "gae");
+struct GAERows {
+    const T *rewards, *values;
+    double gamma, lam;
+    T *advantages, *returns;
+
+    using Map = GAEMap;
+    struct Token {
+        T reward, value;
+    };
+    __device__ GAEState start(int64_t) const { return {}; }
+    __device__ Token load(int64_t i) const { return {rewards[i], values[i]}; }
+    __device__ Map map(const Token& token) const {
+        return GAEMap::of_step(double(token.reward), double(token.value), gamma, lam);
+    }
+    __device__ void step(GAEState& state, const Token& token) const {
+        state.step(double(token.reward), double(token.value), gamma, lam);
+    }
+    __device__ void write(int64_t i, bool on, const Token& token, const GAEState& state) const {
+        advantages[i] = on ? T(state.advantage) : T(0);
+        returns[i] = on ? T(state.advantage + double(token.value)) : T(0);
+    }
+};
+
+template <typename T>
+struct DiscountedRows {
+    const T* rewards;
+    double gamma;
+    T* out;
+
+    using Map = Affine;
+    using Token = T;
+    __device__ double start(int64_t) const { return 0; }
+    __device__ Token load(int64_t i) const { return rewards[i]; }
+    __device__ Map map(Token reward) const { return {gamma, double(reward)}; }
+    __device__ void step(double& state, Token reward) const { state = map(reward)(state); }
+    __device__ void write(int64_t i, bool on, Token, double state) const { out[i] = on ? T(state) : T(0); }
+};
+
+// The state is the discounted advantage of kOfficial, the KL to go of kVerl.
+template <typename T>
+struct RemaxRows {
+    const T *scores, *greedy, *logp, *ref;
+    double kl_coef, gamma, clip;
+    int variant;
+    T* out;
+
+    using Map = Affine;
+    using Token = double;  // the token's KL
+    __device__ double advantage(int64_t b) const { return clamp(double(scores[b]) - double(greedy[b]), -clip, clip); }
+    __device__ double start(int64_t b) const { return variant == kOfficial ? advantage(b) : 0; }
+    __device__ Token load(int64_t i) const { return double(logp[i]) - double(ref[i]); }
+    __device__ Map map(Token kl) const {
+        return {variant == kOfficial ? gamma : 1.0, variant == kVerl ? kl : 0.0};  // gamma at the last token
+    }
+    __device__ void step(double& state, Token kl) const { state = map(kl)(state); }
+    __device__ void write(int64_t i, bool on, Token kl, double state) const {
+        const double whole = variant == kOfficial ? state : advantage(blockIdx.x);
+        out[i] = on ? T(whole - kl_coef * (variant == kVerl ? state : kl)) : T(0);
+    }
+};
+
+template <typename T>
+void launch_gae(Pointer rewards, Pointer values, Pointer mask, int64_t B, int64_t L, double gamma, double lam,
+                Pointer advantages, Pointer returns, Pointer stream) {
+    const GAERows<T> rows = {rewards.as<const T>(), values.as<const T>(), gamma, lam,
+                             advantages.as<T>(),    returns.as<T>()};
+    launch_scan("gae", rows, mask, B, L, stream);
+}
+
+template <typename T>
+void launch_discounted(Pointer rewards, Pointer mask, int64_t B, int64_t L, double gamma, Pointer out, Pointer stream) {
+    launch_scan("discounted_returns", DiscountedRows<T>{rewards.as<const T>(), gamma, out.as<T>()}, mask, B, L, stream);
+}
+
+template <typename T>
+void launch_remax(Pointer scores, Pointer greedy, Pointer logp, Pointer ref, Pointer mask, int64_t B, int64_t L,
+                  double kl_coef, double gamma, double clip, int variant, Pointer out, Pointer stream) {
+    const RemaxRows<T> rows = {scores.as<const T>(),
+                               greedy.as<const T>(),
+                               logp.as<const T>(),
+                               ref.as<const T>(),
+                               kl_coef,
+                               gamma,
+                               clip,
+                               variant,
+                               out.as<T>()};
+    launch_scan("remax_returns", rows, mask, B, L, stream);
 }
 
 }  // namespace
 
 void gae(int dtype, Pointer rewards, Pointer values, Pointer mask, int64_t B, int64_t T, double gamma, double lam,
          Pointer advantages, Pointer returns, Pointer stream) {
-    RLHF_BY_DTYPE(launch, rewards, values, mask, B, T, gamma, lam, advantages, returns, stream);
+    RLHF_BY_DTYPE(launch_gae, rewards, values, mask, B, T, gamma, lam, advantages, returns, stream);
+}
+
+void discounted_returns(int dtype, Pointer rewards, Pointer mask, int64_t B, int64_t T, double gamma, Pointer out,
+                        Pointer stream) {
+    RLHF_BY_DTYPE(launch_discounted, rewards, mask, B, T, gamma, out, stream);
+}
+
+void remax_returns(int dtype, Pointer scores, Pointer greedy, Pointer logp, Pointer ref, Pointer mask, int64_t B,
+                   int64_t T, double kl_coef, double gamma, double clip, int variant, Pointer out, Pointer stream) {
+    RLHF_BY_DTYPE(launch_remax, scores, greedy, logp, ref, mask, B, T, kl_coef, gamma, clip, variant, out, stream);
 }
 
 }  // namespace rlhf::cuda

@@ -1,116 +1,183 @@
-// Clipped policy loss: value, gradient and statistics. Three launches: True tokens per row, one block per row, the rows
-// combined in a fixed order. Per-row sums in double, no atomics, no wait for the device.
-#include "launch.cuh"
+// Clipped policy, clipped value and REINFORCE losses: value, gradient and statistics in one pass over the tokens.
+#include "masked_loss.cuh"
 
 namespace rlhf::cuda {
 namespace {
 
-struct Add {
-    __device__ void operator()(double& a, double b) const { a += b; }
-    __device__ void operator()(PPOSums& a, const PPOSums& b) const { a.add(b, 1); }
-};
-
-__global__ void count_rows(const uint8_t* mask, int64_t L, PPOSums* rows) {
-    double count = 0;
-    for (int64_t t = threadIdx.x; t < L; t += kThreads) count += mask[blockIdx.x * L + t] ? 1 : 0;
-    count = block_reduce(count, Add());
-    if (threadIdx.x == 0) rows[blockIdx.x].count = count;
-}
-
-__device__ double total_count(const PPOSums* rows, int64_t B) {
-    double count = 0;
-    for (int64_t b = threadIdx.x; b < B; b += kThreads) count += rows[b].count;
-    return block_reduce(count, Add());
-}
-
-struct Options {
-    double clip_low, clip_high, dual_clip, kl_coef, entropy_coef, denominator;
-    int estimator, reduction;
-    bool per_token;
+// One advantage per token, or one per row of T.
+template <typename T>
+struct Advantages {
+    const T* values;
+    int64_t row_length;  // 0: per token
+    __device__ T at(int64_t i) const { return values[row_length ? i / row_length : i]; }
 };
 
 template <typename T>
-__global__ void row_sums(const T* logp, const T* old_logp, const T* advantages, const uint8_t* mask, const T* ref,
-                         const T* entropy, int64_t B, int64_t L, Options options, T* grad_logp, T* grad_entropy,
-                         PPOSums* rows, double* weights) {
-    const int64_t b = blockIdx.x;
-    const double count = rows[b].count, total = total_count(rows, B);
-    const double weight = token_weight(count, total, double(B), options.reduction, options.denominator);
-    const T dual = options.dual_clip > 0 ? T(options.dual_clip) : T(kInf), limit = T(kMaxLogRatio);
-    PPOSums sums;
-    for (int64_t t = threadIdx.x; t < L; t += kThreads) {
-        const int64_t i = b * L + t;
+struct PolicyLoss {
+    const T *logp, *old_logp, *ref, *entropy;
+    Advantages<T> advantages;
+    T clip_low, clip_high, dual_clip;
+    double kl_coef, entropy_coef;
+    int estimator;
+    T *grad_logp, *grad_entropy, *loss, *stats;
+
+    using Sums = PPOSums;
+    struct Token {
+        T logp, old_logp, advantage, ref, entropy;
+    };
+    __device__ Token load(int64_t i) const {
+        return {logp[i], old_logp[i], advantages.at(i), ref ? ref[i] : T(0), entropy ? entropy[i] : T(0)};
+    }
+    __device__ void add(int64_t i, const Token& token, bool on, double weight, Sums& sums) const {
         T gradient = 0;
-        if (mask[i]) {
-            const T advantage = advantages[options.per_token ? i : b];
-            T by_logp, approx_kl, clipped;
-            const T log_ratio = logp[i] - old_logp[i], ratio = ratio_of(log_ratio, approx_kl);
-            sums.policy += ppo_term(log_ratio, ratio, advantage, T(options.clip_low), T(options.clip_high), dual,
-                                    by_logp, clipped);
-            gradient = T(weight) * by_logp;
-            sums.clipped += clipped;
-            sums.approx_kl += approx_kl;
-            sums.ratio += ratio;
+        if (on) {
+            T approx_kl, clipped;
+            const T log_ratio = token.logp - token.old_logp, ratio = ratio_of(log_ratio, approx_kl);
+            const T value =
+                ppo_term(log_ratio, ratio, token.advantage, clip_low, clip_high, dual_clip, gradient, clipped);
+            gradient *= T(weight);
+            sums.policy += weight * double(value);
+            sums.clipped += double(clipped);
+            sums.approx_kl += double(approx_kl);
+            sums.ratio += double(ratio);
             sums.ratio_max = maximum(double(ratio), sums.ratio_max);
+            sums.count += 1;
             if (ref) {
-                const T d = logp[i] - ref[i], x = clamp(d, -limit, limit);
-                sums.kl += kl_term(x, options.estimator, by_logp);
-                gradient += x == d ? T(weight * options.kl_coef) * by_logp : T(0);
+                const T d = token.logp - token.ref, x = clamp(d, T(-kMaxLogRatio), T(kMaxLogRatio));
+                T by_logp;
+                sums.kl += weight * double(kl_term(x, estimator, by_logp));
+                gradient += x == d ? T(weight * kl_coef) * by_logp : T(0);
             }
-            if (entropy) sums.entropy += entropy[i];
+            sums.entropy += weight * double(token.entropy);
         }
         if (grad_logp) grad_logp[i] = gradient;
-        if (grad_entropy) grad_entropy[i] = mask[i] ? T(-options.entropy_coef * weight) : T(0);
+        if (grad_entropy) grad_entropy[i] = on ? T(-entropy_coef * weight) : T(0);
     }
-    sums = block_reduce(sums, Add());
-    if (threadIdx.x != 0) return;
-    weights[b] = weight;
-    sums.count = 0;  // other blocks may still read the row's own count
-    rows[B + b] = sums;
+    __device__ void write(const Sums& sums) const {
+        sums.write(stats, kl_coef, entropy_coef);
+        loss[0] = stats[0];
+    }
+};
+
+template <typename T>
+struct ClippedValueLoss {
+    const T *values, *old_values, *returns;
+    T clip;
+    T *grad, *loss, *stats;
+
+    struct Sums {
+        double loss = 0, clipped = 0, count = 0;
+        __device__ void operator+=(const Sums& other) {
+            loss += other.loss;
+            clipped += other.clipped;
+            count += other.count;
+        }
+    };
+    struct Token {
+        T value, old_value, target;
+    };
+    __device__ Token load(int64_t i) const { return {values[i], old_values[i], returns[i]}; }
+    __device__ void add(int64_t i, const Token& token, bool on, double weight, Sums& sums) const {
+        T by_value, clipped;
+        const T value = value_term(token.value, token.old_value, token.target, clip, by_value, clipped);
+        if (on) {
+            sums.loss += weight * double(value);
+            sums.clipped += double(clipped);
+            sums.count += 1;
+        }
+        if (grad) grad[i] = on ? T(weight) * by_value : T(0);
+    }
+    __device__ void write(const Sums& sums) const {
+        loss[0] = stats[0] = T(sums.loss);
+        stats[1] = T(sums.count > 0 ? sums.clipped / sums.count : 0);
+    }
+};
+
+template <typename T>
+struct ReinforceLoss {
+    const T* logp;
+    Advantages<T> advantages;
+    T *grad, *loss;
+
+    using Sums = double;
+    struct Token {
+        T logp, advantage;
+    };
+    __device__ Token load(int64_t i) const { return {logp[i], advantages.at(i)}; }
+    __device__ void add(int64_t i, const Token& token, bool on, double weight, Sums& sum) const {
+        const double slope = -weight * double(token.advantage);
+        if (on) sum += slope * double(token.logp);
+        if (grad) grad[i] = on ? T(slope) : T(0);
+    }
+    __device__ void write(Sums sum) const { loss[0] = T(sum); }
+};
+
+template <typename T>
+void launch_policy(Pointer logp, Pointer old_logp, Pointer advantages, bool per_token, Pointer mask, Pointer ref,
+                   Pointer entropy, int64_t B, int64_t L, double clip_low, double clip_high, double dual_clip,
+                   double kl_coef, int estimator, double entropy_coef, int reduction, double denominator,
+                   Pointer normalizer, Pointer grad_logp, Pointer grad_entropy, Pointer loss, Pointer stats,
+                   Pointer scratch, Pointer stream) {
+    const PolicyLoss<T> terms = {logp.as<const T>(),
+                                 old_logp.as<const T>(),
+                                 ref.as<const T>(),
+                                 entropy.as<const T>(),
+                                 {advantages.as<const T>(), per_token ? 0 : L},
+                                 T(clip_low),
+                                 T(clip_high),
+                                 dual_clip > 0 ? T(dual_clip) : T(kInf),
+                                 kl_coef,
+                                 entropy_coef,
+                                 estimator,
+                                 grad_logp.as<T>(),
+                                 grad_entropy.as<T>(),
+                                 loss.as<T>(),
+                                 stats.as<T>()};
+    launch_masked("ppo_loss", terms, mask, B, L, reduction, denominator, normalizer, scratch, stream);
 }
 
 template <typename T>
-__global__ void combine(const PPOSums* rows, const double* weights, int64_t B, Options options, T* stats) {
-    PPOSums sums;
-    for (int64_t b = threadIdx.x; b < B; b += kThreads) {
-        sums.add(rows[B + b], weights[b]);
-        sums.count += rows[b].count;
-    }
-    sums = block_reduce(sums, Add());
-    if (threadIdx.x == 0) sums.write(stats, options.kl_coef, options.entropy_coef);
+void launch_value(Pointer values, Pointer old_values, Pointer returns, Pointer mask, int64_t n, double clip,
+                  double denominator, Pointer normalizer, Pointer grad, Pointer loss, Pointer stats, Pointer scratch,
+                  Pointer stream) {
+    const ClippedValueLoss<T> terms = {
+        values.as<const T>(), old_values.as<const T>(), returns.as<const T>(), T(clip), grad.as<T>(), loss.as<T>(),
+        stats.as<T>()};
+    launch_masked("ppo_value_loss", terms, mask, 1, n, kTokenMean, denominator, normalizer, scratch, stream);
 }
 
 template <typename T>
-void launch(Pointer logp, Pointer old_logp, Pointer advantages, Pointer mask, Pointer ref, Pointer entropy, int64_t B,
-            int64_t L, Options options, Pointer grad_logp, Pointer grad_entropy, Pointer stats, Pointer stream_) {
-    const cudaStream_t stream = as_stream(stream_);
-    void* workspace = nullptr;
-    check(cudaMallocAsync(&workspace, size_t(B) * (2 * sizeof(PPOSums) + sizeof(double)) + 1, stream),
-          "ppo_loss workspace");
-    PPOSums* rows = static_cast<PPOSums*>(workspace);
-    double* weights = reinterpret_cast<double*>(rows + 2 * B);
-    if (B > 0) {
-        count_rows<<<unsigned(B), kThreads, 0, stream>>>(mask.as<const uint8_t>(), L, rows);
-        row_sums<T><<<unsigned(B), kThreads, 0, stream>>>(logp.as<const T>(), old_logp.as<const T>(),
-                                                          advantages.as<const T>(), mask.as<const uint8_t>(),
-                                                          ref.as<const T>(), entropy.as<const T>(), B, L, options,
-                                                          grad_logp.as<T>(), grad_entropy.as<T>(), rows, weights);
-    }
-    combine<T><<<1, kThreads, 0, stream>>>(rows, weights, B, options, stats.as<T>());
-    check(cudaGetLastError(), "ppo_loss");
-    check(cudaFreeAsync(workspace, stream), "ppo_loss workspace");
+void launch_reinforce(Pointer logp, Pointer advantages, bool per_token, Pointer mask, int64_t B, int64_t L,
+                      int reduction, double denominator, Pointer normalizer, Pointer grad, Pointer loss,
+                      Pointer scratch, Pointer stream) {
+    const ReinforceLoss<T> terms = {
+        logp.as<const T>(), {advantages.as<const T>(), per_token ? 0 : L}, grad.as<T>(), loss.as<T>()};
+    launch_masked("reinforce_loss", terms, mask, B, L, reduction, denominator, normalizer, scratch, stream);
 }
 
 }  // namespace
 
 void ppo_loss(int dtype, Pointer logp, Pointer old_logp, Pointer advantages, bool per_token, Pointer mask, Pointer ref,
               Pointer entropy, int64_t B, int64_t T, double clip_low, double clip_high, double dual_clip,
-              double kl_coef, int estimator, double entropy_coef, int reduction, double denominator, Pointer grad_logp,
-              Pointer grad_entropy, Pointer stats, Pointer stream) {
-    const Options options = {clip_low,    clip_high, dual_clip, kl_coef,  entropy_coef,
-                             denominator, estimator, reduction, per_token};
-    RLHF_BY_DTYPE(launch, logp, old_logp, advantages, mask, ref, entropy, B, T, options, grad_logp, grad_entropy, stats,
-                  stream);
+              double kl_coef, int estimator, double entropy_coef, int reduction, double denominator, Pointer normalizer,
+              Pointer grad_logp, Pointer grad_entropy, Pointer loss, Pointer stats, Pointer scratch, Pointer stream) {
+    RLHF_BY_DTYPE(launch_policy, logp, old_logp, advantages, per_token, mask, ref, entropy, B, T, clip_low, clip_high,
+                  dual_clip, kl_coef, estimator, entropy_coef, reduction, denominator, normalizer, grad_logp,
+                  grad_entropy, loss, stats, scratch, stream);
+}
+
+void ppo_value_loss(int dtype, Pointer values, Pointer old_values, Pointer returns, Pointer mask, int64_t n,
+                    double clip, double denominator, Pointer normalizer, Pointer grad, Pointer loss, Pointer stats,
+                    Pointer scratch, Pointer stream) {
+    RLHF_BY_DTYPE(launch_value, values, old_values, returns, mask, n, clip, denominator, normalizer, grad, loss, stats,
+                  scratch, stream);
+}
+
+void reinforce_loss(int dtype, Pointer logp, Pointer advantages, bool per_token, Pointer mask, int64_t B, int64_t T,
+                    int reduction, double denominator, Pointer normalizer, Pointer grad, Pointer loss, Pointer scratch,
+                    Pointer stream) {
+    RLHF_BY_DTYPE(launch_reinforce, logp, advantages, per_token, mask, B, T, reduction, denominator, normalizer, grad,
+                  loss, scratch, stream);
 }
 
 }  // namespace rlhf::cuda

@@ -1,92 +1,153 @@
-// log p(token) and entropy of softmax(logits / temperature): one block per row and one pass over it, no atomics. Left
-// out: rows split over several blocks, and 16-byte loads (an odd V leaves every other row unaligned).
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include "launch.cuh"
+// log p(token) and entropy of softmax(logits / temperature): logits read once, 16 bytes at a time. A block per row, or
+// several where there are fewer rows than the device has room for; the last of them to finish merges. Backward: a block
+// per stretch of a row, in place where asked.
+#include "row.cuh"
 
 namespace rlhf::cuda {
 namespace {
 
 constexpr int64_t kMasked = -100;
-constexpr int kUnroll = 8;  // logits a thread has in flight
-
+constexpr int kInFlight = 4;            // lines of 16 bytes that a thread loads before it uses them
+constexpr int64_t kFewestLines = 512;   // of a block that shares a row
+constexpr int kBlocksPerProcessor = 4;  // at 64 registers a thread; half that for double, whose values take two
 template <typename In>
-struct ComputeOf {
-    using type = float;
-};
-template <>
-struct ComputeOf<double> {
-    using type = double;
-};
-template <typename In>
-using Compute = typename ComputeOf<In>::type;
+constexpr int kResident = sizeof(In) == 8 ? kBlocksPerProcessor / 2 : kBlocksPerProcessor;
 
-__device__ float widen(float x) { return x; }
-__device__ float widen(__half x) { return __half2float(x); }
-__device__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ double widen(double x) { return x; }
-__device__ void narrow(float x, float& out) { out = x; }
-__device__ void narrow(float x, __half& out) { out = __float2half_rn(x); }
-__device__ void narrow(float x, __nv_bfloat16& out) { out = __float2bfloat16_rn(x); }
-__device__ void narrow(double x, double& out) { out = x; }
+// Sums of 2^(d factor) and d 2^(d factor), d = z - top.
+template <typename T>
+struct OnlineSums {
+    T top = T(-kInf), sum = 0, centred = 0;
 
-template <typename In>
-__device__ Compute<In> logit(const In* row, int64_t j, Compute<In> softcap) {
-    const Compute<In> z = widen(row[j]);
-    return softcap == 0 ? z : softcap * tanh_of(z / softcap);
-}
-
-// This thread's share of the row, columns threadIdx.x + k * kThreads, without the target.
-template <typename In>
-__device__ Softmax accumulate(const In* row, int64_t V, int64_t target, double inv_temperature, Compute<In> softcap) {
-    using T = Compute<In>;
-    const T factor = T(inv_temperature * kLog2E), lowest = kLowest<T> / factor;
-    T m = T(-kInf), sum = 0, centred = 0;  // of 2^(d factor) and d 2^(d factor), d = z - m
-    for (int64_t first = threadIdx.x; first < V; first += kUnroll * kThreads) {
-        T z[kUnroll], top = m;
-#pragma unroll
-        for (int k = 0; k < kUnroll; ++k) {
-            const int64_t j = first + k * kThreads;
-            z[k] = j < V && j != target ? logit(row, j, softcap) : T(-kInf);
-            top = z[k] > top ? z[k] : top;
-        }
-        const T shift = top > T(-kInf) ? top : T(0);
-        if (sum != 0) {
-            const T d = maximum(m - shift, lowest), e = exp2_scaled(d, factor);
+    RLHF_INLINE void move(T to, T factor) {
+        if (sum != 0) {  // the top of an empty sum may be -inf
+            const T d = maximum(top - to, kLowest<T> / factor), e = exp2_scaled(d, factor);
             centred = e * (centred + sum * d);
             sum *= e;
         }
-        m = top;
-#pragma unroll
-        for (int k = 0; k < kUnroll; ++k) {
-            T d = z[k] - shift;
-            d = d < lowest ? lowest : d;
-            const T e = exp2_scaled(d, factor);
-            sum += e;
-            centred += e * d;
-        }
+        top = to;
     }
-    Softmax state;
-    state.shift = double(m);
-    state.sum = double(sum);
-    state.centred = double(centred) * inv_temperature;
-    return state;
+    template <int kCount>
+    RLHF_INLINE void add(const T (&z)[kCount], T factor) {
+        T highest = top;
+#pragma unroll
+        for (int k = 0; k < kCount; ++k) highest = z[k] > highest ? z[k] : highest;
+        if (highest > top) move(highest, factor);
+        const T shift = top > T(-kInf) ? top : T(0), lowest = kLowest<T> / factor;
+        T new_sum = 0, new_centred = 0;  // short sums of their own keep digits
+#pragma unroll
+        for (int k = 0; k < kCount; ++k) {
+            const T d = z[k] - shift, clamped = d < lowest ? lowest : d, e = exp2_scaled(clamped, factor);
+            new_sum += e;
+            new_centred += e * clamped;
+        }
+        sum += new_sum;
+        centred += new_centred;
+    }
+};
+
+struct Largest {
+    template <typename T>
+    __device__ void operator()(T& a, T b) const {
+        a = maximum(a, b);
+    }
+};
+struct Sums {
+    double sum, centred;
+    __device__ void operator+=(const Sums& other) {
+        sum += other.sum;
+        centred += other.centred;
+    }
+};
+
+// The state of all the block's logits from those of its threads: all moved to one top first, so that the rest is sums.
+template <typename T>
+__device__ Softmax merge_threads(OnlineSums<T> mine, T factor, double inv_temperature) {
+    const T top = block_reduce(mine.top, Largest());
+    mine.move(top, factor);
+    const Sums all = block_reduce(Sums{double(mine.sum), double(mine.centred)}, Add());
+    return {double(top), all.sum, all.centred * inv_temperature};
+}
+
+// The same of one state per thread.
+__device__ inline Softmax merge_states(Softmax mine, double inv_temperature) {
+    const double top = block_reduce(mine.shift, Largest());
+    mine.move(top, inv_temperature);
+    const Sums all = block_reduce(Sums{mine.sum, mine.centred}, Add());
+    return {top, all.sum, all.centred};
+}
+
+// This thread's share of one of `splits` parts of a row, without the target.
+template <typename In>
+__device__ OnlineSums<Compute<In>> accumulate(const In* row, int64_t V, int64_t target, int part, int splits,
+                                              Compute<In> factor, Compute<In> softcap) {
+    using T = Compute<In>;
+    constexpr int kCount = kInFlight * kWidth<In>;
+    const Lines<In> at(row, V);
+    const int64_t share = (at.lines + splits - 1) / splits, begin = minimum(part * share, at.lines),
+                  end = minimum(begin + share, at.lines);
+    OnlineSums<T> sums;
+    const auto single = [&](int64_t j, int64_t end_of_singles) {
+        if (j >= end_of_singles || j == target) return;
+        const T z[1] = {capped(T(widen(row[j])), softcap)};
+        sums.add(z, factor);
+    };
+    if (part == 0) single(threadIdx.x, at.head);
+    if (part == splits - 1) single(at.tail + threadIdx.x, V);
+    for (int64_t line = begin + threadIdx.x; line < end; line += kInFlight * kThreads) {
+        T z[kCount];
+#pragma unroll
+        for (int k = 0; k < kInFlight; ++k) {
+            const int64_t mine = line + k * kThreads;
+            T* here = z + k * kWidth<In>;
+            if (mine < end) {
+                load_16_bytes(row + at.head + mine * kWidth<In>, here);
+            } else {
+#pragma unroll
+                for (int j = 0; j < kWidth<In>; ++j) here[j] = T(-kInf);
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < kInFlight; ++k) {
+            T* here = z + k * kWidth<In>;
+            if (softcap != 0 && line + k * kThreads < end) {
+#pragma unroll
+                for (int j = 0; j < kWidth<In>; ++j) here[j] = capped(here[j], softcap);
+            }
+            const int64_t from_here = target - at.head - (line + k * kThreads) * kWidth<In>;
+            if (from_here >= 0 && from_here < kWidth<In>) {
+#pragma unroll
+                for (int j = 0; j < kWidth<In>; ++j) here[j] = j == from_here ? T(-kInf) : here[j];
+            }
+        }
+        sums.add(z, factor);
+    }
+    return sums;
 }
 
 template <typename In>
-__global__ void forward(const In* logits, int64_t row_stride, const int64_t* ids, int64_t V, double inv_temperature,
-                        double softcap, Compute<In>* logprobs, Compute<In>* entropy, Compute<In>* stats) {
+__global__ void __launch_bounds__(kThreads, kResident<In>)
+    forward(const In* logits, int64_t row_stride, const int64_t* ids, int64_t V, double inv_temperature, double softcap,
+            int splits, Compute<In>* logprobs, Compute<In>* entropy, Compute<In>* stats, Scratch* scratch) {
     using T = Compute<In>;
-    const int64_t i = blockIdx.x, target = ids[i];
+    const int64_t i = blockIdx.x / splits, target = ids[i];
+    const int part = int(blockIdx.x - i * splits);
     const In* row = logits + i * row_stride;
+    const T factor = T(inv_temperature * kLog2E);
     RowOutputs out = {0, 0, 0, 0};
     if (target != kMasked) {
-        const Softmax others = block_reduce(accumulate(row, V, target, inv_temperature, T(softcap)),
-                                            [=](Softmax& a, const Softmax& b) { a.merge(b, inv_temperature); });
-        const bool in_range = target >= 0 && target < V;
-        if (threadIdx.x == 0)
-            out = row_outputs(others, in_range ? double(logit(row, target, T(softcap))) : kInf - kInf, inv_temperature);
+        Softmax others =
+            merge_threads(accumulate(row, V, target, part, splits, factor, T(softcap)), factor, inv_temperature);
+        if (splits > 1) {
+            Softmax* states = reinterpret_cast<Softmax*>(scratch->partials) + i * splits;
+            if (threadIdx.x == 0) states[part] = others;
+            if (!last_to_arrive(&scratch->arrived[i], unsigned(splits))) return;
+            others = merge_states(int(threadIdx.x) < splits ? states[threadIdx.x] : Softmax(), inv_temperature);
+        }
+        if (threadIdx.x == 0) {
+            const bool in_range = target >= 0 && target < V;
+            const double z_t = in_range ? double(capped(T(widen(row[target])), T(softcap))) : kInf - kInf;
+            out = row_outputs(others, z_t, inv_temperature);
+        }
     }
     if (threadIdx.x != 0) return;
     logprobs[i] = T(out.logprob);
@@ -96,45 +157,104 @@ __global__ void forward(const In* logits, int64_t row_stride, const int64_t* ids
 }
 
 // dz_j = gL (1[j = t] - p_j) - gH p_j (log p_j + H), by the chain rule through the temperature and the softcap.
-// grad_logits may be the same memory as logits.
+template <typename T>
+struct RowGradient {
+    T factor, lowest, shift, slope, offset, softcap;
+
+    RLHF_INLINE T through_softcap(T z, T dz) const {
+        return softcap == 0 ? dz : dz * (1 - (z / softcap) * (z / softcap));
+    }
+    RLHF_INLINE T operator()(T logit) const {
+        const T z = capped(logit, softcap), d = z - shift, clamped = d < lowest ? lowest : d;
+        return through_softcap(z, exp2_scaled(clamped, factor) * (slope * clamped + offset));
+    }
+};
+
+constexpr int64_t kStretch = kInFlight * kThreads;  // lines of a block
+
+// grad_logits may be the same memory as logits: every thread writes what it alone has read.
 template <typename In>
-__global__ void backward(const In* logits, int64_t row_stride, const int64_t* ids, int64_t V, double inv_temperature,
-                         double softcap, const Compute<In>* logprobs, const Compute<In>* entropy,
-                         const Compute<In>* stats, const Compute<In>* grad_logprobs, const Compute<In>* grad_entropy,
-                         In* grad_logits, int64_t grad_row_stride) {
+__global__ void __launch_bounds__(kThreads, kResident<In>)
+    backward(const In* logits, int64_t row_stride, const int64_t* ids, int64_t V, double inv_temperature,
+             double softcap, int stretches, const Compute<In>* logprobs, const Compute<In>* entropy,
+             const Compute<In>* stats, const Compute<In>* grad_logprobs, const Compute<In>* grad_entropy,
+             In* grad_logits, int64_t grad_row_stride) {
     using T = Compute<In>;
-    const int64_t i = blockIdx.x, target = ids[i];
+    const int64_t i = blockIdx.x / stretches, stretch = blockIdx.x - i * stretches, target = ids[i];
     const In* row = logits + i * row_stride;
     In* out = grad_logits + i * grad_row_stride;
-    const T g_logprob = grad_logprobs ? grad_logprobs[i] : T(0), g_entropy = grad_entropy ? grad_entropy[i] : T(0);
-    const T factor = T(inv_temperature * kLog2E), lowest = kLowest<T> / factor, shift = stats[2 * i], cap = T(softcap);
-    const T log_sum = stats[2 * i + 1], scale = -T(inv_temperature) * exp_of(-log_sum);
-    const T slope = scale * g_entropy * T(inv_temperature),
-            offset = scale * (g_logprob + g_entropy * (entropy[i] - log_sum));
-    for (int64_t j = threadIdx.x; j < V; j += kThreads) {
-        if (target == kMasked) {
-            narrow(T(0), out[j]);
-            continue;
-        }
-        const T z = logit(row, j, cap);
-        T d = z - shift;
-        d = d < lowest ? lowest : d;
-        T dz = exp2_scaled(d, factor) * (slope * d + offset);
-        if (j == target)
-            dz = T(target_gradient(double(logprobs[i]), double(entropy[i]), double(g_logprob), double(g_entropy)) *
-                   inv_temperature);
-        narrow(softcap == 0 ? dz : dz * (1 - (z / cap) * (z / cap)), out[j]);
+    const bool on = target != kMasked;
+    const double g_logprob = grad_logprobs ? double(grad_logprobs[i]) : 0,
+                 g_entropy = grad_entropy ? double(grad_entropy[i]) : 0, log_sum = double(stats[2 * i + 1]),
+                 scale = -inv_temperature * std::exp(-log_sum);
+    RowGradient<T> gradient;
+    gradient.factor = T(inv_temperature * kLog2E);
+    gradient.lowest = kLowest<T> / gradient.factor;
+    gradient.shift = stats[2 * i];
+    gradient.slope = T(scale * g_entropy * inv_temperature);
+    gradient.offset = T(scale * (g_logprob + g_entropy * (double(entropy[i]) - log_sum)));
+    gradient.softcap = T(softcap);
+    const auto at_target = [&](T logit) {
+        return gradient.through_softcap(
+            capped(logit, gradient.softcap),
+            T(target_gradient(double(logprobs[i]), double(entropy[i]), g_logprob, g_entropy) * inv_temperature));
+    };
+    const auto single = [&](int64_t j) {
+        const T logit = widen(row[j]);
+        narrow(!on ? T(0) : j == target ? at_target(logit) : gradient(logit), out[j]);
+    };
+    const bool aligned_alike = (uintptr_t(row) - uintptr_t(out)) % 16 == 0;
+    const Lines<In> at(row, V);
+    const int64_t begin = stretch * kStretch, end = minimum(begin + kStretch, at.lines);
+    if (stretch == 0 && threadIdx.x < at.head) single(threadIdx.x);
+    if (stretch == stretches - 1 && at.tail + threadIdx.x < V) single(at.tail + threadIdx.x);
+    if (!aligned_alike) {
+        for (int64_t j = at.head + begin * kWidth<In> + threadIdx.x; j < at.head + end * kWidth<In>; j += kThreads)
+            single(j);
+        return;
     }
+    T z[kInFlight][kWidth<In>];
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) {
+        const int64_t line = begin + k * kThreads + threadIdx.x;
+        if (on && line < end) load_16_bytes(row + at.head + line * kWidth<In>, z[k]);
+    }
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) {
+        const int64_t first = at.head + (begin + k * kThreads + threadIdx.x) * kWidth<In>, from_here = target - first;
+        if (first >= at.head + end * kWidth<In>) continue;
+        const bool has_target = from_here >= 0 && from_here < kWidth<In>;
+        T target_logit = 0;
+        if (has_target) target_logit = widen(row[target]);  // before it may be overwritten
+#pragma unroll
+        for (int j = 0; j < kWidth<In>; ++j) z[k][j] = on ? gradient(z[k][j]) : T(0);
+        store_16_bytes(z[k], out + first);
+        if (has_target) narrow(at_target(target_logit), out[target]);
+    }
+}
+
+int multiprocessors() {
+    int device = 0, count = 0;
+    check(cudaGetDevice(&device), "token_logprobs");
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "token_logprobs");
+    return count;
+}
+
+// Blocks to a row: two waves of them on the device, none with too little to do.
+int splits_of(int64_t N, int64_t lines) {
+    const int64_t wanted = blocks_for(int64_t(2) * kBlocksPerProcessor * multiprocessors(), N),
+                  most = minimum(blocks_for(lines, kFewestLines), int64_t(kThreads));
+    return N > kMaxBlocks ? 1 : int(clamp(minimum(wanted, kMaxBlocks / N), int64_t(1), maximum(most, int64_t(1))));
 }
 
 template <typename In>
 void launch_forward(Pointer logits, int64_t row_stride, Pointer ids, int64_t N, int64_t V, double inv_temperature,
-                    double softcap, Pointer logprobs, Pointer entropy, Pointer stats, Pointer stream) {
+                    double softcap, Pointer logprobs, Pointer entropy, Pointer stats, Pointer scratch, Pointer stream) {
     using T = Compute<In>;
-    forward<In><<<unsigned(N), kThreads, 0, as_stream(stream)>>>(logits.as<const In>(), row_stride,
-                                                                 ids.as<const int64_t>(), V, inv_temperature, softcap,
-                                                                 logprobs.as<T>(), entropy.as<T>(), stats.as<T>());
-    check(cudaGetLastError(), "token_logprobs");
+    const int splits = splits_of(N, V / kWidth<In>);
+    launch("token_logprobs", stream, forward<In>, N * splits, kThreads, logits.as<const In>(), row_stride,
+           ids.as<const int64_t>(), V, inv_temperature, softcap, splits, logprobs.as<T>(), entropy.as<T>(),
+           stats.as<T>(), scratch.as<Scratch>());
 }
 
 template <typename In>
@@ -142,11 +262,11 @@ void launch_backward(Pointer logits, int64_t row_stride, Pointer ids, int64_t N,
                      double softcap, Pointer logprobs, Pointer entropy, Pointer stats, Pointer grad_logprobs,
                      Pointer grad_entropy, Pointer grad_logits, int64_t grad_row_stride, Pointer stream) {
     using T = Compute<In>;
-    backward<In><<<unsigned(N), kThreads, 0, as_stream(stream)>>>(
-        logits.as<const In>(), row_stride, ids.as<const int64_t>(), V, inv_temperature, softcap, logprobs.as<const T>(),
-        entropy.as<const T>(), stats.as<const T>(), grad_logprobs.as<const T>(), grad_entropy.as<const T>(),
-        grad_logits.as<In>(), grad_row_stride);
-    check(cudaGetLastError(), "token_logprobs_backward");
+    const int64_t stretches = maximum(blocks_for(V / kWidth<In>, kStretch), int64_t(1));
+    launch("token_logprobs_backward", stream, backward<In>, N * stretches, kThreads, logits.as<const In>(), row_stride,
+           ids.as<const int64_t>(), V, inv_temperature, softcap, int(stretches), logprobs.as<const T>(),
+           entropy.as<const T>(), stats.as<const T>(), grad_logprobs.as<const T>(), grad_entropy.as<const T>(),
+           grad_logits.as<In>(), grad_row_stride);
 }
 
 }  // namespace
@@ -165,9 +285,9 @@ void launch_backward(Pointer logits, int64_t row_stride, Pointer ids, int64_t N,
 
 void token_logprobs(Pointer logits, int dtype, int64_t row_stride, Pointer ids, int64_t N, int64_t V,
                     double inv_temperature, double softcap, Pointer logprobs, Pointer entropy, Pointer stats,
-                    Pointer stream) {
+                    Pointer scratch, Pointer stream) {
     RLHF_BY_LOGITS(launch_forward, logits, row_stride, ids, N, V, inv_temperature, softcap, logprobs, entropy, stats,
-                   stream)
+                   scratch, stream)
 }
 
 void token_logprobs_backward(Pointer logits, int dtype, int64_t row_stride, Pointer ids, int64_t N, int64_t V,

@@ -4,8 +4,7 @@ Every function takes tensors on any device, float32, bfloat16 or float16 (float6
 of any strides, and returns float32 statistics; masks are bool, True = counts. Errors are `ValueError`.
 """
 
-from rlhf_fast.ops import dispatch
-from rlhf_fast.ops.dispatch import backend
+from rlhf_fast.ops.dispatch import CUDA, TRITON, backend
 from rlhf_fast.ops.groups import grpo_advantages, rloo_advantages
 from rlhf_fast.ops.kl import kl_penalty, shape_rewards
 from rlhf_fast.ops.linear import linear_token_logprobs
@@ -31,6 +30,9 @@ from rlhf_fast.results import (
     TokenLogprobs,
     ValueLoss,
 )
+
+if CUDA:
+    from rlhf_fast.ops import cuda_backend as cuda_backend  # registers its kernels
 
 __all__ = [
     "GAE",
@@ -71,5 +73,5 @@ __all__ = [
     "whiten",
 ]
 
-if dispatch.TRITON:  # registers its implementations; elsewhere Triton's import would cost half a second for nothing
+if TRITON:  # registers its implementations; elsewhere Triton's import would cost half a second for nothing
     from rlhf_fast.ops import triton_backend as triton_backend

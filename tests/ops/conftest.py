@@ -1,7 +1,11 @@
-"""Every test with the argument `kernels` runs on the reference, the compiled CPU kernels and the Triton kernels."""
+"""Every test with the argument `kernels` runs on the reference and on the CPU, Triton and CUDA C++ kernels.
+
+Without a GPU Triton's are interpreted and CUDA's emulated.
+"""
 
 from collections.abc import Callable
 
+import cuda_emulator
 import hypothesis
 import numpy
 import pytest
@@ -21,13 +25,20 @@ def seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["reference", "cpu", "triton"])
+@pytest.fixture(scope="session")
+def emulated_cuda():
+    return cuda_emulator.load()
+
+
+@pytest.fixture(params=["reference", "cpu", "triton", "cuda"])
 def kernels(request, monkeypatch):
     assert dispatch.COMPILED, "the tests need the compiled core: pip install -e ."
     if request.param == "triton":
         convert = triton.runtime.interpreter._convert_float
         monkeypatch.setattr(triton.runtime.interpreter, "_convert_float", rounding(convert))
-    with rlhf_fast.ops.backend(request.param):
+    if request.param == "cuda":
+        cuda_emulator.replace_cpu_kernels(request.getfixturevalue("emulated_cuda"), monkeypatch)
+    with rlhf_fast.ops.backend("cpu" if request.param == "cuda" else request.param):
         yield request.param
 
 

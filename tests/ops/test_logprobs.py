@@ -253,8 +253,25 @@ class TestInplaceBackward:
             token_logprobs(torch.randn(9).expand(3, 9), ids, inplace_backward=True)
 
 
+def test_nan_before_the_first_number_is_not_lost(kernels):
+    logits = torch.randn(1, 5000)
+    logits[0, :3000] = torch.nan
+    out = token_logprobs(logits, torch.tensor([4000]))
+    assert out.logprobs.isnan().all() and out.entropy.isnan().all()
+
+
+@pytest.mark.parametrize("level", [1e8, -1e10, 1e30, -1e30])
+def test_equal_logits_far_from_zero(kernels, level):
+    """A row's last few columns are not padded with numbers that round to its largest."""
+    out = token_logprobs(torch.full((1, 1003), level), torch.tensor([500]))
+    torch.testing.assert_close(out.logprobs, -torch.tensor([1003.0]).log())
+    torch.testing.assert_close(out.entropy, torch.tensor([1003.0]).log())
+
+
 @pytest.mark.parametrize("bad", [-1, 9, -99])
 def test_id_out_of_range(kernels, bad):
+    if kernels == "cuda":
+        pytest.skip("the ids of CUDA tensors are not checked: test_cuda.py")
     ids = torch.tensor([[0, -100], [bad, bad]])
     with pytest.raises(ValueError, match=rf"token_ids: expected ids in \[0, 9\) or -100, got {bad} at row 2"):
         token_logprobs(torch.randn(2, 2, 9), ids)

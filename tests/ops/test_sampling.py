@@ -131,7 +131,11 @@ def test_strided_logits(kernels):
     for view in (logits[:, -1], logits[:, 0, ::2], logits[0, :3].t()):
         out = sample_tokens(view, temperature=2.0, greedy_mask=torch.ones(len(view), dtype=torch.bool))
         assert torch.equal(out.tokens, view.argmax(-1))
-        assert torch.equal(out.logprobs, token_logprobs(view.contiguous(), out.tokens, temperature=2.0).logprobs)
+        again = token_logprobs(view.contiguous(), out.tokens, temperature=2.0).logprobs
+        if kernels == "cuda":  # which has no sampling: the CPU's rounds differently
+            torch.testing.assert_close(out.logprobs, again)
+        else:
+            assert torch.equal(out.logprobs, again)
     assert sample_tokens(logits[:, -1], temperature=1.0, greedy_mask=greedy[::1]).tokens.shape == (3,)
 
 

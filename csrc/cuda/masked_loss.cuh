@@ -1,0 +1,114 @@
+// A loss over the True tokens of a mask, in one launch: terms, gradients and sums of a tile per block, and the last
+// block to finish adds up the blocks' sums. Which token weighs what needs a count of the mask first: every block counts
+// for itself what a few microseconds can count, a larger batch takes a launch before.
+#pragma once
+#include "launch.cuh"
+
+namespace rlhf::cuda {
+namespace {
+
+constexpr int kPerThread = 4;  // tokens whose loads are in flight together
+constexpr int64_t kTile = kThreads * kPerThread;
+constexpr int64_t kCountedByEveryBlock = 1 << 17;
+
+// How many of 16 bytes are not 0.
+__device__ inline int nonzero_bytes(ulonglong2 bytes) {
+    const unsigned long long low = 0x7f7f7f7f7f7f7f7fULL;
+    // A byte's low bits carry into its top bit unless they are all 0.
+    return __popcll((((bytes.x & low) + low) | bytes.x) & ~low) + __popcll((((bytes.y & low) + low) | bytes.y) & ~low);
+}
+
+// This thread's share of the True bytes, 16 at a time between the first and the last aligned address.
+__device__ inline int64_t count_share(const uint8_t* mask, int64_t n) {
+    const int64_t head = minimum(int64_t(-uintptr_t(mask) % 16), n), lines = (n - head) / 16, tail = head + 16 * lines;
+    int64_t count = 0;
+    if (threadIdx.x < head) count += mask[threadIdx.x] != 0;
+    if (tail + threadIdx.x < n) count += mask[tail + threadIdx.x] != 0;
+    const ulonglong2* line = reinterpret_cast<const ulonglong2*>(mask + head);
+#pragma unroll 4
+    for (int64_t k = threadIdx.x; k < lines; k += blockDim.x) count += nonzero_bytes(line[k]);
+    return count;
+}
+
+__global__ void __launch_bounds__(kThreads) count_mask(const uint8_t* mask, int64_t n, Scratch* scratch) {
+    const int64_t share = (n + gridDim.x - 1) / gridDim.x, begin = minimum(blockIdx.x * share, n);
+    int64_t count = count_share(mask + begin, minimum(share, n - begin));
+    if (grid_reduce(count, Add(), scratch) && threadIdx.x == 0) scratch->carried[0] = double(count);
+}
+
+// `rows` stretches of `length` tokens, the tokens of each of one weight.
+struct Masked {
+    const uint8_t* mask;
+    int64_t rows, length;
+    double batch_rows, denominator;
+    const double* normalizer;
+    int reduction;
+    bool counted;  // by a launch before
+    Scratch* scratch;
+};
+
+__device__ inline double weight_in(const Masked& batch, int64_t row) {
+    const double denominator = batch.normalizer ? *batch.normalizer : batch.denominator;
+    double count = 1;
+    if (batch.counted)
+        count = batch.scratch->carried[0];
+    else if (batch.reduction == kSequenceMean || (batch.reduction == kTokenMean && denominator == 0))
+        count = double(block_reduce(count_share(batch.mask + row * batch.length, batch.length), Add()));
+    return token_weight(count, count, batch.batch_rows, batch.reduction, denominator);
+}
+
+// Loss has
+//   Token load(i)                           what it reads of token i
+//   add(i, token, on, weight, Sums& sums)   its terms, and its gradients written
+//   write(sums)
+template <typename Loss>
+__global__ void __launch_bounds__(kThreads) masked_loss(Loss loss, Masked batch) {
+    const int64_t tiles = (batch.length + kTile - 1) / kTile, tasks = batch.rows * tiles;
+    auto sums = typename Loss::Sums();
+    double weight = 0;
+    int64_t weighed = -1;
+    for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
+        const int64_t row = task / tiles, begin = row * batch.length, end = begin + batch.length,
+                      first = begin + (task - row * tiles) * kTile + threadIdx.x;
+        typename Loss::Token tokens[kPerThread];
+        bool on[kPerThread];
+#pragma unroll
+        for (int k = 0; k < kPerThread; ++k) {
+            const int64_t i = first + k * kThreads;
+            on[k] = i < end && batch.mask[i];
+            if (i < end) tokens[k] = loss.load(i);
+        }
+        if (row != weighed) weight = weight_in(batch, row);
+        weighed = row;
+#pragma unroll
+        for (int k = 0; k < kPerThread; ++k)
+            if (first + k * kThreads < end) loss.add(first + k * kThreads, tokens[k], on[k], weight, sums);
+    }
+    if (grid_reduce(sums, Add(), batch.scratch) && threadIdx.x == 0) loss.write(sums);
+}
+
+template <typename Loss>
+void launch_masked(const char* what, const Loss& loss, Pointer mask, int64_t B, int64_t T, int reduction,
+                   double denominator, Pointer normalizer, Pointer scratch, Pointer stream) {
+    // Only the mean over each sequence weighs the rows differently.
+    const bool by_row = reduction == kSequenceMean;
+    Masked batch = {mask.as<const uint8_t>(),
+                    by_row ? B : 1,
+                    by_row ? T : B * T,
+                    double(B),
+                    denominator,
+                    normalizer.as<const double>(),
+                    reduction,
+                    false,
+                    scratch.as<Scratch>()};
+    if (reduction == kTokenMean && denominator == 0 && !normalizer && B * T > kCountedByEveryBlock) {
+        launch(what, stream, count_mask, minimum(blocks_for(B * T, kTile * 16), int64_t(kMaxBlocks)), kThreads,
+               batch.mask, B * T, batch.scratch);
+        batch.counted = true;
+    }
+    launch(what, stream, masked_loss<Loss>, bounded_blocks(batch.rows * blocks_for(batch.length, kTile)), kThreads,
+           loss, batch);
+}
+
+}  // namespace
+}  // namespace rlhf::cuda

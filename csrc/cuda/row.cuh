@@ -1,0 +1,71 @@
+// Rows of logits as threads read and write them: 16 bytes at a time between the first and the last aligned address (an
+// odd V leaves most rows unaligned), single elements before and after.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "launch.cuh"
+
+namespace rlhf::cuda {
+namespace {
+
+// The type the arithmetic runs in.
+template <typename In>
+struct ComputeOf {
+    using type = float;
+};
+template <>
+struct ComputeOf<double> {
+    using type = double;
+};
+template <typename In>
+using Compute = typename ComputeOf<In>::type;
+
+__device__ inline float widen(float x) { return x; }
+__device__ inline float widen(__half x) { return __half2float(x); }
+__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline double widen(double x) { return x; }
+__device__ inline void narrow(float x, float& out) { out = x; }
+__device__ inline void narrow(float x, __half& out) { out = __float2half_rn(x); }
+__device__ inline void narrow(float x, __nv_bfloat16& out) { out = __float2bfloat16_rn(x); }
+__device__ inline void narrow(double x, double& out) { out = x; }
+
+template <typename In>
+constexpr int kWidth = int(16 / sizeof(In));
+
+template <typename In>
+__device__ void load_16_bytes(const In* from, Compute<In>* to) {
+    const uint4 bytes = *reinterpret_cast<const uint4*>(from);
+    In values[kWidth<In>];
+    memcpy(values, &bytes, sizeof bytes);
+#pragma unroll
+    for (int k = 0; k < kWidth<In>; ++k) to[k] = widen(values[k]);
+}
+template <typename In>
+__device__ void store_16_bytes(const Compute<In>* from, In* to) {
+    In values[kWidth<In>];
+#pragma unroll
+    for (int k = 0; k < kWidth<In>; ++k) narrow(from[k], values[k]);
+    uint4 bytes;
+    memcpy(&bytes, values, sizeof bytes);
+    *reinterpret_cast<uint4*>(to) = bytes;
+}
+
+template <typename T>
+__device__ T capped(T z, T softcap) {
+    return softcap == 0 ? z : softcap * tanh_of(z / softcap);
+}
+
+// n logits as head, lines of 16 bytes and tail.
+template <typename In>
+struct Lines {
+    int64_t head, lines, tail;  // tail: the column it starts at
+
+    RLHF_INLINE Lines(const In* row, int64_t n)
+        : head(minimum(int64_t(-uintptr_t(row) % 16 / sizeof(In)), n)),
+          lines((n - head) / kWidth<In>),
+          tail(head + lines * kWidth<In>) {}
+};
+
+}  // namespace
+}  // namespace rlhf::cuda

@@ -1,0 +1,59 @@
+"""rlhf_fast._cuda on a machine without a GPU or a driver: it loads, and the back end "cuda" has every kernel."""
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from rlhf_fast import _cpu
+
+if importlib.util.find_spec("rlhf_fast._cuda") is None:
+    pytest.skip("the compiled core was built without nvcc", allow_module_level=True)
+
+KL = {"token_kl", "token_kl_backward", "token_kl_backward_", "linear_token_kl", "linear_token_kl_backward"}
+NOT_ON_CUDA = {"sample_tokens", *KL}  # left to torch and to Triton there
+
+
+def names(module):
+    return {name for name in dir(module) if not name.startswith("_")}
+
+
+def python(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+def test_loads_without_torch_and_has_the_kernels_of_the_cpu():
+    path = importlib.util.find_spec("rlhf_fast._cuda").origin
+    code = f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("_cuda", {path!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+assert "torch" not in sys.modules
+print(*(name for name in dir(module) if not name.startswith("_")))
+"""
+    assert python(code) - {"scratch_bytes"} == names(_cpu) - {"isa", "isas", "set_isa"} - NOT_ON_CUDA
+
+
+REGISTERED = """
+import torch
+{force}
+import rlhf_fast.ops
+from rlhf_fast.ops import dispatch
+print(*(operator for operator in dispatch.KERNELS[{backend!r}]))
+"""
+
+
+def test_a_torch_with_cuda_registers_every_operator():
+    forced = REGISTERED.format(force="torch.version.cuda = '13.0'", backend="cuda")
+    assert python(forced) == python(REGISTERED.format(force="", backend="cpu")) - NOT_ON_CUDA
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch has CUDA")
+def test_a_torch_without_cuda_does_not_load_the_module():
+    code = "import sys, rlhf_fast.ops; print(*(name for name in sys.modules if 'cuda' in name and 'rlhf' in name))"
+    assert python(code) == set()
