@@ -75,3 +75,4 @@ __all__ = [
 
 if TRITON:  # registers its implementations; elsewhere Triton's import would cost half a second for nothing
     from rlhf_fast.ops import triton_backend as triton_backend
+    from rlhf_fast.ops import triton_rows_backend as triton_rows_backend

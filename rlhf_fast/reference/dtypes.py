@@ -1,0 +1,15 @@
+"""What the reference's modules share: the dtype of statistics, and a sum over a denominator that may be 0."""
+
+import torch
+from torch import Tensor
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def mean_over(x: Tensor, denominator: float | Tensor) -> Tensor:
+    """Sum over a denominator, which may be a 0-dim tensor; 0 / 0 is 0: a batch in which nothing counts."""
+    if isinstance(denominator, Tensor):
+        denominator = denominator.to(x).clamp(min=torch.finfo(x.dtype).tiny)
+    return x.sum() / denominator
