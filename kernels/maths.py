@@ -106,10 +106,10 @@ def count_into(mask, n: tl.int64, total, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def is_last(ticket):
-    """Whether this program is the last of the launch to get here."""
+def is_last(ticket, programs):
+    """Whether this program is the last of so many to get here."""
     tl.debug_barrier()  # every thread's partial sums are on their way before the ticket is drawn
-    last = tl.atomic_add(ticket, 1, sem="acq_rel") == tl.num_programs(0) - 1
+    last = tl.atomic_add(ticket, 1, sem="acq_rel") == programs - 1
     if last:
         tl.store(ticket, 0)
     return last

@@ -136,7 +136,7 @@ def _ppo_loss(
     tl.store(partial + 5 * B + row, tl.sum(ratio_sum))
     tl.store(partial + 6 * B + row, tl.max(ratio_max))
     tl.store(partial + 7 * B + row, count)
-    if is_last(ticket):
+    if is_last(ticket, tl.num_programs(0)):
         policy = sum_partials(partial, B, BLOCK)
         kl_loss = sum_partials(partial + B, B, BLOCK)
         entropy_bonus = sum_partials(partial + 2 * B, B, BLOCK)
@@ -204,7 +204,7 @@ def _reinforce_loss(
         if grad is not None:
             tl.store(grad + at, tl.where(on, -a * weight, 0.0), mask=t < T)
     tl.store(partial + row, tl.sum(row_sum) * weight)
-    if is_last(ticket):
+    if is_last(ticket, tl.num_programs(0)):
         tl.store(loss, sum_partials(partial, B, BLOCK))
 
 
@@ -257,7 +257,7 @@ def _ppo_value_loss(
     larger = tl.where(free > bounded, free, bounded).to(tl.float64)
     tl.store(partial + block, tl.sum(tl.where(on, larger / 2, 0.0)) * weight)
     tl.store(partial + blocks + block, tl.sum(tl.where(on & (bounded > free), 1.0, 0.0).to(tl.float64)))
-    if is_last(ticket):
+    if is_last(ticket, tl.num_programs(0)):
         result = sum_partials(partial, blocks, BLOCK)
         tl.store(loss, result)
         tl.store(stats, result)

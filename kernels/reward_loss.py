@@ -112,7 +112,7 @@ def _ranking_loss(
             tl.store(grad + row * K + i, slope / n, mask=i < K)
     tl.store(partial + row, tl.sum(row_loss))
     tl.store(partial + B + row, tl.sum(right))
-    if is_last(ticket):
+    if is_last(ticket, tl.num_programs(0)):
         result = sum_partials(partial, B, SQUARE) / n
         tl.store(loss, result)
         tl.store(stats, result)

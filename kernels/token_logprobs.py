@@ -110,6 +110,7 @@ def _token_logprobs(
     tickets,
     row_stride: tl.int64,
     V: tl.int32,
+    splits: tl.int32,
     tiles_per_split: tl.int32,
     scale: tl.float64,
     softcap: tl.float64,
@@ -120,8 +121,8 @@ def _token_logprobs(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    row = tl.program_id(1).to(tl.int64)
-    split = tl.program_id(0)
+    row = (tl.program_id(0) // splits).to(tl.int64)  # one axis: the others end at 65,535
+    split = tl.program_id(0) % splits
     target = tl.load(ids + row)
     if target == -100:
         if split == 0:
@@ -158,12 +159,11 @@ def _token_logprobs(
         z_target = tl.load(logits + offset + target, mask=in_range, other=float("nan")).to(F)
         z_target = _capped(z_target, cap, SOFTCAP)
         if SPLIT:
-            splits = tl.num_programs(0)
             mine = partial + (row * splits + split) * 3
             tl.store(mine, m_row)
             tl.store(mine + 1, s_row)
             tl.store(mine + 2, a_row)
-            if is_last(tickets + row):
+            if is_last(tickets + row, splits):
                 each = tl.arange(0, 64)
                 theirs = partial + (row * splits + each) * 3
                 there = each < splits
@@ -187,9 +187,10 @@ def token_logprobs(
 ):  # fmt: skip
     """partial: [rows, splits, 3] of the statistics' dtype and tickets: [rows] int32, 0, or None where splits is 1."""
     tiles = triton.cdiv(triton.cdiv(V + 16, ROWS * COLUMNS), splits)
-    _token_logprobs[(splits, rows)](
-        logits, ids, logprobs, entropy, stats, partial, tickets, row_stride, V, tiles, 1.4426950408889634 / temperature,
-        softcap, SPLIT=splits > 1, SOFTCAP=softcap != 0, ALIGN=16 // logits.element_size(), F=compute, ROWS=ROWS,
+    _token_logprobs[(splits * rows,)](
+        logits, ids, logprobs, entropy, stats, partial, tickets, row_stride, V, splits, tiles,
+        1.4426950408889634 / temperature, softcap, SPLIT=splits > 1, SOFTCAP=softcap != 0,
+        ALIGN=16 // logits.element_size(), F=compute, ROWS=ROWS,
         COLUMNS=COLUMNS, num_warps=WARPS,
     )  # fmt: skip
 

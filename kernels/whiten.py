@@ -22,7 +22,7 @@ def _moments(x, mask, partial, moments, ticket, n: tl.int64, BLOCK: tl.constexpr
     tl.store(partial + block, count)
     tl.store(partial + blocks + block, count * mean)
     tl.store(partial + 2 * blocks + block, tl.sum(off * off))
-    if is_last(ticket):
+    if is_last(ticket, tl.num_programs(0)):
         total = sum_partials(partial, blocks, BLOCK)
         centre = sum_partials(partial + blocks, blocks, BLOCK) / tl.maximum(total, 1.0)
         squares = tl.zeros([BLOCK], tl.float64)

@@ -22,15 +22,19 @@ from rlhf_fast.ops.preference import LOSS_TYPES, _dpo_fake, _ranking_fake, _rewa
 from rlhf_fast.ops.returns import REMAX_VARIANTS
 
 
+def _of_stream(x: Tensor) -> Tensor:
+    """[2] int32 zeros: what the programs of a launch draw, and a count. A launch leaves the first at 0 again, so that
+    launches of one stream, which follow one another, can share it; a graph being captured gets its own."""
+    if not x.is_cuda:
+        return _tickets(x.device, 0)
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(2, dtype=torch.int32, device=x.device)
+    return _tickets(x.device, torch.cuda.current_stream(x.device).cuda_stream)
+
+
 @functools.cache
 def _tickets(device: torch.device, stream: int) -> Tensor:
-    """[2] int32 zeros: what the programs of a launch draw, and a count. A launch leaves the first at 0 again, so that
-    launches of one stream, which follow one another, can share it."""
     return torch.zeros(2, dtype=torch.int32, device=device)
-
-
-def _of_stream(x: Tensor) -> Tensor:
-    return _tickets(x.device, torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0)
 
 
 def _partial(x: Tensor, *shape: int) -> Tensor:
