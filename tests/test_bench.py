@@ -152,3 +152,10 @@ def test_command_line_writes_its_results(tmp_path):
     assert 0 < case["seconds"]["rlhf_fast"]["p20"] <= case["seconds"]["rlhf_fast"]["median"]
     assert "| whiten | [16, 128] | rlhf_fast |" in (tmp_path / "x.md").read_text()
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_an_error():
+    command = [sys.executable, "-m", "bench", "ops", "--device", "cuda"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "--device cuda: torch sees no GPU" in done.stderr
