@@ -2,7 +2,8 @@
 
 A module of kernels/ lists what to compile as COMPILED: (kernel, pointers, constants). pointers: the types, in Triton's
 notation, of those of its pointer arguments that are not *fp32; the other arguments are annotated in the kernel.
-constants: its constexpr arguments, pointers to be None, and the launch's num_warps.
+constants: its constexpr arguments, pointers to be None, and the launch's num_warps. A module with WIDE = True has to
+read 16 bytes at a time.
 """
 
 import importlib
@@ -26,7 +27,7 @@ def signature(kernel: triton.JITFunction, pointers: dict[str, str], constants: d
     }
 
 
-spilled = compiled = 0
+failed = compiled = 0
 for info in pkgutil.iter_modules(rlhf_fast.kernels.__path__):
     module = importlib.import_module(f"rlhf_fast.kernels.{info.name}")
     for kernel, pointers, constants in getattr(module, "COMPILED", []):
@@ -44,8 +45,12 @@ for info in pkgutil.iter_modules(rlhf_fast.kernels.__path__):
                 command = [get_ptxas(capability).path, "-v", f"-arch={architecture}", file.name, "-o", "/dev/null"]
                 said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
             registers, spills = (int(re.search(p, said)[1]) for p in (r"Used (\d+) registers", r"(\d+) bytes spill"))
-            print(f"{info.name}.{kernel.__name__} {architecture}: {registers} registers, {spills} bytes spilled")
+            wide = len(re.findall(r"ld\.global\S*\.v4\.b32", ptx))
+            print(
+                f"{info.name}.{kernel.__name__} {architecture}: {registers} registers, {spills} bytes spilled, "
+                f"{wide} loads of 16 bytes"
+            )
             compiled += 1
-            spilled += spills > 0
+            failed += spills > 0 or (getattr(module, "WIDE", False) and wide == 0)
 print(f"{compiled} compilations")
-sys.exit(spilled > 0 or compiled == 0)
+sys.exit(failed > 0 or compiled == 0)

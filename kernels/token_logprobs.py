@@ -17,6 +17,7 @@ COLUMNS = 1024
 BLOCK = 2048  # of the backward pass
 WARPS = 4
 MOST_SPLITS = 64
+WIDE = True
 
 
 @triton.jit
