@@ -190,7 +190,9 @@ def test_one_output_alone(kernels):
 def test_gradcheck(kernels, options):
     x = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
     ids = torch.tensor([[0, 6, 3], [-100, 2, 2]])
-    assert torch.autograd.gradcheck(lambda x: tuple(token_logprobs(x, ids, **options)), x)
+    assert torch.autograd.gradcheck(
+        lambda x: tuple(token_logprobs(x, ids, **options)), x, fast_mode=kernels == "triton"
+    )
 
 
 def test_second_derivative_is_refused():

@@ -272,7 +272,9 @@ def test_one_output_alone(kernels, name):
 def test_gradcheck(kernels, options):
     x, ref_logits = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True), torch.randn(2, 3, 7).double()
     ids = torch.tensor([[0, 6, 3], [-100, 2, 2]])
-    assert torch.autograd.gradcheck(lambda x: token_kl(x, ref_logits, ids, **options)[:3], x)
+    assert torch.autograd.gradcheck(
+        lambda x: token_kl(x, ref_logits, ids, **options)[:3], x, fast_mode=kernels == "triton"
+    )
 
 
 def test_second_derivative_is_refused():
