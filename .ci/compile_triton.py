@@ -2,7 +2,7 @@
 
 A module of kernels/ lists what to compile as COMPILED: (kernel, pointers, constants). pointers: the types, in Triton's
 notation, of those of its pointer arguments that are not *fp32; the other arguments are annotated in the kernel.
-constants: its constexpr arguments, pointers to be None, and the launch's num_warps. A module with WIDE = True has to
+constants: its constexpr arguments, pointers to be None, and the launch's options. A module with WIDE = True has to
 read 16 bytes at a time.
 """
 
@@ -31,7 +31,7 @@ failed = compiled = 0
 for info in pkgutil.iter_modules(rlhf_fast.kernels.__path__):
     module = importlib.import_module(f"rlhf_fast.kernels.{info.name}")
     for kernel, pointers, constants in getattr(module, "COMPILED", []):
-        options = {name: constants[name] for name in ("num_warps",) if name in constants}
+        options = {name: constants[name] for name in ("num_warps", "maxnreg") if name in constants}
         constants = {name: value for name, value in constants.items() if name not in options}
         for capability in (80, 90, 100):
             types = signature(kernel, pointers, constants)

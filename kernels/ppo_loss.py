@@ -1,7 +1,8 @@
 """Losses of policy and value function, value, gradient and statistics in one launch.
 
 A loss's weight per token needs the number of True tokens. Every program counts a short mask for itself; a long one
-(COUNTED_BY_ALL) is counted by a launch before. Sums in float64, combined by the last program to arrive.
+(COUNTED_BY_ALL) is counted by a launch before. A lane's own sums are in the dtype of the inputs, from there on in
+float64, combined by the last program to arrive.
 """
 
 import triton
@@ -18,8 +19,9 @@ from rlhf_fast.kernels.maths import (
     sum_partials,
 )
 
-BLOCK = 1024
+BLOCK = 512
 WARPS = 8
+REGISTERS = {"maxnreg": 128}  # NVIDIA: left to itself, ptxas spills a few bytes for occupancy that is of no use here
 COUNTED_BY_ALL = 1 << 18
 PARTIALS = 8  # sums a row leaves: policy, kl, entropy, clipped, approx_kl, ratio, largest ratio, tokens
 
@@ -86,13 +88,13 @@ def _ppo_loss(
     columns = tl.arange(0, BLOCK)
     weight, count = _weight(mask, row, T, B * T, total, normalizer, B, REDUCTION, BLOCK)
     token_weight = number(weight, F)
-    policy_sum = tl.zeros([BLOCK], tl.float64)
-    kl_sum = tl.zeros([BLOCK], tl.float64)
-    entropy_sum = tl.zeros([BLOCK], tl.float64)
-    clipped_sum = tl.zeros([BLOCK], tl.float64)
-    approx_kl_sum = tl.zeros([BLOCK], tl.float64)
-    ratio_sum = tl.zeros([BLOCK], tl.float64)
-    ratio_max = tl.full([BLOCK], float("-inf"), tl.float64)
+    policy_sum = tl.zeros([BLOCK], F)
+    kl_sum = tl.zeros([BLOCK], F)
+    entropy_sum = tl.zeros([BLOCK], F)
+    clipped_sum = tl.zeros([BLOCK], F)
+    approx_kl_sum = tl.zeros([BLOCK], F)
+    ratio_sum = tl.zeros([BLOCK], F)
+    ratio_max = tl.full([BLOCK], float("-inf"), F)
     for start in range(0, T, BLOCK):
         t = start + columns
         inside = t < T
@@ -128,12 +130,12 @@ def _ppo_loss(
             tl.store(grad_logprobs + at, tl.where(on, gradient, 0.0), mask=inside)
         if grad_entropy is not None:
             tl.store(grad_entropy + at, tl.where(on, -number(entropy_coef, F) * token_weight, 0.0), mask=inside)
-    tl.store(partial + row, tl.sum(policy_sum) * weight)
-    tl.store(partial + B + row, tl.sum(kl_sum) * weight)
-    tl.store(partial + 2 * B + row, tl.sum(entropy_sum) * weight)
-    tl.store(partial + 3 * B + row, tl.sum(clipped_sum))
-    tl.store(partial + 4 * B + row, tl.sum(approx_kl_sum))
-    tl.store(partial + 5 * B + row, tl.sum(ratio_sum))
+    tl.store(partial + row, tl.sum(policy_sum.to(tl.float64)) * weight)
+    tl.store(partial + B + row, tl.sum(kl_sum.to(tl.float64)) * weight)
+    tl.store(partial + 2 * B + row, tl.sum(entropy_sum.to(tl.float64)) * weight)
+    tl.store(partial + 3 * B + row, tl.sum(clipped_sum.to(tl.float64)))
+    tl.store(partial + 4 * B + row, tl.sum(approx_kl_sum.to(tl.float64)))
+    tl.store(partial + 5 * B + row, tl.sum(ratio_sum.to(tl.float64)))
     tl.store(partial + 6 * B + row, tl.max(ratio_max))
     tl.store(partial + 7 * B + row, count)
     if is_last(ticket, tl.num_programs(0)):
@@ -161,15 +163,15 @@ def _ppo_loss(
 
 def ppo_loss(
     logprobs, old_logprobs, advantages, mask, ref, entropy, normalizer, low, high, dual_clip, kl_coef, estimator,
-    entropy_coef, reduction, grad_logprobs, grad_entropy, loss, stats, partial, tickets,
+    entropy_coef, reduction, grad_logprobs, grad_entropy, loss, stats, partial, tickets, registers,
 ):  # fmt: skip
-    """partial: [8, B] float64; B > 0."""
+    """partial: [8, B] float64; B > 0. registers: REGISTERS, or nothing where the compiler does not know it."""
     B, T = logprobs.shape
     _ppo_loss[(B,)](
         logprobs, old_logprobs, advantages, mask, ref, entropy, normalizer, grad_logprobs, grad_entropy, loss, stats,
         partial, tickets, _count(mask, tickets) if reduction == 0 and normalizer is None else None, B, T, low, high,
         dual_clip, kl_coef, entropy_coef, PER_TOKEN=advantages.dim() == 2, ESTIMATOR=estimator, REDUCTION=reduction,
-        BLOCK=BLOCK, num_warps=WARPS,
+        BLOCK=BLOCK, num_warps=WARPS, **registers,
     )  # fmt: skip
 
 
@@ -276,11 +278,23 @@ def ppo_value_loss(values, old_values, returns, mask, normalizer, clip, grad, lo
 _TYPES = {"mask": "*i1", "partial": "*fp64", "normalizer": "*fp64", "ticket": "*i32", "total": "*i32"}
 COMPILED = [
     (count_into, {"mask": "*i1", "total": "*i32"}, {"BLOCK": BLOCK, "num_warps": WARPS}),
-    (_ppo_loss, _TYPES, {"PER_TOKEN": True, "ESTIMATOR": 2, "REDUCTION": 0, "BLOCK": BLOCK, "num_warps": WARPS}),
     (
         _ppo_loss,
         _TYPES,
-        {"PER_TOKEN": False, "ESTIMATOR": 0, "REDUCTION": 1, "BLOCK": BLOCK, "num_warps": WARPS, "total": None},
+        {"PER_TOKEN": True, "ESTIMATOR": 2, "REDUCTION": 0, "BLOCK": BLOCK, "num_warps": WARPS, **REGISTERS},
+    ),
+    (
+        _ppo_loss,
+        _TYPES,
+        {
+            "PER_TOKEN": False,
+            "ESTIMATOR": 0,
+            "REDUCTION": 1,
+            "BLOCK": BLOCK,
+            "num_warps": WARPS,
+            **REGISTERS,
+            "total": None,
+        },
     ),
     (_reinforce_loss, _TYPES, {"PER_TOKEN": True, "REDUCTION": 2, "BLOCK": BLOCK, "num_warps": WARPS}),
     (_ppo_value_loss, _TYPES, {"BLOCK": BLOCK, "num_warps": WARPS}),

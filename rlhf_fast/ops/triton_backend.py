@@ -171,6 +171,7 @@ def _ppo_loss(
         *inputs, _normalizer(normalizer, logprobs), clip_low, clip_high, dual_clip or math.inf, kl_coef,
         ESTIMATORS.index(kl_estimator), entropy_coef, REDUCTIONS.index(reduction), _present(grad_logprobs),
         _present(grad_entropy), loss, stats, _partial(logprobs, policy.PARTIALS, len(logprobs)), _of_stream(logprobs),
+        {} if torch.version.hip else policy.REGISTERS,
     )  # fmt: skip
     return outputs
 
