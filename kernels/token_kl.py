@@ -134,17 +134,16 @@ def _token_kl(
         log_mean = tl.where(near, log_mean, direct)
         difference = log_mean - mean
         difference = tl.where(infinite, float("inf") + 0 * (log_sum + ref_log_sum), difference)
-        # The backward pass takes u = (ref - level) - (z - shift), small numbers; the mean is made to fit.
-        level = (ref_origin + (shift.to(F) - origin)).to(F)
-        slack = centre - (level.to(tl.float64) - shift.to(F).to(tl.float64))
-        mean = tl.where(infinite, float("-inf"), mean + slack * (scale / LOG2E))
+        # The backward pass has the centre in the dtype of the statistics, and a mean that fits it.
+        kept = centre.to(F)
+        mean = tl.where(infinite, float("-inf"), mean + (centre - kept.to(tl.float64)) * (scale / LOG2E))
         tl.store(logprobs + row, logprob)
         tl.store(entropy + row, h)
         tl.store(kl + row, tl.where(difference < 0, 0.0, difference))
         tl.store(ref_logprobs + row, ref_logprob)
         tl.store(stats + 4 * row, shift)
         tl.store(stats + 4 * row + 1, log_sum)
-        tl.store(stats + 4 * row + 2, level)
+        tl.store(stats + 4 * row + 2, kept)
         tl.store(stats + 4 * row + 3, mean)
 
 
@@ -205,15 +204,15 @@ def _token_kl_backward(
         h = tl.load(entropy + row)
         shift = tl.load(stats + 4 * row)
         log_sum = tl.load(stats + 4 * row + 1)
-        level = tl.load(stats + 4 * row + 2)
+        centre = tl.load(stats + 4 * row + 2)
+        whole = tl.floor(centre + 0.5)  # first, to bring logits far apart together before a difference rounds
         mean = tl.where(by_kl == 0, 0.0, tl.load(stats + 4 * row + 3))
         z = _capped(tl.load(logits + row * row_stride + column, mask=inside, other=0.0).to(F), cap, SOFTCAP)
         ref = _capped(tl.load(ref_logits + row * ref_row_stride + column, mask=inside, other=0.0).to(F), cap, SOFTCAP)
         x = _bounded((z - shift) * base2)
         p = tl.exp2(x) * tl.exp(-log_sum)
-        log_ratio = tl.where(
-            (p == 0) | (by_kl == 0), 0.0, mean - ((ref - level) - (z - shift)) * factor
-        )  # log p - log q - KL
+        u = (((ref - whole) - z) - (centre - whole)) * factor
+        log_ratio = tl.where((p == 0) | (by_kl == 0), 0.0, mean - u)  # log p - log q - KL
         weight = by_kl * log_ratio - by_entropy * (x / LOG2E - log_sum + h)
         logprob = tl.load(logprobs + row).to(tl.float64)
         at_target = (-expm1(logprob)).to(F)

@@ -33,13 +33,21 @@ def emulated_cuda():
 @pytest.fixture(params=["reference", "cpu", "triton", "cuda"])
 def kernels(request, monkeypatch):
     assert dispatch.COMPILED, "the tests need the compiled core: pip install -e ."
-    if request.param == "triton":
+    if request.param in ("reference", "cpu"):
+        with rlhf_fast.ops.backend(request.param):
+            yield request.param
+    elif torch.cuda.is_available():
+        with torch.device("cuda"), rlhf_fast.ops.backend(request.param):
+            yield request.param
+    elif request.param == "triton":
         convert = triton.runtime.interpreter._convert_float
         monkeypatch.setattr(triton.runtime.interpreter, "_convert_float", rounding(convert))
-    if request.param == "cuda":
+        with rlhf_fast.ops.backend("triton"):
+            yield "triton"
+    else:
         cuda_emulator.replace_cpu_kernels(request.getfixturevalue("emulated_cuda"), monkeypatch)
-    with rlhf_fast.ops.backend("cpu" if request.param == "cuda" else request.param):
-        yield request.param
+        with rlhf_fast.ops.backend("cpu"):
+            yield "cuda"
 
 
 def rounding(convert: Callable) -> Callable:

@@ -1,5 +1,7 @@
 """Triton kernels beyond one block of theirs, and what only they have: split rows, counting launches, tickets."""
 
+import contextlib
+
 import pytest
 import torch
 from oracle import error
@@ -7,6 +9,13 @@ from rlhf_fast.kernels import ppo_loss as policy
 from rlhf_fast.kernels import token_logprobs as rows
 
 import rlhf_fast.ops as ops
+
+
+@pytest.fixture(autouse=True)
+def device():
+    """A GPU's tensors where there is one, the interpreter's elsewhere."""
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        yield
 
 
 def both(function, *tensors: torch.Tensor, **options):
@@ -112,3 +121,21 @@ def test_unaligned_rows(offset):
 def test_splits_fill_the_device():
     assert rows.splits_for(1, 151_936, 132) == 38 and rows.splits_for(4096, 151_936, 132) == 1
     assert rows.splits_for(1, 500, 132) == 1 and rows.splits_for(8, 151_936, 132) == 33
+
+
+@pytest.mark.parametrize("one, other", [("triton", "reference"), ("triton", None), (None, "triton")])
+def test_what_one_back_end_keeps_another_reads(one, other):
+    """The backward pass may find another back end chosen than the forward pass did (None: the table's)."""
+    gradients = []
+    for names in ((one, other), (None, None)):
+        x, ref_logits = (
+            torch.randn(2, 3, 500, generator=torch.Generator(torch.get_default_device()).manual_seed(0)) * 3 + 700
+        )
+        x.requires_grad_()
+        ids = torch.tensor([3, -100, 499])
+        with ops.backend(names[0]) if names[0] else contextlib.nullcontext():
+            plain, pair = ops.token_logprobs(x, ids), ops.token_kl(x, ref_logits - 1500, ids, temperature=0.8)
+        with ops.backend(names[1]) if names[1] else contextlib.nullcontext():
+            (plain.logprobs + plain.entropy + pair.logprobs - pair.entropy + 2 * pair.kl).sum().backward()
+        gradients.append(x.grad)
+    assert error(*gradients) < 1e-5
