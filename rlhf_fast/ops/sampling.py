@@ -10,7 +10,17 @@ from torch import Tensor
 
 from rlhf_fast import reference
 from rlhf_fast.ops.checks import FLOATS, check_device, check_positive, expect
-from rlhf_fast.ops.dispatch import LIBRARY, _cpu, code, has_kernel, kernel, pointer, statistics_dtype, threads
+from rlhf_fast.ops.dispatch import (
+    LIBRARY,
+    _cpu,
+    code,
+    contiguous,
+    has_kernel,
+    kernel,
+    pointer,
+    statistics_dtype,
+    threads,
+)
 from rlhf_fast.results import Sample
 
 LIBRARY.define(
@@ -28,6 +38,7 @@ def sample_tokens(
     top_k: int = 0,
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
+    uniforms: Tensor | None = None,
 ) -> Sample:
     """Sample one token per row from softmax(logits / temperature); its first maximum where `greedy_mask` is True.
 
@@ -47,6 +58,9 @@ def sample_tokens(
             arXiv 1904.09751); applied after top_k. With either, `logprobs` and `entropy` are those of the truncated,
             renormalised distribution, not of the full softmax that `token_logprobs` sees on the original logits.
         generator: of the logits' device; one float64 is drawn per row, whatever top_k, top_p and greedy_mask are.
+        uniforms: [N] float64 in [0, 1), u of every row, in place of the generator: a row drawn with its own random
+            numbers does not depend on the batch it is in, and a CUDA graph reads new ones at every replay. Not checked:
+            below 0 the first possible token is drawn, from 1 on the last.
 
     Returns:
         Sample(tokens [N] int64, logprobs [N], entropy [N]), the last two float32 (float64 for float64 logits),
@@ -54,34 +68,35 @@ def sample_tokens(
 
     Raises:
         ValueError: logits not [N, V] or not floating point; temperature <= 0; greedy_mask not bool [N]; top_k < 0;
-            top_p outside (0, 1]; a row that holds NaN or no finite logit (on CPU).
+            top_p outside (0, 1]; uniforms not float64 [N], or beside a generator; a row that holds NaN or no finite
+            logit (on CPU).
     """
     expect(logits.dtype in FLOATS, "logits", "dtype float32, bfloat16, float16 or float64", logits.dtype)
     expect(logits.dim() == 2 and logits.shape[1] > 0, "logits", "shape [N, V] with V > 0", list(logits.shape))
     check_positive("temperature", temperature)
     expect(top_k >= 0, "top_k", "an integer >= 0", top_k)
     expect(0 < top_p <= 1, "top_p", "a number in (0, 1]", top_p)
-    if greedy_mask is not None:
-        rows = list(logits.shape[:1])
-        expect(greedy_mask.dtype == torch.bool, "greedy_mask", "dtype bool", greedy_mask.dtype)
-        expect(
-            list(greedy_mask.shape) == rows,
-            "greedy_mask",
-            f"shape {rows} as the rows of logits",
-            list(greedy_mask.shape),
-        )
-        check_device("greedy_mask", greedy_mask, "logits", logits)
+    _check_per_row("greedy_mask", greedy_mask, torch.bool, logits)
+    _check_per_row("uniforms", uniforms, torch.float64, logits)
+    if uniforms is not None and generator is not None:
+        raise ValueError("uniforms: expected no uniforms beside a generator, got both")
     if top_k or top_p < 1:
         logits = _truncated(logits, temperature, top_k, top_p)
-    uniforms = _uniforms(logits, generator)
+    if uniforms is None:
+        uniforms = torch.empty(logits.shape[0], dtype=torch.float64, device=logits.device).uniform_(generator=generator)
     if not has_kernel("sample_tokens", logits):
         _check_rows(logits)
         return reference.sample_tokens(logits, uniforms, temperature=temperature, greedy_mask=greedy_mask)
     return Sample(*torch.ops.rlhf_fast.sample_tokens(logits, uniforms, greedy_mask, temperature))
 
 
-def _uniforms(logits: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.empty(logits.shape[0], dtype=torch.float64, device=logits.device).uniform_(generator=generator)
+def _check_per_row(name: str, x: Tensor | None, dtype: torch.dtype, logits: Tensor) -> None:
+    if x is None:
+        return
+    rows, shape = list(logits.shape[:1]), list(x.shape)
+    expect(x.dtype == dtype, name, f"dtype {str(dtype).removeprefix('torch.')}", x.dtype)
+    expect(shape == rows, name, f"shape {rows} as the rows of logits", shape)
+    check_device(name, x, "logits", logits)
 
 
 def _truncated(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
@@ -119,7 +134,7 @@ def _sample_cpu(
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     n, vocabulary = logits.shape
-    greedy = None if greedy_mask is None else greedy_mask.contiguous()
+    greedy, uniforms = contiguous(greedy_mask, uniforms)
     tokens, logprobs, entropy = _sample_fake(logits, uniforms, greedy_mask, temperature)
     bad = _cpu.sample_tokens(
         logits.data_ptr(), code(logits), logits.stride(0), n, vocabulary, 1.0 / temperature, uniforms.data_ptr(),

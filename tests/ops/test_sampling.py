@@ -17,16 +17,15 @@ def kernels(request):
         yield request.param
 
 
-def uniform(monkeypatch, *numbers):
-    """The next draws, instead of the generator's."""
-    monkeypatch.setattr(sampling, "_uniforms", lambda *args: torch.tensor(numbers, dtype=torch.float64))
+def uniform(*numbers):
+    return torch.tensor(numbers, dtype=torch.float64)
 
 
-def test_inverse_cdf_by_hand(kernels, monkeypatch):
+def test_inverse_cdf_by_hand(kernels):
     """p = (1/8, 0, 2/8, 5/8): steps at 1/8 and 3/8, the token is the first whose running sum exceeds u."""
     logits = torch.tensor([1.0, 0.0, 2.0, 5.0]).log().expand(6, 4)
-    uniform(monkeypatch, 0.0, 0.1249, 0.1251, 0.3749, 0.3751, math.nextafter(1, 0))
-    out = sample_tokens(logits, temperature=1.0)
+    uniforms = uniform(0.0, 0.1249, 0.1251, 0.3749, 0.3751, math.nextafter(1, 0))
+    out = sample_tokens(logits, temperature=1.0, uniforms=uniforms)
     assert out.tokens.tolist() == [0, 0, 2, 2, 3, 3]
     assert error(out.logprobs, torch.tensor([1, 1, 2, 2, 5, 5]).div(8).log()) < 1e-6
 
@@ -54,12 +53,12 @@ def test_frequencies(kernels):
     assert ((torch.bincount(tokens, minlength=40) - expected).square() / expected).sum().item() < 97
 
 
-def test_impossible_tokens_are_never_drawn(kernels, monkeypatch):
+def test_impossible_tokens_are_never_drawn(kernels):
     logits = torch.randn(3, 5000)
     logits[:, 1:-7] = -INF
     logits[:, -6:] = -INF
-    uniform(monkeypatch, 0.0, 0.5, math.nextafter(1, 0))
-    assert set(sample_tokens(logits, temperature=1.0).tokens.tolist()) <= {0, 4993}
+    out = sample_tokens(logits, temperature=1.0, uniforms=uniform(0.0, 0.5, math.nextafter(1, 0)))
+    assert set(out.tokens.tolist()) <= {0, 4993}
 
 
 def test_greedy_takes_the_first_maximum(kernels):
@@ -86,6 +85,17 @@ def test_generator_decides(kernels):
     a, b = (sample_tokens(logits, temperature=1.0, generator=torch.Generator().manual_seed(5)) for _ in range(2))
     c = sample_tokens(logits, temperature=1.0, generator=torch.Generator().manual_seed(6))
     assert torch.equal(a.tokens, b.tokens) and not torch.equal(a.tokens, c.tokens)
+
+
+def test_uniforms_in_place_of_a_generator(kernels):
+    """The generator's own numbers give its tokens; any strides; a row's token is the same in any batch."""
+    logits = torch.randn(20, 50)
+    drawn = sample_tokens(logits, temperature=1.0, generator=torch.Generator().manual_seed(5)).tokens
+    uniforms = torch.empty(20, dtype=torch.float64).uniform_(generator=torch.Generator().manual_seed(5))
+    strided = torch.stack([uniforms, -uniforms], 1)[:, 0]
+    assert torch.equal(sample_tokens(logits, temperature=1.0, uniforms=strided).tokens, drawn)
+    alone = [sample_tokens(logits[i : i + 1], temperature=1.0, uniforms=uniforms[i : i + 1]).tokens for i in range(20)]
+    assert torch.equal(torch.cat(alone), drawn)
 
 
 class TestTruncation:
@@ -165,6 +175,12 @@ def test_row_without_a_distribution(kernels, junk):
         (dict(temperature=0.0), "temperature: expected a finite number > 0, got 0.0"),
         (dict(greedy_mask=torch.zeros(2)), "greedy_mask: expected dtype bool, got torch.float32"),
         (dict(greedy_mask=torch.zeros(3, dtype=torch.bool)), r"greedy_mask: expected shape \[2\] .* got \[3\]"),
+        (dict(uniforms=torch.zeros(2)), "uniforms: expected dtype float64, got torch.float32"),
+        (dict(uniforms=torch.zeros(3).double()), r"uniforms: expected shape \[2\] as the rows of logits, got \[3\]"),
+        (
+            dict(uniforms=torch.zeros(2).double(), generator=torch.Generator()),
+            "uniforms: expected no uniforms beside a generator, got both",
+        ),
         (dict(top_k=-1), "top_k: expected an integer >= 0, got -1"),
         (dict(top_p=0.0), r"top_p: expected a number in \(0, 1\], got 0.0"),
         (dict(top_p=1.1), r"top_p: expected a number in \(0, 1\], got 1.1"),
