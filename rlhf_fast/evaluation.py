@@ -50,7 +50,6 @@ class Evaluator:
     def __call__(self, policy: PreTrainedModel) -> Evaluation:
         """`eval/{reward,kl,length,entropy}` (KL in nats per completion) with standard errors, and the samples."""
         device = policy.device
-        generator = torch.Generator(device).manual_seed(_EVAL_SEED)
         rewards, kls, lengths, entropies, completions = [], [], [], [], []
         for rows in micro_batches(len(self.prompts), self.batch_size):
             prompts = self.prompts[rows]
@@ -64,7 +63,7 @@ class Evaluator:
                     eos_ids=eos_token_ids(policy, self.tokenizer),
                     pad_id=pad_id(self.tokenizer),
                     temperature=self.temperature,
-                    generator=generator,
+                    seed=_EVAL_SEED,
                 ).sampled
                 kls.append(sequence_kl(policy, self.reference, rollout.sequences, self.temperature))
                 rewards.append(self.reward(rollout, prompt_columns(prompts)))

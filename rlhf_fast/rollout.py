@@ -1,10 +1,12 @@
 """Sampling from a policy in-process: one prefill, one decode loop over a KV cache, for all rows of a prompt at once.
 
-Each prompt is prefilled once; its cache is then expanded to its sampled rows and, for ReMax, one greedy row, and all
-decode together, so that the greedy baseline rides along in steps that are paid for anyway. Finished rows leave the
-batch. The log-probs met while decoding are kept: they are the old policy's, and no second pass is needed.
+Each prompt is prefilled once; its cache is expanded to its sampled rows and, for ReMax, one greedy row, and all decode
+together, so that the greedy baseline rides along in steps that are paid for anyway. Finished rows leave the batch. The
+log-probs met while decoding are kept: they are the old policy's, and no second pass is needed.
 
-Sampling is from the full softmax at `temperature`, which is what the training passes compute.
+Sampling is from the full softmax at `temperature`, which is what the training passes compute. A row's random numbers
+depend on the seed, its prompt and its number among the prompt's samples, so that the same seed gives the same tokens
+whatever else is in the batch (up to a draw that falls within rounding of a token's boundary).
 Left out on purpose: text, rewards, and any decoding trick that changes the distribution.
 """
 
@@ -14,13 +16,18 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_fast.models import Sequences, forward_inputs, position_ids
+from rlhf_fast.decoding.engine import Decoder, decoder
+from rlhf_fast.decoding.uniforms import prompt_keys, row_uniforms
+from rlhf_fast.models import Sequences
 from rlhf_fast.ops import sample_tokens
+from rlhf_fast.results import Sample
 
-# Copying the cache costs about one step; waiting until a quarter of the rows are done keeps that rare.
-_COMPACT_BELOW = 0.75
+# Rows leave the batch together, when an eighth of them is done: moving the others costs a fraction of a step.
+_LEAVE_AT = 8
+# On a GPU the host looks for finished rows only this often; every look waits for the device.
+_LOOK_EVERY = 16
 
 
 class Rollout(NamedTuple):
@@ -47,6 +54,13 @@ class Generation(NamedTuple):
     greedy: Rollout | None  # [B] rows
 
 
+class _Stretch(NamedTuple):
+    """Steps during which the same rows decoded."""
+
+    rows: Tensor  # [n], where in the output each row of the batch goes
+    steps: list[Sample]  # each [n]
+
+
 @contextmanager
 def _evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Eval mode: in train mode a model that checkpoints its activations silently drops the KV cache."""
@@ -70,70 +84,110 @@ def generate(
     temperature: float = 1.0,
     samples: int = 1,
     greedy: bool = False,
-    generator: torch.Generator | None = None,
+    greedy_max_new_tokens: int | None = None,
+    seed: int = 0,
 ) -> Generation:
     """Sample `samples` completions per prompt and, with `greedy`, the most likely-token one, in one decode.
 
-    prompt_ids, prompt_mask: [B, P], left-padded. The same generator state gives the same tokens.
+    prompt_ids, prompt_mask: [B, P], left-padded.
+    greedy_max_new_tokens: greedy rows end here when their EOS has not come (ReMax-fast, arXiv 2310.10505 v4).
+    seed: the same seed, prompt and number of the sample give the same tokens; equal prompts are told apart by their
+        order.
     """
     if not prompt_mask[:, -1].all():
         raise ValueError("prompt_mask: expected left-padded prompts whose last column is True, got a False there")
     if samples + greedy < 1:
         raise ValueError(f"samples: expected at least one row per prompt, got samples={samples}, greedy={greedy}")
-    device, (B, P), rows_per_prompt = prompt_ids.device, prompt_ids.shape, samples + int(greedy)
-    R, T = B * rows_per_prompt, max_new_tokens
-    eos = torch.tensor(list(eos_ids), device=device)
-    greedy_R = torch.zeros(B, rows_per_prompt, dtype=torch.bool, device=device)
-    greedy_R[:, samples:] = True
-    greedy_R = greedy_R.flatten()
-
-    tokens_RT = torch.full((R, T), pad_id, dtype=torch.long, device=device)
-    mask_RT = torch.zeros(R, T, dtype=torch.bool, device=device)
-    logprobs_RT, entropy_RT = torch.zeros(R, T, device=device), torch.zeros(R, T, device=device)
-    finished_R = torch.zeros(R, dtype=torch.bool, device=device)
+    for name, value in (("max_new_tokens", max_new_tokens), ("greedy_max_new_tokens", greedy_max_new_tokens)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    device, copies = prompt_ids.device, samples + int(greedy)
+    prompt_ids, prompt_mask_R = (x.repeat_interleave(copies, dim=0) for x in (prompt_ids, prompt_mask))
+    number_R = torch.arange(len(prompt_ids), device=device) % copies
+    greedy_R = number_R >= samples
+    limit_R = torch.where(greedy_R, min(max_new_tokens, greedy_max_new_tokens or max_new_tokens), max_new_tokens)
+    keys_R = prompt_keys(prompt_ids, prompt_mask_R)
+    uniforms_RT = row_uniforms(seed, keys_R, max_new_tokens)
 
     with _evaluating(model):
-        cache = DynamicCache(config=model.config)
-        positions = position_ids(prompt_mask)
-        logits = _last_logits(model, forward_inputs(model, prompt_ids, prompt_mask, positions), cache)
-        if rows_per_prompt > 1:
-            cache.batch_repeat_interleave(rows_per_prompt)
-        logits = logits.repeat_interleave(rows_per_prompt, dim=0)
-        attention = torch.cat([prompt_mask.repeat_interleave(rows_per_prompt, dim=0), mask_RT.new_ones(R, T)], dim=1)
-        position = positions[:, -1:].repeat_interleave(rows_per_prompt, dim=0)
-
-        live = torch.arange(R, device=device)  # the row of the output each row of the batch writes to
-        for t in range(T):
-            chosen = sample_tokens(logits, temperature=temperature, greedy_mask=greedy_R[live], generator=generator)
-            running = ~finished_R[
-                live
-            ]  # rows that finished since the last compaction still decode; drop what they make
-            tokens_RT[live, t] = torch.where(running, chosen.tokens, pad_id)
-            logprobs_RT[live, t] = torch.where(running, chosen.logprobs, 0.0)
-            entropy_RT[live, t] = torch.where(running, chosen.entropy, 0.0)
-            mask_RT[live, t] = running
-            finished_R[live] |= torch.isin(chosen.tokens, eos)
-            keep = (~finished_R[live]).nonzero().squeeze(1)
-            if len(keep) == 0 or t == T - 1:
-                break
-            inputs_ids = chosen.tokens
-            if len(keep) < _COMPACT_BELOW * len(live):
-                cache.batch_select_indices(keep)
-                live, attention, position, inputs_ids = live[keep], attention[keep], position[keep], inputs_ids[keep]
-            position = position + 1
-            inputs = forward_inputs(model, inputs_ids[:, None], attention[:, : P + t + 1], position)
-            logits = _last_logits(model, inputs, cache)
-
-    length = t + 1
+        stretches = _decode(
+            decoder(model, max_new_tokens),
+            prompt_ids[::copies],
+            prompt_mask,
+            copies,
+            uniforms_RT,
+            greedy_R if greedy else None,
+            limit_R,
+            list(eos_ids),
+            temperature,
+        )
     rollout = Rollout(
-        prompt_ids.repeat_interleave(rows_per_prompt, dim=0),
-        prompt_mask.repeat_interleave(rows_per_prompt, dim=0),
-        *(x[:, :length] for x in (tokens_RT, mask_RT, logprobs_RT, entropy_RT)),
-        finished_R,
+        prompt_ids, prompt_mask_R, *_assemble(stretches, limit_R, torch.tensor(list(eos_ids), device=device), pad_id)
     )
     if not greedy:
         return Generation(rollout, None)
     return Generation(rollout.rows(~greedy_R), rollout.rows(greedy_R))
+
+
+def _decode(
+    steps: Decoder,
+    ids_BP: Tensor,
+    mask_BP: Tensor,
+    copies: int,
+    uniforms: Tensor,
+    greedy: Tensor | None,
+    limit: Tensor,
+    eos: list[int],
+    temperature: float,
+) -> list[_Stretch]:
+    """Decode until every row has met an EOS or its limit. Per-row arguments follow the rows of the batch."""
+    rows = torch.arange(len(uniforms), device=ids_BP.device)
+    eos_ids = torch.tensor(eos, device=ids_BP.device)
+    last = uniforms.shape[1] - 1
+    look_every = _LOOK_EVERY if ids_BP.is_cuda else 1
+    done = torch.zeros_like(rows, dtype=torch.bool)
+    stretches = [_Stretch(rows, [])]
+    logits = steps.prefill(ids_BP, mask_BP, copies)
+    for t in range(last + 1):
+        chosen = sample_tokens(logits, temperature=temperature, greedy_mask=greedy, uniforms=uniforms[:, t])
+        stretches[-1].steps.append(chosen)
+        tokens = chosen.tokens
+        done = done | torch.isin(tokens, eos_ids) | (limit <= t + 1)
+        if t == last:
+            break
+        if t % look_every == 0:
+            number = int(done.sum())
+            if number == len(done):
+                break
+            if number * _LEAVE_AT >= len(done):
+                keep = steps.keep((~done).nonzero().squeeze(1))
+                rows, uniforms, limit, tokens = rows[keep], uniforms[keep], limit[keep], tokens[keep]
+                greedy = None if greedy is None else greedy[keep]
+                done = torch.zeros_like(rows, dtype=torch.bool)
+                stretches.append(_Stretch(rows, []))
+        logits = steps.step(tokens)
+    return stretches
+
+
+def _assemble(
+    stretches: list[_Stretch], limit: Tensor, eos: Tensor, pad_id: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """response_ids, response_mask, logprobs, entropy [R, T] and finished [R], without what came behind a row's end."""
+    first = stretches[0].steps[0]
+    R, T = len(stretches[0].rows), sum(len(s.steps) for s in stretches)
+    ids, logprobs, entropy = (torch.zeros(R, T, dtype=x.dtype, device=x.device) for x in first)
+    t = 0
+    for rows, steps in stretches:
+        for out, parts in zip((ids, logprobs, entropy), zip(*steps, strict=True), strict=True):
+            out[rows, t : t + len(steps)] = torch.stack(parts, dim=1)
+        t += len(steps)
+    place = torch.arange(T, device=ids.device)
+    ends = torch.isin(ids, eos) & (place < limit[:, None])
+    ended_before = ends.cumsum(dim=1) - ends.long() > 0
+    mask = (place < limit[:, None]) & ~ended_before
+    width = int(mask.sum(dim=1).max())
+    columns = (ids.where(mask, pad_id), mask, logprobs.where(mask, 0.0), entropy.where(mask, 0.0))
+    return *(x[:, :width].contiguous() for x in columns), ends.any(dim=1)
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -144,8 +198,3 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     if not ids:
         raise ValueError("tokenizer: expected an eos_token, got none; a completion could never end")
     return ids
-
-
-def _last_logits(model: PreTrainedModel, inputs: dict[str, Tensor], cache: DynamicCache) -> Tensor:
-    logits = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-    return logits[:, -1]

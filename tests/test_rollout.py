@@ -35,8 +35,7 @@ def test_greedy_rows_equal_generate_token_for_token(architecture):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_decode_logprobs_equal_a_teacher_forced_pass(architecture):
     model, sequences = random_policy(architecture), random_sequences(rows=8, seed=5)
-    generator = torch.Generator().manual_seed(0)
-    rollout = _generate(model, sequences, samples=2, temperature=0.8, generator=generator).sampled
+    rollout = _generate(model, sequences, samples=2, temperature=0.8).sampled
     with torch.no_grad():
         forced = Objectives(model, temperature=0.8).logprobs(rollout.sequences)
     torch.testing.assert_close(rollout.logprobs, forced.logprobs, rtol=0, atol=2e-4)
@@ -45,7 +44,7 @@ def test_decode_logprobs_equal_a_teacher_forced_pass(architecture):
 
 def test_rows_end_with_eos_and_finished_rows_leave_no_trace():
     model, sequences = random_policy("llama", vocab_size=5), random_sequences(rows=32, vocab_size=5)
-    rollout = _generate(model, sequences, generator=torch.Generator().manual_seed(1), temperature=4.0).sampled
+    rollout = _generate(model, sequences, temperature=4.0, seed=1).sampled
     lengths = rollout.response_mask.sum(dim=1)
     assert len(set(lengths.tolist())) > 1  # rows finish at different times, so the batch was compacted
     for row, length in enumerate(lengths.tolist()):
@@ -62,8 +61,7 @@ def test_rows_end_with_eos_and_finished_rows_leave_no_trace():
 def test_sampled_tokens_follow_the_exact_probabilities():
     model, sequences = random_policy("llama", vocab_size=11), random_sequences(rows=1, vocab_size=11)
     n = 8000
-    generator = torch.Generator().manual_seed(0)
-    rollout = _generate(model, sequences, samples=n, max_new_tokens=1, temperature=3.0, generator=generator).sampled
+    rollout = _generate(model, sequences, samples=n, max_new_tokens=1, temperature=3.0).sampled
     with torch.no_grad():
         logits = model(sequences.prompt_ids[:, sequences.prompt_mask[0]]).logits[0, -1]
     expected = torch.softmax(logits.double() / 3.0, dim=-1) * n
@@ -73,20 +71,60 @@ def test_sampled_tokens_follow_the_exact_probabilities():
     assert chi_square < 29.6  # 10 degrees of freedom, p = 0.001
 
 
-def test_same_generator_state_same_tokens():
+def test_same_seed_same_tokens():
     model, sequences = random_policy("llama"), random_sequences(rows=4)
-    first, second, other = (
-        _generate(model, sequences, temperature=5.0, generator=torch.Generator().manual_seed(seed)).sampled
-        for seed in (7, 7, 8)
-    )
+    first, second, other = (_generate(model, sequences, temperature=5.0, seed=seed).sampled for seed in (7, 7, 8))
     assert torch.equal(first.response_ids, second.response_ids)
     assert torch.equal(first.logprobs, second.logprobs)
     assert not torch.equal(first.response_ids[:, :3], other.response_ids[:, :3])
 
 
+def test_tokens_do_not_depend_on_the_batch():
+    model, sequences = random_policy("llama"), random_sequences(rows=8, seed=2)
+    together = _generate(model, sequences, temperature=5.0, samples=2, greedy=True)
+    order = torch.tensor([5, 2, 7, 0, 3, 6, 1, 4])
+    shuffled = _generate(model, sequences.rows(order), temperature=5.0, samples=2, greedy=True)
+    for prompt in range(8):
+        alone = _generate(model, sequences.rows(slice(prompt, prompt + 1)), temperature=5.0, samples=2)
+        place = int((order == prompt).nonzero())
+        for sample in range(2):
+            row = _completion(together.sampled, 2 * prompt + sample)
+            assert row == _completion(shuffled.sampled, 2 * place + sample) == _completion(alone.sampled, sample)
+        assert _completion(together.greedy, prompt) == _completion(shuffled.greedy, place)
+
+
+def test_padding_does_not_change_the_tokens():
+    model, sequences = random_policy("llama"), random_sequences(rows=4)
+    more = torch.nn.functional.pad(sequences.prompt_ids, (3, 0)), torch.nn.functional.pad(sequences.prompt_mask, (3, 0))
+    padded = _generate(model, sequences._replace(prompt_ids=more[0], prompt_mask=more[1]), temperature=5.0).sampled
+    plain = _generate(model, sequences, temperature=5.0).sampled
+    assert [_completion(padded, i) for i in range(4)] == [_completion(plain, i) for i in range(4)]
+
+
+def test_equal_prompts_get_different_samples():
+    model, sequences = random_policy("llama"), random_sequences(rows=1)
+    rollout = _generate(model, sequences.rows(torch.tensor([0, 0])), temperature=5.0, samples=2).sampled
+    assert len({tuple(_completion(rollout, i)) for i in range(4)}) == 4
+
+
+def test_greedy_rows_can_end_sooner():
+    model, sequences = random_policy("llama"), random_sequences(rows=6, seed=4)
+    whole = _generate(model, sequences, greedy=True)
+    capped = _generate(model, sequences, greedy=True, greedy_max_new_tokens=3)
+    for i in range(6):
+        assert _completion(capped.sampled, i) == _completion(whole.sampled, i)
+        assert _completion(capped.greedy, i) == _completion(whole.greedy, i)[:3]
+    assert capped.greedy.response_mask.sum(dim=1).max() == 3
+    assert torch.equal(capped.greedy.finished, whole.greedy.finished & (whole.greedy.response_mask.sum(dim=1) <= 3))
+
+
+def _completion(rollout, row):
+    return rollout.response_ids[row][rollout.response_mask[row]].tolist()
+
+
 def test_a_prompts_samples_are_consecutive():
     model, sequences = random_policy("llama"), random_sequences(rows=3)
-    generation = _generate(model, sequences, samples=2, greedy=True, generator=torch.Generator().manual_seed(0))
+    generation = _generate(model, sequences, samples=2, greedy=True)
     assert torch.equal(generation.sampled.prompt_ids, sequences.prompt_ids.repeat_interleave(2, dim=0))
     assert torch.equal(generation.greedy.prompt_ids, sequences.prompt_ids)
 
@@ -97,6 +135,8 @@ def test_bad_arguments():
         generate(model, sequences.prompt_ids, sequences.prompt_mask.flip(1), max_new_tokens=2, eos_ids=[1], pad_id=0)
     with pytest.raises(ValueError, match="samples: expected at least one row"):
         _generate(model, sequences, samples=0)
+    with pytest.raises(ValueError, match="greedy_max_new_tokens: expected at least 1, got 0"):
+        _generate(model, sequences, greedy=True, greedy_max_new_tokens=0)
 
 
 def test_eos_ids_come_from_tokenizer_and_generation_config(tokenizer):

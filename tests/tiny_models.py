@@ -8,6 +8,8 @@ from rlhf_fast.models import Sequences
 ARCHITECTURES = {
     "llama": {"num_key_value_heads": 2},
     "qwen2": {"num_key_value_heads": 2},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 16},
+    "gemma": {"num_key_value_heads": 1, "head_dim": 16},
     "gemma2": {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 8, "final_logit_softcapping": 30.0},
     "gpt2": {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64, "resid_pdrop": 0.1},
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 48, "dropout": 0.1},

@@ -125,7 +125,7 @@ class Online:
         """Sample, score and take the reference's log-probs for round `step`."""
         prompts = self._round_prompts(step)
         ids, mask = (x.to(self.device) for x in pad_left([p.prompt_ids for p in prompts], pad_id(self.tokenizer)))
-        generator = torch.Generator(self.device).manual_seed(seed_everything(self.config.seed, step))
+        seed = seed_everything(self.config.seed, step)
         with autocast(self.device, self.config.bf16), torch.no_grad():
             with meter.phase("rollout"):
                 rollout, greedy = generate(
@@ -138,7 +138,7 @@ class Online:
                     temperature=self.config.temperature,
                     samples=self.samples,
                     greedy=self.greedy,
-                    generator=generator,
+                    seed=seed,
                 )
             with meter.phase("scoring"):
                 columns = prompt_columns([p for p in prompts for _ in range(self.samples)])

@@ -29,7 +29,6 @@ def sample(config: PairsConfig) -> None:
     prompts = encode_prompts(rows, tokenizer, config.max_prompt_length).examples
     if len(prompts) <= config.eval_rows:
         raise ValueError(f"eval_rows: expected fewer than the {len(prompts)} prompts, got {config.eval_rows}")
-    generator = torch.Generator(device).manual_seed(config.seed)
     labels = torch.Generator().manual_seed(config.seed)
     pairs = []
     for rows in micro_batches(len(prompts), config.batch_size):
@@ -44,7 +43,7 @@ def sample(config: PairsConfig) -> None:
             pad_id=pad_id(tokenizer),
             temperature=config.temperature,
             samples=2,
-            generator=generator,
+            seed=config.seed,
         ).sampled
         scores = reward(rollout, prompt_columns([p for p in batch for _ in range(2)])).view(-1, 2).cpu()
         first_wins = torch.sigmoid(config.scale * (scores[:, 0] - scores[:, 1]))

@@ -113,7 +113,6 @@ def normalize(
 ) -> tuple[float, float]:
     """Shift the scores so that samples of the SFT model average 0; returns the shift and its standard error."""
     policy = load_policy(config.model, trainable=False).to(model.device)
-    generator = torch.Generator(model.device).manual_seed(config.seed)
     prompts = [e.prompt_ids for e in examples[: config.normalize_samples]]
     scores: list[Tensor] = []
     with autocast(model.device, config.bf16):
@@ -126,7 +125,7 @@ def normalize(
                 max_new_tokens=config.max_response_length,
                 eos_ids=eos_token_ids(policy, tokenizer),
                 pad_id=pad_id(tokenizer),
-                generator=generator,
+                seed=config.seed,
             ).sampled
             scores.append(sequence_scores(model, rollout.sequences))
     mean, se = mean_and_se(torch.cat(scores).cpu())

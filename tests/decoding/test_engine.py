@@ -1,0 +1,93 @@
+"""Our own one-token step against transformers' forward with its own cache."""
+
+import pytest
+import torch
+from tiny_models import ARCHITECTURES, random_policy, random_sequences
+from torch.fx.experimental.proxy_tensor import make_fx
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from rlhf_fast.decoding import blocks, engine
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+def _decoders(model, new_tokens):
+    return engine.StaticDecoder(model, blocks.read(model), new_tokens), engine.CacheDecoder(model)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_steps_give_the_models_logits_while_rows_leave(architecture):
+    model, sequences = random_policy(architecture), random_sequences(rows=4, prompt=9, seed=3)
+    generator = torch.Generator().manual_seed(0)
+    rows, kept = torch.arange(8), [5, 2, 1]  # rows left after the steps with these numbers
+    decoders = _decoders(model, 15)
+    logits = [d.prefill(sequences.prompt_ids, sequences.prompt_mask, 2) for d in decoders]
+    orders = [rows, rows]
+    for step in range(15):
+        by_row = [dict(zip(o.tolist(), x, strict=True)) for o, x in zip(orders, logits, strict=True)]
+        assert by_row[0].keys() == by_row[1].keys()
+        for row in by_row[0]:
+            torch.testing.assert_close(by_row[0][row], by_row[1][row], rtol=1e-4, atol=1e-4)
+        if step in (3, 7, 11):
+            keep = set(torch.randperm(8, generator=generator).tolist()) & by_row[0].keys()
+            keep = sorted(keep)[: kept[step // 4]]
+            for i, d in enumerate(decoders):
+                mask = torch.tensor([row in keep for row in orders[i].tolist()])
+                orders[i] = orders[i][d.keep(mask.nonzero().squeeze(1))]
+        token = torch.randint(2, 37, (8,), generator=generator)
+        logits = [d.step(token[o]) for d, o in zip(decoders, orders, strict=True)]
+
+
+def test_the_step_is_the_same_program_at_every_place():
+    """A trace of the first step replays the later ones, as a CUDA graph does: no place or length is baked in."""
+    model, sequences = random_policy("gemma2"), random_sequences(rows=4, prompt=9)
+    traced, plain = (engine.StaticDecoder(model, blocks.read(model), 12) for _ in range(2))
+    for d in (traced, plain):
+        d.prefill(sequences.prompt_ids, sequences.prompt_mask, 1)
+        d._look(10)
+    tokens = torch.randint(2, 37, (12, 4), generator=torch.Generator().manual_seed(0))
+    state = [x.clone() for x in (traced.slot, traced.position, traced.cache, *traced.masks.values())]
+    graph = make_fx(lambda token: traced._step(token))(tokens[0])
+    for x, before in zip((traced.slot, traced.position, traced.cache, *traced.masks.values()), state, strict=True):
+        x.copy_(before)  # tracing ran the step
+    for token in tokens:
+        torch.testing.assert_close(graph(token), plain.step(token), rtol=0, atol=0)
+
+
+def test_layouts_that_only_look_alike_go_through_transformers():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    granite = AutoConfig.for_model("granite", vocab_size=37, logits_scaling=3.0, residual_multiplier=0.5, **sizes)
+    neox = AutoConfig.for_model("gpt_neox", vocab_size=37, **sizes)
+    for config in (granite, neox):
+        model = AutoModelForCausalLM.from_config(config).eval()
+        assert isinstance(engine.decoder(model, 4), engine.CacheDecoder)
+    assert isinstance(engine.decoder(random_policy("llama"), 4), engine.StaticDecoder)
+
+
+def test_changed_weights_are_seen():
+    model, sequences = random_policy("llama"), random_sequences(rows=3)
+    tokens = torch.tensor([3, 4, 5])
+    for _ in range(2):
+        mine, own = engine.decoder(model, 2), engine.CacheDecoder(model)
+        for d in (mine, own):
+            d.prefill(sequences.prompt_ids, sequences.prompt_mask, 1)
+        torch.testing.assert_close(mine.step(tokens), own.step(tokens), rtol=1e-4, atol=1e-4)
+        for parameter in model.parameters():
+            parameter.mul_(0.9)
+
+
+def test_bfloat16_autocast():
+    model, sequences = random_policy("llama"), random_sequences(rows=3)
+    tokens = torch.tensor([3, 4, 5])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mine, own = engine.decoder(model, 2), engine.CacheDecoder(model)
+        assert isinstance(mine, engine.StaticDecoder)
+        for d in (mine, own):
+            d.prefill(sequences.prompt_ids, sequences.prompt_mask, 1)
+        a, b = mine.step(tokens), own.step(tokens)
+    assert a.dtype == b.dtype == torch.bfloat16
+    torch.testing.assert_close(a, b, rtol=0, atol=0.03 * b.abs().max().item())
