@@ -80,6 +80,8 @@ PYBIND11_MODULE(_cpu, module) {
     RLHF_DEFINE(token_kl);
     RLHF_DEFINE(token_kl_backward);
     RLHF_DEFINE(sample_tokens);
+    RLHF_DEFINE(decode_attention);
+    RLHF_DEFINE(rms_norm);
     RLHF_DEFINE(kl_penalty);
     RLHF_DEFINE(shape_rewards);
     RLHF_DEFINE(gae);

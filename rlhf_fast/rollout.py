@@ -94,8 +94,8 @@ def generate(
     seed: the same seed, prompt and number of the sample give the same tokens; equal prompts are told apart by their
         order.
     """
-    if not prompt_mask[:, -1].all():
-        raise ValueError("prompt_mask: expected left-padded prompts whose last column is True, got a False there")
+    if not prompt_mask[:, -1].all() or (prompt_mask[:, :-1] & ~prompt_mask[:, 1:]).any():
+        raise ValueError("prompt_mask: expected left-padded prompts, got a False behind a prompt's first token")
     if samples + greedy < 1:
         raise ValueError(f"samples: expected at least one row per prompt, got samples={samples}, greedy={greedy}")
     for name, value in (("max_new_tokens", max_new_tokens), ("greedy_max_new_tokens", greedy_max_new_tokens)):

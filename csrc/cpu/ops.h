@@ -31,6 +31,14 @@ void token_kl_backward(Pointer logits, int dtype, int64_t row_stride, Pointer re
 int64_t sample_tokens(Pointer logits, int dtype, int64_t row_stride, int64_t N, int64_t V, double inv_temperature,
                       Pointer uniforms, Pointer greedy, Pointer tokens, Pointer logprobs, Pointer entropy, int threads);
 
+// One new token of each of n rows: heads [n, Q + 2 K, D] are its queries, keys and values. Keys and values go to slot
+// `slot` of cache [n, 2 K, S, D]; the queries attend to the slots from starts[row] (and the last `window`; 0: all) on.
+// cosines, sines: float [positions, D], absent for models without rotary embedding. All other floats have `dtype`, 0-2.
+void decode_attention(int dtype, Pointer heads, int64_t n, int64_t Q, int64_t K, int64_t D, Pointer cosines,
+                      Pointer sines, Pointer positions, Pointer starts, Pointer cache, int64_t S, int64_t slot,
+                      int64_t window, double scale, double softcap, Pointer out, int threads);
+void rms_norm(int dtype, Pointer x, Pointer weight, int64_t n, int64_t H, double epsilon, Pointer out);
+
 void kl_penalty(int dtype, Pointer logp, Pointer ref, int64_t n, int estimator, Pointer out, Pointer grad, int threads);
 void shape_rewards(int dtype, Pointer scores, Pointer logp, Pointer ref, Pointer mask, int64_t B, int64_t T,
                    double kl_coef, int estimator, double clip, Pointer out, int threads);

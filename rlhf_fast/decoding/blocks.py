@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from rlhf_fast.decoding import cpu
+
 Function = Callable[[Tensor], Tensor]
 
 # Fused projections are copies. Past this many bytes a layer's matmuls outweigh what fewer of them save.
@@ -193,7 +195,13 @@ def _norm(module: nn.Module) -> Function:
         return module
     ones = torch.ones_like(module.weight, dtype=torch.float32)
     weight = (module(ones) * (1 + epsilon) ** 0.5).to(module.weight.dtype)
-    return lambda x: F.rms_norm(x, weight.shape, weight, epsilon)
+
+    def norm(x: Tensor) -> Tensor:
+        if cpu.runs(x) and x.dtype == weight.dtype and x.is_contiguous():
+            return cpu.rms_norm(x, weight, epsilon)
+        return F.rms_norm(x, weight.shape, weight, epsilon)
+
+    return norm
 
 
 def _linear(modules: Sequence[nn.Module], dtype: torch.dtype | None) -> Function:

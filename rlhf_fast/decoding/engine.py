@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from rlhf_fast.decoding import blocks
+from rlhf_fast.decoding import blocks, cpu
 from rlhf_fast.models import forward_inputs, position_ids
 
 # Attention reads the cache in pieces of this many slots; on CUDA a graph is captured for each.
@@ -99,13 +99,15 @@ class StaticDecoder:
         for layer, mine in zip(cache.layers, self.cache, strict=True):
             both = torch.cat([layer.keys, layer.values], dim=1)
             mine.view(B, copies, *shape[2:])[:, :, :, :P] = both[:, None]
+        self.starts = (~mask).sum(dim=1).repeat_interleave(copies)
         self.slot = torch.full((1,), P, device=device)
         self.position = (positions[:, -1] + 1).repeat_interleave(copies)
         self.tables = parts.rope(torch.arange(S, device=device)) if parts.rope else None
         if self.tables:
             cos, sin = self.tables
             half = parts.head_dim // 2
-            self.tables = cos, torch.cat([-sin[:, :half], sin[:, half:]], dim=1)  # see _rotate
+            self.tables = cos.contiguous(), torch.cat([-sin[:, :half], sin[:, half:]], dim=1)  # see _rotate
+        self.compiled = cpu.runs(self.cache) and (self.tables is None or self.tables[0].dtype == torch.float32)
         self.masks = {window: self._mask(mask, copies, S, window) for window in {b.window for b in parts.blocks}}
         self._captured: Callable[[Tensor], Tensor] | None = None
         self._readable = 0
@@ -114,7 +116,7 @@ class StaticDecoder:
     def step(self, tokens: Tensor) -> Tensor:
         if self.length >= self._readable:
             self._look(self.length + 1)
-        self.length += 1
+        self.length += 1  # slots in use, this token's included
         return self._run(tokens)
 
     def keep(self, rows: Tensor) -> Tensor:
@@ -126,7 +128,7 @@ class StaticDecoder:
         order = torch.arange(n, device=rows.device).index_copy_(0, holes, moved)
         if len(holes):
             self.cache[:, holes, :, : self.length] = self.cache[:, moved, :, : self.length]
-        self.position = self.position[order]
+        self.position, self.starts = self.position[order], self.starts[order]
         self.masks = {window: mask[order] for window, mask in self.masks.items()}
         self.rows = n
         self._look(self._readable)
@@ -159,34 +161,56 @@ class StaticDecoder:
 
     def _step(self, tokens: Tensor) -> Tensor:
         parts, n = self.parts, self.rows
-        K, D = parts.key_value_heads, parts.head_dim
-        Q, G = parts.query_heads, parts.query_heads // parts.key_value_heads
-        for window, mask in self.masks.items():
-            mask.index_fill_(3, self.slot + (window or 0), 0.0)
-            if window:
-                mask.index_fill_(3, self.slot, -torch.inf)
+        Q, K, D = parts.query_heads, parts.key_value_heads, parts.head_dim
+        attention = self._compiled_attention if self.compiled else self._attention()
         x = parts.embed(tokens, self.position)
-        if self.tables:
-            cos, sin = (table.index_select(0, self.position)[:, None] for table in self.tables)
-        for block, keys, values in zip(parts.blocks, self._keys, self._values, strict=True):
+        for layer, block in enumerate(parts.blocks):
             heads = block.qkv(block.attention_norm(x)).view(n, Q + 2 * K, D)
-            q, k, v = heads[:, :Q], heads[:, Q : Q + K], heads[:, Q + K :]
             if block.q_norm is not None:
-                q, k = block.q_norm(q), block.k_norm(k)
-                if self.tables:
-                    q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-            elif self.tables:
-                q, k = _rotate(heads[:, : Q + K], cos, sin).split([Q, K], dim=1)
-            keys.index_copy_(2, self.slot, k[:, :, None].to(keys.dtype))
-            values.index_copy_(2, self.slot, v[:, :, None].to(keys.dtype))
-            mixed = _attend(q.reshape(n, K, G, D), keys, values, self._seen[block.window], block)
-            y = block.attention_out(mixed.reshape(n, Q * D))
+                q, k, v = heads.split([Q, K, K], dim=1)
+                heads = torch.cat([block.q_norm(q), block.k_norm(k), v], dim=1)
+            y = block.attention_out(attention(layer, block, heads).view(n, Q * D))
             x = x + (y if block.attention_post_norm is None else block.attention_post_norm(y))
             y = block.mlp(block.mlp_norm(x))
             x = x + (y if block.mlp_post_norm is None else block.mlp_post_norm(y))
         self.slot += 1
         self.position += 1
         return parts.logits(x)
+
+    def _compiled_attention(self, layer: int, block: blocks.Block, heads: Tensor) -> Tensor:
+        return cpu.attention(
+            heads.to(self.cache.dtype),
+            self.tables,
+            self.position,
+            self.starts,
+            self.cache[layer, : self.rows],
+            self.length - 1,
+            query_heads=self.parts.query_heads,
+            window=block.window,
+            scale=block.scaling,
+            softcap=block.softcap,
+        )
+
+    def _attention(self) -> Callable[[int, blocks.Block, Tensor], Tensor]:
+        """Attention of this step in plain PyTorch, after what all layers share of it."""
+        parts, n = self.parts, self.rows
+        Q, K, D = parts.query_heads, parts.key_value_heads, parts.head_dim
+        for window, mask in self.masks.items():
+            mask.index_fill_(3, self.slot + (window or 0), 0.0)
+            if window:
+                mask.index_fill_(3, self.slot, -torch.inf)
+        if self.tables:
+            cos, sin = (table.index_select(0, self.position)[:, None] for table in self.tables)
+
+        def attend(layer: int, block: blocks.Block, heads: Tensor) -> Tensor:
+            keys, values = self._keys[layer], self._values[layer]
+            qk, v = heads.split([Q + K, K], dim=1)
+            q, k = (_rotate(qk, cos, sin) if self.tables else qk).to(keys.dtype).split([Q, K], dim=1)
+            keys.index_copy_(2, self.slot, k[:, :, None])
+            values.index_copy_(2, self.slot, v[:, :, None].to(keys.dtype))
+            return _attend(q.reshape(n, K, Q // K, D), keys, values, self._seen[block.window], block).reshape(n, Q * D)
+
+        return attend
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -197,8 +221,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, block: blocks.Block) -> Tensor:
     """q [n, K, G, D] over [n, K, S, D]: the query heads of a key/value head go as so many queries of one."""
     if block.softcap is None:
-        return F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, attn_mask=mask, scale=block.scaling)
-    scores = torch.tanh(q.to(keys.dtype) @ keys.transpose(2, 3) * (block.scaling / block.softcap)) * block.softcap
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=block.scaling)
+    scores = torch.tanh(q @ keys.transpose(2, 3) * (block.scaling / block.softcap)) * block.softcap
     return (scores + mask).softmax(dim=-1, dtype=torch.float32).to(values.dtype) @ values
 
 

@@ -6,7 +6,7 @@ from tiny_models import ARCHITECTURES, random_policy, random_sequences
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rlhf_fast.decoding import blocks, engine
+from rlhf_fast.decoding import blocks, cpu, engine
 
 
 @pytest.fixture(autouse=True)
@@ -19,8 +19,15 @@ def _decoders(model, new_tokens):
     return engine.StaticDecoder(model, blocks.read(model), new_tokens), engine.CacheDecoder(model)
 
 
+@pytest.fixture(params=["compiled", "plain"])
+def kernels(request, monkeypatch):
+    """The compiled CPU kernels, and the plain PyTorch that runs elsewhere."""
+    if request.param == "plain":
+        monkeypatch.setattr(cpu, "COMPILED", False)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_steps_give_the_models_logits_while_rows_leave(architecture):
+def test_steps_give_the_models_logits_while_rows_leave(architecture, kernels):
     model, sequences = random_policy(architecture), random_sequences(rows=4, prompt=9, seed=3)
     generator = torch.Generator().manual_seed(0)
     rows, kept = torch.arange(8), [5, 2, 1]  # rows left after the steps with these numbers
@@ -42,8 +49,9 @@ def test_steps_give_the_models_logits_while_rows_leave(architecture):
         logits = [d.step(token[o]) for d, o in zip(decoders, orders, strict=True)]
 
 
-def test_the_step_is_the_same_program_at_every_place():
+def test_the_step_is_the_same_program_at_every_place(monkeypatch):
     """A trace of the first step replays the later ones, as a CUDA graph does: no place or length is baked in."""
+    monkeypatch.setattr(cpu, "COMPILED", False)
     model, sequences = random_policy("gemma2"), random_sequences(rows=4, prompt=9)
     traced, plain = (engine.StaticDecoder(model, blocks.read(model), 12) for _ in range(2))
     for d in (traced, plain):
@@ -80,7 +88,7 @@ def test_changed_weights_are_seen():
             parameter.mul_(0.9)
 
 
-def test_bfloat16_autocast():
+def test_bfloat16_autocast(kernels):
     model, sequences = random_policy("llama"), random_sequences(rows=3)
     tokens = torch.tensor([3, 4, 5])
     with torch.autocast("cpu", dtype=torch.bfloat16):
