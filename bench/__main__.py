@@ -6,40 +6,34 @@
     python -m bench ops --quick                  toy shapes: shows in seconds that everything runs
     python -m bench exactness                    errors beside other libraries' (the extra `rivals`), -inf and all;
                                                  exit code 1 where ours is beyond its tolerance
+    python -m bench rollout --check              decoding beside transformers' generate
 
 Threads are torch's (OMP_NUM_THREADS). Every kernel is checked against float64 before it is timed.
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import io
 import json
 import os
-import platform
-import re
 import sys
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 
-import rlhf_fast
-from bench import exactness, exactness_report, report
+from bench import exactness, exactness_report, report, rollout
 from bench.cases import all_cases
 from bench.device import CPU, CUDA
 from bench.libraries import with_libraries
 from bench.measure import measure
+from bench.record import about_run, versions, write
 from bench.rivals import FROM_HIDDEN, FROM_LOGITS
 from bench.trials import hidden_trials, logits_trials
 from rlhf_fast.metrics import print_table
-from rlhf_fast.ops import dispatch
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=["ops", "exactness"])
+    parser.add_argument("what", choices=["ops", "exactness", "rollout"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="ops: where (default cpu)")
     parser.add_argument("--quick", action="store_true", help="toy shapes and few rounds; no bars")
     parser.add_argument("--only", metavar="NAME", default="", help="the cases whose name contains NAME")
@@ -62,42 +56,6 @@ def arguments() -> argparse.Namespace:
     if args.out is None and not args.quick:
         args.out = Path(f"bench/results/{'gpu' if args.device == 'cuda' else 'cpu'}_{args.what}.json")
     return args
-
-
-def machine() -> dict[str, Any]:
-    cpuinfo = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return {
-        "cpu": model[1] if model else platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "kernels": dispatch._cpu.isa() if dispatch.COMPILED else "reference",
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "rlhf_fast": rlhf_fast.__version__,
-        "load before": round(os.getloadavg()[0], 1),
-    }
-
-
-def write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.new")
-    beside.write_bytes(content)
-    os.replace(beside, path)
-
-
-def versions(*packages: str) -> dict[str, str]:
-    """Those that are installed."""
-    return {name: importlib.metadata.version(name) for name in packages if find_spec(name.replace("-", "_"))}
-
-
-def about_run() -> dict[str, Any]:
-    return {
-        "command": " ".join(["python -m bench", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "machine": machine(),
-    }
 
 
 def run_exactness(args: argparse.Namespace) -> int:
@@ -131,7 +89,7 @@ def run_exactness(args: argparse.Namespace) -> int:
 
 def main() -> int:
     args = arguments()
-    return run_exactness(args) if args.what == "exactness" else run_ops(args)
+    return {"ops": run_ops, "exactness": run_exactness, "rollout": rollout.run}[args.what](args)
 
 
 def run_ops(args: argparse.Namespace) -> int:

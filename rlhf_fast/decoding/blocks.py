@@ -196,9 +196,11 @@ def _norm(module: nn.Module) -> Function:
     ones = torch.ones_like(module.weight, dtype=torch.float32)
     weight = (module(ones) * (1 + epsilon) ** 0.5).to(module.weight.dtype)
 
+    compiled = cpu.rms_norm(weight, epsilon) if cpu.runs(weight) else None
+
     def norm(x: Tensor) -> Tensor:
-        if cpu.runs(x) and x.dtype == weight.dtype and x.is_contiguous():
-            return cpu.rms_norm(x, weight, epsilon)
+        if compiled is not None and x.dtype is weight.dtype and x.is_contiguous():
+            return compiled(x)
         return F.rms_norm(x, weight.shape, weight, epsilon)
 
     return norm

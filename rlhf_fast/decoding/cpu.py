@@ -1,9 +1,17 @@
 """The compiled CPU kernels of a decode step, on tensors. `engine` and `blocks` hold the same in plain PyTorch."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from rlhf_fast.ops.dispatch import COMPILED, _cpu, code, pointer
+
+if TYPE_CHECKING:
+    from rlhf_fast.decoding.blocks import Block
 
 _HALF_OR_FLOAT = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -13,38 +21,44 @@ def runs(x: Tensor) -> bool:
     return COMPILED and x.device.type == "cpu" and x.dtype in _HALF_OR_FLOAT
 
 
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """x / sqrt(mean(x^2) + epsilon) * weight over the last dimension; x contiguous, weight of its dtype."""
-    out, H = torch.empty_like(x), len(weight)
-    _cpu.rms_norm(code(x), x.data_ptr(), weight.data_ptr(), x.numel() // H, H, epsilon, out.data_ptr())
-    return out
+def rms_norm(weight: Tensor, epsilon: float) -> Callable[[Tensor], Tensor]:
+    """x -> x / sqrt(mean(x^2) + epsilon) * weight over the last dimension, for contiguous x of weight's dtype."""
+    dtype, H, address = code(weight), weight.numel(), weight.data_ptr()
+
+    def norm(x: Tensor, weight: Tensor = weight) -> Tensor:  # the default keeps the address alive
+        out = torch.empty_like(x)
+        _cpu.rms_norm(dtype, x.data_ptr(), address, x.numel() // H, H, epsilon, out.data_ptr())
+        return out
+
+    return norm
 
 
 def attention(
-    heads: Tensor,
+    block: Block,
+    cache: Tensor,
     tables: tuple[Tensor, Tensor] | None,
     positions: Tensor,
     starts: Tensor,
-    cache: Tensor,
-    slot: int,
-    *,
-    query_heads: int,
-    window: int | None,
-    scale: float,
-    softcap: float | None,
-) -> Tensor:
-    """Attention [n, Q D] of one new token per row, whose key and value go to `slot` of the cache.
+) -> Callable[[Tensor, int], Tensor]:
+    """(heads, slot) -> attention [n, Q D] of one new token per row, whose key and value go to `slot` of the cache.
 
-    heads: [n, (Q + 2 K) D] contiguous, queries, keys, values. tables: cos and sin [positions, D] of the rotary
-    embedding, sin negative in its first half. starts: [n] int64, the first slot each row sees. cache: [n, 2 K, S, D]
-    contiguous, of the dtype of heads.
+    heads: [n, (Q + 2 K) D] of the cache's dtype, queries, keys, values.
+    cache: [n, 2 K, S, D] contiguous. tables: cos and sin [positions, D] of the rotary embedding, contiguous, sin
+    negative in its first half. positions: [n] int64, changed in place from step to step. starts: [n] int64, the first
+    slot each row sees.
     """
-    n, both, S, D = cache.shape
+    (n, both, S, D), threads = cache.shape, torch.get_num_threads()
     cos, sin = tables or (None, None)
-    out = heads.new_empty(n, query_heads * D)
-    _cpu.decode_attention(
-        code(heads), heads.data_ptr(), n, query_heads, both // 2, D, pointer(cos), pointer(sin), positions.data_ptr(),
-        starts.data_ptr(), cache.data_ptr(), S, slot, window or 0, scale, softcap or 0.0, out.data_ptr(),
-        torch.get_num_threads(),
-    )  # fmt: skip
-    return out
+    dtype, softcap, window = code(cache), block.softcap or 0.0, block.window or 0
+    fixed = pointer(cos), pointer(sin), positions.data_ptr(), starts.data_ptr(), cache.data_ptr(), S
+
+    def attend(heads: Tensor, slot: int, owners: object = (tables, positions, starts, cache)) -> Tensor:
+        Q = heads.numel() // (n * D) - both
+        out = heads.new_empty(n, Q * D)
+        _cpu.decode_attention(
+            dtype, heads.data_ptr(), n, Q, both // 2, D, *fixed, slot, window, block.scaling, softcap, out.data_ptr(),
+            threads,
+        )  # fmt: skip
+        return out
+
+    return attend

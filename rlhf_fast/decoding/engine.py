@@ -107,7 +107,6 @@ class StaticDecoder:
             cos, sin = self.tables
             half = parts.head_dim // 2
             self.tables = cos.contiguous(), torch.cat([-sin[:, :half], sin[:, half:]], dim=1)  # see _rotate
-        self.compiled = cpu.runs(self.cache) and (self.tables is None or self.tables[0].dtype == torch.float32)
         self.masks = {window: self._mask(mask, copies, S, window) for window in {b.window for b in parts.blocks}}
         self._captured: Callable[[Tensor], Tensor] | None = None
         self._readable = 0
@@ -157,39 +156,34 @@ class StaticDecoder:
         self._keys = [layer[:, :K, :S] for layer in mine]
         self._values = [layer[:, K:, :S] for layer in mine]
         self._seen = {window: mask[..., window or 0 :][..., :S] for window, mask in self.masks.items()}
+        self._compiled = None
+        if cpu.runs(self.cache) and (self.tables is None or self.tables[0].dtype is torch.float32):
+            state = self.tables, self.position, self.starts
+            layers = zip(self.parts.blocks, mine, strict=True)
+            self._compiled = [cpu.attention(block, layer, *state) for block, layer in layers]
         self._run = _Graph(self._step, self.rows, self.cache.device) if self.cache.is_cuda else self._step
 
     def _step(self, tokens: Tensor) -> Tensor:
         parts, n = self.parts, self.rows
         Q, K, D = parts.query_heads, parts.key_value_heads, parts.head_dim
-        attention = self._compiled_attention if self.compiled else self._attention()
+        attention = self._attention() if self._compiled is None else None
         x = parts.embed(tokens, self.position)
         for layer, block in enumerate(parts.blocks):
             heads = block.qkv(block.attention_norm(x)).view(n, Q + 2 * K, D)
             if block.q_norm is not None:
                 q, k, v = heads.split([Q, K, K], dim=1)
                 heads = torch.cat([block.q_norm(q), block.k_norm(k), v], dim=1)
-            y = block.attention_out(attention(layer, block, heads).view(n, Q * D))
+            if attention is None:
+                mixed = self._compiled[layer](heads.to(self.cache.dtype).contiguous(), self.length - 1)
+            else:
+                mixed = attention(layer, block, heads)
+            y = block.attention_out(mixed)
             x = x + (y if block.attention_post_norm is None else block.attention_post_norm(y))
             y = block.mlp(block.mlp_norm(x))
             x = x + (y if block.mlp_post_norm is None else block.mlp_post_norm(y))
         self.slot += 1
         self.position += 1
         return parts.logits(x)
-
-    def _compiled_attention(self, layer: int, block: blocks.Block, heads: Tensor) -> Tensor:
-        return cpu.attention(
-            heads.to(self.cache.dtype),
-            self.tables,
-            self.position,
-            self.starts,
-            self.cache[layer, : self.rows],
-            self.length - 1,
-            query_heads=self.parts.query_heads,
-            window=block.window,
-            scale=block.scaling,
-            softcap=block.softcap,
-        )
 
     def _attention(self) -> Callable[[int, blocks.Block, Tensor], Tensor]:
         """Attention of this step in plain PyTorch, after what all layers share of it."""

@@ -1,0 +1,181 @@
+"""Decoding beside transformers' `generate`: tokens per second of the same rows, lengths and model.
+
+Checked before anything is timed: greedy tokens equal generate's, and the log-probs met while decoding equal those of a
+teacher-forced pass. No row ends early, so that everyone makes the same number of tokens. Folded: each prompt's sampled
+and greedy row (ReMax's two) in one decode; generate needs two calls for them.
+"""
+
+import argparse
+import functools
+import json
+import sys
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from bench.device import CPU, CUDA, Contender
+from bench.measure import Disagreement, quantiles, take_turns
+from bench.record import about_run, versions, write
+from bench.report import markdown_table
+from rlhf_fast.demo import MODEL
+from rlhf_fast.metrics import print_table
+from rlhf_fast.objectives import Objectives
+from rlhf_fast.rollout import generate
+from rlhf_fast.world import build_tokenizer
+
+NO_EOS = (-1,)
+SAMPLED, GREEDY, FOLDED = "rlhf_fast, sampled", "rlhf_fast, greedy", "rlhf_fast, sampled + greedy folded"
+THEIRS, THEIRS_GREEDY = "transformers generate, sampled", "transformers generate, greedy"
+
+
+class Shape(NamedTuple):
+    name: str
+    config: dict[str, Any]
+    prompts: int
+    prompt_length: int
+    new_tokens: int
+    dtype: torch.dtype = torch.float32
+
+
+def llama(hidden: int, layers: int, heads: int, key_value_heads: int, intermediate: int, vocabulary: int) -> dict:
+    return {
+        "model_type": "llama",
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_value_heads,
+        "tie_word_embeddings": True,
+    }
+
+
+def shapes(device: str, quick: bool) -> list[Shape]:
+    """The first is the one the bars are for."""
+    demo = Shape("demo's model", MODEL | {"vocab_size": len(build_tokenizer())}, 32, 18, 4 if quick else 48)
+    if quick:
+        return [demo]
+    if device == "cpu":
+        return [
+            demo,
+            Shape("10M weights", llama(256, 8, 8, 4, 768, 8192), 32, 64, 64),
+            Shape("60M weights", llama(512, 12, 8, 4, 1408, 32768), 32, 64, 32),
+        ]
+    bf16 = torch.bfloat16
+    return [
+        Shape("Qwen2.5-0.5B shape", llama(896, 24, 14, 2, 4864, 151936), 32, 256, 256, bf16),
+        Shape("Qwen2.5-1.5B shape", llama(1536, 28, 12, 2, 8960, 151936), 32, 256, 256, bf16),
+    ]
+
+
+def bars(device: str) -> list[tuple[str, str, float]]:
+    """(what, against, at least): how many times the seconds of `against` are those of `what`."""
+    if device == "cpu":
+        return [(SAMPLED, THEIRS, 2.5), (FOLDED, f"{THEIRS} and greedy", 1 / 0.4), (FOLDED, SAMPLED, 1 / 1.5)]
+    return [(SAMPLED, THEIRS, 3.0), (FOLDED, SAMPLED, 1 / 1.15)]
+
+
+def contenders(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, tokens: int) -> dict[str, Contender]:
+    def ours(**options: Any) -> Any:
+        return generate(model, ids, mask, max_new_tokens=tokens, eos_ids=NO_EOS, pad_id=0, **options)
+
+    def theirs(sample: bool) -> torch.Tensor:
+        full = {"top_k": 0, "top_p": 1.0} if sample else {}
+        return model.generate(
+            ids, attention_mask=mask.long(), do_sample=sample, max_new_tokens=tokens, pad_token_id=0, **full
+        )
+
+    return {
+        SAMPLED: Contender(ours),
+        GREEDY: Contender(functools.partial(ours, samples=0, greedy=True)),
+        FOLDED: Contender(functools.partial(ours, greedy=True)),
+        THEIRS: Contender(functools.partial(theirs, True)),
+        THEIRS_GREEDY: Contender(functools.partial(theirs, False)),
+    }
+
+
+@torch.no_grad()
+def measure(shape: Shape, rounds: int, seconds: float, device: CPU | CUDA) -> dict[str, Any]:
+    torch.manual_seed(0)
+    settings = dict(shape.config)
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings, eos_token_id=None, bos_token_id=None)
+    model = AutoModelForCausalLM.from_config(config, dtype=shape.dtype).to(device.name).eval()
+    ids = torch.randint(1, config.vocab_size, (shape.prompts, shape.prompt_length), device=device.name)
+    lengths = torch.randint(shape.prompt_length // 2, shape.prompt_length + 1, (shape.prompts, 1), device=device.name)
+    mask = torch.arange(shape.prompt_length, device=device.name) >= shape.prompt_length - lengths
+    everyone = contenders(model, ids * mask, mask, shape.new_tokens)
+    drift = check(model, everyone, shape)
+    samples = take_turns(everyone, rounds, seconds, device)
+    parameters = sum(p.numel() for p in model.parameters())
+    times = {name: quantiles(values) for name, values in samples.items()}
+    times[f"{THEIRS} and greedy"] = {
+        key: times[THEIRS][key] + times[THEIRS_GREEDY][key] for key in ("median", "p20", "p80")
+    }
+    return {
+        "name": shape.name,
+        "shape": f"{shape.prompts} prompts of {shape.prompt_length}, {shape.new_tokens} new tokens, {parameters:,} "
+        f"weights in {str(shape.dtype).removeprefix('torch.')}",
+        "rows": {name: shape.prompts * (1 + (name in (FOLDED, f"{THEIRS} and greedy"))) for name in times},
+        "new_tokens": shape.new_tokens,
+        "rounds": len(samples[SAMPLED]),
+        "seconds": times,
+        "logprob_drift": drift,
+    }
+
+
+def check(model: PreTrainedModel, everyone: dict[str, Contender], shape: Shape) -> float:
+    """Largest difference between decode-time and teacher-forced log-probs; raises where tokens or log-probs differ."""
+    greedy, expected = everyone[GREEDY].run().greedy, everyone[THEIRS_GREEDY].run()[:, shape.prompt_length :]
+    exact = shape.dtype == torch.float32
+    if exact and not torch.equal(greedy.response_ids, expected):
+        raise Disagreement(f"{shape.name}: greedy tokens differ from generate's")
+    sampled = everyone[SAMPLED].run().sampled
+    drift = (sampled.logprobs - Objectives(model).logprobs(sampled.sequences).logprobs).abs().max().item()
+    if drift > (1e-3 if exact else 0.5):
+        raise Disagreement(f"{shape.name}: decode-time log-probs differ from a teacher-forced pass by {drift:.2g}")
+    return drift
+
+
+def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    table = []
+    for name, seconds in result["seconds"].items():
+        made = result["rows"][name] * result["new_tokens"]
+        step = seconds["median"] / result["new_tokens"]
+        rate = f"{made / seconds['median']:,.0f}"
+        table.append({"rows": name, "time/step": step, "tokens/s": rate, "p80 / p20": seconds["p80"] / seconds["p20"]})
+    return table
+
+
+def bar_rows(result: dict[str, Any], device: str) -> list[dict[str, Any]]:
+    table = []
+    for what, against, least in bars(device):
+        ratio = result["seconds"][against]["median"] / result["seconds"][what]["median"]
+        met = "yes" if ratio >= least else "NO"
+        table.append({"rows": what, "against": against, "bar": f">= {least:.3g}", "measured": ratio, "met": met})
+    return table
+
+
+def run(args: argparse.Namespace) -> int:
+    device = CUDA() if args.device == "cuda" else CPU()
+    record = about_run()
+    record["machine"] |= versions("transformers") | device.about()
+    record["results"] = []
+    for shape in [s for s in shapes(args.device, args.quick) if args.only in s.name]:
+        print(f"{shape.name} ...", file=sys.stderr, flush=True)
+        result = measure(shape, 2 if args.quick else args.rounds, 0.0 if args.quick else 3.0, device)
+        record["results"].append(result)
+    record["bars"] = [] if args.quick else bar_rows(record["results"][0], args.device)
+    parts = ["# Rollouts", f"`{record['command']}`, {record['date']}: {record['machine']}"]
+    for result in record["results"]:
+        title = f"{result['name']}: {result['shape']}; largest log-prob drift {result['logprob_drift']:.1e}"
+        print_table(title, rows(result))
+        parts += [f"## {title}", markdown_table(rows(result))]
+    if record["bars"]:
+        print_table("Bars, on the first", record["bars"])
+        parts += ["## Bars, on the first", markdown_table(record["bars"])]
+    if args.out:
+        write(args.out.with_suffix(".md"), ("\n\n".join(parts) + "\n").encode())
+        write(args.out, (json.dumps(record, indent=2) + "\n").encode())
+        print(f"written: {args.out} and beside it .md")
+    return int(args.check and any(bar["met"] == "NO" for bar in record["bars"]))
