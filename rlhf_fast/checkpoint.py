@@ -5,7 +5,8 @@ is renamed away first and deleted last. A crash at any moment leaves either the 
 A directory that holds other files too (an output directory with its metrics) keeps them: there the entries are renamed
 into place one by one, and a crash between two of these renames leaves a checkpoint marked as incomplete.
 
-    <directory>/model.safetensors, config.json, tokenizer files   the model saved under "" (others in sub-directories)
+    <directory>/model.safetensors, config.json, tokenizer files   the model saved under "" (others in sub-directories);
+                                     of a model with an adapter adapter_model.safetensors and adapter_config.json
     <directory>/state.pt             optimizer, scheduler, step ...: tensors and plain values only
     <directory>/checkpoint.json      the entries of the checkpoint, and whether it is complete
 
@@ -24,6 +25,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
+
+from rlhf_fast.models import save_model
 
 _MANIFEST = "checkpoint.json"
 
@@ -52,7 +55,7 @@ def save(
     new.mkdir(parents=True)
     with _no_progress_bars():
         for subdirectory, model in models.items():
-            model.save_pretrained(new / subdirectory)
+            save_model(model, new / subdirectory)
     if tokenizer is not None:
         tokenizer.save_pretrained(new)
     if state is not None:

@@ -27,6 +27,7 @@ COMMANDS = {
     "remax": Command("config:ReMaxConfig", "stages.remax:train", "REINFORCE with a greedy baseline"),
     "reinforce": Command("config:ReinforceConfig", "stages.reinforce:train", "REINFORCE without a baseline"),
     "rloo": Command("config:RLOOConfig", "stages.rloo:train", "REINFORCE with a leave-one-out baseline"),
+    "grpo": Command("config:GRPOConfig", "stages.grpo:train", "clipped updates on scores whitened within groups"),
     "dpo": Command("config:DPOConfig", "stages.dpo:train", "direct preference optimisation"),
 }
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 LRSchedule = Literal["constant", "linear", "cosine"]
+Optimizer = Literal["adamw", "adamw_8bit"]
+Critic = Literal["model", "shared"]
 RemaxVariant = Literal["official", "paper", "verl"]
 DPOLossType = Literal[
     "sigmoid",
@@ -44,6 +46,12 @@ class StageConfig:
     max_grad_norm: float = _arg(1.0, "Gradient norm is clipped to this; 0 turns clipping off.")
     lr_schedule: LRSchedule = _arg("linear", "Learning rate after warm-up: constant, or linear/cosine decay to 0.")
     warmup_steps: int = _arg(0, "Optimizer steps of linear warm-up.")
+    optimizer: Optimizer = _arg("adamw", "AdamW, or with states of one byte (bitsandbytes).")
+    optimizer_in_backward: bool = _arg(
+        False, "Step each weight in backward and free its gradient; needs max_grad_norm 0, one micro-batch per step."
+    )
+    lora_rank: int = _arg(0, "Train LoRA adapters of this rank on all linear layers but the head; 0: all weights.")
+    lora_alpha: float = _arg(16.0, "The adapters' output is scaled by lora_alpha / lora_rank.")
     bf16: bool = _arg(False, "Run forward and backward passes in bfloat16 autocast.")
     gradient_checkpointing: bool = _arg(False, "Recompute activations in backward to save memory.")
     save_steps: int = _arg(0, "Write a resumable checkpoint every so many steps; 0 writes only the final model.")
@@ -51,11 +59,19 @@ class StageConfig:
     tensorboard: bool = _arg(False, "Also write TensorBoard event files to output_dir/tensorboard.")
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "temperature", "value_learning_rate", "clip", "value_clip", "beta"):
+        for name in ("learning_rate", "temperature", "value_learning_rate", "clip", "value_clip", "beta", "lora_alpha"):
             _check(self, name, lambda v: v > 0, "a number > 0")
-        for name in ("weight_decay", "max_grad_norm", "kl_coef", "label_smoothing", "center_coef", "score_clip"):
+        for name in (
+            "weight_decay",
+            "max_grad_norm",
+            "kl_coef",
+            "label_smoothing",
+            "center_coef",
+            "score_clip",
+            "value_coef",
+        ):
             _check(self, name, lambda v: v >= 0, "a number >= 0")
-        for name in ("warmup_steps", "save_steps", "eval_steps"):
+        for name in ("warmup_steps", "save_steps", "eval_steps", "lora_rank"):
             _check(self, name, lambda v: v >= 0, "an integer >= 0")
         for name in (
             "batch_size",
@@ -73,12 +89,28 @@ class StageConfig:
         micro, batch = getattr(self, "micro_batch_size", None), getattr(self, "batch_size", None)
         if micro is not None and batch % micro:
             raise ValueError(f"micro_batch_size: expected a divisor of batch_size={batch}, got {micro}")
+        minibatches = getattr(self, "minibatches", 1)
+        if batch % minibatches:
+            raise ValueError(f"minibatches: expected a divisor of batch_size={batch}, got {minibatches}")
+        if self.optimizer_in_backward:
+            if self.max_grad_norm:
+                raise ValueError(f"max_grad_norm: expected 0 with optimizer_in_backward, got {self.max_grad_norm}")
+            if micro is not None and micro < batch // minibatches:
+                raise ValueError(
+                    f"micro_batch_size: expected one micro-batch per step with optimizer_in_backward, "
+                    f"{batch // minibatches} or more rows, got {micro}"
+                )
 
 
 def _check(config: Any, name: str, holds: Any, expected: str) -> None:
     value = getattr(config, name, None)
     if value is not None and not holds(value):
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
+
+def _check_groups(config: Any) -> None:
+    if config.group_size < 2 or config.batch_size % config.group_size:
+        raise ValueError(f"group_size: expected >= 2 and a divisor of batch_size, got {config.group_size}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,10 +163,19 @@ class OnlineConfig(StageConfig):
     fused_head: bool = _arg(True, "Take losses from hidden states, in chunks; false takes them from [B, T, V] logits.")
     kl_coef: float = _arg(0.05, "Weight of the per-token KL penalty in the reward (k1 estimate).")
     kl_target: float | None = _arg(None, "Adapt kl_coef towards this KL per completion in nats; default: fixed.")
+    share_base: bool = _arg(
+        False, "Reward (and value) model as adapters on the policy's base: one frozen model for all; needs lora_rank."
+    )
+    offload: bool = _arg(False, "Reference and reward model wait in CPU memory for their phase; no effect on a CPU.")
     missing_eos_penalty: float = _arg(0.0, "Subtracted from the score of a completion that never ends.")
     max_logprob_drift: float | None = _arg(
         None, "Fail when decode- and training-time log-probs differ by more; default: 0.01, or 0.5 in bf16."
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.share_base and not self.lora_rank:
+            raise ValueError("lora_rank: expected > 0 with share_base, since a shared base is frozen; got 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,8 +183,10 @@ class PPOConfig(OnlineConfig):
     """PPO with policy, value, reward and reference models (Schulman et al. 2017; Ziegler et al. 2019)."""
 
     learning_rate: float = _arg(3e-6, "Peak learning rate of the policy.")
+    critic: Critic = _arg("model", "A value model of its own, or a value head on the policy's trunk.")
+    value_coef: float = _arg(0.1, "Weight of the value loss in the joint backward pass of a shared critic.")
     value_model: str | None = _arg(None, "Value model to start from; default: the reward model, else `model`.")
-    value_learning_rate: float = _arg(1e-5, "Peak learning rate of the value model.")
+    value_learning_rate: float = _arg(1e-5, "Peak learning rate of the value model, or of a shared critic's head.")
     epochs: int = _arg(4, "Passes over each rollout.")
     minibatches: int = _arg(1, "Optimizer steps per pass.")
     clip: float = _arg(0.2, "The probability ratio is clipped to [1 - clip, 1 + clip].")
@@ -151,6 +194,13 @@ class PPOConfig(OnlineConfig):
     gamma: float = _arg(1.0, "Discount.")
     lam: float = _arg(0.95, "GAE lambda.")
     whiten_rewards: bool = _arg(False, "Divide the shaped rewards by their standard deviation.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.critic == "shared" and self.value_model is not None:
+            raise ValueError(f"value_model: expected none with the shared critic, got {self.value_model!r}")
+        if self.critic == "shared" and not self.fused_head:
+            raise ValueError("fused_head: expected true with the shared critic, which needs the hidden states")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,8 +230,23 @@ class RLOOConfig(OnlineConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.group_size < 2 or self.batch_size % self.group_size:
-            raise ValueError(f"group_size: expected >= 2 and a divisor of batch_size, got {self.group_size}")
+        _check_groups(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPOConfig(OnlineConfig):
+    """GRPO: scores whitened within each prompt's group, PPO's clipped loss, KL in the loss (arXiv 2402.03300)."""
+
+    learning_rate: float = _arg(1e-6, "Peak learning rate of the policy.")
+    group_size: int = _arg(8, "Samples per prompt; batch_size counts samples.")
+    kl_coef: float = _arg(0.04, "Weight of the per-token KL to the reference in the loss (k3 estimate).")
+    epochs: int = _arg(1, "Passes over each rollout.")
+    minibatches: int = _arg(1, "Optimizer steps per pass.")
+    clip: float = _arg(0.2, "The probability ratio is clipped to [1 - clip, 1 + clip].")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_groups(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,6 +341,7 @@ class PipelineConfig:
     remax: dict[str, Any] = field(default_factory=dict, metadata={"help": "Keys of ReMaxConfig."})
     reinforce: dict[str, Any] = field(default_factory=dict, metadata={"help": "Keys of ReinforceConfig."})
     rloo: dict[str, Any] = field(default_factory=dict, metadata={"help": "Keys of RLOOConfig."})
+    grpo: dict[str, Any] = field(default_factory=dict, metadata={"help": "Keys of GRPOConfig."})
     dpo: dict[str, Any] = field(default_factory=dict, metadata={"help": "Keys of DPOConfig."})
 
 

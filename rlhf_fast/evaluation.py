@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_fast.config import DPOConfig, OnlineConfig
 from rlhf_fast.data import PromptExample, encode_prompts, load_rows, pad_id, pad_left
 from rlhf_fast.models import Sequences, response_logits
+from rlhf_fast.offload import visiting
 from rlhf_fast.rewards import Reward, decode_responses
 from rlhf_fast.rollout import eos_token_ids, generate
 from rlhf_fast.training import autocast, mean_and_se, micro_batches
@@ -65,7 +66,8 @@ class Evaluator:
                     temperature=self.temperature,
                     seed=_EVAL_SEED,
                 ).sampled
-                kls.append(sequence_kl(policy, self.reference, rollout.sequences, self.temperature))
+                with visiting(self.reference):
+                    kls.append(sequence_kl(policy, self.reference, rollout.sequences, self.temperature))
                 rewards.append(self.reward(rollout, prompt_columns(prompts)))
             lengths.append(rollout.response_mask.sum(dim=1).float())
             entropies.append(rollout.entropy.sum(dim=1) / lengths[-1])
@@ -80,6 +82,7 @@ class Evaluator:
 def make_evaluator(
     config: OnlineConfig | DPOConfig,
     tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
     reference: PreTrainedModel,
     reward: Reward | None,
 ) -> Evaluator | None:
@@ -89,7 +92,7 @@ def make_evaluator(
     if not config.eval_data:
         raise ValueError("eval_data: expected held-out prompts because eval_steps > 0, got none")
     if config.eval_reward:
-        reward = Reward(config.eval_reward, tokenizer, reference.device)
+        reward = Reward(config.eval_reward, tokenizer, device, offload=getattr(config, "offload", False))
     if reward is None:
         raise ValueError("eval_reward: expected a reward because eval_steps > 0, got none")
     rows = load_rows(config.eval_data, "prompt")

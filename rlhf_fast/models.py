@@ -4,12 +4,17 @@ A policy is an `AutoModelForCausalLM`. Reward and value models are `AutoModelFor
 whose `score` head we apply ourselves: transformers looks for the pad id to find the last token, which is wrong as soon
 as pad == eos, padding is on the left, or there is no pad token. Here every position comes from the mask.
 
+A directory with a peft adapter is a model too, its base with the adapter on. With `lora` the adapter is what is
+trained; otherwise it is merged into the weights. `shared` names a model whose frozen base the new one stands on.
+
 Shapes: B rows, P prompt tokens, T response tokens, L = P + T, H hidden, V vocabulary.
 Left out on purpose: devices, autocast and gradients, which belong to the caller.
 """
 
+import copy
 import functools
 import inspect
+import json
 import math
 import os
 from collections.abc import Iterator
@@ -28,6 +33,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+from rlhf_fast import adapters
+from rlhf_fast.adapters import LoRA
+
+# transformers keeps no config.json beside an adapter, where the score offset would stand
+_ADAPTER_SCORE = "score.json"
 
 
 class Sequences(NamedTuple):
@@ -59,36 +70,72 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(_existing(path))
 
 
-def load_policy(path: str | Path, *, trainable: bool = True) -> PreTrainedModel:
+def load_policy(
+    path: str | Path, *, trainable: bool = True, lora: LoRA | None = None, shared: PreTrainedModel | None = None
+) -> PreTrainedModel:
     """The causal language model at `path` in fp32, dropout off; frozen unless `trainable`."""
-    with _quiet_loading():
-        model = AutoModelForCausalLM.from_pretrained(_existing(path), dtype=torch.float32)
-    return _prepare(model, trainable)
+    base = adapters.base_path(path)
+    if shared is None:
+        with _quiet_loading():
+            model = AutoModelForCausalLM.from_pretrained(_existing(base), dtype=torch.float32)
+    else:
+        model = adapters.base_of(shared, base)
+    return _prepare(model, path, trainable, lora, shared is not None)
 
 
 def load_scorer(
-    path: str | Path, *, head: Literal["normal", "zero"] = "normal", trainable: bool = True
+    path: str | Path,
+    *,
+    head: Literal["normal", "zero"] = "normal",
+    trainable: bool = True,
+    lora: LoRA | None = None,
+    shared: PreTrainedModel | None = None,
 ) -> PreTrainedModel:
     """The sequence classifier with one label at `path`, or one made from the language model there.
 
     A new `score` head is drawn from N(0, 1/(H+1)) (`normal`, for reward models; arXiv 2009.01325) or set to 0
-    (`zero`, for value models, so that the first values are 0).
+    (`zero`, for value models, so that the first values are 0). shared: a causal language model.
     """
-    config = AutoConfig.from_pretrained(_existing(path))
+    base = adapters.base_path(path)
+    config = AutoConfig.from_pretrained(_existing(base))
     is_classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
     if is_classifier and config.num_labels != 1:
-        raise ValueError(f"model: expected a reward model with one label at {path}, got {config.num_labels} labels")
-    with _quiet_loading():
-        model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=torch.float32)
+        raise ValueError(f"model: expected a reward model with one label at {base}, got {config.num_labels} labels")
+    if shared is None:
+        with _quiet_loading():
+            model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=torch.float32)
+    else:
+        model = _scorer_on(adapters.base_of(shared, base))
     if not hasattr(model, "score"):
-        raise ValueError(f"model: expected a model with a `score` head (decoder type) at {path}, got {type(model)}")
+        raise ValueError(f"model: expected a model with a `score` head (decoder type) at {base}, got {type(model)}")
     if not is_classifier:
         with torch.no_grad():
             std = 1 / math.sqrt(model.score.in_features + 1) if head == "normal" else 0.0
             nn.init.normal_(model.score.weight, std=std)
             if model.score.bias is not None:
                 model.score.bias.zero_()
-    return _prepare(model, trainable)
+    if Path(path, _ADAPTER_SCORE).is_file():
+        set_score_offset(model, json.loads(Path(path, _ADAPTER_SCORE).read_text())["score_offset"])
+    return _prepare(model, path, trainable, lora, shared is not None)
+
+
+def value_head_on(policy: PreTrainedModel, saved: Path | None) -> PreTrainedModel:
+    """A value model whose trunk is the policy's own, adapter included; its head is 0, or that of directory `saved`."""
+    model = _scorer_on(policy)
+    for parameter in model.score.parameters():
+        nn.init.zeros_(parameter)
+    if saved is not None:
+        model.score.load_state_dict(load_scorer(saved, trainable=False).score.state_dict())
+    if adapters.has_adapter(policy):
+        adapters.share_trunk(model, policy)
+    return model.train(policy.training)
+
+
+def save_model(model: PreTrainedModel, directory: Path) -> None:
+    """`save_pretrained`; of a model with an adapter this is the adapter alone, in peft's format."""
+    model.save_pretrained(directory)
+    if adapters.has_adapter(model) and hasattr(model.config, "score_offset"):
+        (directory / _ADAPTER_SCORE).write_text(json.dumps({"score_offset": model.config.score_offset}) + "\n")
 
 
 def response_logits(model: PreTrainedModel, sequences: Sequences) -> Tensor:
@@ -118,7 +165,12 @@ def sequence_scores(model: PreTrainedModel, sequences: Sequences) -> Tensor:
 
 def token_values(model: PreTrainedModel, sequences: Sequences) -> Tensor:
     """V(s_t) [B, T] fp32: the score of the state before each response token (its last token is the state's end)."""
-    return _score(model, response_hidden(model, sequences))
+    return hidden_values(model, response_hidden(model, sequences))
+
+
+def hidden_values(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """V [B, T] fp32 of hidden states [B, T, H] of the model's trunk."""
+    return _score(model, hidden)
 
 
 def set_score_offset(model: PreTrainedModel, offset: float) -> None:
@@ -163,7 +215,28 @@ def _score(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     return model.score(hidden).squeeze(-1).float() - getattr(model.config, "score_offset", 0.0)
 
 
-def _prepare(model: PreTrainedModel, trainable: bool) -> PreTrainedModel:
+def _scorer_on(language_model: PreTrainedModel) -> PreTrainedModel:
+    """The classifier of this architecture on the very trunk of `language_model`; its head is not initialised."""
+    config = copy.deepcopy(language_model.config)
+    config.num_labels = 1
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config)
+    setattr(model, model.base_model_prefix, language_model.base_model)
+    if hasattr(model, "score"):
+        model.score.to_empty(device=language_model.device)
+    model.name_or_path = language_model.name_or_path
+    return model
+
+
+def _prepare(
+    model: PreTrainedModel, path: str | Path, trainable: bool, lora: LoRA | None, shared: bool
+) -> PreTrainedModel:
+    model.requires_grad_(trainable and lora is None)
+    if adapters.is_adapter(path) or lora is not None:
+        adapters.put_on(model, path, lora, trainable=trainable)
+        if lora is None and not shared:
+            adapters.merge(model)
+            model.requires_grad_(trainable)
     # Dropout would make the decode-time and training-time log-probs differ; it is off in every pass. The modules are
     # changed rather than eval() called because transformers checkpoints activations in train mode only.
     for module in model.modules():
@@ -172,7 +245,6 @@ def _prepare(model: PreTrainedModel, trainable: bool) -> PreTrainedModel:
         for name, value in vars(module).items():
             if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
-    model.requires_grad_(trainable)
     return model.train(trainable)
 
 

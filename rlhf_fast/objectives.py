@@ -71,8 +71,19 @@ class Objectives:
         ids, mask = sequences.response_ids, sequences.response_mask
         return linear_reinforce_loss(*self._layer(sequences), ids, advantages, mask, **options, **self._options())
 
-    def ppo(self, sequences: Sequences, old_logprobs: Tensor, advantages: Tensor, **options: Any) -> LinearPPOLoss:
-        """`ppo_loss` of the response tokens, with its options."""
+    def ppo(
+        self,
+        sequences: Sequences,
+        old_logprobs: Tensor,
+        advantages: Tensor,
+        *,
+        hidden: Tensor | None = None,
+        **options: Any,
+    ) -> LinearPPOLoss:
+        """`ppo_loss` of the response tokens, with its options.
+
+        hidden: the `response_hidden` of these sequences, where something else needs it too; only with a `head`.
+        """
         if self.head is None:
             out = self._trained_logprobs(sequences, _response_ids(sequences))
             loss = ppo_loss(
@@ -80,8 +91,9 @@ class Objectives:
             )
             return LinearPPOLoss(*loss, out.logprobs.detach(), out.entropy.detach())
         ids, mask = sequences.response_ids, sequences.response_mask
+        hidden = response_hidden(self.model, sequences) if hidden is None else hidden
         return linear_ppo_loss(
-            *self._layer(sequences), ids, old_logprobs, advantages, mask, **options, **self._options()
+            hidden, self.head.weight, ids, old_logprobs, advantages, mask, **options, **self._options()
         )
 
     def dpo(

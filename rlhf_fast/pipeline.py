@@ -15,12 +15,13 @@ from rlhf_fast.arguments import from_dict
 from rlhf_fast.config import PipelineConfig
 from rlhf_fast.metrics import print_table
 
-NAMES = {"ppo": "PPO", "remax": "ReMax", "reinforce": "REINFORCE", "rloo": "RLOO", "dpo": "DPO"}
+NAMES = {"ppo": "PPO", "remax": "ReMax", "reinforce": "REINFORCE", "rloo": "RLOO", "grpo": "GRPO", "dpo": "DPO"}
 METHODS = {
     "ppo": configs.PPOConfig,
     "remax": configs.ReMaxConfig,
     "reinforce": configs.ReinforceConfig,
     "rloo": configs.RLOOConfig,
+    "grpo": configs.GRPOConfig,
     "dpo": configs.DPOConfig,
 }
 

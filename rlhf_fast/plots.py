@@ -17,8 +17,15 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-COLORS = {"PPO": "#0072B2", "ReMax": "#D55E00", "REINFORCE": "#CC79A7", "RLOO": "#009E73", "DPO": "#E69F00"}
-MARKERS = {"PPO": "o", "ReMax": "s", "REINFORCE": "^", "RLOO": "D", "DPO": "v"}
+COLORS = {
+    "PPO": "#0072B2",
+    "ReMax": "#D55E00",
+    "REINFORCE": "#CC79A7",
+    "RLOO": "#009E73",
+    "GRPO": "#882255",
+    "DPO": "#E69F00",
+}
+MARKERS = {"PPO": "o", "ReMax": "s", "REINFORCE": "^", "RLOO": "D", "GRPO": "X", "DPO": "v"}
 START_COLOR = "#333333"
 # In the order in which a step runs them; other phases follow in grey-blue.
 PHASE_COLORS = {

@@ -18,13 +18,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_fast.data import pad_id, pad_left, pad_right
 from rlhf_fast.models import Sequences, load_scorer, load_tokenizer, sequence_scores
+from rlhf_fast.offload import place, visiting
 from rlhf_fast.rollout import Rollout
 
 RewardFunction = Callable[..., Sequence[float]]
 
 
 class Reward:
-    """Scores rollouts; `model` is the reward model when there is one (for memory figures), else None."""
+    """Scores rollouts; `model` is the reward model when there is one (for memory figures), else None.
+
+    shared: the model on whose base a reward model stands that is an adapter. offload: it waits in CPU memory.
+    """
 
     def __init__(
         self,
@@ -33,6 +37,8 @@ class Reward:
         device: torch.device,
         *,
         micro_batch_size: int | None = None,
+        shared: PreTrainedModel | None = None,
+        offload: bool = False,
     ) -> None:
         self.tokenizer, self.device, self.micro_batch_size = tokenizer, device, micro_batch_size
         self.model: PreTrainedModel | None = None
@@ -42,7 +48,8 @@ class Reward:
         elif ":" in spec and not Path(spec).is_dir():
             self.function, self.name = load_function(spec), spec
         else:
-            self.model, self.name = load_scorer(spec, trainable=False).to(device), str(spec)
+            self.model, self.name = load_scorer(spec, trainable=False, shared=shared), str(spec)
+            place(self.model, device, offload)
             own = load_tokenizer(spec)
             self.retokenizer = None if own.get_vocab() == tokenizer.get_vocab() else own
 
@@ -54,7 +61,8 @@ class Reward:
         sequences = rollout.sequences if self.retokenizer is None else self._retokenize(rollout, columns)
         size = self.micro_batch_size or len(sequences.prompt_ids)
         starts = range(0, len(sequences.prompt_ids), size)
-        return torch.cat([sequence_scores(self.model, sequences.rows(slice(i, i + size))) for i in starts])
+        with visiting(self.model):
+            return torch.cat([sequence_scores(self.model, sequences.rows(slice(i, i + size))) for i in starts])
 
     def _call_function(self, rollout: Rollout, columns: Mapping[str, Sequence]) -> Tensor:
         completions = decode_responses(self.tokenizer, rollout)

@@ -9,40 +9,52 @@ import hashlib
 import math
 import platform
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rlhf_fast
 from rlhf_fast import checkpoint
-from rlhf_fast.config import StageConfig
+from rlhf_fast.adapters import lora_of
+from rlhf_fast.config import DPOConfig, OnlineConfig, StageConfig
 from rlhf_fast.data import epoch_batches
 from rlhf_fast.memory import Meter, static_bytes
 from rlhf_fast.metrics import MetricsLogger
+from rlhf_fast.models import load_policy
+from rlhf_fast.optimizers import lr_factor, make_optimizer
 
 
 class Learner:
-    """One trained model with AdamW, a learning-rate schedule, clipping and autocast."""
+    """One trained model with its optimizer, learning-rate schedule, clipping and autocast.
+
+    parameters: what it trains; default: all parameters of `model` that require gradients.
+    """
 
     def __init__(
-        self, model: PreTrainedModel, config: StageConfig, total_steps: int, *, learning_rate: float | None = None
+        self,
+        model: PreTrainedModel,
+        config: StageConfig,
+        total_steps: int,
+        *,
+        learning_rate: float | None = None,
+        parameters: Iterable[nn.Parameter] | None = None,
     ) -> None:
         self.model, self.max_grad_norm, self.bf16 = model, config.max_grad_norm, config.bf16
         self.static_bytes: dict[str, int] = {}
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        decayed = [p for p in self.parameters if p.ndim >= 2]
-        others = [p for p in self.parameters if p.ndim < 2]
-        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        lr = learning_rate or config.learning_rate
-        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95), fused=True)
-        factor = _lr_factor(config.lr_schedule, config.warmup_steps, total_steps)
+        self.parameters = [p for p in parameters or model.parameters() if p.requires_grad]
+        self.optimizer = make_optimizer(config, self.parameters, learning_rate or config.learning_rate)
+        factor = lr_factor(config.lr_schedule, config.warmup_steps, total_steps)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+        self.in_backward, self.norms = config.optimizer_in_backward, []
+        if self.in_backward:
+            for parameter in self.parameters:
+                parameter.register_post_accumulate_grad_hook(self._step_in_backward)
         if config.gradient_checkpointing:
             # renamed within transformers 5; the old name warns where the new one exists
             old = model.gradient_checkpointing_enable
@@ -51,15 +63,25 @@ class Learner:
     def autocast(self) -> torch.autocast:
         return autocast(self.model.device, self.bf16)
 
+    def _step_in_backward(self, parameter: nn.Parameter) -> None:
+        self.norms.append(parameter.grad.norm())
+        self.optimizer.step()  # of this parameter: no other has a gradient at this moment
+        parameter.grad = None
+
     def step(self) -> float:
         """Apply the accumulated gradients and clear them; returns their norm before clipping."""
-        limit = self.max_grad_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        if self.in_backward:
+            norm, self.norms = torch.stack(self.norms).norm(), []
+        else:
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm or math.inf)
         if not torch.isfinite(norm):
-            raise RuntimeError(f"gradient norm is {norm.item()}; the weights were left as they are")
-        self.optimizer.step()
-        if not self.static_bytes:  # the one moment when weights, gradients and optimizer states all exist
-            self.static_bytes = static_bytes({"": self.model}, {"": self.optimizer})[""]
+            left = "spoilt, resume from a checkpoint" if self.in_backward else "left as they are"
+            raise RuntimeError(f"gradient norm is {norm.item()}; the weights were {left}")
+        if not self.in_backward:
+            self.optimizer.step()
+        if not self.static_bytes:  # the one moment when gradients and optimizer states both exist
+            held = static_bytes({"": nn.ParameterList(self.parameters)}, {"": self.optimizer})[""]
+            self.static_bytes = {name: held[name] for name in ("gradients", "optimizer")}
         self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step()
         return norm.item()
@@ -78,16 +100,6 @@ class Learner:
 
 def autocast(device: torch.device, bf16: bool) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
-
-
-def _lr_factor(schedule: str, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
-    def factor(step: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / (warmup_steps + 1)
-        done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-        return {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[schedule]
-
-    return factor
 
 
 class Run:
@@ -199,12 +211,12 @@ class Run:
             "steps": self.total_steps,
             "train_seconds": self.train_seconds,
             "phases": self.meter.summary(),
-            "static_bytes": {
-                **{role: learner.static_bytes for role, learner in self.learners.items()},
-                **static_bytes(self.frozen, {}),
-            },
+            "static_bytes": self._static_bytes(),
             "parameters": {
                 role: sum(p.numel() for p in learner.model.parameters()) for role, learner in self.learners.items()
+            },
+            "trained_parameters": {
+                role: sum(p.numel() for p in learner.parameters) for role, learner in self.learners.items()
             },
             **self._facts,
             "environment": environment(self.meter.device),
@@ -214,6 +226,28 @@ class Run:
             summary["evaluation"] = self.last_evaluation.metrics
             files["samples.json"] = self.last_evaluation.samples
         checkpoint.save(self.config.output_dir, models=self.models, tokenizer=self.tokenizer, extra_files=files)
+
+    def _static_bytes(self) -> dict[str, dict[str, int]]:
+        """Weights counted over all roles at once, so that what they share belongs to the first of them."""
+        held = static_bytes({**{role: learner.model for role, learner in self.learners.items()}, **self.frozen})
+        return {
+            role: {**parts, **(self.learners[role].static_bytes if role in self.learners else {})}
+            for role, parts in held.items()
+        }
+
+
+def load_policy_and_reference(
+    config: OnlineConfig | DPOConfig, device: torch.device
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The trained policy on `device`, and the frozen model its KL is taken to, which is still to be placed there.
+
+    With LoRA, and no reference named, the reference is another model object on the policy's weights: without the
+    adapter, or with a frozen one where `config.model` is an adapter itself.
+    """
+    lora = lora_of(config)
+    policy = load_policy(resume_directory(config) or config.model, lora=lora).to(device)
+    shared = policy if lora is not None and config.reference is None else None
+    return policy, load_policy(config.reference or config.model, trainable=False, shared=shared)
 
 
 def resume_directory(config: StageConfig) -> Path | None:

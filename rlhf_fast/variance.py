@@ -34,6 +34,8 @@ def gradient_variance(config: ReMaxConfig, batches: int) -> dict[str, dict[str, 
     """{"REINFORCE" | "ReMax": {"variance", "norm"}} of the policy `config.model`; nothing is trained or written."""
     if batches < 2:
         raise ValueError(f"batches: expected at least 2, got {batches}")
+    if config.optimizer_in_backward:
+        raise ValueError("optimizer_in_backward: expected false, since nothing may be trained here; got true")
     online = Online(config, "gradient variance", greedy=True)
     moments = {"REINFORCE": _Moments(), "ReMax": _Moments()}
     meter = Meter(online.device)

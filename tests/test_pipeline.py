@@ -18,9 +18,10 @@ from rlhf_fast.evaluation import prompt_columns, sequence_kl
 from rlhf_fast.memory import Meter
 from rlhf_fast.metrics import read_metrics
 from rlhf_fast.models import response_logits
+from rlhf_fast.optimizers import lr_factor
 from rlhf_fast.stages import pairs
 from rlhf_fast.stages.online import Online
-from rlhf_fast.training import Learner, _lr_factor, micro_batches
+from rlhf_fast.training import Learner, micro_batches
 from rlhf_fast.variance import gradient_variance
 
 TRUE_REWARD = "rlhf_fast.world:true_reward"
@@ -59,7 +60,7 @@ def test_plan_hands_each_stage_what_the_one_before_made(files, tiny_model, tmp_p
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"methods": ["ppo", "grpo"]}, "methods: expected some of .*, got 'grpo'"),
+        ({"methods": ["ppo", "gspo"]}, "methods: expected some of .*, got 'gspo'"),
         ({"common": {"kl_coeff": 0.1}}, "common: unknown key 'kl_coeff'"),
         ({"ppo": {"epoch": 2}}, "section 'ppo': unknown key 'epoch', did you mean 'epochs'"),
         ({"sft": {}}, "section 'sft': missing 'train_data'"),
@@ -155,7 +156,7 @@ def test_gradient_variance_is_the_trace_of_the_covariance(files, tiny_model, tmp
 
 
 def test_learning_rate_schedules():
-    linear, cosine, constant = (_lr_factor(s, 4, 14) for s in ("linear", "cosine", "constant"))
+    linear, cosine, constant = (lr_factor(s, 4, 14) for s in ("linear", "cosine", "constant"))
     assert [linear(step) for step in (0, 3, 4, 9, 14)] == pytest.approx([0.2, 0.8, 1.0, 0.5, 0.0])
     assert [cosine(step) for step in (4, 9, 14)] == pytest.approx([1.0, 0.5, 0.0])
     assert [constant(step) for step in (4, 14)] == [1.0, 1.0]

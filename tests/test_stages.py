@@ -9,12 +9,21 @@ import pytest
 import torch
 
 from rlhf_fast import checkpoint
-from rlhf_fast.config import DPOConfig, PPOConfig, ReinforceConfig, ReMaxConfig, RewardConfig, RLOOConfig, SFTConfig
+from rlhf_fast.config import (
+    DPOConfig,
+    GRPOConfig,
+    PPOConfig,
+    ReinforceConfig,
+    ReMaxConfig,
+    RewardConfig,
+    RLOOConfig,
+    SFTConfig,
+)
 from rlhf_fast.data import encode_prompts, encode_sft, load_rows
 from rlhf_fast.metrics import read_metrics
 from rlhf_fast.models import load_policy, load_tokenizer
 from rlhf_fast.objectives import Objectives
-from rlhf_fast.stages import dpo, ppo, reinforce, remax, reward, rloo, sft
+from rlhf_fast.stages import dpo, grpo, ppo, reinforce, remax, reward, rloo, sft
 from rlhf_fast.stages.online import KLController, Online
 from rlhf_fast.world import preference_rows, prompt_rows, sft_rows
 
@@ -65,6 +74,7 @@ STAGES = {
     "remax": (remax, ReMaxConfig),
     "reinforce": (reinforce, ReinforceConfig),
     "rloo": (rloo, RLOOConfig),
+    "grpo": (grpo, GRPOConfig),
     "dpo": (dpo, DPOConfig),
 }
 
@@ -172,7 +182,7 @@ def test_reward_model_from_rankings(files, tiny_model, tmp_path):
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
-@pytest.mark.parametrize("name", ["ppo", "remax", "reinforce", "rloo"])
+@pytest.mark.parametrize("name", ["ppo", "remax", "reinforce", "rloo", "grpo"])
 def test_online_methods_raise_the_reward(name, files, tiny_model, tmp_path):
     module, cls = STAGES[name]
     options = {"steps": 30, "batch_size": 32, "kl_coef": 0.0, "learning_rate": 1e-2, "eval_steps": 30}

@@ -9,9 +9,9 @@ import torch
 from rlhf_fast.config import DPOConfig
 from rlhf_fast.data import PreferenceExample, encode_preferences, load_rows, pad_id, pad_left, pad_right
 from rlhf_fast.evaluation import make_evaluator
-from rlhf_fast.models import Sequences, default_device, load_policy, load_tokenizer
+from rlhf_fast.models import Sequences, default_device, load_tokenizer
 from rlhf_fast.objectives import Objectives
-from rlhf_fast.training import Learner, Run, micro_batches, offline_batches, resume_directory
+from rlhf_fast.training import Learner, Run, load_policy_and_reference, micro_batches, offline_batches
 
 
 def train(config: DPOConfig) -> None:
@@ -22,12 +22,12 @@ def train(config: DPOConfig) -> None:
     data = encode_preferences(rows, tokenizer, config.max_length, config.max_prompt_length)
     batches = offline_batches(len(data.examples), config.batch_size, config.epochs, config.seed)
     pad = pad_id(tokenizer)
-    policy = load_policy(resume_directory(config) or config.model).to(device)
-    reference = load_policy(config.reference or config.model, trainable=False).to(device)
+    policy, reference = load_policy_and_reference(config, device)
+    reference.to(device)
     learner = Learner(policy, config, len(batches))
     objectives = Objectives(policy, fused=config.fused_head)
     size = config.micro_batch_size or config.batch_size
-    evaluator = make_evaluator(config, tokenizer, reference, None)
+    evaluator = make_evaluator(config, tokenizer, device, reference, None)
 
     with Run(
         config,

@@ -1,4 +1,4 @@
-"""What PPO, ReMax, REINFORCE and RLOO share: rollouts, scores, reference log-probs, and the plain policy-gradient step.
+"""What the online methods share: rollouts, scores, reference log-probs, the plain policy-gradient step, PPO's epochs.
 
 A round is: sample a batch of completions; score them; take the reference's log-probs; let the method turn these into an
 update. Old-policy log-probs come from decoding itself. Every first training pass over a rollout is compared with them,
@@ -15,12 +15,13 @@ from rlhf_fast.config import OnlineConfig
 from rlhf_fast.data import PromptExample, encode_prompts, epoch_batches, load_rows, pad_id, pad_left
 from rlhf_fast.evaluation import make_evaluator, prompt_columns
 from rlhf_fast.memory import Meter
-from rlhf_fast.models import default_device, load_policy, load_tokenizer
+from rlhf_fast.models import default_device, load_tokenizer
 from rlhf_fast.objectives import Objectives
+from rlhf_fast.offload import place, visiting
 from rlhf_fast.ops import kl_penalty
 from rlhf_fast.rewards import Reward
 from rlhf_fast.rollout import Rollout, eos_token_ids, generate
-from rlhf_fast.training import Learner, Run, autocast, micro_batches, resume_directory, seed_everything
+from rlhf_fast.training import Learner, Run, autocast, load_policy_and_reference, micro_batches, seed_everything
 
 
 class Experience(NamedTuple):
@@ -79,14 +80,21 @@ class Online:
             raise ValueError(
                 f"train_data: expected at least {self.prompts_per_round} prompts (one round), got {len(self.prompts)}"
             )
-        self.policy = load_policy(resume_directory(config) or config.model).to(self.device)
-        self.reference = load_policy(config.reference or config.model, trainable=False).to(self.device)
+        self.policy, reference = load_policy_and_reference(config, self.device)
+        self.reference = place(reference, self.device, config.offload)
         self.objectives, self.reference_objectives = (
             Objectives(model, temperature=config.temperature, fused=config.fused_head)
             for model in (self.policy, self.reference)
         )
-        self.reward = Reward(config.reward, self.tokenizer, self.device, micro_batch_size=config.micro_batch_size)
-        self.evaluator = make_evaluator(config, self.tokenizer, self.reference, self.reward)
+        self.reward = Reward(
+            config.reward,
+            self.tokenizer,
+            self.device,
+            micro_batch_size=config.micro_batch_size,
+            shared=self.policy if config.share_base else None,
+            offload=config.offload,
+        )
+        self.evaluator = make_evaluator(config, self.tokenizer, self.device, self.reference, self.reward)
         self.updates = config.steps * updates_per_round
         self.learner = Learner(self.policy, config, self.updates)
         self.drift_bound = config.max_logprob_drift
@@ -144,7 +152,7 @@ class Online:
                 columns = prompt_columns([p for p in prompts for _ in range(self.samples)])
                 scores = self._score(rollout, columns)
                 greedy_scores = self._score(greedy, prompt_columns(prompts)) if greedy is not None else None
-            with meter.phase("reference"):
+            with meter.phase("reference"), visiting(self.reference):
                 ref_logprobs = torch.cat(
                     [
                         self.reference_objectives.logprobs(rollout.rows(rows).sequences).logprobs
@@ -152,6 +160,24 @@ class Online:
                     ]
                 )
         return Experience(rollout, scores, greedy_scores, ref_logprobs)
+
+    def several_epochs(
+        self, experience: Experience, targets: tuple[Tensor, ...], minibatch_update: Callable[..., dict[str, float]]
+    ) -> dict[str, float]:
+        """config.epochs passes over a rollout in config.minibatches steps each; returns the mean of their metrics.
+
+        minibatch_update(rollout, targets, untouched) takes one optimizer step on the rows it is given; untouched: the
+        policy is still the one that sampled.
+        """
+        totals: dict[str, list[float]] = {}
+        for epoch in range(self.config.epochs):
+            order = torch.randperm(self.config.batch_size).to(self.device)
+            for number, index in enumerate(order.chunk(self.config.minibatches)):
+                part = tuple(x[index] for x in targets)
+                metrics = minibatch_update(experience.rollout.rows(index), part, epoch == 0 and number == 0)
+                for name, value in metrics.items():
+                    totals.setdefault(name, []).append(value)
+        return {name: sum(values) / len(values) for name, values in totals.items()}
 
     def policy_gradient_step(
         self, run: Run, experience: Experience, advantages: Tensor, *, reduction: str = "token_mean"

@@ -1,18 +1,21 @@
 """PPO for language models (Schulman et al. 2017; Ziegler et al. 2019; Stiennon et al. 2020).
 
-Four models: policy, value, reward, reference. The reward is the score on the EOS token less the KL penalty on every
-token; advantages are GAE's, whitened over the rollout; several epochs of minibatches with clipped policy and value
-losses.
+Four models: policy, value, reward, reference. With LoRA the reference is the policy's base, with `share_base` all four
+stand on that one, and with `critic: shared` the value model is a head on the policy's own trunk. The reward is the
+score on the EOS token less the KL penalty on every token; advantages are GAE's, whitened over the rollout; several
+epochs of minibatches with clipped policy and value losses.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from rlhf_fast.adapters import lora_of
 from rlhf_fast.config import PPOConfig
-from rlhf_fast.models import load_scorer, token_values
-from rlhf_fast.ops import gae, ppo_value_loss, shape_rewards, whiten
+from rlhf_fast.models import hidden_values, load_scorer, response_hidden, token_values, value_head_on
+from rlhf_fast.ops import LinearPPOLoss, ValueLoss, gae, ppo_value_loss, shape_rewards, whiten
 from rlhf_fast.rollout import Rollout
 from rlhf_fast.stages.online import Experience, Online
 from rlhf_fast.training import Learner, Run, micro_batches, resume_directory
@@ -28,28 +31,31 @@ class Targets(NamedTuple):
 
 def train(config: PPOConfig) -> None:
     """Train `config.model` by PPO; the policy goes to `config.output_dir`, the value model to its folder `value`."""
-    if config.batch_size % config.minibatches:
-        raise ValueError(f"minibatches: expected a divisor of batch_size={config.batch_size}, got {config.minibatches}")
     online = Online(config, "PPO", updates_per_round=config.epochs * config.minibatches)
-    resumed = resume_directory(config)
-    from_reward = config.reward if online.reward.model is not None else config.model
-    value_model = load_scorer(resumed / "value" if resumed else config.value_model or from_reward, head="zero")
-    critic = Learner(value_model.to(online.device), config, online.updates, learning_rate=config.value_learning_rate)
+    critic = load_critic(online)
 
     def update(run: Run, experience: Experience) -> dict[str, float]:
         targets = advantages_and_returns(run, online, critic, experience)
-        totals: dict[str, list[float]] = {}
-        for epoch in range(config.epochs):
-            order = torch.randperm(config.batch_size).to(online.device)
-            for number, index in enumerate(order.chunk(config.minibatches)):
-                part = Targets(*(x[index] for x in targets))
-                untouched = epoch == 0 and number == 0  # the policy is still the one that sampled
-                metrics = minibatch_update(run, online, critic, experience.rollout.rows(index), part, untouched)
-                for name, value in metrics.items():
-                    totals.setdefault(name, []).append(value)
-        return {name: sum(values) / len(values) for name, values in totals.items()}
+        return online.several_epochs(experience, targets, partial(minibatch_update, run, online, critic))
 
     online.run(update, learners={"value": critic})
+
+
+def load_critic(online: Online) -> Learner:
+    """The value model: of its own, on the policy's base (share_base), or a head on the policy's trunk."""
+    config, resumed = online.config, resume_directory(online.config)
+    saved = resumed / "value" if resumed else None
+    if config.critic == "shared":
+        if online.objectives.head is None:
+            raise ValueError(f"critic: expected model, as no hidden states give the logits of {config.model}")
+        model = value_head_on(online.policy, saved)
+    else:
+        from_reward = config.reward if online.reward.model is not None else config.model
+        path = saved or config.value_model or from_reward
+        shared = online.policy if config.share_base else None
+        model = load_scorer(path, head="zero", lora=lora_of(config), shared=shared).to(online.device)
+    trained = model.score.parameters() if config.critic == "shared" else None
+    return Learner(model, config, online.updates, learning_rate=config.value_learning_rate, parameters=trained)
 
 
 def advantages_and_returns(run: Run, online: Online, critic: Learner, experience: Experience) -> Targets:
@@ -65,10 +71,10 @@ def advantages_and_returns(run: Run, online: Online, critic: Learner, experience
 
 
 def minibatch_update(
-    run: Run, online: Online, critic: Learner, rollout: Rollout, targets: Targets, untouched: bool
+    run: Run, online: Online, critic: Learner, rollout: Rollout, targets: tuple[Tensor, ...], untouched: bool
 ) -> dict[str, float]:
     """One optimizer step of policy and value model; denominators are the minibatch's token count."""
-    config, mask = online.config, rollout.response_mask
+    mask = rollout.response_mask
     tokens = mask.sum()
     metrics = dict.fromkeys(
         (
@@ -83,29 +89,13 @@ def minibatch_update(
         0.0,
     )
     drift = 0.0
-    for rows in micro_batches(len(mask), config.micro_batch_size):
+    backward = joint_backward if online.config.critic == "shared" else separate_backward
+    for rows in micro_batches(len(mask), online.config.micro_batch_size):
         part, target = rollout.rows(rows), Targets(*(x[rows] for x in targets))
         share = (part.response_mask.sum() / tokens).item()
-        with run.meter.phase("policy_update"):
-            with online.learner.autocast():
-                policy = online.objectives.ppo(
-                    part.sequences, part.logprobs, target.advantages, clip=config.clip, normalizer=tokens
-                )
-            policy.loss.backward()
+        policy, value = backward(run, online, critic, part, target, tokens)
         if untouched:
             drift = max(drift, online.check_drift(policy.logprobs, part))
-        with run.meter.phase("value_update"):
-            with critic.autocast():
-                values = token_values(critic.model, part.sequences)
-            value = ppo_value_loss(
-                values,
-                target.values,
-                target.returns,
-                part.response_mask,
-                clip=config.value_clip,
-                normalizer=tokens,
-            )
-            value.loss.backward()
         metrics["loss/policy_avg"] += policy.loss.item()
         metrics["loss/value_avg"] += value.loss.item()
         metrics["policy/clipfrac_avg"] += share * policy.clip_fraction.item()
@@ -117,3 +107,43 @@ def minibatch_update(
         metrics["grad_norm"] = online.learner.step()
         metrics["grad_norm/value"] = critic.step()
     return metrics | ({"val/logprob_drift": drift} if untouched else {})
+
+
+def separate_backward(
+    run: Run, online: Online, critic: Learner, part: Rollout, target: Targets, tokens: Tensor
+) -> tuple[LinearPPOLoss, ValueLoss]:
+    """Policy and value model, each with a forward and a backward pass of its own."""
+    with run.meter.phase("policy_update"):
+        with online.learner.autocast():
+            policy = policy_loss(online, part, target, tokens)
+        policy.loss.backward()
+    with run.meter.phase("value_update"):
+        with critic.autocast():
+            value = value_loss(online, part, target, tokens, token_values(critic.model, part.sequences))
+        value.loss.backward()
+    return policy, value
+
+
+def joint_backward(
+    run: Run, online: Online, critic: Learner, part: Rollout, target: Targets, tokens: Tensor
+) -> tuple[LinearPPOLoss, ValueLoss]:
+    """One forward pass of the trunk that policy and value head share, and one backward pass of both losses."""
+    with run.meter.phase("policy_update"):
+        with online.learner.autocast():
+            hidden_BTH = response_hidden(online.policy, part.sequences)
+            policy = policy_loss(online, part, target, tokens, hidden=hidden_BTH)
+            value = value_loss(online, part, target, tokens, hidden_values(critic.model, hidden_BTH))
+        (policy.loss + online.config.value_coef * value.loss).backward()
+    return policy, value
+
+
+def policy_loss(online: Online, part: Rollout, target: Targets, tokens: Tensor, **hidden: Tensor) -> LinearPPOLoss:
+    return online.objectives.ppo(
+        part.sequences, part.logprobs, target.advantages, clip=online.config.clip, normalizer=tokens, **hidden
+    )
+
+
+def value_loss(online: Online, part: Rollout, target: Targets, tokens: Tensor, values: Tensor) -> ValueLoss:
+    return ppo_value_loss(
+        values, target.values, target.returns, part.response_mask, clip=online.config.value_clip, normalizer=tokens
+    )

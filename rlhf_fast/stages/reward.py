@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_fast.adapters import lora_of
 from rlhf_fast.config import RewardConfig
 from rlhf_fast.data import (
     PreferenceExample,
@@ -45,7 +46,7 @@ def train(config: RewardConfig) -> None:
     held_out = _encode(config.eval_data, tokenizer, config)[0] if config.eval_data else None
     batches = offline_batches(len(examples), config.batch_size, config.epochs, config.seed)
     torch.manual_seed(config.seed)  # for the new head
-    model = load_scorer(resume_directory(config) or config.model).to(device)
+    model = load_scorer(resume_directory(config) or config.model, lora=lora_of(config)).to(device)
     learner = Learner(model, config, len(batches))
 
     show = ("loss", "accuracy")

@@ -6,6 +6,7 @@ The denominator is the number of trained tokens of the whole batch, so micro-bat
 import torch
 from torch import Tensor
 
+from rlhf_fast.adapters import lora_of
 from rlhf_fast.config import SFTConfig
 from rlhf_fast.data import SFTExample, encode_sft, load_rows, pad_id, pad_right
 from rlhf_fast.models import Sequences, default_device, load_policy, load_tokenizer
@@ -23,7 +24,7 @@ def train(config: SFTConfig) -> None:
         rows = load_rows(config.eval_data, "sft")
         held_out = encode_sft(rows, tokenizer, config.max_length, config.max_prompt_length).examples
     batches = offline_batches(len(data.examples), config.batch_size, config.epochs, config.seed)
-    policy = load_policy(resume_directory(config) or config.model).to(device)
+    policy = load_policy(resume_directory(config) or config.model, lora=lora_of(config)).to(device)
     learner = Learner(policy, config, len(batches))
     objectives = Objectives(policy, fused=config.fused_head)
     pad = pad_id(tokenizer)

@@ -1,0 +1,168 @@
+"""LoRA adapters by peft, on models that stay plain transformers models, and further models on the same weights.
+
+Every role (policy, reference, reward, value) is a model object of its own with at most one adapter. Roles that share a
+base hold the very same parameters: `base_of` makes another object on them, without the adapter. So "the adapters off"
+is a model without adapters rather than a switch that somebody has to flip back.
+
+Adapters are saved and loaded in peft's format. Left out: adapters on the hub, several adapters on one object, and
+training adapters that are not LoRA (peft's other kinds are merged where they are read).
+"""
+
+import copy
+import json
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from rlhf_fast.config import StageConfig
+
+if TYPE_CHECKING:
+    import peft
+
+_NAME = "default"  # of the one adapter on a model; files do not hold it
+_PREFIX = "base_model.model."  # of the weights' names in peft's files
+
+
+class LoRA(NamedTuple):
+    """The adapter a stage trains."""
+
+    rank: int
+    alpha: float
+    seed: int  # of a new adapter
+
+
+def lora_of(config: StageConfig) -> LoRA | None:
+    """The adapter `config` asks for; None trains all weights. Raises ValueError where peft is missing."""
+    if not config.lora_rank:
+        return None
+    _peft("lora_rank")
+    return LoRA(config.lora_rank, config.lora_alpha, config.seed)
+
+
+def is_adapter(path: str | os.PathLike) -> bool:
+    return Path(path, "adapter_config.json").is_file()
+
+
+def base_path(path: str | os.PathLike) -> str:
+    """The model an adapter directory belongs to; `path` itself where it is not one."""
+    if not is_adapter(path):
+        return str(path)
+    base = json.loads(Path(path, "adapter_config.json").read_text()).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"model: expected a base_model_name_or_path in {path}/adapter_config.json, got {base!r}")
+    if os.path.isabs(base) and not os.path.isdir(base):
+        raise ValueError(f"model: expected the base of the adapter in {path} at {base}, found no directory there")
+    return base
+
+
+def has_adapter(model: PreTrainedModel) -> bool:
+    return getattr(model, "_hf_peft_config_loaded", False)
+
+
+def put_on(model: PreTrainedModel, path: str | os.PathLike, lora: LoRA | None, *, trainable: bool) -> None:
+    """Puts the adapter of directory `path` on its base `model`, or a new one where `path` is the base itself.
+
+    A model with a `score` head trains and saves that too. An adapter that goes on being trained keeps its rank and
+    alpha, which `lora` has to repeat.
+    """
+    peft = _peft("model")
+    scorer = hasattr(model, "score")
+    if is_adapter(path):
+        config = peft.PeftConfig.from_pretrained(path)
+        if lora is not None:
+            _check_same(lora, config, path)
+    else:
+        transposed = any(isinstance(module, Conv1D) for module in model.modules())  # GPT-2
+        config = peft.LoraConfig(
+            r=lora.rank, lora_alpha=lora.alpha, target_modules="all-linear", fan_in_fan_out=transposed
+        )
+    base = base_path(path)
+    config.base_model_name_or_path = os.path.abspath(base) if os.path.isdir(base) else base
+    config.inference_mode = not trainable
+    _for_class_of(model, config)
+    with torch.random.fork_rng(devices=[]):  # the same adapter whatever else was drawn before
+        torch.manual_seed(lora.seed if lora is not None else 0)
+        peft.inject_adapter_in_model(config, model, _NAME)
+    model._hf_peft_config_loaded = True  # what transformers' own add_adapter sets; save_pretrained goes by it
+    if is_adapter(path):
+        weights = peft.load_peft_weights(str(path), device="cpu")
+        weights = {name.removeprefix(_PREFIX): tensor for name, tensor in weights.items()}
+        if scorer:  # an adapter of a language model knows no score head: the model's own stays
+            head = model.score.original_module.state_dict()
+            weights = {f"score.{name}": tensor for name, tensor in head.items()} | weights
+        lost = peft.set_peft_model_state_dict(model, weights, _NAME).unexpected_keys
+        if lost := [name for name in lost if not name.startswith("score.")]:
+            raise ValueError(f"model: expected an adapter of {base} in {path}, found weights without a place: {lost}")
+
+
+def share_trunk(scorer: PreTrainedModel, policy: PreTrainedModel) -> None:
+    """Makes `scorer`, whose trunk is the policy's own with its adapter, save that adapter and its score head."""
+    from peft.utils import ModulesToSaveWrapper
+
+    config = copy.deepcopy(policy.peft_config[_NAME])
+    _for_class_of(scorer, config)
+    scorer.score = ModulesToSaveWrapper(scorer.score, _NAME)
+    scorer.peft_config, scorer._hf_peft_config_loaded = {_NAME: config}, True
+
+
+def base_of(model: PreTrainedModel, path: str | os.PathLike) -> PreTrainedModel:
+    """Another model object on the parameters and buffers of `model`, its adapter left out.
+
+    path: what the new object is wanted for; ValueError unless that is the base of `model`.
+    """
+    if os.path.realpath(path) != os.path.realpath(model.name_or_path):
+        raise ValueError(f"share_base: expected adapters on the policy's base {model.name_or_path}, got base {path}")
+    tensors = (*model.parameters(), *model.buffers())
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    if has_adapter(twin):
+        _take_off(twin, merge=False)
+    return twin
+
+
+def merge(model: PreTrainedModel) -> None:
+    """Adds the adapter into the weights of `model`, which must not be shared, and leaves a plain model."""
+    _take_off(model, merge=True)
+
+
+def _take_off(model: PreTrainedModel, *, merge: bool) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            if merge:
+                module.merge()
+            model.set_submodule(name, module.get_base_layer())
+        elif isinstance(module, ModulesToSaveWrapper):
+            model.set_submodule(name, module.modules_to_save[_NAME] if merge else module.original_module)
+    del model.peft_config
+    model._hf_peft_config_loaded = False
+
+
+def _for_class_of(model: PreTrainedModel, config: "peft.PeftConfig") -> None:
+    """What peft's own Auto classes need to know, and the head to save."""
+    others = [name for name in config.modules_to_save or [] if name != "score"]
+    scorer = hasattr(model, "score")
+    config.task_type = "SEQ_CLS" if scorer else "CAUSAL_LM"
+    config.modules_to_save = [*others, "score"] if scorer else others or None
+
+
+def _check_same(lora: LoRA, config: "peft.PeftConfig", path: str | os.PathLike) -> None:
+    for name, mine, saved in (("lora_rank", lora.rank, "r"), ("lora_alpha", lora.alpha, "lora_alpha")):
+        theirs = getattr(config, saved, None)
+        if mine != theirs:
+            raise ValueError(f"{name}: expected {theirs}, that of the adapter in {path} to train on, got {mine}")
+
+
+def _peft(argument: str) -> ModuleType:
+    if find_spec("peft") is None:
+        raise ValueError(f'{argument}: expected peft for LoRA adapters, not installed: pip install "rlhf-fast[lora]"')
+    import peft
+
+    return peft

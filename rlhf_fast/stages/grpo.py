@@ -1,0 +1,67 @@
+"""GRPO (arXiv 2402.03300, eq. 3): no value model; the advantage is the score, whitened within its prompt's group.
+
+    loss = -1/B sum_i 1/|o_i| sum_t {min(rho A_i, clip(rho, 1 - eps, 1 + eps) A_i) - beta KL_t},
+    KL_t = e^(log ref - log pi) - 1 - (log ref - log pi)   (k3)
+
+The KL to the reference is a term of the loss, not of the reward, and every completion weighs the same whatever its
+length. Left out: the iterative variant, which trains the reward model on the way.
+"""
+
+from functools import partial
+
+from torch import Tensor
+
+from rlhf_fast.config import GRPOConfig
+from rlhf_fast.ops import grpo_advantages
+from rlhf_fast.rollout import Rollout
+from rlhf_fast.stages.online import Experience, Online
+from rlhf_fast.training import Run, micro_batches
+
+
+def train(config: GRPOConfig) -> None:
+    """Train `config.model` by GRPO; the result goes to `config.output_dir`."""
+    updates = config.epochs * config.minibatches
+    online = Online(config, "GRPO", samples=config.group_size, updates_per_round=updates)
+
+    def update(run: Run, experience: Experience) -> dict[str, float]:
+        advantages_B = grpo_advantages(experience.scores, config.group_size)
+        targets = (advantages_B, experience.ref_logprobs)
+        return online.several_epochs(experience, targets, partial(minibatch_update, run, online))
+
+    online.run(update)
+
+
+def minibatch_update(
+    run: Run, online: Online, rollout: Rollout, targets: tuple[Tensor, Tensor], untouched: bool
+) -> dict[str, float]:
+    """One optimizer step on the clipped loss with its KL term; the denominator is the minibatch's completions."""
+    config, (advantages_B, ref_logprobs_BT) = online.config, targets
+    completions = len(advantages_B)
+    metrics = dict.fromkeys(("loss/policy_avg", "policy/clipfrac_avg", "policy/approxkl_avg", "val/ratio"), 0.0)
+    drift = 0.0
+    for rows in micro_batches(completions, config.micro_batch_size):
+        part = rollout.rows(rows)
+        with run.meter.phase("policy_update"):
+            with online.learner.autocast():
+                out = online.objectives.ppo(
+                    part.sequences,
+                    part.logprobs,
+                    advantages_B[rows],
+                    clip=config.clip,
+                    ref_logprobs=ref_logprobs_BT[rows],
+                    kl_coef=online.kl.coef,
+                    kl_estimator="k3",
+                    reduction="sequence_mean",
+                    normalizer=completions,
+                )
+            out.loss.backward()
+        if untouched:
+            drift = max(drift, online.check_drift(out.logprobs, part))
+        share = (part.response_mask.sum() / rollout.response_mask.sum()).item()
+        metrics["loss/policy_avg"] += out.loss.item()
+        metrics["policy/clipfrac_avg"] += share * out.clip_fraction.item()
+        metrics["policy/approxkl_avg"] += share * out.approx_kl.item()
+        metrics["val/ratio"] += share * out.ratio_mean.item()
+    with run.meter.phase("optimizer"):
+        metrics["grad_norm"] = online.learner.step()
+    return metrics | ({"val/logprob_drift": drift} if untouched else {})
