@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,9 +21,11 @@ from rlhf_fast.config import (
     SFTConfig,
 )
 from rlhf_fast.data import encode_prompts, encode_sft, load_rows
+from rlhf_fast.memory import Meter
 from rlhf_fast.metrics import read_metrics
-from rlhf_fast.models import load_policy, load_tokenizer
+from rlhf_fast.models import load_policy, load_tokenizer, response_logits
 from rlhf_fast.objectives import Objectives
+from rlhf_fast.ops import grpo_advantages
 from rlhf_fast.stages import dpo, grpo, ppo, reinforce, remax, reward, rloo, sft
 from rlhf_fast.stages.online import KLController, Online
 from rlhf_fast.world import preference_rows, prompt_rows, sft_rows
@@ -91,6 +94,14 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return max((x - y).abs().max().item() for x, y in zip(a.values(), b.values(), strict=True))
 
 
+def interrupted(whole: Path, cut: Path) -> Path:
+    """`cut`, with what an interruption after the last checkpoint of the run `whole` would have left behind."""
+    last = checkpoint.latest(whole)
+    shutil.copytree(last, cut / last.name)
+    shutil.copy(whole / "metrics.jsonl", cut)
+    return cut
+
+
 @pytest.mark.parametrize("name", STAGES)
 def test_micro_batches_change_nothing(name, files, tiny_model, tmp_path):
     module, cls = STAGES[name]
@@ -113,14 +124,10 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(name, files, tiny_m
     options |= {"kl_target": 0.1} if name == "remax" else {}
     config = stage_config(cls, files, tiny_model, tmp_path / "whole", **options)
     module.train(config)
-    cut = tmp_path / "cut"  # what an interruption after the checkpoint leaves behind
-    cut.mkdir()
-    last = checkpoint.latest(tmp_path / "whole")
-    shutil.copytree(last, cut / last.name)
-    shutil.copy(tmp_path / "whole" / "metrics.jsonl", cut)
+    cut = interrupted(tmp_path / "whole", tmp_path / "cut")
     module.train(dataclasses.replace(config, output_dir=str(cut), resume=True))
     assert distance(weights(tmp_path / "whole"), weights(cut)) == 0
-    assert distance(weights(last), weights(cut)) > 0  # there was something left to do
+    assert distance(weights(checkpoint.latest(cut)), weights(cut)) > 0  # there was something left to do
     first, second = (read_metrics(d / "metrics.jsonl") for d in (tmp_path / "whole", cut))
     assert [row["step"] for row in first] == [row["step"] for row in second]
 
@@ -218,6 +225,43 @@ def test_dpo_separates_the_pairs(loss_type, files, tiny_model, tmp_path):
     assert history[-1]["loss"] < history[0]["loss"]
 
 
+def test_grpo_loss_is_equation_3(files, tiny_model, tmp_path):
+    config = stage_config(GRPOConfig, files, tiny_model, tmp_path, group_size=4, kl_coef=0.5, max_grad_norm=0.0)
+    online = Online(config, "GRPO", samples=4)
+    with torch.no_grad():  # a policy away from its reference
+        for parameter in online.policy.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    run = SimpleNamespace(meter=Meter("cpu"))
+    experience = online.collect(run.meter, 1)
+    rollout, scores = experience.rollout, experience.scores.double()
+    assert len({tuple(row) for row in rollout.prompt_ids.tolist()}) == 4
+    advantages = grpo_advantages(experience.scores, 4)
+    groups = scores.view(-1, 4)
+    whitened = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
+    torch.testing.assert_close(advantages.double(), whitened.flatten(), rtol=1e-4, atol=1e-5)
+
+    old = rollout.logprobs.double() + 0.3 * torch.sin(torch.arange(rollout.logprobs.numel())).view_as(rollout.logprobs)
+    moved = rollout._replace(logprobs=old.float())
+    policy = load_policy(tiny_model).double()
+    policy.load_state_dict({name: t.double() for name, t in online.policy.state_dict().items()})
+    logp = torch.log_softmax(response_logits(policy, rollout.sequences), -1)
+    logp = logp.gather(-1, rollout.response_ids[..., None]).squeeze(-1)
+    losses = []
+    for row in range(len(scores)):  # equation 3, a completion at a time
+        length = int(rollout.response_mask[row].sum())
+        ratio = (logp[row, :length] - old[row, :length]).exp()
+        gap = experience.ref_logprobs[row, :length].double() - logp[row, :length]
+        surrogate = torch.minimum(ratio * whitened.flatten()[row], ratio.clamp(0.8, 1.2) * whitened.flatten()[row])
+        losses.append(-(surrogate - 0.5 * (gap.exp() - gap - 1)).sum() / length)
+    loss = sum(losses) / len(losses)
+    loss.backward()
+    total_norm = torch.cat([p.grad.flatten() for p in policy.parameters()]).norm()
+    metrics = grpo.minibatch_update(run, online, moved, (advantages, experience.ref_logprobs), untouched=False)
+    assert metrics["loss/policy_avg"] == pytest.approx(loss.item(), rel=1e-4)
+    assert metrics["grad_norm"] == pytest.approx(total_norm.item(), rel=1e-4)
+    assert 0 < metrics["policy/clipfrac_avg"] < 1
+
+
 def test_paper_and_verl_variants_of_remax_run(files, tiny_model, tmp_path):
     losses = {}
     for variant in ("official", "paper", "verl"):
@@ -245,8 +289,6 @@ def test_a_mismatch_between_decoding_and_training_stops_the_run(files, tiny_mode
 
 
 def test_missing_eos_penalty_is_taken_off_unfinished_completions(files, tiny_model, tmp_path):
-    from rlhf_fast.memory import Meter
-
     scores = []
     for penalty in (0.0, 3.0):
         config = stage_config(ReMaxConfig, files, tiny_model, tmp_path, missing_eos_penalty=penalty)
