@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+from test_sharing import numbers
+from test_stages import distance, files, stage_config, weights  # noqa: F401  (files is a fixture)
 from tiny_models import random_policy, random_sequences
 
 from rlhf_fast import offload
+from rlhf_fast.config import PPOConfig, RewardConfig
 from rlhf_fast.models import response_logits
+from rlhf_fast.stages import ppo, reward
 
 
 @pytest.fixture
@@ -49,3 +53,31 @@ def test_nothing_moves_on_a_cpu_or_without_offloading(uploads):
         with offload.visiting(model), offload.visiting(None):
             pass
     assert uploads == []
+
+
+def test_a_run_uses_the_weights_within_visits_only(files, tiny_model, tmp_path, monkeypatch):  # noqa: F811
+    """Between visits every weight is NaN here; the numbers are those of a run that offloads nothing."""
+    reward.train(stage_config(RewardConfig, files, tiny_model, tmp_path / "reward"))
+    options = {"reward": str(tmp_path / "reward"), "value_model": tiny_model, "offload": True}
+    options |= {"eval_steps": 2, "eval_data": files["prompts"]}
+    ppo.train(stage_config(PPOConfig, files, tiny_model, tmp_path / "ordinary", **options))
+
+    device_side, placed = {}, []
+
+    def place(model, device, offloaded):
+        assert offloaded
+        model.offloaded = (device, [])
+        for tensor in (*model.parameters(), *model.buffers()):
+            home = torch.full_like(tensor.data, float("nan"))
+            device_side[home.data_ptr()], tensor.data = tensor.data, home
+            model.offloaded[1].append((tensor, home))
+        placed.append(model)
+        return model
+
+    monkeypatch.setattr("rlhf_fast.stages.online.place", place)
+    monkeypatch.setattr("rlhf_fast.rewards.place", place)
+    monkeypatch.setattr(offload, "_upload", lambda home, device: device_side[home.data_ptr()])
+    ppo.train(stage_config(PPOConfig, files, tiny_model, tmp_path / "offloaded", **options))
+    assert len(placed) == 2  # the reference and the reward model
+    assert numbers(tmp_path / "offloaded") == numbers(tmp_path / "ordinary")
+    assert distance(weights(tmp_path / "offloaded"), weights(tmp_path / "ordinary")) == 0

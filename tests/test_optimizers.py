@@ -7,11 +7,12 @@ from test_sharing import numbers
 from test_stages import STAGES, distance, files, interrupted, stage_config, weights  # noqa: F401  (files is a fixture)
 
 from rlhf_fast import optimizers
-from rlhf_fast.config import SFTConfig
+from rlhf_fast.config import ReMaxConfig, SFTConfig
 from rlhf_fast.metrics import read_metrics
 from rlhf_fast.models import load_policy
 from rlhf_fast.stages import sft
 from rlhf_fast.training import Learner
+from rlhf_fast.variance import gradient_variance
 
 
 @pytest.mark.parametrize("name", ["sft", "ppo", "dpo"])

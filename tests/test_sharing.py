@@ -158,6 +158,14 @@ def test_shared_critic_is_one_pass_and_the_sum_of_both_gradients(files, tiny_mod
     torch.testing.assert_close(critic.model.score.weight.grad, value_gradients["score.weight"], rtol=1e-3, atol=1e-6)
 
 
+def test_shared_critic_does_not_see_micro_batches(files, tiny_model, tmp_path):  # noqa: F811
+    for micro in (None, 4):
+        options = {"critic": "shared", "micro_batch_size": micro, "steps": 2}
+        ppo.train(stage_config(PPOConfig, files, tiny_model, tmp_path / str(micro), **options))
+    for whole, parts in zip(numbers(tmp_path / "None"), numbers(tmp_path / "4"), strict=True):
+        assert parts == pytest.approx(whole, rel=2e-4, abs=2e-5)
+
+
 def test_shared_critic_learns_and_resumes(files, tiny_model, tmp_path):  # noqa: F811
     options = {"critic": "shared", "steps": 12, "save_steps": 10, "value_learning_rate": 1e-2, "value_coef": 1.0}
     config = stage_config(PPOConfig, files, tiny_model, tmp_path / "whole", **options)

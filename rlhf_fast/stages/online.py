@@ -82,10 +82,11 @@ class Online:
             )
         self.policy, reference = load_policy_and_reference(config, self.device)
         self.reference = place(reference, self.device, config.offload)
-        self.objectives, self.reference_objectives = (
-            Objectives(model, temperature=config.temperature, fused=config.fused_head)
-            for model in (self.policy, self.reference)
-        )
+        with visiting(self.reference):
+            self.objectives, self.reference_objectives = (
+                Objectives(model, temperature=config.temperature, fused=config.fused_head)
+                for model in (self.policy, self.reference)
+            )
         self.reward = Reward(
             config.reward,
             self.tokenizer,
