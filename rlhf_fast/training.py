@@ -47,7 +47,7 @@ class Learner:
     ) -> None:
         self.model, self.max_grad_norm, self.bf16 = model, config.max_grad_norm, config.bf16
         self.static_bytes: dict[str, int] = {}
-        self.parameters = [p for p in parameters or model.parameters() if p.requires_grad]
+        self.parameters = [p for p in (model.parameters() if parameters is None else parameters) if p.requires_grad]
         self.optimizer = make_optimizer(config, self.parameters, learning_rate or config.learning_rate)
         factor = lr_factor(config.lr_schedule, config.warmup_steps, total_steps)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)

@@ -3,13 +3,16 @@
 import json
 
 import pytest
+import torch
 from test_sharing import numbers
 from test_stages import STAGES, distance, files, interrupted, stage_config, weights  # noqa: F401  (files is a fixture)
+from tiny_models import random_policy, random_sequences
 
 from rlhf_fast import optimizers
 from rlhf_fast.config import ReMaxConfig, SFTConfig
 from rlhf_fast.metrics import read_metrics
 from rlhf_fast.models import load_policy
+from rlhf_fast.objectives import Objectives
 from rlhf_fast.stages import sft
 from rlhf_fast.training import Learner
 from rlhf_fast.variance import gradient_variance
@@ -27,6 +30,21 @@ def test_optimizer_in_backward_gives_the_same_bits_without_gradients(name, files
     runs = [json.loads((tmp_path / d / "run.json").read_text())["static_bytes"] for d in ("ordinary", "inside")]
     assert all(runs[0][role]["gradients"] > 0 and runs[1][role]["gradients"] == 0 for role in ("policy",))
     assert runs[0]["policy"]["optimizer"] == runs[1]["policy"]["optimizer"]
+
+
+def test_tied_weights_are_stepped_once_in_a_backward_pass():
+    sequences, results = random_sequences(), []
+    for inside in (False, True):
+        model = random_policy("gpt2").train()
+        assert model.lm_head.weight is model.transformer.wte.weight
+        options = {"max_grad_norm": 0.0, "learning_rate": 1e-2, "optimizer_in_backward": inside}
+        learner = Learner(model, SFTConfig(model="m", output_dir="out", train_data="rows", **options), total_steps=3)
+        for _ in range(3):
+            Objectives(model).sft(sequences, sequences.response_ids, 7.0).loss.backward()
+            learner.step()
+        results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*results)
+    assert (results[0] - torch.cat([p.flatten() for p in random_policy("gpt2").parameters()])).abs().max() > 0.01
 
 
 def test_optimizer_in_backward_says_that_the_weights_are_spoilt(tiny_model):

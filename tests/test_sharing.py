@@ -56,7 +56,7 @@ def test_every_stage_trains_adapters_and_resumes_bit_for_bit(name, files, tiny_m
         assert held["reference"] == {"weights": 0, "gradients": 0, "optimizer": 0}
 
 
-def test_an_adapter_goes_on_being_trained_and_the_reference_is_its_start(lora_start, files, tmp_path):  # noqa: F811
+def test_an_adapter_goes_on_being_trained_and_the_reference_is_its_start(lora_start, files, tiny_model, tmp_path):  # noqa: F811
     start = str(lora_start / "sft")
     config = stage_config(ReMaxConfig, files, start, tmp_path, eval_steps=2, eval_data=files["prompts"], **LORA)
     remax.train(config)
@@ -64,6 +64,10 @@ def test_an_adapter_goes_on_being_trained_and_the_reference_is_its_start(lora_st
     assert history[0]["eval/kl"] == 0
     assert history[1]["objective/kl"] == pytest.approx(0, abs=1e-4)
     assert history[-1]["eval/kl"] > 1e-3
+    from_base = {"reference": start, "eval_steps": 4, "eval_data": files["prompts"]}
+    config = stage_config(ReMaxConfig, files, tiny_model, tmp_path / "from_base", **from_base, **LORA)
+    remax.train(config)  # an adapter as a reference that is named
+    assert read_metrics(tmp_path / "from_base" / "metrics.jsonl")[0]["eval/kl"] > 1e-3
     settings = [json.loads((d / "adapter_config.json").read_text()) for d in (tmp_path, lora_start / "reward")]
     base = json.loads((lora_start / "sft" / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert {s["base_model_name_or_path"] for s in settings} == {base}
