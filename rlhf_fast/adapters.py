@@ -101,7 +101,7 @@ def put_on(model: PreTrainedModel, path: str | os.PathLike, lora: LoRA | None, *
             raise ValueError(f"model: expected an adapter of {base} in {path}, found weights without a place: {lost}")
 
 
-def share_trunk(scorer: PreTrainedModel, policy: PreTrainedModel) -> None:
+def adopt(scorer: PreTrainedModel, policy: PreTrainedModel) -> None:
     """Makes `scorer`, whose trunk is the policy's own with its adapter, save that adapter and its score head."""
     from peft.utils import ModulesToSaveWrapper
 
@@ -111,12 +111,17 @@ def share_trunk(scorer: PreTrainedModel, policy: PreTrainedModel) -> None:
     scorer.peft_config, scorer._hf_peft_config_loaded = {_NAME: config}, True
 
 
+def stands_on(model: PreTrainedModel, path: str | os.PathLike) -> bool:
+    """Whether the weights of `model`, its adapter aside, came from `path`."""
+    return os.path.realpath(path) == os.path.realpath(model.name_or_path)
+
+
 def base_of(model: PreTrainedModel, path: str | os.PathLike) -> PreTrainedModel:
     """Another model object on the parameters and buffers of `model`, its adapter left out.
 
-    path: what the new object is wanted for; ValueError unless that is the base of `model`.
+    path: what the new object is wanted for; ValueError unless `model` stands on that.
     """
-    if os.path.realpath(path) != os.path.realpath(model.name_or_path):
+    if not stands_on(model, path):
         raise ValueError(f"share_base: expected adapters on the policy's base {model.name_or_path}, got base {path}")
     tensors = (*model.parameters(), *model.buffers())
     twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})

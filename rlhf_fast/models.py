@@ -127,7 +127,7 @@ def value_head_on(policy: PreTrainedModel, saved: Path | None) -> PreTrainedMode
     if saved is not None:
         model.score.load_state_dict(load_scorer(saved, trainable=False).score.state_dict())
     if adapters.has_adapter(policy):
-        adapters.share_trunk(model, policy)
+        adapters.adopt(model, policy)
     return model.train(policy.training)
 
 

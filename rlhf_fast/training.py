@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rlhf_fast
-from rlhf_fast import checkpoint
-from rlhf_fast.adapters import lora_of
+from rlhf_fast import adapters, checkpoint
 from rlhf_fast.config import DPOConfig, OnlineConfig, StageConfig
 from rlhf_fast.data import epoch_batches
 from rlhf_fast.memory import Meter, static_bytes
@@ -241,13 +240,13 @@ def load_policy_and_reference(
 ) -> tuple[PreTrainedModel, PreTrainedModel]:
     """The trained policy on `device`, and the frozen model its KL is taken to, which is still to be placed there.
 
-    With LoRA, and no reference named, the reference is another model object on the policy's weights: without the
-    adapter, or with a frozen one where `config.model` is an adapter itself.
+    With LoRA the reference is another model object on the policy's weights, unless it names a model of another base:
+    without the adapter, or with a frozen one where it is an adapter itself.
     """
-    lora = lora_of(config)
+    lora, reference = adapters.lora_of(config), config.reference or config.model
     policy = load_policy(resume_directory(config) or config.model, lora=lora).to(device)
-    shared = policy if lora is not None and config.reference is None else None
-    return policy, load_policy(config.reference or config.model, trainable=False, shared=shared)
+    on_policy = lora is not None and adapters.stands_on(policy, adapters.base_path(reference))
+    return policy, load_policy(reference, trainable=False, shared=policy if on_policy else None)
 
 
 def resume_directory(config: StageConfig) -> Path | None:

@@ -13,7 +13,7 @@ from rlhf_fast import checkpoint
 from rlhf_fast.config import GRPOConfig, PPOConfig, ReMaxConfig, RewardConfig, SFTConfig
 from rlhf_fast.memory import Meter
 from rlhf_fast.metrics import read_metrics
-from rlhf_fast.models import load_policy, load_scorer, response_logits, token_values
+from rlhf_fast.models import load_policy, load_scorer, load_tokenizer, response_logits, token_values
 from rlhf_fast.stages import ppo, remax, reward, sft
 from rlhf_fast.stages.online import Online
 from rlhf_fast.tokenizers import init_model
@@ -68,6 +68,8 @@ def test_an_adapter_goes_on_being_trained_and_the_reference_is_its_start(lora_st
     config = stage_config(ReMaxConfig, files, tiny_model, tmp_path / "from_base", **from_base, **LORA)
     remax.train(config)  # an adapter as a reference that is named
     assert read_metrics(tmp_path / "from_base" / "metrics.jsonl")[0]["eval/kl"] > 1e-3
+    held = json.loads((tmp_path / "from_base" / "run.json").read_text())["static_bytes"]
+    assert held["reference"]["weights"] == 4 * sum(t.numel() for t in weights(lora_start / "sft").values())
     settings = [json.loads((d / "adapter_config.json").read_text()) for d in (tmp_path, lora_start / "reward")]
     base = json.loads((lora_start / "sft" / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert {s["base_model_name_or_path"] for s in settings} == {base}
@@ -195,6 +197,12 @@ def test_a_smaller_critic(files, tiny_model, tmp_path, tokenizer):  # noqa: F811
     run = json.loads((tmp_path / "out" / "run.json").read_text())
     assert run["parameters"]["value"] < 0.25 * run["parameters"]["policy"]
     assert load_scorer(tmp_path / "out" / "value").config.model_type == "gpt2"
+
+    other = load_tokenizer(tmp_path / "small")
+    other.add_tokens(["another"])
+    other.save_pretrained(tmp_path / "small")
+    with pytest.raises(ValueError, match="value_model: expected a model with the policy's tokenizer, found another in"):
+        ppo.train(dataclasses.replace(config, output_dir=str(tmp_path / "none")))
 
 
 @pytest.mark.parametrize(

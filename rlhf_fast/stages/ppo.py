@@ -7,6 +7,7 @@ epochs of minibatches with clipped policy and value losses.
 """
 
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from rlhf_fast.adapters import lora_of
 from rlhf_fast.config import PPOConfig
-from rlhf_fast.models import hidden_values, load_scorer, response_hidden, token_values, value_head_on
+from rlhf_fast.models import hidden_values, load_scorer, load_tokenizer, response_hidden, token_values, value_head_on
 from rlhf_fast.ops import LinearPPOLoss, ValueLoss, gae, ppo_value_loss, shape_rewards, whiten
 from rlhf_fast.rollout import Rollout
 from rlhf_fast.stages.online import Experience, Online
@@ -52,10 +53,19 @@ def load_critic(online: Online) -> Learner:
     else:
         from_reward = config.reward if online.reward.model is not None else config.model
         path = saved or config.value_model or from_reward
+        check_tokenizer(path, online)
         shared = online.policy if config.share_base else None
         model = load_scorer(path, head="zero", lora=lora_of(config), shared=shared).to(online.device)
     trained = model.score.parameters() if config.critic == "shared" else None
     return Learner(model, config, online.updates, learning_rate=config.value_learning_rate, parameters=trained)
+
+
+def check_tokenizer(path: str | Path, online: Online) -> None:
+    """The value model reads the policy's token ids; only a directory with a tokenizer of its own can be checked."""
+    if not Path(path, "tokenizer_config.json").is_file():
+        return
+    if load_tokenizer(path).get_vocab() != online.tokenizer.get_vocab():
+        raise ValueError(f"value_model: expected a model with the policy's tokenizer, found another in {path}")
 
 
 def advantages_and_returns(run: Run, online: Online, critic: Learner, experience: Experience) -> Targets:
