@@ -82,6 +82,7 @@ class StageConfig:
             "max_length",
             "max_prompt_length",
             "max_response_length",
+            "greedy_max_response_length",
         ):
             _check(self, name, lambda v: v >= 1, "an integer >= 1")
         for name in ("gamma", "lam"):
@@ -208,6 +209,9 @@ class ReMaxConfig(OnlineConfig):
     """ReMax: REINFORCE with the greedy completion's score as baseline (arXiv 2310.10505)."""
 
     learning_rate: float = _arg(1e-6, "Peak learning rate of the policy.")
+    greedy_max_response_length: int | None = _arg(
+        None, "End greedy completions at this many tokens (ReMax-fast); default: max_response_length."
+    )
     variant: RemaxVariant = _arg("official", "Per-token weights: the authors' code, the paper, or verl's form.")
     gamma: float = _arg(1.0, "Discount of the official variant (its scripts use 0.99).")
     score_clip: float = _arg(5.0, "The score difference is clipped to +- this (official, paper); 0 does not.")

@@ -274,6 +274,20 @@ def test_paper_and_verl_variants_of_remax_run(files, tiny_model, tmp_path):
     assert losses["verl"]["loss/policy_avg"] == pytest.approx(losses["official"]["loss/policy_avg"], rel=1e-4)
 
 
+def test_remax_fast_ends_greedy_completions_sooner(files, tiny_model, tmp_path, monkeypatch):
+    scored, score = [], Online._score
+
+    def watched(self, rollout, columns):
+        scored.append(rollout)
+        return score(self, rollout, columns)
+
+    monkeypatch.setattr(Online, "_score", watched)
+    config = stage_config(ReMaxConfig, files, tiny_model, tmp_path, steps=1, greedy_max_response_length=2)
+    remax.train(config)
+    sampled, capped = scored
+    assert capped.response_mask.sum(dim=1).max() == 2 < sampled.response_mask.sum(dim=1).max()
+
+
 def test_a_mismatch_between_decoding_and_training_stops_the_run(files, tiny_model, tmp_path, monkeypatch):
     config = stage_config(ReMaxConfig, files, tiny_model, tmp_path)
     original = Online.collect

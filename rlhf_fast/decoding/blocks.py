@@ -2,7 +2,8 @@
 
 transformers' forward does the same arithmetic behind masks, caches, output classes and hooks that cost a small model
 more than the arithmetic. Here the query, key and value projections become one matmul, gate and up another, RMS norms
-one call. Three layouts are known: Llama's (Qwen, Mistral, Gemma, ...), GPT-2's and OPT's.
+one call, small LoRA adapters are added to their weights. Three layouts are known: Llama's (Qwen, Mistral, Gemma, ...),
+GPT-2's and OPT's.
 
 What looks like one of these need not compute the same: whoever uses `read` has to compare with the model's own forward
 (`engine.decoder` does). Modules that are not plain layers (adapters, quantised weights) are called as they are.
@@ -23,8 +24,9 @@ from rlhf_fast.decoding import cpu
 
 Function = Callable[[Tensor], Tensor]
 
-# Fused projections are copies. Past this many bytes a layer's matmuls outweigh what fewer of them save.
-_MOST_COPIED = 1 << 28
+# Projections side by side, and weights with their adapter added, are copies. Past this many bytes the matmul outweighs
+# what the copy saves.
+_MOST_COPIED = 1 << 20
 # Tables of these rotary embeddings do not depend on how long the sequence has become.
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
 
@@ -208,15 +210,31 @@ def _norm(module: nn.Module) -> Function:
 
 def _linear(modules: Sequence[nn.Module], dtype: torch.dtype | None) -> Function:
     """The outputs of linear layers of one input, side by side."""
-    plain = all(type(m) in (nn.Linear, Conv1D) and not m._forward_hooks and not m._forward_pre_hooks for m in modules)
-    if plain and dtype is None and sum(m.weight.nbytes for m in modules) > _MOST_COPIED and len(modules) > 1:
-        plain = False
+    weights = [_weight(module) for module in modules]
+    plain = all(weight is not None for weight in weights)
+    if plain and len(weights) > 1 and dtype is None:
+        plain = sum(weight.nbytes for weight in weights) <= _MOST_COPIED
     if not plain:
         if len(modules) == 1:
             return modules[0]
         return lambda x: torch.cat([m(x) for m in modules], dim=-1)
-    weights = [m.weight.t() if type(m) is Conv1D else m.weight for m in modules]
-    biases = [m.bias if m.bias is not None else w.new_zeros(len(w)) for m, w in zip(modules, weights, strict=True)]
+    biases = [getattr(module, "base_layer", module).bias for module in modules]
+    has_bias = any(bias is not None for bias in biases)
     weight = (torch.cat(weights) if len(weights) > 1 else weights[0]).to(dtype or weights[0].dtype)
-    bias = torch.cat(biases).to(weight.dtype) if any(m.bias is not None for m in modules) else None
+    zeros = (b if b is not None else w.new_zeros(len(w)) for b, w in zip(biases, weights, strict=True))
+    bias = torch.cat(list(zeros)).to(weight.dtype) if has_bias else None
     return lambda x: F.linear(x, weight, bias)
+
+
+def _weight(module: nn.Module) -> Tensor | None:
+    """[out, in] of a plain layer, or of a small one with its LoRA adapter added; None for any other module."""
+    base = getattr(module, "base_layer", module)
+    if type(base) not in (nn.Linear, Conv1D) or module._forward_hooks or module._forward_pre_hooks:
+        return None
+    weight = base.weight
+    if base is not module:
+        is_lora = hasattr(module, "lora_A") and not (module.disable_adapters or module.merged or module.lora_variant)
+        if not is_lora or weight.nbytes > _MOST_COPIED:
+            return None
+        weight = sum((module.get_delta_weight(a) for a in module.active_adapters if a in module.lora_A), weight)
+    return weight.t() if type(base) is Conv1D else weight

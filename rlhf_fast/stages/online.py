@@ -57,6 +57,7 @@ class Online:
     """Models, prompts and reward of an online method, and the loop over rounds.
 
     samples: completions per prompt. greedy: also decode each prompt's greedy completion, in the same batch.
+    greedy_length: tokens of a greedy completion at most; default: as many as of a sampled one.
     updates_per_round: optimizer steps the method takes on each rollout.
     """
 
@@ -67,9 +68,11 @@ class Online:
         *,
         samples: int = 1,
         greedy: bool = False,
+        greedy_length: int | None = None,
         updates_per_round: int = 1,
     ) -> None:
-        self.config, self.name, self.samples, self.greedy = config, name, samples, greedy
+        self.config, self.name, self.samples = config, name, samples
+        self.greedy, self.greedy_length = greedy, greedy_length
         self.device = default_device()
         self.tokenizer = load_tokenizer(config.model)
         rows = load_rows(config.train_data, "prompt")
@@ -147,6 +150,7 @@ class Online:
                     temperature=self.config.temperature,
                     samples=self.samples,
                     greedy=self.greedy,
+                    greedy_max_new_tokens=self.greedy_length,
                     seed=seed,
                 )
             with meter.phase("scoring"):

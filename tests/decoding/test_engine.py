@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from tiny_models import ARCHITECTURES, random_policy, random_sequences
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -99,3 +100,21 @@ def test_bfloat16_autocast(kernels):
         a, b = mine.step(tokens), own.step(tokens)
     assert a.dtype == b.dtype == torch.bfloat16
     torch.testing.assert_close(a, b, rtol=0, atol=0.03 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("most_copied", [0, 1 << 20])
+def test_lora_adapters_added_to_small_weights_and_called_on_large_ones(architecture, most_copied, monkeypatch):
+    monkeypatch.setattr(blocks, "_MOST_COPIED", most_copied)
+    model, sequences = random_policy(architecture), random_sequences(rows=3)
+    before = engine.CacheDecoder(model).prefill(sequences.prompt_ids, sequences.prompt_mask, 1)
+    inject_adapter_in_model(LoraConfig(r=4, target_modules="all-linear"), model)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.normal_(std=0.5, generator=torch.Generator().manual_seed(0))
+    mine, own = engine.decoder(model, 3), engine.CacheDecoder(model)
+    assert isinstance(mine, engine.StaticDecoder)
+    logits = [d.prefill(sequences.prompt_ids, sequences.prompt_mask, 1) for d in (mine, own)]
+    assert (logits[0] - before).abs().max() > 0.1
+    for token in torch.tensor([[3, 4, 5], [6, 7, 8]]):
+        torch.testing.assert_close(*(d.step(token) for d in (mine, own)), rtol=1e-4, atol=1e-4)
