@@ -56,13 +56,13 @@ def default_device() -> torch.device:
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(_existing(path))
+    return AutoTokenizer.from_pretrained(existing(path))
 
 
 def load_policy(path: str | Path, *, trainable: bool = True) -> PreTrainedModel:
     """The causal language model at `path` in fp32, dropout off; frozen unless `trainable`."""
     with _quiet_loading():
-        model = AutoModelForCausalLM.from_pretrained(_existing(path), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(existing(path), dtype=torch.float32)
     return _prepare(model, trainable)
 
 
@@ -74,7 +74,7 @@ def load_scorer(
     A new `score` head is drawn from N(0, 1/(H+1)) (`normal`, for reward models; arXiv 2009.01325) or set to 0
     (`zero`, for value models, so that the first values are 0).
     """
-    config = AutoConfig.from_pretrained(_existing(path))
+    config = AutoConfig.from_pretrained(existing(path))
     is_classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
     if is_classifier and config.num_labels != 1:
         raise ValueError(f"model: expected a reward model with one label at {path}, got {config.num_labels} labels")
@@ -138,7 +138,7 @@ def forward_inputs(model: PreTrainedModel, ids: Tensor, mask: Tensor, positions:
     return inputs
 
 
-def _existing(path: str | Path) -> str:
+def existing(path: str | Path) -> str:
     """`path` itself; a local path that is not there must not be looked for on the hub, which takes minutes to fail."""
     text = str(path)
     local = isinstance(path, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or os.sep in text[-1:]
