@@ -264,7 +264,9 @@ class PlanConfig:
     response_length: int = _arg(256, "Tokens of a response.")
     group_size: int = _arg(4, "Samples per prompt of rloo and grpo; batch_size counts samples.")
     minibatches: int = _arg(1, "Optimizer steps per pass over a batch (ppo, grpo).")
-    critic: str = _arg("same", "Value model of ppo: `same` shape as the reward model, `shared` trunk, or a config as model.")
+    critic: str = _arg(
+        "same", "Value model of ppo: `same` shape as the reward model, `shared` trunk, or a config as model."
+    )
     reward: str | None = _arg(None, "Reward model's config, or `none` for a Python function; default: as the model.")
     reference: str | None = _arg(None, "Reference model's config; default: as the model.")
     lora_rank: int = _arg(0, "Train LoRA adapters of this rank on all linear layers but the head; 0: all weights.")
@@ -290,7 +292,15 @@ class PlanConfig:
     )
 
     def __post_init__(self) -> None:
-        names = "batch_size", "micro_batch_size", "prompt_length", "response_length", "group_size", "minibatches", "gpus"
+        names = (
+            "batch_size",
+            "micro_batch_size",
+            "prompt_length",
+            "response_length",
+            "group_size",
+            "minibatches",
+            "gpus",
+        )
         for name in names:
             _check(self, name, lambda v: v >= 1, "an integer >= 1")
         _check(self, "lora_rank", lambda v: v >= 0, "an integer >= 0")

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from rlhf_fast.ops import dispatch
 
@@ -61,10 +60,15 @@ class TensorBytes(TorchDispatchMode):
         self._follow_all(out)
         return out
 
-    def _follow_all(self, values: Any) -> None:
-        for value in tree_iter(values):
-            if isinstance(value, Tensor):
-                self._follow(value)
+    def _follow_all(self, value: Any) -> None:
+        if isinstance(value, Tensor):
+            self._follow(value)
+        elif isinstance(value, list | tuple):
+            for item in value:
+                self._follow_all(item)
+        elif isinstance(value, dict):
+            for item in value.values():
+                self._follow_all(item)
 
     def _follow(self, tensor: Tensor, size: int | None = None) -> None:
         storage = tensor.untyped_storage()

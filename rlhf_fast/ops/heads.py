@@ -120,7 +120,9 @@ def chunk_rows(n: int, layers: list[Layer], budget: int) -> int:
     return -(-n // -(-n // most)) if n else 1
 
 
-def working_bytes(tokens: int, n: int, hidden: torch.dtype, layer: Layer, budget: int, wanted: tuple[bool, bool]) -> int:
+def working_bytes(
+    tokens: int, n: int, hidden: torch.dtype, layer: Layer, budget: int, wanted: tuple[bool, bool]
+) -> int:
     """Bytes a loss from hidden states adds at its peak, its results and gradients included.
 
     tokens: all of them; n: those that count. hidden: their dtype. wanted: gradients by hidden and by weight.

@@ -73,7 +73,7 @@ def make_report(planner: Planner) -> dict[str, Any]:
         },
         "device": device,
         "phases": {
-            name: {"peak_bytes": phase.peak_bytes, "parts": phase.parts, "pass": phase.pass_}
+            name: {"peak_bytes": phase.peak_bytes, "parts": phase.parts, "how": phase.how}
             for name, phase in phases.items()
         },
         "peak_bytes": peak,
@@ -123,10 +123,13 @@ def show(planner: Planner, report: dict[str, Any]) -> None:
         ],
     )
     print_table(
-        f"Peak of each phase, {rows} ({report['device']})",
+        f"Peak of each phase, {rows} ({report['device']}); a pass adds activations, KV cache, new gradients, buffers",
         [
             {"phase": name, "peak GiB": _gib(phase["peak_bytes"])}
-            | {"of which": ", ".join(f"{part} {_gib(size)}" for part, size in phase["parts"].items())}
+            | {
+                f"{kind} GiB": _gib(_sum(phase["parts"], kind))
+                for kind in ("weights", "optimizer", "gradients", "pass")
+            }
             for name, phase in report["phases"].items()
         ],
     )
@@ -154,14 +157,20 @@ def explanation(planner: Planner, report: dict[str, Any]) -> list[str]:
         if role.trained:
             lines[-1] += f", gradients {role.trained:,} x {gradient:g}, optimizer {role.trained:,} x {optimizer:g}"
         if plan.gpus > 1:
-            lines[-1] += f"; {plan.gpus} GPUs: {', '.join(f'{k} {v:,}' for k, v in planner.static[name]._asdict().items())}"
+            lines[-1] += (
+                f"; {plan.gpus} GPUs: {', '.join(f'{k} {v:,}' for k, v in planner.static[name]._asdict().items())}"
+            )
     lines.append("Phases: the sum of what is there; a pass counts the tensors of the stage's own code")
     for name, phase in report["phases"].items():
         lines.append(f"  {name}: " + " + ".join(f"{size:,} ({part})" for part, size in phase["parts"].items()))
         lines[-1] += f" = {phase['peak_bytes']:,}"
-        if phase["pass"]:
-            lines.append(f"    pass: {phase['pass']}")
+        if phase["how"]:
+            lines.append(f"    pass: {phase['how']}")
     return lines
+
+
+def _sum(parts: dict[str, int], kind: str) -> int:
+    return sum(size for name, size in parts.items() if name.endswith(kind))
 
 
 def _gib(size: float) -> str:

@@ -84,7 +84,9 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         tensors = zip((hidden, weight, bias), ctx.needs_input_grad, strict=True)
-        ctx.gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) if want else None for x, want in tensors]
+        ctx.gradients = [
+            torch.empty_like(x, memory_format=torch.contiguous_format) if want else None for x, want in tensors
+        ]
         return hidden.new_empty(())
 
     @staticmethod
@@ -116,7 +118,9 @@ def training(shape: Shape, lengths: Lengths, *, loss: str, fused: bool, keep: bo
     """
 
     def run(model: PreTrainedModel, rows: int) -> dict[str, int]:
-        value_head = torch.nn.Linear(model.config.get_text_config().hidden_size, 1, dtype=shape.dtype) if critic else None
+        value_head = (
+            torch.nn.Linear(model.config.get_text_config().hidden_size, 1, dtype=shape.dtype) if critic else None
+        )
         hooks = [_after_last_layer(model, lambda: moments.mark("activations"))]
         if not keep:
             hooks += [p.register_post_accumulate_grad_hook(_drop) for p in model.parameters() if p.requires_grad]

@@ -8,14 +8,14 @@ from torch import nn
 from rlhf_fast.config import PlanConfig
 from rlhf_fast.ops.heads import MEMORY_BUDGET, Layer, working_bytes
 from rlhf_fast.plan.passes import Curve, Lengths, inference, rollout, simulate, training
-from rlhf_fast.plan.roles import ONLINE, Role, roles_of, static_bytes
+from rlhf_fast.plan.roles import ONLINE, Role, roles_of, static_bytes, zero_stage
 
 
 class Phase(NamedTuple):
-    """Bytes at the peak, part by part."""
+    """Bytes at the peak: "<role> weights", "<role> optimizer", "<role> gradients" and "pass", all that the pass adds."""
 
     parts: dict[str, int]
-    pass_: str  # how the pass's bytes come about
+    how: str  # the pass's bytes come about
 
     @property
     def peak_bytes(self) -> int:
@@ -59,36 +59,31 @@ class Planner:
         result["policy_update"] = self._update(self.main, micro, later, device)
         if "value" in self.roles and not self.shared_critic:
             result["value_update"] = self._update("value", micro, later, device)
-        gradients = {f"{name} gradients": self.static[name].gradients for name in self.trained}
-        result["optimizer"] = Phase(self._resident(()) | (gradients if not self.plan.offload_optimizer else {}), "")
+        gradients = {} if self.plan.offload_optimizer else {n: self.static[n].gradients for n in self.trained}
+        result["optimizer"] = Phase(
+            self._resident(None) | {f"{n} gradients": size for n, size in gradients.items()}, ""
+        )
         return result
 
-    def _resident(self, frozen: tuple[str, ...], optimizer: bool = True) -> dict[str, int]:
-        """Weights and optimizer states on the GPU; `frozen`: the frozen roles at work."""
+    def _resident(self, at_work: str | None) -> dict[str, int]:
+        """Weights and optimizer states on the GPU while the role `at_work` runs."""
         parts = {}
         for name, role in self.roles.items():
-            static = self.static[name]
-            if role.frozen:
-                parts[f"{name} weights"] = self._frozen_weights(name, at_work=name in frozen)
-                continue
-            parts[f"{name} weights"] = static.weights + self._gathered(role, self.plan.zero)
-            if optimizer and not self.plan.offload_optimizer:
-                parts[f"{name} optimizer"] = static.optimizer
+            parts[f"{name} weights"] = self._weights(name, role, at_work == name)
+            first_phase = self.plan.method == "dpo" and at_work == "reference"  # before any optimizer step
+            if not first_phase and not self.plan.offload_optimizer:
+                parts[f"{name} optimizer"] = self.static[name].optimizer
         return {name: size for name, size in parts.items() if size}
 
-    def _frozen_weights(self, name: str, at_work: bool) -> int:
-        role, zero = self.roles[name], self.plan.frozen_zero
-        zero = (3 if self.plan.zero == 3 else 0) if zero is None else zero
-        if self.plan.method == "dpo" and not at_work:
-            return 0  # dropped after its one phase
-        if not self.plan.offload:
-            return self.static[name].weights + self._gathered(role, zero) * at_work
-        if not at_work or not role.own:
+    def _weights(self, name: str, role: Role, at_work: bool) -> int:
+        """ZeRO 3 gathers the layers at work; an offloaded model is away in the other phases, or but for those layers."""
+        plan, sharded = self.plan, zero_stage(role, self.plan) == 3
+        if role.frozen and not at_work and (plan.offload or plan.method == "dpo"):  # dpo drops it
             return 0
-        return role.gathered_bytes if zero == 3 else self.static[name].weights
-
-    def _gathered(self, role: Role, zero: int) -> int:
-        return role.gathered_bytes if zero == 3 and self.plan.gpus > 1 else 0
+        gathered = role.gathered_bytes if role.own and at_work and sharded else 0
+        if role.frozen and plan.offload and sharded:
+            return gathered
+        return self.static[name].weights + (gathered if plan.gpus > 1 else 0)
 
     def _rollout(self, batch: int) -> Phase:
         prompts = batch if self.plan.method == "remax" else batch // self.rows_per_prompt
@@ -97,14 +92,14 @@ class Planner:
         rows = prompts * self.rows_per_prompt
         text = f"{rows} rows: KV cache {at['kv_cache']:,} at {sum(self.lengths)} tokens, decode step with it {at['decode']:,}"
         text += f"; prefill of {prompts} prompts {at['prefill']:,}"
-        return Phase(self._resident(()) | {"KV cache and activations": part}, text)
+        return Phase(self._resident("policy") | {"pass": part}, text)
 
     def _frozen(self, name: str, rows: int, device: str) -> Phase:
         casts = 0
         if self.online and self.plan.bf16:
             casts = self._rollout_curve()(1)["casts"]
         phase = self._inference(name, rows, device)
-        return Phase(phase.parts | ({"policy in bfloat16 (autocast)": casts} if casts else {}), phase.pass_)
+        return Phase(phase.parts | ({"policy bfloat16 weights": casts} if casts else {}), phase.how)
 
     def _inference(self, name: str, rows: int, device: str) -> Phase:
         role = self.roles[name]
@@ -119,10 +114,7 @@ class Planner:
             working = self._head_bytes(role, rows, device, wanted=(False, False))
             head += working
             text += f"; hidden states {at['loss']:,} + head {working:,}"
-        return Phase(
-            self._resident((name,), optimizer=self.plan.method != "dpo") | {"activations": max(at["activations"], head)},
-            text,
-        )
+        return Phase(self._resident(name) | {"pass": max(at["activations"], head)}, text)
 
     def _update(self, name: str, micro: int, later: bool, device: str) -> Phase:
         role = self.roles[name]
@@ -144,8 +136,11 @@ class Planner:
             working = self._head_bytes(role, rows, device, wanted=(True, not self.plan.lora_rank))
             text += f"; at the loss {at['loss']:,} + fused head {working:,}"
             peak = max(peak, at["loss"] + working)
-        parts = self._resident(()) | self._other_gradients(name, later) | self._reduced(role)
-        return Phase(parts | {"activations and new gradients" if self.keeps_gradients else "activations": peak}, text)
+        if self.keeps_gradients:
+            text += "; the new gradients among them"
+        return Phase(
+            self._resident(name) | self._other_gradients(name, later) | self._reduced(role) | {"pass": peak}, text
+        )
 
     def _other_gradients(self, name: str, later: bool) -> dict[str, int]:
         """Gradients that are there while `name` makes its own: of the other model, and its own where split."""
@@ -160,7 +155,7 @@ class Planner:
         if not (self.plan.zero >= 2 or self.plan.offload_optimizer) or self.plan.optimizer_in_backward:
             return {}
         share = role.trained / role.counts.all
-        return {"gradients being reduced": round(2 * role.counts.layer * share) * role.shape.dtype.itemsize}
+        return {"reduced gradients": round(2 * role.counts.layer * share) * role.shape.dtype.itemsize}
 
     def _head_bytes(self, role: Role, rows: int, device: str, wanted: tuple[bool, bool]) -> int:
         lengths = self.trained_lengths

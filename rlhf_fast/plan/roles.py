@@ -104,10 +104,16 @@ def bytes_per_trained(plan: PlanConfig) -> tuple[float, float]:
     return (0 if plan.optimizer_in_backward else dtype.itemsize), moments + master
 
 
+def zero_stage(role: Role, plan: PlanConfig) -> int:
+    """A frozen model has only weights to split."""
+    if not role.frozen:
+        return plan.zero
+    return (3 if plan.zero == 3 else 0) if plan.frozen_zero is None else plan.frozen_zero
+
+
 def static_bytes(role: Role, plan: PlanConfig) -> StaticBytes:
     """Per GPU, on the GPU or (offloaded) in CPU memory."""
-    frozen_zero = (3 if plan.zero == 3 else 0) if plan.frozen_zero is None else plan.frozen_zero
-    zero = frozen_zero if role.frozen else plan.zero
+    zero = zero_stage(role, plan)
     gradient, optimizer = bytes_per_trained(plan)
     return StaticBytes(
         _share(role.own * role.shape.dtype.itemsize, plan.gpus if zero >= 3 else 1),

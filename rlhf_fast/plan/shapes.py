@@ -49,17 +49,21 @@ class Shape(NamedTuple):
     checkpointing: bool = False
     lora_rank: int = 0
 
+    def instantiate(self, config: PreTrainedConfig) -> PreTrainedModel:
+        """A model of `config` with random weights, on the device of the context."""
+        if self.head == "policy":
+            return AutoModelForCausalLM.from_config(config, dtype=self.dtype)
+        config = copy.deepcopy(config)
+        config.num_labels = 1
+        model = AutoModelForSequenceClassification.from_config(config, dtype=self.dtype)
+        if not hasattr(model, "score"):
+            raise ValueError(f"model: expected an architecture with a `score` head (decoder type), got {type(model)}")
+        return model
+
     def build(self, layers: int | None = None) -> PreTrainedModel:
         """The model, or one of its first `layers` layers, on the meta device."""
-        config = self.config if layers is None else _shortened(self.config, layers)
-        auto = AutoModelForCausalLM if self.head == "policy" else AutoModelForSequenceClassification
-        if self.head == "score":
-            config = copy.deepcopy(config)
-            config.num_labels = 1
         with torch.device("meta"):
-            model = auto.from_config(config, dtype=self.dtype)
-        if self.head == "score" and not hasattr(model, "score"):
-            raise ValueError(f"model: expected an architecture with a `score` head (decoder type), got {type(model)}")
+            model = self.instantiate(self.config if layers is None else _shortened(self.config, layers))
         model.requires_grad_(self.trained and not self.lora_rank)
         if self.lora_rank:
             _add_adapters(model, self.lora_rank)
