@@ -15,6 +15,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser
 
+from rlhf_fast.config import StageConfig
+
 Config = TypeVar("Config")
 
 
@@ -60,6 +62,9 @@ def make_parser(config_class: type, prog: str) -> ArgumentParser:
     general = parser.add_argument_group("general")
     general.add_argument("--config", action="config", metavar="FILE", help="YAML file with these keys; flags win.")
     general.add_argument("--print-config", action="store_true", help="Print the resulting config as YAML and stop.")
+    if issubclass(config_class, StageConfig):
+        help = "Print the memory plan of this config and stop; no weights are loaded."
+        general.add_argument("--dry-run", action="store_true", help=help)
     general.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
     general.add_argument("-h", "--help", action="help", help="Show this help and stop.")
     return parser
@@ -72,9 +77,10 @@ def parse(config_class: type[Config], arguments: list[str], prog: str) -> Config
     """
     parser = make_parser(config_class, prog)
     names = [field.name for field in dataclasses.fields(config_class)]
+    general = ["config", "print_config", "debug", "help", *["dry_run"] * issubclass(config_class, StageConfig)]
     for token in arguments:
         flag = re.match(r"--(?:no-)?([\w-]+)", token)
-        if flag and flag[1].replace("-", "_") not in (*names, "config", "print_config", "debug", "help"):
+        if flag and flag[1].replace("-", "_") not in (*names, *general):
             raise ValueError(f"unknown flag {nearest(flag[0], [_flag(name) for name in names])}")
     arguments = [re.sub(r"^--[\w-]+", lambda flag: flag[0].replace("_", "-"), token) for token in arguments]
     before = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)

@@ -29,6 +29,8 @@ COMMANDS = {
     "rloo": Command("config:RLOOConfig", "stages.rloo:train", "REINFORCE with a leave-one-out baseline"),
     "grpo": Command("config:GRPOConfig", "stages.grpo:train", "clipped updates on scores whitened within groups"),
     "dpo": Command("config:DPOConfig", "stages.dpo:train", "direct preference optimisation"),
+    "compare": Command("config:CompareConfig", "compare.command:run", "methods side by side: time, memory and reward"),
+    "plan": Command("config:PlanConfig", "plan.command:run", "memory of a run before it is started, by role and phase"),
 }
 
 
@@ -47,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     if name not in COMMANDS:
         return _fail(f"unknown command {nearest(name, list(COMMANDS))}", 2)
     command = COMMANDS[name]
-    debug = "--debug" in arguments
+    debug, dry_run = "--debug" in arguments, "--dry-run" in arguments
     try:
         parsed = parse(_load(command.config), arguments, f"rlhf-fast {name}")
     except ValueError as error:
@@ -57,6 +59,9 @@ def main(argv: list[str] | None = None) -> int:
     if parsed is None:
         return 0
     try:
+        if dry_run:
+            _load("plan.command:dry_run")(name, parsed)
+            return 0
         _load(command.run)(parsed)
     except (ValueError, OSError) as error:
         if debug:
@@ -64,7 +69,9 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(f"{error} (--debug shows where)", 1)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
-    print(f"{name}: wrote {getattr(parsed, 'output_dir', None) or parsed.output}")
+    written = next((getattr(parsed, key) for key in ("output_dir", "output", "out") if hasattr(parsed, key)), None)
+    if written:
+        print(f"{name}: wrote {written}")
     return 0
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 LRSchedule = Literal["constant", "linear", "cosine"]
 Optimizer = Literal["adamw", "adamw_8bit"]
 Critic = Literal["model", "shared"]
+Method = Literal["sft", "reward", "dpo", "ppo", "remax", "reinforce", "rloo", "grpo"]
 RemaxVariant = Literal["official", "paper", "verl"]
 DPOLossType = Literal[
     "sigmoid",
@@ -314,6 +315,121 @@ class PairsConfig:
     def __post_init__(self) -> None:
         if bool(self.eval_rows) != bool(self.eval_output):
             raise ValueError(f"eval_rows: expected both it and eval_output, or neither, got {self.eval_rows}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """How much memory a run needs, by role and phase, from the models' configs alone: nothing is loaded or allocated."""
+
+    model: str = _required("Checkpoint directory, config.json or hub name of the trained model.")
+    method: Method = _required("Training method.")
+    out: str | None = _arg(None, "JSON file to write the plan to.")
+    explain: bool = _arg(False, "Show the arithmetic behind every figure.")
+    measure: bool = _arg(False, "Also run the real stage on this CPU, random weights and tokens, and compare.")
+    batch_size: int = _arg(8, "Rows (reward, dpo: pairs) per GPU and optimizer step; rollouts decode them all at once.")
+    micro_batch_size: int | None = _arg(None, "Rows (pairs) per forward pass; default: the whole batch.")
+    prompt_length: int = _arg(256, "Tokens of a prompt.")
+    response_length: int = _arg(256, "Tokens of a response.")
+    group_size: int = _arg(4, "Samples per prompt of rloo and grpo; batch_size counts samples.")
+    minibatches: int = _arg(1, "Optimizer steps per pass over a batch (ppo, grpo).")
+    critic: str = _arg(
+        "same", "Value model of ppo: `same` shape as the reward model, `shared` trunk, or a config as model."
+    )
+    reward: str | None = _arg(None, "Reward model's config, or `none` for a Python function; default: as the model.")
+    reference: str | None = _arg(None, "Reference model's config; default: as the model.")
+    lora_rank: int = _arg(0, "Train LoRA adapters of this rank on all linear layers but the head; 0: all weights.")
+    share_base: bool = _arg(False, "Reward and value model as adapters on the policy's base; needs lora_rank.")
+    optimizer: Optimizer = _arg("adamw", "AdamW, or with states of one byte (bitsandbytes).")
+    optimizer_in_backward: bool = _arg(False, "Step each weight in backward and free its gradient.")
+    dtype: Literal["fp32", "bf16"] = _arg(
+        "fp32", "Weights and gradients; bf16 keeps fp32 master weights with the optimizer (16 bytes a parameter too)."
+    )
+    bf16: bool = _arg(False, "Run forward and backward passes in bfloat16 autocast over fp32 weights.")
+    gradient_checkpointing: bool = _arg(False, "Recompute activations in backward to save memory.")
+    fused_head: bool = _arg(True, "Take losses from hidden states, in chunks; false takes them from [B, T, V] logits.")
+    offload: bool = _arg(False, "Reference and reward model wait in CPU memory for their phase.")
+    offload_optimizer: bool = _arg(False, "Optimizer states and gradients live in CPU memory (ZeRO-Offload).")
+    gpus: int = _arg(1, "GPUs that share the run.")
+    zero: Literal[0, 1, 2, 3] = _arg(
+        0, "ZeRO stage over the GPUs: optimizer (1), gradients (2; FSDP grad_op), weights (3; FSDP full) are split."
+    )
+    frozen_zero: Literal[0, 3] | None = _arg(None, "The same for frozen models; default: 3 with zero 3, else 0.")
+    memory: str | None = _arg(None, "Memory of a GPU of your own: bytes, or with a unit as in 24GiB.")
+    device: Literal["auto", "cpu", "cuda"] = _arg(
+        "auto", "Whose buffers to plan with; auto: what this machine has. Verdicts on GPUs are always CUDA's."
+    )
+
+    def __post_init__(self) -> None:
+        names = (
+            "batch_size",
+            "micro_batch_size",
+            "prompt_length",
+            "response_length",
+            "group_size",
+            "minibatches",
+            "gpus",
+        )
+        for name in names:
+            _check(self, name, lambda v: v >= 1, "an integer >= 1")
+        _check(self, "lora_rank", lambda v: v >= 0, "an integer >= 0")
+        if self.batch_size % self.minibatches:
+            raise ValueError(f"minibatches: expected a divisor of batch_size={self.batch_size}, got {self.minibatches}")
+        if self.method in ("rloo", "grpo") and self.batch_size % self.group_size:
+            raise ValueError(f"group_size: expected a divisor of batch_size={self.batch_size}, got {self.group_size}")
+        if self.share_base and not self.lora_rank:
+            raise ValueError("lora_rank: expected > 0 with share_base, since a shared base is frozen; got 0")
+        if self.bf16 and self.dtype == "bf16":
+            raise ValueError("bf16: expected autocast over fp32 weights, got it with dtype=bf16, which needs none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Methods, critics and LoRA side by side: time, memory and reward on one model with the same token budget.
+
+    Every run has a process of its own. PPO takes one pass over each rollout unless `options` says otherwise.
+    """
+
+    model: str = _arg("demo", "demo, 10M, 60M, opt-1.3b, llama-2-7b (random weights but demo), or a checkpoint.")
+    output_dir: str = _required("Directory for compare.json, compare.md, plots and a folder per run.")
+    methods: list[str] = field(
+        default_factory=lambda: ["ppo", "remax", "reinforce", "rloo", "grpo", "dpo"],
+        metadata={"help": "Methods to compare."},
+    )
+    critics: list[str] = field(
+        default_factory=lambda: ["same", "small", "shared"],
+        metadata={"help": "PPO's value models: as large as the reward model, small, or a head on the policy's trunk."},
+    )
+    lora_rank: int = _arg(0, "Also compare with LoRA of this rank, all roles on one base; 0: only full training.")
+    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds; tables hold medians over them."})
+    steps: int = _arg(6, "Rollout + update rounds of a run; the first two are not timed.")
+    batch_size: int = _arg(32, "Completions per round; DPO takes half as many pairs.")
+    micro_batch_size: int | None = _arg(None, "Completions (DPO: pairs) per forward pass; default: the whole batch.")
+    prompt_length: int = _arg(64, "Longest prompt in tokens; the random-weight models' are all this long.")
+    response_length: int = _arg(64, "Longest completion in tokens.")
+    group_size: int = _arg(4, "Samples per prompt of RLOO and GRPO.")
+    bf16: bool = _arg(False, "Run forward and backward passes in bfloat16 autocast.")
+    gradient_checkpointing: bool = _arg(False, "Recompute activations in backward to save memory.")
+    memory: str | None = _arg(None, "Say the largest batch that fits (24GiB); on a GPU also the most a run may take.")
+    reward: str | None = _arg(None, "Reward model of a checkpoint of your own, or a Python function.")
+    small_critic: str | None = _arg(None, "Smaller model with its tokenizer, for the small critic.")
+    train_data: str | None = _arg(None, "Prompts for it.")
+    pairs: str | None = _arg(None, "Preference pairs for it, for DPO.")
+    options: dict[str, dict[str, Any]] = field(
+        default_factory=dict,
+        metadata={"help": "Further keys of the stages' configs, by method, or for all of them under `common`."},
+    )
+    resume: bool = _arg(False, "Skip the runs that finished.")
+
+    def __post_init__(self) -> None:
+        for name in ("methods", "critics", "seeds"):
+            _check(self, name, bool, "at least one")
+        _check(self, "critics", lambda v: set(v) <= {"same", "small", "shared"}, "some of same, small, shared")
+        for name in ("steps", "batch_size", "micro_batch_size", "prompt_length", "response_length", "group_size"):
+            _check(self, name, lambda v: v >= 1, "an integer >= 1")
+        _check(self, "lora_rank", lambda v: v >= 0, "an integer >= 0")
+        for section in self.options:
+            if section != "common" and section not in self.methods:
+                raise ValueError(f"options: expected sections common, {', '.join(self.methods)}, got {section!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,8 @@ On CUDA the peak is the allocator's (`max_memory_allocated`). On the CPU it is t
 high-water mark (VmHWM) is reset when a phase begins and read when it ends, so that a phase never inherits the peak of
 an earlier one; where the mark cannot be reset a thread samples the resident set instead. Memory the C allocator keeps
 after `free` would blur the phases too, and handing it back costs page faults later (a third of a step on a toy model),
-so on the CPU only one step in `memory_every` is measured for memory; time is measured in all of them.
+so on the CPU only one step in `memory_every` is measured for memory; time is measured in all of them. Inside
+`TensorBytes` the peaks are those of live tensors instead.
 
 Left out: memory of other processes, of child processes, and what the CUDA driver and cuBLAS hold outside the allocator.
 """
@@ -22,6 +23,8 @@ from pathlib import Path
 
 import torch
 from torch import nn
+
+from rlhf_fast.tensor_bytes import TensorBytes
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
@@ -124,10 +127,13 @@ class Meter:
         if self._step_start is None:
             self._step_start = time.perf_counter()
         cuda = self.device.type == "cuda"
-        measured = cuda or self.steps < 2 or self.steps % self.memory_every == 0
+        counter = TensorBytes.active
+        measured = cuda or counter is not None or self.steps < 2 or self.steps % self.memory_every == 0
         sampler = None
         try:
-            if cuda:
+            if counter is not None:
+                counter.take_peak()
+            elif cuda:
                 torch.cuda.synchronize(self.device)
                 torch.cuda.reset_peak_memory_stats(self.device)
             elif measured:
@@ -144,7 +150,10 @@ class Meter:
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds
         self._counts[name] = self._counts.get(name, 0) + 1
         if measured:
-            peak = peak_bytes(self.device) if sampled_peak is None else sampled_peak
+            if counter is not None:
+                peak = counter.take_peak()
+            else:
+                peak = peak_bytes(self.device) if sampled_peak is None else sampled_peak
             self._peaks[name] = max(self._peaks.get(name, 0), peak)
 
     def step(self) -> dict[str, float]:

@@ -67,7 +67,7 @@ def default_device() -> torch.device:
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(_existing(path))
+    return AutoTokenizer.from_pretrained(existing(path))
 
 
 def load_policy(
@@ -77,7 +77,7 @@ def load_policy(
     base = adapters.base_path(path)
     if shared is None:
         with _quiet_loading():
-            model = AutoModelForCausalLM.from_pretrained(_existing(base), dtype=torch.float32)
+            model = AutoModelForCausalLM.from_pretrained(existing(base), dtype=torch.float32)
     else:
         model = adapters.base_of(shared, base)
     return _prepare(model, path, trainable, lora, shared is not None)
@@ -97,7 +97,7 @@ def load_scorer(
     (`zero`, for value models, so that the first values are 0). shared: a causal language model.
     """
     base = adapters.base_path(path)
-    config = AutoConfig.from_pretrained(_existing(base))
+    config = AutoConfig.from_pretrained(existing(base))
     is_classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
     if is_classifier and config.num_labels != 1:
         raise ValueError(f"model: expected a reward model with one label at {base}, got {config.num_labels} labels")
@@ -190,7 +190,7 @@ def forward_inputs(model: PreTrainedModel, ids: Tensor, mask: Tensor, positions:
     return inputs
 
 
-def _existing(path: str | Path) -> str:
+def existing(path: str | Path) -> str:
     """`path` itself; a local path that is not there must not be looked for on the hub, which takes minutes to fail."""
     text = str(path)
     local = isinstance(path, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or os.sep in text[-1:]

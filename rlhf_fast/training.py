@@ -55,9 +55,7 @@ class Learner:
             for parameter in self.parameters:
                 parameter.register_post_accumulate_grad_hook(self._step_in_backward)
         if config.gradient_checkpointing:
-            # renamed within transformers 5; the old name warns where the new one exists
-            old = model.gradient_checkpointing_enable
-            getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
+            checkpoint_activations(model)
 
     def autocast(self) -> torch.autocast:
         return autocast(self.model.device, self.bf16)
@@ -95,6 +93,12 @@ class Learner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    # renamed within transformers 5; the old name warns where the new one exists
+    old = model.gradient_checkpointing_enable
+    getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
 
 
 def autocast(device: torch.device, bf16: bool) -> torch.autocast:

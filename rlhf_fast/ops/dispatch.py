@@ -84,7 +84,7 @@ def kernel(operator: str, *names: str) -> Callable[[Callable], Callable]:
         if operator not in _chosen_at_call:
             _chosen_at_call.add(operator)
             for key in ("CPU", "CUDA"):
-                LIBRARY.impl(operator, functools.partial(_run, operator), key)
+                LIBRARY.impl(operator, functools.partial(run_kernel, operator), key)
         for name in names:
             if name != "cpu" or COMPILED:
                 KERNELS[name][operator] = function
@@ -96,7 +96,8 @@ def kernel(operator: str, *names: str) -> Callable[[Callable], Callable]:
 _chosen_at_call: set[str] = set()
 
 
-def _run(operator: str, first: Tensor, *args: object) -> object:
+def run_kernel(operator: str, first: Tensor, *args: object) -> object:
+    """What torch's dispatcher calls: the operator on the back end chosen for the device of its first argument."""
     device, op = first.device.type, operator.removesuffix("_").removesuffix("_backward")
     return KERNELS[_overriding(op, device) or TABLE[device][op]][operator](first, *args)
 

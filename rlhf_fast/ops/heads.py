@@ -113,6 +113,31 @@ class Layer:
             yield columns, self.weight[columns].to(self.dtype)
 
 
+def chunk_rows(n: int, layers: list[Layer], budget: int) -> int:
+    """Rows of a chunk of n tokens, for chunks of equal size whose logits fit the budget."""
+    budget -= sum(layer.tile_bytes for layer in layers)
+    most = max(FEWEST_ROWS, budget // sum(layer.row_bytes for layer in layers))
+    return -(-n // -(-n // most)) if n else 1
+
+
+def working_bytes(
+    tokens: int, n: int, hidden: torch.dtype, layer: Layer, budget: int, wanted: tuple[bool, bool]
+) -> int:
+    """Bytes a loss from hidden states adds at its peak, its results and gradients included.
+
+    tokens: all of them; n: those that count. hidden: their dtype. wanted: gradients by hidden and by weight.
+    """
+    V, H = layer.weight.shape
+    C, wide = chunk_rows(n, [layer], budget), layer.dtype.itemsize
+    logits = C * layer.row_bytes + layer.tile_bytes
+    states = tokens * H * hidden.itemsize * (1 + wanted[0])  # a contiguous copy and the gradient
+    sums = V * H * wide * wanted[1]
+    chunk = C * H * (layer.operands.itemsize + wide * any(wanted))
+    rounded = V * H * layer.weight.dtype.itemsize * wanted[1] * (layer.weight.dtype != layer.dtype)
+    per_token = 40 * tokens  # row numbers, log-probs, entropies, weights
+    return logits + states + sums + max(chunk, rounded) + per_token
+
+
 class Head:
     """The layer on the tokens whose id is not -100, with the sums of its gradients.
 
@@ -140,10 +165,8 @@ class Head:
         self.rows = (self.ids != IGNORED_ID).nonzero().squeeze(1)
         self.layer = Layer(weight, bias, self.dtype, mixes(hidden, weight))
         layers = [self.layer] if beside is None else [self.layer, beside]
-        budget -= sum(layer.tile_bytes for layer in layers)
-        most = max(FEWEST_ROWS, budget // sum(layer.row_bytes for layer in layers))
         n = len(self.rows)
-        self.chunk_rows = -(-n // -(-n // most)) if n else 1  # of equal size
+        self.chunk_rows = chunk_rows(n, layers, budget)
         for layer in layers:
             layer.allocate(min(self.chunk_rows, n))
         self.grad_hidden = self.hidden.new_zeros(self.hidden.shape) if wanted[0] else None

@@ -1,0 +1,177 @@
+"""`rlhf-fast plan` and the `--dry-run` of every stage: the plan as JSON, as a table and, explained, as arithmetic."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from rlhf_fast.config import PlanConfig, StageConfig
+from rlhf_fast.metrics import print_table
+from rlhf_fast.models import default_device
+from rlhf_fast.plan.gpus import CONTEXT, FRAGMENTATION, GIB, MEMORY, needed, parse_memory
+from rlhf_fast.plan.phases import Planner
+from rlhf_fast.plan.roles import bytes_per_trained
+
+
+def run(plan: PlanConfig) -> None:
+    """Make the plan, print it and, with `out`, write it."""
+    planner = Planner(plan)
+    report = make_report(planner)
+    show(planner, report)
+    if plan.measure:
+        from rlhf_fast.plan.measure import compare
+
+        report["measured"] = compare(planner)
+    if plan.out:
+        new = Path(plan.out).with_name(f".{Path(plan.out).name}.new")
+        new.write_text(json.dumps(report, indent=2) + "\n")
+        os.replace(new, plan.out)
+
+
+def dry_run(method: str, config: StageConfig) -> None:
+    """Print the plan of a stage's config."""
+    run(plan_of(method, config))
+
+
+def plan_of(method: str, config: StageConfig) -> PlanConfig:
+    """The plan's config for a stage's config."""
+    given = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    same = {field.name for field in dataclasses.fields(PlanConfig)} & given.keys()
+    values = {name: given[name] for name in same}
+    prompt = given["max_prompt_length"]
+    if "max_length" in given:  # offline stages bound prompt and answer together
+        prompt = min(prompt, given["max_length"] - 1)
+        response = given["max_length"] - prompt
+    else:
+        response = given["max_response_length"]
+    if method == "ppo":
+        values["critic"] = "shared" if given.get("critic") == "shared" else given["value_model"] or "same"
+    if "reward" in given:
+        is_function = ":" in given["reward"] and not Path(given["reward"]).is_dir()
+        values["reward"] = "none" if is_function else None if given.get("share_base") else given["reward"]
+    return PlanConfig(**values | {"method": method, "prompt_length": prompt, "response_length": response})
+
+
+def make_report(planner: Planner) -> dict[str, Any]:
+    plan, roles = planner.plan, planner.roles
+    device = default_device().type if plan.device == "auto" else plan.device
+    phases = planner.phases(device)
+    on_gpu = planner.phases("cuda")
+    peak, gpu_peak = (max(phase.peak_bytes for phase in x.values()) for x in (phases, on_gpu))
+    memory = gpu_memory(plan)
+    static = {name: planner.static[name]._asdict() for name in roles}
+    return {
+        "method": plan.method,
+        "parameters": {name: role.counts.all for name, role in roles.items()},
+        "trained_parameters": {name: role.trained for name, role in roles.items()},
+        "static_bytes": static,
+        "bytes_per_parameter": {
+            name: sum(static[name].values()) * 1.0 / role.counts.all for name, role in roles.items()
+        },
+        "device": device,
+        "phases": {
+            name: {"peak_bytes": phase.peak_bytes, "parts": phase.parts, "how": phase.how}
+            for name, phase in phases.items()
+        },
+        "peak_bytes": peak,
+        "gpu_peak_bytes": gpu_peak,
+        "fits": {name: needed(gpu_peak) <= size for name, size in memory.items()},
+        "largest_batch": {name: largest_batch(planner, size) for name, size in memory.items()},
+        "config": dataclasses.asdict(plan),
+    }
+
+
+def gpu_memory(plan: PlanConfig) -> dict[str, int]:
+    """GPU -> bytes; with `memory` the user's own comes first."""
+    return ({f"your {plan.memory}": parse_memory(plan.memory)} if plan.memory else {}) | MEMORY
+
+
+def largest_batch(planner: Planner, memory: int) -> int:
+    """The largest batch_size, micro_batch_size as given, that fits `memory` bytes; 0 where none does."""
+    plan = planner.plan
+    unit = plan.minibatches * (plan.group_size if plan.method in ("rloo", "grpo") else 1)
+
+    def fits(units: int) -> bool:
+        phases = planner.phases("cuda", batch=units * unit).values()
+        return needed(max(phase.peak_bytes for phase in phases)) <= memory
+
+    low, high = 0, 1
+    while fits(high):
+        low, high = high, 2 * high
+        if high > 1 << 20:
+            return low * unit
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low * unit
+
+
+def show(planner: Planner, report: dict[str, Any]) -> None:
+    plan = planner.plan
+    rows = f"{plan.batch_size} rows of {plan.prompt_length} + {plan.response_length} tokens"
+    split = f", ZeRO {plan.zero} over {plan.gpus} GPUs (per GPU)" if plan.gpus > 1 else ""
+    print_table(
+        f"{plan.method} of {plan.model}: static memory{split}",
+        [
+            {"role": name, "parameters": report["parameters"][name], "trained": report["trained_parameters"][name]}
+            | {f"{part} GiB": _gib(size) for part, size in static.items()}
+            | {"bytes a parameter": round(report["bytes_per_parameter"][name], 2)}
+            for name, static in report["static_bytes"].items()
+        ],
+    )
+    print_table(
+        f"Peak of each phase, {rows} ({report['device']}); a pass adds activations, KV cache, new gradients, buffers",
+        [
+            {"phase": name, "peak GiB": _gib(phase["peak_bytes"])}
+            | {
+                f"{kind} GiB": _gib(_sum(phase["parts"], kind))
+                for kind in ("weights", "optimizer", "gradients", "pass")
+            }
+            for name, phase in report["phases"].items()
+        ],
+    )
+    print_table(
+        f"Peak {_gib(report['peak_bytes'])} GiB; on a GPU {_gib(report['gpu_peak_bytes'])} GiB and, with "
+        f"{FRAGMENTATION:.0%} for fragmentation and {CONTEXT // GIB} GiB for CUDA, "
+        f"{_gib(needed(report['gpu_peak_bytes']))} GiB",
+        [
+            {"GPU": name, "memory GiB": _gib(size), "fits": "yes" if report["fits"][name] else "no"}
+            | {"largest batch": report["largest_batch"][name]}
+            for name, size in gpu_memory(plan).items()
+        ],
+    )
+    if plan.explain:
+        Console(width=200, highlight=False).print("\n".join(explanation(planner, report)), markup=False)
+
+
+def explanation(planner: Planner, report: dict[str, Any]) -> list[str]:
+    """The arithmetic, a line per figure; bytes unless said otherwise."""
+    plan, lines = planner.plan, ["Static memory"]
+    gradient, optimizer = bytes_per_trained(plan)
+    for name, role in planner.roles.items():
+        size = role.shape.dtype.itemsize
+        lines.append(f"  {name}: weights {role.own:,} x {size}" + ("" if role.own else " (another role's)"))
+        if role.trained:
+            lines[-1] += f", gradients {role.trained:,} x {gradient:g}, optimizer {role.trained:,} x {optimizer:g}"
+        if plan.gpus > 1:
+            lines[-1] += (
+                f"; {plan.gpus} GPUs: {', '.join(f'{k} {v:,}' for k, v in planner.static[name]._asdict().items())}"
+            )
+    lines.append("Phases: the sum of what is there; a pass counts the tensors of the stage's own code")
+    for name, phase in report["phases"].items():
+        lines.append(f"  {name}: " + " + ".join(f"{size:,} ({part})" for part, size in phase["parts"].items()))
+        lines[-1] += f" = {phase['peak_bytes']:,}"
+        if phase["how"]:
+            lines.append(f"    pass: {phase['how']}")
+    return lines
+
+
+def _sum(parts: dict[str, int], kind: str) -> int:
+    return sum(size for name, size in parts.items() if name.endswith(kind))
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.3g}" if size < 100 * GIB else f"{size / GIB:.1f}"

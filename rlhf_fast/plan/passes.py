@@ -1,0 +1,231 @@
+"""The bytes of one pass through a model beyond its weights: the stages' own code on fake tensors, counted.
+
+A model of many equal layers is not run whole: every peak is an affine function of the number of layers and of the
+number of rows (for each of the moments told apart below), so that two small numbers of each give all others exactly.
+The moments are: the forward pass up to the end of the last layer's backward pass, where most activations are held; the
+rest of the backward pass, where gradients replace activations; and the call of the fused loss, whose own buffers are
+`ops.heads.working_bytes`.
+
+Shapes: B rows, P prompt tokens, T response tokens, H hidden, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import DynamicCache, PreTrainedModel
+
+from rlhf_fast.models import (
+    Sequences,
+    forward_inputs,
+    position_ids,
+    response_hidden,
+    response_logits,
+    sequence_scores,
+    token_values,
+)
+from rlhf_fast.plan.shapes import Shape, layer_count, layers_of, make_fake, period
+from rlhf_fast.tensor_bytes import TensorBytes
+from rlhf_fast.training import autocast
+
+Run = Callable[[PreTrainedModel, int], dict[str, int]]
+
+
+class Curve(NamedTuple):
+    """Bytes at named moments as a function of rows, from samples at two numbers of rows."""
+
+    rows: tuple[int, int]
+    low: dict[str, float]
+    high: dict[str, float]
+
+    def __call__(self, rows: int) -> dict[str, int]:
+        share = (rows - self.rows[0]) / (self.rows[1] - self.rows[0])
+        return {name: round(low + share * (self.high[name] - low)) for name, low in self.low.items()}
+
+
+def simulate(shape: Shape, run: Run, rows: int) -> Curve:
+    """`run` on fake models of `shape`, near `rows` rows, extrapolated to all layers."""
+    layers, unit = layer_count(shape.config), period(shape.config)
+    numbers = (2 * unit, 3 * unit) if layers > 3 * unit else (layers,)
+    low, high = [], []
+    for number in numbers:
+        model = shape.build(number)
+        with FakeTensorMode():
+            make_fake(model)
+            for samples, n in ((low, rows), (high, 2 * rows)):
+                samples.append(run(model, n))
+                model.zero_grad()
+    return Curve((rows, 2 * rows), *(_extrapolate(numbers, samples, layers) for samples in (low, high)))
+
+
+def _extrapolate(numbers: tuple[int, ...], samples: list[dict[str, int]], layers: int) -> dict[str, float]:
+    if len(numbers) == 1:
+        return dict(samples[0])
+    (first, second), (a, b) = numbers, samples
+    share = (layers - first) / (second - first)
+    return {name: a[name] + share * (b[name] - a[name]) for name in a}
+
+
+class Lengths(NamedTuple):
+    prompt: int
+    response: int
+
+    def sequences(self, rows: int) -> Sequences:
+        ids = [torch.zeros(rows, n, dtype=torch.long) for n in self]
+        masks = [torch.ones(rows, n, dtype=torch.bool) for n in self]
+        return Sequences(ids[0], masks[0], ids[1], masks[1])
+
+
+class _FusedLoss(torch.autograd.Function):
+    """What a loss from hidden states leaves for backward: the gradients, made already."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        tensors = zip((hidden, weight, bias), ctx.needs_input_grad, strict=True)
+        ctx.gradients = [
+            torch.empty_like(x, memory_format=torch.contiguous_format) if want else None for x, want in tensors
+        ]
+        return hidden.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
+        return tuple(gradients)
+
+
+class _Moments:
+    """Peaks between marks, and the bytes held when the fused loss is called."""
+
+    def __init__(self, counter: TensorBytes) -> None:
+        self.counter = counter
+        self.bytes = {"activations": 0, "gradients": 0, "loss": 0}
+
+    def mark(self, name: str) -> None:
+        self.bytes[name] = max(self.bytes[name], self.counter.take_peak())
+
+    def loss(self) -> None:
+        self.bytes["loss"] = self.counter.live
+
+
+def training(shape: Shape, lengths: Lengths, *, loss: str, fused: bool, keep: bool, repeats: int, critic: bool) -> Run:
+    """Forward and backward: "activations", "gradients" and, where fused, "loss" (bytes held before the fused loss).
+
+    loss: "tokens" (log-probs of the response), "values" or "scores". keep: gradients stay on the weights; else each is
+    gone as soon as it is whole (optimizer step in backward, or sharded). repeats: 2 to meet the gradients of an earlier
+    micro-batch. critic: a value head on the same trunk.
+    """
+
+    def run(model: PreTrainedModel, rows: int) -> dict[str, int]:
+        value_head = (
+            torch.nn.Linear(model.config.get_text_config().hidden_size, 1, dtype=shape.dtype) if critic else None
+        )
+        hooks = [_after_last_layer(model, lambda: moments.mark("activations"))]
+        if not keep:
+            hooks += [p.register_post_accumulate_grad_hook(_drop) for p in model.parameters() if p.requires_grad]
+        with TensorBytes(exclude=[*model.parameters(), *model.buffers()]) as counter:
+            for _ in range(repeats):
+                moments = _Moments(counter)
+                with autocast(model.device, shape.autocast):
+                    outputs = _outputs(model, lengths.sequences(rows), loss, fused, value_head, moments)
+                gradients = [_upstream(out, loss, fused) for out in outputs]
+                torch.autograd.backward(outputs, gradients)
+                del outputs, gradients
+                moments.mark("gradients")
+        for hook in hooks:
+            hook.remove()
+        return moments.bytes
+
+    return run
+
+
+def _outputs(
+    model: PreTrainedModel, sequences: Sequences, loss: str, fused: bool, value_head: Any, moments: _Moments
+) -> list[Tensor]:
+    if loss == "values":
+        return [token_values(model, sequences)]
+    if loss == "scores":
+        return [sequence_scores(model, sequences)]
+    if not fused:
+        return [response_logits(model, sequences)]
+    hidden, layer = response_hidden(model, sequences), model.get_output_embeddings()
+    values = [] if value_head is None else [value_head(hidden).squeeze(-1).float()]
+    moments.loss()
+    return [_FusedLoss.apply(hidden, layer.weight, layer.bias), *values]
+
+
+def _upstream(output: Tensor, loss: str, fused: bool) -> Tensor:
+    """Logits' gradient is written over the logits."""
+    return output.detach() if loss == "tokens" and not fused else torch.empty_like(output)
+
+
+def _after_last_layer(model: PreTrainedModel, mark: Callable[[], None]) -> Any:
+    """Calls `mark` when the backward pass leaves the last layer."""
+
+    def watch(layer: Any, inputs: tuple, *_: Any) -> None:
+        if inputs[0].requires_grad and torch.is_grad_enabled():
+            inputs[0].register_hook(lambda _: mark())
+
+    return layers_of(model)[-1].register_forward_pre_hook(watch)
+
+
+def _drop(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def inference(shape: Shape, lengths: Lengths) -> Run:
+    """The trunk without gradients: "activations", "loss" (bytes held when the head is applied to the hidden states)."""
+
+    @torch.no_grad()
+    def run(model: PreTrainedModel, rows: int) -> dict[str, int]:
+        with (
+            TensorBytes(exclude=[*model.parameters(), *model.buffers()]) as counter,
+            autocast(model.device, shape.autocast),
+        ):
+            hidden = response_hidden(model, lengths.sequences(rows))
+            held = counter.live
+            del hidden
+        return {"activations": counter.peak, "loss": held}
+
+    return run
+
+
+def rollout(shape: Shape, lengths: Lengths, rows_per_prompt: int) -> Run:
+    """Prefill of the prompts and the last decode step, rows = prompts: "prefill", "decode", "kv_cache", "casts".
+
+    casts: weights in bfloat16 that autocast keeps until the end of its context, which holds scoring and reference too.
+    """
+
+    @torch.no_grad()
+    def run(model: PreTrainedModel, prompts: int) -> dict[str, int]:
+        model.eval()
+        rows, length = prompts * rows_per_prompt, sum(lengths)
+        with (
+            TensorBytes(exclude=[*model.parameters(), *model.buffers()]) as counter,
+            autocast(model.device, shape.autocast),
+        ):
+            sequences, cache = lengths.sequences(prompts), DynamicCache()
+            mask = sequences.prompt_mask
+            prefill_inputs = forward_inputs(model, sequences.prompt_ids, mask, position_ids(mask))
+            del sequences
+            _last_logits(model, prefill_inputs, cache)
+            prefill, kv_cache = counter.take_peak(), 0
+            for layer in cache.layers:
+                layer.keys, layer.values = (
+                    x.new_empty(rows, x.shape[1], length - 1, x.shape[3]) for x in (layer.keys, layer.values)
+                )
+                kv_cache += (layer.keys.nbytes + layer.values.nbytes) * length // (length - 1)
+            counter.take_peak()
+            token, mask = torch.zeros(rows, 1, dtype=torch.long), torch.ones(rows, length, dtype=torch.bool)
+            _last_logits(model, forward_inputs(model, token, mask, token), cache)
+            decode = counter.take_peak()
+            del cache, prefill_inputs
+            casts = counter.live
+        return {"prefill": prefill, "decode": decode, "kv_cache": kv_cache, "casts": casts}
+
+    return run
+
+
+def _last_logits(model: PreTrainedModel, inputs: dict[str, Tensor], cache: DynamicCache) -> Tensor:
+    return model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].clone()

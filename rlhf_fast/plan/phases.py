@@ -1,0 +1,180 @@
+"""The peak of every phase: the models resident in it, and the pass that runs in it."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from rlhf_fast.config import PlanConfig
+from rlhf_fast.ops.heads import MEMORY_BUDGET, Layer, working_bytes
+from rlhf_fast.plan.passes import Curve, Lengths, inference, rollout, simulate, training
+from rlhf_fast.plan.roles import ONLINE, Role, roles_of, static_bytes, zero_stage
+
+
+class Phase(NamedTuple):
+    """Bytes at the peak: "<role> weights", "<role> optimizer", "<role> gradients" and "pass", all that the pass adds."""
+
+    parts: dict[str, int]
+    how: str  # the pass's bytes come about
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.parts.values())
+
+
+class Planner:
+    """The curves of one configuration, from which the phases of any batch size follow by arithmetic."""
+
+    def __init__(self, plan: PlanConfig) -> None:
+        self.plan, self.roles = plan, roles_of(plan)
+        self.static = {name: static_bytes(role, plan) for name, role in self.roles.items()}
+        self.online = plan.method in ONLINE
+        self.trained = [name for name, role in self.roles.items() if role.trained]
+        self.main = self.trained[0]
+        self.shared_critic = self.plan.method == "ppo" and self.plan.critic == "shared"
+        length = plan.prompt_length + plan.response_length
+        self.lengths = Lengths(plan.prompt_length, plan.response_length)
+        # SFT's rows are one piece: the first token is the prompt, what is not trained on is masked
+        self.trained_lengths = Lengths(1, length - 1) if plan.method == "sft" else self.lengths
+        self.rows_per_prompt = {"rloo": plan.group_size, "grpo": plan.group_size, "remax": 2}.get(plan.method, 1)
+        # what is kept on the weights until the optimizer's step; otherwise `static` holds it, split or in CPU memory
+        self.keeps_gradients = not (plan.optimizer_in_backward or plan.offload_optimizer or plan.zero >= 2)
+        self._curves: dict[object, Curve] = {}
+
+    def phases(self, device: str, batch: int | None = None, micro: int | None = None) -> dict[str, Phase]:
+        """Phase -> parts of its peak, for `batch` rows (default: the config's) on `device` (cpu or cuda)."""
+        batch = batch or self.plan.batch_size
+        micro = min(micro or self.plan.micro_batch_size or batch, batch // self.plan.minibatches)
+        later = micro < batch // self.plan.minibatches
+        result = {}
+        if self.online:
+            result["rollout"] = self._rollout(batch)
+            for name in ("reward", "reference"):
+                if name in self.roles:
+                    result["scoring" if name == "reward" else name] = self._frozen(name, micro, device)
+        if self.plan.method == "dpo":
+            result["reference"] = self._frozen("reference", 2 * micro, device)
+        if "value" in self.roles:
+            result["value"] = self._inference("value", micro, device)
+        result["policy_update"] = self._update(self.main, micro, later, device)
+        if "value" in self.roles and not self.shared_critic:
+            result["value_update"] = self._update("value", micro, later, device)
+        gradients = {} if self.plan.offload_optimizer else {n: self.static[n].gradients for n in self.trained}
+        result["optimizer"] = Phase(
+            self._resident(None) | {f"{n} gradients": size for n, size in gradients.items()}, ""
+        )
+        return result
+
+    def _resident(self, at_work: str | None) -> dict[str, int]:
+        """Weights and optimizer states on the GPU while the role `at_work` runs."""
+        parts = {}
+        for name, role in self.roles.items():
+            parts[f"{name} weights"] = self._weights(name, role, at_work == name)
+            first_phase = self.plan.method == "dpo" and at_work == "reference"  # before any optimizer step
+            if not first_phase and not self.plan.offload_optimizer:
+                parts[f"{name} optimizer"] = self.static[name].optimizer
+        return {name: size for name, size in parts.items() if size}
+
+    def _weights(self, name: str, role: Role, at_work: bool) -> int:
+        """ZeRO 3 gathers the layers at work; an offloaded model is away in the other phases, or but for those layers."""
+        plan, sharded = self.plan, zero_stage(role, self.plan) == 3
+        if role.frozen and not at_work and (plan.offload or plan.method == "dpo"):  # dpo drops it
+            return 0
+        gathered = role.gathered_bytes if role.own and at_work and sharded else 0
+        if role.frozen and plan.offload and sharded:
+            return gathered
+        return self.static[name].weights + (gathered if plan.gpus > 1 else 0)
+
+    def _rollout(self, batch: int) -> Phase:
+        prompts = batch if self.plan.method == "remax" else batch // self.rows_per_prompt
+        at = self._rollout_curve()(prompts)
+        part = max(at["prefill"], at["decode"])
+        rows = prompts * self.rows_per_prompt
+        text = f"{rows} rows: KV cache {at['kv_cache']:,} at {sum(self.lengths)} tokens, decode step with it {at['decode']:,}"
+        text += f"; prefill of {prompts} prompts {at['prefill']:,}"
+        return Phase(self._resident("policy") | {"pass": part}, text)
+
+    def _frozen(self, name: str, rows: int, device: str) -> Phase:
+        casts = 0
+        if self.online and self.plan.bf16:
+            casts = self._rollout_curve()(1)["casts"]
+        phase = self._inference(name, rows, device)
+        return Phase(phase.parts | ({"policy bfloat16 weights": casts} if casts else {}), phase.how)
+
+    def _inference(self, name: str, rows: int, device: str) -> Phase:
+        role = self.roles[name]
+        shape = role.shape._replace(head="policy" if name == "reference" else "score", checkpointing=False)
+        shape = shape._replace(trained=shape.trained and shape.autocast)  # else it makes no difference
+        config = role.shape.config
+        key = ("inference", id(config), shape[3:])
+        at = self._curve(key, shape, inference(shape, self.lengths))(rows)
+        head = at["loss"]
+        text = f"{rows} rows: trunk {at['activations']:,}"
+        if name == "reference":
+            working = self._head_bytes(role, rows, device, wanted=(False, False))
+            head += working
+            text += f"; hidden states {at['loss']:,} + head {working:,}"
+        return Phase(self._resident(name) | {"pass": max(at["activations"], head)}, text)
+
+    def _update(self, name: str, micro: int, later: bool, device: str) -> Phase:
+        role = self.roles[name]
+        loss = {"policy": "tokens", "value": "values", "reward": "scores"}[name]
+        rows = 2 * micro if self.plan.method in ("dpo", "reward") else micro
+        run = training(
+            role.shape,
+            self.trained_lengths,
+            loss=loss,
+            fused=self.plan.fused_head,
+            keep=self.keeps_gradients,
+            repeats=2 if later else 1,
+            critic=self.shared_critic,
+        )
+        at = self._curve(("training", name, later), role.shape, run)(rows)
+        text = f"{rows} rows: until the last layer's backward {at['activations']:,}, after it {at['gradients']:,}"
+        peak = max(at["activations"], at["gradients"])
+        if loss == "tokens" and self.plan.fused_head:
+            working = self._head_bytes(role, rows, device, wanted=(True, not self.plan.lora_rank))
+            text += f"; at the loss {at['loss']:,} + fused head {working:,}"
+            peak = max(peak, at["loss"] + working)
+        if self.keeps_gradients:
+            text += "; the new gradients among them"
+        return Phase(
+            self._resident(name) | self._other_gradients(name, later) | self._reduced(role) | {"pass": peak}, text
+        )
+
+    def _other_gradients(self, name: str, later: bool) -> dict[str, int]:
+        """Gradients that are there while `name` makes its own: of the other model, and its own where split."""
+        if self.plan.offload_optimizer or self.plan.optimizer_in_backward:
+            return {}
+        there = {n for n in self.trained if n != name and (later or n == self.main)}
+        there |= set() if self.keeps_gradients else {name}
+        return {f"{n} gradients": self.static[n].gradients for n in self.trained if n in there}
+
+    def _reduced(self, role: Role) -> dict[str, int]:
+        """Whole gradients of two layers on their way to the GPU (or CPU) that keeps them."""
+        if not (self.plan.zero >= 2 or self.plan.offload_optimizer) or self.plan.optimizer_in_backward:
+            return {}
+        share = role.trained / role.counts.all
+        return {"reduced gradients": round(2 * role.counts.layer * share) * role.shape.dtype.itemsize}
+
+    def _head_bytes(self, role: Role, rows: int, device: str, wanted: tuple[bool, bool]) -> int:
+        lengths = self.trained_lengths
+        n = rows * self.plan.response_length
+        text = role.shape.config.get_text_config()
+        V, H, dtype = text.vocab_size, text.hidden_size, role.shape.dtype
+        hidden = torch.bfloat16 if role.shape.autocast else dtype
+        if not self.plan.fused_head:
+            return rows * lengths.response * V * hidden.itemsize
+        mixed = device == "cuda" and hidden == dtype == torch.bfloat16
+        with torch.device("meta"):
+            layer = Layer(nn.Parameter(torch.empty(V, H, dtype=dtype)), None, torch.float32, mixed)
+        return working_bytes(rows * lengths.response, n, hidden, layer, MEMORY_BUDGET[device], wanted)
+
+    def _rollout_curve(self) -> Curve:
+        shape = self.roles["policy"].shape._replace(checkpointing=False)
+        return self._curve("rollout", shape, rollout(shape, self.lengths, self.rows_per_prompt), 1)
+
+    def _curve(self, key: object, shape: object, run: object, rows: int | None = None) -> Curve:
+        if key not in self._curves:
+            self._curves[key] = simulate(shape, run, max(2, rows or self.plan.micro_batch_size or self.plan.batch_size))
+        return self._curves[key]

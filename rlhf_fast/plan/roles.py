@@ -1,0 +1,126 @@
+"""The models of a method, how many parameters each has, and the bytes it holds as long as the run lasts.
+
+With AdamW a trained parameter costs 16 bytes, in either layout: fp32 weight 4 + gradient 4 + two moments 8, or bf16
+weight 2 + gradient 2 + fp32 master weight 4 + two moments 8. A frozen one costs 4 or 2. ZeRO divides by the number of
+GPUs: the optimizer's part (stage 1), the gradients' (2) and the weights' (3).
+"""
+
+from typing import NamedTuple
+
+import torch
+from transformers.configuration_utils import PreTrainedConfig
+
+from rlhf_fast.config import PlanConfig
+from rlhf_fast.plan.shapes import DTYPES, Head, Shape, layers_of, read_config
+
+ONLINE = ("ppo", "remax", "reinforce", "rloo", "grpo")
+
+
+class Counts(NamedTuple):
+    """Of parameters."""
+
+    all: int
+    trainable: int  # adapters and score head under LoRA
+    layer: int  # the largest layer's
+    outside: int  # the largest matrix outside the layers, an embedding
+
+
+class Role(NamedTuple):
+    """A model of a run."""
+
+    shape: Shape
+    counts: Counts
+    own: int  # parameters not held by another role
+    trained: int
+    frozen: bool  # reference or reward: may be offloaded
+
+    @property
+    def gathered_bytes(self) -> int:
+        """Two layers (one in use, the next on its way) and the largest embedding: what ZeRO-3 gathers at a time."""
+        return (2 * self.counts.layer + self.counts.outside) * self.shape.dtype.itemsize
+
+
+class StaticBytes(NamedTuple):
+    weights: int
+    gradients: int
+    optimizer: int
+
+
+def roles_of(plan: PlanConfig) -> dict[str, Role]:
+    """Role -> model, trained ones first."""
+    configs: dict[str, PreTrainedConfig] = {}
+    counted: dict[tuple, Counts] = {}
+
+    def role(head: Head, source: str | None, *, trained: bool, on_base: bool = False) -> Role:
+        source = source or plan.model
+        if source not in configs:
+            configs[source] = read_config(source)
+        rank = plan.lora_rank if trained or on_base else 0
+        checkpointing = plan.gradient_checkpointing and trained
+        shape = Shape(configs[source], head, DTYPES[plan.dtype], plan.bf16, trained, checkpointing, rank)
+        if (source, head, rank) not in counted:
+            counted[source, head, rank] = _count(shape._replace(trained=True))
+        counts = counted[source, head, rank]
+        own = counts.trainable if on_base else counts.all
+        return Role(shape, counts, own, counts.trainable if trained else 0, frozen=not trained)
+
+    if plan.method == "sft":
+        return {"policy": role("policy", None, trained=True)}
+    if plan.method == "reward":
+        return {"reward": role("score", None, trained=True)}
+    roles = {"policy": role("policy", None, trained=True)}
+    has_reward = plan.method in ONLINE and plan.reward != "none"
+    if plan.method == "ppo" and plan.critic == "shared":
+        width = roles["policy"].shape.config.get_text_config().hidden_size
+        roles["value"] = roles["policy"]._replace(own=width, trained=width)
+    elif plan.method == "ppo":
+        source = plan.critic if plan.critic != "same" else plan.reward if has_reward else None
+        roles["value"] = role("score", source, trained=True, on_base=plan.share_base)
+    if has_reward:
+        roles["reward"] = role("score", plan.reward, trained=False, on_base=plan.share_base)
+    roles["reference"] = role("policy", plan.reference, trained=False)
+    if plan.lora_rank and plan.reference is None:
+        roles["reference"] = roles["reference"]._replace(own=0)  # the policy's base, adapters off
+    return roles
+
+
+def _count(shape: Shape) -> Counts:
+    model = shape.build()
+    layers = layers_of(model)
+    inside = {id(p) for p in layers.parameters()}
+    return Counts(
+        sum(p.numel() for p in model.parameters()),
+        sum(p.numel() for p in model.parameters() if p.requires_grad),
+        max(sum(p.numel() for p in layer.parameters()) for layer in layers),
+        max(p.numel() for p in model.parameters() if id(p) not in inside),
+    )
+
+
+def bytes_per_trained(plan: PlanConfig) -> tuple[float, float]:
+    """Gradient and optimizer bytes of one trained parameter."""
+    dtype = DTYPES[plan.dtype]
+    moments = 8.0 if plan.optimizer == "adamw" else 2 + 2 * 4 / 256  # a byte each, an fp32 scale per 256 of them
+    master = 0 if dtype == torch.float32 else 4
+    return (0 if plan.optimizer_in_backward else dtype.itemsize), moments + master
+
+
+def zero_stage(role: Role, plan: PlanConfig) -> int:
+    """A frozen model has only weights to split."""
+    if not role.frozen:
+        return plan.zero
+    return (3 if plan.zero == 3 else 0) if plan.frozen_zero is None else plan.frozen_zero
+
+
+def static_bytes(role: Role, plan: PlanConfig) -> StaticBytes:
+    """Per GPU, on the GPU or (offloaded) in CPU memory."""
+    zero = zero_stage(role, plan)
+    gradient, optimizer = bytes_per_trained(plan)
+    return StaticBytes(
+        _share(role.own * role.shape.dtype.itemsize, plan.gpus if zero >= 3 else 1),
+        _share(role.trained * gradient, plan.gpus if zero >= 2 else 1),
+        _share(role.trained * optimizer, plan.gpus if zero >= 1 else 1),
+    )
+
+
+def _share(size: float, gpus: int) -> int:
+    return -(-round(size) // gpus)

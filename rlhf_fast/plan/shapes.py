@@ -1,0 +1,124 @@
+"""Models of which only the shape is needed: configs read from disk or hub, models of fake tensors made from them."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers.configuration_utils import PreTrainedConfig
+
+from rlhf_fast.models import existing
+from rlhf_fast.training import checkpoint_activations
+
+Head = Literal["policy", "score"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def read_config(path: str) -> PreTrainedConfig:
+    """The model config of a checkpoint directory, a config.json or a hub name, with dropout off.
+
+    Raises ValueError where there is none or its model_type is unknown.
+    """
+    if path.endswith(".json"):
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"model: expected a model's config.json, got {path}: {error}") from error
+        if not isinstance(values, dict) or "model_type" not in values:
+            raise ValueError(f"model: expected a config with model_type, found none in {path}")
+        config = AutoConfig.for_model(values.pop("model_type"), **values)
+    else:
+        config = AutoConfig.from_pretrained(existing(path))
+    for name, value in vars(config).items():
+        if "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)  # as the stages do
+    return config
+
+
+class Shape(NamedTuple):
+    """A model and how it runs: all that its activations depend on."""
+
+    config: PreTrainedConfig
+    head: Head
+    dtype: torch.dtype
+    autocast: bool = False  # bfloat16
+    trained: bool = False
+    checkpointing: bool = False
+    lora_rank: int = 0
+
+    def instantiate(self, config: PreTrainedConfig) -> PreTrainedModel:
+        """A model of `config` with random weights, on the device of the context."""
+        if self.head == "policy":
+            return AutoModelForCausalLM.from_config(config, dtype=self.dtype)
+        config = copy.deepcopy(config)
+        config.num_labels = 1
+        model = AutoModelForSequenceClassification.from_config(config, dtype=self.dtype)
+        if not hasattr(model, "score"):
+            raise ValueError(f"model: expected an architecture with a `score` head (decoder type), got {type(model)}")
+        return model
+
+    def build(self, layers: int | None = None) -> PreTrainedModel:
+        """The model, or one of its first `layers` layers, on the meta device."""
+        with torch.device("meta"):
+            model = self.instantiate(self.config if layers is None else _shortened(self.config, layers))
+        model.requires_grad_(self.trained and not self.lora_rank)
+        if self.lora_rank:
+            _add_adapters(model, self.lora_rank)
+        if self.checkpointing:
+            checkpoint_activations(model)
+        return model.train(self.trained)
+
+
+def period(config: PreTrainedConfig) -> int:
+    """After how many layers the pattern of layer types repeats: 2 where sliding and full attention alternate."""
+    types = getattr(config.get_text_config(), "layer_types", None) or ["same"]
+    return next(n for n in range(1, len(types) + 1) if all(a == b for a, b in zip(types, types[n:], strict=False)))
+
+
+def layer_count(config: PreTrainedConfig) -> int:
+    return config.get_text_config().num_hidden_layers
+
+
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
+    count = layer_count(model.config)
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise ValueError(f"model: expected a decoder with a list of {count} layers, found none in {type(model).__name__}")
+
+
+def _shortened(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    text.num_hidden_layers = layers
+    return config
+
+
+def _add_adapters(model: PreTrainedModel, rank: int) -> None:
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ValueError("lora_rank: expected peft to be installed (pip install peft)") from error
+    with torch.device("meta"):
+        inject_adapter_in_model(LoraConfig(r=rank, target_modules="all-linear"), model)
+    if hasattr(model, "score"):
+        model.score.requires_grad_(True)
+
+
+def make_fake(model: PreTrainedModel) -> None:
+    """Moves a model from the meta device to fake tensors of the FakeTensorMode that is on; ties stay ties."""
+    made: dict[Tensor, Tensor] = {}
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, old in held.items():
+                if old is None:
+                    continue
+                if old not in made:
+                    new = torch.empty(old.shape, dtype=old.dtype)
+                    made[old] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+                held[name] = made[old]
