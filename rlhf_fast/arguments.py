@@ -194,7 +194,7 @@ def _help(field: dataclasses.Field, hint: Any) -> str:
     if get_origin(hint) is Literal:
         text += f" {_type_name(hint)}"
     if default is not None and default != {}:
-        shown = " ".join(default) if isinstance(default, list) else default
+        shown = " ".join(map(str, default)) if isinstance(default, list) else default
         text += f" [{str(shown).lower() if hint is bool else shown}]"
     return text.replace("%", "%%")
 

@@ -29,7 +29,7 @@ COMMANDS = {
     "rloo": Command("config:RLOOConfig", "stages.rloo:train", "REINFORCE with a leave-one-out baseline"),
     "grpo": Command("config:GRPOConfig", "stages.grpo:train", "clipped updates on scores whitened within groups"),
     "dpo": Command("config:DPOConfig", "stages.dpo:train", "direct preference optimisation"),
-    "compare": Command("config:CompareConfig", "compare.command:run", "methods side by side: time, memory and reward"),
+    "compare": Command("config:CompareConfig", "compare.command:run", "methods side by side: time, memory, reward"),
     "plan": Command("config:PlanConfig", "plan.command:run", "memory of a run before it is started, by role and phase"),
 }
 

@@ -83,7 +83,7 @@ class StageConfig:
             "max_length",
             "max_prompt_length",
             "max_response_length",
-            "greedy_max_response_length",
+            "greedy_response_length",
         ):
             _check(self, name, lambda v: v >= 1, "an integer >= 1")
         for name in ("gamma", "lam"):
@@ -210,7 +210,7 @@ class ReMaxConfig(OnlineConfig):
     """ReMax: REINFORCE with the greedy completion's score as baseline (arXiv 2310.10505)."""
 
     learning_rate: float = _arg(1e-6, "Peak learning rate of the policy.")
-    greedy_max_response_length: int | None = _arg(
+    greedy_response_length: int | None = _arg(
         None, "End greedy completions at this many tokens (ReMax-fast); default: max_response_length."
     )
     variant: RemaxVariant = _arg("official", "Per-token weights: the authors' code, the paper, or verl's form.")
@@ -411,6 +411,7 @@ class CompareConfig:
     gradient_checkpointing: bool = _arg(False, "Recompute activations in backward to save memory.")
     memory: str | None = _arg(None, "Say the largest batch that fits (24GiB); on a GPU also the most a run may take.")
     reward: str | None = _arg(None, "Reward model of a checkpoint of your own, or a Python function.")
+    reward_adapter: str | None = _arg(None, "LoRA reward model on its base, for lora_rank.")
     small_critic: str | None = _arg(None, "Smaller model with its tokenizer, for the small critic.")
     train_data: str | None = _arg(None, "Prompts for it.")
     pairs: str | None = _arg(None, "Preference pairs for it, for DPO.")

@@ -40,7 +40,7 @@ def run(config: DemoConfig) -> None:
     """Run the whole demo; everything goes to `config.output_dir`, the report to report.html in it."""
     out = Path(config.output_dir)
     shorten = 10 if config.quick else 1
-    _write_data(out / "data", config.seed, shorten)
+    write_data(out / "data", config.seed, shorten)
     if not (config.resume and (out / "init" / "config.json").is_file()):
         init_model(MODEL, build_tokenizer(), out / "init", config.seed)
     plan = pipeline_config(config, shorten)
@@ -108,7 +108,8 @@ def pipeline_config(config: DemoConfig, shorten: int) -> PipelineConfig:
     )
 
 
-def _write_data(directory: Path, seed: int, shorten: int) -> None:
+def write_data(directory: Path, seed: int, shorten: int) -> None:
+    """sft.jsonl, prompts.jsonl and eval.jsonl of the small world; `shorten` divides their lengths."""
     evaluation = prompt_rows(256 // shorten, seed + 1)
     training = prompt_rows(6500 // shorten, seed + 2, exclude=[row["prompt"] for row in evaluation])
     files = {"sft.jsonl": sft_rows(6000 // shorten, seed + 3), "prompts.jsonl": training, "eval.jsonl": evaluation}

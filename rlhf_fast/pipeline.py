@@ -6,6 +6,7 @@ what one config section leaves out is filled in from the stages before it.
 
 import dataclasses
 import json
+from collections.abc import Collection
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,11 @@ def run(config: PipelineConfig) -> None:
     write_report(config)
 
 
-def run_stages(config: PipelineConfig) -> None:
-    """Run the stages. With `resume`, finished ones are skipped and the one cut off continues from its checkpoint."""
+def run_stages(config: PipelineConfig, names: Collection[str] | None = None) -> None:
+    """Run the stages, or those of these names. With `resume`, finished ones are skipped and the one cut off continues
+    from its checkpoint."""
     for name, stage_config in make_plan(config).items():
-        if not (config.resume and _finished(name, stage_config)):
+        if (names is None or name in names) and not (config.resume and _finished(name, stage_config)):
             module = import_module(f"rlhf_fast.stages.{name}")
             (module.sample if name == "pairs" else module.train)(stage_config)
 

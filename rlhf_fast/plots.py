@@ -41,7 +41,7 @@ PHASE_COLORS = {
 ROLE_COLORS = {"policy": "#332288", "value": "#117733", "reward": "#BB9922", "reference": "#AA4499"}
 KINDS = ("weights", "gradients", "optimizer")
 MIB = 2**20
-_STYLE = {
+STYLE = {
     "font.size": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -132,7 +132,7 @@ def make_plots(
 def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     @wraps(draw)
     def styled(*args: Any) -> Figure:
-        with matplotlib.rc_context(_STYLE):
+        with matplotlib.rc_context(STYLE):
             return draw(*args)
 
     return styled

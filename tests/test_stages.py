@@ -282,7 +282,7 @@ def test_remax_fast_ends_greedy_completions_sooner(files, tiny_model, tmp_path, 
         return score(self, rollout, columns)
 
     monkeypatch.setattr(Online, "_score", watched)
-    config = stage_config(ReMaxConfig, files, tiny_model, tmp_path, steps=1, greedy_max_response_length=2)
+    config = stage_config(ReMaxConfig, files, tiny_model, tmp_path, steps=1, greedy_response_length=2)
     remax.train(config)
     sampled, capped = scored
     assert capped.response_mask.sum(dim=1).max() == 2 < sampled.response_mask.sum(dim=1).max()

@@ -13,7 +13,7 @@ from rlhf_fast.training import Run
 
 def train(config: ReMaxConfig) -> None:
     """Train `config.model` by ReMax; the result goes to `config.output_dir`."""
-    online = Online(config, "ReMax", greedy=True, greedy_length=config.greedy_max_response_length)
+    online = Online(config, "ReMax", greedy=True, greedy_length=config.greedy_response_length)
 
     def update(run: Run, experience: Experience) -> dict[str, float]:
         weights_BT = remax_returns(
