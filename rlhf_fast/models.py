@@ -220,7 +220,7 @@ def _scorer_on(language_model: PreTrainedModel) -> PreTrainedModel:
     config = copy.deepcopy(language_model.config)
     config.num_labels = 1
     with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(config)
+        model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
     setattr(model, model.base_model_prefix, language_model.base_model)
     if hasattr(model, "score"):
         model.score.to_empty(device=language_model.device)

@@ -32,7 +32,8 @@ from rlhf_fast.optimizers import lr_factor, make_optimizer
 class Learner:
     """One trained model with its optimizer, learning-rate schedule, clipping and autocast.
 
-    parameters: what it trains; default: all parameters of `model` that require gradients.
+    parameters: what it trains; default: all parameters of `model` that require gradients. With optimizer_in_backward
+    the weights move during backward, and `step` only closes the step.
     """
 
     def __init__(

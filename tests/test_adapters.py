@@ -125,6 +125,19 @@ def test_a_value_head_on_the_policys_trunk(base, tmp_path):
         assert torch.equal(token_values(value_head_on(policy, tmp_path / name / "value"), sequences), values)
 
 
+def test_a_new_adapter_depends_on_its_seed_alone(tmp_path):
+    random_policy("llama").save_pretrained(tmp_path / "base")
+    first, again, other = (load_policy(tmp_path / "base", lora=ADAPTER._replace(seed=seed)) for seed in (5, 5, 6))
+    state = torch.get_rng_state()
+    shared = load_policy(tmp_path / "base", lora=ADAPTER._replace(seed=5), shared=first)
+    assert torch.equal(torch.get_rng_state(), state)
+    firsts, agains, others, shareds = (
+        [p for name, p in model.named_parameters() if "lora_A" in name] for model in (first, again, other, shared)
+    )
+    assert all(map(torch.equal, firsts, agains)) and all(map(torch.equal, firsts, shareds))
+    assert not any(map(torch.equal, firsts, others))
+
+
 def test_one_base_holds_four_models(tmp_path):
     random_policy("llama").save_pretrained(tmp_path / "base")
     policy = load_policy(tmp_path / "base", lora=ADAPTER)

@@ -55,6 +55,9 @@ def test_plan_hands_each_stage_what_the_one_before_made(files, tiny_model, tmp_p
     assert (plan["ppo"].steps, plan["ppo"].seed, plan["remax"].steps, plan["remax"].seed) == (7, 9, 2, 5)
     assert plan["dpo"].train_data == f"{out}/pairs.jsonl.gz"
     assert plan["rloo"].group_size == 2
+    config = pipeline_config(files, tiny_model, tmp_path, methods=["grpo"], grpo={"group_size": 4})
+    plan = pipeline.make_plan(config)["grpo"]
+    assert (plan.model, plan.reward, plan.group_size, plan.steps) == (f"{out}/sft", f"{out}/reward", 4, 2)
 
 
 @pytest.mark.parametrize(
