@@ -47,6 +47,7 @@ def first_rows(pairs: str | None, rows: int, config: CompareConfig) -> str:
         found = [json.dumps(row) for _, row in itertools.islice(read_rows(pairs), rows)]
         if len(found) < rows:
             raise ValueError(f"pairs: expected at least steps * batch_size / 2 = {rows} rows, got {len(found)}")
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.new")
         partial.write_text("\n".join(found) + "\n")
         os.replace(partial, path)

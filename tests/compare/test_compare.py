@@ -1,0 +1,86 @@
+"""Which runs there are, and the whole command on a tiny model."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from rlhf_fast.cli import main
+from rlhf_fast.compare import command
+from rlhf_fast.compare.cells import cells_of
+from rlhf_fast.compare.start import Start
+from rlhf_fast.config import CompareConfig, PPOConfig
+from rlhf_fast.world import preference_rows, prompt_rows, sft_rows
+
+
+@pytest.fixture
+def start(tmp_path):
+    rows = sft_rows(24, seed=0)
+    completions = [row["completion"] for row in rows]
+    answers = list(zip(completions, completions[1:] + completions[:1], strict=True))
+    pairs = preference_rows([row["prompt"] for row in rows], answers, 0)
+    files = {"prompts": prompt_rows(24, seed=1), "pairs": pairs}
+    for name, content in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    prompts, pairs = (str(tmp_path / f"{name}.jsonl") for name in files)
+    return Start("policy", "reward", "adapter", "small", prompts, pairs, {"common": {"kl_coef": 0.3, "steps": 99}})
+
+
+def test_cells_have_the_same_budget(start, tmp_path):
+    config = CompareConfig(output_dir=str(tmp_path), steps=3, batch_size=4, lora_rank=2, options={"ppo": {"epochs": 2}})
+    cells = {cell.name: cell for cell in cells_of(config, start)}
+    assert list(cells) == [
+        "PPO", "PPO, small critic", "PPO, shared trunk", "ReMax", "REINFORCE", "RLOO", "GRPO", "DPO",
+        "PPO, LoRA 2", "PPO, shared trunk, LoRA 2", "ReMax, LoRA 2", "REINFORCE, LoRA 2", "RLOO, LoRA 2",
+        "GRPO, LoRA 2", "DPO, LoRA 2",
+    ]  # fmt: skip
+    for name, cell in cells.items():
+        assert cell.options["batch_size"] == (2 if "DPO" in name else 4)  # two completions a pair
+        assert cell.options.get("steps", 3) == 3  # the token budget is ours, not the start's
+        assert cell.options.get("kl_coef", 0.3) == 0.3
+        assert cell.options["lora_rank"] == (2 if "LoRA" in name else 0)
+    assert cells["PPO"].options["epochs"] == 2
+    assert cells["GRPO"].options["epochs"] == 1
+    assert cells["PPO, small critic"].options["value_model"] == "small"
+    assert cells["PPO, shared trunk, LoRA 2"].options["critic"] == "shared"
+    assert cells["PPO, LoRA 2"].options["share_base"] and cells["PPO, LoRA 2"].options["reward"] == "adapter"
+    assert len(Path(cells["DPO"].options["train_data"]).read_text().splitlines()) == 3 * 2
+
+
+def test_config_errors(start, tmp_path):
+    with pytest.raises(ValueError, match="critics: expected some of same, small, shared, got \\['tiny'\\]"):
+        CompareConfig(output_dir="x", critics=["tiny"])
+    with pytest.raises(ValueError, match="options: expected sections common, ppo, got 'dpo'"):
+        CompareConfig(output_dir="x", methods=["ppo"], options={"dpo": {}})
+    with pytest.raises(ValueError, match="pairs: expected at least steps \\* batch_size / 2 = 512 rows, got"):
+        cells_of(CompareConfig(output_dir=str(tmp_path), methods=["dpo"], steps=64, batch_size=16), start)
+    with pytest.raises(ValueError, match="model: expected demo, 10M, .* or a directory, got 'nowhere'"):
+        command.run(CompareConfig(model="nowhere", output_dir=str(tmp_path)))
+
+
+def test_the_whole_command(start, tiny_model, tmp_path, capsys):
+    out = tmp_path / "out"
+    flags = ["--reward", "rlhf_fast.world:true_reward", "--train-data", start.prompts, "--pairs", start.pairs]
+    flags += ["--steps", "3", "--batch-size", "4", "--prompt-length", "18", "--response-length", "8"]
+    flags += ["--methods", "reinforce", "dpo", "--memory", "24GiB"]
+    assert main(["compare", "--model", tiny_model, "--output-dir", str(out), *flags]) == 0
+    record = json.loads((out / "compare.json").read_text())
+    assert [row["name"] for row in record["methods"]] == ["REINFORCE", "DPO"]
+    for row in record["methods"]:
+        assert row["samples_per_second"] * row["step_seconds"] == pytest.approx(4)
+        assert 0 < row["peak_bytes"] < 2**30
+        assert row["largest_batch"] > 100
+    (prediction,) = record["time_model"]
+    assert prediction["method"] == "PPO" and prediction["measured seconds"] is None
+    assert (out / "plots" / "memory.png").read_bytes().startswith(b"\x89PNG")
+    text = (out / "compare.md").read_text()
+    assert "| REINFORCE |" in text and "plots/step_time.png" in text
+    # nothing runs again, and a failing stage shows what it said
+    before = (out / "dpo-seed0" / "run.json").stat().st_mtime_ns
+    assert main(["compare", "--model", tiny_model, "--output-dir", str(out), *flags, "--resume"]) == 0
+    assert (out / "dpo-seed0" / "run.json").stat().st_mtime_ns == before
+    cell = SimpleNamespace(name="PPO", method="ppo", options={"model": tiny_model, "lora_rank": 0, "nonsense": 1})
+    with pytest.raises(RuntimeError, match="PPO failed with exit code 1(.|\n)*nonsense"):
+        command._run_cell(cell, tmp_path / "failing", None)
+    assert PPOConfig(model="a", output_dir="b", train_data="c", reward="d").epochs == 4  # compare's 1 is its own
