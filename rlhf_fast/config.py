@@ -319,7 +319,7 @@ class PairsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
-    """How much memory a run needs, by role and phase, from the models' configs alone: nothing is loaded or allocated."""
+    """How much memory a run needs, by role and phase, from the models' configs alone; no weights are loaded."""
 
     model: str = _required("Checkpoint directory, config.json or hub name of the trained model.")
     method: Method = _required("Training method.")
@@ -332,9 +332,7 @@ class PlanConfig:
     response_length: int = _arg(256, "Tokens of a response.")
     group_size: int = _arg(4, "Samples per prompt of rloo and grpo; batch_size counts samples.")
     minibatches: int = _arg(1, "Optimizer steps per pass over a batch (ppo, grpo).")
-    critic: str = _arg(
-        "same", "Value model of ppo: `same` shape as the reward model, `shared` trunk, or a config as model."
-    )
+    critic: str = _arg("same", "Value model of ppo: `same` as the reward model, `shared` trunk, or its config.")
     reward: str | None = _arg(None, "Reward model's config, or `none` for a Python function; default: as the model.")
     reference: str | None = _arg(None, "Reference model's config; default: as the model.")
     lora_rank: int = _arg(0, "Train LoRA adapters of this rank on all linear layers but the head; 0: all weights.")

@@ -129,13 +129,13 @@ def working_bytes(
     """
     V, H = layer.weight.shape
     C, wide = chunk_rows(n, [layer], budget), layer.dtype.itemsize
-    logits = C * layer.row_bytes + layer.tile_bytes
+    widened = layer.tile * H * wide * (layer.weight.dtype != layer.operands)
     states = tokens * H * hidden.itemsize * (1 + wanted[0])  # a contiguous copy and the gradient
     sums = V * H * wide * wanted[1]
     chunk = C * H * (layer.operands.itemsize + wide * any(wanted))
     rounded = V * H * layer.weight.dtype.itemsize * wanted[1] * (layer.weight.dtype != layer.dtype)
     per_token = 40 * tokens  # row numbers, log-probs, entropies, weights
-    return logits + states + sums + max(chunk, rounded) + per_token
+    return C * layer.row_bytes + states + sums + max(widened + chunk, rounded) + per_token
 
 
 class Head:

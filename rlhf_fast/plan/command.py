@@ -15,6 +15,8 @@ from rlhf_fast.plan.gpus import CONTEXT, FRAGMENTATION, GIB, MEMORY, needed, par
 from rlhf_fast.plan.phases import Planner
 from rlhf_fast.plan.roles import bytes_per_trained
 
+KINDS = "weights", "optimizer", "gradients", "pass"  # the last words of the parts of a phase
+
 
 def run(plan: PlanConfig) -> None:
     """Make the plan, print it and, with `out`, write it."""

@@ -84,9 +84,7 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         tensors = zip((hidden, weight, bias), ctx.needs_input_grad, strict=True)
-        ctx.gradients = [
-            torch.empty_like(x, memory_format=torch.contiguous_format) if want else None for x, want in tensors
-        ]
+        ctx.gradients = [x.new_empty(x.shape) if wanted else None for x, wanted in tensors]
         return hidden.new_empty(())
 
     @staticmethod

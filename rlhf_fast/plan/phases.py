@@ -12,7 +12,7 @@ from rlhf_fast.plan.roles import ONLINE, Role, roles_of, static_bytes, zero_stag
 
 
 class Phase(NamedTuple):
-    """Bytes at the peak: "<role> weights", "<role> optimizer", "<role> gradients" and "pass", all that the pass adds."""
+    """Bytes at the peak: "<role> weights", "<role> optimizer", "<role> gradients", and "pass" for what it adds."""
 
     parts: dict[str, int]
     how: str  # the pass's bytes come about
@@ -39,7 +39,7 @@ class Planner:
         self.rows_per_prompt = {"rloo": plan.group_size, "grpo": plan.group_size, "remax": 2}.get(plan.method, 1)
         # what is kept on the weights until the optimizer's step; otherwise `static` holds it, split or in CPU memory
         self.keeps_gradients = not (plan.optimizer_in_backward or plan.offload_optimizer or plan.zero >= 2)
-        self._curves: dict[object, Curve] = {}
+        self.curves: dict[object, Curve] = {}
 
     def phases(self, device: str, batch: int | None = None, micro: int | None = None) -> dict[str, Phase]:
         """Phase -> parts of its peak, for `batch` rows (default: the config's) on `device` (cpu or cuda)."""
@@ -49,9 +49,9 @@ class Planner:
         result = {}
         if self.online:
             result["rollout"] = self._rollout(batch)
-            for name in ("reward", "reference"):
-                if name in self.roles:
-                    result["scoring" if name == "reward" else name] = self._frozen(name, micro, device)
+            scored_by_model = "reward" in self.roles
+            result["scoring"] = self._frozen("reward", micro, device) if scored_by_model else self._idle()
+            result["reference"] = self._frozen("reference", micro, device)
         if self.plan.method == "dpo":
             result["reference"] = self._frozen("reference", 2 * micro, device)
         if "value" in self.roles:
@@ -76,7 +76,7 @@ class Planner:
         return {name: size for name, size in parts.items() if size}
 
     def _weights(self, name: str, role: Role, at_work: bool) -> int:
-        """ZeRO 3 gathers the layers at work; an offloaded model is away in the other phases, or but for those layers."""
+        """ZeRO 3 gathers the layers at work. An offloaded model is away, in its own phase but for those layers."""
         plan, sharded = self.plan, zero_stage(role, self.plan) == 3
         if role.frozen and not at_work and (plan.offload or plan.method == "dpo"):  # dpo drops it
             return 0
@@ -90,9 +90,12 @@ class Planner:
         at = self._rollout_curve()(prompts)
         part = max(at["prefill"], at["decode"])
         rows = prompts * self.rows_per_prompt
-        text = f"{rows} rows: KV cache {at['kv_cache']:,} at {sum(self.lengths)} tokens, decode step with it {at['decode']:,}"
-        text += f"; prefill of {prompts} prompts {at['prefill']:,}"
+        text = f"{rows} rows: KV cache {at['kv_cache']:,} at {sum(self.lengths)} tokens, "
+        text += f"the last decode step with it {at['decode']:,}; prefill of {prompts} prompts {at['prefill']:,}"
         return Phase(self._resident("policy") | {"pass": part}, text)
+
+    def _idle(self) -> Phase:
+        return Phase(self._resident(None), "")
 
     def _frozen(self, name: str, rows: int, device: str) -> Phase:
         casts = 0
@@ -175,6 +178,6 @@ class Planner:
         return self._curve("rollout", shape, rollout(shape, self.lengths, self.rows_per_prompt), 1)
 
     def _curve(self, key: object, shape: object, run: object, rows: int | None = None) -> Curve:
-        if key not in self._curves:
-            self._curves[key] = simulate(shape, run, max(2, rows or self.plan.micro_batch_size or self.plan.batch_size))
-        return self._curves[key]
+        if key not in self.curves:
+            self.curves[key] = simulate(shape, run, max(2, rows or self.plan.micro_batch_size or self.plan.batch_size))
+        return self.curves[key]

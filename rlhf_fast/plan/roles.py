@@ -76,6 +76,9 @@ def roles_of(plan: PlanConfig) -> dict[str, Role]:
     elif plan.method == "ppo":
         source = plan.critic if plan.critic != "same" else plan.reward if has_reward else None
         roles["value"] = role("score", source, trained=True, on_base=plan.share_base)
+        sizes = [roles[name].shape.config.get_text_config().vocab_size for name in ("policy", "value")]
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"critic: expected the policy's vocabulary of {sizes[0]} tokens, got {sizes[1]}")
     if has_reward:
         roles["reward"] = role("score", plan.reward, trained=False, on_base=plan.share_base)
     roles["reference"] = role("policy", plan.reference, trained=False)

@@ -104,9 +104,10 @@ def _add_adapters(model: PreTrainedModel, rank: int) -> None:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ValueError("lora_rank: expected peft to be installed (pip install peft)") from error
+    head = ["score"] if hasattr(model, "score") else None
     with torch.device("meta"):
-        inject_adapter_in_model(LoraConfig(r=rank, target_modules="all-linear"), model)
-    if hasattr(model, "score"):
+        inject_adapter_in_model(LoraConfig(r=rank, target_modules="all-linear", exclude_modules=head), model)
+    if head:
         model.score.requires_grad_(True)
 
 

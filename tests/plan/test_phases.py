@@ -1,0 +1,108 @@
+"""What sharing, splitting and offloading change, against arithmetic by hand; extrapolation against the whole model."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlhf_fast.config import PlanConfig
+from rlhf_fast.plan.phases import Phase, Planner
+
+LENGTHS = {"batch_size": 4, "prompt_length": 24, "response_length": 8}
+
+
+def phases(shape: str, method: str = "ppo", **options: object) -> dict[str, Phase]:
+    return Planner(PlanConfig(model=shape, method=method, **LENGTHS | options)).phases("cpu")
+
+
+def test_few_layers_and_rows_foretell_many(shapes, tmp_path):
+    """A model simulated whole (as few as three layers are) agrees with one extrapolated, at any number of rows."""
+    values = json.loads(Path(shapes["grouped"]).read_text())
+    peaks = {}
+    for layers in (3, 4, 5, 6):
+        file = tmp_path / f"{layers}.json"
+        file.write_text(json.dumps(values | {"num_hidden_layers": layers}))
+        planner = Planner(PlanConfig(model=str(file), method="sft", **LENGTHS))
+        for rows in (4, 9, 64):
+            peaks[layers, rows] = planner.phases("cpu", batch=rows)["policy_update"].peak_bytes
+    for rows in (4, 9, 64):
+        steps = {peaks[n + 1, rows] - peaks[n, rows] for n in (3, 4, 5)}
+        assert max(steps) - min(steps) <= 64
+    at_nine = Planner(PlanConfig(model=shapes["grouped"], method="sft", **LENGTHS | {"batch_size": 9})).phases("cpu")
+    assert at_nine["policy_update"].peak_bytes == pytest.approx(peaks[6, 9], abs=64)
+
+
+def test_lora_holds_the_base_once(shapes):
+    apart = Planner(PlanConfig(model=shapes["small"], method="ppo", lora_rank=4, **LENGTHS))
+    shared = Planner(PlanConfig(model=shapes["small"], method="ppo", lora_rank=4, share_base=True, **LENGTHS))
+    base, H, F, V = 4 * (4 * 128 * 128 + 3 * 128 * 344 + 2 * 128) + 128, 128, 344, 1000
+    adapters = 4 * 4 * (4 * 2 * H + 3 * (H + F))  # layers x rank x (q, k, v, o; gate, up, down)
+    assert apart.static["policy"] == (4 * (base + 2 * V * H + adapters), 4 * adapters, 8 * adapters)
+    assert apart.static["value"] == (4 * (base + V * H + adapters + H), 4 * (adapters + H), 8 * (adapters + H))
+    assert apart.static["reward"].weights == 4 * (base + V * H + H)
+    assert shared.static["value"].weights == shared.static["reward"].weights == 4 * (adapters + H)
+    assert apart.static["reference"].weights == shared.static["reference"].weights == 0
+
+
+def test_a_critic_on_the_policys_trunk(shapes):
+    planner = Planner(PlanConfig(model=shapes["small"], method="ppo", critic="shared", **LENGTHS))
+    assert planner.static["value"] == (128 * 4, 128 * 4, 128 * 8)
+    assert "value_update" not in planner.phases("cpu")
+
+
+def test_optimizer_bytes(shapes):
+    plan = {"model": shapes["small"], "method": "sft", **LENGTHS}
+    parameters = Planner(PlanConfig(**plan)).roles["policy"].trained
+    for options, gradients, optimizer in (
+        ({}, 4, 8),
+        ({"dtype": "bf16"}, 2, 12),
+        ({"optimizer": "adamw_8bit"}, 4, 2 + 8 / 256),
+        ({"optimizer_in_backward": True}, 0, 8),
+    ):
+        static = Planner(PlanConfig(**plan, **options)).static["policy"]
+        assert static.gradients == gradients * parameters
+        assert static.optimizer == pytest.approx(optimizer * parameters, abs=1)
+
+
+def test_gradients_that_are_stepped_at_once_leave_the_peak(shapes):
+    options = {"batch_size": 2, "prompt_length": 4, "response_length": 4}  # gradients outweigh activations
+    kept, stepped = (phases(shapes["gpt2"], "sft", **options, optimizer_in_backward=x) for x in (False, True))
+    assert stepped["policy_update"].parts["pass"] < 0.6 * kept["policy_update"].parts["pass"]
+
+
+def test_later_micro_batches_meet_the_gradients_of_earlier_ones(shapes):
+    once, twice = (phases(shapes["small"], micro_batch_size=n) for n in (4, 2))
+    gradients = Planner(PlanConfig(model=shapes["small"], method="ppo", **LENGTHS)).static
+    assert "value gradients" not in once["policy_update"].parts
+    assert twice["policy_update"].parts["value gradients"] == gradients["value"].gradients
+    assert once["value_update"].parts["policy gradients"] == gradients["policy"].gradients
+    assert twice["policy_update"].parts["pass"] > gradients["policy"].gradients
+
+
+def test_checkpointing_trades_activations(shapes):
+    options = {"batch_size": 16, "prompt_length": 64}
+    kept, recomputed = (phases(shapes["grouped"], "sft", **options, gradient_checkpointing=x) for x in (False, True))
+    assert recomputed["policy_update"].parts["pass"] < 0.5 * kept["policy_update"].parts["pass"]
+
+
+def test_offloaded_models_are_there_in_their_phase_only(shapes):
+    planner = Planner(
+        PlanConfig(model=shapes["small"], method="remax", offload=True, offload_optimizer=True, **LENGTHS)
+    )
+    parts = {name: phase.parts for name, phase in planner.phases("cpu").items()}
+    assert [name for name, part in parts.items() if "reward weights" in part] == ["scoring"]
+    assert [name for name, part in parts.items() if "reference weights" in part] == ["reference"]
+    assert not any("policy optimizer" in part or "policy gradients" in part for part in parts.values())
+
+
+def test_zero_splits(shapes):
+    plan = {"model": shapes["small"], "method": "remax", "gpus": 4, **LENGTHS}
+    whole = Planner(PlanConfig(**plan)).static
+    for stage, split in ((1, (1, 1, 4)), (2, (1, 4, 4)), (3, (4, 4, 4))):
+        static = Planner(PlanConfig(**plan, zero=stage)).static
+        for part, n in zip(("weights", "gradients", "optimizer"), split, strict=True):
+            assert getattr(static["policy"], part) == -(-getattr(whole["policy"], part) // n)
+        assert static["reward"].weights == -(-whole["reward"].weights // split[0])
+    parts = Planner(PlanConfig(**plan, zero=2, frozen_zero=3)).phases("cpu")["reference"].parts
+    layer, embedding = 4 * 128 * 128 + 3 * 128 * 344 + 2 * 128, 1000 * 128
+    assert parts["reference weights"] == whole["reference"].weights // 4 + 4 * (2 * layer + embedding)
