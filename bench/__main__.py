@@ -34,7 +34,7 @@ from rlhf_fast.metrics import print_table
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.partition("\n")[0])
     parser.add_argument("what", choices=["ops", "exactness", "rollout"])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="ops: where (default cpu)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="ops, rollout: where (default cpu)")
     parser.add_argument("--quick", action="store_true", help="toy shapes and few rounds; no bars")
     parser.add_argument("--only", metavar="NAME", default="", help="the cases whose name contains NAME")
     parser.add_argument("--check", action="store_true", help="exit code 1 where a bar is missed")

@@ -96,16 +96,22 @@ def contenders(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, to
 
 
 @torch.no_grad()
-def measure(shape: Shape, rounds: int, seconds: float, device: CPU | CUDA) -> dict[str, Any]:
+def set_up(shape: Shape, device: str) -> tuple[PreTrainedModel, dict[str, Contender], float]:
+    """A model of this shape, what is compared on it, and the log-prob drift that `check` found."""
     torch.manual_seed(0)
     settings = dict(shape.config)
     config = AutoConfig.for_model(settings.pop("model_type"), **settings, eos_token_id=None, bos_token_id=None)
-    model = AutoModelForCausalLM.from_config(config, dtype=shape.dtype).to(device.name).eval()
-    ids = torch.randint(1, config.vocab_size, (shape.prompts, shape.prompt_length), device=device.name)
-    lengths = torch.randint(shape.prompt_length // 2, shape.prompt_length + 1, (shape.prompts, 1), device=device.name)
-    mask = torch.arange(shape.prompt_length, device=device.name) >= shape.prompt_length - lengths
+    model = AutoModelForCausalLM.from_config(config, dtype=shape.dtype).to(device).eval()
+    ids = torch.randint(1, config.vocab_size, (shape.prompts, shape.prompt_length), device=device)
+    lengths = torch.randint(shape.prompt_length // 2, shape.prompt_length + 1, (shape.prompts, 1), device=device)
+    mask = torch.arange(shape.prompt_length, device=device) >= shape.prompt_length - lengths
     everyone = contenders(model, ids * mask, mask, shape.new_tokens)
-    drift = check(model, everyone, shape)
+    return model, everyone, check(model, everyone, shape)
+
+
+@torch.no_grad()
+def measure(shape: Shape, rounds: int, seconds: float, device: CPU | CUDA) -> dict[str, Any]:
+    model, everyone, drift = set_up(shape, device.name)
     samples = take_turns(everyone, rounds, seconds, device)
     parameters = sum(p.numel() for p in model.parameters())
     times = {name: quantiles(values) for name, values in samples.items()}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GenerationMixin
 
 import rlhf_fast
 
@@ -22,6 +23,7 @@ def bench():
         import bench.cases
         import bench.measure
         import bench.report
+        import bench.rollout
     return bench
 
 
@@ -162,3 +164,23 @@ def test_a_gpu_that_is_not_there_is_an_error(bench, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         command.main()
     assert stop.value.code == 2 and "--device cuda: torch sees no GPU" in capsys.readouterr().err
+
+
+def test_rollout_bars_are_ratios_of_medians(bench):
+    rollout = bench.rollout
+    seconds = {rollout.SAMPLED: 2.0, rollout.FOLDED: 2.4, rollout.THEIRS: 5.1, rollout.THEIRS_GREEDY: 4.0}
+    times = {name: {"median": x, "p20": x, "p80": x} for name, x in seconds.items()}
+    times[f"{rollout.THEIRS} and greedy"] = {"median": 9.1}
+    rows = rollout.bar_rows({"seconds": times}, "cpu")
+    assert [row["measured"] for row in rows] == pytest.approx([5.1 / 2, 9.1 / 2.4, 2 / 2.4])
+    assert [row["met"] for row in rows] == ["yes", "yes", "yes"]
+    times[rollout.SAMPLED]["median"] = 2.1
+    assert [row["met"] for row in rollout.bar_rows({"seconds": times}, "cpu")] == ["NO", "yes", "yes"]
+
+
+def test_a_decode_that_differs_from_generate_is_not_timed(bench, monkeypatch):
+    shape = bench.rollout.shapes("cpu", quick=True)[0]
+    original = GenerationMixin.generate
+    monkeypatch.setattr(GenerationMixin, "generate", lambda *args, **kwargs: original(*args, **kwargs).flip(0))
+    with pytest.raises(bench.measure.Disagreement, match="greedy tokens differ from generate's"):
+        bench.rollout.set_up(shape, "cpu")

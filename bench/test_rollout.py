@@ -1,0 +1,21 @@
+"""Decoding under pytest-benchmark, on the demo's model: `pytest bench --benchmark-only`, with `--quick` a few tokens.
+
+Tokens and log-probs are checked before anything is timed. `python -m bench rollout` has more shapes and the bars.
+"""
+
+import pytest
+import torch
+
+from bench.rollout import FOLDED, GREEDY, SAMPLED, THEIRS, THEIRS_GREEDY, set_up, shapes
+
+
+@pytest.fixture(scope="module")
+def everyone(request):
+    return set_up(shapes("cpu", request.config.getoption("quick"))[0], "cpu")[1]
+
+
+@pytest.mark.parametrize("name", [SAMPLED, GREEDY, FOLDED, THEIRS, THEIRS_GREEDY])
+def test_decoding(benchmark, everyone, name):
+    benchmark.group = "decoding"
+    with torch.no_grad():
+        benchmark.pedantic(everyone[name].run, rounds=5, warmup_rounds=1)
