@@ -3,7 +3,7 @@
 A module of kernels/ lists what to compile as COMPILED: (kernel, pointers, constants). pointers: the types, in Triton's
 notation, of those of its pointer arguments that are not *fp32; the other arguments are annotated in the kernel.
 constants: its constexpr arguments, pointers to be None, and the launch's options. A module with WIDE = True has to
-read 16 bytes at a time.
+read 16 bytes at a time, where it names integers as MULTIPLES_OF_16 with those.
 """
 
 import importlib
@@ -35,8 +35,12 @@ for info in pkgutil.iter_modules(rlhf_fast.kernels.__path__):
         constants = {name: value for name, value in constants.items() if name not in options}
         for capability in (80, 90, 100):
             types = signature(kernel, pointers, constants)
-            aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types.values()) if t.startswith("*")}
-            source = ASTSource(kernel, types, constants, aligned)  # pointers as torch's allocator leaves them
+            aligned = {  # pointers as torch's allocator leaves them
+                (i,): [["tt.divisibility", 16]]
+                for i, (name, t) in enumerate(types.items())
+                if t.startswith("*") or name in getattr(module, "MULTIPLES_OF_16", ())
+            }
+            source = ASTSource(kernel, types, constants, aligned)
             ptx = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
             with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
                 file.write(ptx)

@@ -8,9 +8,13 @@
 PYBIND11_MODULE(_cuda, module) {
     module.doc() = "CUDA kernels on raw device pointers. Argument order: csrc/cuda/ops.h.";
     module.attr("scratch_bytes") = rlhf::cuda::kScratchBytes;
+    module.attr("sample_tile") = rlhf::cuda::kSampleTile;
 #define RLHF_DEFINE(op) module.def(#op, rlhf::cuda::op, py::call_guard<py::gil_scoped_release>())
     RLHF_DEFINE(token_logprobs);
     RLHF_DEFINE(token_logprobs_backward);
+    RLHF_DEFINE(token_kl);
+    RLHF_DEFINE(token_kl_backward);
+    RLHF_DEFINE(sample_tokens);
     RLHF_DEFINE(kl_penalty);
     RLHF_DEFINE(shape_rewards);
     RLHF_DEFINE(gae);

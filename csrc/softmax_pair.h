@@ -58,6 +58,28 @@ struct SoftmaxPair {
     }
 };
 
+// z_ref - z - centre, rounding off as little as float32 lets it: the integer first, so that logits with a large offset
+// between them are brought together before their difference is rounded.
+template <typename T>
+struct Centre {
+    T whole, rest;
+
+    RLHF_INLINE explicit Centre(double centre) : whole(T(std::rint(centre))), rest(T(centre - std::rint(centre))) {}
+    template <typename Values>  // a T or a vector of them
+    RLHF_INLINE void difference(const Values& z, const Values& z_ref, Values& u) const {
+        u = ((z_ref - whole) - z) - rest;
+    }
+};
+
+// Bounds u where a logit is -inf, for 0 * inf is NaN.
+template <typename T>
+constexpr T kFarthest = T(1e30);
+template <typename T>
+RLHF_INLINE T bounded(T u) {
+    u = u > -kFarthest<T> ? u : -kFarthest<T>;  // NaN too, where both are -inf
+    return u < kFarthest<T> ? u : kFarthest<T>;
+}
+
 template <typename T>
 RLHF_INLINE bool is_near(T u) {
     return u > T(-0.5) && u < T(0.5);
@@ -94,6 +116,54 @@ RLHF_INLINE PairOutputs pair_outputs(SoftmaxPair others, double z_t, double z_re
     const double on_mean = others.unsupported ? centre : float(centre + mean / inv_temperature);
     return {row.logprob, row.entropy, kl,      ref_logprob,
             row.shift,   row.log_sum, on_mean, mean + (centre - on_mean) * inv_temperature};
+}
+
+struct PairUpstream {
+    double logprob, entropy, kl;
+};
+
+// Gradient of one row by its logits, from what the forward pass kept of it (a PairOutputs' last four). With H the
+// entropy,
+//     dz_j = gL (1[j = t] - p_j) - gH p_j (log p_j + H) + gK p_j (log p_j - log q_j - KL),
+// and log p_j - log q_j - KL = E_p[u] - u_j.
+template <typename T>
+struct PairGradient {
+    T shift, factor, lowest, slope, offset, by_u;  // p_j = 2^(d_j factor), d = z - shift, but for a factor of the three
+    Centre<T> centre;
+    double mean;
+
+    RLHF_INLINE PairGradient(const T* stats, double entropy, PairUpstream by, double inv_temperature)
+        : shift(stats[0]),
+          factor(T(inv_temperature * kLog2E)),
+          lowest(kLowest<T> / factor),
+          centre(double(stats[2])),
+          mean(by.kl == 0 ? 0 : double(stats[3])) {
+        const double log_sum = double(stats[1]), scale = -inv_temperature * std::exp(-log_sum);
+        slope = T(scale * by.entropy * inv_temperature);
+        offset = T(scale * (by.logprob + by.entropy * (entropy - log_sum) - by.kl * mean));
+        by_u = T(scale * by.kl * inv_temperature);
+    }
+    RLHF_INLINE T operator()(T z, T z_ref) const {
+        T d = z - shift, u;
+        centre.difference(z, z_ref, u);
+        d = lowest > d ? lowest : d;
+        const T w = exp2_scaled(d, factor);
+        return w * (slope * d + offset) + (w * bounded(u)) * by_u;
+    }
+    RLHF_INLINE T at_target(T z, T z_ref, double logprob, double entropy, PairUpstream by,
+                            double inv_temperature) const {
+        const double p = std::exp(logprob), centred = double(centre.whole) + double(centre.rest);
+        double gradient = target_gradient(logprob, entropy, by.logprob, by.entropy);
+        if (by.kl != 0 && p > 0)
+            gradient += by.kl * p * (mean - (double(z_ref) - double(z) - centred) * inv_temperature);
+        return T(gradient * inv_temperature);
+    }
+};
+
+// By the logits before their soft cap; z is capped.
+template <typename T>
+RLHF_INLINE T through_softcap(T z, T dz, T softcap) {
+    return softcap == 0 ? dz : dz * (1 - (z / softcap) * (z / softcap));
 }
 
 }  // namespace rlhf::ISA

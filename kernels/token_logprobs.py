@@ -68,7 +68,7 @@ def _reduced(m, s, a, scale):
 def _row_results(m, s, a, z, scale):
     """(logprob, entropy, shift, log_sum) in float64, from the state of all columns but the target (a: base 2) and the
     target's logit z."""
-    factor = scale / LOG2E
+    factor = number(scale, tl.float64) / LOG2E
     m = m.to(tl.float64)
     z = z.to(tl.float64)
     s = s.to(tl.float64)

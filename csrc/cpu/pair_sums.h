@@ -6,23 +6,6 @@
 namespace rlhf::ISA {
 namespace {
 
-// z_ref - z - centre, rounding off as little as float32 lets it: the integer first, so that logits with a large offset
-// between them are brought together before their difference is rounded.
-template <typename T>
-struct Centre {
-    T whole, rest;
-
-    explicit Centre(double centre) : whole(T(std::rint(centre))), rest(T(centre - std::rint(centre))) {}
-    template <typename Values>  // a T or a vector of them
-    __attribute__((always_inline)) void difference(const Values& z, const Values& z_ref, Values& u) const {
-        u = ((z_ref - whole) - z) - rest;
-    }
-};
-
-// Bounds u where a logit is -inf, for 0 * inf is NaN.
-template <typename T>
-constexpr T kFarthest = T(1e30);
-
 // exp2_scaled and bregman of math.h, lane by lane. By reference: a vector returned is a matter of the ABI.
 template <typename T, typename Vector>
 inline __attribute__((always_inline)) void powers_of(const Vector& d, T factor, Vector& power) {

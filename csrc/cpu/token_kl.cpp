@@ -88,72 +88,34 @@ void forward(const Rows<In>& rows, int64_t N, Pointer logprobs, Pointer entropy,
     delete[] starts;
 }
 
-// What the gradient of one row is made of: g_j = p_j (slope d_j + offset + by_u u_j), d = z - shift, u = z_ref - z -
-// centre, and p_j = 2^(d_j factor) but for a factor of the three.
-template <typename T>
-struct RowGradient {
-    T shift, factor, slope, offset, by_u;
-    Centre<T> centre;
-};
-
-template <typename T>
-inline void gradients(const T* z, const T* z_ref, T* g, int64_t n, RowGradient<T> row) {
-    const T lowest = kLowest<T> / row.factor, farthest = kFarthest<T>;
-#pragma omp simd
-    for (int64_t k = 0; k < n; ++k) {
-        T d = z[k] - row.shift, u;
-        row.centre.difference(z[k], z_ref[k], u);
-        d = lowest > d ? lowest : d;
-        u = u > -farthest ? u : -farthest;
-        u = u < farthest ? u : farthest;
-        const T w = exp2_scaled(d, row.factor);
-        g[k] = w * (row.slope * d + row.offset) + (w * u) * row.by_u;
-    }
-}
-
-struct Upstream {
-    double logprob, entropy, kl;
-};
-
-// Gradient of the columns [begin, end) of one row, from what the forward pass kept of it. With H the entropy,
-//     dz_j = gL (1[j = t] - p_j) - gH p_j (log p_j + H) + gK p_j (log p_j - log q_j - KL),
-// and log p_j - log q_j - KL = E_p[u] - u_j. out may be the same memory as row.
+// Of the columns [begin, end) of one row. out may be the same memory as row.
 template <typename In, typename T>
 void row_gradient(const In* row, const In* ref_row, In* out, int64_t begin, int64_t end, int64_t target,
-                  double inv_temperature, double softcap, double logprob, double entropy, const T* stats, Upstream by) {
-    alignas(64) T buffer[kBlock], ref_buffer[kBlock], gradient[kBlock];
-    const double log_sum = double(stats[1]), centre = double(stats[2]), mean = by.kl == 0 ? 0 : double(stats[3]);
-    const double scale = -inv_temperature * std::exp(-log_sum);
-    const RowGradient<T> coefficients = {stats[0],
-                                         T(inv_temperature * kLog2E),
-                                         T(scale * by.entropy * inv_temperature),
-                                         T(scale * (by.logprob + by.entropy * (entropy - log_sum) - by.kl * mean)),
-                                         T(scale * by.kl * inv_temperature),
-                                         Centre<T>(centre)};
+                  double inv_temperature, double softcap, double logprob, double entropy, const T* stats,
+                  PairUpstream by) {
+    alignas(64) T buffer[kBlock], ref_buffer[kBlock], gradients[kBlock];
+    const PairGradient<T> gradient(stats, entropy, by, inv_temperature);
     const bool has_target = target >= begin && target < end;
     // Read before they may be overwritten.
-    const double z_t = has_target ? double(logit(row, target, softcap)) : 0,
-                 z_ref_t = has_target ? double(logit(ref_row, target, softcap)) : 0;
-    const T cap_ = T(softcap);
+    const T z_t = has_target ? logit(row, target, softcap) : T(0),
+            z_ref_t = has_target ? logit(ref_row, target, softcap) : T(0);
     for (int64_t i = begin; i < end; i += kBlock) {
         const int64_t n = minimum(kBlock, end - i);
         const T* z = block(row + i, n, softcap, buffer);
         const T* z_ref = block(ref_row + i, n, softcap, ref_buffer);
-        T* g = gradient;
+        T* g = gradients;
         if constexpr (sizeof(In) == sizeof(T)) g = out + i;
-        gradients(z, z_ref, g, n, coefficients);
+#pragma omp simd
+        for (int64_t k = 0; k < n; ++k) g[k] = gradient(z[k], z_ref[k]);
         if (softcap != 0) {
 #pragma omp simd
-            for (int64_t k = 0; k < n; ++k) g[k] *= 1 - (z[k] / cap_) * (z[k] / cap_);
+            for (int64_t k = 0; k < n; ++k) g[k] = through_softcap(z[k], g[k], T(softcap));
         }
-        if constexpr (sizeof(In) != sizeof(T)) store(gradient, out + i, n);
+        if constexpr (sizeof(In) != sizeof(T)) store(gradients, out + i, n);
     }
     if (!has_target) return;
-    double at_target = target_gradient(logprob, entropy, by.logprob, by.entropy);
-    const double p = std::exp(logprob);
-    if (by.kl != 0 && p > 0) at_target += by.kl * p * (mean - (z_ref_t - z_t - centre) * inv_temperature);
-    const double by_softcap = softcap == 0 ? 1 : 1 - (z_t / softcap) * (z_t / softcap);
-    narrow(T(at_target * inv_temperature * by_softcap), out[target]);
+    const T at_target = gradient.at_target(z_t, z_ref_t, logprob, entropy, by, inv_temperature);
+    narrow(through_softcap(z_t, at_target, T(softcap)), out[target]);
 }
 
 template <typename In>

@@ -8,6 +8,7 @@
 #include "../math.h"
 #include "../pair_terms.h"
 #include "../returns.h"
+#include "../softmax_pair.h"
 #include "ops.h"
 
 namespace rlhf::cuda {

@@ -9,6 +9,7 @@
 namespace rlhf::cuda {
 
 constexpr int kMaxBlocks = 4096;                                  // of a launch that sums over its blocks
+constexpr int kSampleTile = 4096;                                 // columns of which sample_tokens keeps a state
 constexpr int64_t kScratchBytes = int64_t(kMaxBlocks) * 68 + 32;  // a counter and a partial sum each
 
 void token_logprobs(Pointer logits, int dtype, int64_t row_stride, Pointer ids, int64_t N, int64_t V,
@@ -18,6 +19,19 @@ void token_logprobs_backward(Pointer logits, int dtype, int64_t row_stride, Poin
                              double inv_temperature, double softcap, Pointer logprobs, Pointer entropy, Pointer stats,
                              Pointer grad_logprobs, Pointer grad_entropy, Pointer grad_logits, int64_t grad_row_stride,
                              Pointer stream);
+
+void token_kl(Pointer logits, int dtype, int64_t row_stride, Pointer ref_logits, int64_t ref_row_stride, Pointer ids,
+              int64_t N, int64_t V, double inv_temperature, double softcap, Pointer logprobs, Pointer entropy,
+              Pointer kl, Pointer ref_logprobs, Pointer stats, Pointer stream);
+void token_kl_backward(Pointer logits, int dtype, int64_t row_stride, Pointer ref_logits, int64_t ref_row_stride,
+                       Pointer ids, int64_t N, int64_t V, double inv_temperature, double softcap, Pointer logprobs,
+                       Pointer entropy, Pointer stats, Pointer grad_logprobs, Pointer grad_entropy, Pointer grad_kl,
+                       Pointer grad_logits, int64_t grad_row_stride, Pointer stream);
+// states: 3 doubles for each row's every kSampleTile columns, uninitialised. A row without a distribution gets some
+// token, and NaN or -inf as its log-prob.
+void sample_tokens(Pointer logits, int dtype, int64_t row_stride, int64_t N, int64_t V, double inv_temperature,
+                   Pointer uniforms, Pointer greedy, Pointer states, Pointer tokens, Pointer logprobs, Pointer entropy,
+                   Pointer stream);
 
 void kl_penalty(int dtype, Pointer logp, Pointer ref, int64_t n, int estimator, Pointer out, Pointer grad,
                 Pointer stream);

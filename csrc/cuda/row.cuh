@@ -9,6 +9,8 @@
 namespace rlhf::cuda {
 namespace {
 
+constexpr int64_t kMasked = -100;  // the token id of a row that does not count
+
 // The type the arithmetic runs in.
 template <typename In>
 struct ComputeOf {
@@ -56,6 +58,21 @@ __device__ T capped(T z, T softcap) {
     return softcap == 0 ? z : softcap * tanh_of(z / softcap);
 }
 
+// kWidth logits from a column on, -inf beyond the row's end; 16 bytes at once where they lie on an aligned address.
+template <typename In>
+__device__ void load_columns(const In* row, int64_t column, int64_t V, Compute<In> softcap, Compute<In>* z) {
+    using T = Compute<In>;
+    if (column + kWidth<In> <= V && uintptr_t(row + column) % 16 == 0) {
+        load_16_bytes(row + column, z);
+#pragma unroll
+        for (int k = 0; k < kWidth<In>; ++k) z[k] = capped(z[k], softcap);
+    } else {
+#pragma unroll
+        for (int k = 0; k < kWidth<In>; ++k)
+            z[k] = column + k < V ? capped(T(widen(row[column + k])), softcap) : T(-kInf);
+    }
+}
+
 // n logits as head, lines of 16 bytes and tail.
 template <typename In>
 struct Lines {
@@ -66,6 +83,21 @@ struct Lines {
           lines((n - head) / kWidth<In>),
           tail(head + lines * kWidth<In>) {}
 };
+
+// Calls launch with a value of the type that the dtype code names.
+template <typename Launch>
+void with_logits(int dtype, Launch launch) {
+    switch (dtype) {
+        case 0:
+            return launch(float());
+        case 1:
+            return launch(__nv_bfloat16());
+        case 2:
+            return launch(__half());
+        case 3:
+            return launch(double());
+    }
+}
 
 }  // namespace
 }  // namespace rlhf::cuda

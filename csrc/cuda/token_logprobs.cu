@@ -1,80 +1,16 @@
 // log p(token) and entropy of softmax(logits / temperature): logits read once, 16 bytes at a time. A block per row, or
 // several where there are fewer rows than the device has room for; the last of them to finish merges. Backward: a block
 // per stretch of a row, in place where asked.
-#include "row.cuh"
+#include "softmax_sums.cuh"
 
 namespace rlhf::cuda {
 namespace {
 
-constexpr int64_t kMasked = -100;
 constexpr int kInFlight = 4;            // lines of 16 bytes that a thread loads before it uses them
 constexpr int64_t kFewestLines = 512;   // of a block that shares a row
 constexpr int kBlocksPerProcessor = 4;  // at 64 registers a thread; half that for double, whose values take two
 template <typename In>
 constexpr int kResident = sizeof(In) == 8 ? kBlocksPerProcessor / 2 : kBlocksPerProcessor;
-
-// Sums of 2^(d factor) and d 2^(d factor), d = z - top.
-template <typename T>
-struct OnlineSums {
-    T top = T(-kInf), sum = 0, centred = 0;
-
-    RLHF_INLINE void move(T to, T factor) {
-        if (sum != 0) {  // the top of an empty sum may be -inf
-            const T d = maximum(top - to, kLowest<T> / factor), e = exp2_scaled(d, factor);
-            centred = e * (centred + sum * d);
-            sum *= e;
-        }
-        top = to;
-    }
-    template <int kCount>
-    RLHF_INLINE void add(const T (&z)[kCount], T factor) {
-        T highest = top;
-#pragma unroll
-        for (int k = 0; k < kCount; ++k) highest = z[k] > highest ? z[k] : highest;
-        if (highest > top) move(highest, factor);
-        const T shift = top > T(-kInf) ? top : T(0), lowest = kLowest<T> / factor;
-        T new_sum = 0, new_centred = 0;  // short sums of their own keep digits
-#pragma unroll
-        for (int k = 0; k < kCount; ++k) {
-            const T d = z[k] - shift, clamped = d < lowest ? lowest : d, e = exp2_scaled(clamped, factor);
-            new_sum += e;
-            new_centred += e * clamped;
-        }
-        sum += new_sum;
-        centred += new_centred;
-    }
-};
-
-struct Largest {
-    template <typename T>
-    __device__ void operator()(T& a, T b) const {
-        a = maximum(a, b);
-    }
-};
-struct Sums {
-    double sum, centred;
-    __device__ void operator+=(const Sums& other) {
-        sum += other.sum;
-        centred += other.centred;
-    }
-};
-
-// The state of all the block's logits from those of its threads: all moved to one top first, so that the rest is sums.
-template <typename T>
-__device__ Softmax merge_threads(OnlineSums<T> mine, T factor, double inv_temperature) {
-    const T top = block_reduce(mine.top, Largest());
-    mine.move(top, factor);
-    const Sums all = block_reduce(Sums{double(mine.sum), double(mine.centred)}, Add());
-    return {double(top), all.sum, all.centred * inv_temperature};
-}
-
-// The same of one state per thread.
-__device__ inline Softmax merge_states(Softmax mine, double inv_temperature) {
-    const double top = block_reduce(mine.shift, Largest());
-    mine.move(top, inv_temperature);
-    const Sums all = block_reduce(Sums{mine.sum, mine.centred}, Add());
-    return {top, all.sum, all.centred};
-}
 
 // This thread's share of one of `splits` parts of a row, without the target.
 template <typename In>
@@ -271,31 +207,24 @@ void launch_backward(Pointer logits, int64_t row_stride, Pointer ids, int64_t N,
 
 }  // namespace
 
-#define RLHF_BY_LOGITS(FUNCTION, ...)                    \
-    switch (N == 0 ? -1 : dtype) {                       \
-        case 0:                                          \
-            return FUNCTION<float>(__VA_ARGS__);         \
-        case 1:                                          \
-            return FUNCTION<__nv_bfloat16>(__VA_ARGS__); \
-        case 2:                                          \
-            return FUNCTION<__half>(__VA_ARGS__);        \
-        case 3:                                          \
-            return FUNCTION<double>(__VA_ARGS__);        \
-    }
-
 void token_logprobs(Pointer logits, int dtype, int64_t row_stride, Pointer ids, int64_t N, int64_t V,
                     double inv_temperature, double softcap, Pointer logprobs, Pointer entropy, Pointer stats,
                     Pointer scratch, Pointer stream) {
-    RLHF_BY_LOGITS(launch_forward, logits, row_stride, ids, N, V, inv_temperature, softcap, logprobs, entropy, stats,
-                   scratch, stream)
+    if (N == 0) return;
+    with_logits(dtype, [&](auto storage) {
+        launch_forward<decltype(storage)>(logits, row_stride, ids, N, V, inv_temperature, softcap, logprobs, entropy,
+                                          stats, scratch, stream);
+    });
 }
 
 void token_logprobs_backward(Pointer logits, int dtype, int64_t row_stride, Pointer ids, int64_t N, int64_t V,
                              double inv_temperature, double softcap, Pointer logprobs, Pointer entropy, Pointer stats,
                              Pointer grad_logprobs, Pointer grad_entropy, Pointer grad_logits, int64_t grad_row_stride,
                              Pointer stream) {
-    RLHF_BY_LOGITS(launch_backward, logits, row_stride, ids, N, V, inv_temperature, softcap, logprobs, entropy, stats,
-                   grad_logprobs, grad_entropy, grad_logits, grad_row_stride, stream)
+    with_logits(dtype, [&](auto storage) {
+        launch_backward<decltype(storage)>(logits, row_stride, ids, N, V, inv_temperature, softcap, logprobs, entropy,
+                                           stats, grad_logprobs, grad_entropy, grad_logits, grad_row_stride, stream);
+    });
 }
 
 }  // namespace rlhf::cuda

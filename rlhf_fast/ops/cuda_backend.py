@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import _cuda
-from rlhf_fast.ops import groups, kl, logprobs, policy_loss, preference, returns
+from rlhf_fast.ops import groups, kl, logprobs, policy_loss, preference, returns, sampling
 from rlhf_fast.ops.dispatch import code, contiguous, kernel, pointer, statistics_dtype
+from rlhf_fast.ops.token_kl import _forward_fake as _kl_forward_fake
 
 _scratches: dict[tuple[torch.device, int], Tensor] = {}
 
@@ -111,6 +112,83 @@ def _token_logprobs_backward(logits: Tensor, *args: Tensor | float | None) -> Te
 def _token_logprobs_backward_(logits: Tensor, *args: Tensor | float | None) -> None:
     _backward_into(None, logits, *args)
     torch.autograd.graph.increment_version(logits)
+
+
+@kernel("token_kl", "cuda")
+def _token_kl(
+    logits: Tensor, ref_logits: Tensor, token_ids: Tensor, temperature: float, softcap: float, inplace_backward: bool
+) -> tuple[Tensor, ...]:
+    logits, ref_logits = logprobs.rows_contiguous(logits), logprobs.rows_contiguous(ref_logits)
+    ids = token_ids.contiguous()
+    outputs = _kl_forward_fake(logits, ref_logits, ids, temperature, softcap, inplace_backward)
+    row = 0
+    for z, z_ref in logprobs.row_blocks(logits, ref_logits):
+        at = (x.data_ptr() + x.dtype.itemsize * row * width for x, width in zip(outputs, (1, 1, 1, 1, 4), strict=True))
+        _launch(
+            "token_kl", z, z.data_ptr(), code(z), z.stride(0), z_ref.data_ptr(), z_ref.stride(0),
+            ids.data_ptr() + 8 * row, *z.shape, 1.0 / temperature, softcap, *at,
+        )  # fmt: skip
+        row += z.shape[0]
+    return outputs
+
+
+def _kl_backward_into(
+    grad: Tensor | None,
+    logits: Tensor,
+    ref_logits: Tensor,
+    token_ids: Tensor,
+    logprob: Tensor,
+    entropy: Tensor,
+    stats: Tensor,
+    grad_logprob: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_kl: Tensor | None,
+    temperature: float,
+    softcap: float,
+) -> None:
+    """Write the gradient into the contiguous tensor `grad`, or over the logits where it is None."""
+    ids, *upstream = contiguous(token_ids, grad_logprob, grad_entropy, grad_kl)
+    size, row = statistics_dtype(logits).itemsize, 0
+    for z, z_ref in logprobs.row_blocks(logits, logprobs.rows_contiguous(ref_logits)):
+        n, vocabulary = z.shape
+        out = (z.data_ptr(), z.stride(0))
+        if grad is not None:
+            out = (grad.data_ptr() + grad.dtype.itemsize * row * vocabulary, vocabulary)
+        _launch(
+            "token_kl_backward", z, z.data_ptr(), code(z), z.stride(0), z_ref.data_ptr(), z_ref.stride(0),
+            ids.data_ptr() + 8 * row, n, vocabulary, 1.0 / temperature, softcap, logprob.data_ptr() + size * row,
+            entropy.data_ptr() + size * row, stats.data_ptr() + 4 * size * row,
+            *(0 if g is None else g.data_ptr() + size * row for g in upstream), *out,
+        )  # fmt: skip
+        row += n
+
+
+@kernel("token_kl_backward", "cuda")
+def _token_kl_backward(logits: Tensor, *args: Tensor | float | None) -> Tensor:
+    grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    _kl_backward_into(grad, logprobs.rows_contiguous(logits), *args)
+    return grad
+
+
+@kernel("token_kl_backward_", "cuda")
+def _token_kl_backward_(logits: Tensor, *args: Tensor | float | None) -> None:
+    _kl_backward_into(None, logits, *args)
+    torch.autograd.graph.increment_version(logits)
+
+
+@kernel("sample_tokens", "cuda")
+def _sample_tokens(
+    logits: Tensor, uniforms: Tensor, greedy_mask: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    logits = logprobs.rows_contiguous(logits)
+    uniforms, greedy = contiguous(uniforms, greedy_mask)
+    outputs, (n, vocabulary) = sampling._sample_fake(logits, uniforms, greedy, temperature), logits.shape
+    states = uniforms.new_empty(n, -(-vocabulary // _cuda.sample_tile), 3)
+    _launch(
+        "sample_tokens", logits, logits.data_ptr(), code(logits), logits.stride(0), n, vocabulary, 1.0 / temperature,
+        uniforms.data_ptr(), pointer(greedy), states.data_ptr(), *map(pointer, outputs),
+    )  # fmt: skip
+    return outputs
 
 
 @kernel("kl_penalty", "cuda")

@@ -63,16 +63,10 @@ GPU_BUILD = torch.version.cuda is not None or torch.version.hip is not None
 TRITON = importlib.util.find_spec("triton") is not None and (GPU_BUILD or INTERPRETED)
 CUDA = importlib.util.find_spec("rlhf_fast._cuda") is not None and torch.version.cuda is not None
 
-_TRITON_OPERATIONS = [op for op in OPERATIONS if op != "sample_tokens"]
-_CUDA_OPERATIONS = [op for op in _TRITON_OPERATIONS if op not in ("token_kl", "linear_token_kl")]
 TABLE: dict[str, dict[str, str]] = {
     "cpu": dict.fromkeys(OPERATIONS, "cpu") if COMPILED else {},
-    "cuda": (
-        dict.fromkeys(_TRITON_OPERATIONS, "triton") if TRITON
-        else dict.fromkeys(_CUDA_OPERATIONS, "cuda") if CUDA
-        else {}
-    ),
-}  # fmt: skip
+    "cuda": dict.fromkeys(OPERATIONS, "triton" if TRITON else "cuda") if TRITON or CUDA else {},
+}
 KERNELS: dict[str, dict[str, Callable]] = {name: {} for name in ("cpu", "triton", "cuda")}
 """By back end and operator, its implementation; filled by `kernel`."""
 

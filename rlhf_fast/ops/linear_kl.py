@@ -103,7 +103,7 @@ def _chunks(head: Head, layer: Layer, ref_hidden: Tensor) -> Iterator[tuple[Tens
         yield rows, hidden, ids, logits, ref_logits, *out
 
 
-@kernel("linear_token_kl", "cpu", "triton")
+@kernel("linear_token_kl", "cpu", "triton", "cuda")
 @full_precision
 def _token_kl(
     hidden: Tensor,
@@ -140,7 +140,7 @@ def _token_kl_fake(
     return tuple(hidden.new_empty(token_ids.shape, dtype=dtype) for _ in range(4))
 
 
-@kernel("linear_token_kl_backward", "cpu", "triton")
+@kernel("linear_token_kl_backward", "cpu", "triton", "cuda")
 @full_precision
 def _token_kl_backward(
     hidden: Tensor,

@@ -21,6 +21,7 @@ from rlhf_fast.ops.dispatch import (
     statistics_dtype,
     threads,
 )
+from rlhf_fast.ops.logprobs import rows_contiguous
 from rlhf_fast.results import Sample
 
 LIBRARY.define(
@@ -85,7 +86,7 @@ def sample_tokens(
     if uniforms is None:
         uniforms = torch.empty(logits.shape[0], dtype=torch.float64, device=logits.device).uniform_(generator=generator)
     if not has_kernel("sample_tokens", logits):
-        _check_rows(logits)
+        check_rows(logits)
         return reference.sample_tokens(logits, uniforms, temperature=temperature, greedy_mask=greedy_mask)
     return Sample(*torch.ops.rlhf_fast.sample_tokens(logits, uniforms, greedy_mask, temperature))
 
@@ -113,7 +114,7 @@ def _truncated(logits: Tensor, temperature: float, top_k: int, top_p: float) -> 
     return logits
 
 
-def _check_rows(logits: Tensor) -> None:
+def check_rows(logits: Tensor) -> None:
     if logits.device.type != "cpu":
         return
     bad = ~logits.amax(-1).isfinite()
@@ -131,8 +132,7 @@ def _row_error(row: int) -> ValueError:
 def _sample_cpu(
     logits: Tensor, uniforms: Tensor, greedy_mask: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if logits.stride(1) != 1:
-        logits = logits.contiguous()
+    logits = rows_contiguous(logits)
     n, vocabulary = logits.shape
     greedy, uniforms = contiguous(greedy_mask, uniforms)
     tokens, logprobs, entropy = _sample_fake(logits, uniforms, greedy_mask, temperature)

@@ -1,4 +1,7 @@
-"""The operators on rows of logits on Triton: `token_logprobs` and `token_kl`. See `rlhf_fast.ops.triton_backend`."""
+"""The operators on rows of logits on Triton: `token_logprobs`, `token_kl` and `sample_tokens`.
+
+See `rlhf_fast.ops.triton_backend`.
+"""
 
 import functools
 
@@ -6,10 +9,12 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from rlhf_fast.kernels import sample_tokens as sampler
 from rlhf_fast.kernels import token_kl as pairs
 from rlhf_fast.kernels import token_logprobs as rows
-from rlhf_fast.ops.dispatch import kernel, on_device
+from rlhf_fast.ops.dispatch import contiguous, kernel, on_device, statistics_dtype
 from rlhf_fast.ops.logprobs import _forward_fake, check_ids, row_blocks, rows_contiguous
+from rlhf_fast.ops.sampling import _sample_fake, check_rows
 from rlhf_fast.ops.token_kl import _forward_fake as _kl_forward_fake
 
 
@@ -162,3 +167,20 @@ def _token_kl_backward(logits: Tensor, *args: Tensor | float | None) -> Tensor:
 def _token_kl_backward_(logits: Tensor, *args: Tensor | float | None) -> None:
     _kl_backward_into(None, logits, *args)
     torch.autograd.graph.increment_version(logits)
+
+
+@kernel("sample_tokens", "triton")
+@on_device
+def _sample_tokens(
+    logits: Tensor, uniforms: Tensor, greedy_mask: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_rows(logits)  # of the interpreter's CPU tensors
+    logits = rows_contiguous(logits)
+    uniforms, greedy = contiguous(uniforms, greedy_mask)
+    outputs, (n, V) = _sample_fake(logits, uniforms, greedy, temperature), logits.shape
+    if n:
+        states = logits.new_empty((n, sampler.blocks_of(V), 3), dtype=statistics_dtype(logits))
+        sampler.sample_tokens(
+            logits, logits.stride(0), uniforms, greedy, n, V, temperature, states, *outputs, _compute(logits)
+        )
+    return outputs

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from oracle import GRADIENT_TOLERANCE, VALUE_TOLERANCE, error, kl_truth
 
 from rlhf_fast import token_kl, token_logprobs
+from rlhf_fast.ops import backend
 
 DTYPES = list(VALUE_TOLERANCE)
 INF = math.inf
@@ -302,6 +303,14 @@ def test_inplace_backward(dtype):
         assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("name", ["reference", "cpu", "triton"])
+def test_id_out_of_range(name):
+    """Of CPU tensors, as for `token_logprobs`."""
+    message = r"token_ids: expected ids in \[0, 3\) or -100, got 3 at row 1"
+    with backend(name), pytest.raises(ValueError, match=message):
+        token_kl(*torch.zeros(2, 2, 3), torch.tensor([0, 3]))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -310,7 +319,6 @@ def test_inplace_backward(dtype):
         (dict(ref_logits=torch.zeros(2, 3).half()), "ref_logits: expected dtype torch.float32 as logits, got"),
         (dict(ref_logits=torch.zeros(2, 3, device="meta")), "ref_logits: expected device cpu as logits, got meta"),
         (dict(token_ids=torch.zeros(3).long()), r"token_ids: expected shape \[2\] .* got \[3\]"),
-        (dict(token_ids=torch.tensor([0, 3])), r"token_ids: expected ids in \[0, 3\) or -100, got 3 at row 1"),
         (dict(temperature=0.0), "temperature: expected a finite number > 0, got 0.0"),
         (dict(softcap=-1.0), "softcap: expected a finite number > 0, got -1.0"),
     ],
