@@ -17,7 +17,8 @@ from rlhf_fast.kernels.token_logprobs import _reduced, _row_results
 BLOCK = 4096
 CHUNK = 128  # blocks of a row that the second launch looks at together
 WARPS = 8
-DRAW = {"num_warps": 16, "maxnreg": 128}  # left to itself, ptxas spills a few bytes for occupancy
+DRAW_WARPS = 16
+REGISTERS = {"maxnreg": 128}  # of _draw, on NVIDIA: left to itself, ptxas spills a few bytes
 WIDE = True
 MULTIPLES_OF_16 = "row_stride", "V"
 
@@ -161,16 +162,17 @@ def blocks_of(V):
 
 
 def sample_tokens(
-    logits, row_stride, uniforms, greedy, rows, V, temperature, states, tokens, logprobs, entropy, compute
+    logits, row_stride, uniforms, greedy, rows, V, temperature, states, tokens, logprobs, entropy, registers,
+    compute,
 ):  # fmt: skip
-    """states: [rows, blocks_of(V), 3] of the statistics' dtype, uninitialised."""
+    """states: [rows, blocks_of(V), 3] of the statistics' dtype, uninitialised. registers: as in ppo_loss."""
     blocks, scale = blocks_of(V), 1.4426950408889634 / temperature
     _block_states[(rows * blocks,)](
         logits, states, row_stride, V, blocks, scale, F=compute, BLOCK=BLOCK, num_warps=WARPS
     )
     _draw[(rows,)](
         logits, uniforms, greedy, states, tokens, logprobs, entropy, row_stride, V, blocks, scale, F=compute,
-        BLOCK=BLOCK, CHUNK=CHUNK, **DRAW,
+        BLOCK=BLOCK, CHUNK=CHUNK, num_warps=DRAW_WARPS, **registers,
     )  # fmt: skip
 
 
@@ -178,6 +180,7 @@ COMPILED = []
 for _dtype in ("*bf16", "*fp16", "*fp32"):
     _constants = {"F": tl.float32, "BLOCK": BLOCK}
     COMPILED.append((_block_states, {"logits": _dtype}, {**_constants, "num_warps": WARPS}))
+    _pointers = {"logits": _dtype, "uniforms": "*fp64", "greedy": "*i1", "tokens": "*i64"}
     for _greedy in ({"greedy": None}, {}):
-        _pointers = {"logits": _dtype, "uniforms": "*fp64", "greedy": "*i1", "tokens": "*i64"}
-        COMPILED.append((_draw, _pointers, {**_constants, "CHUNK": CHUNK, **DRAW, **_greedy}))
+        _options = {"CHUNK": CHUNK, "num_warps": DRAW_WARPS, **REGISTERS, **_greedy}
+        COMPILED.append((_draw, _pointers, {**_constants, **_options}))

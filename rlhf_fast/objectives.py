@@ -3,9 +3,14 @@
 Both ways give the same numbers. The first never holds [B, T, V] and is the default; it needs logits that are the output
 embedding of the last hidden state (with or without a soft cap), which is tried out once on the model at hand.
 
+Tokens drawn with top-k or top-p are trained on the sets they were drawn from (`kept`, of `sample_tokens`), the same in
+every pass: log p = z_t - log sum_{kept} e^z, of the policy that drew, the one in training and the reference alike, so
+that equal models have ratio 1 and KL 0. Each position has a set of its own, which goes through the logits.
+
 Shapes: B rows, T response tokens, H hidden, V vocabulary.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +34,7 @@ from rlhf_fast.ops import (
     reinforce_loss,
     token_logprobs,
 )
+from rlhf_fast.ops.truncation import unpacked
 
 
 class OutputHead(NamedTuple):
@@ -42,17 +48,22 @@ class Objectives:
 
     temperature: logits are divided by it, as they were in sampling. fused: from hidden states, where `output_head`
     finds that this is what the model computes.
+
+    kept, where a method takes it: [B, T, ceil(V / 8)] uint8, the tokens that could be drawn (bits, as in
+    `sample_tokens`), or None for all.
     """
 
     def __init__(self, model: PreTrainedModel, *, temperature: float = 1.0, fused: bool = True) -> None:
         self.model, self.temperature = model, temperature
         self.head = output_head(model) if fused else None
 
-    def logprobs(self, sequences: Sequences, token_ids: Tensor | None = None) -> TokenLogprobs:
+    def logprobs(
+        self, sequences: Sequences, token_ids: Tensor | None = None, *, kept: Tensor | None = None
+    ) -> TokenLogprobs:
         """Log-probability and entropy [B, T] of the response tokens, or of `token_ids` (-100 = masked)."""
         ids = _response_ids(sequences) if token_ids is None else token_ids
-        if self.head is None:
-            return token_logprobs(response_logits(self.model, sequences), ids, temperature=self.temperature)
+        if self.head is None or kept is not None:
+            return token_logprobs(self._logits(sequences, kept), ids, temperature=self.temperature)
         return linear_token_logprobs(*self._layer(sequences), ids, **self._options())
 
     def sft(self, sequences: Sequences, token_ids: Tensor, normalizer: float) -> LinearLoss:
@@ -62,10 +73,12 @@ class Objectives:
             return LinearLoss(-out.logprobs.sum() / normalizer, out.logprobs.detach(), out.entropy.detach())
         return linear_sft_loss(*self._layer(sequences), token_ids, normalizer=normalizer, **self._options())
 
-    def reinforce(self, sequences: Sequences, advantages: Tensor, **options: Any) -> LinearLoss:
+    def reinforce(
+        self, sequences: Sequences, advantages: Tensor, *, kept: Tensor | None = None, **options: Any
+    ) -> LinearLoss:
         """`reinforce_loss` of the response tokens, with its options."""
-        if self.head is None:
-            out = self._trained_logprobs(sequences, _response_ids(sequences))
+        if self.head is None or kept is not None:
+            out = self._trained_logprobs(sequences, _response_ids(sequences), kept)
             loss = reinforce_loss(out.logprobs, advantages, sequences.response_mask, **options)
             return LinearLoss(loss, out.logprobs.detach(), out.entropy.detach())
         ids, mask = sequences.response_ids, sequences.response_mask
@@ -78,14 +91,16 @@ class Objectives:
         advantages: Tensor,
         *,
         hidden: Tensor | None = None,
+        kept: Tensor | None = None,
         **options: Any,
     ) -> LinearPPOLoss:
         """`ppo_loss` of the response tokens, with its options.
 
-        hidden: the `response_hidden` of these sequences, where something else needs it too; only with a `head`.
+        hidden: the `response_hidden` of these sequences, where something else needs it too; only with a `head`, and
+            not beside `kept`.
         """
-        if self.head is None:
-            out = self._trained_logprobs(sequences, _response_ids(sequences))
+        if self.head is None or kept is not None:
+            out = self._trained_logprobs(sequences, _response_ids(sequences), kept)
             loss = ppo_loss(
                 out.logprobs, old_logprobs, advantages, sequences.response_mask, entropy=out.entropy, **options
             )
@@ -110,9 +125,16 @@ class Objectives:
             *self._layer(pairs), ids, *ref_logps, normalizer=normalizer, **options, **self._options()
         )
 
-    def _trained_logprobs(self, sequences: Sequences, token_ids: Tensor) -> TokenLogprobs:
-        """Backward writes the gradient over the logits, which nothing else here holds."""
+    def _logits(self, sequences: Sequences, kept: Tensor | None) -> Tensor:
         logits_BTV = response_logits(self.model, sequences)
+        if kept is not None:
+            with torch.no_grad():  # the gradient by a logit at -inf is 0 without autograd's knowing of the fill
+                logits_BTV.masked_fill_(~unpacked(kept, logits_BTV.shape[-1]), -math.inf)
+        return logits_BTV
+
+    def _trained_logprobs(self, sequences: Sequences, token_ids: Tensor, kept: Tensor | None = None) -> TokenLogprobs:
+        """Backward writes the gradient over the logits, which nothing else here holds."""
+        logits_BTV = self._logits(sequences, kept)
         return token_logprobs(logits_BTV, token_ids, temperature=self.temperature, inplace_backward=True)
 
     def _layer(self, sequences: Sequences) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,8 @@ class Sample(NamedTuple):
     tokens: Tensor
     logprobs: Tensor
     entropy: Tensor
+    full_logprobs: Tensor
+    kept: Tensor | None
 
 
 class GAE(NamedTuple):

@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config
 from rlhf_fast.config import DPOConfig, PPOConfig, ReMaxConfig, SFTConfig
 from rlhf_fast.models import response_hidden, response_logits
 from rlhf_fast.objectives import Objectives, output_head
+from rlhf_fast.ops import ppo_loss, reinforce_loss, sample_tokens
+from rlhf_fast.ops.truncation import unpacked
 from rlhf_fast.stages import dpo, ppo, remax, sft
 
 
@@ -51,6 +53,49 @@ def test_fused_and_unfused_agree(architecture):
         torch.testing.assert_close(results[0][1][name], results[1][1][name], rtol=1e-4, atol=1e-5)
     for a, b in zip(results[0][2], results[1][2], strict=True):
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
+
+
+def truncated_rollout(model, prompts, steps, **options):
+    """Sequences drawn token by token, the log-probs and sets they were drawn with."""
+    rows, drawn = len(prompts.prompt_ids), []
+    ids = torch.zeros(rows, steps, dtype=torch.int64)
+    sequences = prompts._replace(response_ids=ids, response_mask=torch.ones(rows, steps, dtype=torch.bool))
+    for t in range(steps):
+        with torch.no_grad():
+            logits = response_logits(model, sequences)[:, t]
+        drawn.append(sample_tokens(logits, generator=torch.Generator().manual_seed(t), **options))
+        ids[:, t] = drawn[-1].tokens
+    return sequences, torch.stack([x.logprobs for x in drawn], 1), torch.stack([x.kept for x in drawn], 1)
+
+
+@pytest.mark.parametrize("options", [{"top_k": 4}, {"top_p": 0.5}, {"top_k": 9, "top_p": 0.5}])
+@pytest.mark.parametrize("fused", [True, False])
+def test_truncated_samples_are_trained_on_the_sets_they_were_drawn_from(options, fused):
+    """At once the sampler's log-probs; later, of a policy that has moved, the softmax over the same sets."""
+    model, temperature = random_policy("llama"), 0.7
+    rollout = truncated_rollout(model, random_sequences(rows=4), 5, temperature=temperature, **options)
+    sequences, decoded, kept = rollout
+    objectives = Objectives(model, temperature=temperature, fused=fused)
+    ppo = {"old_logprobs": decoded, "advantages": torch.linspace(-1, 2, 20).view(4, 5), "kept": kept}
+    assert (objectives.logprobs(sequences, kept=kept).logprobs - decoded).abs().max() < 1e-5
+    assert objectives.ppo(sequences, **ppo).approx_kl < 1e-9
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    outside = ~unpacked(kept, model.config.vocab_size)
+    assert outside.any(-1).all()
+    logits = response_logits(model, sequences).double().masked_fill(outside, -torch.inf)
+    truth = torch.log_softmax(logits / temperature, -1).gather(-1, sequences.response_ids[..., None]).squeeze(-1)
+    outs = objectives.reinforce(sequences, ppo["advantages"], kept=kept), objectives.ppo(sequences, **ppo)
+    losses = (
+        reinforce_loss(truth, ppo["advantages"], sequences.response_mask),
+        ppo_loss(truth, decoded, ppo["advantages"], sequences.response_mask).loss,
+    )
+    for out, loss in zip(outs, losses, strict=True):
+        torch.testing.assert_close(out.logprobs.double(), truth.detach(), rtol=1e-5, atol=1e-5)
+        gradients = [torch.autograd.grad(x, list(model.parameters()), retain_graph=True) for x in (out.loss, loss)]
+        for a, b in zip(*gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 SHAPE = {

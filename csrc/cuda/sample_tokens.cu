@@ -92,7 +92,7 @@ __device__ Place inverse_cdf(int64_t n, double u, Weight weight) {
 }
 
 template <typename In>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     draw(const In* logits, int64_t row_stride, int64_t V, double inv_temperature, int64_t tiles, const Softmax* states,
          const double* uniforms, const uint8_t* greedy, int64_t* tokens, Compute<In>* logprobs, Compute<In>* entropy) {
     using T = Compute<In>;

@@ -181,6 +181,7 @@ def _sample_tokens(
     if n:
         states = logits.new_empty((n, sampler.blocks_of(V), 3), dtype=statistics_dtype(logits))
         sampler.sample_tokens(
-            logits, logits.stride(0), uniforms, greedy, n, V, temperature, states, *outputs, _compute(logits)
-        )
+            logits, logits.stride(0), uniforms, greedy, n, V, temperature, states, *outputs,
+            {} if torch.version.hip else sampler.REGISTERS, _compute(logits),
+        )  # fmt: skip
     return outputs

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf_fast.reference.dtypes import at_least_fp32
-from rlhf_fast.results import Sample, TokenKL, TokenLogprobs
+from rlhf_fast.results import TokenKL, TokenLogprobs
 
 IGNORED_ID = -100
 """The token id of a masked place, as in `torch.nn.functional.cross_entropy`."""
@@ -102,7 +102,9 @@ def linear_token_kl(
 
 
 @torch.no_grad()
-def sample_tokens(logits: Tensor, uniforms: Tensor, *, temperature: float, greedy_mask: Tensor | None = None) -> Sample:
+def sample_tokens(
+    logits: Tensor, uniforms: Tensor, *, temperature: float, greedy_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Inverse CDF: the first token whose running sum of p exceeds the uniform number; or the first maximum."""
     z = scaled_logits(logits, temperature, None)
     e = torch.exp(z - z.amax(-1, keepdim=True)).double()
@@ -111,4 +113,4 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, *, temperature: float, greed
     tokens = torch.minimum(below, last_possible)
     if greedy_mask is not None:
         tokens = torch.where(greedy_mask, z.argmax(-1), tokens)
-    return Sample(tokens, *token_logprobs(logits, tokens, temperature=temperature))
+    return tokens, *token_logprobs(logits, tokens, temperature=temperature)

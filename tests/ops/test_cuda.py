@@ -89,6 +89,60 @@ def test_ids_out_of_range_give_nan_and_read_nothing(emulated_cuda, monkeypatch, 
     assert gradient.isnan().all(1).tolist() == [False, True, False]
 
 
+def kl_outputs(logits, ref_logits, ids, in_place=False, **options):
+    def call():
+        x = logits.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        out = ops.token_kl(x * 1 if in_place else x, ref_logits, ids, inplace_backward=in_place, **options)
+        weights = torch.linspace(-1, 1, ids.numel()).view(ids.shape)
+        ((out.logprobs + out.kl) * weights + out.entropy * weights.flip(0)).sum().backward()
+        return *(y.detach() for y in out), x.grad
+
+    return call
+
+
+# A thread's columns, a block's, and more; both rows on a 16-byte boundary, and one of them or neither.
+@pytest.mark.parametrize(("rows", "vocabulary"), [(1, 1), (3, 7), (2, 4096), (2, 4104), (3, 20003)])
+@pytest.mark.parametrize("dtype", GRADIENT_TOLERANCE)
+def test_token_kl(agree, rows, vocabulary, dtype):
+    logits, ids = (torch.randn(rows, vocabulary) * 3).to(dtype), torch.randint(vocabulary, (rows,))
+    ids[rows // 2] = -100 if rows > 2 else ids[rows // 2]
+    tolerance = max(4e-6, 2 * GRADIENT_TOLERANCE[dtype] if dtype.itemsize == 2 else 0)
+    wide = torch.randn(rows, vocabulary + 1).to(dtype)
+    for ref_logits in ((logits + torch.randn(rows, vocabulary) / 4).to(dtype), wide[:, 1:]):
+        agree(kl_outputs(logits, ref_logits, ids), tolerance=tolerance)
+        agree(kl_outputs(logits, ref_logits, ids, temperature=0.7, softcap=20.0), tolerance=tolerance)
+        agree(kl_outputs(logits, ref_logits, ids, in_place=True), tolerance=tolerance)
+
+
+@pytest.mark.parametrize("bad", [-1, 9, 2**40])
+def test_kl_of_ids_out_of_range_is_nan(emulated_cuda, monkeypatch, bad):
+    cuda_emulator.replace_cpu_kernels(emulated_cuda, monkeypatch)
+    results = kl_outputs(torch.randn(3, 9), torch.randn(3, 9), torch.tensor([1, bad, -100]))()
+    assert all(x.isnan().view(3, -1).all(1).tolist() == [False, True, False] for x in results)
+
+
+# A tile, its neighbours, several, and more of them than a block has threads.
+@pytest.mark.parametrize("vocabulary", [1, 7, 4096, 4097, 40_001, 257 * 4096 + 3])
+@pytest.mark.parametrize("dtype", GRADIENT_TOLERANCE)
+def test_sample_tokens(agree, vocabulary, dtype):
+    rows = 5 if vocabulary < 50_000 else 2
+    logits = (torch.randn(rows, vocabulary + 3) * 3).to(dtype)[:, 3:]
+    uniforms, greedy = torch.rand(rows, dtype=torch.float64), torch.arange(rows) % 2 == 0
+    for options in (dict(temperature=0.7, greedy_mask=greedy), dict(temperature=1.3)):
+        agree(lambda options=options: ops.sample_tokens(logits, uniforms=uniforms, **options)[:3])
+
+
+@pytest.mark.parametrize("junk", [-float("inf"), float("inf"), float("nan")])
+def test_a_row_without_a_distribution_gets_a_token_and_no_logprob(emulated_cuda, monkeypatch, junk):
+    logits, greedy = torch.randn(4, 5000), torch.tensor([False, True, False, True])
+    logits[:2], logits[2:, 4500:] = junk, junk
+    cuda_emulator.replace_cpu_kernels(emulated_cuda, monkeypatch)
+    out = ops.sample_tokens(logits, temperature=1.0, greedy_mask=greedy)
+    assert torch.all((out.tokens >= 0) & (out.tokens < 5000))
+    lost = ~out.logprobs.isfinite()
+    assert lost.tolist() == ([True, True, False, False] if junk == -float("inf") else [True] * 4)
+
+
 # Fewer steps than a thread's, a warp's, a block's, and several blocks' worth.
 @pytest.mark.parametrize("length", [1, 3, 127, 128, 129, 513, 1024, 1025, 3000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -178,7 +178,8 @@ def test_autocast_changes_nothing(kernels, name):
     assert all(torch.equal(a, b) and a.dtype == b.dtype == torch.float32 for a, b in zip(plain, cast, strict=True))
 
 
-def test_sampling_compiles():
+@pytest.mark.parametrize("options", [{}, {"top_k": 4}, {"top_p": 0.7}])
+def test_sampling_compiles(options):
     """Draws are made by torch.rand in the graph: the same generator state gives the same tokens."""
     torch._dynamo.reset()
     compiled = torch.compile(rlhf_fast.ops.sample_tokens, fullgraph=True, backend="aot_eager", dynamic=True)
@@ -187,7 +188,7 @@ def test_sampling_compiles():
         draws = []
         for function in (rlhf_fast.ops.sample_tokens, compiled):
             torch.manual_seed(4)
-            draws.append(function(logits, temperature=0.9).tokens)
+            draws.append(function(logits, temperature=0.9, **options).tokens)
         assert torch.equal(*draws)
 
 

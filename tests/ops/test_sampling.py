@@ -5,7 +5,8 @@ import torch
 from oracle import VALUE_TOLERANCE, error, token_truth
 
 from rlhf_fast import sample_tokens, token_logprobs
-from rlhf_fast.ops import backend, sampling
+from rlhf_fast.ops import backend
+from rlhf_fast.ops.truncation import kept_tokens, packed, unpacked
 
 INF = math.inf
 
@@ -74,16 +75,12 @@ def test_greedy_takes_the_first_maximum(kernels):
     assert out.logprobs[1].item() == out.entropy[1].item() == 0
 
 
-def test_kernel_draws_what_the_reference_draws():
-    """Same uniforms, same tokens, up to the rounding of the running sum: u is kept away from the steps."""
-    logits = torch.randn(64, 501) * 2
-    cdf = torch.softmax(logits.double(), -1).cumsum(-1)
-    token = torch.randint(501, (64,))
-    rows = torch.arange(64)
-    middle = cdf[rows, token] - torch.softmax(logits.double(), -1)[rows, token] / 2
-    drawn = torch.ops.rlhf_fast.sample_tokens(logits, middle, None, 1.0)[0]
-    assert torch.equal(drawn, token)
-    assert torch.equal(sampling.reference.sample_tokens(logits, middle, temperature=1.0).tokens, token)
+def test_every_number_draws_its_token(kernels):
+    """u in the middle of a token's step, away from the rounding of the running sum."""
+    p = torch.softmax((logits := torch.randn(12, 9001) * 2).double(), -1)
+    tokens, rows = torch.multinomial(p, 1).squeeze(1), torch.arange(12)
+    uniforms = p.cumsum(-1)[rows, tokens] - p[rows, tokens] / 2
+    assert torch.equal(sample_tokens(logits, temperature=1.0, uniforms=uniforms).tokens, tokens)
 
 
 def test_generator_decides(kernels):
@@ -136,6 +133,50 @@ class TestTruncation:
         """At temperature 1/2 the probabilities are squared: 0.16 / 0.285 alone reaches 0.55."""
         out = sample_tokens(self.logits.expand(9, 5), temperature=0.5, top_p=0.55)
         assert set(out.tokens.tolist()) == {1}
+
+    def test_ties_stay_together(self, kernels):
+        logits = torch.tensor([[1.0, 3.0, 1.0, 0.0, 1.0]])
+        for options in (dict(top_k=2), dict(top_p=0.8), dict(top_k=2, top_p=0.8)):
+            kept = sample_tokens(logits, temperature=1.0, **options).kept
+            assert unpacked(kept, 5).tolist() == [[True, True, True, False, True]]
+
+    def test_both_distributions(self, kernels):
+        """Log-probs on the kept set and the whole row, entropy on the kept set, the set itself; top_p after top_k."""
+        logits, temperature = torch.randn(3, 500) * 2, 0.8
+        out = sample_tokens(logits, temperature=temperature, top_k=20, top_p=0.6)
+        kept = unpacked(out.kept, 500)
+        largest = (logits.double() / temperature).sort(-1, descending=True).values[:, :20].softmax(-1)
+        assert kept.sum(-1).tolist() == ((largest.cumsum(-1) - largest) < 0.6).sum(-1).tolist()
+        zero = torch.zeros(3)
+        inside = logits.masked_fill(~kept, -INF)
+        logprobs, entropy, _ = token_truth(inside, out.tokens, zero, zero, temperature=temperature)
+        full = token_truth(logits, out.tokens, zero, zero, temperature=temperature)[0]
+        assert error(out.logprobs, logprobs) < 1e-5 and error(out.entropy, entropy) < 1e-5
+        assert error(out.full_logprobs, full) < 1e-5 and torch.all(out.full_logprobs < out.logprobs)
+
+    def test_none(self, kernels):
+        out = sample_tokens(torch.randn(2, 9), temperature=1.0)
+        assert out.full_logprobs is out.logprobs and out.kept is None
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+    @pytest.mark.parametrize("scale", [0.01, 1.0, 8.0])
+    @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.99])
+    def test_nucleus_of_any_size(self, dtype, scale, top_p):
+        """From one token to nearly all, sorted whole or in part; ties, of which bfloat16 has many, by the threshold."""
+        logits = (torch.randn(6, 5000) * scale).to(dtype)
+        p = torch.softmax(logits.double(), -1)
+        ordered, order = p.sort(-1, descending=True)
+        needed = (ordered.cumsum(-1) - ordered < top_p).sum(-1, keepdim=True)
+        threshold = logits.gather(-1, order.gather(-1, needed - 1))
+        assert torch.equal(kept_tokens(logits, 1.0, 0, top_p), logits >= threshold)
+
+    @pytest.mark.parametrize("places", [1, 7, 8, 9, 50257])
+    def test_bits(self, places):
+        mask = torch.rand(2, 3, places) < 0.5
+        bits = packed(mask)
+        assert bits.dtype == torch.uint8 and bits.shape == (2, 3, -(-places // 8))
+        assert torch.equal(unpacked(bits, places), mask)
+        assert bits[0, 0, 0].item() == sum(1 << j for j in range(min(places, 8)) if mask[0, 0, j])
 
 
 def test_no_rows(kernels):

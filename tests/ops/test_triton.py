@@ -6,6 +6,7 @@ import pytest
 import torch
 from oracle import error
 from rlhf_fast.kernels import ppo_loss as policy
+from rlhf_fast.kernels import sample_tokens as sampler
 from rlhf_fast.kernels import token_logprobs as rows
 
 import rlhf_fast.ops as ops
@@ -116,6 +117,24 @@ def test_unaligned_rows(offset):
     with ops.backend("triton"):
         out, aligned = ops.token_logprobs(logits, ids), ops.token_logprobs(logits.clone(), ids)
     assert error(out.logprobs, aligned.logprobs.double()) < 1e-6 and error(out.entropy, aligned.entropy.double()) < 2e-6
+
+
+@pytest.mark.parametrize("V", [1, 33, 100])
+def test_sampling_over_chunks_of_blocks(monkeypatch, V):
+    """Rows of more blocks than are looked at together, some of nothing but -inf."""
+    monkeypatch.setattr(sampler, "BLOCK", 16)
+    monkeypatch.setattr(sampler, "CHUNK", 2)
+    logits = torch.randn(12, V)
+    logits[1, 16:80], logits[2, :90] = -torch.inf, torch.where(torch.arange(min(V, 90)) == 0, 1.0, -torch.inf)
+    p = torch.softmax(logits.double() / 0.7, -1)
+    tokens, rows = torch.multinomial(p, 1).squeeze(1), torch.arange(12)
+    tokens[::3] = logits[::3].argmax(-1)
+    uniforms = p.cumsum(-1)[rows, tokens] - p[rows, tokens] / 2
+    with ops.backend("triton"):
+        out = ops.sample_tokens(logits, temperature=0.7, uniforms=uniforms, greedy_mask=rows % 3 == 0)
+    assert torch.equal(out.tokens, tokens)
+    entropy = -torch.where(p > 0, p * p.log(), 0).sum(-1)
+    assert error(out.logprobs, p[rows, tokens].log()) < 1e-5 and error(out.entropy, entropy) < 1e-5
 
 
 def test_splits_fill_the_device():
