@@ -127,9 +127,12 @@ def test_kl_of_ids_out_of_range_is_nan(emulated_cuda, monkeypatch, bad):
 def test_sample_tokens(agree, vocabulary, dtype):
     rows = 5 if vocabulary < 50_000 else 2
     logits = (torch.randn(rows, vocabulary + 3) * 3).to(dtype)[:, 3:]
-    uniforms, greedy = torch.rand(rows, dtype=torch.float64), torch.arange(rows) % 2 == 0
-    for options in (dict(temperature=0.7, greedy_mask=greedy), dict(temperature=1.3)):
-        agree(lambda options=options: ops.sample_tokens(logits, uniforms=uniforms, **options)[:3])
+    p, each = torch.softmax(logits.double() / 0.7, -1), torch.arange(rows)
+    tokens = torch.multinomial(p, 1).squeeze(1)
+    middle = p.cumsum(-1)[each, tokens] - p[each, tokens] / 2  # of the token's step, away from rounding
+    for greedy in (each % 2 == 0, None):
+        options = dict(temperature=0.7, uniforms=middle, greedy_mask=greedy)
+        agree(lambda options=options: ops.sample_tokens(logits, **options)[:3])
 
 
 @pytest.mark.parametrize("junk", [-float("inf"), float("inf"), float("nan")])
