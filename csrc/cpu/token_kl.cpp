@@ -88,6 +88,13 @@ void forward(const Rows<In>& rows, int64_t N, Pointer logprobs, Pointer entropy,
     delete[] starts;
 }
 
+// The row by value: members of a reference might be what g overwrites.
+template <typename T>
+inline void gradients_of(const T* z, const T* z_ref, T* g, int64_t n, PairGradient<T> row) {
+#pragma omp simd
+    for (int64_t k = 0; k < n; ++k) g[k] = row(z[k], z_ref[k]);
+}
+
 // Of the columns [begin, end) of one row. out may be the same memory as row.
 template <typename In, typename T>
 void row_gradient(const In* row, const In* ref_row, In* out, int64_t begin, int64_t end, int64_t target,
@@ -105,8 +112,7 @@ void row_gradient(const In* row, const In* ref_row, In* out, int64_t begin, int6
         const T* z_ref = block(ref_row + i, n, softcap, ref_buffer);
         T* g = gradients;
         if constexpr (sizeof(In) == sizeof(T)) g = out + i;
-#pragma omp simd
-        for (int64_t k = 0; k < n; ++k) g[k] = gradient(z[k], z_ref[k]);
+        gradients_of(z, z_ref, g, n, gradient);
         if (softcap != 0) {
 #pragma omp simd
             for (int64_t k = 0; k < n; ++k) g[k] = through_softcap(z[k], g[k], T(softcap));
