@@ -82,10 +82,10 @@ def sample_tokens(
     check_positive("temperature", temperature)
     expect(top_k >= 0, "top_k", "an integer >= 0", top_k)
     expect(0 < top_p <= 1, "top_p", "a number in (0, 1]", top_p)
-    _check_per_row("greedy_mask", greedy_mask, torch.bool, logits)
-    _check_per_row("uniforms", uniforms, torch.float64, logits)
     if uniforms is not None and generator is not None:
         raise ValueError("uniforms: expected no uniforms beside a generator, got both")
+    _check_per_row("greedy_mask", greedy_mask, torch.bool, logits)
+    _check_per_row("uniforms", uniforms, torch.float64, logits)
     if uniforms is None:
         uniforms = torch.empty(logits.shape[0], dtype=torch.float64, device=logits.device).uniform_(generator=generator)
     if not top_k and top_p == 1:

@@ -15,6 +15,10 @@ def uniform(*numbers):
     return torch.tensor(numbers, dtype=torch.float64)
 
 
+def seeded(seed):
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
 def test_inverse_cdf_by_hand(kernels):
     """p = (1/8, 0, 2/8, 5/8): steps at 1/8 and 3/8, the token is the first whose running sum exceeds u."""
     logits = torch.tensor([1.0, 0.0, 2.0, 5.0]).log().expand(6, 4)
@@ -41,7 +45,7 @@ def test_frequencies(kernels):
     """Draws over 6 tokens: chi-squared with 5 degrees of freedom stays under its 1 - 1e-6 quantile, 35.9."""
     logits = torch.tensor([0.1, -0.5, 1.4, 0.3, -0.9, 0.8])
     n = 30_000 if kernels in ("reference", "cpu") or logits.is_cuda else 200  # an interpreted row takes 50 ms
-    generator = torch.Generator(logits.device).manual_seed(1)
+    generator = seeded(1)
     tokens = sample_tokens(logits.expand(n, 6), temperature=1.3, generator=generator).tokens
     expected = n * torch.softmax(logits.double() / 1.3, -1)
     assert ((torch.bincount(tokens, minlength=6) - expected).square() / expected).sum().item() < 35.9
@@ -85,16 +89,16 @@ def test_every_number_draws_its_token(kernels):
 
 def test_generator_decides(kernels):
     logits = torch.randn(20, 50)
-    a, b = (sample_tokens(logits, temperature=1.0, generator=torch.Generator().manual_seed(5)) for _ in range(2))
-    c = sample_tokens(logits, temperature=1.0, generator=torch.Generator().manual_seed(6))
+    a, b = (sample_tokens(logits, temperature=1.0, generator=seeded(5)) for _ in range(2))
+    c = sample_tokens(logits, temperature=1.0, generator=seeded(6))
     assert torch.equal(a.tokens, b.tokens) and not torch.equal(a.tokens, c.tokens)
 
 
 def test_uniforms_in_place_of_a_generator(kernels):
     """The generator's own numbers give its tokens; any strides; a row's token is the same in any batch."""
     logits = torch.randn(20, 50)
-    drawn = sample_tokens(logits, temperature=1.0, generator=torch.Generator().manual_seed(5)).tokens
-    uniforms = torch.empty(20, dtype=torch.float64).uniform_(generator=torch.Generator().manual_seed(5))
+    drawn = sample_tokens(logits, temperature=1.0, generator=seeded(5)).tokens
+    uniforms = torch.empty(20, dtype=torch.float64).uniform_(generator=seeded(5))
     strided = torch.stack([uniforms, -uniforms], 1)[:, 0]
     assert torch.equal(sample_tokens(logits, temperature=1.0, uniforms=strided).tokens, drawn)
     alone = [sample_tokens(logits[i : i + 1], temperature=1.0, uniforms=uniforms[i : i + 1]).tokens for i in range(20)]
@@ -102,7 +106,9 @@ def test_uniforms_in_place_of_a_generator(kernels):
 
 
 class TestTruncation:
-    logits = torch.tensor([[0.15, 0.4, 0.05, 0.3, 0.1]]).log()
+    @property
+    def logits(self):
+        return torch.tensor([[0.15, 0.4, 0.05, 0.3, 0.1]]).log()
 
     def drawn(self, **options):
         """At evenly spaced numbers, which meet every token of a probability of at least 1 / 20."""
