@@ -1,7 +1,7 @@
 """The operators on CUDA tensors, by the CUDA C++ kernels of `csrc/cuda`. Imported only where torch has CUDA.
 
 Each function has its operator's signature, allocates the outputs and launches on the current stream; none waits for the
-device. Tensors in, tensors out: what a kernel needs beyond them is `_scratch`, one per stream.
+device. Tensors in, tensors out: what a kernel needs beyond them is `_scratch`, one per stream, or allocated here.
 """
 
 import contextlib
