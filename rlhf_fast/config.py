@@ -86,6 +86,8 @@ class StageConfig:
             "greedy_response_length",
         ):
             _check(self, name, lambda v: v >= 1, "an integer >= 1")
+        _check(self, "top_k", lambda v: v >= 0, "an integer >= 0")
+        _check(self, "top_p", lambda v: 0 < v <= 1, "a number in (0, 1]")
         for name in ("gamma", "lam"):
             _check(self, name, lambda v: 0 <= v <= 1, "a number in [0, 1]")
         micro, batch = getattr(self, "micro_batch_size", None), getattr(self, "batch_size", None)
@@ -162,7 +164,13 @@ class OnlineConfig(StageConfig):
     max_prompt_length: int = _arg(256, "Longest prompt in tokens; longer ones lose their left end.")
     max_response_length: int = _arg(64, "Longest completion in tokens.")
     temperature: float = _arg(1.0, "Sampling temperature; also applied in every training pass.")
-    fused_head: bool = _arg(True, "Take losses from hidden states, in chunks; false takes them from [B, T, V] logits.")
+    top_k: int = _arg(0, "Draw from the k likeliest tokens, in evaluations too; 0: from all.")
+    top_p: float = _arg(1.0, "Draw from the likeliest tokens that hold this probability, in evaluations too; 1: all.")
+    fused_head: bool = _arg(
+        True,
+        "Take losses from hidden states, in chunks; false takes them from [B, T, V] logits. So do top_k and top_p, "
+        "whatever this says: their training passes see the very tokens that were drawn from, V / 8 bytes a place.",
+    )
     kl_coef: float = _arg(0.05, "Weight of the per-token KL penalty in the reward (k1 estimate).")
     kl_target: float | None = _arg(None, "Adapt kl_coef towards this KL per completion in nats; default: fixed.")
     share_base: bool = _arg(
@@ -203,6 +211,8 @@ class PPOConfig(OnlineConfig):
             raise ValueError(f"value_model: expected none with the shared critic, got {self.value_model!r}")
         if self.critic == "shared" and not self.fused_head:
             raise ValueError("fused_head: expected true with the shared critic, which needs the hidden states")
+        if self.critic == "shared" and (self.top_k or self.top_p < 1):
+            raise ValueError("critic: expected a model of its own beside top_k or top_p, which go through the logits")
 
 
 @dataclass(frozen=True, kw_only=True)

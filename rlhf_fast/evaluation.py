@@ -40,12 +40,14 @@ class Evaluator:
         *,
         max_new_tokens: int,
         temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
         batch_size: int = 64,
         bf16: bool = False,
     ) -> None:
         self.prompts, self.reward, self.reference, self.tokenizer = prompts, reward, reference, tokenizer
         self.max_new_tokens, self.temperature, self.batch_size = max_new_tokens, temperature, batch_size
-        self.bf16 = bf16
+        self.top_k, self.top_p, self.bf16 = top_k, top_p, bf16
 
     @torch.no_grad()
     def __call__(self, policy: PreTrainedModel) -> Evaluation:
@@ -64,6 +66,8 @@ class Evaluator:
                     eos_ids=eos_token_ids(policy, self.tokenizer),
                     pad_id=pad_id(self.tokenizer),
                     temperature=self.temperature,
+                    top_k=self.top_k,
+                    top_p=self.top_p,
                     seed=_EVAL_SEED,
                 ).sampled
                 with visiting(self.reference):
@@ -103,6 +107,8 @@ def make_evaluator(
         tokenizer,
         max_new_tokens=config.max_response_length,
         temperature=getattr(config, "temperature", 1.0),
+        top_k=getattr(config, "top_k", 0),
+        top_p=getattr(config, "top_p", 1.0),
         bf16=config.bf16,
     )
 

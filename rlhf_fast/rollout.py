@@ -4,9 +4,10 @@ Each prompt is prefilled once; its cache is expanded to its sampled rows and, fo
 together, so that the greedy baseline rides along in steps that are paid for anyway. Finished rows leave the batch. The
 log-probs met while decoding are kept: they are the old policy's, and no second pass is needed.
 
-Sampling is from the full softmax at `temperature`, which is what the training passes compute. A row's random numbers
-depend on the seed, its prompt and its number among the prompt's samples, so that the same seed gives the same tokens
-whatever else is in the batch (up to a draw that falls within rounding of a token's boundary).
+Sampling is from the softmax at `temperature`, which is what the training passes compute; with top_k or top_p from what
+they keep of it, and the tokens kept are part of the rollout, for the training passes to compute the same. A row's
+random numbers depend on the seed, its prompt and its number among the prompt's samples, so that the same seed gives the
+same tokens whatever else is in the batch (up to a draw that falls within rounding of a token's boundary).
 Left out on purpose: text, rewards, and any decoding trick that changes the distribution.
 """
 
@@ -40,13 +41,14 @@ class Rollout(NamedTuple):
     logprobs: Tensor  # [B, T] fp32, of the chosen tokens at the sampling temperature
     entropy: Tensor  # [B, T] fp32
     finished: Tensor  # [B] bool, an EOS came before the length limit
+    kept: Tensor | None = None  # [B, T, ceil(V / 8)] uint8, what top_k and top_p left to draw from (bits); None: all
 
     @property
     def sequences(self) -> Sequences:
         return Sequences(*self[:4])
 
     def rows(self, index: slice | Tensor) -> "Rollout":
-        return Rollout(*(x[index] for x in self))
+        return Rollout(*(None if x is None else x[index] for x in self))
 
 
 class Generation(NamedTuple):
@@ -82,6 +84,8 @@ def generate(
     eos_ids: Sequence[int],
     pad_id: int,
     temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
     samples: int = 1,
     greedy: bool = False,
     greedy_max_new_tokens: int | None = None,
@@ -90,6 +94,7 @@ def generate(
     """Sample `samples` completions per prompt and, with `greedy`, the most likely-token one, in one decode.
 
     prompt_ids, prompt_mask: [B, P], left-padded.
+    temperature, top_k, top_p: as in `sample_tokens`.
     greedy_max_new_tokens: greedy rows end here when their EOS has not come (ReMax-fast, arXiv 2310.10505 v4).
     seed: the same seed, prompt and number of the sample give the same tokens; equal prompts are told apart by their
         order.
@@ -119,7 +124,9 @@ def generate(
             greedy_R if greedy else None,
             limit_R,
             list(eos_ids),
-            temperature,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
         )
     rollout = Rollout(
         prompt_ids, prompt_mask_R, *_assemble(stretches, limit_R, torch.tensor(list(eos_ids), device=device), pad_id)
@@ -138,7 +145,7 @@ def _decode(
     greedy: Tensor | None,
     limit: Tensor,
     eos: list[int],
-    temperature: float,
+    **options: float,
 ) -> list[_Stretch]:
     """Decode until every row has met an EOS or its limit. Per-row arguments follow the rows of the batch."""
     rows = torch.arange(len(uniforms), device=ids_BP.device)
@@ -149,7 +156,7 @@ def _decode(
     stretches = [_Stretch(rows, [])]
     logits = steps.prefill(ids_BP, mask_BP, copies)
     for t in range(last + 1):
-        chosen = sample_tokens(logits, temperature=temperature, greedy_mask=greedy, uniforms=uniforms[:, t])
+        chosen = sample_tokens(logits, greedy_mask=greedy, uniforms=uniforms[:, t], **options)
         stretches[-1].steps.append(chosen)
         tokens = chosen.tokens
         done = done | torch.isin(tokens, eos_ids) | (limit <= t + 1)
@@ -169,25 +176,26 @@ def _decode(
     return stretches
 
 
-def _assemble(
-    stretches: list[_Stretch], limit: Tensor, eos: Tensor, pad_id: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """response_ids, response_mask, logprobs, entropy [R, T] and finished [R], without what came behind a row's end."""
+def _assemble(stretches: list[_Stretch], limit: Tensor, eos: Tensor, pad_id: int) -> tuple[Tensor | None, ...]:
+    """What a Rollout has behind its prompt, without what came behind a row's end."""
     first = stretches[0].steps[0]
     R, T = len(stretches[0].rows), sum(len(s.steps) for s in stretches)
-    ids, logprobs, entropy = (torch.zeros(R, T, dtype=x.dtype, device=x.device) for x in first)
+    names = ["tokens", "logprobs", "entropy"] + ["kept"] * (first.kept is not None)
+    columns = [x.new_zeros(R, T, *x.shape[1:]) for x in (getattr(first, name) for name in names)]
     t = 0
     for rows, steps in stretches:
-        for out, parts in zip((ids, logprobs, entropy), zip(*steps, strict=True), strict=True):
-            out[rows, t : t + len(steps)] = torch.stack(parts, dim=1)
+        for name, out in zip(names, columns, strict=True):
+            out[rows, t : t + len(steps)] = torch.stack([getattr(step, name) for step in steps], dim=1)
         t += len(steps)
+    ids, logprobs, entropy, *kept = columns
     place = torch.arange(T, device=ids.device)
     ends = torch.isin(ids, eos) & (place < limit[:, None])
     ended_before = ends.cumsum(dim=1) - ends.long() > 0
     mask = (place < limit[:, None]) & ~ended_before
     width = int(mask.sum(dim=1).max())
     columns = (ids.where(mask, pad_id), mask, logprobs.where(mask, 0.0), entropy.where(mask, 0.0))
-    return *(x[:, :width].contiguous() for x in columns), ends.any(dim=1)
+    kept = kept[0][:, :width].contiguous() if kept else None
+    return *(x[:, :width].contiguous() for x in columns), ends.any(dim=1), kept
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -61,7 +61,8 @@ def _gradient(online: Online, experience: Experience, baseline_B: Tensor) -> Ten
         gamma=config.gamma,
         variant=config.variant,
     )
-    online.objectives.reinforce(rollout.sequences, weights_BT, reduction="sequence_sum").loss.backward()
+    out = online.objectives.reinforce(rollout.sequences, weights_BT, kept=rollout.kept, reduction="sequence_sum")
+    out.loss.backward()
     gradient = torch.cat([p.grad.flatten() for p in online.learner.parameters])
     online.policy.zero_grad(set_to_none=True)
     return gradient

@@ -5,6 +5,7 @@ import torch
 from tiny_models import ARCHITECTURES, random_policy, random_sequences
 
 from rlhf_fast.objectives import Objectives
+from rlhf_fast.ops.truncation import unpacked
 from rlhf_fast.rollout import eos_token_ids, generate
 
 EOS, PAD = 1, 0
@@ -69,6 +70,24 @@ def test_sampled_tokens_follow_the_exact_probabilities():
     assert expected.min() > 5
     chi_square = ((counts - expected) ** 2 / expected).sum().item()
     assert chi_square < 29.6  # 10 degrees of freedom, p = 0.001
+
+
+@pytest.mark.parametrize("options", [{"top_k": 3}, {"top_p": 0.7}])
+def test_truncated_rollouts_keep_the_sets_they_drew_from(options):
+    """Through rows that leave the batch: each token is in its set, and the log-probs are those of the set."""
+    model, sequences = random_policy("llama"), random_sequences(rows=4)
+    options |= {"temperature": 3.0, "samples": 3, "greedy": True}
+    both = _generate(model, sequences, eos_ids=range(1, 12), **options)
+    for rollout in both:
+        kept, mask = unpacked(rollout.kept, 37), rollout.response_mask
+        assert 1 < kept[mask].sum(-1).float().mean() < 30
+        assert kept.gather(-1, rollout.response_ids.unsqueeze(-1)).squeeze(-1)[mask].all()
+        with torch.no_grad():
+            out = Objectives(model, temperature=3.0).logprobs(rollout.sequences, kept=rollout.kept)
+        torch.testing.assert_close(out.logprobs, rollout.logprobs, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(out.entropy, rollout.entropy, rtol=1e-5, atol=1e-5)
+    assert both.sampled.rows(slice(2)).kept.shape[0] == 2
+    assert _generate(model, sequences, temperature=3.0).sampled.kept is None
 
 
 def test_same_seed_same_tokens():

@@ -313,6 +313,17 @@ def test_missing_eos_penalty_is_taken_off_unfinished_completions(files, tiny_mod
     torch.testing.assert_close(scores[0] - scores[1], 3.0 * unfinished)
 
 
+@pytest.mark.parametrize("options", [{"top_k": 5}, {"top_p": 0.6}])
+@pytest.mark.parametrize("name", ["ppo", "remax", "grpo"])
+def test_truncated_sampling_is_trained_on_what_it_drew_from(name, options, files, tiny_model, tmp_path):
+    """Decode- and training-time log-probs agree, and against itself the policy's KL is 0, whatever was cut off."""
+    stage, config = STAGES[name]
+    stage.train(stage_config(config, files, tiny_model, tmp_path, steps=2, micro_batch_size=8, **options))
+    first, second = read_metrics(tmp_path / "metrics.jsonl")
+    assert max(m["val/logprob_drift"] for m in (first, second)) < 1e-4
+    assert abs(first["objective/kl"]) < 1e-4 < abs(second["objective/kl"])
+
+
 def test_kl_controller_follows_the_published_rule():
     fixed, adaptive = KLController(0.2, None), KLController(0.2, 6.0)
     fixed.update(100.0, 64)
@@ -334,6 +345,9 @@ def test_every_prompt_is_used_once_per_pass(files, tiny_model, tmp_path):
 @pytest.mark.parametrize(
     ("cls", "options", "message"),
     [
+        (PPOConfig, {"top_p": 0.0}, r"top_p: expected a number in \(0, 1\], got 0.0"),
+        (PPOConfig, {"top_k": -1}, "top_k: expected an integer >= 0, got -1"),
+        (PPOConfig, {"critic": "shared", "top_k": 5}, "critic: expected a model of its own beside top_k or top_p"),
         (PPOConfig, {"batch_size": 10, "micro_batch_size": 4}, "micro_batch_size: expected a divisor of batch_size=10"),
         (RLOOConfig, {"batch_size": 10, "group_size": 4}, "group_size: expected >= 2 and a divisor"),
         (PPOConfig, {"temperature": 0.0}, "temperature: expected a number > 0, got 0.0"),

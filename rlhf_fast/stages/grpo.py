@@ -47,6 +47,7 @@ def minibatch_update(
                     part.sequences,
                     part.logprobs,
                     advantages_B[rows],
+                    kept=part.kept,
                     clip=config.clip,
                     ref_logprobs=ref_logprobs_BT[rows],
                     kl_coef=online.kl.coef,

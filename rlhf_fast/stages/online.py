@@ -148,6 +148,8 @@ class Online:
                     eos_ids=eos_token_ids(self.policy, self.tokenizer),
                     pad_id=pad_id(self.tokenizer),
                     temperature=self.config.temperature,
+                    top_k=self.config.top_k,
+                    top_p=self.config.top_p,
                     samples=self.samples,
                     greedy=self.greedy,
                     greedy_max_new_tokens=self.greedy_length,
@@ -160,8 +162,8 @@ class Online:
             with meter.phase("reference"), visiting(self.reference):
                 ref_logprobs = torch.cat(
                     [
-                        self.reference_objectives.logprobs(rollout.rows(rows).sequences).logprobs
-                        for rows in micro_batches(len(scores), self.config.micro_batch_size)
+                        self.reference_objectives.logprobs(part.sequences, kept=part.kept).logprobs
+                        for part in map(rollout.rows, micro_batches(len(scores), self.config.micro_batch_size))
                     ]
                 )
         return Experience(rollout, scores, greedy_scores, ref_logprobs)
@@ -196,7 +198,7 @@ class Online:
             with run.meter.phase("policy_update"):
                 with self.learner.autocast():
                     out = self.objectives.reinforce(
-                        part.sequences, advantages[rows], reduction=reduction, normalizer=total
+                        part.sequences, advantages[rows], kept=part.kept, reduction=reduction, normalizer=total
                     )
                 out.loss.backward()
             drift = max(drift, self.check_drift(out.logprobs, part))

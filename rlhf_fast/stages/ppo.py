@@ -149,7 +149,13 @@ def joint_backward(
 
 def policy_loss(online: Online, part: Rollout, target: Targets, tokens: Tensor, **hidden: Tensor) -> LinearPPOLoss:
     return online.objectives.ppo(
-        part.sequences, part.logprobs, target.advantages, clip=online.config.clip, normalizer=tokens, **hidden
+        part.sequences,
+        part.logprobs,
+        target.advantages,
+        kept=part.kept,
+        clip=online.config.clip,
+        normalizer=tokens,
+        **hidden,
     )
 
 
