@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from rlhf_fast.ops.dispatch import COMPILED, _cpu, code, pointer
 
@@ -17,8 +18,9 @@ _HALF_OR_FLOAT = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def runs(x: Tensor) -> bool:
-    """Whether these kernels take tensors like x."""
-    return COMPILED and x.device.type == "cpu" and x.dtype in _HALF_OR_FLOAT
+    """Whether these kernels take tensors like x; fake ones have no address."""
+    fake = isinstance(x, FakeTensor)
+    return COMPILED and not fake and x.device.type == "cpu" and x.dtype in _HALF_OR_FLOAT
 
 
 def rms_norm(weight: Tensor, epsilon: float) -> Callable[[Tensor], Tensor]:

@@ -116,7 +116,7 @@ class StaticDecoder:
         if self.length >= self._readable:
             self._look(self.length + 1)
         self.length += 1  # slots in use, this token's included
-        return self._run(tokens)
+        return self._step(tokens) if self._graph is None else self._graph(self._step, tokens)
 
     def keep(self, rows: Tensor) -> Tensor:
         """The last rows move to the places of the dropped ones, so that few move."""
@@ -161,7 +161,7 @@ class StaticDecoder:
             state = self.tables, self.position, self.starts
             layers = zip(self.parts.blocks, mine, strict=True)
             self._compiled = [cpu.attention(block, layer, *state) for block, layer in layers]
-        self._run = _Graph(self._step, self.rows, self.cache.device) if self.cache.is_cuda else self._step
+        self._graph = _Graph(self.rows, self.cache.device) if self.cache.is_cuda else None
 
     def _step(self, tokens: Tensor) -> Tensor:
         parts, n = self.parts, self.rows
@@ -221,19 +221,22 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, block: blocks
 
 
 class _Graph:
-    """A step captured once and replayed: one launch instead of a dozen per layer."""
+    """A step captured once and replayed: one launch instead of a dozen per layer.
 
-    def __init__(self, step: Callable[[Tensor], Tensor], rows: int, device: torch.device) -> None:
-        self.step, self.graph = step, None
+    It must not hold the step, which holds the decoder: the cycle would keep the cache until Python looks for cycles.
+    """
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.graph = None
         self.tokens = torch.zeros(rows, dtype=torch.long, device=device)
 
-    def __call__(self, tokens: Tensor) -> Tensor:
+    def __call__(self, step: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
         self.tokens.copy_(tokens)
         if self.graph is None:
-            logits = self.step(self.tokens)  # sets up cuBLAS; capture itself runs nothing
+            logits = step(self.tokens)  # sets up cuBLAS; capture itself runs nothing
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
-                self.logits = self.step(self.tokens)
+                self.logits = step(self.tokens)
             return logits
         self.graph.replay()
         return self.logits

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
+from rlhf_fast.decoding import blocks
+from rlhf_fast.decoding.engine import CacheDecoder, StaticDecoder
 from rlhf_fast.models import (
     Sequences,
-    forward_inputs,
-    position_ids,
     response_hidden,
     response_logits,
     sequence_scores,
@@ -190,7 +190,7 @@ def inference(shape: Shape, lengths: Lengths) -> Run:
 
 
 def rollout(shape: Shape, lengths: Lengths, rows_per_prompt: int) -> Run:
-    """Prefill of the prompts and the last decode step, rows = prompts: "prefill", "decode", "kv_cache", "casts".
+    """Prefill of the prompts and a decode step, rows = prompts: "prefill", "decode", "kv_cache", "casts".
 
     casts: weights in bfloat16 that autocast keeps until the end of its context, which holds scoring and reference too.
     """
@@ -198,32 +198,36 @@ def rollout(shape: Shape, lengths: Lengths, rows_per_prompt: int) -> Run:
     @torch.no_grad()
     def run(model: PreTrainedModel, prompts: int) -> dict[str, int]:
         model.eval()
-        rows, length = prompts * rows_per_prompt, sum(lengths)
         with (
             TensorBytes(exclude=[*model.parameters(), *model.buffers()]) as counter,
             autocast(model.device, shape.autocast),
         ):
-            sequences, cache = lengths.sequences(prompts), DynamicCache()
-            mask = sequences.prompt_mask
-            prefill_inputs = forward_inputs(model, sequences.prompt_ids, mask, position_ids(mask))
-            del sequences
-            _last_logits(model, prefill_inputs, cache)
-            prefill, kv_cache = counter.take_peak(), 0
-            for layer in cache.layers:
-                layer.keys, layer.values = (
-                    x.new_empty(rows, x.shape[1], length - 1, x.shape[3]) for x in (layer.keys, layer.values)
-                )
-                kv_cache += (layer.keys.nbytes + layer.values.nbytes) * length // (length - 1)
+            ids, mask, _, _ = lengths.sequences(prompts)
+            parts = blocks.read(model, torch.bfloat16 if shape.autocast else None)
+            steps = CacheDecoder(model) if parts is None else StaticDecoder(model, parts, lengths.response)
+            steps.prefill(ids, mask, rows_per_prompt)
+            prefill = counter.take_peak()
+            kv_cache = _full_cache(steps, sum(lengths))
             counter.take_peak()
-            token, mask = torch.zeros(rows, 1, dtype=torch.long), torch.ones(rows, length, dtype=torch.bool)
-            _last_logits(model, forward_inputs(model, token, mask, token), cache)
+            steps.step(ids.new_zeros(prompts * rows_per_prompt))
             decode = counter.take_peak()
-            del cache, prefill_inputs
+            del ids, mask, parts, steps
             casts = counter.live
         return {"prefill": prefill, "decode": decode, "kv_cache": kv_cache, "casts": casts}
 
     return run
 
 
-def _last_logits(model: PreTrainedModel, inputs: dict[str, Tensor], cache: DynamicCache) -> Tensor:
-    return model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].clone()
+def _full_cache(steps: StaticDecoder | CacheDecoder, length: int) -> int:
+    """Bytes of the cache once it holds `length` tokens a row; one that grows is made to hold all but the last."""
+    if isinstance(steps, StaticDecoder):
+        return steps.cache.nbytes
+    rows, prompt = steps.mask.shape
+    size = 0
+    for layer in steps.cache.layers:
+        layer.keys, layer.values = (
+            x.new_empty(rows, x.shape[1], length - 1, x.shape[3]) for x in (layer.keys, layer.values)
+        )
+        size += (layer.keys.nbytes + layer.values.nbytes) * length // (length - 1)
+    steps.mask = steps.mask.new_ones(rows, length - 1)
+    return size
