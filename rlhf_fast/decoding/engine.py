@@ -40,13 +40,10 @@ class Decoder(Protocol):
 def decoder(model: PreTrainedModel, new_tokens: int) -> Decoder:
     """A decoder with room for `new_tokens` tokens behind the prompt. The model must be in eval mode."""
     dtype = torch.get_autocast_dtype(model.device.type) if torch.is_autocast_enabled(model.device.type) else None
-    parts = blocks.read(model, dtype) if _agrees.get(model, True) else None
-    if parts is None:
-        return CacheDecoder(model)
     if model not in _agrees:
-        _agrees[model] = _same_logits(model)
-        return decoder(model, new_tokens)
-    return StaticDecoder(model, parts, new_tokens)
+        _agrees[model] = blocks.read(model) is not None and _same_logits(model)
+    parts = blocks.read(model, dtype) if _agrees[model] else None
+    return CacheDecoder(model) if parts is None else StaticDecoder(model, parts, new_tokens)
 
 
 class CacheDecoder:

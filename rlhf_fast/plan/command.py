@@ -70,9 +70,7 @@ def make_report(planner: Planner) -> dict[str, Any]:
         "parameters": {name: role.counts.all for name, role in roles.items()},
         "trained_parameters": {name: role.trained for name, role in roles.items()},
         "static_bytes": static,
-        "bytes_per_parameter": {
-            name: sum(static[name].values()) * 1.0 / role.counts.all for name, role in roles.items()
-        },
+        "bytes_per_parameter": {name: sum(static[name].values()) / role.counts.all for name, role in roles.items()},
         "device": device,
         "phases": {
             name: {"peak_bytes": phase.peak_bytes, "parts": phase.parts, "how": phase.how}

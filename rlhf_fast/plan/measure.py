@@ -18,8 +18,10 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf_fast import checkpoint
 from rlhf_fast import config as configs
+from rlhf_fast.adapters import LoRA
 from rlhf_fast.config import PlanConfig, StageConfig
 from rlhf_fast.metrics import print_table
+from rlhf_fast.models import load_scorer
 from rlhf_fast.plan.phases import Planner
 from rlhf_fast.plan.shapes import Shape
 from rlhf_fast.tensor_bytes import TensorBytes
@@ -32,8 +34,21 @@ CONFIGS = {
     "remax": configs.ReMaxConfig,
     "reinforce": configs.ReinforceConfig,
     "rloo": configs.RLOOConfig,
+    "grpo": configs.GRPOConfig,
 }
-SHARED = ("batch_size", "micro_batch_size", "bf16", "gradient_checkpointing", "fused_head", "group_size", "minibatches")
+SAME = (
+    "batch_size",
+    "micro_batch_size",
+    "minibatches",
+    "group_size",
+    "bf16",
+    "gradient_checkpointing",
+    "fused_head",
+    "lora_rank",
+    "share_base",
+    "optimizer",
+    "optimizer_in_backward",
+)
 
 
 def compare(planner: Planner) -> dict[str, dict[str, int]]:
@@ -53,12 +68,8 @@ def measure(planner: Planner) -> dict[str, int]:
     Raises ValueError for what runs on a CPU in one process cannot show: other layouts, several GPUs, offloading.
     """
     plan = planner.plan
-    if plan.method not in CONFIGS:
-        raise ValueError(f"measure: expected one of {', '.join(CONFIGS)}, got {plan.method}")
-    defaults = {"dtype": "fp32", "gpus": 1, "offload": False, "offload_optimizer": False, "optimizer": "adamw"}
-    defaults |= {"lora_rank": 0, "critic": plan.critic if plan.critic != "shared" else "same"}
-    defaults |= {"optimizer_in_backward": False}
-    for name, needed in defaults.items():
+    shown = {"dtype": "fp32", "gpus": 1, "offload": False, "offload_optimizer": False}
+    for name, needed in shown.items():
         if getattr(plan, name) != needed:
             raise ValueError(f"measure: expected {name}={needed}, got {getattr(plan, name)}")
     with tempfile.TemporaryDirectory() as directory:
@@ -79,27 +90,32 @@ def _prepare(planner: Planner, directory: Path) -> StageConfig:
     for name, role in planner.roles.items():
         shape = role.shape._replace(head="policy") if name == planner.main else role.shape
         _save_model(shape, directory / name, tokenizer)
+    if plan.share_base:  # the reward model then is an adapter on the policy
+        adapted = load_scorer(directory / planner.main, lora=LoRA(plan.lora_rank, 16.0, 0))
+        checkpoint.save(directory / "reward", models={"": adapted}, tokenizer=tokenizer)
     data = directory / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in _rows(plan)))
     names = config_class.__dataclass_fields__
     length = plan.prompt_length + plan.response_length
-    values = {name: getattr(plan, name) for name in SHARED if name in names}
+    values = {name: getattr(plan, name) for name in SAME}
     values |= {"max_prompt_length": plan.prompt_length, "steps": 2, "normalize_samples": 0}
     values |= {"epochs": 1 if planner.online else 2}
-    values |= {"reward": str(directory / "reward"), "value_model": str(directory / "value"), "max_length": length}
-    values |= {"reference": str(directory / "reference")}
-    if planner.online:
-        values |= {"max_response_length": plan.response_length, "reward": _reward(planner, directory)}
+    values |= {"max_length": length, "max_response_length": plan.response_length}
+    values |= {"reward": str(directory / "reward") if "reward" in planner.roles else f"{__name__}:no_reward"}
+    if planner.shared_critic:
+        values |= {"critic": "shared"}
+    elif not plan.share_base:
+        values |= {"value_model": str(directory / "value")}
+    if not plan.lora_rank or plan.reference:
+        values |= {"reference": str(directory / "reference")}
+    if plan.optimizer_in_backward:
+        values |= {"max_grad_norm": 0.0}
     return config_class(
         model=str(directory / planner.main),
         output_dir=str(directory / "out"),
         train_data=str(data),
         **{name: value for name, value in values.items() if name in names},
     )
-
-
-def _reward(planner: Planner, directory: Path) -> str:
-    return str(directory / "reward") if "reward" in planner.roles else f"{__name__}:no_reward"
 
 
 def no_reward(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
@@ -128,7 +144,7 @@ def _rows(plan: PlanConfig) -> list[dict[str, str]]:
     def words(count: int) -> str:
         return " ".join(f"w{i}" for i in torch.randint(2, 10, (count,), generator=generator).tolist())
 
-    prompts = plan.batch_size // (plan.group_size if plan.method == "rloo" else 1)
+    prompts = plan.batch_size // (plan.group_size if plan.method in ("rloo", "grpo") else 1)
     rows = []
     for i in range(prompts):
         row = {"prompt": words(plan.prompt_length - i % 2)}

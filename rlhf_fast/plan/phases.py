@@ -44,18 +44,19 @@ class Planner:
     def phases(self, device: str, batch: int | None = None, micro: int | None = None) -> dict[str, Phase]:
         """Phase -> parts of its peak, for `batch` rows (default: the config's) on `device` (cpu or cuda)."""
         batch = batch or self.plan.batch_size
-        micro = min(micro or self.plan.micro_batch_size or batch, batch // self.plan.minibatches)
-        later = micro < batch // self.plan.minibatches
+        step = batch // self.plan.minibatches  # rows of an optimizer step
+        rows = min(micro or self.plan.micro_batch_size or batch, batch)
+        micro, later = min(rows, step), rows < step
         result = {}
         if self.online:
             result["rollout"] = self._rollout(batch)
             scored_by_model = "reward" in self.roles
-            result["scoring"] = self._frozen("reward", micro, device) if scored_by_model else self._idle()
-            result["reference"] = self._frozen("reference", micro, device)
+            result["scoring"] = self._frozen("reward", rows, device) if scored_by_model else self._idle()
+            result["reference"] = self._frozen("reference", rows, device)
         if self.plan.method == "dpo":
-            result["reference"] = self._frozen("reference", 2 * micro, device)
+            result["reference"] = self._frozen("reference", 2 * rows, device)
         if "value" in self.roles:
-            result["value"] = self._inference("value", micro, device)
+            result["value"] = self._inference("value", rows, device)
         result["policy_update"] = self._update(self.main, micro, later, device)
         if "value" in self.roles and not self.shared_critic:
             result["value_update"] = self._update("value", micro, later, device)
@@ -98,9 +99,7 @@ class Planner:
         return Phase(self._resident(None), "")
 
     def _frozen(self, name: str, rows: int, device: str) -> Phase:
-        casts = 0
-        if self.online and self.plan.bf16:
-            casts = self._rollout_curve()(1)["casts"]
+        casts = self._rollout_curve()(1)["casts"] if self.online and self.plan.bf16 else 0
         phase = self._inference(name, rows, device)
         return Phase(phase.parts | ({"policy bfloat16 weights": casts} if casts else {}), phase.how)
 
@@ -108,8 +107,7 @@ class Planner:
         role = self.roles[name]
         shape = role.shape._replace(head="policy" if name == "reference" else "score", checkpointing=False)
         shape = shape._replace(trained=shape.trained and shape.autocast)  # else it makes no difference
-        config = role.shape.config
-        key = ("inference", id(config), shape[3:])
+        key = ("inference", id(shape.config), shape[3:])
         at = self._curve(key, shape, inference(shape, self.lengths))(rows)
         head = at["loss"]
         text = f"{rows} rows: trunk {at['activations']:,}"

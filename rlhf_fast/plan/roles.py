@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from transformers.configuration_utils import PreTrainedConfig
 
+from rlhf_fast.adapters import base_path
 from rlhf_fast.config import PlanConfig
 from rlhf_fast.plan.shapes import DTYPES, Head, Shape, layers_of, read_config
 
@@ -82,7 +83,7 @@ def roles_of(plan: PlanConfig) -> dict[str, Role]:
     if has_reward:
         roles["reward"] = role("score", plan.reward, trained=False, on_base=plan.share_base)
     roles["reference"] = role("policy", plan.reference, trained=False)
-    if plan.lora_rank and plan.reference is None:
+    if plan.lora_rank and base_path(plan.reference or plan.model) == base_path(plan.model):
         roles["reference"] = roles["reference"]._replace(own=0)  # the policy's base, adapters off
     return roles
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
+from rlhf_fast.adapters import base_path
 from rlhf_fast.models import existing
 from rlhf_fast.training import checkpoint_activations
 
@@ -18,7 +19,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def read_config(path: str) -> PreTrainedConfig:
-    """The model config of a checkpoint directory, a config.json or a hub name, with dropout off.
+    """The model config of a checkpoint directory (an adapter's: its base), a config.json or a hub name, dropout off.
 
     Raises ValueError where there is none or its model_type is unknown.
     """
@@ -31,7 +32,7 @@ def read_config(path: str) -> PreTrainedConfig:
             raise ValueError(f"model: expected a config with model_type, found none in {path}")
         config = AutoConfig.for_model(values.pop("model_type"), **values)
     else:
-        config = AutoConfig.from_pretrained(existing(path))
+        config = AutoConfig.from_pretrained(existing(base_path(path)))
     for name, value in vars(config).items():
         if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)  # as the stages do

@@ -41,6 +41,11 @@ def test_three_shapes_by_five_methods(method, shape, shapes):
         ("sft", "grouped", {"gradient_checkpointing": True, "response_length": 40}),
         ("reinforce", "gpt2", {"fused_head": False}),
         ("sft", "gemma2", {}),
+        ("grpo", "small", {"group_size": 2, "minibatches": 2}),
+        ("ppo", "small", {"critic": "shared"}),
+        ("ppo", "small", {"optimizer_in_backward": True}),
+        ("dpo", "gpt2", {"lora_rank": 4}),
+        ("ppo", "grouped", {"lora_rank": 4, "share_base": True}),
     ],
 )
 def test_options(method, shape, options, shapes):
