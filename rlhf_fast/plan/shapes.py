@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
-from rlhf_fast.adapters import base_path
+from rlhf_fast.adapters import LoRA, base_path, put_on
 from rlhf_fast.models import existing
 from rlhf_fast.training import checkpoint_activations
 
@@ -67,7 +67,8 @@ class Shape(NamedTuple):
             model = self.instantiate(self.config if layers is None else _shortened(self.config, layers))
         model.requires_grad_(self.trained and not self.lora_rank)
         if self.lora_rank:
-            _add_adapters(model, self.lora_rank)
+            with torch.device("meta"):
+                put_on(model, "base", LoRA(self.lora_rank, 1.0, 0), trainable=True)
         if self.checkpointing:
             checkpoint_activations(model)
         return model.train(self.trained)
@@ -98,18 +99,6 @@ def _shortened(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
         text.layer_types = text.layer_types[:layers]
     text.num_hidden_layers = layers
     return config
-
-
-def _add_adapters(model: PreTrainedModel, rank: int) -> None:
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise ValueError("lora_rank: expected peft to be installed (pip install peft)") from error
-    head = ["score"] if hasattr(model, "score") else None
-    with torch.device("meta"):
-        inject_adapter_in_model(LoraConfig(r=rank, target_modules="all-linear", exclude_modules=head), model)
-    if head:
-        model.score.requires_grad_(True)
 
 
 def make_fake(model: PreTrainedModel) -> None:

@@ -38,7 +38,7 @@ def test_lora_holds_the_base_once(shapes):
     base, H, F, V = 4 * (4 * 128 * 128 + 3 * 128 * 344 + 2 * 128) + 128, 128, 344, 1000
     adapters = 4 * 4 * (4 * 2 * H + 3 * (H + F))  # layers x rank x (q, k, v, o; gate, up, down)
     assert apart.static["policy"] == (4 * (base + 2 * V * H + adapters), 4 * adapters, 8 * adapters)
-    assert apart.static["value"] == (4 * (base + V * H + adapters + H), 4 * (adapters + H), 8 * (adapters + H))
+    assert apart.static["value"] == (4 * (base + V * H + adapters + 2 * H), 4 * (adapters + H), 8 * (adapters + H))
     assert apart.static["reward"].weights == 4 * (base + V * H + H)
     assert shared.static["value"].weights == shared.static["reward"].weights == 4 * (adapters + H)
     assert apart.static["reference"].weights == shared.static["reference"].weights == 0
