@@ -5,5 +5,7 @@ on fake tensors, which have shapes but no memory, and counts their bytes. `phase
 every phase; `command` is the command line, `gpus` the verdicts, `measure` runs the real stage and compares.
 
 Left out on purpose: time; what an allocator loses to fragmentation and CUDA to its context, for which a verdict keeps a
-margin; token ids, masks and per-token numbers of a rollout (about 100 bytes a token); evaluation.
+margin; token ids, masks and per-token numbers of a rollout (about 100 bytes a token); evaluation. Which models' logits
+are no plain product with the last hidden state is tried out on weights, which are not there: plan those (Cohere,
+Granite) with `--no-fused-head`.
 """

@@ -12,7 +12,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from rlhf_fast.adapters import base_path
 from rlhf_fast.config import PlanConfig
-from rlhf_fast.plan.shapes import DTYPES, Head, Shape, layers_of, read_config
+from rlhf_fast.plan.shapes import DTYPES, Head, Shape, layers_of, period, read_config
 
 ONLINE = ("ppo", "remax", "reinforce", "rloo", "grpo")
 
@@ -91,11 +91,14 @@ def roles_of(plan: PlanConfig) -> dict[str, Role]:
 def _count(shape: Shape) -> Counts:
     model = shape.build()
     layers = layers_of(model)
+    sizes, unit = [sum(p.numel() for p in layer.parameters()) for layer in layers], period(shape.config)
+    if any(size != sizes[i % unit] for i, size in enumerate(sizes)):  # passes are simulated on a few of them
+        raise ValueError(f"model: expected layers of equal size, or of a repeating pattern of {unit}, got {sizes}")
     inside = {id(p) for p in layers.parameters()}
     return Counts(
         sum(p.numel() for p in model.parameters()),
         sum(p.numel() for p in model.parameters() if p.requires_grad),
-        max(sum(p.numel() for p in layer.parameters()) for layer in layers),
+        max(sizes),
         max(p.numel() for p in model.parameters() if id(p) not in inside),
     )
 

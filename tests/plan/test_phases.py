@@ -33,6 +33,7 @@ def test_few_layers_and_rows_foretell_many(shapes, tmp_path):
 
 
 def test_lora_holds_the_base_once(shapes):
+    # a trained score head stands beside the one it started from
     apart = Planner(PlanConfig(model=shapes["small"], method="ppo", lora_rank=4, **LENGTHS))
     shared = Planner(PlanConfig(model=shapes["small"], method="ppo", lora_rank=4, share_base=True, **LENGTHS))
     base, H, F, V = 4 * (4 * 128 * 128 + 3 * 128 * 344 + 2 * 128) + 128, 128, 344, 1000
