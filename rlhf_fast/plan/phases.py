@@ -7,8 +7,9 @@ from torch import nn
 
 from rlhf_fast.config import PlanConfig
 from rlhf_fast.ops.heads import MEMORY_BUDGET, Layer, working_bytes
-from rlhf_fast.plan.passes import Curve, Lengths, inference, rollout, simulate, training
+from rlhf_fast.plan.passes import Curve, Lengths, Run, inference, rollout, simulate, training
 from rlhf_fast.plan.roles import ONLINE, Role, roles_of, static_bytes, zero_stage
+from rlhf_fast.plan.shapes import Shape
 
 
 class Phase(NamedTuple):
@@ -88,7 +89,7 @@ class Planner:
 
     def _rollout(self, batch: int) -> Phase:
         prompts = batch if self.plan.method == "remax" else batch // self.rows_per_prompt
-        at = self._rollout_curve()(prompts)
+        at = self._rolled_out(prompts)
         part = max(at["prefill"], at["decode"])
         rows = prompts * self.rows_per_prompt
         text = f"{rows} rows: KV cache {at['kv_cache']:,} at {sum(self.lengths)} tokens, "
@@ -99,7 +100,7 @@ class Planner:
         return Phase(self._resident(None), "")
 
     def _frozen(self, name: str, rows: int, device: str) -> Phase:
-        casts = self._rollout_curve()(1)["casts"] if self.online and self.plan.bf16 else 0
+        casts = self._rolled_out(rows)["casts"] if self.online and self.plan.bf16 else 0
         phase = self._inference(name, rows, device)
         return Phase(phase.parts | ({"policy bfloat16 weights": casts} if casts else {}), phase.how)
 
@@ -108,7 +109,7 @@ class Planner:
         shape = role.shape._replace(head="policy" if name == "reference" else "score", checkpointing=False)
         shape = shape._replace(trained=shape.trained and shape.autocast)  # else it makes no difference
         key = ("inference", id(shape.config), shape[3:])
-        at = self._curve(key, shape, inference(shape, self.lengths))(rows)
+        at = self._curve(key, shape, inference(shape, self.lengths), rows)
         head = at["loss"]
         text = f"{rows} rows: trunk {at['activations']:,}"
         if name == "reference":
@@ -130,7 +131,7 @@ class Planner:
             repeats=2 if later else 1,
             critic=self.shared_critic,
         )
-        at = self._curve(("training", name, later), role.shape, run)(rows)
+        at = self._curve(("training", name, later), role.shape, run, rows)
         text = f"{rows} rows: until the last layer's backward {at['activations']:,}, after it {at['gradients']:,}"
         peak = max(at["activations"], at["gradients"])
         if loss == "tokens" and self.plan.fused_head:
@@ -171,11 +172,12 @@ class Planner:
             layer = Layer(nn.Parameter(torch.empty(V, H, dtype=dtype)), None, torch.float32, mixed)
         return working_bytes(rows * lengths.response, n, hidden, layer, MEMORY_BUDGET[device], wanted)
 
-    def _rollout_curve(self) -> Curve:
+    def _rolled_out(self, prompts: int) -> dict[str, int]:
         shape = self.roles["policy"].shape._replace(checkpointing=False)
-        return self._curve("rollout", shape, rollout(shape, self.lengths, self.rows_per_prompt), 1)
+        return self._curve("rollout", shape, rollout(shape, self.lengths, self.rows_per_prompt), prompts)
 
-    def _curve(self, key: object, shape: object, run: object, rows: int | None = None) -> Curve:
+    def _curve(self, key: object, shape: Shape, run: Run, rows: int) -> dict[str, int]:
+        """A pass at `rows` rows, simulated at the first number asked for."""
         if key not in self.curves:
-            self.curves[key] = simulate(shape, run, max(2, rows or self.plan.micro_batch_size or self.plan.batch_size))
-        return self.curves[key]
+            self.curves[key] = simulate(shape, run, max(2, rows))  # one row takes other paths than more do
+        return self.curves[key](rows)
