@@ -1,0 +1,92 @@
+"""The contender's end of the comparison: its first step, its turns and its peak memory, as JSON lines to who started it.
+
+A contender reports its first step, makes its warm-up steps, then waits at the end of a step until it is its turn. What
+libraries print goes to stderr. Imports nothing of this package: the environments of rivals need not have it.
+"""
+
+import json
+import os
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+
+class Turns:
+    """spec: the settings, as `cases.write_spec` wrote them. rival: the package whose version is reported.
+
+    Gradients are those that the first optimizer step of each parameter gets.
+    """
+
+    def __init__(self, spec: dict[str, Any], rival: str) -> None:
+        self.spec, self._rival = spec, rival
+        self._out = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
+        self._steps, self._peak, self._start = 0, 0, 0.0
+        self._gradients: dict[int, Tensor] = {}
+        self._hook = register_optimizer_step_pre_hook(self._note_gradients)
+
+    @classmethod
+    def from_command_line(cls, rival: str) -> "Turns":
+        return cls(json.loads(Path(sys.argv[1]).read_text()), rival)
+
+    def _note_gradients(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and id(parameter) not in self._gradients:
+                    self._gradients[id(parameter)] = parameter.grad.detach().clone()
+
+    def end_step(self, facts: Callable[[], dict[str, float]], models: dict[str, nn.Module]) -> None:
+        """Call at the end of every step. facts, called after the first: its numbers. models: role -> trained model."""
+        self._steps += 1
+        if self._steps == 1:
+            self._hook.remove()
+            gradients = {
+                f"{role}.{name}": self._gradients.pop(id(parameter))
+                for role, model in models.items()
+                for name, parameter in model.named_parameters()
+                if id(parameter) in self._gradients
+            }
+            torch.save(gradients, self.spec["gradients"])
+            environment = {self._rival: version(self._rival), "torch": torch.__version__}
+            environment |= {"transformers": version("transformers"), "threads": torch.get_num_threads()}
+            self._say(facts=facts(), environment=environment)
+        if self._steps == self.spec["warmup"]:
+            self._wait()
+        elif self._steps > self.spec["warmup"]:
+            done = self._steps - self.spec["warmup"]
+            if done % self.spec["steps_per_turn"] == 0:
+                self._say(seconds=time.perf_counter() - self._start)
+                self._wait()
+
+    def note_peak(self) -> None:
+        """Call before anything that resets the process's high-water mark."""
+        self._peak = max(self._peak, _high_water_mark())
+
+    def end(self) -> None:
+        """Call after the last step."""
+        self.note_peak()
+        self._say(peak_bytes=self._peak)
+
+    def _say(self, **facts: Any) -> None:
+        print(json.dumps(facts), file=self._out, flush=True)
+
+    def _wait(self) -> None:
+        sys.stdin.readline()
+        self._start = time.perf_counter()
+
+
+def _high_water_mark() -> int:
+    """Of the resident set. `getrusage` would also count the process that started this one."""
+    status = Path("/proc/self/status")
+    if status.exists() and (match := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        return int(match[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
