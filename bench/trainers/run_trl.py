@@ -36,7 +36,7 @@ class ReplayingRLOOTrainer(RLOOTrainer):
 
 class TakeTurns(TrainerCallback):
     def __init__(self, turns: Turns) -> None:
-        self.turns, self.facts, self.gradient_norm = turns, {}, None
+        self.turns = turns
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if state.global_step > 1:
@@ -45,7 +45,8 @@ class TakeTurns(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **kwargs: Any) -> None:
         if state.global_step == 1:  # logged at the end of the step, after on_step_end
             facts = {key: value for key, value in logs.items() if isinstance(value, int | float)}
-            self.turns.end_step(lambda: facts, {"policy": model})
+            role = "reward" if self.turns.spec["method"] == "reward" else "policy"
+            self.turns.end_step(lambda: facts, {role: model})
 
 
 def trainer(spec: dict[str, Any]) -> Any:

@@ -41,8 +41,6 @@ def replay_first(completions: Completions, pad: int, temperature: float) -> None
     def first(model: torch.nn.Module, queries: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
         module.batch_generation = sample
         drawn = torch.tensor([completions.of(query[query != pad].tolist()) for query in queries])
-        if (drawn == pad).any():
-            raise RuntimeError("the first completions hold pad tokens, which PPOTrainer takes for their ends")
         both = torch.cat([queries, drawn], dim=1)
         logits = module.forward(model, both, pad).logits[:, queries.shape[1] - 1 : -1]
         return both, logits / temperature
@@ -79,6 +77,9 @@ def main() -> None:
         seed=0,
     )
     tokenizer = AutoTokenizer.from_pretrained(models["start"], padding_side="left")
+    # The trainer takes a sampled pad token for the end, and writes 0 over all of them before a model sees one. An id
+    # beyond the vocabulary cannot be sampled.
+    tokenizer.add_special_tokens({"pad_token": "<beyond>"})
     rows = datasets.Dataset.from_json(spec["rows"])
     policy, reference = (
         AutoModelForCausalLM.from_pretrained(models[role], dtype=torch.float32) for role in ("start", "reference")
