@@ -36,6 +36,7 @@ from transformers import (
 
 from rlhf_fast import adapters
 from rlhf_fast.adapters import LoRA
+from rlhf_fast.packing import real_hidden
 
 # transformers keeps no config.json beside an adapter, where the score offset would stand
 _ADAPTER_SCORE = "score.json"
@@ -149,22 +150,26 @@ def response_logits(model: PreTrainedModel, sequences: Sequences) -> Tensor:
 
 
 def response_hidden(model: PreTrainedModel, sequences: Sequences) -> Tensor:
-    """The last hidden states [B, T, H] that predict the response tokens."""
-    return model.base_model(**_inputs(model, sequences)).last_hidden_state[:, _predicting(sequences)]
+    """The last hidden states [B, T, H] that predict the response tokens; arbitrary where `response_mask` is False."""
+    predicting = _predicting(sequences)
+    T = predicting.stop - predicting.start
+    states_MH, starts_B = real_hidden(model.base_model, sequences.input_ids(), sequences.attention_mask(), last=False)
+    first_B = starts_B + sequences.prompt_mask.sum(dim=1) - 1
+    # Where the mask is False come the states of other tokens, which nothing may look at.
+    positions_BT = (first_B[:, None] + torch.arange(T, device=first_B.device)).clamp(max=len(states_MH) - 1)
+    return states_MH.index_select(0, positions_BT.flatten()).view(*positions_BT.shape, -1)
 
 
 def sequence_scores(model: PreTrainedModel, sequences: Sequences) -> Tensor:
     """The score [B] fp32 at each row's last real token, less the model's normalisation offset."""
-    hidden_BLH = model.base_model(**_inputs(model, sequences)).last_hidden_state
     mask_BL = sequences.attention_mask()
-    positions = torch.arange(mask_BL.shape[1], device=mask_BL.device)
-    last_B = torch.where(mask_BL, positions, 0).amax(dim=1)
-    rows_B = torch.arange(len(last_B), device=mask_BL.device)
-    return _score(model, hidden_BLH[rows_B, last_B])
+    states_MH, starts_B = real_hidden(model.base_model, sequences.input_ids(), mask_BL)
+    return _score(model, states_MH[starts_B + mask_BL.sum(dim=1) - 1])
 
 
 def token_values(model: PreTrainedModel, sequences: Sequences) -> Tensor:
-    """V(s_t) [B, T] fp32: the score of the state before each response token (its last token is the state's end)."""
+    """V(s_t) [B, T] fp32: the score of the state before each response token (its last token is the state's end);
+    arbitrary where `response_mask` is False."""
     return hidden_values(model, response_hidden(model, sequences))
 
 

@@ -125,7 +125,7 @@ def test_a_model_that_scales_its_logits_goes_through_them():
     with torch.no_grad():
         logits = response_logits(model, sequences)
         plain = response_hidden(model, sequences) @ model.get_output_embeddings().weight.t()
-        torch.testing.assert_close(logits, plain * 0.25)
+        torch.testing.assert_close(logits[sequences.response_mask], plain[sequences.response_mask] * 0.25)
         out = Objectives(model).logprobs(sequences)
     expected = torch.log_softmax(logits, -1).gather(-1, sequences.response_ids.unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(out.logprobs, expected.where(sequences.response_mask, 0.0))

@@ -1,0 +1,127 @@
+"""One pass of a causal model over rows of any length, without their padding.
+
+The real tokens of all rows stand side by side in one row, so that every layer works on them alone; only attention, which
+must not look across rows, spreads them out again, with the padding on the right, where a causal model does not look: no
+mask is needed. Transformers hands a mask with four dimensions through to the attention function as it is; ours says
+which slots of [B, L] the tokens belong to.
+
+Which models allow it is tried out on the model. The others, and those that checkpoint their activations (they run their
+layers again when this attention is gone), get rows padded on the right.
+
+Left out: caches.
+Shapes: B rows, L slots, N real tokens, H hidden; h heads of d.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+_NAME = "rlhf_fast_packed"
+_packable: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+
+
+def real_hidden(
+    backbone: PreTrainedModel, ids_BL: Tensor, mask_BL: Tensor, *, last: bool = True
+) -> tuple[Tensor, Tensor]:
+    """The last hidden states of the real tokens: states [M, H], and starts [B] of the rows in them.
+
+    The state of a row's token t, counted over its real tokens, is states[start + t]. ids_BL, mask_BL: padded anywhere;
+    at least one real token a row. last=False leaves out every row's last token, which predicts nothing.
+    """
+    counts_B = mask_BL.sum(dim=1)
+    lengths_B = (counts_B if last else counts_B - 1).clamp(min=1)
+    lengths = lengths_B.tolist()
+    tokens, width, B = sum(lengths), max(lengths), len(lengths)
+    starts_B = lengths_B.cumsum(dim=0) - lengths_B
+    rows_N = torch.repeat_interleave(torch.arange(B, device=ids_BL.device), lengths_B, output_size=tokens)
+    positions_N = torch.arange(tokens, device=ids_BL.device) - starts_B[rows_N]
+    ids_N = ids_BL[mask_BL][(counts_B.cumsum(dim=0) - counts_B)[rows_N] + positions_N]
+    slots_N = rows_N * width + positions_N
+    if tokens < B * width and _can_pack(backbone):
+        layout = slots_N.expand(B, 1, width, tokens)
+        return _packed(backbone, ids_N, positions_N, layout), starts_B
+    padded_BL = ids_N.new_zeros(B * width).index_copy(0, slots_N, ids_N).view(B, width)
+    states_BLH = backbone(input_ids=padded_BL, use_cache=False).last_hidden_state
+    return states_BLH.flatten(0, 1), torch.arange(B, device=ids_BL.device) * width
+
+
+def _packed(backbone: PreTrainedModel, ids_N: Tensor, positions_N: Tensor, layout: Tensor) -> Tensor:
+    inputs = {"input_ids": ids_N[None], "position_ids": positions_N[None], "attention_mask": layout}
+    with _packed_attention(backbone):
+        return backbone(**inputs, use_cache=False).last_hidden_state[0]
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **options: Any
+) -> tuple[Tensor, None]:
+    (B, _, L, _), slots_N = attention_mask.shape, attention_mask[0, 0, 0]
+    query, key, value = (_spread(x, slots_N, B, L) for x in (query, key, value))
+    out_BLhd, _ = sdpa_attention_forward(module, query, key, value, None, **options)
+    return out_BLhd.flatten(0, 1).index_select(0, slots_N)[None], None
+
+
+def _spread(x: Tensor, slots_N: Tensor, B: int, L: int) -> Tensor:
+    """[1, h, N, d] -> [B, h, L, d], 0 in between."""
+    x_Nhd = x[0].transpose(0, 1)
+    padded = x_Nhd.new_zeros(B * L, *x_Nhd.shape[1:]).index_copy(0, slots_N, x_Nhd)
+    return padded.view(B, L, *x_Nhd.shape[1:]).transpose(1, 2)
+
+
+AttentionInterface.register(_NAME, _attention)
+
+
+@contextmanager
+def _packed_attention(backbone: PreTrainedModel) -> Iterator[None]:
+    usual = backbone.config._attn_implementation
+    backbone.config._attn_implementation = _NAME
+    try:
+        yield
+    finally:
+        backbone.config._attn_implementation = usual
+
+
+def _can_pack(backbone: PreTrainedModel) -> bool:
+    if any(getattr(module, "gradient_checkpointing", False) for module in backbone.modules()):
+        return False
+    if backbone not in _packable:
+        _packable[backbone] = _suits(backbone) and _agrees(backbone)
+    return _packable[backbone]
+
+
+def _suits(backbone: PreTrainedModel) -> bool:
+    """Full attention by torch's kernel in every layer, and positions that can be given."""
+    config = backbone.config
+    limits = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    return (
+        config._attn_implementation == "sdpa"
+        and not any(limits)
+        and set(getattr(config, "layer_types", None) or ()) <= {"full_attention"}
+        and "position_ids" in inspect.signature(backbone.forward).parameters
+    )
+
+
+@torch.no_grad()
+def _agrees(backbone: PreTrainedModel) -> bool:
+    """Whether two packed rows are what each of them is alone."""
+    device, training = backbone.device, backbone.training
+    ids_N = torch.arange(1, 6, device=device) % backbone.get_input_embeddings().weight.shape[0]
+    positions_N = torch.tensor([0, 1, 0, 1, 2], device=device)
+    slots_N = torch.tensor([0, 1, 3, 4, 5], device=device)
+    backbone.eval()
+    try:
+        with torch.autocast(device.type, enabled=False):
+            alone = [backbone(input_ids=ids[None], use_cache=False).last_hidden_state[0] for ids in ids_N.split([2, 3])]
+            packed = _packed(backbone, ids_N, positions_N, slots_N.expand(2, 1, 3, 5))
+    except Exception:  # whatever a model makes of such inputs: it is not one that can be packed
+        return False
+    finally:
+        backbone.train(training)
+    tolerance = 1e-3 if packed.dtype == torch.float32 else 3e-2
+    return torch.allclose(packed, torch.cat(alone), rtol=tolerance, atol=tolerance)
