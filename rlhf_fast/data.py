@@ -11,6 +11,7 @@
 Left out: packing several rows into one sequence.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -279,12 +280,10 @@ def pad_left(sequences: list[list[int]], pad_id: int) -> tuple[torch.Tensor, tor
 
 def pad_right(sequences: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
     """-> (ids[B, L] int64, mask[B, L] bool), L the longest; every sequence starts in column 0."""
-    length = max(map(len, sequences), default=0)
-    ids = torch.full((len(sequences), length), pad_id, dtype=torch.int64)
-    mask = torch.zeros((len(sequences), length), dtype=torch.bool)
-    for row, sequence in enumerate(sequences):
-        ids[row, : len(sequence)] = torch.tensor(sequence, dtype=torch.int64)
-        mask[row, : len(sequence)] = True
+    lengths = torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int64)
+    mask = torch.arange(max(map(len, sequences), default=0)) < lengths[:, None]
+    ids = torch.full(mask.shape, pad_id, dtype=torch.int64)
+    ids[mask] = torch.tensor(list(itertools.chain.from_iterable(sequences)), dtype=torch.int64)
     return ids, mask
 
 

@@ -102,7 +102,7 @@ class Meter:
             metrics |= meter.step()
     """
 
-    def __init__(self, device: torch.device | str = "cpu", *, memory_every: int = 10) -> None:
+    def __init__(self, device: torch.device | str = "cpu", *, memory_every: int = 25) -> None:
         """memory_every: on the CPU, measure memory in the first two steps and in every memory_every-th after them."""
         if memory_every < 1:
             raise ValueError(f"memory_every: expected at least 1, got {memory_every}")

@@ -264,7 +264,10 @@ def seed_everything(seed: int, step: int) -> int:
     mixed = int.from_bytes(hashlib.sha256(f"{seed}/{step}".encode()).digest()[:8], "big") >> 1
     random.seed(mixed)
     numpy.random.seed(mixed % 2**32)
-    torch.manual_seed(mixed)
+    # torch.manual_seed would note down the stack for every kind of device that is not in use, at every step.
+    torch.default_generator.manual_seed(mixed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(mixed)
     return mixed
 
 

@@ -81,7 +81,7 @@ CASES = (
         method="dpo", rival=TRL, trainer="DPOTrainer", bar=1.3, batch_size=32, steps_per_turn=20,
         equalities=(
             LOSS,
-            Equality("reward margin", "rewards/margins", "rewards/margins"),
+            Equality("reward margin", "rewards/margins", "rewards/margins", scale=1.0),  # of much larger rewards
             Equality("log-prob of the chosen", "logps/chosen", "logps/chosen"),
         ),
         settings={"beta": 0.3},

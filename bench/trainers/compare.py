@@ -19,6 +19,7 @@ HERE = Path(__file__).resolve().parent
 OURS = "rlhf_fast"
 SCRIPTS = {OURS: "run_ours.py", TRL: "run_trl.py", TRL_PPO: "run_trl_ppo.py"}
 TOLERANCE = 1e-4
+CLOCKS = ("seconds", "cpu_seconds")  # on a machine with neighbours the second says more
 
 
 class Contender:
@@ -98,26 +99,33 @@ def run(case: Case, rival_python: str | None, models: dict[str, str], rounds: in
             contender.kill()
     result |= {
         "environments": {name: said["environment"] for name, said in first.items()},
-        "seconds_per_step": {name: quantiles(values) for name, values in samples.items()},
+        **{f"{clock}_per_step": {name: quantiles(x) for name, x in samples[clock].items()} for clock in CLOCKS},
         "peak_bytes": peaks,
     }
     if not absent:
         result |= {
-            "speedup": quantiles([b / a for a, b in zip(samples[OURS], samples[case.rival], strict=True)]),
+            **{
+                f"speedup_{clock}": quantiles(
+                    [b / a for a, b in zip(samples[clock][OURS], samples[clock][case.rival], strict=True)]
+                )
+                for clock in CLOCKS
+            },
             "equalities": equalities(case, *(first[name]["facts"] for name in (OURS, case.rival)))
             + gradient_equalities(*(torch.load(specs[s].with_suffix(".pt")) for s in specs), case.gradient_factor),
         }
     return result
 
 
-def take_turns(contenders: dict[str, Contender], rounds: int, steps: int) -> dict[str, list[float]]:
-    """Seconds per step by contender, one sample per round; who begins changes from round to round."""
-    samples: dict[str, list[float]] = {name: [] for name in contenders}
+def take_turns(contenders: dict[str, Contender], rounds: int, steps: int) -> dict[str, dict[str, list[float]]]:
+    """`seconds` and `cpu_seconds` per step by contender, one sample per round; who begins changes from round to round."""
+    samples: dict[str, dict[str, list[float]]] = {clock: {name: [] for name in contenders} for clock in CLOCKS}
     order = list(contenders)
     for _ in range(rounds):
         for name in order:
             contenders[name].go()
-            samples[name].append(contenders[name].hear()["seconds"] / steps)
+            said = contenders[name].hear()
+            for clock in CLOCKS:
+                samples[clock][name].append(said[clock] / steps)
         order.reverse()
     return samples
 

@@ -30,7 +30,7 @@ class Turns:
         self.spec, self._rival = spec, rival
         self._out = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
-        self._steps, self._peak, self._start = 0, 0, 0.0
+        self._steps, self._peak = 0, 0
         self._gradients: dict[int, Tensor] = {}
         self._hook = register_optimizer_step_pre_hook(self._note_gradients)
 
@@ -64,7 +64,7 @@ class Turns:
         elif self._steps > self.spec["warmup"]:
             done = self._steps - self.spec["warmup"]
             if done % self.spec["steps_per_turn"] == 0:
-                self._say(seconds=time.perf_counter() - self._start)
+                self._say(seconds=time.perf_counter() - self._start, cpu_seconds=time.process_time() - self._cpu_start)
                 self._wait()
 
     def note_peak(self) -> None:
@@ -81,7 +81,7 @@ class Turns:
 
     def _wait(self) -> None:
         sys.stdin.readline()
-        self._start = time.perf_counter()
+        self._start, self._cpu_start = time.perf_counter(), time.process_time()
 
 
 def _high_water_mark() -> int:
