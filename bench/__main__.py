@@ -7,6 +7,9 @@
     python -m bench exactness                    errors beside other libraries' (the extra `rivals`), -inf and all;
                                                  exit code 1 where ours is beyond its tolerance
     python -m bench rollout --check              decoding beside transformers' generate
+    python -m bench trainers --trl-python P --ppo-python Q --check
+                                                 whole training runs beside TRL's trainers; P and Q are the interpreters
+                                                 of environments with trl==1.16.0 and trl==1.12.0
 
 Threads are torch's (OMP_NUM_THREADS). Every kernel is checked against float64 before it is timed.
 """
@@ -27,13 +30,14 @@ from bench.libraries import with_libraries
 from bench.measure import measure
 from bench.record import about_run, versions, write
 from bench.rivals import FROM_HIDDEN, FROM_LOGITS
+from bench.trainers import command as trainers
 from bench.trials import hidden_trials, logits_trials
 from rlhf_fast.metrics import print_table
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=["ops", "exactness", "rollout"])
+    parser.add_argument("what", choices=["ops", "exactness", "rollout", "trainers"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="ops, rollout: where (default cpu)")
     parser.add_argument("--quick", action="store_true", help="toy shapes and few rounds; no bars")
     parser.add_argument("--only", metavar="NAME", default="", help="the cases whose name contains NAME")
@@ -41,12 +45,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--rounds", type=int, default=11, help="at least so many rounds of each case (default 11; linear_*: 3)"
     )
+    parser.add_argument("--trl-python", metavar="PATH", help="trainers: of an environment with trl==1.16.0")
+    parser.add_argument("--ppo-python", metavar="PATH", help="trainers: of an environment with trl==1.12.0")
     parser.add_argument("--out", type=Path, help="the JSON file; Markdown and chart go beside it")
     args = parser.parse_args()
     if args.what == "exactness" and (args.quick or args.check):
         parser.error("--quick, --check: exactness takes seconds and always checks")
     if args.quick and args.check:
         parser.error("--check: the bars hold at full size, not with --quick")
+    if args.what == "trainers" and args.device == "cuda":
+        parser.error("--device: trainers runs on the CPU")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")
     if args.rounds < 1:
@@ -89,7 +97,8 @@ def run_exactness(args: argparse.Namespace) -> int:
 
 def main() -> int:
     args = arguments()
-    return {"ops": run_ops, "exactness": run_exactness, "rollout": rollout.run}[args.what](args)
+    commands = {"ops": run_ops, "exactness": run_exactness, "rollout": rollout.run, "trainers": trainers.run}
+    return commands[args.what](args)
 
 
 def run_ops(args: argparse.Namespace) -> int:

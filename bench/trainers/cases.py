@@ -115,6 +115,7 @@ def prepare(directory: Path) -> dict[str, str]:
 
     Returns their directories by name.
     """
+    directory.mkdir(parents=True)
     paths = {name: directory / name for name in ("init", "sft", "policy", "reward")}
     tokenizer = build_tokenizer()
     init_model(MODEL, tokenizer, paths["init"], seed=0)
@@ -221,8 +222,7 @@ def _rows(case: Case, steps: int) -> tuple[list[dict[str, Any]], list[dict[str, 
         rows = _pairs(number)
         examples = encode_preferences(rows, tokenizer, LENGTH, PROMPT_LENGTH).examples
         theirs = [
-            {"chosen_ids": e.prompt_ids + e.chosen_ids, "rejected_ids": e.prompt_ids + e.rejected_ids}
-            for e in examples
+            {"chosen_ids": e.prompt_ids + e.chosen_ids, "rejected_ids": e.prompt_ids + e.rejected_ids} for e in examples
         ]
         if case.method == "dpo":  # DPOTrainer takes text only; EOS it adds itself
             theirs = [{k: v if k == "prompt" else f" {v}" for k, v in row.items()} for row in rows]

@@ -143,7 +143,9 @@ def gradient_equalities(
 ) -> list[dict[str, Any]]:
     """Norms, and the norm of the difference, of every trained model's first gradient; all its weights as one vector."""
     if ours.keys() != theirs.keys():
-        raise ValueError(f"gradients: expected the same weights on both sides, differ: {sorted(ours.keys() ^ theirs.keys())[:5]}")
+        raise ValueError(
+            f"gradients: expected the same weights on both sides, differ: {sorted(ours.keys() ^ theirs.keys())[:5]}"
+        )
     rows = []
     for role in dict.fromkeys(name.partition(".")[0] for name in ours):
         names = [name for name in ours if name.startswith(f"{role}.")]

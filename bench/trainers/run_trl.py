@@ -84,9 +84,7 @@ def trainer(spec: dict[str, Any]) -> Any:
         return RewardTrainer(model, args=RewardConfig(**options, **in_order, max_length=None), **data)
     if method == "dpo":
         reference = AutoModelForCausalLM.from_pretrained(models["reference"], dtype=torch.float32)
-        args = DPOConfig(
-            **options, **in_order, beta=spec["beta"], max_length=None, precompute_ref_log_probs=True
-        )
+        args = DPOConfig(**options, **in_order, beta=spec["beta"], max_length=None, precompute_ref_log_probs=True)
         return DPOTrainer(model, ref_model=reference, args=args, **data)
     model.config._name_or_path = models["reference"]  # where RLOOTrainer takes its reference from
     args = RLOOConfig(

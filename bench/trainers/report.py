@@ -1,0 +1,87 @@
+"""What the comparison says: what was equal, which bars were met, rows for people, Markdown."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from bench.report import markdown_table
+from bench.trainers.compare import OURS, TOLERANCE
+
+
+def rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per case and contender; "ours is faster" is the median over the rounds of that round's ratio."""
+    table = []
+    for result in results:
+        for name, seconds in result["seconds_per_step"].items():
+            row = {"trainer": result["trainer"], "by": name, "steps/s": 1 / seconds["median"]}
+            row |= {f"{quantile} seconds": seconds[quantile] for quantile in ("median", "p20", "p80")}
+            row["CPU seconds"] = result["cpu_seconds_per_step"][name]["median"]
+            row["peak bytes"] = result["peak_bytes"][name]
+            if name != OURS:
+                row["ours is faster"] = f"{result['speedup_seconds']['median']:.3g}x"
+                row["by CPU time"] = f"{result['speedup_cpu_seconds']['median']:.3g}x"
+            table.append(row)
+    return table
+
+
+def equality_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"trainer": r["trainer"], **equality} for r in results for equality in r.get("equalities", ())]
+
+
+def bar_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Speed, memory and equality of every case; NO for all of them where the rival was absent."""
+    table = []
+    for result in results:
+        first = {"trainer": result["trainer"], "against": result["rival"]}
+        limits = {
+            "steps/s": f">= {result['bar']:g}x",
+            "peak memory": "<= 1x",
+            "first step": f"equal within {TOLERANCE:g}",
+        }
+        if result["absent"]:
+            table += [
+                {**first, "what": what, "bar": bar, "measured": result["absent"], "p20": "", "p80": "", "met": "NO"}
+                for what, bar in limits.items()
+            ]
+            continue
+        speedup = result["speedup_seconds"]
+        memory = result["peak_bytes"][OURS] / result["peak_bytes"][result["rival"]]
+        worst = max(equality["relative difference"] for equality in result["equalities"])
+        measured = {
+            "steps/s": (f"{speedup['median']:.3g}x", speedup["median"] >= result["bar"]),
+            "peak memory": (f"{memory:.3g}x", memory <= 1),
+            "first step": (f"{worst:.2g}", all(equality["met"] == "yes" for equality in result["equalities"])),
+        }
+        for what, (value, met) in measured.items():
+            spread = {q: f"{speedup[q]:.3g}x" if what == "steps/s" else "" for q in ("p20", "p80")}
+            row = {**first, "what": what, "bar": limits[what], "measured": value}
+            table.append({**row, **spread, "met": "yes" if met else "NO"})
+    return table
+
+
+def markdown(run: dict[str, Any]) -> str:
+    machine = ", ".join(f"{key} {value}" for key, value in run["machine"].items())
+    environments = [
+        f"{name}: {', '.join(f'{key} {value}' for key, value in environment.items())}"
+        for name, environment in _environments(run["cases"]).items()
+    ]
+    parts = [
+        "# Trainers",
+        f"`{run['command']}`, {run['date']}: {machine}.",
+        "; ".join(environments) + ".",
+        "The demo's model and the embedded world's data, fp32; same weights, batches, optimizer and lengths. Each "
+        "contender in its own process, warm-up left out, turns of some steps each in rounds; speeds are the medians of "
+        "the rounds' ratios. Peak memory is the process's, imports included. Settings and differences: "
+        "`bench/trainers/cases.py`.",
+        "## Bars",
+        markdown_table(run["bars"]),
+        "## Time and memory",
+        markdown_table(rows(run["cases"])),
+        "## The first step",
+        "Differences are relative to the rival's number; of a gradient, to its norm, all weights as one vector.",
+        markdown_table(run["equalities"]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _environments(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {name: environment for result in results for name, environment in result["environments"].items()}
