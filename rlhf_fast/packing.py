@@ -1,9 +1,9 @@
 """One pass of a causal model over rows of any length, without their padding.
 
-The real tokens of all rows stand side by side in one row, so that every layer works on them alone; only attention, which
-must not look across rows, spreads them out again, with the padding on the right, where a causal model does not look: no
-mask is needed. Transformers hands a mask with four dimensions through to the attention function as it is; ours says
-which slots of [B, L] the tokens belong to.
+The real tokens of all rows stand side by side in one row, so that every layer works on them alone; only attention,
+which must not look across rows, spreads them out again, with the padding on the right, where a causal model does not
+look: no mask is needed. Transformers hands a mask with four dimensions through to the attention function as it is; ours
+says which slots of [B, L] the tokens belong to.
 
 Which models allow it is tried out on the model. The others, and those that checkpoint their activations (they run their
 layers again when this attention is gone), get rows padded on the right.

@@ -1,4 +1,4 @@
-"""What the trainers are compared on: the demo's model and the embedded world's data, and the settings of all contenders.
+"""What the trainers are compared on: the demo's model, the embedded world's data, and the settings of all contenders.
 
 Where the algorithms coincide, the first step has to be equal: same weights, same batch, same completions (ours draws
 them, the others train on them once). The policy is not its own reference, so that the KL is not 0.
@@ -10,10 +10,10 @@ Where the two differ on purpose:
 - RLOO: ours averages over tokens, TRL over completions. With completions of one length the gradients differ by that
   length, which Adam takes out again. The value of TRL's loss is the mean advantage, which is 0; ours has another value
   and the same gradient, so the values are not compared.
-- PPO: ours puts the score on the EOS token, TRL on the one after it, if there is one; TRL has no gradient clipping, and
-  clips where asked to stop there (not here). Ours has two optimizers, TRL one, with `vf_coef` (here 1) between the losses.
-- Ours pads prompts on the left and answers on the right; TRL's offline trainers pad only on the right.
-- A step of ours ends with its metrics in a file; TRL's are computed, and not written.
+- PPO: ours puts the score on the EOS token, TRL on the one after it, if there is one. TRL does not clip gradients, so
+  ours does not here. Ours has two optimizers, TRL one, with `vf_coef` (here 1) between the losses.
+- Ours leaves padding out of every layer but attention; TRL pads (its padding-free SFT needs flash-attn, so a GPU).
+- A step of ours ends with its metrics in a file; TRL's are computed, and written only for PPO and the first step.
 """
 
 import dataclasses

@@ -117,7 +117,7 @@ def run(case: Case, rival_python: str | None, models: dict[str, str], rounds: in
 
 
 def take_turns(contenders: dict[str, Contender], rounds: int, steps: int) -> dict[str, dict[str, list[float]]]:
-    """`seconds` and `cpu_seconds` per step by contender, one sample per round; who begins changes from round to round."""
+    """By clock and contender, seconds per step, one sample per round; who begins changes from round to round."""
     samples: dict[str, dict[str, list[float]]] = {clock: {name: [] for name in contenders} for clock in CLOCKS}
     order = list(contenders)
     for _ in range(rounds):
@@ -143,9 +143,8 @@ def gradient_equalities(
 ) -> list[dict[str, Any]]:
     """Norms, and the norm of the difference, of every trained model's first gradient; all its weights as one vector."""
     if ours.keys() != theirs.keys():
-        raise ValueError(
-            f"gradients: expected the same weights on both sides, differ: {sorted(ours.keys() ^ theirs.keys())[:5]}"
-        )
+        differing = ", ".join(sorted(ours.keys() ^ theirs.keys())[:5])
+        raise ValueError(f"gradients: expected the same weights on both sides, got on one only: {differing}")
     rows = []
     for role in dict.fromkeys(name.partition(".")[0] for name in ours):
         names = [name for name in ours if name.startswith(f"{role}.")]

@@ -1,4 +1,4 @@
-"""The contender's end of the comparison: its first step, its turns and its peak memory, as JSON lines to who started it.
+"""The contender's end of the comparison: its first step, turns and peak memory, as JSON lines to who started it.
 
 A contender reports its first step, makes its warm-up steps, then waits at the end of a step until it is its turn. What
 libraries print goes to stderr. Imports nothing of this package: the environments of rivals need not have it.

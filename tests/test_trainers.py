@@ -1,0 +1,202 @@
+"""The comparison with other trainers: what counts as equal, who takes turns, which bars are met; TRL is not needed."""
+
+import dataclasses
+import json
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf_fast.training import offline_batches
+from rlhf_fast.world import build_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def trainers():
+    """`bench` is not installed. The root is on the path no longer than needed: it has a folder `kernels`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT)
+        import bench.trainers.cases
+        import bench.trainers.compare
+        import bench.trainers.replay
+        import bench.trainers.report
+    return bench.trainers
+
+
+def case_of(trainers, method):
+    return next(case for case in trainers.cases.CASES if case.method == method)
+
+
+def test_numbers_are_equal_within_the_tolerance_and_no_further(trainers):
+    equality = trainers.cases.Equality
+    case = dataclasses.replace(
+        case_of(trainers, "sft"),
+        equalities=(
+            equality("loss", "a", "b"),
+            equality("per token", "sum", "mean", factor=1 / 40),
+            equality("mean of advantages", "nothing", "almost", scale=1.0),
+        ),
+    )
+    ours, theirs = {"a": 2.0, "sum": 80.0, "nothing": 0.0}, {"b": 2.00019, "mean": 2.0003, "almost": 9e-5}
+    rows = trainers.compare.equalities(case, ours, theirs)
+    assert [row["met"] for row in rows] == ["yes", "NO", "yes"]
+    assert rows[0]["relative difference"] == pytest.approx(0.00019 / 2.00019)
+    assert rows[1]["ours"] == pytest.approx(2.0)
+    with pytest.raises(KeyError, match="almost"):
+        trainers.compare.equalities(case, ours, {"b": 2.0, "mean": 2.0})
+
+
+def test_gradients_of_one_norm_and_another_direction_are_not_equal(trainers):
+    theirs = {"policy.a": torch.tensor([3.0, 0.0]), "policy.b": torch.tensor([[4.0]]), "value.a": torch.ones(4)}
+    same = {name: x / 8 for name, x in theirs.items()}
+    rows = trainers.compare.gradient_equalities(same, theirs, factor=8.0)
+    assert [(row["quantity"], row["met"]) for row in rows] == [
+        ("gradient norm, policy", "yes"),
+        ("gradient, policy: distance", "yes"),
+        ("gradient norm, value", "yes"),
+        ("gradient, value: distance", "yes"),
+    ]
+    assert rows[0]["theirs"] == 5.0
+    turned = theirs | {"policy.a": torch.tensor([0.0, 3.0])}
+    norm, distance, *_ = trainers.compare.gradient_equalities(turned, theirs, factor=1.0)
+    assert norm["met"] == "yes" and distance["met"] == "NO"
+    assert distance["relative difference"] == pytest.approx(18**0.5 / 5)
+    with pytest.raises(ValueError, match="gradients: .* on both sides, got on one only: value.a"):
+        trainers.compare.gradient_equalities({k: v for k, v in theirs.items() if k != "value.a"}, theirs, 1.0)
+
+
+def test_who_begins_changes_from_round_to_round(trainers):
+    log = []
+
+    class Fake:
+        def __init__(self, name):
+            self.name = name
+
+        def go(self):
+            log.append(self.name)
+
+        def hear(self):
+            return {"seconds": float(len(log)), "cpu_seconds": 1.0}
+
+    samples = trainers.compare.take_turns({"a": Fake("a"), "b": Fake("b")}, rounds=3, steps=2)
+    assert log == ["a", "b", "b", "a", "a", "b"]
+    assert samples == {
+        "seconds": {"a": [0.5, 2.0, 2.5], "b": [1.0, 1.5, 3.0]},
+        "cpu_seconds": {"a": [0.5, 0.5, 0.5], "b": [0.5, 0.5, 0.5]},
+    }
+
+
+def interpreter(path: Path, trl: str) -> str:
+    """A stand-in for the Python of an environment with this version of TRL."""
+    path.write_text(f'#!/bin/sh\nif [ "$1" = -c ]; then echo {trl}; else exec {sys.executable} "$@"; fi\n')
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+def test_an_environment_without_the_rival_is_named(trainers, tmp_path):
+    absent = trainers.compare.why_absent
+    assert absent(interpreter(tmp_path / "right", "1.16.0"), "TRL 1.16.0") == ""
+    assert absent(None, "TRL 1.12.0") == "no environment with trl==1.12.0 was named"
+    wrong = interpreter(tmp_path / "wrong", "1.15.0")
+    assert absent(wrong, "TRL 1.16.0") == f"expected trl==1.16.0 in the environment of {wrong}, found 1.15.0"
+
+
+def result(trainers, **changes):
+    quantiles = {"median": 1.0, "p20": 0.9, "p80": 1.1}
+    return {
+        "trainer": "DPOTrainer",
+        "rival": "TRL 1.16.0",
+        "bar": 1.3,
+        "absent": "",
+        "environments": {"rlhf_fast": {"torch": "2.13.0"}, "TRL 1.16.0": {"torch": "2.13.0"}},
+        "seconds_per_step": {"rlhf_fast": quantiles, "TRL 1.16.0": quantiles},
+        "cpu_seconds_per_step": {"rlhf_fast": quantiles, "TRL 1.16.0": quantiles},
+        "speedup_seconds": {"median": 1.3, "p20": 1.2, "p80": 1.4},
+        "speedup_cpu_seconds": {"median": 1.5, "p20": 1.2, "p80": 1.6},
+        "peak_bytes": {"rlhf_fast": 100, "TRL 1.16.0": 100},
+        "equalities": [{"quantity": "loss", "relative difference": 1e-5, "met": "yes"}],
+        **changes,
+    }
+
+
+def test_bars(trainers):
+    def met(**changes):
+        return [row["met"] for row in trainers.report.bar_rows([result(trainers, **changes)])]
+
+    assert met() == ["yes", "yes", "yes"]
+    assert met(speedup_seconds={"median": 1.29, "p20": 1.2, "p80": 1.4}) == ["NO", "yes", "yes"]
+    assert met(peak_bytes={"rlhf_fast": 101, "TRL 1.16.0": 100}) == ["yes", "NO", "yes"]
+    unequal = [{"quantity": "loss", "relative difference": 0.5, "met": "NO"}]
+    assert met(equalities=unequal) == ["yes", "yes", "NO"]
+    assert met(absent="no environment with trl==1.16.0 was named") == ["NO", "NO", "NO"]
+
+
+def test_completions_are_replayed_by_prompt_in_their_order(trainers, tmp_path):
+    torch.save([([1, 2], [3]), ([4], [5]), ([1, 2], [6, 7])], tmp_path / "completions.pt")
+    completions = trainers.replay.Completions(str(tmp_path / "completions.pt"))
+    assert [completions.of(prompt) for prompt in ([1, 2], [1, 2], [4])] == [[3], [6, 7], [5]]
+    with pytest.raises(KeyError):
+        completions.of([9])
+
+
+def test_the_rival_gets_the_rows_of_our_first_batches_in_our_order(trainers):
+    tokenizer, steps = build_tokenizer(), 3
+    for method in ("sft", "reward", "dpo", "rloo", "ppo"):
+        case = case_of(trainers, method)
+        ours, theirs = trainers.cases._rows(case, steps)
+        per_step = case.batch_size // case.settings.get("group_size", 1)
+        assert len(ours) == len(theirs) == steps * per_step
+        order = [row for batch in offline_batches(len(ours), per_step, 1, seed=0) for row in batch]
+        for i in (0, per_step, -1):
+            row, encoded = ours[order[i]], theirs[i]
+            whole = [f"{row['prompt']} {row[key]} <eos>" for key in ("completion", "chosen", "rejected") if key in row]
+            shown = {
+                "sft": lambda e: [tokenizer.decode(e["input_ids"])],
+                "reward": lambda e: [tokenizer.decode(e["chosen_ids"]), tokenizer.decode(e["rejected_ids"])],
+                "dpo": lambda e: [f"{e['prompt']}{e[key]} <eos>" for key in ("chosen", "rejected")],
+                "rloo": lambda e: [e["prompt"]],
+                "ppo": lambda e: [tokenizer.decode(e["input_ids"])],
+            }[method](encoded)
+            assert shown == (whole or [row["prompt"]])
+            if method == "sft":
+                trained = [token for token in encoded["labels"] if token != -100]
+                assert tokenizer.decode(trained) == f"{row['completion']} <eos>"
+
+
+def test_two_contenders_in_processes_of_their_own(trainers, tiny_model, tmp_path, monkeypatch):
+    """Ours against itself: the same first step to the bit, one sample per turn, a peak of some hundred MiB each."""
+    case = dataclasses.replace(case_of(trainers, "sft"), batch_size=4, steps_per_turn=1, warmup=1)
+    write_specs = trainers.compare.write_specs
+
+    def both_ours(*arguments):
+        paths = write_specs(*arguments)
+        spec = json.loads(paths["theirs"].read_text())
+        spec["ours"]["options"]["output_dir"] = spec["output_dir"]
+        paths["theirs"].write_text(json.dumps(spec))
+        return paths
+
+    monkeypatch.setattr(trainers.compare, "write_specs", both_ours)
+    monkeypatch.setitem(trainers.compare.SCRIPTS, case.rival, "run_ours.py")
+    python = interpreter(tmp_path / "python", "1.16.0")
+    found = trainers.compare.run(case, python, {"init": tiny_model}, 2, tmp_path / "sft")
+    assert found["absent"] == ""
+    assert {row["quantity"] for row in found["equalities"]} == {
+        "loss", "gradient norm, policy", "gradient, policy: distance"
+    }  # fmt: skip
+    assert all(row["relative difference"] == 0 for row in found["equalities"])
+    assert found["equalities"][0]["ours"] > 1 and found["equalities"][1]["ours"] > 0.1
+    assert all(100 * 2**20 < peak < 4 * 2**30 for peak in found["peak_bytes"].values())
+    assert all(0 < q["median"] < 60 for q in found["seconds_per_step"].values())
+    assert found["environments"][case.rival]["torch"] == torch.__version__
+
+
+def test_a_contender_that_fails_says_why(trainers, tmp_path):
+    script = tmp_path / "fails.py"
+    script.write_text("raise SystemExit('no such model')")
+    contender = trainers.compare.Contender(sys.executable, str(script), tmp_path / "spec.json")
+    with pytest.raises(RuntimeError, match=r"fails.py ended early \(exit code 1\):\nno such model"):
+        contender.hear()
