@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -35,6 +36,9 @@ def real_hidden(
     The state of a row's token t, counted over its real tokens, is states[start + t]. ids_BL, mask_BL: padded anywhere;
     at least one real token a row. last=False leaves out every row's last token, which predicts nothing.
     """
+    if isinstance(mask_BL, FakeTensor):  # a plan: rows without values are taken to be full
+        width = max(1, mask_BL.shape[1] - (not last))
+        return _padded(backbone, ids_BL[:, :width])
     counts_B = mask_BL.sum(dim=1)
     lengths_B = (counts_B if last else counts_B - 1).clamp(min=1)
     lengths = lengths_B.tolist()
@@ -47,9 +51,12 @@ def real_hidden(
     if tokens < B * width and _can_pack(backbone):
         layout = slots_N.expand(B, 1, width, tokens)
         return _packed(backbone, ids_N, positions_N, layout), starts_B
-    padded_BL = ids_N.new_zeros(B * width).index_copy(0, slots_N, ids_N).view(B, width)
-    states_BLH = backbone(input_ids=padded_BL, use_cache=False).last_hidden_state
-    return states_BLH.flatten(0, 1), torch.arange(B, device=ids_BL.device) * width
+    return _padded(backbone, ids_N.new_zeros(B * width).index_copy(0, slots_N, ids_N).view(B, width))
+
+
+def _padded(backbone: PreTrainedModel, ids_BL: Tensor) -> tuple[Tensor, Tensor]:
+    states_BLH = backbone(input_ids=ids_BL, use_cache=False).last_hidden_state
+    return states_BLH.flatten(0, 1), torch.arange(len(ids_BL), device=ids_BL.device) * ids_BL.shape[1]
 
 
 def _packed(backbone: PreTrainedModel, ids_N: Tensor, positions_N: Tensor, layout: Tensor) -> Tensor:

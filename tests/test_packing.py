@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny_models import ARCHITECTURES, random_policy
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, MistralConfig
 
 from rlhf_fast import packing
@@ -100,3 +101,12 @@ def test_a_model_that_packs_wrongly_is_found_out(monkeypatch, attention):
     monkeypatch.setitem(packing.AttentionInterface._global_mapping, packing._NAME, wrong)
     assert not packing._can_pack(model.base_model)
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_on_fake_tensors_every_row_is_full():
+    """As the planner runs it: nothing there has a value, so nothing may be read."""
+    model = random_policy("llama")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        ids = torch.zeros(3, 8, dtype=torch.long)
+        states, starts = real_hidden(model.base_model, ids, torch.ones(3, 8, dtype=torch.bool), last=False)
+    assert states.shape == (21, 48) and starts.shape == (3,)
