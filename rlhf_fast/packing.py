@@ -36,9 +36,8 @@ def real_hidden(
     The state of a row's token t, counted over its real tokens, is states[start + t]. ids_BL, mask_BL: padded anywhere;
     at least one real token a row. last=False leaves out every row's last token, which predicts nothing.
     """
-    if isinstance(mask_BL, FakeTensor):  # a plan: rows without values are taken to be full
-        width = max(1, mask_BL.shape[1] - (not last))
-        return _padded(backbone, ids_BL[:, :width])
+    if isinstance(mask_BL, FakeTensor):
+        return _planned(backbone, ids_BL[:, : max(1, mask_BL.shape[1] - (not last))])
     counts_B = mask_BL.sum(dim=1)
     lengths_B = (counts_B if last else counts_B - 1).clamp(min=1)
     lengths = lengths_B.tolist()
@@ -52,6 +51,15 @@ def real_hidden(
         layout = slots_N.expand(B, 1, width, tokens)
         return _packed(backbone, ids_N, positions_N, layout), starts_B
     return _padded(backbone, ids_N.new_zeros(B * width).index_copy(0, slots_N, ids_N).view(B, width))
+
+
+def _planned(backbone: PreTrainedModel, ids_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """The same without values, for a plan of memory: rows are full, and packed as if they were not."""
+    if _checkpoints(backbone) or not _suits(backbone):
+        return _padded(backbone, ids_BL)
+    slots_N, (B, L) = torch.arange(ids_BL.numel(), device=ids_BL.device), ids_BL.shape
+    states_NH = _packed(backbone, ids_BL.flatten(), slots_N % L, slots_N.expand(B, 1, L, B * L))
+    return states_NH, torch.arange(B, device=ids_BL.device) * L
 
 
 def _padded(backbone: PreTrainedModel, ids_BL: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,8 +102,12 @@ def _packed_attention(backbone: PreTrainedModel) -> Iterator[None]:
         backbone.config._attn_implementation = usual
 
 
+def _checkpoints(backbone: PreTrainedModel) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in backbone.modules())
+
+
 def _can_pack(backbone: PreTrainedModel) -> bool:
-    if any(getattr(module, "gradient_checkpointing", False) for module in backbone.modules()):
+    if _checkpoints(backbone):
         return False
     if backbone not in _packable:
         _packable[backbone] = _suits(backbone) and _agrees(backbone)
