@@ -162,7 +162,7 @@ def test_malformed_row_in_a_table_is_named_by_row(tmp_path):
         ("rows.jsonl", b'{"prompt": "a"}\n\n{"prompt": \n', "{path}, line 3: not JSON in UTF-8: Expecting value"),
         ("rows.jsonl", b'{"prompt": "\xff"}\n', "{path}, line 1: not JSON in UTF-8: 'utf-8' codec can't decode"),
         ("rows.jsonl.gz", b'{"prompt": "a"}\n', "{path}, after line 0: damaged gzip file: Not a gzipped file"),
-        ("rows.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n')[:-9], "{path}, after line "),
+        ("rows.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n', mtime=0)[:-9], "{path}, after line "),
         ("rows.jsonl", b"\n", "{path}: no rows"),
         ("rows.parquet", b"PAR", "{path}: not a Parquet file: "),
         ("rows.csv", b"prompt\na\n", "{path}: expected .jsonl, .jsonl.gz, .parquet or a `datasets` directory"),
