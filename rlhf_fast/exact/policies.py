@@ -85,10 +85,11 @@ class TabularPolicy(nn.Module):
             self.register_buffer(name, buffer, persistent=False)
         self.logits = nn.Parameter(torch.zeros(*leading, prefixes, V, dtype=torch.float64))
 
-    def token_logprobs(self) -> Tensor:
-        """[..., N, T] of all completions; 0 where masked. Differentiable."""
-        logprobs = self.logits.log_softmax(-1)[..., self.nodes, self.tokens]
-        return torch.where(self.mask, logprobs, 0.0)
+    def token_logprobs(self, rows: Tensor | None = None) -> Tensor:
+        """[..., N, T] of all completions, or [..., R, T] of those at `rows` [R]; 0 where masked. Differentiable."""
+        keep = slice(None) if rows is None else rows
+        logprobs = self.logits.log_softmax(-1)[..., self.nodes[keep], self.tokens[keep]]
+        return torch.where(self.mask[keep], logprobs, 0.0)
 
     def forward(self) -> Tensor:
         """Log-probabilities [..., N] of all completions. Differentiable."""

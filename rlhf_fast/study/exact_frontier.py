@@ -1,0 +1,152 @@
+"""`rlhf-fast study exact`: every method in the plane of exact reward and exact KL, against the exact frontier.
+
+The DPO paper's controlled experiment (arXiv 2305.18290, fig. 2 left) where nothing has to be estimated: each point is
+the exact expected true reward and exact KL of a policy during training. As there, a method's frontier is the upper
+envelope of its points over all strengths; here the best that any policy can do is known beside it. The area between
+the two is the mean shortfall in reward over the KLs from 0 to `area_to`. What varies with the seed are preferences,
+reward model and rollouts.
+"""
+
+import datetime
+import math
+import shlex
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from rlhf_fast.checkpoint import write_json
+from rlhf_fast.exact import TabularPolicy, beta_at_kl, expected_reward, frontier, kl
+from rlhf_fast.study.config import ExactStudyConfig
+from rlhf_fast.study.exact_methods import OFFLINE, ONLINE, Update, best_of
+from rlhf_fast.study.exact_plots import write_plot
+from rlhf_fast.study.exact_world import World, learn_rewards, make_world, sample_pairs
+
+BEST_OF = tuple(2**i for i in range(11))
+GRID = 100  # KLs at which envelope and frontier are compared
+Point = tuple[int, float, float]  # step (or N of best-of-N), KL, reward
+
+
+def run(config: ExactStudyConfig) -> None:
+    """Trains everything, prints the table, writes exact.json and exact.png to `config.out`."""
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    world = make_world(config)
+    runs = [run for seed in track(range(config.seeds), "seeds") for run in train_all(world, config, seed)]
+    record = {
+        "command": "rlhf-fast " + shlex.join(sys.argv[1:]),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "config": vars(config),
+        **summary(world, runs),
+        "runs": runs,
+    }
+    write_json(out / "exact.json", record)
+    write_plot(out / "exact.png", record)
+    _show(record)
+
+
+def train_all(world: World, config: ExactStudyConfig, seed: int) -> list[dict[str, Any]]:
+    """[{"method", "strength", "seed", "points"}] of one seed; each run has random numbers of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    pairs = sample_pairs(world, config.pairs, generator)
+    learned = learn_rewards(world, pairs, config.learning_rate)
+    trained = [
+        (name, strength, make, world.rewards if name == "PPO-GT" else data)
+        for methods, data in ((OFFLINE, pairs), (ONLINE, learned))
+        for name, strengths in methods.items()
+        for strength, make in strengths.items()
+    ]
+    runs = []
+    for name, strength, make, data in trained:
+        policy = world.new_policy()
+        update = make(policy, world, data, config, torch.Generator().manual_seed(seed))
+        runs.append(_run(name, strength, seed, _train(world, policy, update, config)))
+    for name, scores in {"Best-of-N": learned, "Best-of-N-GT": world.rewards}.items():
+        points = [_point(world, n, best_of(world, scores, n)) for n in BEST_OF]
+        runs.append(_run(name, "", seed, points))
+    return runs
+
+
+def _run(name: str, strength: str, seed: int, points: list[Point]) -> dict[str, Any]:
+    return {"method": name, "strength": strength, "seed": seed, "points": points}
+
+
+def _train(world: World, policy: TabularPolicy, update: Update, config: ExactStudyConfig) -> list[Point]:
+    points = []
+    for step in range(1, config.steps + 1):
+        update()
+        if step % config.eval_every == 0 or step == config.steps:
+            points.append(_point(world, step, policy().detach()))
+    return points
+
+
+def _point(world: World, step: int, logprobs: Tensor) -> Point:
+    return step, kl(logprobs, world.ref_logprobs).item(), expected_reward(logprobs, world.rewards).item()
+
+
+def envelope(points: Sequence[Point], start: float, grid: Sequence[float]) -> list[float]:
+    """The best reward of a point with at most this KL, for each KL of the grid; `start` is that of the reference."""
+    return [max([start, *(reward for _, kl, reward in points if kl <= limit)]) for limit in grid]
+
+
+def summary(world: World, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Frontier, envelopes (mean and standard error over seeds), areas, and areas paired by seed against DPO's."""
+    largest = -world.ref_logprobs[world.rewards.argmax()].item()
+    area_to = 0.8 * largest
+    grid = [area_to * i / GRID for i in range(1, GRID + 1)]
+    best = frontier(world.ref_logprobs, world.rewards, [beta_at_kl(world.ref_logprobs, world.rewards, k) for k in grid])
+    exact = best.reward.tolist()
+    start = expected_reward(world.ref_logprobs, world.rewards).item()
+    points: dict[str, dict[int, list[Point]]] = {}
+    for one in runs:
+        points.setdefault(one["method"], {}).setdefault(one["seed"], []).extend(one["points"])
+    methods = {}
+    for name, by_seed in points.items():
+        curves = [envelope(cloud, start, grid) for cloud in by_seed.values()]
+        areas = [statistics.fmean(e - c for e, c in zip(exact, curve, strict=True)) for curve in curves]
+        mean, error = zip(*(_mean_error(column) for column in zip(*curves, strict=True)), strict=True)
+        area, area_error = _mean_error(areas)
+        methods[name] = {
+            "area": {"seeds": areas, "mean": area, "se": area_error},
+            "envelope": {"mean": list(mean), "se": list(error)},
+        }
+    for method in methods.values():
+        pairs = zip(method["area"]["seeds"], methods["DPO"]["area"]["seeds"], strict=True)
+        difference, error = _mean_error([a - b for a, b in pairs])
+        method["less_than_dpo"] = {"mean": -difference, "se": error}
+    return {
+        "largest_kl": largest,
+        "area_to": area_to,
+        "frontier": {"beta": best.beta.tolist(), "kl": grid, "reward": exact},
+        "methods": methods,
+    }
+
+
+def _mean_error(values: Sequence[float]) -> tuple[float, float]:
+    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
+
+
+def _show(record: dict[str, Any]) -> None:
+    table = Table(title=f"area to the exact frontier, KL 0 to {record['area_to']:.2f} nats, "
+                        f"{record['config']['seeds']} seeds")  # fmt: skip
+    kls = [1.0, 2.0, 4.0]
+    columns: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
+        ("area", lambda m: f"{m['area']['mean']:.4f} ± {m['area']['se']:.4f}"),
+        ("less than DPO's", lambda m: f"{m['less_than_dpo']['mean']:+.4f} ± {m['less_than_dpo']['se']:.4f}"),
+    ]
+    grid = record["frontier"]["kl"]
+    near = [min(range(GRID), key=lambda i: abs(grid[i] - k)) for k in kls]
+    for header in ("method", *(header for header, _ in columns), *(f"reward at {k:g}" for k in kls)):
+        table.add_column(header)
+    table.add_row("frontier", "0", "", *(f"{record['frontier']['reward'][i]:.3f}" for i in near))
+    for name, method in sorted(record["methods"].items(), key=lambda item: item[1]["area"]["mean"]):
+        rewards = (f"{method['envelope']['mean'][i]:.3f}" for i in near)
+        table.add_row(name, *(cell(method) for _, cell in columns), *rewards)
+    Console().print(table)
