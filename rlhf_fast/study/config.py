@@ -13,7 +13,7 @@ class ExactStudyConfig:
     """Every method on a language model whose completions can all be enumerated, against the exact frontier."""
 
     out: str = _arg("study_exact", "Directory for exact.json and exact.png.")
-    seeds: int = _arg(5, "Seeds of preferences, reward models and rollouts; the world is one and the same.")
+    seeds: int = _arg(8, "Seeds of preferences, reward models and rollouts; the world is one and the same.")
     world_seed: int = _arg(0, "Seed of the reference policy and the true reward.")
     vocab_size: int = _arg(8, "Tokens in the vocabulary.")
     length: int = _arg(4, "Tokens in a completion.")

@@ -120,7 +120,7 @@ def summary(world: World, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for method in methods.values():
         pairs = zip(method["area"]["seeds"], methods["DPO"]["area"]["seeds"], strict=True)
         difference, error = _mean_error([a - b for a, b in pairs])
-        method["less_than_dpo"] = {"mean": -difference, "se": error}
+        method["gain_over_dpo"] = {"mean": -difference, "se": error}
     return {
         "largest_kl": largest,
         "area_to": area_to,
@@ -139,7 +139,7 @@ def _show(record: dict[str, Any]) -> None:
     kls = [1.0, 2.0, 4.0]
     columns: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
         ("area", lambda m: f"{m['area']['mean']:.4f} ± {m['area']['se']:.4f}"),
-        ("less than DPO's", lambda m: f"{m['less_than_dpo']['mean']:+.4f} ± {m['less_than_dpo']['se']:.4f}"),
+        ("gain over DPO", lambda m: f"{m['gain_over_dpo']['mean']:+.4f} ± {m['gain_over_dpo']['se']:.4f}"),
     ]
     grid = record["frontier"]["kl"]
     near = [min(range(GRID), key=lambda i: abs(grid[i] - k)) for k in kls]
@@ -149,4 +149,4 @@ def _show(record: dict[str, Any]) -> None:
     for name, method in sorted(record["methods"].items(), key=lambda item: item[1]["area"]["mean"]):
         rewards = (f"{method['envelope']['mean'][i]:.3f}" for i in near)
         table.add_row(name, *(cell(method) for _, cell in columns), *rewards)
-    Console().print(table)
+    Console(width=100).print(table)

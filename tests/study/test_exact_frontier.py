@@ -40,7 +40,7 @@ def test_learned_rewards_approach_the_true_ones(world):
     pairs = sample_pairs(world, 20_000, torch.Generator().manual_seed(0))
     learned = learn_rewards(world, pairs, 0.05)
     error = exact.expected_reward(world.ref_logprobs, (learned - world.rewards).square()).sqrt()
-    assert error < 0.15  # the true reward's deviation is 1; measured 0.03 to 0.08 for seeds 0 to 9
+    assert error < 0.15  # the true reward's deviation is 1; 0.03 to 0.09 for seeds 0 to 9
 
 
 @pytest.mark.parametrize("ties", [False, True])
