@@ -18,6 +18,7 @@ from rlhf_fast.exact.gradients import (
     reinforce_moments,
     rloo_moments,
     score_functions,
+    shaped_rewards,
 )
 from rlhf_fast.exact.optimum import (
     Frontier,
@@ -58,4 +59,5 @@ __all__ = [
     "reinforce_moments",
     "rloo_moments",
     "score_functions",
+    "shaped_rewards",
 ]

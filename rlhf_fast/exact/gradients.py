@@ -52,7 +52,10 @@ def policy_gradient(
 
 
 def shaped_rewards(logprobs: Tensor, rewards: Tensor, ref_logprobs: Tensor | None, beta: float) -> Tensor:
-    """w = r - beta log(pi / ref), [N], detached: the weights whose REINFORCE gradient is that of J."""
+    """w = r - beta log(pi / ref), [N], detached: the weights whose REINFORCE gradient is that of J.
+
+    Raises ValueError for beta without ref_logprobs.
+    """
     expect(ref_logprobs is not None or beta == 0, "ref_logprobs", "a tensor, as beta is not 0", None)
     return rewards if beta == 0 else rewards - implicit_rewards(logprobs.detach(), ref_logprobs, beta)
 

@@ -1,11 +1,8 @@
 """The configs of the studies; as in `rlhf_fast.config`, only values and checks of them."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-
-def _arg(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+from rlhf_fast.config import _arg
 
 
 @dataclass(frozen=True, kw_only=True)

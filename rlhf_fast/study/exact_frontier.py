@@ -4,7 +4,8 @@ The DPO paper's controlled experiment (arXiv 2305.18290, fig. 2 left) where noth
 the exact expected true reward and exact KL of a policy during training. As there, a method's frontier is the upper
 envelope of its points over all strengths; here the best that any policy can do is known beside it. The area between
 the two is the mean shortfall in reward over the KLs from 0 to `area_to`. What varies with the seed are preferences,
-reward model and rollouts.
+reward model and rollouts. "RM optimum" is the closed-form optimum of the learned reward: its shortfall is the reward
+model's own, the difference between it and PPO is the optimiser's.
 """
 
 import datetime
@@ -23,15 +24,16 @@ from rich.table import Table
 from torch import Tensor
 
 from rlhf_fast.checkpoint import write_json
-from rlhf_fast.exact import TabularPolicy, beta_at_kl, expected_reward, frontier, kl
+from rlhf_fast.exact import TabularPolicy, beta_at_kl, expected_reward, frontier, kl, optimum
 from rlhf_fast.study.config import ExactStudyConfig
 from rlhf_fast.study.exact_methods import OFFLINE, ONLINE, Update, best_of
 from rlhf_fast.study.exact_plots import write_plot
 from rlhf_fast.study.exact_world import World, learn_rewards, make_world, sample_pairs
 
+BETAS = tuple(10 ** (1 - i / 50) for i in range(151))  # of the learned reward's optimum
 BEST_OF = tuple(2**i for i in range(11))
 GRID = 100  # KLs at which envelope and frontier are compared
-Point = tuple[int, float, float]  # step (or N of best-of-N), KL, reward
+Point = tuple[int, float, float]  # step (or N of best-of-N, or place in BETAS), KL, reward
 
 
 def run(config: ExactStudyConfig) -> None:
@@ -53,7 +55,7 @@ def run(config: ExactStudyConfig) -> None:
 
 
 def train_all(world: World, config: ExactStudyConfig, seed: int) -> list[dict[str, Any]]:
-    """[{"method", "strength", "seed", "points"}] of one seed; each run has random numbers of its own."""
+    """[{"method", "strength", "seed", "points"}] of one seed, whose runs all start from the same random numbers."""
     generator = torch.Generator().manual_seed(seed)
     pairs = sample_pairs(world, config.pairs, generator)
     learned = learn_rewards(world, pairs, config.learning_rate)
@@ -68,6 +70,8 @@ def train_all(world: World, config: ExactStudyConfig, seed: int) -> list[dict[st
         policy = world.new_policy()
         update = make(policy, world, data, config, torch.Generator().manual_seed(seed))
         runs.append(_run(name, strength, seed, _train(world, policy, update, config)))
+    optima = [(i, optimum(world.ref_logprobs, learned, beta)) for i, beta in enumerate(BETAS)]
+    runs.append(_run("RM optimum", "", seed, [_point(world, *one) for one in optima]))
     for name, scores in {"Best-of-N": learned, "Best-of-N-GT": world.rewards}.items():
         points = [_point(world, n, best_of(world, scores, n)) for n in BEST_OF]
         runs.append(_run(name, "", seed, points))

@@ -14,10 +14,11 @@ _COLORS = COLORS | {
     "DPO hinge": "#8B6B00",
     "Unlikelihood": "#999999",
     "Preferred-FT": "#44AA99",
+    "RM optimum": "#555555",
     "Best-of-N": "#332288",
     "Best-of-N-GT": "#6655BB",
 }
-_DASHED = ("PPO-GT", "Best-of-N-GT", "DPO ipo", "DPO hinge")
+_DASHED = ("PPO-GT", "Best-of-N-GT", "DPO ipo", "DPO hinge", "RM optimum")
 
 
 def write_plot(path: Path, record: dict[str, Any]) -> None:

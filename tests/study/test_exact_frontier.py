@@ -68,7 +68,7 @@ def test_envelope_by_hand():
 def test_no_policy_lies_above_the_frontier(world):
     runs = train_all(world, SMALL, seed=0)
     strengths = sum(len(methods) for family in (OFFLINE, ONLINE) for methods in family.values())
-    assert len(runs) == strengths + 2
+    assert len(runs) == strengths + 3
     for one in runs:
         for _, kl, reward in one["points"]:
             if 1e-9 < kl < -math.log(world.ref_logprobs[world.rewards.argmax()].exp()) - 1e-9:
@@ -107,7 +107,7 @@ def test_command(tmp_path, capsys):
     flags = ["--vocab-size", "3", "--length", "2", "--pairs", "64", "--steps", "3", "--eval-every", "3", "--seeds", "2"]
     assert cli.main(["study", "exact", "--out", str(tmp_path / "out"), *flags]) == 0
     record = json.loads((tmp_path / "out" / "exact.json").read_text())
-    assert set(record["methods"]) == {*OFFLINE, *ONLINE, "Best-of-N", "Best-of-N-GT"}
+    assert set(record["methods"]) == {*OFFLINE, *ONLINE, "RM optimum", "Best-of-N", "Best-of-N-GT"}
     assert all(len(method["area"]["seeds"]) == 2 for method in record["methods"].values())
     assert (tmp_path / "out" / "exact.png").stat().st_size > 0
     assert "exact frontier" in capsys.readouterr().out
