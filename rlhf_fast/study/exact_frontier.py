@@ -13,7 +13,7 @@ import math
 import shlex
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ def envelope(points: Sequence[Point], start: float, grid: Sequence[float]) -> li
 
 
 def summary(world: World, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Frontier, envelopes (mean and standard error over seeds), areas, and areas paired by seed against DPO's."""
+    """Frontier; by method the area, the envelope, and its gain over DPO's paired by seed: mean and standard error."""
     largest = -world.ref_logprobs[world.rewards.argmax()].item()
     area_to = 0.8 * largest
     grid = [area_to * i / GRID for i in range(1, GRID + 1)]
@@ -111,20 +111,19 @@ def summary(world: World, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     points: dict[str, dict[int, list[Point]]] = {}
     for one in runs:
         points.setdefault(one["method"], {}).setdefault(one["seed"], []).extend(one["points"])
+    curves = {name: [envelope(cloud, start, grid) for cloud in by_seed.values()] for name, by_seed in points.items()}
     methods = {}
-    for name, by_seed in points.items():
-        curves = [envelope(cloud, start, grid) for cloud in by_seed.values()]
-        areas = [statistics.fmean(e - c for e, c in zip(exact, curve, strict=True)) for curve in curves]
-        mean, error = zip(*(_mean_error(column) for column in zip(*curves, strict=True)), strict=True)
-        area, area_error = _mean_error(areas)
+    for name, seeds in curves.items():
+        areas = [_shortfall(exact, curve) for curve in seeds]
+        gains = [[a - b for a, b in zip(*pair, strict=True)] for pair in zip(seeds, curves["DPO"], strict=True)]
         methods[name] = {
-            "area": {"seeds": areas, "mean": area, "se": area_error},
-            "envelope": {"mean": list(mean), "se": list(error)},
+            "area": {"seeds": areas, **_mean_error(areas)},
+            "envelope": _mean_errors(seeds),
+            "gain_over_dpo": {
+                **_mean_error([statistics.fmean(gain) for gain in gains]),
+                "envelope": _mean_errors(gains),
+            },
         }
-    for method in methods.values():
-        pairs = zip(method["area"]["seeds"], methods["DPO"]["area"]["seeds"], strict=True)
-        difference, error = _mean_error([a - b for a, b in pairs])
-        method["gain_over_dpo"] = {"mean": -difference, "se": error}
     return {
         "largest_kl": largest,
         "area_to": area_to,
@@ -133,24 +132,34 @@ def summary(world: World, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _mean_error(values: Sequence[float]) -> tuple[float, float]:
-    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
+def _shortfall(frontier: Sequence[float], curve: Sequence[float]) -> float:
+    return statistics.fmean(best - reward for best, reward in zip(frontier, curve, strict=True))
+
+
+def _mean_error(values: Sequence[float]) -> dict[str, float]:
+    return {"mean": statistics.fmean(values), "se": statistics.stdev(values) / math.sqrt(len(values))}
+
+
+def _mean_errors(curves: Sequence[Sequence[float]]) -> dict[str, list[float]]:
+    """Mean and standard error over the curves, at each place of the grid."""
+    places = [_mean_error(column) for column in zip(*curves, strict=True)]
+    return {key: [place[key] for place in places] for key in ("mean", "se")}
 
 
 def _show(record: dict[str, Any]) -> None:
-    table = Table(title=f"area to the exact frontier, KL 0 to {record['area_to']:.2f} nats, "
-                        f"{record['config']['seeds']} seeds")  # fmt: skip
-    kls = [1.0, 2.0, 4.0]
-    columns: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
-        ("area", lambda m: f"{m['area']['mean']:.4f} ± {m['area']['se']:.4f}"),
-        ("gain over DPO", lambda m: f"{m['gain_over_dpo']['mean']:+.4f} ± {m['gain_over_dpo']['se']:.4f}"),
-    ]
-    grid = record["frontier"]["kl"]
-    near = [min(range(GRID), key=lambda i: abs(grid[i] - k)) for k in kls]
-    for header in ("method", *(header for header, _ in columns), *(f"reward at {k:g}" for k in kls)):
+    seeds, grid = record["config"]["seeds"], record["frontier"]["kl"]
+    places = [GRID * i // 5 - 1 for i in range(1, 5)]
+    table = Table(title=f"shortfall from the exact frontier, mean over KL 0 to {grid[-1]:.2f}, {seeds} seeds, "
+                        "and rewards at four KLs; in brackets the gain over DPO, paired by seed")  # fmt: skip
+    for header in ("method", "shortfall", *(f"at KL {grid[i]:.2f}" for i in places)):
         table.add_column(header)
-    table.add_row("frontier", "0", "", *(f"{record['frontier']['reward'][i]:.3f}" for i in near))
+    table.add_row("frontier", "0", *(f"{record['frontier']['reward'][i]:.3f}" for i in places))
     for name, method in sorted(record["methods"].items(), key=lambda item: item[1]["area"]["mean"]):
-        rewards = (f"{method['envelope']['mean'][i]:.3f}" for i in near)
-        table.add_row(name, *(cell(method) for _, cell in columns), *rewards)
-    Console(width=100).print(table)
+        gain, curve = method["gain_over_dpo"], method["envelope"]["mean"]
+        rewards = (_cell(curve[i], gain["envelope"]["mean"][i], gain["envelope"]["se"][i]) for i in places)
+        table.add_row(name, _cell(method["area"]["mean"], gain["mean"], gain["se"]), *rewards)
+    Console(width=144).print(table)
+
+
+def _cell(value: float, gain: float, error: float) -> str:
+    return f"{value:.2f} ({gain:+.2f} ± {error:.2f})"
