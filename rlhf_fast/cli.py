@@ -30,6 +30,9 @@ COMMANDS = {
     "grpo": Command("config:GRPOConfig", "stages.grpo:train", "clipped updates on scores whitened within groups"),
     "dpo": Command("config:DPOConfig", "stages.dpo:train", "direct preference optimisation"),
     "compare": Command("config:CompareConfig", "compare.command:run", "methods side by side: time, memory, reward"),
+    "study exact": Command(
+        "study.config:ExactStudyConfig", "study.exact_frontier:run", "every method against the exact reward-KL frontier"
+    ),
     "plan": Command("config:PlanConfig", "plan.command:run", "memory of a run before it is started, by role and phase"),
 }
 
@@ -45,7 +48,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     from rlhf_fast.arguments import nearest, parse
 
-    name, *arguments = argv
+    words = 2 if " ".join(argv[:2]) in COMMANDS else 1
+    name, arguments = " ".join(argv[:words]), argv[words:]
     if name not in COMMANDS:
         return _fail(f"unknown command {nearest(name, list(COMMANDS))}", 2)
     command = COMMANDS[name]
@@ -87,7 +91,7 @@ def _fail(message: str, code: int) -> int:
 
 
 def _overview() -> str:
-    commands = "\n".join(f"  {name:<10} {command.help}" for name, command in COMMANDS.items())
+    commands = "\n".join(f"  {name:<11} {command.help}" for name, command in COMMANDS.items())
     return f"""usage: rlhf-fast COMMAND [--config FILE] [flags]
 
 RLHF post-training of language models on one machine.

@@ -158,7 +158,7 @@ def test_print_config_is_a_config(trained, yaml_file, capsys):
 def test_help_has_one_line_per_field(name, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "300")
     with pytest.raises(SystemExit, match="0"):
-        cli.main([name, "--help"])
+        cli.main([*name.split(), "--help"])
     lines = capsys.readouterr().out.splitlines()
     config = cli._load(cli.COMMANDS[name].config)
     for field in dataclasses.fields(config):
@@ -197,7 +197,7 @@ def test_help_and_errors_do_not_import_torch(argv):
 def test_overview_names_every_command(capsys):
     assert cli.main([]) == 0
     text = capsys.readouterr().out
-    assert [line.split()[0] for line in text.splitlines() if line.startswith("  ")] == list(cli.COMMANDS)
+    assert [line[2:13].strip() for line in text.splitlines() if line.startswith("  ")] == list(cli.COMMANDS)
 
 
 def test_from_dict():

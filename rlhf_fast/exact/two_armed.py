@@ -1,0 +1,42 @@
+"""The softmax bandit of two arms in closed form: when does the greedy baseline lower the variance of REINFORCE?
+
+pi(arm 1) = p, rewards r1 > r2 > 0, gradient with respect to arm 1's logit (arm 2's is its negative):
+
+    Var(b) = p (1 - p) ((r1 - b)(1 - p) + (r2 - b) p)^2         of (1[a = arm 1] - p)(r_a - b), a ~ pi
+
+It is 0 at b = r1 (1 - p) + r2 p. The greedy arm's reward (ReMax) has less than b = 0 (REINFORCE) as long as
+
+    p < r1 / (2 (r1 - r2)) = 1/2 + r2 / (2 (r1 - r2))
+
+that is until the better arm dominates, and always where r1 <= 2 r2 (Proposition 3 of arXiv 2310.10505, where a
+transcription of the bound with r1 in place of r2 in its last numerator would make it vacuous).
+"""
+
+from rlhf_fast.ops.checks import expect
+
+
+def variance(p: float, r1: float, r2: float, baseline: float = 0.0) -> float:
+    """Var(b) of one draw, per logit (both have the same). Raises ValueError for p outside [0, 1]."""
+    expect(0 <= p <= 1, "p", "a probability", p)
+    return p * (1 - p) * ((r1 - baseline) * (1 - p) + (r2 - baseline) * p) ** 2
+
+
+def optimal_baseline(p: float, r1: float, r2: float) -> float:
+    """The baseline without any variance."""
+    expect(0 <= p <= 1, "p", "a probability", p)
+    return r1 * (1 - p) + r2 * p
+
+
+def greedy_baseline(p: float, r1: float, r2: float) -> float:
+    """The likelier arm's reward; the first arm's in a tie."""
+    expect(0 <= p <= 1, "p", "a probability", p)
+    return r1 if p >= 0.5 else r2
+
+
+def crossover(r1: float, r2: float) -> float:
+    """The p above which the greedy baseline raises the variance; beyond 1, or infinite, where it never does.
+
+    Raises ValueError unless r1 >= r2 > 0.
+    """
+    expect(r1 >= r2 > 0, "r2", f"in (0, r1 = {r1}]", r2)
+    return r1 / (2 * (r1 - r2)) if r1 > r2 else float("inf")
