@@ -1,0 +1,1 @@
+"""Contextual bandits on which preference methods can be compared in seconds, and solved exactly (arXiv 2312.10584)."""

@@ -1,0 +1,128 @@
+"""The global optimum of each method's objective on the linear bandit, in float64, without an optimiser's artefacts.
+
+DPO's loss is a logistic regression on phi_pi differences, concave in theta: Newton's method finds its optimum. RMB-PO's
+objective J(theta) = E_s[sum_a pi r - beta KL(pi || uniform)] is concave in the policy, not in theta; its optimum is the
+best of Newton ascents from the reward's projection on the features and from the local maxima of a polar grid.
+With phi_pi = phi_r all optima are the reward's theta / beta (J = const - beta E_s KL(pi || pi*)).
+
+With beta = 0.01 policies are nearly deterministic, and on few states J can be flat to all digits around its maximum:
+among optima that agree to 1e-12 the one reached from the projection is taken.
+
+Shapes: S seeds, M states, A actions, F features, K candidates.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import max_pool2d, pad
+
+from rlhf_fast.bandit.problem import ACTIONS
+
+_ANGLES, _RADII, _PEAKS = 240, (0.03, 0.1, 0.25, 0.5, 1.0, 2.0), 6
+_GRID_STATES = 128  # the grid only finds basins; it needs no more states than this
+_SEEDS = 20  # at a time, for memory
+
+
+class Optimum(NamedTuple):
+    theta: Tensor  # [S, F]
+    value: Tensor  # [S] the objective there
+    gradient: Tensor  # [S] norm of its gradient
+
+
+def maximise(features: Tensor, rewards: Tensor, weights: Tensor, beta: float) -> Optimum:
+    """The best theta for features [S or 1, M, A, F], rewards [S, M, A] and state weights [M] that sum to 1."""
+    features = features.expand(len(rewards), *features.shape[1:])
+    chunks = zip(features.split(_SEEDS), rewards.split(_SEEDS), strict=True)
+    parts = [_maximise(*chunk, weights, beta) for chunk in chunks]
+    return Optimum(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def objective(
+    features: Tensor, rewards: Tensor, weights: Tensor, beta: float, theta: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """J [S, K], its gradient [S, K, F] and Hessian [S, K, F, F] at theta [S, K, F]; features [S, M, A, F]."""
+    logp, probability, value = _policy(features, rewards, beta, theta)
+    mean = (probability * value).sum(-1)
+    centred = features[:, None] - (probability[..., None] * features[:, None]).sum(-2, keepdim=True)
+    mass = probability * weights[:, None]
+    pull = mass * (value - mean[..., None])
+    gradient = torch.einsum("skma,skmaf->skf", pull, centred)
+    hessian = torch.einsum("skma,skmaf,skmag->skfg", pull - beta * mass, centred, centred)
+    return mean @ weights, gradient, hessian
+
+
+def _policy(features: Tensor, rewards: Tensor, beta: float, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """log pi, pi and r - beta log(pi / uniform), each [S, K, M, A]."""
+    logits = theta @ features.flatten(1, 2).transpose(1, 2)
+    logp = logits.view(*theta.shape[:2], *rewards.shape[1:]).log_softmax(-1)
+    return logp, logp.exp(), rewards[:, None] - beta * (logp + math.log(ACTIONS))
+
+
+def _value(features: Tensor, rewards: Tensor, weights: Tensor, beta: float, theta: Tensor) -> Tensor:
+    _, probability, value = _policy(features, rewards, beta, theta)
+    return (probability * value).sum(-1) @ weights
+
+
+def _maximise(features: Tensor, rewards: Tensor, weights: Tensor, beta: float) -> Optimum:
+    projection = _project(features, rewards / beta)
+    starts = torch.cat((projection[:, None], _basins(features, rewards, weights, beta)), 1)
+    theta = torch.cat([_ascend(features, rewards, weights, beta, start) for start in starts.unbind(1)], 1)
+    value, gradient, _ = objective(features, rewards, weights, beta, theta)
+    best = (value >= value.amax(1, keepdim=True) - 1e-12).int().argmax(1)  # the first of equals
+    rows = torch.arange(len(theta), device=theta.device)
+    return Optimum(theta[rows, best], value[rows, best], gradient[rows, best].norm(dim=-1))
+
+
+def _ascend(features: Tensor, rewards: Tensor, weights: Tensor, beta: float, start: Tensor) -> Tensor:
+    """Newton ascent from [S, F] to [S, 1, F]: curvature by its size, steps halved until J does not fall."""
+    result = start[:, None].clone()
+    rows = torch.arange(len(start), device=start.device)
+    for _ in range(100):
+        theta = result[rows]
+        value, gradient, hessian = objective(features, rewards, weights, beta, theta)
+        climbing = gradient[:, 0].norm(dim=-1) > 1e-12
+        rows, theta, value, gradient, hessian = (x[climbing] for x in (rows, theta, value, gradient, hessian))
+        features, rewards = features[climbing], rewards[climbing]  # most are there after a few steps
+        if not len(rows):
+            break
+        curvature, axes = torch.linalg.eigh(hessian)
+        size = curvature.abs()
+        size = size.clamp_min(1e-14 * size.amax(-1, keepdim=True)).clamp_min(1e-300)
+        step = (axes @ ((axes.transpose(-1, -2) @ gradient[..., None]) / size[..., None]))[..., 0]
+        longest = 0.5 * theta.norm(dim=-1, keepdim=True) + 1
+        step = step * (longest / step.norm(dim=-1, keepdim=True).clamp_min(1e-300)).clamp_max(1.0)
+        scale = torch.ones_like(value)
+        for _ in range(40):
+            worse = _value(features, rewards, weights, beta, theta + scale[..., None] * step) < value - 1e-15
+            if not worse.any():
+                break
+            scale = torch.where(worse, scale / 2, scale)
+        result[rows] = theta + scale[..., None] * step
+    return result
+
+
+def _project(features: Tensor, targets: Tensor) -> Tensor:
+    """Least-squares fit of features . theta to targets [S, M, A] up to a shift per state, [S, F]."""
+    features, targets = features - features.mean(-2, keepdim=True), targets - targets.mean(-1, keepdim=True)
+    return torch.linalg.lstsq(features.flatten(1, 2), targets.flatten(1)[..., None]).solution[..., 0]
+
+
+def _basins(features: Tensor, rewards: Tensor, weights: Tensor, beta: float) -> Tensor:
+    """The highest local maxima of J on a polar grid, [S, K, F]; float32 is enough to find them."""
+    # Logits that reproduce the rewards have about this size; the projection of a mismatched reward can be small.
+    spread = (rewards.amax(-1) - rewards.amin(-1)).mean(-1) / beta
+    stride = -(-rewards.shape[1] // _GRID_STATES)
+    features, rewards, weights = features[:, ::stride].float(), rewards[:, ::stride].float(), weights[::stride].float()
+    angles = torch.linspace(0, 2 * math.pi, _ANGLES + 1, dtype=torch.float64, device=rewards.device)[:-1]
+    circle = torch.stack((angles.cos(), angles.sin()), -1)
+    radii = spread[:, None] * torch.tensor(_RADII, dtype=torch.float64, device=rewards.device)
+    grid = radii[:, :, None, None] * circle  # [S, radius, angle, F]
+    value = torch.stack(
+        [_value(features, rewards, weights / weights.sum(), beta, ring.float()) for ring in grid.unbind(1)], 1
+    )
+    around = max_pool2d(pad(pad(value, (1, 1), mode="circular"), (0, 0, 1, 1), value=-math.inf), 3, stride=1)
+    peaks = torch.where(value >= around, value, -math.inf).flatten(1)
+    best = peaks.topk(_PEAKS, dim=1).indices
+    return grid.flatten(1, 2).gather(1, best[..., None].expand(*best.shape, 2))
