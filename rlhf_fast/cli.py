@@ -34,6 +34,9 @@ COMMANDS = {
         "study.config:ExactStudyConfig", "study.exact_frontier:run", "every method against the exact reward-KL frontier"
     ),
     "plan": Command("config:PlanConfig", "plan.command:run", "memory of a run before it is started, by role and phase"),
+    "bandit linear": Command(
+        "config:LinearBanditConfig", "bandit.command:linear", "DPO against RMB-PO where the optimum is known"
+    ),
 }
 
 
@@ -91,7 +94,7 @@ def _fail(message: str, code: int) -> int:
 
 
 def _overview() -> str:
-    commands = "\n".join(f"  {name:<11} {command.help}" for name, command in COMMANDS.items())
+    commands = "\n".join(f"  {name:<13} {command.help}" for name, command in COMMANDS.items())
     return f"""usage: rlhf-fast COMMAND [--config FILE] [flags]
 
 RLHF post-training of language models on one machine.

@@ -197,7 +197,7 @@ def test_help_and_errors_do_not_import_torch(argv):
 def test_overview_names_every_command(capsys):
     assert cli.main([]) == 0
     text = capsys.readouterr().out
-    assert [line[2:13].strip() for line in text.splitlines() if line.startswith("  ")] == list(cli.COMMANDS)
+    assert [line[2:15].strip() for line in text.splitlines() if line.startswith("  ")] == list(cli.COMMANDS)
 
 
 def test_from_dict():

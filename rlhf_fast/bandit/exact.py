@@ -20,7 +20,7 @@ from torch.nn.functional import max_pool2d, pad
 
 from rlhf_fast.bandit.problem import ACTIONS
 
-_ANGLES, _RADII, _PEAKS = 240, (0.03, 0.1, 0.25, 0.5, 1.0, 2.0), 6
+_ANGLES, _RADII, _PEAKS = 240, (0.03, 0.1, 0.25, 0.5, 1.0, 2.0), 12
 _GRID_STATES = 128  # the grid only finds basins; it needs no more states than this
 _SEEDS = 20  # at a time, for memory
 
@@ -68,18 +68,25 @@ def _value(features: Tensor, rewards: Tensor, weights: Tensor, beta: float, thet
 def _maximise(features: Tensor, rewards: Tensor, weights: Tensor, beta: float) -> Optimum:
     projection = _project(features, rewards / beta)
     starts = torch.cat((projection[:, None], _basins(features, rewards, weights, beta)), 1)
-    theta = torch.cat([_ascend(features, rewards, weights, beta, start) for start in starts.unbind(1)], 1)
+    problem = features, rewards, weights, beta
+    screened = torch.cat([_ascend(*problem, start, 12) for start in starts.unbind(1)], 1)
+    best = _value(*problem, screened).topk(2, dim=1).indices
+    finals = torch.cat((projection[:, None], screened.gather(1, best[..., None].expand(*best.shape, 2))), 1)
+    theta = torch.cat([_ascend(*problem, start, 100) for start in finals.unbind(1)], 1)
     value, gradient, _ = objective(features, rewards, weights, beta, theta)
     best = (value >= value.amax(1, keepdim=True) - 1e-12).int().argmax(1)  # the first of equals
     rows = torch.arange(len(theta), device=theta.device)
     return Optimum(theta[rows, best], value[rows, best], gradient[rows, best].norm(dim=-1))
 
 
-def _ascend(features: Tensor, rewards: Tensor, weights: Tensor, beta: float, start: Tensor) -> Tensor:
-    """Newton ascent from [S, F] to [S, 1, F]: curvature by its size, steps halved until J does not fall."""
+def _ascend(features: Tensor, rewards: Tensor, weights: Tensor, beta: float, start: Tensor, steps: int) -> Tensor:
+    """At most `steps` steps of Newton ascent from [S, F] to [S, 1, F].
+
+    Curvature counts by its size, so that every direction climbs; a step is halved until J does not fall.
+    """
     result = start[:, None].clone()
     rows = torch.arange(len(start), device=start.device)
-    for _ in range(100):
+    for _ in range(steps):
         theta = result[rows]
         value, gradient, hessian = objective(features, rewards, weights, beta, theta)
         climbing = gradient[:, 0].norm(dim=-1) > 1e-12

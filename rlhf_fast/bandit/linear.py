@@ -1,4 +1,4 @@
-"""DPO, RMB-PO and RMB-PO+ on the linear bandit as published: AdaGrad-norm ascent from a random start, all seeds at once.
+"""DPO, RMB-PO and RMB-PO+ on the linear bandit as published: AdaGrad-norm ascent, all seeds at once.
 
 The published code's step counts, precisions and its 1e-6 inside DPO's logarithm are kept, since they decide its
 figures: log(pi + 1e-6) bounds what beta can multiply, so that with beta = 0.01 DPO's logistic weights stay near 1/2
