@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool2d, pad
 
-from rlhf_fast.bandit.problem import ACTIONS
+from rlhf_fast.bandit.problem import ACTIONS, PAIRS
 
-_ANGLES, _RADII, _PEAKS = 240, (0.03, 0.1, 0.25, 0.5, 1.0, 2.0), 12
-_GRID_STATES = 128  # the grid only finds basins; it needs no more states than this
+_RADII, _PEAKS = (0.03, 0.1, 0.2, 0.4, 0.8, 1.5, 4.0, 12.0), 24
+_GRID_STATES = 64  # the grid only finds basins; it needs no more states than this
 _SEEDS = 20  # at a time, for memory
 
 
@@ -117,18 +117,24 @@ def _project(features: Tensor, targets: Tensor) -> Tensor:
 
 
 def _basins(features: Tensor, rewards: Tensor, weights: Tensor, beta: float) -> Tensor:
-    """The highest local maxima of J on a polar grid, [S, K, F]; float32 is enough to find them."""
+    """The highest local maxima of J on a polar grid, [S, K, F]; float32 is enough to find them.
+
+    A direction of theta is a ranking of the actions in every state. The angles lie one in each interval between two
+    changes of a ranking, so that on few states every deterministic policy that theta can express is tried.
+    """
     # Logits that reproduce the rewards have about this size; the projection of a mismatched reward can be small.
     spread = (rewards.amax(-1) - rewards.amin(-1)).mean(-1) / beta
     stride = -(-rewards.shape[1] // _GRID_STATES)
-    features, rewards, weights = features[:, ::stride].float(), rewards[:, ::stride].float(), weights[::stride].float()
-    angles = torch.linspace(0, 2 * math.pi, _ANGLES + 1, dtype=torch.float64, device=rewards.device)[:-1]
+    features, rewards, weights = features[:, ::stride], rewards[:, ::stride].float(), weights[::stride].float()
+    normals = (features[:, :, PAIRS[:, 0]] - features[:, :, PAIRS[:, 1]]).flatten(1, 2)
+    changes = torch.atan2(normals[..., 0], -normals[..., 1])
+    changes = torch.cat((changes, changes + math.pi), 1).remainder(2 * math.pi).sort(1).values
+    angles = (changes + torch.cat((changes[:, 1:], changes[:, :1] + 2 * math.pi), 1)) / 2
     circle = torch.stack((angles.cos(), angles.sin()), -1)
-    radii = spread[:, None] * torch.tensor(_RADII, dtype=torch.float64, device=rewards.device)
-    grid = radii[:, :, None, None] * circle  # [S, radius, angle, F]
-    value = torch.stack(
-        [_value(features, rewards, weights / weights.sum(), beta, ring.float()) for ring in grid.unbind(1)], 1
-    )
+    radii = spread[:, None] * torch.tensor(_RADII, dtype=spread.dtype, device=spread.device)
+    grid = radii[:, :, None, None] * circle[:, None]  # [S, radius, angle, F]
+    features, weights = features.float(), weights / weights.sum()
+    value = torch.stack([_value(features, rewards, weights, beta, ring.float()) for ring in grid.unbind(1)], 1)
     around = max_pool2d(pad(pad(value, (1, 1), mode="circular"), (0, 0, 1, 1), value=-math.inf), 3, stride=1)
     peaks = torch.where(value >= around, value, -math.inf).flatten(1)
     best = peaks.topk(_PEAKS, dim=1).indices
