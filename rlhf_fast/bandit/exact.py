@@ -20,8 +20,8 @@ from torch.nn.functional import max_pool2d, pad
 
 from rlhf_fast.bandit.problem import ACTIONS, PAIRS
 
-_RADII, _PEAKS = (0.03, 0.1, 0.2, 0.4, 0.8, 1.5, 4.0, 12.0), 24
-_GRID_STATES = 64  # the grid only finds basins; it needs no more states than this
+_RADII, _PEAKS = (0.03, 0.1, 0.2, 0.4, 0.8, 1.5, 4.0, 12.0), 48
+_GRID_STATES = 128  # the grid only finds basins; it needs no more states than this
 _SEEDS = 20  # at a time, for memory
 
 
@@ -66,17 +66,22 @@ def _value(features: Tensor, rewards: Tensor, weights: Tensor, beta: float, thet
 
 
 def _maximise(features: Tensor, rewards: Tensor, weights: Tensor, beta: float) -> Optimum:
-    projection = _project(features, rewards / beta)
-    starts = torch.cat((projection[:, None], _basins(features, rewards, weights, beta)), 1)
     problem = features, rewards, weights, beta
-    screened = torch.cat([_ascend(*problem, start, 12) for start in starts.unbind(1)], 1)
-    best = _value(*problem, screened).topk(2, dim=1).indices
-    finals = torch.cat((projection[:, None], screened.gather(1, best[..., None].expand(*best.shape, 2))), 1)
-    theta = torch.cat([_ascend(*problem, start, 100) for start in finals.unbind(1)], 1)
+
+    def best(starts: Tensor, count: int) -> Tensor:
+        rows = _value(*problem, starts).topk(count, dim=1).indices
+        return starts.gather(1, rows[..., None].expand(*rows.shape, 2))
+
+    def ascend(starts: Tensor, steps: int) -> Tensor:
+        return torch.cat([_ascend(*problem, start, steps) for start in starts.unbind(1)], 1)
+
+    projection = _project(features, rewards / beta)[:, None]
+    screened = ascend(best(_basins(*problem), 10), 12)
+    theta = ascend(torch.cat((projection, best(screened, 2)), 1), 100)
     value, gradient, _ = objective(features, rewards, weights, beta, theta)
-    best = (value >= value.amax(1, keepdim=True) - 1e-12).int().argmax(1)  # the first of equals
+    first = (value >= value.amax(1, keepdim=True) - 1e-12).int().argmax(1)  # the first of equals
     rows = torch.arange(len(theta), device=theta.device)
-    return Optimum(theta[rows, best], value[rows, best], gradient[rows, best].norm(dim=-1))
+    return Optimum(theta[rows, first], value[rows, first], gradient[rows, first].norm(dim=-1))
 
 
 def _ascend(features: Tensor, rewards: Tensor, weights: Tensor, beta: float, start: Tensor, steps: int) -> Tensor:

@@ -20,8 +20,12 @@ from rlhf_fast.bandit.problem import (
 )
 from rlhf_fast.config import LinearBanditConfig
 
-SEEDS = range(2021, 2033)
+SEEDS = range(2021, 2027)
 BETA = 0.01
+
+
+def equal_weights(size):
+    return torch.full((size,), 1 / size, dtype=torch.float64)
 
 
 def config(**values):
@@ -82,7 +86,7 @@ def test_draws_are_nested_and_a_seeds_own():
 def test_fit_is_the_maximum_of_the_likelihood():
     draws = draw(SEEDS, 20, 0)
     rows = differences(features(draws.states), draws.winners, draws.losers)
-    fit = linear.fit_preferences(rows, torch.ones(1, 20).double(), torch.full((1, 20), 1 / 20).double())
+    fit = linear.fit_preferences(rows, torch.ones(1, 20).double(), equal_weights(20)[None])
     theta = fit.theta.clone().requires_grad_()
     loss = -torch.nn.functional.logsigmoid((rows @ theta[..., None])[..., 0]).mean(-1)
     (gradient,) = torch.autograd.grad(loss.sum(), theta)
@@ -91,7 +95,7 @@ def test_fit_is_the_maximum_of_the_likelihood():
 
 def test_separable_preferences_are_told():
     rows = torch.tensor([[[1.0, 0.0], [0.5, 0.2], [0, 1]], [[1.0, 0.0], [-1.0, 0.1], [0, -1]]]).double()
-    fit = linear.fit_preferences(rows, torch.ones(1, 3).double(), torch.full((1, 3), 1 / 3).double())
+    fit = linear.fit_preferences(rows, torch.ones(1, 3).double(), equal_weights(3)[None])
     assert fit.separable.tolist() == [True, False] and fit.theta.isfinite().all()
 
 
@@ -99,7 +103,7 @@ def test_separable_preferences_are_told():
 def test_gradient_and_hessian_of_the_objective(setting):
     draws = draw([1, 2], 6, 0)
     rows, rewards = features(draws.states, setting), true_rewards(draws.states)
-    weights = torch.full((6,), 1 / 6).double()
+    weights = equal_weights(6)
     theta = torch.tensor([[[0.3, -0.2], [2.0, 1.0]], [[0.0, 0.5], [-1.0, 0.4]]]).double()
 
     def value(theta):
@@ -126,7 +130,7 @@ def test_matched_optima_are_the_same_and_in_closed_form():
     assert run.largest_gradient < 1e-10
     rows = features(run.draws.states)
     rewards = (rows @ run.reward.theta[:, None, :, None])[..., 0]
-    found = exact.maximise(rows, rewards, torch.full((20,), 1 / 20).double(), BETA)
+    found = exact.maximise(rows, rewards, equal_weights(20), BETA)
     log_z = BETA * ((rewards / BETA).logsumexp(-1) - math.log(4))
     torch.testing.assert_close(found.value, log_z.mean(-1), atol=1e-8, rtol=0)
 
@@ -147,7 +151,7 @@ def test_matched_gap_is_all_reward_error():
 def test_mismatched_optimum_beats_a_fine_search():
     draws = draw([2021, 2022, 2023], 20, 0)
     rows, rewards = features(draws.states, "mismatched"), true_rewards(draws.states)
-    weights = torch.full((20,), 1 / 20).double()
+    weights = equal_weights(20)
     found = exact.maximise(rows, rewards, weights, BETA)
     assert found.gradient.max() < 1e-10
     angles = torch.linspace(0, 2 * math.pi, 2000).double()
