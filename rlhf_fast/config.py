@@ -507,7 +507,7 @@ class LinearBanditConfig:
     first_seed: int = _arg(2021, "The first of them.")
     pref_states: bool = _arg(True, "RMB-PO+ trains on the preferences' states too, as the published code does.")
     sizes: list[int] = field(
-        default_factory=lambda: [10, 20, 40, 80], metadata={"help": "n of the plot of the gap against n; [] for none."}
+        default_factory=lambda: [10, 20, 40], metadata={"help": "n of the plot of the gap against n; [] for none."}
     )
 
     def __post_init__(self) -> None:
