@@ -24,7 +24,7 @@ def linear(config: LinearBanditConfig) -> dict[str, Any]:
         "bandit": "linear",
         **{key: getattr(config, key) for key in ("mode", "setting", "n", "ratios", "beta", "seeds", "first_seed")},
         "pref_states": config.pref_states,
-        "separable_seeds": [seed for seed, x in zip(seeds, run.reward.separable, strict=True) if x],
+        "separable_seeds": [seed for seed, x in zip(seeds, run.separable, strict=True) if x],
         "largest_gradient": run.largest_gradient,
         "methods": {
             name: {

@@ -16,6 +16,7 @@ from rlhf_fast.bandit.problem import (
     PAIRS,
     TRUE_THETA,
     Draws,
+    Setting,
     differences,
     draw,
     features,
@@ -29,6 +30,7 @@ class Run(NamedTuple):
     n: int
     draws: Draws
     reward: linear.Fit  # of the preferences
+    separable: Tensor  # [S] bool: a likelihood (exact mode: DPO's too) has its maximum at infinity
     thetas: dict[str, Tensor]  # method -> [S, F]
     largest_gradient: float | None  # exact mode: over all optima
 
@@ -38,7 +40,7 @@ def run(config: LinearBanditConfig, n: int) -> Run:
     m = max((int(ratio * n) for ratio in config.ratios), default=0)
     draws = draw(seeds_of(config), n, m)
     reward = _fit(draws, "matched")
-    thetas, gradients = {}, [reward.gradient]
+    thetas, gradients, separable = {}, [reward.gradient], reward.separable
     if config.mode == "faithful":
         policy_features = features(draws.states, config.setting)
         thetas["dpo"] = linear.dpo(policy_features, draws.winners, draws.losers, draws.initial[:, 0], config.beta)
@@ -46,6 +48,7 @@ def run(config: LinearBanditConfig, n: int) -> Run:
         fit = _fit(draws, config.setting)
         thetas["dpo"] = fit.theta / config.beta
         gradients.append(fit.gradient)
+        separable = separable | fit.separable
     for name, states in _states(config, draws).items():
         rewards = _rewards(states, reward.theta)
         if config.mode == "faithful":
@@ -56,7 +59,7 @@ def run(config: LinearBanditConfig, n: int) -> Run:
             thetas[name] = optimum.theta
             gradients.append(optimum.gradient)
     largest = max(gradient.max().item() for gradient in gradients) if config.mode == "exact" else None
-    return Run(n, draws, reward, thetas, largest)
+    return Run(n, draws, reward, separable, thetas, largest)
 
 
 def error_sources(config: LinearBanditConfig, run: Run) -> dict[str, dict[str, Tensor]]:
@@ -127,7 +130,7 @@ def _states(config: LinearBanditConfig, draws: Draws) -> dict[str, Tensor]:
     return states
 
 
-def _fit(draws: Draws, setting: str) -> linear.Fit:
+def _fit(draws: Draws, setting: Setting) -> linear.Fit:
     rows = differences(features(draws.states, setting), draws.winners, draws.losers)
     return linear.fit_preferences(rows, torch.ones_like(draws.states), _mean(draws.states.shape[1])[None])
 

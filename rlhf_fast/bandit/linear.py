@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from rlhf_fast.bandit.problem import ACTIONS
+from rlhf_fast.bandit.problem import ACTIONS, differences
 
 DPO_STEPS, RMB_STEPS = 200, 1000
 
@@ -24,28 +24,29 @@ class Fit(NamedTuple):
     gradient: Tensor  # [S] norm of the gradient where the iteration ended
 
 
-def fit_preferences(differences: Tensor, win: Tensor, weights: Tensor, tolerance: float = 1e-12) -> Fit:
-    """Maximum likelihood of sigmoid(difference . theta) = win, by Newton's method with backtracking, in float64.
+def fit_preferences(rows: Tensor, win: Tensor, weights: Tensor, tolerance: float = 1e-12) -> Fit:
+    """Maximum likelihood of sigmoid(row . theta) = win, by Newton's method with backtracking, in float64.
 
-    differences [S or 1, K, F], win [S or 1, K] in [0, 1] (1: an observed win), weights [S or 1, K]. Separable data
-    have no maximum; theta is then where the gradient fell below `tolerance`, beyond which no policy changes visibly.
+    rows [S or 1, K, F] are feature differences, win [S or 1, K] in [0, 1] (1: an observed win), weights [S or 1, K].
+    Separable data have no maximum; theta is then where the gradient fell below `tolerance`, beyond which no policy
+    changes visibly.
     """
-    size = max(len(differences), len(win), len(weights))
-    theta = differences.new_zeros(size, differences.shape[-1])
+    size = max(len(rows), len(win), len(weights))
+    theta = rows.new_zeros(size, rows.shape[-1])
     identity = torch.eye(theta.shape[-1], dtype=theta.dtype, device=theta.device)
 
     def loss(theta: Tensor) -> Tensor:
-        z = _product(differences, theta)
+        z = _product(rows, theta)
         return (weights * (softplus(-z) + (1 - win) * z)).sum(-1)
 
     for _ in range(100):
-        z = _product(differences, theta)
+        z = _product(rows, theta)
         up, down = torch.sigmoid(z), torch.sigmoid(-z)  # 1 - sigmoid(z) would lose its digits
-        gradient = ((weights * ((1 - win) * up - win * down))[..., None] * differences).sum(-2)
+        gradient = ((weights * ((1 - win) * up - win * down))[..., None] * rows).sum(-2)
         active = gradient.norm(dim=-1) > tolerance
         if not active.any():
             break
-        hessian = (differences * (weights * up * down)[..., None]).transpose(-1, -2) @ differences
+        hessian = (rows * (weights * up * down)[..., None]).transpose(-1, -2) @ rows
         damping = 1e-12 * hessian.diagonal(dim1=-2, dim2=-1).sum(-1) + 1e-300
         step = torch.linalg.solve(hessian + damping[..., None, None] * identity, gradient)
         scale, before = active.double(), loss(theta)
@@ -55,7 +56,7 @@ def fit_preferences(differences: Tensor, win: Tensor, weights: Tensor, tolerance
                 break
             scale = torch.where(worse, scale / 2, scale)
         theta = theta - scale[:, None] * step
-    separable = ((weights == 0) | ((win == 1) & (_product(differences, theta) > 0))).all(-1)
+    separable = ((weights == 0) | ((win == 1) & (_product(rows, theta) > 0))).all(-1)
     return Fit(theta, separable.expand(size), gradient.norm(dim=-1).expand(size))
 
 
@@ -63,8 +64,7 @@ def dpo(features: Tensor, winners: Tensor, losers: Tensor, start: Tensor, beta: 
     """features [S, n, A, F] and winning and losing actions [S, n], from start [S, F] -> theta [S, F]."""
     features = features.float()
     index = torch.stack((winners, losers), -1)
-    rows = features.gather(2, index[..., None].expand(*index.shape, features.shape[-1]))
-    difference = rows[:, :, 0] - rows[:, :, 1]
+    difference = differences(features, winners, losers)
     theta, squares = start, start.new_zeros(len(start), 1)
     for _ in range(DPO_STEPS):
         logp = (_product(features, theta.float()).softmax(-1) + 1e-6).log().gather(-1, index)
