@@ -4,6 +4,8 @@ DPO's loss is a logistic regression on phi_pi differences, concave in theta: New
 objective J(theta) = E_s[sum_a pi r - beta KL(pi || uniform)] is concave in the policy, not in theta; its optimum is the
 best of Newton ascents from the reward's projection on the features and from the local maxima of a polar grid.
 With phi_pi = phi_r all optima are the reward's theta / beta (J = const - beta E_s KL(pi || pi*)).
+Left out: a proof that the best is global. On up to 128 states the grid holds every deterministic policy; on more it is
+made from 128 of them, and a narrow peak can be missed.
 
 With beta = 0.01 policies are nearly deterministic, and on few states J can be flat to all digits around its maximum:
 among optima that agree to 1e-12 the one reached from the projection is taken.
