@@ -169,7 +169,9 @@ def run(args: argparse.Namespace) -> int:
     record["results"] = []
     for shape in [s for s in shapes(args.device, args.quick) if args.only in s.name]:
         print(f"{shape.name} ...", file=sys.stderr, flush=True)
-        result = measure(shape, 2 if args.quick else args.rounds, 0.0 if args.quick else 3.0, device)
+        slow = args.device == "cpu" and record["results"]  # all but the first, a minute a round
+        rounds = 2 if args.quick else min(args.rounds, 3) if slow else args.rounds
+        result = measure(shape, rounds, 0.0 if args.quick else 3.0, device)
         record["results"].append(result)
     record["bars"] = [] if args.quick else bar_rows(record["results"][0], args.device)
     parts = ["# Rollouts", f"`{record['command']}`, {record['date']}: {record['machine']}"]
