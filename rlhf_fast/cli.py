@@ -29,13 +29,17 @@ COMMANDS = {
     "rloo": Command("config:RLOOConfig", "stages.rloo:train", "REINFORCE with a leave-one-out baseline"),
     "grpo": Command("config:GRPOConfig", "stages.grpo:train", "clipped updates on scores whitened within groups"),
     "dpo": Command("config:DPOConfig", "stages.dpo:train", "direct preference optimisation"),
-    "compare": Command("config:CompareConfig", "compare.command:run", "methods side by side: time, memory, reward"),
+    "compare": Command(
+        "compare.config:CompareConfig", "compare.command:run", "methods side by side: time, memory, reward"
+    ),
     "study exact": Command(
         "study.config:ExactStudyConfig", "study.exact_frontier:run", "every method against the exact reward-KL frontier"
     ),
-    "plan": Command("config:PlanConfig", "plan.command:run", "memory of a run before it is started, by role and phase"),
+    "plan": Command(
+        "plan.config:PlanConfig", "plan.command:run", "memory of a run before it is started, by role and phase"
+    ),
     "bandit linear": Command(
-        "config:LinearBanditConfig", "bandit.command:linear", "DPO against RMB-PO where the optimum is known"
+        "bandit.config:LinearBanditConfig", "bandit.command:linear", "DPO against RMB-PO where the optimum is known"
     ),
 }
 

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_fast.bandit import experiment, report
+from rlhf_fast.bandit.config import LinearBanditConfig
 from rlhf_fast.bandit.problem import sampled_gaps
 from rlhf_fast.checkpoint import write_json
-from rlhf_fast.config import LinearBanditConfig
 
 
 def linear(config: LinearBanditConfig) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.bandit import exact, linear
+from rlhf_fast.bandit.config import LinearBanditConfig
 from rlhf_fast.bandit.problem import (
     PAIRS,
     TRUE_THETA,
@@ -23,7 +24,6 @@ from rlhf_fast.bandit.problem import (
     optimality_gap,
     quadrature,
 )
-from rlhf_fast.config import LinearBanditConfig
 
 
 class Run(NamedTuple):

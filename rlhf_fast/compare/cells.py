@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rlhf_fast.compare.config import CompareConfig
 from rlhf_fast.compare.start import Start
-from rlhf_fast.config import CompareConfig
 from rlhf_fast.pipeline import METHODS, NAMES
 from rlhf_fast.rows import read_rows
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from rlhf_fast.arguments import from_dict
 from rlhf_fast.checkpoint import write_json
 from rlhf_fast.compare.cells import Cell, cells_of
+from rlhf_fast.compare.config import CompareConfig
 from rlhf_fast.compare.figures import figures_of, median_over_seeds, time_model
 from rlhf_fast.compare.plots import write_plots
 from rlhf_fast.compare.start import prepare
 from rlhf_fast.compare.tables import markdown, show
-from rlhf_fast.config import CompareConfig
 from rlhf_fast.pipeline import METHODS
 from rlhf_fast.plan.command import largest_batch, plan_of
 from rlhf_fast.plan.gpus import parse_memory

@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf_fast import checkpoint, demo, pipeline
 from rlhf_fast.adapters import LoRA
-from rlhf_fast.config import CompareConfig, DemoConfig
+from rlhf_fast.compare.config import CompareConfig
+from rlhf_fast.config import DemoConfig
 from rlhf_fast.models import load_scorer, load_tokenizer
 from rlhf_fast.stages import reward as reward_stage
 from rlhf_fast.tokenizers import init_model

@@ -8,9 +8,10 @@ from typing import Any
 
 from rich.console import Console
 
-from rlhf_fast.config import PlanConfig, StageConfig
+from rlhf_fast.config import StageConfig
 from rlhf_fast.metrics import print_table
 from rlhf_fast.models import default_device
+from rlhf_fast.plan.config import PlanConfig
 from rlhf_fast.plan.gpus import CONTEXT, FRAGMENTATION, GIB, MEMORY, needed, parse_memory
 from rlhf_fast.plan.phases import Planner
 from rlhf_fast.plan.roles import bytes_per_trained

@@ -19,9 +19,10 @@ from transformers import PreTrainedTokenizerFast
 from rlhf_fast import checkpoint
 from rlhf_fast import config as configs
 from rlhf_fast.adapters import LoRA
-from rlhf_fast.config import PlanConfig, StageConfig
+from rlhf_fast.config import StageConfig
 from rlhf_fast.metrics import print_table
 from rlhf_fast.models import load_scorer
+from rlhf_fast.plan.config import PlanConfig
 from rlhf_fast.plan.phases import Planner
 from rlhf_fast.plan.shapes import Shape
 from rlhf_fast.tensor_bytes import TensorBytes

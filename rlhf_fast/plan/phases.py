@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from rlhf_fast.config import PlanConfig
 from rlhf_fast.ops.heads import MEMORY_BUDGET, Layer, working_bytes
+from rlhf_fast.plan.config import PlanConfig
 from rlhf_fast.plan.passes import Curve, Lengths, Run, inference, rollout, simulate, training
 from rlhf_fast.plan.roles import ONLINE, Role, roles_of, static_bytes, zero_stage
 from rlhf_fast.plan.shapes import Shape

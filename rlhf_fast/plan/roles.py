@@ -11,7 +11,7 @@ import torch
 from transformers.configuration_utils import PreTrainedConfig
 
 from rlhf_fast.adapters import base_path
-from rlhf_fast.config import PlanConfig
+from rlhf_fast.plan.config import PlanConfig
 from rlhf_fast.plan.shapes import DTYPES, Head, Shape, layers_of, period, read_config
 
 ONLINE = ("ppo", "remax", "reinforce", "rloo", "grpo")

@@ -2,25 +2,25 @@
 
 from dataclasses import dataclass
 
-from rlhf_fast.config import _arg
+from rlhf_fast.config import arg
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExactStudyConfig:
     """Every method on a language model whose completions can all be enumerated, against the exact frontier."""
 
-    out: str = _arg("study_exact", "Directory for exact.json and exact.png.")
-    seeds: int = _arg(8, "Seeds of preferences, reward models and rollouts; the world is one and the same.")
-    world_seed: int = _arg(0, "Seed of the reference policy and the true reward.")
-    vocab_size: int = _arg(8, "Tokens in the vocabulary.")
-    length: int = _arg(4, "Tokens in a completion.")
-    pairs: int = _arg(
+    out: str = arg("study_exact", "Directory for exact.json and exact.png.")
+    seeds: int = arg(8, "Seeds of preferences, reward models and rollouts; the world is one and the same.")
+    world_seed: int = arg(0, "Seed of the reference policy and the true reward.")
+    vocab_size: int = arg(8, "Tokens in the vocabulary.")
+    length: int = arg(4, "Tokens in a completion.")
+    pairs: int = arg(
         2048, "Preference pairs, sampled from the reference, labelled by Bradley-Terry on the true reward."
     )
-    steps: int = _arg(300, "Optimizer steps of offline methods, rollouts of online ones.")
-    eval_every: int = _arg(5, "Steps between two points of a run.")
-    batch_size: int = _arg(64, "Pairs per step, or completions per rollout.")
-    learning_rate: float = _arg(0.03, "Adam, every method's.")
+    steps: int = arg(300, "Optimizer steps of offline methods, rollouts of online ones.")
+    eval_every: int = arg(5, "Steps between two points of a run.")
+    batch_size: int = arg(64, "Pairs per step, or completions per rollout.")
+    learning_rate: float = arg(0.03, "Adam, every method's.")
 
     def __post_init__(self) -> None:
         for name, least in {"seeds": 2, "vocab_size": 2, "length": 1, "pairs": 10, "steps": 1, "eval_every": 1}.items():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rlhf_fast.bandit import exact, experiment, linear
+from rlhf_fast.bandit.config import LinearBanditConfig
 from rlhf_fast.bandit.problem import (
     TRUE_THETA,
     best_reward,
@@ -18,7 +19,6 @@ from rlhf_fast.bandit.problem import (
     sampled_gaps,
     true_rewards,
 )
-from rlhf_fast.config import LinearBanditConfig
 
 SEEDS = range(2021, 2027)
 BETA = 0.01

@@ -9,8 +9,9 @@ import pytest
 from rlhf_fast.cli import main
 from rlhf_fast.compare import command
 from rlhf_fast.compare.cells import cells_of
+from rlhf_fast.compare.config import CompareConfig
 from rlhf_fast.compare.start import Start
-from rlhf_fast.config import CompareConfig, PPOConfig
+from rlhf_fast.config import PPOConfig
 from rlhf_fast.world import preference_rows, prompt_rows, sft_rows
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from rlhf_fast import cli
-from rlhf_fast.config import DPOConfig, PlanConfig, PPOConfig
+from rlhf_fast.config import DPOConfig, PPOConfig
 from rlhf_fast.plan.command import largest_batch, plan_of
+from rlhf_fast.plan.config import PlanConfig
 from rlhf_fast.plan.gpus import needed, parse_memory
 from rlhf_fast.plan.phases import Planner
 

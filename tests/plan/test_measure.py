@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_fast.config import PlanConfig
+from rlhf_fast.plan.config import PlanConfig
 from rlhf_fast.plan.measure import compare
 from rlhf_fast.plan.phases import Planner
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_fast.config import PlanConfig
+from rlhf_fast.plan.config import PlanConfig
 from rlhf_fast.plan.phases import Phase, Planner
 
 LENGTHS = {"batch_size": 4, "prompt_length": 24, "response_length": 8}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlhf_fast.config import PlanConfig
+from rlhf_fast.plan.config import PlanConfig
 from rlhf_fast.plan.gpus import MEMORY, needed
 from rlhf_fast.plan.phases import Planner
 from rlhf_fast.plan.roles import roles_of, static_bytes
