@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf_fast.compare.config import CompareConfig
-from rlhf_fast.compare.start import Start
+from rlhf_fast.compare.start import LORA_RATE, Start
 from rlhf_fast.pipeline import METHODS, NAMES
 from rlhf_fast.rows import read_rows
 
@@ -87,5 +87,7 @@ def _options(
     if critic == "small":
         options["value_model"] = start.small_critic
     fitting = start.options.get("common", {}) | start.options.get(method, {})
+    if rank:
+        fitting |= {k: v * LORA_RATE for k, v in fitting.items() if k.endswith("learning_rate")}
     wanted = config.options.get("common", {}) | config.options.get(method, {})
     return {k: v for k, v in (fitting | options | wanted).items() if k in fields}

@@ -61,6 +61,7 @@ SHAPES = {
     "llama-2-7b": Shape(_llama(4096, 11008, 32, 32, 32, tie_word_embeddings=False), _opt(2048, 8192, 24, 32), 32000),
 }
 _DEMO_SMALL = {**demo.MODEL, "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 1}
+LORA_RATE = 10  # times the learning rate of full training
 _ROWS = 512  # of data for a model with random weights
 
 
@@ -112,6 +113,7 @@ def _demo(out: Path, config: CompareConfig) -> Start:
     adapter = str(out / f"reward_lora{config.lora_rank}") if config.lora_rank else None
     if adapter and not Path(adapter, "run.json").is_file():
         lora = {"output_dir": adapter, "lora_rank": config.lora_rank, "resume": False}
+        lora |= {"learning_rate": LORA_RATE * stages["reward"].learning_rate}
         reward_stage.train(dataclasses.replace(stages["reward"], **lora))
     options = {name: getattr(plan, name) for name in ("ppo", "remax", "reinforce", "rloo", "grpo", "dpo")}
     lengths = {"prompt_length": 18, "response_length": 40}

@@ -25,7 +25,8 @@ def start(tmp_path):
     for name, content in files.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
     prompts, pairs = (str(tmp_path / f"{name}.jsonl") for name in files)
-    return Start("policy", "reward", "adapter", "small", prompts, pairs, {"common": {"kl_coef": 0.3, "steps": 99}})
+    common = {"kl_coef": 0.3, "steps": 99, "learning_rate": 0.02}
+    return Start("policy", "reward", "adapter", "small", prompts, pairs, {"common": common})
 
 
 def test_cells_have_the_same_budget(start, tmp_path):
@@ -40,6 +41,7 @@ def test_cells_have_the_same_budget(start, tmp_path):
         assert cell.options["batch_size"] == (2 if "DPO" in name else 4)  # two completions a pair
         assert cell.options.get("steps", 3) == 3  # the token budget is ours, not the start's
         assert cell.options.get("kl_coef", 0.3) == 0.3
+        assert cell.options["learning_rate"] == pytest.approx(0.2 if "LoRA" in name else 0.02)
         assert cell.options["lora_rank"] == (2 if "LoRA" in name else 0)
     assert cells["PPO"].options["epochs"] == 2
     assert cells["GRPO"].options["epochs"] == 1
