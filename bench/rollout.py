@@ -18,6 +18,7 @@ from bench.device import CPU, CUDA, Contender
 from bench.measure import Disagreement, quantiles, take_turns
 from bench.record import about_run, versions, write
 from bench.report import markdown_table
+from rlhf_fast.compare.start import llama
 from rlhf_fast.demo import MODEL
 from rlhf_fast.metrics import print_table
 from rlhf_fast.objectives import Objectives
@@ -38,19 +39,6 @@ class Shape(NamedTuple):
     dtype: torch.dtype = torch.float32
 
 
-def llama(hidden: int, layers: int, heads: int, key_value_heads: int, intermediate: int, vocabulary: int) -> dict:
-    return {
-        "model_type": "llama",
-        "vocab_size": vocabulary,
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": key_value_heads,
-        "tie_word_embeddings": True,
-    }
-
-
 def shapes(device: str, quick: bool) -> list[Shape]:
     """The first is the one the bars are for."""
     demo = Shape("demo's model", MODEL | {"vocab_size": len(build_tokenizer())}, 32, 18, 4 if quick else 48)
@@ -59,13 +47,13 @@ def shapes(device: str, quick: bool) -> list[Shape]:
     if device == "cpu":
         return [
             demo,
-            Shape("10M weights", llama(256, 8, 8, 4, 768, 8192), 32, 64, 64),
-            Shape("60M weights", llama(512, 12, 8, 4, 1408, 32768), 32, 64, 32),
+            Shape("10M weights", llama(256, 768, 8, 8, 4, vocab_size=8192), 32, 64, 64),
+            Shape("60M weights", llama(512, 1408, 12, 8, 4, vocab_size=32768), 32, 64, 32),
         ]
     bf16 = torch.bfloat16
     return [
-        Shape("Qwen2.5-0.5B shape", llama(896, 24, 14, 2, 4864, 151936), 32, 256, 256, bf16),
-        Shape("Qwen2.5-1.5B shape", llama(1536, 28, 12, 2, 8960, 151936), 32, 256, 256, bf16),
+        Shape("Qwen2.5-0.5B shape", llama(896, 4864, 24, 14, 2, vocab_size=151936), 32, 256, 256, bf16),
+        Shape("Qwen2.5-1.5B shape", llama(1536, 8960, 28, 12, 2, vocab_size=151936), 32, 256, 256, bf16),
     ]
 
 

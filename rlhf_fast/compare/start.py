@@ -30,7 +30,8 @@ class Shape(NamedTuple):
     vocabulary: int
 
 
-def _llama(hidden: int, intermediate: int, layers: int, heads: int, key_value_heads: int, **more: Any) -> dict:
+def llama(hidden: int, intermediate: int, layers: int, heads: int, key_value_heads: int, **more: Any) -> dict[str, Any]:
+    """The config of a Llama-shaped model, embeddings tied."""
     return {
         "model_type": "llama",
         "hidden_size": hidden,
@@ -55,10 +56,10 @@ def _opt(hidden: int, ffn: int, layers: int, heads: int) -> dict[str, Any]:
 
 
 SHAPES = {
-    "10M": Shape(_llama(256, 768, 8, 8, 4), _llama(128, 384, 4, 4, 2), 8192),
-    "60M": Shape(_llama(512, 1408, 14, 8, 4), _llama(256, 768, 8, 8, 4), 32768),
+    "10M": Shape(llama(256, 768, 8, 8, 4), llama(128, 384, 4, 4, 2), 8192),
+    "60M": Shape(llama(512, 1408, 14, 8, 4), llama(256, 768, 8, 8, 4), 32768),
     "opt-1.3b": Shape(_opt(2048, 8192, 24, 32), _opt(1024, 4096, 24, 16), 50272),
-    "llama-2-7b": Shape(_llama(4096, 11008, 32, 32, 32, tie_word_embeddings=False), _opt(2048, 8192, 24, 32), 32000),
+    "llama-2-7b": Shape(llama(4096, 11008, 32, 32, 32, tie_word_embeddings=False), _opt(2048, 8192, 24, 32), 32000),
 }
 _DEMO_SMALL = {**demo.MODEL, "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 1}
 LORA_RATE = 10  # times the learning rate of full training
