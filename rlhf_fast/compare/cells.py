@@ -43,14 +43,13 @@ def first_rows(pairs: str | None, rows: int, config: CompareConfig) -> str:
     if pairs is None:
         raise ValueError("pairs: expected preference pairs for the method dpo, got none")
     path = Path(config.output_dir) / f"pairs-{rows}.jsonl"
-    if not path.is_file():
-        found = [json.dumps(row) for _, row in itertools.islice(read_rows(pairs), rows)]
-        if len(found) < rows:
-            raise ValueError(f"pairs: expected at least steps * batch_size / 2 = {rows} rows, got {len(found)}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.new")
-        partial.write_text("\n".join(found) + "\n")
-        os.replace(partial, path)
+    found = [json.dumps(row) for _, row in itertools.islice(read_rows(pairs), rows)]
+    if len(found) < rows:
+        raise ValueError(f"pairs: expected at least steps * batch_size / 2 = {rows} rows, got {len(found)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.new")
+    partial.write_text("\n".join(found) + "\n")
+    os.replace(partial, path)
     return str(path)
 
 

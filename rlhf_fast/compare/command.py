@@ -1,6 +1,7 @@
 """`rlhf-fast compare`: run the cells, put their figures into tables, JSON, Markdown and plots."""
 
 import datetime
+import os
 import shlex
 import subprocess
 import sys
@@ -48,7 +49,9 @@ def run(config: CompareConfig) -> None:
     show(record)
     write_json(out / "compare.json", record)
     plots = write_plots(out / "plots", rows)
-    (out / "compare.md").write_text(markdown(record, plots))
+    partial = out / ".compare.md.new"
+    partial.write_text(markdown(record, plots))
+    os.replace(partial, out / "compare.md")
     print(f"compare: wrote {out / 'compare.md'}")
 
 
@@ -62,8 +65,8 @@ def _run_cell(cell: Cell, directory: Path, memory: int | None) -> None:
     with log.open("w") as file:
         code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
     if code:
-        tail = "\n".join(log.read_text().splitlines()[-20:])
-        raise RuntimeError(f"{cell.name} failed with exit code {code}; the end of {log}:\n{tail}")
+        print("\n".join(log.read_text().splitlines()[-20:]), file=sys.stderr)
+        raise ValueError(f"{cell.name} failed with exit code {code}; its last lines are above, all of them in {log}")
 
 
 def _largest_batch(cell: Cell, memory: int) -> int:

@@ -131,18 +131,18 @@ def _demo(out: Path, config: CompareConfig) -> Start:
 
 
 def _random(out: Path, shape: Shape, config: CompareConfig) -> Start:
-    if not (out / "pairs.jsonl").is_file():
-        tokenizer = _padded(build_tokenizer(), shape.vocabulary)
-        length = config.prompt_length + config.response_length
+    length = config.prompt_length + config.response_length
+    tokenizer = _padded(build_tokenizer(), shape.vocabulary)
+    if not (out / "reward" / "config.json").is_file():
         for name, model in (("policy", shape.policy), ("small", shape.small)):
             init_model(model | {"max_position_embeddings": max(2048, length)}, tokenizer, out / name, config.seeds[0])
         _write_reward_model(out / "policy", out / "reward", None)
-        texts = sft_rows(_ROWS, 1)
-        prompts = [_stretched(row["prompt"], config.prompt_length, tokenizer) for row in texts]
-        answers = [_stretched(row["completion"], config.response_length - 1, tokenizer) for row in texts]
-        pairs = zip(prompts, answers, answers[1:] + answers[:1], strict=True)
-        _write_rows(out / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
-        _write_rows(out / "pairs.jsonl", [{"prompt": p, "chosen": a, "rejected": b} for p, a, b in pairs])
+    texts = sft_rows(_ROWS, 1)
+    prompts = [_stretched(row["prompt"], config.prompt_length, tokenizer) for row in texts]
+    answers = [_stretched(row["completion"], config.response_length - 1, tokenizer) for row in texts]
+    pairs = zip(prompts, answers, answers[1:] + answers[:1], strict=True)
+    _write_rows(out / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
+    _write_rows(out / "pairs.jsonl", [{"prompt": p, "chosen": a, "rejected": b} for p, a, b in pairs])
     adapter = out / f"reward_lora{config.lora_rank}" if config.lora_rank else None
     if adapter and not adapter.is_dir():
         _write_reward_model(out / "policy", adapter, LoRA(config.lora_rank, 16.0, 0))

@@ -105,7 +105,6 @@ class StaticDecoder:
             half = parts.head_dim // 2
             self.tables = cos.contiguous(), torch.cat([-sin[:, :half], sin[:, half:]], dim=1)  # see _rotate
         self.masks = {window: self._mask(mask, copies, S, window) for window in {b.window for b in parts.blocks}}
-        self._captured: Callable[[Tensor], Tensor] | None = None
         self._readable = 0
         return logits.repeat_interleave(copies, dim=0)
 
