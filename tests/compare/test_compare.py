@@ -10,8 +10,9 @@ from rlhf_fast.cli import main
 from rlhf_fast.compare import command
 from rlhf_fast.compare.cells import cells_of
 from rlhf_fast.compare.config import CompareConfig
-from rlhf_fast.compare.start import Start
+from rlhf_fast.compare.start import SHAPES, Shape, Start, prepare
 from rlhf_fast.config import PPOConfig
+from rlhf_fast.models import load_scorer, load_tokenizer
 from rlhf_fast.world import preference_rows, prompt_rows, sft_rows
 
 
@@ -88,3 +89,19 @@ def test_the_whole_command(start, tiny_model, tmp_path, capsys):
         command._run_cell(cell, tmp_path / "failing", None)
     assert "nonsense" in capsys.readouterr().err
     assert PPOConfig(model="a", output_dir="b", train_data="c", reward="d").epochs == 4  # compare's 1 is its own
+
+
+def test_a_built_in_shapes_data_have_the_lengths_asked_for(tmp_path, monkeypatch):
+    small = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    small |= {"num_attention_heads": 2}
+    monkeypatch.setitem(SHAPES, "10M", Shape(small | {"hidden_size": 32}, small, 200))
+    for prompt, response in ((12, 6), (20, 9)):  # the second time the models are there already
+        sizes = {"prompt_length": prompt, "response_length": response, "lora_rank": 2}
+        start = prepare(CompareConfig(model="10M", output_dir=str(tmp_path), **sizes))
+        tokenizer = load_tokenizer(start.model)
+        assert len(tokenizer) == 200
+        row = json.loads(Path(start.pairs).read_text().splitlines()[3])
+        lengths = [len(tokenizer(row[name])["input_ids"]) for name in ("prompt", "chosen", "rejected")]
+        assert lengths == [prompt, response - 1, response - 1]  # an EOS follows the answers
+    scorer = load_scorer(start.reward_adapter, trainable=False)
+    assert scorer.score.in_features == 32 and load_scorer(start.small_critic).score.in_features == 16
