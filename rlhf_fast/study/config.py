@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from rlhf_fast.config import arg
+from rlhf_fast.config import arg, check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,3 +30,20 @@ class ExactStudyConfig:
             raise ValueError(f"batch_size: expected a multiple of 4 (RLOO's groups), got {self.batch_size}")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate: expected a number > 0, got {self.learning_rate}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedStudyConfig:
+    """What the studies of trained language models share: where they start, and how many seeds stand behind them."""
+
+    out: str = arg("study_out", "Directory for models, JSON and plots; studies that share it share trained models.")
+    pipeline: str | None = arg(
+        None, "YAML of `rlhf-fast pipeline` whose models, data and rewards are studied; default: the embedded world."
+    )
+    seeds: int = arg(3, "Seeds; each has an SFT model, pairs, a reward model and rollouts of its own.")
+    workers: int = arg(2, "Runs at a time, each in a process of its own.")
+    quick: bool = arg(False, "Embedded world: a tenth of the steps, which shows that everything runs, no more.")
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "workers"):
+            check(self, name, lambda v: v >= 1, "an integer >= 1")
