@@ -64,6 +64,8 @@ class StageConfig:
     def __post_init__(self) -> None:
         for name in ("learning_rate", "temperature", "value_learning_rate", "clip", "value_clip", "beta", "lora_alpha"):
             check(self, name, lambda v: v > 0, "a number > 0")
+        for name in ("kl_target", "kl_horizon"):
+            check(self, name, lambda v: v > 0, "a number > 0")
         for name in (
             "weight_decay",
             "max_grad_norm",
@@ -158,7 +160,9 @@ class OnlineConfig(StageConfig):
     train_data: str = required("Rows with a prompt column; extra columns go to a Python reward function.")
     reward: str = required("Reward-model directory, or a function `package.module:name` or `file.py:name`.")
     reference: str | None = arg(None, "Reference model of the KL penalty; default: `model` as it is at the start.")
-    eval_data: str | None = arg(None, "Held-out prompts, sampled and scored every eval_steps.")
+    eval_data: str | None = arg(
+        None, "Held-out prompts, sampled and scored every eval_steps; with a completion column also the win rate."
+    )
     eval_reward: str | None = arg(None, "Reward for evaluation only (a ground truth, say); default: `reward`.")
     eval_steps: int = arg(0, "Evaluate every so many steps, and before and after; 0 never does.")
     steps: int = arg(100, "Rollout + update rounds.")
@@ -176,6 +180,7 @@ class OnlineConfig(StageConfig):
     )
     kl_coef: float = arg(0.05, "Weight of the per-token KL penalty in the reward (k1 estimate).")
     kl_target: float | None = arg(None, "Adapt kl_coef towards this KL per completion in nats; default: fixed.")
+    kl_horizon: float = arg(10_000, "Completions over which a KL 20 % or more off kl_target moves kl_coef by 20 %.")
     share_base: bool = arg(
         False, "Reward (and value) model as adapters on the policy's base: one frozen model for all; needs lora_rank."
     )
@@ -283,7 +288,9 @@ class DPOConfig(StageConfig):
     fused_head: bool = arg(True, "Take losses from hidden states, in chunks; false takes them from [B, T, V] logits.")
     max_length: int = arg(512, "Longest prompt + completion in tokens; longer prompts lose their left end.")
     max_prompt_length: int = arg(256, "Longest prompt in tokens.")
-    eval_data: str | None = arg(None, "Held-out prompts, sampled and scored every eval_steps.")
+    eval_data: str | None = arg(
+        None, "Held-out prompts, sampled and scored every eval_steps; with a completion column also the win rate."
+    )
     eval_reward: str | None = arg(None, "Reward that scores them: a directory or a Python function.")
     eval_steps: int = arg(0, "Evaluate every so many steps, and before and after; 0 never does.")
     max_response_length: int = arg(64, "Longest completion sampled in evaluation, in tokens.")

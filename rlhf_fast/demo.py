@@ -110,7 +110,7 @@ def pipeline_config(config: DemoConfig, shorten: int) -> PipelineConfig:
 
 def write_data(directory: Path, seed: int, shorten: int) -> None:
     """sft.jsonl, prompts.jsonl and eval.jsonl of the small world; `shorten` divides their lengths."""
-    evaluation = prompt_rows(256 // shorten, seed + 1)
+    evaluation = prompt_rows(256 // shorten, seed + 1, completions=True)
     training = prompt_rows(6500 // shorten, seed + 2, exclude=[row["prompt"] for row in evaluation])
     files = {"sft.jsonl": sft_rows(6000 // shorten, seed + 3), "prompts.jsonl": training, "eval.jsonl": evaluation}
     directory.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,9 @@
 The KL is sequence-level, KL(policy || reference) summed over the completion's tokens. At each visited state the KL of
 the two next-token distributions is taken exactly over the vocabulary: the same expectation as the usual sum of
 log-ratios, with less variance and never negative.
+
+Where every row has a `completion` column, the win rate against these completions is measured too: the share of prompts
+whose sample the reward puts above the row's own completion, ties counting half.
 """
 
 from typing import NamedTuple
@@ -48,10 +51,14 @@ class Evaluator:
         self.prompts, self.reward, self.reference, self.tokenizer = prompts, reward, reference, tokenizer
         self.max_new_tokens, self.temperature, self.batch_size = max_new_tokens, temperature, batch_size
         self.top_k, self.top_p, self.bf16 = top_k, top_p, bf16
+        self.completion_rewards = completion_rewards(prompts, reward)
 
     @torch.no_grad()
     def __call__(self, policy: PreTrainedModel) -> Evaluation:
-        """`eval/{reward,kl,length,entropy}` (KL in nats per completion) with standard errors, and the samples."""
+        """`eval/{reward,kl,length,entropy}` (KL in nats per completion) with standard errors, and the samples.
+
+        With completions to compare with also `eval/win_rate`.
+        """
         device = policy.device
         rewards, kls, lengths, entropies, completions = [], [], [], [], []
         for rows in micro_batches(len(self.prompts), self.batch_size):
@@ -76,10 +83,14 @@ class Evaluator:
             lengths.append(rollout.response_mask.sum(dim=1).float())
             entropies.append(rollout.entropy.sum(dim=1) / lengths[-1])
             completions += decode_responses(self.tokenizer, rollout)
+        columns = {"reward": rewards, "kl": kls, "length": lengths, "entropy": entropies}
+        columns = {name: torch.cat(parts).cpu() for name, parts in columns.items()}
+        if self.completion_rewards is not None:
+            columns["win_rate"] = wins(columns["reward"], self.completion_rewards)
         metrics = {}
-        for name, parts in {"reward": rewards, "kl": kls, "length": lengths, "entropy": entropies}.items():
-            metrics[f"eval/{name}"], metrics[f"eval/{name}_se"] = mean_and_se(torch.cat(parts).cpu())
-        rows = zip(self.prompts, completions, torch.cat(rewards).tolist(), strict=True)
+        for name, values in columns.items():
+            metrics[f"eval/{name}"], metrics[f"eval/{name}_se"] = mean_and_se(values)
+        rows = zip(self.prompts, completions, columns["reward"].tolist(), strict=True)
         return Evaluation(metrics, [{"prompt": p.prompt, "completion": c, "reward": r} for p, c, r in rows])
 
 
@@ -111,6 +122,19 @@ def make_evaluator(
         top_p=getattr(config, "top_p", 1.0),
         bf16=config.bf16,
     )
+
+
+def completion_rewards(prompts: list[PromptExample], reward: Reward) -> Tensor | None:
+    """Rewards [B] of the rows' own completions, on the CPU; None where a row has none."""
+    completions = [p.columns.get("completion") for p in prompts]
+    if not all(isinstance(completion, str) for completion in completions):
+        return None
+    return reward.of_texts(completions, prompt_columns(prompts)).cpu()
+
+
+def wins(rewards: Tensor, others: Tensor) -> Tensor:
+    """1 where a reward is above the other one, 1/2 where they are equal, else 0; [B] each."""
+    return torch.heaviside((rewards - others).double(), torch.tensor(0.5, dtype=torch.float64))
 
 
 def sequence_kl(

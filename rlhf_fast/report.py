@@ -36,7 +36,7 @@ _COST = "Time without evaluation. Model memory: weights, gradients and optimizer
 _EVALUATION = (
     "step",
     "time/total",
-    *(f"eval/{k}{e}" for k in ("reward", "kl", "length", "entropy") for e in ("", "_se")),
+    *(f"eval/{k}{e}" for k in ("reward", "kl", "win_rate", "length", "entropy") for e in ("", "_se")),
 )
 
 
@@ -147,6 +147,8 @@ def quality_table(
     for row, evaluation in zip(rows, [start, *(run.final for run in runs)], strict=True):
         row |= {"KL to SFT": _pair(evaluation, "kl"), "length": _pair(evaluation, "length")}
         row["entropy"] = _pair(evaluation, "entropy")
+        if "eval/win_rate" in evaluation:
+            row["wins over the rows' completions"] = _pair(evaluation, "win_rate")
     return rows
 
 

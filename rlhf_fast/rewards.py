@@ -56,16 +56,26 @@ class Reward:
     @torch.no_grad()
     def __call__(self, rollout: Rollout, columns: Mapping[str, Sequence]) -> Tensor:
         """Scores [B] fp32. `columns["prompt"]` holds the prompts' text; the others go to a function as they are."""
+        if self.function is not None or self.retokenizer is not None:
+            return self.of_texts(decode_responses(self.tokenizer, rollout), columns, rollout.finished.tolist())
+        return self._call_model(rollout.sequences)
+
+    @torch.no_grad()
+    def of_texts(
+        self, completions: list[str], columns: Mapping[str, Sequence], finished: Sequence[bool] | None = None
+    ) -> Tensor:
+        """Scores [B] fp32 of texts. finished: which of them a model sees with an EOS at the end; default: all."""
         if self.function is not None:
-            return self._call_function(rollout, columns)
-        sequences = rollout.sequences if self.retokenizer is None else self._retokenize(rollout, columns)
+            return self._call_function(completions, columns)
+        return self._call_model(self._tokenize(completions, columns, finished or [True] * len(completions)))
+
+    def _call_model(self, sequences: Sequences) -> Tensor:
         size = self.micro_batch_size or len(sequences.prompt_ids)
         starts = range(0, len(sequences.prompt_ids), size)
         with visiting(self.model):
             return torch.cat([sequence_scores(self.model, sequences.rows(slice(i, i + size))) for i in starts])
 
-    def _call_function(self, rollout: Rollout, columns: Mapping[str, Sequence]) -> Tensor:
-        completions = decode_responses(self.tokenizer, rollout)
+    def _call_function(self, completions: list[str], columns: Mapping[str, Sequence]) -> Tensor:
         others = {name: list(values) for name, values in columns.items() if name != "prompt"}
         scores = list(self.function(list(columns["prompt"]), completions, **others))
         if len(scores) != len(completions):
@@ -75,14 +85,14 @@ class Reward:
                 raise ValueError(f"reward {self.name}: expected finite scores, got {score} for row {row}")
         return torch.tensor([float(s) for s in scores], device=self.device)
 
-    def _retokenize(self, rollout: Rollout, columns: Mapping[str, Sequence]) -> Sequences:
-        tok, pad = self.retokenizer, pad_id(self.retokenizer)
+    def _tokenize(self, completions: list[str], columns: Mapping[str, Sequence], finished: Sequence[bool]) -> Sequences:
+        tok = self.retokenizer or self.tokenizer
         prompts = [tok(text)["input_ids"] for text in columns["prompt"]]
         responses = [
             tok(text, add_special_tokens=False)["input_ids"] + [tok.eos_token_id] * done
-            for text, done in zip(decode_responses(self.tokenizer, rollout), rollout.finished.tolist(), strict=True)
+            for text, done in zip(completions, finished, strict=True)
         ]
-        return Sequences(*pad_left(prompts, pad), *pad_right(responses, pad)).to(self.device)
+        return Sequences(*pad_left(prompts, pad_id(tok)), *pad_right(responses, pad_id(tok))).to(self.device)
 
 
 def decode_responses(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> list[str]:

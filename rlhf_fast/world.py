@@ -193,14 +193,17 @@ def sft_rows(n: int, seed: int) -> list[dict[str, str]]:
     return [{"prompt": prompt, "completion": completion} for prompt, completion in splits]
 
 
-def prompt_rows(n: int, seed: int, exclude: Iterable[str] = ()) -> list[dict[str, str]]:
-    """n rows with prompt, all different and none of them in `exclude` (to keep held-out prompts held out)."""
+def prompt_rows(n: int, seed: int, exclude: Iterable[str] = (), *, completions: bool = False) -> list[dict[str, str]]:
+    """n rows with prompt, all different and none of them in `exclude` (to keep held-out prompts held out).
+
+    completions: a second column, the rest of the review.
+    """
     rng, seen, rows = random.Random(seed), set(exclude), []
     while len(rows) < n:
-        prompt, _ = split_prompt(_review(rng), rng)
+        prompt, completion = split_prompt(_review(rng), rng)
         if prompt not in seen:
             seen.add(prompt)
-            rows.append({"prompt": prompt})
+            rows.append({"prompt": prompt, "completion": completion} if completions else {"prompt": prompt})
     return rows
 
 

@@ -13,12 +13,13 @@ from tiny_models import random_policy, random_sequences
 
 from rlhf_fast import pipeline
 from rlhf_fast.config import PairsConfig, PipelineConfig, ReMaxConfig
-from rlhf_fast.data import load_rows
-from rlhf_fast.evaluation import prompt_columns, sequence_kl
+from rlhf_fast.data import encode_prompts, load_rows
+from rlhf_fast.evaluation import Evaluator, prompt_columns, sequence_kl, wins
 from rlhf_fast.memory import Meter
 from rlhf_fast.metrics import read_metrics
-from rlhf_fast.models import response_logits
+from rlhf_fast.models import load_policy, load_tokenizer, response_logits
 from rlhf_fast.optimizers import lr_factor
+from rlhf_fast.rewards import Reward
 from rlhf_fast.stages import pairs
 from rlhf_fast.stages.online import Online
 from rlhf_fast.training import Learner, micro_batches
@@ -188,3 +189,26 @@ def test_columns_of_ragged_rows(tokenizer):
     rows = [{"prompt": "the film", "topic": "film"}, {"prompt": "the plot"}]
     columns = prompt_columns(encode_prompts(rows, tokenizer, 16).examples)
     assert columns == {"prompt": ["the film", "the plot"], "topic": ["film", None]}
+
+
+def test_win_rate_against_the_rows_completions(tiny_model):
+    assert wins(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 2.0, 2.0])).tolist() == [0, 0.5, 1]
+    model, tokenizer = load_policy(tiny_model), load_tokenizer(tiny_model)
+
+    def words(prompts, completions, **columns):
+        return [float(len(completion.split())) for completion in completions]
+
+    def evaluated(rows):
+        prompts = encode_prompts(load_rows(rows, "prompt"), tokenizer, 16).examples
+        reward = Reward(words, tokenizer, model.device)
+        return Evaluator(prompts, reward, model, tokenizer, max_new_tokens=8, batch_size=3)(model)
+
+    rows = [{"prompt": f"the {noun} was"} for noun in ("film", "plot", "story", "cast")]
+    plain = evaluated(rows)
+    assert "eval/win_rate" not in plain.metrics
+    lengths = [sample["reward"] for sample in plain.samples]
+    others = ["", "good " * 99, "good " * int(lengths[2]), ""]  # a win (if anything was said), a loss, a tie, a win
+    metrics = evaluated([row | {"completion": text} for row, text in zip(rows, others, strict=True)]).metrics
+    assert min(lengths[0], lengths[3]) > 0
+    assert metrics["eval/win_rate"] == (1 + 0 + 0.5 + 1) / 4
+    assert metrics["eval/reward"] == plain.metrics["eval/reward"]

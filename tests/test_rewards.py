@@ -76,6 +76,12 @@ def test_reward_model_scores_token_ids(rollout, tiny_model, tmp_path, tokenizer)
     scores = Reward(str(tmp_path), tokenizer, CPU, micro_batch_size=1)(rollout, {"prompt": ["", ""]})
     with torch.no_grad():
         torch.testing.assert_close(scores, sequence_scores(model, rollout.sequences), rtol=1e-5, atol=1e-5)
+    columns = {"prompt": ["the film was", "the plot was"]}
+    of_texts = Reward(str(tmp_path), tokenizer, CPU).of_texts(["really good .", "bad ."], columns, [True, False])
+    torch.testing.assert_close(of_texts, scores, rtol=1e-5, atol=1e-5)
+    ended = Reward(str(tmp_path), tokenizer, CPU).of_texts(["really good .", "bad ."], columns)
+    torch.testing.assert_close(ended[0], scores[0], rtol=1e-5, atol=1e-5)
+    assert abs(ended[1] - scores[1]) > 1e-4
 
 
 def test_reward_model_with_another_tokenizer_reads_the_text(rollout, tiny_model, tmp_path, tokenizer):

@@ -325,7 +325,7 @@ def test_truncated_sampling_is_trained_on_what_it_drew_from(name, options, files
 
 
 def test_kl_controller_follows_the_published_rule():
-    fixed, adaptive = KLController(0.2, None), KLController(0.2, 6.0)
+    fixed, adaptive = KLController(0.2, None, 10_000), KLController(0.2, 6.0, 10_000)
     fixed.update(100.0, 64)
     assert fixed.coef == 0.2
     adaptive.update(100.0, 64)  # error clipped to 0.2

@@ -5,7 +5,7 @@
 Written to data/ beside this file:
     sft.jsonl.gz, sft_test.jsonl.gz         prompt, completion = the chosen answer; --sft-used training rows
     pairs.jsonl.gz, pairs_test.jsonl.gz     prompt, chosen, rejected: --pairs-used training rows, all test rows
-    prompts_test.jsonl.gz                   the first --prompts test prompts, for evaluation
+    prompts_test.jsonl.gz                   the first --prompts rows of sft_test.jsonl.gz, for evaluation
 Prompts end in "Assistant:", so answers get the space that follows it.
 """
 
@@ -39,7 +39,7 @@ def main() -> None:
         chosen = [{"prompt": r["prompt"], "completion": r["chosen"]} for r in pairs]
         write(f"pairs{suffix}.jsonl.gz", pairs if suffix else pairs[: args.pairs_used])
         write(f"sft{suffix}.jsonl.gz", chosen if suffix else chosen[: args.sft_used])
-    write("prompts_test.jsonl.gz", [{"prompt": r["prompt"]} for r in rows[: args.prompts]])
+    write("prompts_test.jsonl.gz", chosen[: args.prompts])
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Written to data/ beside this file:
     sft.jsonl.gz          prompt = first 2 to 8 words of an excerpt of a review, completion = the rest of it
     sft_test.jsonl.gz     the same from the test reviews
     prompts.jsonl.gz      prompts of the training reviews
-    prompts_test.jsonl.gz the first --prompts prompts of the test reviews, for evaluation
+    prompts_test.jsonl.gz the first --prompts rows of sft_test.jsonl.gz, for evaluation
     classifier.pt         P(positive), see reward.py
 An excerpt is a run of whole sentences of at most --words words, so that EOS stands where a sentence ends.
 """
@@ -97,7 +97,7 @@ def main() -> None:
             rows.append({"prompt": " ".join(words[:size]), "completion": " " + " ".join(words[size:])})
         write(f"sft{suffix}.jsonl.gz", rows)
         prompts = [{"prompt": row["prompt"]} for row in rows]
-        write(f"prompts{suffix}.jsonl.gz", prompts[: args.prompts] if suffix else prompts)
+        write(f"prompts{suffix}.jsonl.gz", rows[: args.prompts] if suffix else prompts)
 
     examples = pieces["train"][0] + pieces["train"][1]
     labels = torch.tensor([float(label) for _, label in examples])

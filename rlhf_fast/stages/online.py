@@ -36,15 +36,13 @@ class Experience(NamedTuple):
 class KLController:
     """Weight of the KL penalty: fixed, or adapted towards a target (arXiv 1909.08593, section 2.2)."""
 
-    HORIZON = 10_000  # completions
-
-    def __init__(self, coef: float, target: float | None) -> None:
-        self.coef, self.target = coef, target
+    def __init__(self, coef: float, target: float | None, horizon: float) -> None:
+        self.coef, self.target, self.horizon = coef, target, horizon
 
     def update(self, kl_per_completion: float, completions: int) -> None:
         if self.target is not None:
             error = max(-0.2, min(0.2, kl_per_completion / self.target - 1))
-            self.coef *= 1 + error * completions / self.HORIZON
+            self.coef *= 1 + error * completions / self.horizon
 
     def state_dict(self) -> dict[str, Any]:
         return {"coef": self.coef}
@@ -104,7 +102,7 @@ class Online:
         self.drift_bound = config.max_logprob_drift
         if self.drift_bound is None:  # seen on small models: 1e-6 to 1e-5 in fp32, 0.03 to 0.06 in bf16
             self.drift_bound = 0.5 if config.bf16 else 0.01
-        self.kl = KLController(config.kl_coef, config.kl_target)
+        self.kl = KLController(config.kl_coef, config.kl_target, config.kl_horizon)
 
     def run(
         self,
