@@ -35,6 +35,17 @@ COMMANDS = {
     "study exact": Command(
         "study.config:ExactStudyConfig", "study.exact_frontier:run", "every method against the exact reward-KL frontier"
     ),
+    "study frontier": Command(
+        "study.config:FrontierConfig", "study.frontier:run", "true reward against KL, every method at several strengths"
+    ),
+    "study winrate": Command("study.config:WinRateConfig", "study.winrate:run", "every method against every other one"),
+    "study temperature": Command(
+        "study.config:TemperatureConfig", "study.temperature:run", "win rate over the sampling temperature"
+    ),
+    "study convergence": Command(
+        "study.config:ConvergenceConfig", "study.convergence:run", "win rate over training steps and seconds"
+    ),
+    "study shift": Command("study.config:ShiftConfig", "study.shift:run", "the policies on another domain's prompts"),
     "plan": Command(
         "plan.config:PlanConfig", "plan.command:run", "memory of a run before it is started, by role and phase"
     ),
@@ -98,7 +109,7 @@ def _fail(message: str, code: int) -> int:
 
 
 def _overview() -> str:
-    commands = "\n".join(f"  {name:<13} {command.help}" for name, command in COMMANDS.items())
+    commands = "\n".join(f"  {name:<17} {command.help}" for name, command in COMMANDS.items())
     return f"""usage: rlhf-fast COMMAND [--config FILE] [flags]
 
 RLHF post-training of language models on one machine.

@@ -273,15 +273,12 @@ class GRPOConfig(OnlineConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPOConfig(StageConfig):
-    """Direct preference optimisation (arXiv 2305.18290): no reward model, no sampling."""
+class OfflineConfig(StageConfig):
+    """What a method takes that learns from preference pairs alone."""
 
     learning_rate: float = arg(1e-6, "Peak learning rate of AdamW (betas 0.9, 0.95; eps 1e-8).")
     train_data: str = required("Rows with prompt+chosen+rejected.")
     reference: str | None = arg(None, "Reference model; default: `model` as it is at the start.")
-    beta: float = arg(0.1, "Strength of the implicit KL constraint.")
-    loss_type: DPOLossType = arg("sigmoid", "Loss on the log-ratio difference, named as in TRL.")
-    label_smoothing: float = arg(0.0, "Probability that a label is flipped (cDPO, robust).")
     epochs: int = arg(1, "Passes over the data.")
     batch_size: int = arg(16, "Pairs per optimizer step.")
     micro_batch_size: int | None = arg(None, "Pairs per forward pass; default: the whole batch.")
@@ -294,6 +291,15 @@ class DPOConfig(StageConfig):
     eval_reward: str | None = arg(None, "Reward that scores them: a directory or a Python function.")
     eval_steps: int = arg(0, "Evaluate every so many steps, and before and after; 0 never does.")
     max_response_length: int = arg(64, "Longest completion sampled in evaluation, in tokens.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOConfig(OfflineConfig):
+    """Direct preference optimisation (arXiv 2305.18290): no reward model, no sampling."""
+
+    beta: float = arg(0.1, "Strength of the implicit KL constraint.")
+    loss_type: DPOLossType = arg("sigmoid", "Loss on the log-ratio difference, named as in TRL.")
+    label_smoothing: float = arg(0.0, "Probability that a label is flipped (cDPO, robust).")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,13 +7,12 @@ bought in true reward and KL, on prompts none of them saw.
 """
 
 import dataclasses
-import json
-import os
 from pathlib import Path
 
 from rlhf_fast import pipeline
 from rlhf_fast.checkpoint import write_json
 from rlhf_fast.config import DemoConfig, PipelineConfig
+from rlhf_fast.rows import write_rows
 from rlhf_fast.tokenizers import init_model
 from rlhf_fast.variance import gradient_variance
 from rlhf_fast.world import build_tokenizer, prompt_rows, sft_rows
@@ -113,8 +112,5 @@ def write_data(directory: Path, seed: int, shorten: int) -> None:
     evaluation = prompt_rows(256 // shorten, seed + 1, completions=True)
     training = prompt_rows(6500 // shorten, seed + 2, exclude=[row["prompt"] for row in evaluation])
     files = {"sft.jsonl": sft_rows(6000 // shorten, seed + 3), "prompts.jsonl": training, "eval.jsonl": evaluation}
-    directory.mkdir(parents=True, exist_ok=True)
     for name, rows in files.items():
-        partial = directory / f".{name}.new"
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(partial, directory / name)
+        write_rows(directory / name, rows)

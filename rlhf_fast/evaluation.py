@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_fast.config import DPOConfig, OnlineConfig
+from rlhf_fast.config import OfflineConfig, OnlineConfig
 from rlhf_fast.data import PromptExample, encode_prompts, load_rows, pad_id, pad_left
 from rlhf_fast.models import Sequences, response_logits
 from rlhf_fast.offload import visiting
@@ -95,7 +95,7 @@ class Evaluator:
 
 
 def make_evaluator(
-    config: OnlineConfig | DPOConfig,
+    config: OnlineConfig | OfflineConfig,
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
     reference: PreTrainedModel,

@@ -1,4 +1,4 @@
-"""Reading and checking rows: JSON lines, Parquet, `datasets` directories, in-memory lists.
+"""Reading and checking rows: JSON lines, Parquet, `datasets` directories, in-memory lists; writing JSON lines.
 
 Left out: streaming, and reading from the network. Encoding the rows is `data`'s.
 """
@@ -6,6 +6,7 @@ Left out: streaming, and reading from the network. Encoding the rows is `data`'s
 import gzip
 import json
 import math
+import os
 import zlib
 from collections.abc import Iterable, Iterator
 from numbers import Integral, Real
@@ -67,6 +68,16 @@ def read_rows(source: str | Path | Iterable[Row]) -> Iterator[tuple[str, Any]]:
         yield from ((f"{path}, row {n}", row) for n, row in enumerate(table.to_pylist(), 1))
     else:
         raise ValueError(f"{path}: expected .jsonl, .jsonl.gz, .parquet or a `datasets` directory")
+
+
+def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
+    """Writes a `.jsonl` or `.jsonl.gz` file, beside it first and then renamed; makes its directory."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.new")
+    with gzip.open(partial, "wt") if path.suffix == ".gz" else open(partial, "w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    os.replace(partial, path)
 
 
 def _read_datasets(path: Path) -> Iterable[Row]:

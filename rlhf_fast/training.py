@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rlhf_fast
 from rlhf_fast import adapters, checkpoint
-from rlhf_fast.config import DPOConfig, OnlineConfig, StageConfig
+from rlhf_fast.config import OfflineConfig, OnlineConfig, StageConfig
 from rlhf_fast.data import epoch_batches
 from rlhf_fast.memory import Meter, static_bytes
 from rlhf_fast.metrics import MetricsLogger
@@ -241,7 +241,7 @@ class Run:
 
 
 def load_policy_and_reference(
-    config: OnlineConfig | DPOConfig, device: torch.device
+    config: OnlineConfig | OfflineConfig, device: torch.device
 ) -> tuple[PreTrainedModel, PreTrainedModel]:
     """The trained policy on `device`, and the frozen model its KL is taken to, which is still to be placed there.
 

@@ -28,6 +28,7 @@ By hand: "the plot was not good . i really loved the acting but the music was ba
 import math
 import random
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -65,6 +66,19 @@ ADJECTIVES = {word: sign for sign, kind in ((1, "good_adjective"), (-1, "bad_adj
 VERBS = {word: sign for sign, kind in ((1, "good_verb"), (-1, "bad_verb")) for word in LEXICON[kind]}
 SIZES = {word: size for size, kind in ((1.0, "intensifier"), (0.3, "softener")) for word in LEXICON[kind]}
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
+
+
+class Style(NamedTuple):
+    """How often a review's sentences are of a kind, and how often its opinions follow its sentiment."""
+
+    facts: float = 0.12
+    buts: float = 0.12
+    negations: float = 0.1
+    follows: float = 0.95
+
+
+USUAL = Style()
+SHIFTED = Style(facts=0.3, buts=0.4, negations=0.5)  # another domain in the same words, for studies
 
 
 # ---------------------------------------------------------------------------------------------------- reward
@@ -134,7 +148,7 @@ def generate_reviews(n: int, seed: int) -> list[str]:
     return [_review(rng) for _ in range(n)]
 
 
-def _review(rng: random.Random) -> str:
+def _review(rng: random.Random, style: Style = USUAL) -> str:
     sentiment = rng.choice((-1, -1, 0, 1, 1))
     unused = {
         1: [*LEXICON["good_adjective"], *LEXICON["good_verb"]],
@@ -145,23 +159,23 @@ def _review(rng: random.Random) -> str:
     length = rng.randint(22, 30)
     review: list[str] = []
     while len(review) < length:
-        review += _sentence(sentiment, unused, rng)
+        review += _sentence(sentiment, unused, rng, style)
     return " ".join(review)
 
 
-def _sentence(sentiment: int, unused: dict[int, list[str]], rng: random.Random) -> list[str]:
-    if rng.random() < 0.12:
+def _sentence(sentiment: int, unused: dict[int, list[str]], rng: random.Random, style: Style) -> list[str]:
+    if rng.random() < style.facts:
         return [*_fact(rng), "."]
     follows = sentiment or rng.choice((-1, 1))
-    sign = follows if rng.random() < 0.95 else -follows
-    if rng.random() < 0.12:
-        return [*_clause(-sign, unused, rng), "but", *_clause(sign, unused, rng), "."]
-    return [*_clause(sign, unused, rng), "."]
+    sign = follows if rng.random() < style.follows else -follows
+    if rng.random() < style.buts:
+        return [*_clause(-sign, unused, rng, style), "but", *_clause(sign, unused, rng, style), "."]
+    return [*_clause(sign, unused, rng, style), "."]
 
 
-def _clause(sign: int, unused: dict[int, list[str]], rng: random.Random) -> list[str]:
+def _clause(sign: int, unused: dict[int, list[str]], rng: random.Random, style: Style) -> list[str]:
     """An opinion of the given sign, with a polarity word the review has not used."""
-    negated = rng.random() < 0.1
+    negated = rng.random() < style.negations
     word = unused[-sign if negated else sign].pop()
     degree = rng.choice((None, None, "intensifier", "softener"))
     modifiers = [] if degree is None else [rng.choice(LEXICON[degree])]
@@ -193,14 +207,16 @@ def sft_rows(n: int, seed: int) -> list[dict[str, str]]:
     return [{"prompt": prompt, "completion": completion} for prompt, completion in splits]
 
 
-def prompt_rows(n: int, seed: int, exclude: Iterable[str] = (), *, completions: bool = False) -> list[dict[str, str]]:
+def prompt_rows(
+    n: int, seed: int, exclude: Iterable[str] = (), *, completions: bool = False, style: Style = USUAL
+) -> list[dict[str, str]]:
     """n rows with prompt, all different and none of them in `exclude` (to keep held-out prompts held out).
 
-    completions: a second column, the rest of the review.
+    completions: a second column, the rest of the review. style: of the reviews they begin.
     """
     rng, seen, rows = random.Random(seed), set(exclude), []
     while len(rows) < n:
-        prompt, completion = split_prompt(_review(rng), rng)
+        prompt, completion = split_prompt(_review(rng, style), rng)
         if prompt not in seen:
             seen.add(prompt)
             rows.append({"prompt": prompt, "completion": completion} if completions else {"prompt": prompt})

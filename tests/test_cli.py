@@ -170,6 +170,9 @@ def test_help_has_one_line_per_field(name, monkeypatch, capsys):
     assert callable(cli._load(cli.COMMANDS[name].run))
 
 
+OFFLINE = "what a method takes that learns from preference pairs alone"
+
+
 def test_help_shows_choices_and_groups(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "120")
     with pytest.raises(SystemExit):
@@ -177,7 +180,7 @@ def test_help_shows_choices_and_groups(monkeypatch, capsys):
     text = capsys.readouterr().out
     assert "constant|linear|cosine [linear]" in text and "--[no-]bf16 " in text
     groups = re.findall(r"^(\S.*):$", text, flags=re.MULTILINE)
-    assert groups == ["required", "options", "what every training stage takes", "general"]
+    assert groups == ["required", "options", OFFLINE, "what every training stage takes", "general"]
     first = text.index("--model STR"), text.index("--train-data STR"), text.index("--beta FLOAT")
     assert list(first) == sorted(first)
 
@@ -197,7 +200,7 @@ def test_help_and_errors_do_not_import_torch(argv):
 def test_overview_names_every_command(capsys):
     assert cli.main([]) == 0
     text = capsys.readouterr().out
-    assert [line[2:15].strip() for line in text.splitlines() if line.startswith("  ")] == list(cli.COMMANDS)
+    assert [line[2:20].strip() for line in text.splitlines() if line.startswith("  ")] == list(cli.COMMANDS)
 
 
 def test_from_dict():

@@ -6,8 +6,6 @@ weights: they show time and memory only.
 """
 
 import dataclasses
-import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +17,7 @@ from rlhf_fast.adapters import LoRA
 from rlhf_fast.compare.config import CompareConfig
 from rlhf_fast.config import DemoConfig
 from rlhf_fast.models import load_scorer, load_tokenizer
+from rlhf_fast.rows import write_rows
 from rlhf_fast.stages import reward as reward_stage
 from rlhf_fast.tokenizers import init_model
 from rlhf_fast.world import build_tokenizer, sft_rows
@@ -141,8 +140,8 @@ def _random(out: Path, shape: Shape, config: CompareConfig) -> Start:
     prompts = [_stretched(row["prompt"], config.prompt_length, tokenizer) for row in texts]
     answers = [_stretched(row["completion"], config.response_length - 1, tokenizer) for row in texts]
     pairs = zip(prompts, answers, answers[1:] + answers[:1], strict=True)
-    _write_rows(out / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
-    _write_rows(out / "pairs.jsonl", [{"prompt": p, "chosen": a, "rejected": b} for p, a, b in pairs])
+    write_rows(out / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
+    write_rows(out / "pairs.jsonl", [{"prompt": p, "chosen": a, "rejected": b} for p, a, b in pairs])
     adapter = out / f"reward_lora{config.lora_rank}" if config.lora_rank else None
     if adapter and not adapter.is_dir():
         _write_reward_model(out / "policy", adapter, LoRA(config.lora_rank, 16.0, 0))
@@ -170,9 +169,3 @@ def _write_reward_model(policy: Path, reward: Path, lora: LoRA | None) -> None:
         torch.manual_seed(0)
         model = load_scorer(policy, lora=lora)
     checkpoint.save(reward, models={"": model}, tokenizer=load_tokenizer(policy), state=None, extra_files={})
-
-
-def _write_rows(path: Path, rows: list[dict[str, str]]) -> None:
-    partial = path.with_name(f".{path.name}.new")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    os.replace(partial, path)

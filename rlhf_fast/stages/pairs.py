@@ -3,11 +3,6 @@
 P(a preferred over b) = sigmoid(scale * (reward(a) - reward(b))), a draw per pair: the labels are as noisy as people's.
 """
 
-import gzip
-import json
-import os
-from pathlib import Path
-
 import torch
 
 from rlhf_fast.config import PairsConfig
@@ -16,6 +11,7 @@ from rlhf_fast.evaluation import prompt_columns
 from rlhf_fast.models import default_device, load_policy, load_tokenizer
 from rlhf_fast.rewards import Reward, decode_responses
 from rlhf_fast.rollout import eos_token_ids, generate
+from rlhf_fast.rows import write_rows
 from rlhf_fast.training import micro_batches
 
 
@@ -55,14 +51,6 @@ def sample(config: PairsConfig) -> None:
             row = {"prompt": prompt.prompt, "chosen": answers[best[i]], "rejected": answers[1 - best[i]]}
             pairs.append(row if useful else None)
     training = len(pairs) - config.eval_rows
-    _write(Path(config.output), pairs[:training])
+    write_rows(config.output, filter(None, pairs[:training]))
     if config.eval_output:
-        _write(Path(config.eval_output), pairs[training:])
-
-
-def _write(path: Path, rows: list[dict | None]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with gzip.open(partial, "wt") if path.suffix == ".gz" else open(partial, "w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows if row)
-    os.replace(partial, path)
+        write_rows(config.eval_output, filter(None, pairs[training:]))

@@ -1,6 +1,6 @@
 """The configs of the studies; as in `rlhf_fast.config`, only values and checks of them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rlhf_fast.config import arg, check
 
@@ -45,5 +45,58 @@ class TrainedStudyConfig:
     quick: bool = arg(False, "Embedded world: a tenth of the steps, which shows that everything runs, no more.")
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "workers"):
-            check(self, name, lambda v: v >= 1, "an integer >= 1")
+        check(self, "seeds", lambda v: v >= 2, "an integer >= 2, for a standard error")
+        check(self, "workers", lambda v: v >= 1, "an integer >= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrontierConfig(TrainedStudyConfig):
+    """True reward against KL to the SFT model: every method at several strengths, points over training, envelopes."""
+
+    kl_to: float = arg(8.0, "Envelopes are compared from KL 0 to this, in nats per completion.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self, "kl_to", lambda v: v > 0, "a number > 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WinRateConfig(TrainedStudyConfig):
+    """Every method against every other one, prompt by prompt, judged by the true reward."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvergenceConfig(TrainedStudyConfig):
+    """Win rate against the held-out rows' own completions over training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TemperatureConfig(TrainedStudyConfig):
+    """Win rate against the held-out rows' own completions over the sampling temperature."""
+
+    temperatures: list[float] = field(
+        default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0], metadata={"help": "Sampling temperatures; 0 is greedy."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(
+            self,
+            "temperatures",
+            lambda v: v and all(t >= 0 for t in v) and len(set(v)) == len(v),
+            "distinct numbers >= 0",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShiftConfig(TrainedStudyConfig):
+    """The trained policies on prompts of another domain than their training's."""
+
+    shift_data: str | None = arg(
+        None, "Rows with prompt and completion of the other domain; the embedded world has one of its own."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.shift_data is None) != (self.pipeline is None):
+            raise ValueError(f"shift_data: expected it with pipeline, and only then, got {self.shift_data!r}")

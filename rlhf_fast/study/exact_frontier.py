@@ -9,7 +9,6 @@ model's own, the difference between it and PPO is the optimiser's.
 """
 
 import datetime
-import math
 import shlex
 import statistics
 import sys
@@ -26,6 +25,7 @@ from torch import Tensor
 from rlhf_fast.checkpoint import write_json
 from rlhf_fast.exact import TabularPolicy, beta_at_kl, expected_reward, frontier, kl, optimum
 from rlhf_fast.study.config import ExactStudyConfig
+from rlhf_fast.study.envelopes import Point, envelope, mean_error, mean_errors
 from rlhf_fast.study.exact_methods import OFFLINE, ONLINE, Update, best_of
 from rlhf_fast.study.exact_plots import write_plot
 from rlhf_fast.study.exact_world import World, learn_rewards, make_world, sample_pairs
@@ -33,7 +33,6 @@ from rlhf_fast.study.exact_world import World, learn_rewards, make_world, sample
 BETAS = tuple(10 ** (1 - i / 50) for i in range(151))  # of the learned reward's optimum
 BEST_OF = tuple(2**i for i in range(11))
 GRID = 100  # KLs at which envelope and frontier are compared
-Point = tuple[int, float, float]  # step (or N of best-of-N, or place in BETAS), KL, reward
 
 
 def run(config: ExactStudyConfig) -> None:
@@ -95,11 +94,6 @@ def _point(world: World, step: int, logprobs: Tensor) -> Point:
     return step, kl(logprobs, world.ref_logprobs).item(), expected_reward(logprobs, world.rewards).item()
 
 
-def envelope(points: Sequence[Point], start: float, grid: Sequence[float]) -> list[float]:
-    """The best reward of a point with at most this KL, for each KL of the grid; `start` is that of the reference."""
-    return [max([start, *(reward for _, kl, reward in points if kl <= limit)]) for limit in grid]
-
-
 def summary(world: World, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Frontier; by method the area, the envelope, and its gain over DPO's paired by seed: mean and standard error."""
     largest = -world.ref_logprobs[world.rewards.argmax()].item()
@@ -117,11 +111,11 @@ def summary(world: World, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         areas = [_shortfall(exact, curve) for curve in seeds]
         gains = [[a - b for a, b in zip(*pair, strict=True)] for pair in zip(seeds, curves["DPO"], strict=True)]
         methods[name] = {
-            "area": {"seeds": areas, **_mean_error(areas)},
-            "envelope": _mean_errors(seeds),
+            "area": {"seeds": areas, **mean_error(areas)},
+            "envelope": mean_errors(seeds),
             "gain_over_dpo": {
-                **_mean_error([statistics.fmean(gain) for gain in gains]),
-                "envelope": _mean_errors(gains),
+                **mean_error([statistics.fmean(gain) for gain in gains]),
+                "envelope": mean_errors(gains),
             },
         }
     return {
@@ -134,16 +128,6 @@ def summary(world: World, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _shortfall(frontier: Sequence[float], curve: Sequence[float]) -> float:
     return statistics.fmean(best - reward for best, reward in zip(frontier, curve, strict=True))
-
-
-def _mean_error(values: Sequence[float]) -> dict[str, float]:
-    return {"mean": statistics.fmean(values), "se": statistics.stdev(values) / math.sqrt(len(values))}
-
-
-def _mean_errors(curves: Sequence[Sequence[float]]) -> dict[str, list[float]]:
-    """Mean and standard error over the curves, at each place of the grid."""
-    places = [_mean_error(column) for column in zip(*curves, strict=True)]
-    return {key: [place[key] for place in places] for key in ("mean", "se")}
 
 
 def _show(record: dict[str, Any]) -> None:

@@ -6,16 +6,13 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from rlhf_fast.plots import COLORS, MARKERS, STYLE
+from rlhf_fast.plots import MARKERS, STYLE
+from rlhf_fast.study.plots import STUDY_COLORS
 
-_COLORS = COLORS | {
-    "PPO-GT": "#56B4E9",
+_COLORS = STUDY_COLORS | {
     "DPO ipo": "#B8860B",
     "DPO hinge": "#8B6B00",
-    "Unlikelihood": "#999999",
-    "Preferred-FT": "#44AA99",
     "RM optimum": "#555555",
-    "Best-of-N": "#332288",
     "Best-of-N-GT": "#6655BB",
 }
 _DASHED = ("PPO-GT", "Best-of-N-GT", "DPO ipo", "DPO hinge", "RM optimum")

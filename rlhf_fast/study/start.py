@@ -27,7 +27,7 @@ def pipeline_of(config_file: str | None, out: str | Path, seed: int, *, shorten:
     directory = str(Path(out) / f"seed-{seed}")
     if config_file is None:
         config = demo.pipeline_config(DemoConfig(output_dir=directory, seed=seed, resume=True), shorten)
-        return dataclasses.replace(config, **_with_data(config, Path(out) / "data"))
+        return dataclasses.replace(config, **_sections(config, Path(out) / "data"))
     check_file(PipelineConfig, config_file)
     values = yaml.safe_load(Path(config_file).read_text())
     config = from_dict(PipelineConfig, values, config_file)
@@ -44,10 +44,11 @@ def prepare(config: PipelineConfig, *, embedded: bool, shorten: int = 1) -> None
     pipeline.run_stages(config, BEFORE_METHODS)
 
 
-def _with_data(config: PipelineConfig, data: Path) -> dict[str, dict]:
-    """The sections that name data, with the directory that all seeds share."""
+def _sections(config: PipelineConfig, data: Path) -> dict[str, dict]:
+    """The sections that differ from the demo's: data in a directory that all seeds share, more passes for DPO."""
     return {
         "sft": config.sft | {"train_data": str(data / "sft.jsonl")},
         "pairs": config.pairs | {"prompts": str(data / "prompts.jsonl")},
+        "dpo": config.dpo | {"epochs": 3},  # in one it is far from done; in the demo time is short
         "common": config.common | {"train_data": str(data / "prompts.jsonl"), "eval_data": str(data / "eval.jsonl")},
     }

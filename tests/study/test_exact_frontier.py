@@ -8,7 +8,8 @@ import torch
 
 from rlhf_fast import cli, exact
 from rlhf_fast.study.config import ExactStudyConfig
-from rlhf_fast.study.exact_frontier import envelope, summary, train_all
+from rlhf_fast.study.envelopes import envelope
+from rlhf_fast.study.exact_frontier import summary, train_all
 from rlhf_fast.study.exact_methods import OFFLINE, ONLINE, best_of
 from rlhf_fast.study.exact_world import learn_rewards, make_world, sample_pairs
 
