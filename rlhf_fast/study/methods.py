@@ -7,6 +7,7 @@ beta of DPO, alpha of Unlikelihood. Everything else is what the pipeline's confi
 
 import dataclasses
 import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,9 +58,14 @@ class Cell(NamedTuple):
         return f"{self.method}{strength}, seed {self.seed}"
 
 
-def cell_of(start: PipelineConfig, method: str, strength: float | None) -> Cell:
-    """What trains `method`, its directory in that of the start, whose SFT model, pairs and reward model are there."""
+def cells_of(start: PipelineConfig, wanted: Iterable[tuple[str, float | None]]) -> list[Cell]:
+    """What trains every wanted (method, strength), in directories within the start's, whose stages have run."""
     stages = pipeline.make_plan(dataclasses.replace(start, methods=[*dict.fromkeys(ONLINE.values()), "dpo"]))
+    pairs = len(load_rows(stages["dpo"].train_data, "preference"))
+    return [_cell(start, stages, pairs, method, strength) for method, strength in wanted]
+
+
+def _cell(start: PipelineConfig, stages: Mapping[str, Any], pairs: int, method: str, strength: float | None) -> Cell:
     base = stages[ONLINE.get(method, "dpo")]
     suffix = "" if strength is None else f"-{strength:g}"
     values: dict[str, Any] = {"output_dir": str(Path(start.output_dir) / f"{method.lower()}{suffix}")}
@@ -73,8 +79,7 @@ def cell_of(start: PipelineConfig, method: str, strength: float | None) -> Cell:
             values |= {"reward": _true_reward(base), "kl_coef": base.kl_coef / scale}
         target, config = f"stages.{ONLINE[method]}:train", dataclasses.replace(base, **values)
     else:
-        steps = len(load_rows(base.train_data, "preference")) // base.batch_size * base.epochs
-        values["eval_steps"] = math.ceil(steps / POINTS)
+        values["eval_steps"] = math.ceil(pairs // base.batch_size * base.epochs / POINTS)
         if method == "DPO":
             target, config = "stages.dpo:train", dataclasses.replace(base, beta=strength, **values)
         else:

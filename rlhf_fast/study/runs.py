@@ -22,7 +22,7 @@ from rlhf_fast import demo
 from rlhf_fast.checkpoint import write_json
 from rlhf_fast.config import PipelineConfig
 from rlhf_fast.study.config import TrainedStudyConfig
-from rlhf_fast.study.methods import Cell, cell_of
+from rlhf_fast.study.methods import Cell, cells_of
 from rlhf_fast.study.start import pipeline_of, prepare
 
 
@@ -34,7 +34,7 @@ class Job(NamedTuple):
 
 
 def train(config: TrainedStudyConfig, wanted: Iterable[tuple[str, float | None]]) -> list[Cell]:
-    """Trains what is not there yet of every wanted (method, strength) on every seed; returns the cells in that order.
+    """Trains what is not there yet of every wanted (method, strength) on every seed; returns the cells, seed by seed.
 
     Raises ValueError for a directory of other settings, and, after everything else is done, for runs that failed.
     """
@@ -50,7 +50,8 @@ def train(config: TrainedStudyConfig, wanted: Iterable[tuple[str, float | None]]
         if not path.is_file()
     ]
     run_jobs(jobs, config.workers)
-    cells = [cell_of(start, *one) for one in wanted for start in starts]
+    wanted = list(wanted)
+    cells = [cell for start in starts for cell in cells_of(start, wanted)]
     train_cells(cells, config.workers)
     return cells
 

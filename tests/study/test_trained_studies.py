@@ -29,7 +29,7 @@ from rlhf_fast.study.config import (
     WinRateConfig,
 )
 from rlhf_fast.study.judge import ROWS, SFT, Judged
-from rlhf_fast.study.methods import MAIN, ONLINE, STRENGTHS
+from rlhf_fast.study.methods import MAIN, ONLINE, STRENGTHS, cells_of
 from rlhf_fast.study.sampling import sample_scores
 from rlhf_fast.study.start import pipeline_of
 from rlhf_fast.study.unlikelihood import UnlikelihoodConfig
@@ -95,7 +95,7 @@ def test_frontier(studied, here, capsys):
     assert list(record["methods"]) == list(SMALL)
     assert len(record["runs"]) == 2 * sum(map(len, SMALL.values()))
     remax = [run for run in record["runs"] if run["method"] == "ReMax"]
-    assert [(run["strength"], run["seed"]) for run in remax] == [(1.0, 0), (1.0, 1), (3.0, 0), (3.0, 1)]
+    assert [(run["strength"], run["seed"]) for run in remax] == [(1.0, 0), (3.0, 0), (1.0, 1), (3.0, 1)]
     seed = studied[0] / "out" / "seed-1"
     metrics = read_metrics(seed / "remax-3" / "metrics.jsonl")
     assert remax[-1]["points"] == [[m["step"], m["eval/kl"], m["eval/reward"]] for m in metrics]
@@ -215,7 +215,7 @@ def test_cells_of_the_embedded_world(tmp_path, monkeypatch):
     start = pipeline_of(None, tmp_path, 1)
     assert (start.seed, start.output_dir) == (1, str(tmp_path / "seed-1"))
     write_rows(tmp_path / "seed-1" / "pairs.jsonl.gz", [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 640)
-    cells = [runs.cell_of(start, method, strength) for method, all in STRENGTHS.items() for strength in all]
+    cells = cells_of(start, [(method, strength) for method, all in STRENGTHS.items() for strength in all])
     assert len({cell.directory for cell in cells}) == len(cells) == sum(map(len, STRENGTHS.values()))
     by_name = {(cell.method, cell.strength): cell.config for cell in cells}
     ground_truth, learned = by_name["PPO-GT", 3.0], by_name["PPO", 3.0]
