@@ -50,7 +50,16 @@ class TrainedStudyConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FrontierConfig(TrainedStudyConfig):
+class MethodsStudyConfig(TrainedStudyConfig):
+    """A study that sets methods side by side."""
+
+    methods: list[str] = field(
+        default_factory=list, metadata={"help": "Only these, as the tables name them; default: all."}
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrontierConfig(MethodsStudyConfig):
     """True reward against KL to the SFT model: every method at several strengths, points over training, envelopes."""
 
     kl_to: float = arg(8.0, "Envelopes are compared from KL 0 to this, in nats per completion.")
@@ -61,17 +70,17 @@ class FrontierConfig(TrainedStudyConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WinRateConfig(TrainedStudyConfig):
+class WinRateConfig(MethodsStudyConfig):
     """Every method against every other one, prompt by prompt, judged by the true reward."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvergenceConfig(TrainedStudyConfig):
+class ConvergenceConfig(MethodsStudyConfig):
     """Win rate against the held-out rows' own completions over training."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TemperatureConfig(TrainedStudyConfig):
+class TemperatureConfig(MethodsStudyConfig):
     """Win rate against the held-out rows' own completions over the sampling temperature."""
 
     temperatures: list[float] = field(
@@ -89,7 +98,7 @@ class TemperatureConfig(TrainedStudyConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShiftConfig(TrainedStudyConfig):
+class ShiftConfig(MethodsStudyConfig):
     """The trained policies on prompts of another domain than their training's."""
 
     shift_data: str | None = arg(

@@ -18,7 +18,7 @@ from rlhf_fast.study.runs import train
 
 def run(config: ConvergenceConfig) -> dict[str, Any]:
     """Trains what is not there yet, prints the table, writes convergence.json and convergence.png to `config.out`."""
-    cells = train(config, [(method, strength) for method, strength in MAIN.items() if method != "Best-of-N"])
+    cells = train(config, {method: strengths for method, strengths in MAIN.items() if method != "Best-of-N"})
     by_method: dict[str, list[Cell]] = {}
     for cell in cells:
         by_method.setdefault(cell.method, []).append(cell)

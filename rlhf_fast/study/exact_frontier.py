@@ -8,10 +8,7 @@ reward model and rollouts. "RM optimum" is the closed-form optimum of the learne
 model's own, the difference between it and PPO is the optimiser's.
 """
 
-import datetime
-import shlex
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,13 +19,13 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from rlhf_fast.checkpoint import write_json
 from rlhf_fast.exact import TabularPolicy, beta_at_kl, expected_reward, frontier, kl, optimum
 from rlhf_fast.study.config import ExactStudyConfig
 from rlhf_fast.study.envelopes import Point, envelope, mean_error, mean_errors
 from rlhf_fast.study.exact_methods import OFFLINE, ONLINE, Update, best_of
 from rlhf_fast.study.exact_plots import write_plot
 from rlhf_fast.study.exact_world import World, learn_rewards, make_world, sample_pairs
+from rlhf_fast.study.records import write_record
 
 BETAS = tuple(10 ** (1 - i / 50) for i in range(151))  # of the learned reward's optimum
 BEST_OF = tuple(2**i for i in range(11))
@@ -41,14 +38,7 @@ def run(config: ExactStudyConfig) -> None:
     out.mkdir(parents=True, exist_ok=True)
     world = make_world(config)
     runs = [run for seed in track(range(config.seeds), "seeds") for run in train_all(world, config, seed)]
-    record = {
-        "command": "rlhf-fast " + shlex.join(sys.argv[1:]),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "config": vars(config),
-        **summary(world, runs),
-        "runs": runs,
-    }
-    write_json(out / "exact.json", record)
+    record = write_record(out / "exact.json", config, {**summary(world, runs), "runs": runs})
     write_plot(out / "exact.png", record)
     _show(record)
 

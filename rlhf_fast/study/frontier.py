@@ -29,10 +29,10 @@ BASELINE = "DPO"  # whose envelope the gains are over
 
 def run(config: FrontierConfig) -> dict[str, Any]:
     """Trains what is not there yet, prints the table, writes frontier.json and frontier.png to `config.out`."""
-    cells = train(config, [(method, strength) for method, all in STRENGTHS.items() for strength in all])
+    cells = train(config, STRENGTHS)
     runs = [
-        {"method": c.method, "strength": c.strength, "seed": c.seed, "points": points_of(c)} for c in cells
-    ]  # fmt: skip
+        {**dict(zip(("method", "strength", "seed"), cell, strict=False)), "points": points_of(cell)} for cell in cells
+    ]
     content = {**summary(runs, config.kl_to), "runs": runs}
     record = write_record(Path(config.out) / "frontier.json", config, content)
     save(Path(config.out) / "frontier.png", frontier_figure, record)
@@ -56,20 +56,19 @@ def summary(runs: Sequence[dict[str, Any]], kl_to: float) -> dict[str, Any]:
     points: dict[str, dict[int, list[Point]]] = {}
     for one in runs:
         points.setdefault(one["method"], {}).setdefault(one["seed"], []).extend(one["points"])
-    starts = {seed: cloud[0][2] for seed, cloud in points[BASELINE].items()}
+    starts = {seed: cloud[0][2] for seed, cloud in next(iter(points.values())).items()}  # or Best-of-1's
     curves = {
         method: [envelope(cloud, starts[seed], grid) for seed, cloud in sorted(by_seed.items())]
         for method, by_seed in points.items()
     }
     methods = {}
     for method, seeds in curves.items():
-        gains = [[a - b for a, b in zip(*pair, strict=True)] for pair in zip(seeds, curves[BASELINE], strict=True)]
-        means = [statistics.fmean(gain) for gain in gains]
-        methods[method] = {
-            "mean_reward": mean_error([statistics.fmean(curve) for curve in seeds]),
-            "envelope": mean_errors(seeds),
-            "gain_over_dpo": {**mean_error(means), "seeds": means, "seeds_above": sum(gain > 0 for gain in means)},
-        }
+        means = [statistics.fmean(curve) for curve in seeds]
+        methods[method] = {"mean_reward": mean_error(means), "envelope": mean_errors(seeds)}
+        if BASELINE in curves:
+            gains = [mean - statistics.fmean(other) for mean, other in zip(means, curves[BASELINE], strict=True)]
+            above = sum(gain > 0 for gain in gains)
+            methods[method]["gain_over_dpo"] = {**mean_error(gains), "seeds": gains, "seeds_above": above}
     return {"kl": grid, "start_reward": mean_error([starts[seed] for seed in sorted(starts)]), "methods": methods}
 
 
@@ -78,10 +77,10 @@ def _show(record: dict[str, Any]) -> None:
     places = [GRID * i // 8 - 1 for i in (1, 2, 4, 8)]
     rows = []
     for name, method in sorted(record["methods"].items(), key=lambda item: -item[1]["mean_reward"]["mean"]):
-        gain, curve = method["gain_over_dpo"], method["envelope"]
-        row = {"method": name, "mean reward": _pair(method["mean_reward"])}
-        row["gain over DPO"] = None if name == BASELINE else _pair(gain)
-        row["in seeds"] = "" if name == BASELINE else f"{gain['seeds_above']} of {seeds}"
+        curve, row = method["envelope"], {"method": name, "mean reward": _pair(method["mean_reward"])}
+        if name != BASELINE and "gain_over_dpo" in method:
+            row["gain over DPO"] = _pair(method["gain_over_dpo"])
+            row["above it"] = f"{method['gain_over_dpo']['seeds_above']} of {seeds} seeds"
         row |= {f"at KL {grid[i]:g}": (curve["mean"][i], curve["se"][i]) for i in places}
         rows.append(row)
     title = f"True reward of the upper envelopes, mean over KL 0 to {grid[-1]:g} and at four KLs; {seeds} seeds"

@@ -94,13 +94,12 @@ def _policies(cells: Sequence[Cell]) -> list[tuple[str, int, Path, JudgeConfig]]
         names = ("max_prompt_length", "max_response_length", "seed", "eval_data")
         shared: dict[str, Any] = {name: getattr(cell.config, name) for name in names}
         shared["eval_reward"] = cell.config.eval_reward
+        if not any(method == SFT and seed == cell.seed for method, seed, *_ in policies):
+            start = cell.config.model
+            policies.append((SFT, cell.seed, Path(start), JudgeConfig(model=start, **shared)))
         if cell.method == "Best-of-N":
-            start = Path(cell.config.model)
-            chosen = JudgeConfig(model=str(start), best_of=BEST_OF, reward=cell.config.reward, **shared)
-            policies += [
-                (SFT, cell.seed, start, JudgeConfig(model=str(start), **shared)),
-                (f"Best-of-{BEST_OF}", cell.seed, cell.directory, chosen),
-            ]
+            chosen = JudgeConfig(model=cell.config.model, best_of=BEST_OF, reward=cell.config.reward, **shared)
+            policies.append((f"Best-of-{BEST_OF}", cell.seed, cell.directory, chosen))
         else:
             policies.append((cell.method, cell.seed, cell.directory, JudgeConfig(model=str(cell.directory), **shared)))
     return policies

@@ -7,7 +7,7 @@ beta of DPO, alpha of Unlikelihood. Everything else is what the pipeline's confi
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,19 +22,20 @@ BETAS = (0.1, 0.3, 1.0)
 ALPHAS = (0.05, 0.3, 1.0)
 POINTS = 6  # evaluations of a run after its start
 ONLINE = {"PPO": "ppo", "PPO-GT": "ppo", "ReMax": "remax", "REINFORCE": "reinforce", "RLOO": "rloo"}
-STRENGTHS: dict[str, tuple[float | None, ...]] = {
+Strengths = Mapping[str, tuple[float | None, ...]]  # by method
+STRENGTHS: Strengths = {
     **dict.fromkeys(ONLINE, KL_TARGETS),
     "DPO": BETAS,
     "Unlikelihood": ALPHAS,
     "Preferred-FT": (None,),
     "Best-of-N": (None,),
 }
-MAIN: dict[str, float | None] = {
-    **dict.fromkeys(ONLINE, 3.0),
-    "DPO": 0.3,
-    "Unlikelihood": 0.05,
-    "Preferred-FT": None,
-    "Best-of-N": None,
+MAIN: Strengths = {
+    **dict.fromkeys(ONLINE, (3.0,)),
+    "DPO": (0.3,),
+    "Unlikelihood": (0.05,),
+    "Preferred-FT": (None,),
+    "Best-of-N": (None,),
 }
 _NAMES = {**dict.fromkeys(ONLINE, "KL target"), "DPO": "beta", "Unlikelihood": "alpha"}
 
@@ -58,11 +59,11 @@ class Cell(NamedTuple):
         return f"{self.method}{strength}, seed {self.seed}"
 
 
-def cells_of(start: PipelineConfig, wanted: Iterable[tuple[str, float | None]]) -> list[Cell]:
-    """What trains every wanted (method, strength), in directories within the start's, whose stages have run."""
+def cells_of(start: PipelineConfig, wanted: Strengths) -> list[Cell]:
+    """What trains every method at its strengths, in directories within the start's, whose stages have run."""
     stages = pipeline.make_plan(dataclasses.replace(start, methods=[*dict.fromkeys(ONLINE.values()), "dpo"]))
     pairs = len(load_rows(stages["dpo"].train_data, "preference"))
-    return [_cell(start, stages, pairs, method, strength) for method, strength in wanted]
+    return [_cell(start, stages, pairs, method, one) for method, strengths in wanted.items() for one in strengths]
 
 
 def _cell(start: PipelineConfig, stages: Mapping[str, Any], pairs: int, method: str, strength: float | None) -> Cell:

@@ -10,7 +10,7 @@ import importlib
 import json
 import multiprocessing
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -21,9 +21,9 @@ import torch
 from rlhf_fast import demo
 from rlhf_fast.checkpoint import write_json
 from rlhf_fast.config import PipelineConfig
-from rlhf_fast.study.config import TrainedStudyConfig
-from rlhf_fast.study.methods import Cell, cells_of
-from rlhf_fast.study.start import pipeline_of, prepare
+from rlhf_fast.study.config import MethodsStudyConfig, TrainedStudyConfig
+from rlhf_fast.study.methods import Cell, Strengths, cells_of
+from rlhf_fast.study.start import BEFORE_METHODS, pipeline_of, prepare
 
 
 class Job(NamedTuple):
@@ -33,24 +33,27 @@ class Job(NamedTuple):
     argument: Any
 
 
-def train(config: TrainedStudyConfig, wanted: Iterable[tuple[str, float | None]]) -> list[Cell]:
-    """Trains what is not there yet of every wanted (method, strength) on every seed; returns the cells, seed by seed.
+def train(config: MethodsStudyConfig, strengths: Strengths) -> list[Cell]:
+    """Trains what is not there yet of `config.methods` at these strengths on every seed; the cells, seed by seed.
 
     Raises ValueError for a directory of other settings, and, after everything else is done, for runs that failed.
     """
+    for name in config.methods:
+        if name not in strengths:
+            raise ValueError(f"methods: expected some of {', '.join(strengths)}, got {name!r}")
+    wanted = {name: strengths[name] for name in config.methods or strengths}
     out, shorten = Path(config.out), 10 if config.quick else 1
     starts = [pipeline_of(config.pipeline, out, seed, shorten=shorten) for seed in range(config.seeds)]
-    _same_settings(out, {"pipeline": config.pipeline, "quick": config.quick})
-    if config.pipeline is None and not (out / "data").is_dir():
+    missing = [start for start in starts if not _is_made_with(_note(start), _settings(start))]
+    if config.pipeline is None and missing:
         demo.write_data(out / "data", 0, shorten)
-    prepared = [Path(start.output_dir) / "start.json" for start in starts]
-    jobs = [
-        Job(f"SFT, pairs and reward model, seed {start.seed}", path.with_name("log.txt"), _prepare, (start, config))
-        for start, path in zip(starts, prepared, strict=True)
-        if not path.is_file()
-    ]
-    run_jobs(jobs, config.workers)
-    wanted = list(wanted)
+    run_jobs(
+        [
+            Job(f"SFT, pairs and reward model, seed {s.seed}", _note(s).with_name("log.txt"), _prepare, (s, config))
+            for s in missing
+        ],
+        config.workers,
+    )
     cells = [cell for start in starts for cell in cells_of(start, wanted)]
     train_cells(cells, config.workers)
     return cells
@@ -58,7 +61,7 @@ def train(config: TrainedStudyConfig, wanted: Iterable[tuple[str, float | None]]
 
 def train_cells(cells: Sequence[Cell], workers: int) -> None:
     """Trains what is not there yet."""
-    missing = [cell for cell in cells if not _is_there(cell)]
+    missing = [c for c in cells if not _is_made_with(c.directory / "run.json", dataclasses.asdict(c.config))]
     run_jobs([Job(c.name, c.directory / "log.txt", _train, (c.target, c.config)) for c in missing], workers)
 
 
@@ -105,7 +108,17 @@ def _logged(log: Path, function: Callable[[Any], None], argument: Any) -> None:
 def _prepare(argument: tuple[PipelineConfig, TrainedStudyConfig]) -> None:
     start, config = argument
     prepare(start, embedded=config.pipeline is None)
-    write_json(Path(start.output_dir) / "start.json", dataclasses.asdict(start))
+    write_json(_note(start), {"config": _settings(start)})
+
+
+def _note(start: PipelineConfig) -> Path:
+    """Written when the start is complete."""
+    return Path(start.output_dir) / "start.json"
+
+
+def _settings(start: PipelineConfig) -> dict[str, Any]:
+    """What the stages before the methods depend on."""
+    return {name: getattr(start, name) for name in ("model", "seed", *BEFORE_METHODS)}
 
 
 def _train(argument: tuple[str, Any]) -> None:
@@ -114,30 +127,15 @@ def _train(argument: tuple[str, Any]) -> None:
     getattr(importlib.import_module(f"rlhf_fast.{module}"), name)(config)
 
 
-def _is_there(cell: Cell) -> bool:
-    """Whether the cell's run is finished; raises ValueError where it is one of other settings."""
-    path = cell.directory / "run.json"
+def _is_made_with(path: Path, config: dict[str, Any]) -> bool:
+    """Whether the run that leaves this file is finished; raises ValueError where it had another config."""
     if not path.is_file():
         return False
-    was, now = json.loads(path.read_text())["config"], dataclasses.asdict(cell.config)
-    changed = [name for name in now if name != "resume" and was.get(name) != now[name]]
-    if changed:
-        name = changed[0]
-        raise ValueError(
-            f"out: {cell.directory} holds a run with {name}={was.get(name)!r} where this study has {now[name]!r}; "
-            "name another directory"
-        )
+    was, now = json.loads(path.read_text())["config"], json.loads(json.dumps(config))
+    for name in now:
+        if name != "resume" and was.get(name) != now[name]:
+            raise ValueError(
+                f"out: {path.parent} was made with {name}={was.get(name)!r}, and this study has {now[name]!r}; "
+                "name another directory"
+            )
     return True
-
-
-def _same_settings(out: Path, settings: dict[str, Any]) -> None:
-    """Notes them in `out`; raises ValueError where it was made with others."""
-    path = out / "study.json"
-    if path.is_file():
-        was = json.loads(path.read_text())
-        for name, value in settings.items():
-            if was[name] != value:
-                raise ValueError(f"{name}: expected {was[name]!r}, as {out} was made with, got {value!r}")
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(path, settings)

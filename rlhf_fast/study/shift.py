@@ -6,7 +6,6 @@ prompts of both domains, with the same reward model: unlabelled out-of-preferenc
 """
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +30,17 @@ BOTH_DOMAINS = ("PPO", "ReMax")
 
 def run(config: ShiftConfig) -> dict[str, Any]:
     """Trains what is not there yet, prints the table, writes shift.json and shift.png to `config.out`."""
-    cells = train(config, MAIN.items())
+    cells = train(config, MAIN)
     data = Path(config.out) / "shift"
     held_out, training = _split(config)
     data.mkdir(exist_ok=True)
     write_rows(data / "shifted.jsonl", held_out)
-    write_rows(data / "prompts.jsonl", [*load_rows(_online(cells).train_data, "prompt"), *training])
-    both = [_on_both(cell, data / "prompts.jsonl") for cell in cells if cell.method in BOTH_DOMAINS]
+    online = [cell for cell in cells if cell.method in BOTH_DOMAINS]
+    if online:
+        write_rows(data / "prompts.jsonl", [*load_rows(online[0].config.train_data, "prompt"), *training])
+    both = [_on_both(cell, data / "prompts.jsonl") for cell in online]
     train_cells(both, config.workers)
-    domains = {"own": _online(cells).eval_data, "shifted": str(data / "shifted.jsonl")}
+    domains = {"own": cells[0].config.eval_data, "shifted": str(data / "shifted.jsonl")}
     judged = {name: judge_all(config, [*cells, *both], path, [1.0])[1.0] for name, path in domains.items()}
     record = write_record(Path(config.out) / "shift.json", config, {"strengths": MAIN, **summary(judged)})
     save(Path(config.out) / "shift.png", shift_figure, record)
@@ -79,10 +80,6 @@ def _split(config: ShiftConfig) -> tuple[list[Row], list[Row]]:
             raise ValueError(f"shift_data: expected at least 2 rows, got {len(rows)} in {config.shift_data}")
     evaluated = min(EVALUATED, len(rows) // 2)
     return rows[:evaluated], rows[evaluated:]
-
-
-def _online(cells: Sequence[Cell]) -> Any:
-    return next(cell.config for cell in cells if cell.method in BOTH_DOMAINS)
 
 
 def _on_both(cell: Cell, prompts: Path) -> Cell:

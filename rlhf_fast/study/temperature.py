@@ -20,7 +20,7 @@ from rlhf_fast.study.runs import train
 
 def run(config: TemperatureConfig) -> dict[str, Any]:
     """Trains what is not there yet, prints the table, writes temperature.json and temperature.png to `config.out`."""
-    cells = train(config, MAIN.items())
+    cells = train(config, MAIN)
     judged = judge_all(config, cells, cells[0].config.eval_data, sorted(config.temperatures))
     methods = [method for method in next(iter(judged.values())).methods() if method != ROWS]
     content = {

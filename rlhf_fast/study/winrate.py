@@ -20,7 +20,7 @@ from rlhf_fast.study.runs import train
 
 def run(config: WinRateConfig) -> dict[str, Any]:
     """Trains what is not there yet, prints the matrix, writes winrate.json and winrate.png to `config.out`."""
-    cells = train(config, MAIN.items())
+    cells = train(config, MAIN)
     judged = judge_all(config, cells, cells[0].config.eval_data, [1.0])[1.0]
     content = {"strengths": MAIN, **matrix(judged)}
     record = write_record(Path(config.out) / "winrate.json", config, content)

@@ -76,7 +76,7 @@ def here(monkeypatch):
     monkeypatch.setattr(runs, "_pool", pool)
     monkeypatch.setattr(frontier, "STRENGTHS", SMALL)
     for module in (winrate, temperature, convergence, shift):
-        monkeypatch.setattr(module, "MAIN", {name: strengths[-1] for name, strengths in SMALL.items()})
+        monkeypatch.setattr(module, "MAIN", {name: strengths[-1:] for name, strengths in SMALL.items()})
     return ran
 
 
@@ -118,6 +118,11 @@ def test_frontier(studied, here, capsys):
     again = record_of(studied, "frontier", "--kl-to", "2")
     assert len(here) == 2  # nothing ran again
     assert again["methods"] == record["methods"]
+    some = record_of(studied, "frontier", "--kl-to", "2", "--methods", "PPO", "Best-of-N")
+    assert some["methods"]["PPO"]["envelope"] == record["methods"]["PPO"]["envelope"]
+    assert list(some["methods"]) == ["PPO", "Best-of-N"] and "gain_over_dpo" not in some["methods"]["PPO"]
+    assert cli.main(["study", "frontier", *studied[1], "--methods", "ppo"]) == 1
+    assert "methods: expected some of PPO, ReMax, DPO, Preferred-FT, Best-of-N, got 'ppo'" in capsys.readouterr().err
 
 
 def test_winrate(studied, here):
@@ -193,11 +198,11 @@ def test_other_settings_are_no_resumption(studied, here, capsys):
     try:
         (directory / "pipeline.yaml").write_text(yaml.safe_dump(settings))
         assert cli.main(["study", "frontier", *flags]) == 1
-        assert "holds a run with kl_coef=0.1 where this study has 0.2" in capsys.readouterr().err
+        assert "was made with kl_coef=0.1, and this study has 0.2" in capsys.readouterr().err
     finally:
         changed.replace(directory / "pipeline.yaml")
     assert cli.main(["study", "winrate", "--out", str(directory / "out"), "--seeds", "2"]) == 1
-    assert "pipeline: expected" in capsys.readouterr().err
+    assert "seed-0 was made with model=" in capsys.readouterr().err
 
 
 def test_processes_run_jobs_and_tell_what_failed(tmp_path, capsys):
@@ -215,7 +220,7 @@ def test_cells_of_the_embedded_world(tmp_path, monkeypatch):
     start = pipeline_of(None, tmp_path, 1)
     assert (start.seed, start.output_dir) == (1, str(tmp_path / "seed-1"))
     write_rows(tmp_path / "seed-1" / "pairs.jsonl.gz", [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 640)
-    cells = cells_of(start, [(method, strength) for method, all in STRENGTHS.items() for strength in all])
+    cells = cells_of(start, STRENGTHS)
     assert len({cell.directory for cell in cells}) == len(cells) == sum(map(len, STRENGTHS.values()))
     by_name = {(cell.method, cell.strength): cell.config for cell in cells}
     ground_truth, learned = by_name["PPO-GT", 3.0], by_name["PPO", 3.0]
@@ -228,7 +233,7 @@ def test_cells_of_the_embedded_world(tmp_path, monkeypatch):
     assert shared.items() <= unlikelihood.items() and unlikelihood["alpha"] == 0.3
     assert by_name["Preferred-FT", None].alpha == 0.0
     assert set(MAIN) == set(STRENGTHS) >= set(ONLINE)
-    assert all(MAIN[name] in strengths for name, strengths in STRENGTHS.items())
+    assert all(len(MAIN[name]) == 1 and MAIN[name][0] in strengths for name, strengths in STRENGTHS.items())
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3])
