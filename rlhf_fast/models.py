@@ -87,7 +87,7 @@ def load_policy(
 def load_scorer(
     path: str | Path,
     *,
-    head: Literal["normal", "zero"] = "normal",
+    head: Literal["normal", "zero"] | None = "normal",
     trainable: bool = True,
     lora: LoRA | None = None,
     shared: PreTrainedModel | None = None,
@@ -95,13 +95,17 @@ def load_scorer(
     """The sequence classifier with one label at `path`, or one made from the language model there.
 
     A new `score` head is drawn from N(0, 1/(H+1)) (`normal`, for reward models; arXiv 2009.01325) or set to 0
-    (`zero`, for value models, so that the first values are 0). shared: a causal language model.
+    (`zero`, for value models, so that the first values are 0); with None there has to be one. shared: a causal language
+    model.
     """
     base = adapters.base_path(path)
     config = AutoConfig.from_pretrained(existing(base))
     is_classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
     if is_classifier and config.num_labels != 1:
         raise ValueError(f"model: expected a reward model with one label at {base}, got {config.num_labels} labels")
+    if head is None and not is_classifier and not adapters.is_adapter(path):
+        kind = " or ".join(config.architectures or ["a model of no known kind"])
+        raise ValueError(f"reward: expected a reward model or an adapter with one, got {kind} at {path}")
     if shared is None:
         with _quiet_loading():
             model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=torch.float32)

@@ -48,7 +48,7 @@ class Reward:
         elif ":" in spec and not Path(spec).is_dir():
             self.function, self.name = load_function(spec), spec
         else:
-            self.model, self.name = load_scorer(spec, trainable=False, shared=shared), str(spec)
+            self.model, self.name = load_scorer(spec, head=None, trainable=False, shared=shared), str(spec)
             place(self.model, device, offload)
             own = load_tokenizer(spec)
             self.retokenizer = None if own.get_vocab() == tokenizer.get_vocab() else own

@@ -100,3 +100,8 @@ def test_reward_model_with_another_tokenizer_reads_the_text(rollout, tiny_model,
             ids = torch.tensor([prompt + own(text)["input_ids"] + [own.eos_token_id] * done])
             hidden = model.base_model(ids).last_hidden_state[0, -1]
             torch.testing.assert_close(scores[row], (model.score.weight @ hidden)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_language_model_is_no_reward_model(tiny_model, tokenizer):
+    with pytest.raises(ValueError, match=r"reward: expected a reward model .*, got LlamaForCausalLM at"):
+        Reward(tiny_model, tokenizer, CPU)

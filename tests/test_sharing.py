@@ -125,8 +125,10 @@ def test_a_reward_model_on_another_base_is_refused(lora_start, files, tiny_model
     settings = model_config("llama", len(tokenizer))
     del settings["vocab_size"]
     init_model(settings, tokenizer, tmp_path / "other", seed=1)
-    other = str(tmp_path / "other")
-    for model, rewards in ((other, str(lora_start / "reward")), (str(lora_start / "sft"), other)):
+    other, scorer = str(tmp_path / "other"), str(tmp_path / "scorer")
+    load_scorer(other).save_pretrained(scorer)
+    tokenizer.save_pretrained(scorer)
+    for model, rewards in ((other, str(lora_start / "reward")), (str(lora_start / "sft"), scorer)):
         config = stage_config(PPOConfig, files, model, tmp_path / "out", reward=rewards, share_base=True, **LORA)
         with pytest.raises(ValueError, match="share_base: expected adapters on the policy's base"):
             ppo.train(config)

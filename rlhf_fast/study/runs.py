@@ -9,6 +9,8 @@ import dataclasses
 import importlib
 import json
 import multiprocessing
+import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -90,13 +92,24 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     """Processes that share the cores; nothing is waited for where it is left by an exception (an interruption, say)."""
     threads = max(1, torch.get_num_threads() // workers)
     context = multiprocessing.get_context("spawn")  # a forked copy of a process with threads may hang
-    pool = ProcessPoolExecutor(workers, context, torch.set_num_threads, (threads,))
+    pool = ProcessPoolExecutor(workers, context, _begin, (threads,))
     try:
         yield pool
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         raise
     pool.shutdown()
+
+
+def _begin(threads: int) -> None:
+    """In a new process: its share of the cores, and its end with that of the process that started it."""
+    torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _logged(log: Path, function: Callable[[Any], None], argument: Any) -> None:
