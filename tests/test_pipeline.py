@@ -15,7 +15,6 @@ from rlhf_fast import pipeline
 from rlhf_fast.config import PairsConfig, PipelineConfig, ReMaxConfig
 from rlhf_fast.data import encode_prompts, load_rows
 from rlhf_fast.evaluation import Evaluator, prompt_columns, sequence_kl, wins
-from rlhf_fast.memory import Meter
 from rlhf_fast.metrics import read_metrics
 from rlhf_fast.models import load_policy, load_tokenizer, response_logits
 from rlhf_fast.optimizers import lr_factor

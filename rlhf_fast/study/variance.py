@@ -16,10 +16,14 @@ import shlex
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import reduce
+from itertools import product
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rlhf_fast import demo
 from rlhf_fast.checkpoint import write_json
@@ -80,30 +84,31 @@ def summary(seeds: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
     paired by seed; each a mean and an error per policy.
     """
 
-    def over_seeds(value: Any) -> dict[str, list[float]]:
-        pairs = [mean_and_se(torch.tensor([value(p) for p in points])) for points in zip(*seeds, strict=True)]
-        return {"mean": [mean for mean, _ in pairs], "se": [error for _, error in pairs]}
+    def values(*path: str) -> Tensor:
+        """[seeds, policies], what stands there in every point."""
+        return torch.tensor([[reduce(getitem, path, point) for point in points] for points in seeds]).double()
 
-    def figures(panel: str, method: str) -> dict[str, Any]:
-        rows = ROWS.get(method, 1)
-
-        def variance(point: dict[str, Any], method: str = method) -> float:
-            return point["panels"][panel][method]["variance"]
-
-        return {
-            "norm": over_seeds(lambda p: p["panels"][panel][method]["norm"]),
-            "variance": over_seeds(variance),
-            "variance at equal decoding": over_seeds(lambda p: rows * variance(p)),
-            "over REINFORCE": over_seeds(lambda p: variance(p) / variance(p, "REINFORCE")),
+    panels: dict[str, dict[str, Any]] = {panel: {} for panel in PANELS}
+    for panel, method in product(PANELS, METHODS):
+        variance_SP = values("panels", panel, method, "variance")
+        panels[panel][method] = {
+            "norm": _over_seeds(values("panels", panel, method, "norm")),
+            "variance": _over_seeds(variance_SP),
+            "variance at equal decoding": _over_seeds(ROWS.get(method, 1) * variance_SP),
+            "over REINFORCE": _over_seeds(variance_SP / values("panels", panel, "REINFORCE", "variance")),
         }
-
-    first = seeds[0]
-    evaluated = [key for key in ("eval/reward", "eval/kl") if key in first[0]]
+    evaluated = [key for key in ("eval/reward", "eval/kl") if key in seeds[0][0]]
     return {
-        "rounds": [point["rounds"] for point in first],
-        **{key: over_seeds(lambda p, key=key: p[key]) for key in evaluated},
-        "panels": {panel: {method: figures(panel, method) for method in METHODS} for panel in PANELS},
+        "rounds": [point["rounds"] for point in seeds[0]],
+        **{key: _over_seeds(values(key)) for key in evaluated},
+        "panels": panels,
     }
+
+
+def _over_seeds(x_SP: Tensor) -> dict[str, list[float]]:
+    """Means and standard errors; the errors of a single seed are 0."""
+    means, errors = zip(*(mean_and_se(x_S) for x_S in x_SP.T), strict=True)
+    return {"mean": list(means), "se": list(errors)}
 
 
 def _show(record: dict[str, Any]) -> None:

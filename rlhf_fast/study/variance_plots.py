@@ -14,7 +14,7 @@ _COLORS |= {"RLOO, k = 2": "#88CCAA", "RLOO, k = 3": "#44B58C", "RLOO, k = 4": C
 _TITLES = {
     "centred": "scores centred on the SFT model's samples",
     "constant": "scores with one offset for all",
-    "by prompt": "scores with an offset for every last word",
+    "by prompt": "scores with an offset for each last token of a prompt",
 }
 _ROWS = {"norm": "norm of a gradient", "variance": "total variance of a gradient"}
 
@@ -54,7 +54,7 @@ def write_bandits(path: Path, cases: Sequence[dict[str, Any]]) -> None:
                 axes.plot(case["p"], curve, dashed, color=_COLORS[name], linewidth=1.6, label=name)
             if case["crossover"] < 1:
                 axes.axvspan(case["crossover"], 1, color="#F3E3DC", zorder=0)
-                axes.text(case["crossover"] + 0.01, 0.97, "greedy baseline\nraises it", fontsize=9, va="top",
+                axes.text(0.99, 0.97, "greedy baseline\nraises it", fontsize=9, ha="right", va="top",
                           transform=axes.get_xaxis_transform())  # fmt: skip
             crossover = f"crossover at p = {case['crossover']:.3g}" if case["crossover"] < 1 else "no crossover"
             axes.set_title(f"rewards {case['r1']:g} and {case['r2']:g}: {crossover}", fontsize=11)

@@ -9,8 +9,8 @@ samples; with one offset for all; and with one for every last token of a prompt,
 ReMax paper reports for its reward model within a batch, -14 to 7. Nothing is sampled anew for that: an offset changes
 the weights. ReMax and RLOO take both kinds out exactly and the batch mean the constant, so these are measured once.
 
-The value models, one per kind of score, start where PPO's do and regress on the returns of every rollout that trains the
-policy, by PPO's settings but for the clip around the old value, which would let an offset in by small steps only.
+The value models, one per kind of score, start where PPO's do and regress on the returns of every rollout that trains
+the policy, by PPO's settings but for the clip around the old value, which would let an offset in by small steps only.
 Left out: value models as adapters or on the policy's trunk.
 """
 
@@ -46,10 +46,8 @@ PANELS = ("centred", "constant", "by prompt")
 
 
 def measure_seed(start: PipelineConfig, config: VarianceStudyConfig) -> None:
-    """Runs what is missing of a seed; its figures go to variance/measured.json in its directory."""
+    """Prepares, trains and measures; the figures go to variance/measured.json in the seed's directory."""
     file = measured_file(start)
-    if is_measured(start, config):
-        return
     file.parent.mkdir(parents=True, exist_ok=True)
     with (file.parent / "log.txt").open("w") as log, redirect_stdout(log), redirect_stderr(log):
         began = time.perf_counter()
@@ -86,8 +84,8 @@ def settings(start: PipelineConfig, config: VarianceStudyConfig) -> dict[str, An
         "batches": config.batches,
         "policies": config.policies,
         "group_size": group_size,
-        "remax": dataclasses.asdict(remax_config),
-        "ppo": dataclasses.asdict(ppo_config),
+        **{f"remax.{name}": value for name, value in dataclasses.asdict(remax_config).items()},
+        **{f"ppo.{name}": value for name, value in dataclasses.asdict(ppo_config).items()},
     }
 
 
@@ -135,9 +133,8 @@ class SeedRun:
 
     def __init__(self, start: PipelineConfig, config: VarianceStudyConfig) -> None:
         remax_config, self.ppo, self.group_size = stages_of(start)
-        self.online = Online(
-            remax_config, "ReMax", greedy=True, greedy_length=remax_config.greedy_response_length
-        )  # as remax.train's
+        length = remax_config.greedy_response_length
+        self.online = Online(remax_config, "ReMax", greedy=True, greedy_length=length)
         self.grouped = in_groups(self.online, self.group_size)
         self.batches, self.rounds = config.batches, rounds_of(config.policies, remax_config.steps)
         self.offsets = offsets(self.online.policy.get_input_embeddings().num_embeddings, self.online.device)
@@ -164,7 +161,8 @@ class SeedRun:
         return metrics | remax.update(self.online, run, experience)
 
     def measure(self) -> None:
-        """All estimators on the policy as it is, on prompts and random numbers that training does not use."""
+        """All estimators on the policy as it is, in rounds numbered beyond training's, with random numbers of their own
+        (and, in the run's later places, prompts that it was trained on)."""
         first = self.online.config.steps + 1 + 2 * self.batches * len(self.points)
         single, groups = range(first, first + self.batches), range(first + self.batches, first + 2 * self.batches)
         measured = gradient_moments(self.online, single, self._weights)
