@@ -9,13 +9,8 @@ Variances are of equally many sampled completions. ReMax decodes a greedy comple
 has half as many sampled ones, hence twice the variance. The value model decodes no more but is trained and held.
 """
 
-import datetime
 import json
-import multiprocessing
-import shlex
-import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import reduce
 from itertools import product
 from operator import getitem
@@ -25,56 +20,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_fast import demo
-from rlhf_fast.checkpoint import write_json
-from rlhf_fast.config import PipelineConfig
 from rlhf_fast.metrics import print_table
 from rlhf_fast.study import two_armed
 from rlhf_fast.study.config import VarianceStudyConfig
-from rlhf_fast.study.start import pipeline_of
-from rlhf_fast.study.variance_plots import write_bandits, write_training
-from rlhf_fast.study.variance_seed import METHODS, PANELS, is_measured, measure_seed, measured_file, stages_of
-from rlhf_fast.training import mean_and_se
+from rlhf_fast.study.envelopes import mean_errors
+from rlhf_fast.study.plots import save
+from rlhf_fast.study.records import write_record
+from rlhf_fast.study.runs import Job, is_made_with, prepare_starts, run_jobs
+from rlhf_fast.study.variance_plots import bandit_figure, training_figure
+from rlhf_fast.study.variance_seed import METHODS, PANELS, measure_seed, measured_file, settings, stages_of
 
 ROWS = {"ReMax": 2}  # decoded per sampled completion; the others' 1
 
 
-def run(config: VarianceStudyConfig) -> None:
-    """Writes variance.json, variance.png and two_armed.png to `config.out`; seeds that are there are kept."""
-    out, shorten = Path(config.out), 10 if config.quick else 1
-    starts = [pipeline_of(config.pipeline, out, seed, shorten=shorten) for seed in range(config.seeds)]
-    missing = [start for start in starts if not is_measured(start, config)]
-    if config.pipeline is None and not (out / "data").is_dir():
-        demo.write_data(out / "data", 0, shorten)
-    _measure(missing, config)
+def run(config: VarianceStudyConfig) -> dict[str, Any]:
+    """Measures the seeds that are not there yet; writes variance.json and its figures to `config.out`."""
+    out, starts = Path(config.out), prepare_starts(config)
+    jobs = [
+        Job(f"ReMax and gradient variance, seed {start.seed}", file.with_name("log.txt"), measure_seed, (start, config))
+        for start, file in ((start, measured_file(start)) for start in starts)
+        if not is_made_with(file, settings(start, config))
+    ]
+    run_jobs(jobs, config.workers)
     seeds = [json.loads(measured_file(start).read_text()) for start in starts]
-    record = {
-        "command": "rlhf-fast " + shlex.join(sys.argv[1:]),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "config": vars(config),
+    content = {
         "policy": "trained by ReMax from the SFT model",
         "completions": stages_of(starts[0])[0].batch_size,
         **summary([seed["points"] for seed in seeds]),
         "seeds": seeds,
         "two_armed": two_armed.bandits(),
     }
-    write_json(out / "variance.json", record)
-    write_training(out / "variance.png", record)
-    write_bandits(out / "two_armed.png", record["two_armed"])
+    record = write_record(out / "variance.json", config, content)
+    save(out / "variance.png", training_figure, record)
+    save(out / "two_armed.png", bandit_figure, record)
     _show(record)
-
-
-def _measure(starts: Sequence[PipelineConfig], config: VarianceStudyConfig) -> None:
-    """Every seed in a process of its own, `config.workers` at a time; what they print goes to variance/log.txt."""
-    if not starts:
-        return
-    threads = max(1, torch.get_num_threads() // config.workers)
-    context = multiprocessing.get_context("spawn")  # a forked copy of a process with threads may hang
-    with ProcessPoolExecutor(config.workers, context, torch.set_num_threads, (threads,)) as pool:
-        futures = {pool.submit(measure_seed, start, config): start.seed for start in starts}
-        for number, future in enumerate(as_completed(futures), 1):
-            future.result()
-            print(f"[{number}/{len(futures)}] seed {futures[future]} measured", flush=True)
+    return record
 
 
 def summary(seeds: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
@@ -106,27 +86,23 @@ def summary(seeds: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
 
 
 def _over_seeds(x_SP: Tensor) -> dict[str, list[float]]:
-    """Means and standard errors; the errors of a single seed are 0."""
-    means, errors = zip(*(mean_and_se(x_S) for x_S in x_SP.T), strict=True)
-    return {"mean": list(means), "se": list(errors)}
+    return mean_errors(x_SP.tolist())
 
 
 def _show(record: dict[str, Any]) -> None:
-    seeds = len(record["seeds"])
+    title = (
+        f"Total variance of the gradient of {record['completions']} sampled completions; policy {record['policy']}; "
+        f"{len(record['seeds'])} seeds; scores "
+    )
     for panel, methods in record["panels"].items():
-        rows = []
-        for i, rounds in enumerate(record["rounds"]):
-            row = {"rounds": rounds} | {m: _cell(figures["variance"], i) for m, figures in methods.items()}
-            for name, factor in (("ReMax / REINFORCE", 1), ("the same at equal decoding", ROWS["ReMax"])):
-                row[name] = f"{factor * methods['ReMax']['over REINFORCE']['mean'][i]:.3g}"
-            rows.append(row)
-        print_table(
-            f"total variance of the gradient of {record['completions']} sampled completions, scores {panel}; policy "
-            f"{record['policy']}; mean ± standard error, {seeds} seed{'s' * (seeds > 1)}",
-            rows,
-        )
-    print_table("the bandit with two arms, exact: variance of one draw, better arm at probability p", two_armed.table())
-
-
-def _cell(figures: dict[str, list[float]], place: int) -> str:
-    return f"{figures['mean'][place]:.3g} ± {figures['se'][place]:.2g}"
+        columns = {method: figures["variance"] for method, figures in methods.items()}
+        ratio = methods["ReMax"]["over REINFORCE"]
+        columns["ReMax / REINFORCE"] = ratio
+        columns["at equal decoding"] = {key: [ROWS["ReMax"] * x for x in column] for key, column in ratio.items()}
+        rows = [
+            {"rounds": rounds, **{name: (x["mean"][i], x["se"][i]) for name, x in columns.items()}}
+            for i, rounds in enumerate(record["rounds"])
+        ]
+        print_table(title + panel, rows)
+    bandit = "The bandit with two arms, exact: variance of one draw, the better arm has probability p"
+    print_table(bandit, two_armed.table())

@@ -16,10 +16,8 @@ Left out: value models as adapters or on the policy's trunk.
 
 import copy
 import dataclasses
-import json
 import math
 import time
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +34,6 @@ from rlhf_fast.stages import remax
 from rlhf_fast.stages.online import Experience, Online
 from rlhf_fast.stages.ppo import check_tokenizer
 from rlhf_fast.study.config import VarianceStudyConfig
-from rlhf_fast.study.start import prepare
 from rlhf_fast.training import Learner, Run, micro_batches
 from rlhf_fast.variance import gradient_moments, token_weights
 
@@ -45,36 +42,20 @@ METHODS = ("REINFORCE", "batch mean", "RLOO", "ReMax", "value model")
 PANELS = ("centred", "constant", "by prompt")
 
 
-def measure_seed(start: PipelineConfig, config: VarianceStudyConfig) -> None:
-    """Prepares, trains and measures; the figures go to variance/measured.json in the seed's directory."""
-    file = measured_file(start)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with (file.parent / "log.txt").open("w") as log, redirect_stdout(log), redirect_stderr(log):
-        began = time.perf_counter()
-        prepare(start, embedded=config.pipeline is None)
-        prepared = time.perf_counter()
-        seed = SeedRun(start, config)
-        seed.online.run(seed.update)
-        seed.measure()  # the trained policy
-    seconds = {"prepare": prepared - began, "measure": time.perf_counter() - prepared}
-    record = {"settings": settings(start, config), "seed": start.seed, "seconds": seconds, "points": seed.points}
-    write_json(file, record)
+def measure_seed(argument: tuple[PipelineConfig, VarianceStudyConfig]) -> None:
+    """Trains and measures from a prepared start; the figures go to variance/measured.json in the seed's directory."""
+    start, config = argument
+    began = time.perf_counter()
+    seed = SeedRun(start, config)
+    seed.online.run(seed.update)
+    seed.measure()  # the trained policy
+    seconds = time.perf_counter() - began
+    record = {"config": settings(start, config), "seed": start.seed, "seconds": seconds, "points": seed.points}
+    write_json(measured_file(start), record)
 
 
 def measured_file(start: PipelineConfig) -> Path:
     return Path(start.output_dir) / "variance" / "measured.json"
-
-
-def is_measured(start: PipelineConfig, config: VarianceStudyConfig) -> bool:
-    """Whether the seed's figures are there; raises ValueError where they were measured with other settings."""
-    file = measured_file(start)
-    if not file.is_file():
-        return False
-    was, now = json.loads(file.read_text())["settings"], settings(start, config)
-    for name, value in now.items():
-        if was.get(name) != value:
-            raise ValueError(f"out: {file} was measured with {name}={was.get(name)!r}, not {value!r}; name another one")
-    return True
 
 
 def settings(start: PipelineConfig, config: VarianceStudyConfig) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from rlhf_fast import cli
 from rlhf_fast.memory import Meter
 from rlhf_fast.metrics import read_metrics
 from rlhf_fast.models import response_logits, token_values
-from rlhf_fast.study import two_armed
+from rlhf_fast.study import runs, two_armed
 from rlhf_fast.study.config import VarianceStudyConfig
 from rlhf_fast.study.start import pipeline_of
 from rlhf_fast.study.variance import summary
@@ -42,10 +43,12 @@ def pipeline_file(files, tiny_model, tmp_path_factory):  # noqa: F811
 
 @pytest.fixture(scope="module")
 def command(pipeline_file, tmp_path_factory):
-    """Flags of the command, which has run once."""
+    """Flags of the command, which has run once, in this process: to start another takes longer than the run."""
     out = tmp_path_factory.mktemp("out")
-    flags = ["--out", str(out), "--pipeline", str(pipeline_file), "--seeds", "1", "--policies", "3", "--batches", "2"]
-    assert cli.main(["study", "variance", *flags]) == 0
+    flags = ["--out", str(out), "--pipeline", str(pipeline_file), "--seeds", "2", "--policies", "3", "--batches", "2"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "_pool", lambda workers: ThreadPoolExecutor(1))
+        assert cli.main(["study", "variance", *flags]) == 0
     return out, flags
 
 
@@ -71,9 +74,10 @@ def test_a_measured_seed_is_kept_and_other_settings_are_refused(command, capsys)
     record["points"][0]["panels"]["centred"]["ReMax"]["norm"] = 123.0
     file.write_text(json.dumps(record))
     assert cli.main(["study", "variance", *flags]) == 0
-    assert json.loads((out / "variance.json").read_text())["panels"]["centred"]["ReMax"]["norm"]["mean"][0] == 123.0
+    kept = json.loads((out / "variance.json").read_text())["seeds"]
+    assert kept[0]["points"][0]["panels"]["centred"]["ReMax"]["norm"] == 123.0
     assert cli.main(["study", "variance", *flags[:-1], "3"]) == 1
-    assert "was measured with batches=2, not 3; name another one" in capsys.readouterr().err
+    assert "was made with batches=2, and this study has 3" in capsys.readouterr().err
 
 
 def test_all_estimators_by_plain_autograd(command):
