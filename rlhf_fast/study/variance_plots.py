@@ -34,7 +34,7 @@ def training_figure(record: dict[str, Any]) -> Figure:
             if column == 0:
                 axes.set_ylabel(label)
         equal = methods["ReMax"]["variance at equal decoding"]["mean"]
-        label = "ReMax, per decoded row (its greedy ones counted)"
+        label = "ReMax at equal decoding (greedy rows counted)"
         grid[1, column].plot(record["rounds"], equal, "--", color=_COLORS["ReMax"], linewidth=1.2, label=label)
     figure.legend(*grid[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     return figure
@@ -49,7 +49,7 @@ def bandit_figure(record: dict[str, Any]) -> Figure:
             axes.plot(case["p"], curve, dashed, color=_COLORS[name], linewidth=1.6, label=name)
         if case["crossover"] < 1:
             axes.axvspan(case["crossover"], 1, color="#F3E3DC", zorder=0)
-            axes.text(0.99, 0.97, "greedy baseline\nraises it", fontsize=9, ha="right", va="top",
+            axes.text(0.99, 0.97, "greedy baseline\nraises it", fontsize=8, ha="right", va="top",
                       transform=axes.get_xaxis_transform())  # fmt: skip
         crossover = f"crossover at p = {case['crossover']:.3g}" if case["crossover"] < 1 else "no crossover"
         axes.set_title(f"rewards {case['r1']:g} and {case['r2']:g}: {crossover}", fontsize=11)
