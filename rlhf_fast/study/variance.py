@@ -27,7 +27,7 @@ from rlhf_fast.study.envelopes import mean_errors
 from rlhf_fast.study.plots import save
 from rlhf_fast.study.records import write_record
 from rlhf_fast.study.runs import Job, is_made_with, prepare_starts, run_jobs
-from rlhf_fast.study.variance_plots import bandit_figure, training_figure
+from rlhf_fast.study.variance_plots import TITLES, bandit_figure, training_figure
 from rlhf_fast.study.variance_seed import METHODS, PANELS, measure_seed, measured_file, settings, stages_of
 
 ROWS = {"ReMax": 2}  # decoded per sampled completion; the others' 1
@@ -66,7 +66,8 @@ def summary(seeds: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
 
     def values(*path: str) -> Tensor:
         """[seeds, policies], what stands there in every point."""
-        return torch.tensor([[reduce(getitem, path, point) for point in points] for points in seeds]).double()
+        rows = [[reduce(getitem, path, point) for point in points] for points in seeds]
+        return torch.tensor(rows, dtype=torch.float64)
 
     panels: dict[str, dict[str, Any]] = {panel: {} for panel in PANELS}
     for panel, method in product(PANELS, METHODS):
@@ -92,7 +93,7 @@ def _over_seeds(x_SP: Tensor) -> dict[str, list[float]]:
 def _show(record: dict[str, Any]) -> None:
     title = (
         f"Total variance of the gradient of {record['completions']} sampled completions; policy {record['policy']}; "
-        f"{len(record['seeds'])} seeds; scores "
+        f"{len(record['seeds'])} seeds; "
     )
     for panel, methods in record["panels"].items():
         columns = {method: figures["variance"] for method, figures in methods.items()}
@@ -103,6 +104,6 @@ def _show(record: dict[str, Any]) -> None:
             {"rounds": rounds, **{name: (x["mean"][i], x["se"][i]) for name, x in columns.items()}}
             for i, rounds in enumerate(record["rounds"])
         ]
-        print_table(title + panel, rows)
+        print_table(title + TITLES[panel], rows)
     bandit = "The bandit with two arms, exact: variance of one draw, the better arm has probability p"
     print_table(bandit, two_armed.table())

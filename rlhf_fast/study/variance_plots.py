@@ -8,8 +8,8 @@ from rlhf_fast.plots import COLORS
 
 _COLORS = COLORS | {"batch mean": "#999999", "value model": COLORS["PPO"]}
 _COLORS |= {"RLOO, k = 2": "#88CCAA", "RLOO, k = 3": "#44B58C", "RLOO, k = 4": COLORS["RLOO"]}
-_TITLES = {
-    "centred": "scores centred on the SFT model's samples",
+TITLES = {
+    "plain": "scores as they are",
     "constant": "scores with one offset for all",
     "by prompt": "scores with an offset for each last token of a prompt",
 }
@@ -21,7 +21,7 @@ def training_figure(record: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(14, 7.5))
     grid = figure.subplots(2, len(record["panels"]), sharex=True, sharey="row")
     for column, (panel, methods) in enumerate(record["panels"].items()):
-        grid[0, column].set_title(_TITLES[panel], fontsize=11)
+        grid[0, column].set_title(TITLES[panel], fontsize=11)
         grid[1, column].set_xlabel("rounds of ReMax")
         for (key, label), axes in zip(_ROWS.items(), grid[:, column], strict=True):
             axes.set_yscale("log")

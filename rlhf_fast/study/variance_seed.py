@@ -1,13 +1,14 @@
 """One seed of `rlhf-fast study variance`: a policy trained by ReMax, its gradient estimators measured on the way.
 
 At every place the same policy is given to all estimators, and each makes its gradients of equally many sampled
-completions. REINFORCE, the batch mean, ReMax and the value model take them from different prompts, RLOO in groups. All
-have the same expectation: they differ in the baseline alone, and share the discount and the KL penalty on each token.
+completions. REINFORCE, the batch mean, ReMax and the value model take them from different prompts, RLOO in groups. They
+differ in the baseline alone and share the KL penalty on each token, and so, with gamma 1, the expectation.
 
-The scores are measured three times, since baselines are what takes offsets out: as they are, centred on the SFT model's
-samples; with one offset for all; and with one for every last token of a prompt, drawn from the spread that the
-ReMax paper reports for its reward model within a batch, -14 to 7. Nothing is sampled anew for that: an offset changes
-the weights. ReMax and RLOO take both kinds out exactly and the batch mean the constant, so these are measured once.
+The scores are measured three times, since baselines are what takes offsets out: as they are (a reward model centres
+them on the SFT model's samples); with one offset for all; and with one for every last token of a prompt, drawn from the
+spread that the ReMax paper reports for its reward model within a batch, -14 to 7. Nothing is sampled anew for that: an
+offset changes the weights. ReMax and RLOO take both kinds out exactly and the batch mean the constant, so these are
+measured once.
 
 The value models, one per kind of score, start where PPO's do and regress on the returns of every rollout that trains
 the policy, by PPO's settings but for the clip around the old value, which would let an offset in by small steps only.
@@ -39,7 +40,7 @@ from rlhf_fast.variance import gradient_moments, token_weights
 
 SPREAD = (-14.0, 7.0)
 METHODS = ("REINFORCE", "batch mean", "RLOO", "ReMax", "value model")
-PANELS = ("centred", "constant", "by prompt")
+PLAIN, CONSTANT, BY_PROMPT = PANELS = ("plain", "constant", "by prompt")
 
 
 def measure_seed(argument: tuple[PipelineConfig, VarianceStudyConfig]) -> None:
@@ -98,8 +99,8 @@ def offsets(vocab_size: int, device: torch.device) -> dict[str, Tensor]:
     low, high = SPREAD
     uniform = torch.rand(vocab_size, generator=torch.Generator().manual_seed(0)) * (high - low) + low
     constant = torch.full_like(uniform, (low + high) / 2)
-    tables = (torch.zeros_like(uniform), constant, uniform)
-    return {panel: table.to(device) for panel, table in zip(PANELS, tables, strict=True)}
+    tables = {PLAIN: torch.zeros_like(uniform), CONSTANT: constant, BY_PROMPT: uniform}
+    return {panel: table.to(device) for panel, table in tables.items()}
 
 
 def in_groups(online: Online, size: int) -> Online:
@@ -150,7 +151,7 @@ class SeedRun:
         measured |= gradient_moments(self.grouped, groups, self._group_weights)
         evaluation = self.online.evaluator(self.online.policy).metrics if self.online.evaluator else {}
         panels = {
-            panel: {m: measured.get((panel, m)) or measured[PANELS[0], m] for m in METHODS} for panel in PANELS
+            panel: {m: measured.get((panel, m)) or measured[PLAIN, m] for m in METHODS} for panel in PANELS
         }  # what a panel's offset leaves as it is was measured in the first
         self.points.append({"rounds": self.trained_rounds, **evaluation, "panels": panels})
 
@@ -168,16 +169,16 @@ class SeedRun:
             returns_BT = self._returns(panel, experience)
             weights[panel, "REINFORCE"] = returns_BT
             weights[panel, "value model"] = returns_BT - self._values(panel, experience.rollout)
-            if panel != "constant":
+            if panel != CONSTANT:
                 others = scores_B - rloo_advantages(scores_B, len(scores_B))
                 weights[panel, "batch mean"] = token_weights(self.online, experience, others, scores_B)
-        greedy_B, scores_B = experience.greedy_scores, scores[PANELS[0]]
-        weights[PANELS[0], "ReMax"] = token_weights(self.online, experience, greedy_B, scores_B)
+        greedy_B, scores_B = experience.greedy_scores, scores[PLAIN]
+        weights[PLAIN, "ReMax"] = token_weights(self.online, experience, greedy_B, scores_B)
         return weights
 
     def _group_weights(self, experience: Experience) -> dict[tuple[str, str], Tensor]:
         others = experience.scores - rloo_advantages(experience.scores, self.group_size)
-        return {(PANELS[0], "RLOO"): token_weights(self.online, experience, others, experience.scores)}
+        return {(PLAIN, "RLOO"): token_weights(self.online, experience, others, experience.scores)}
 
     @torch.no_grad()
     def _values(self, panel: str, rollout: Rollout) -> Tensor:

@@ -71,11 +71,11 @@ def test_a_measured_seed_is_kept_and_other_settings_are_refused(command, capsys)
     out, flags = command
     file = out / "seed-0" / "variance" / "measured.json"
     record = json.loads(file.read_text())
-    record["points"][0]["panels"]["centred"]["ReMax"]["norm"] = 123.0
+    record["points"][0]["panels"]["plain"]["ReMax"]["norm"] = 123.0
     file.write_text(json.dumps(record))
     assert cli.main(["study", "variance", *flags]) == 0
     kept = json.loads((out / "variance.json").read_text())["seeds"]
-    assert kept[0]["points"][0]["panels"]["centred"]["ReMax"]["norm"] == 123.0
+    assert kept[0]["points"][0]["panels"]["plain"]["ReMax"]["norm"] == 123.0
     assert cli.main(["study", "variance", *flags[:-1], "3"]) == 1
     assert "was made with batches=2, and this study has 3" in capsys.readouterr().err
 
@@ -139,7 +139,7 @@ def test_summary_over_two_seeds_by_hand():
     assert remax["variance at equal decoding"] == {"mean": [3.0], "se": [1.0]}
     assert remax["over REINFORCE"]["mean"] == [0.3125]
     assert remax["over REINFORCE"]["se"] == pytest.approx([0.1875])
-    assert got["panels"]["centred"]["REINFORCE"]["variance at equal decoding"]["mean"] == [6.0]
+    assert got["panels"]["plain"]["REINFORCE"]["variance at equal decoding"]["mean"] == [6.0]
 
 
 def test_places_and_offsets():
@@ -147,7 +147,7 @@ def test_places_and_offsets():
     assert rounds_of(8, 3) == [0, 1, 2, 3]
     assert rounds_of(2, 100) == [0, 100]
     tables = offsets(10_000, torch.device("cpu"))
-    assert (tables["centred"] == 0).all() and (tables["constant"] == -3.5).all()
+    assert (tables["plain"] == 0).all() and (tables["constant"] == -3.5).all()
     low, high, mean = (getattr(tables["by prompt"], name)().item() for name in ("min", "max", "mean"))
     assert -14 <= low < -13.9 and 6.9 < high <= 7 and mean == pytest.approx(-3.5, abs=0.2)
 
