@@ -46,6 +46,9 @@ COMMANDS = {
         "study.config:ConvergenceConfig", "study.convergence:run", "win rate over training steps and seconds"
     ),
     "study shift": Command("study.config:ShiftConfig", "study.shift:run", "the policies on another domain's prompts"),
+    "study variance": Command(
+        "study.config:VarianceStudyConfig", "study.variance:run", "gradient variance of REINFORCE, ReMax, RLOO, a value"
+    ),
     "plan": Command(
         "plan.config:PlanConfig", "plan.command:run", "memory of a run before it is started, by role and phase"
     ),

@@ -1,4 +1,4 @@
-"""The pipeline's plan, a whole run on a tiny model, pairs, evaluation and gradient variance."""
+"""The pipeline's plan, a whole run on a tiny model, pairs, and evaluation."""
 
 import dataclasses
 import gzip
@@ -12,10 +12,10 @@ from test_stages import REWARD, files, shortness, stage_config  # noqa: F401  (f
 from tiny_models import random_policy, random_sequences
 
 from rlhf_fast import pipeline
+from rlhf_fast import rows as data_rows
 from rlhf_fast.config import PairsConfig, PipelineConfig, ReMaxConfig
 from rlhf_fast.data import encode_prompts, load_rows
 from rlhf_fast.evaluation import Evaluator, prompt_columns, sequence_kl, wins
-from rlhf_fast.memory import Meter
 from rlhf_fast.metrics import read_metrics
 from rlhf_fast.models import load_policy, load_tokenizer, response_logits
 from rlhf_fast.optimizers import lr_factor
@@ -23,7 +23,6 @@ from rlhf_fast.rewards import Reward
 from rlhf_fast.stages import pairs
 from rlhf_fast.stages.online import Online
 from rlhf_fast.training import Learner, micro_batches
-from rlhf_fast.variance import gradient_variance
 
 TRUE_REWARD = "rlhf_fast.world:true_reward"
 
@@ -125,7 +124,7 @@ def test_pairs_are_written_whole_or_not_at_all(files, tiny_model, tmp_path, monk
     with gzip.open(target, "wt") as file:
         file.write("old\n")
     config = PairsConfig(model=tiny_model, prompts=files["prompts"], reward=REWARD, output=str(target))
-    monkeypatch.setattr(pairs, "json", SimpleNamespace(dumps=lambda row: 1 / 0))
+    monkeypatch.setattr(data_rows, "json", SimpleNamespace(dumps=lambda row: 1 / 0, loads=json.loads))
     with pytest.raises(ZeroDivisionError):
         pairs.sample(config)
     assert gzip.decompress(target.read_bytes()) == b"old\n"
@@ -139,24 +138,6 @@ def test_sequence_kl_is_the_exact_sum_over_the_vocabulary():
         expected = ((p * (p.log() - q.log())).sum(-1) * sequences.response_mask).sum(1)
         torch.testing.assert_close(sequence_kl(policy, reference, sequences, 0.7).double(), expected, rtol=1e-4, atol=0)
         assert sequence_kl(policy, policy, sequences, 0.7).abs().max() == 0
-
-
-def test_gradient_variance_is_the_trace_of_the_covariance(files, tiny_model, tmp_path):  # noqa: F811
-    config = stage_config(ReMaxConfig, files, tiny_model, tmp_path, gamma=1.0)
-    measured = gradient_variance(config, batches=3)
-    online = Online(config, "test", greedy=True)
-    for name, use_baseline in (("REINFORCE", 0.0), ("ReMax", 1.0)):
-        gradients = []
-        for step in (1, 2, 3):
-            e = online.collect(Meter("cpu"), step)
-            weights = (e.scores - use_baseline * e.greedy_scores)[:, None]  # the policy is the reference: no KL
-            logprobs = online.objectives.logprobs(e.rollout.sequences).logprobs
-            (-(weights * logprobs).sum(1).mean()).backward()
-            gradients.append(torch.cat([p.grad.flatten() for p in online.learner.parameters]).double())
-            online.policy.zero_grad()
-        stacked = torch.stack(gradients)
-        assert measured[name]["variance"] == pytest.approx(stacked.var(dim=0).sum().item(), rel=1e-3)
-        assert measured[name]["norm"] == pytest.approx(stacked.norm(dim=1).mean().item(), rel=1e-4)
 
 
 def test_learning_rate_schedules():

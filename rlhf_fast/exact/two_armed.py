@@ -10,6 +10,13 @@ It is 0 at b = r1 (1 - p) + r2 p. The greedy arm's reward (ReMax) has less than 
 
 that is until the better arm dominates, and always where r1 <= 2 r2 (Proposition 3 of arXiv 2310.10505, where a
 transcription of the bound with r1 in place of r2 in its last numerator would make it vacuous).
+
+The mean over a group of k draws with RLOO's leave-one-out baselines is (r1 - r2) n (k - n) / (k (k - 1)), n of them
+being arm 1. Its variance depends on the difference of the rewards alone:
+
+    Var(RLOO) = (r1 - r2)^2 p (1 - p) ((k - 2)(1 - 4 p (1 - p)) + 1 - 2 p (1 - p)) / (k (k - 1))
+
+k times this is to be set beside Var(b), and falls to Var at the expected reward, a value model's baseline, as k grows.
 """
 
 from rlhf_fast.ops.checks import expect
@@ -27,10 +34,24 @@ def optimal_baseline(p: float, r1: float, r2: float) -> float:
     return r1 * (1 - p) + r2 * p
 
 
+def mean_baseline(p: float, r1: float, r2: float) -> float:
+    """The expected reward: what a value model that has learned its lesson says."""
+    expect(0 <= p <= 1, "p", "a probability", p)
+    return p * r1 + (1 - p) * r2
+
+
 def greedy_baseline(p: float, r1: float, r2: float) -> float:
     """The likelier arm's reward; the first arm's in a tie."""
     expect(0 <= p <= 1, "p", "a probability", p)
     return r1 if p >= 0.5 else r2
+
+
+def rloo_variance(p: float, r1: float, r2: float, group_size: int) -> float:
+    """Var of the mean over one group of k = group_size draws, per logit. Raises ValueError for k < 2."""
+    expect(0 <= p <= 1, "p", "a probability", p)
+    expect(group_size >= 2, "group_size", "at least 2", group_size)
+    pq, k = p * (1 - p), group_size
+    return (r1 - r2) ** 2 * pq * ((k - 2) * (1 - 4 * pq) + 1 - 2 * pq) / (k * (k - 1))
 
 
 def crossover(r1: float, r2: float) -> float:

@@ -5,6 +5,8 @@ differ in how KL and discount enter the per-token weights (see `remax_returns`) 
 Algorithm 1 sums over tokens and averages over completions, the authors' code and verl average over tokens.
 """
 
+from functools import partial
+
 from rlhf_fast.config import ReMaxConfig
 from rlhf_fast.ops import remax_returns
 from rlhf_fast.stages.online import Experience, Online
@@ -14,20 +16,22 @@ from rlhf_fast.training import Run
 def train(config: ReMaxConfig) -> None:
     """Train `config.model` by ReMax; the result goes to `config.output_dir`."""
     online = Online(config, "ReMax", greedy=True, greedy_length=config.greedy_response_length)
+    online.run(partial(update, online))
 
-    def update(run: Run, experience: Experience) -> dict[str, float]:
-        weights_BT = remax_returns(
-            experience.scores,
-            experience.greedy_scores,
-            experience.rollout.logprobs,
-            experience.ref_logprobs,
-            experience.rollout.response_mask,
-            kl_coef=online.kl.coef,
-            gamma=config.gamma,
-            clip=config.score_clip or None,
-            variant=config.variant,
-        )
-        reduction = "sequence_sum" if config.variant == "paper" else "token_mean"
-        return online.policy_gradient_step(run, experience, weights_BT, reduction=reduction)
 
-    online.run(update)
+def update(online: Online, run: Run, experience: Experience) -> dict[str, float]:
+    """One optimizer step on a rollout."""
+    config = online.config
+    weights_BT = remax_returns(
+        experience.scores,
+        experience.greedy_scores,
+        experience.rollout.logprobs,
+        experience.ref_logprobs,
+        experience.rollout.response_mask,
+        kl_coef=online.kl.coef,
+        gamma=config.gamma,
+        clip=config.score_clip or None,
+        variant=config.variant,
+    )
+    reduction = "sequence_sum" if config.variant == "paper" else "token_mean"
+    return online.policy_gradient_step(run, experience, weights_BT, reduction=reduction)

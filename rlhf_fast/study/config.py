@@ -109,3 +109,16 @@ class ShiftConfig(MethodsStudyConfig):
         super().__post_init__()
         if (self.shift_data is None) != (self.pipeline is None):
             raise ValueError(f"shift_data: expected it with pipeline, and only then, got {self.shift_data!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VarianceStudyConfig(TrainedStudyConfig):
+    """Gradient norm and variance of REINFORCE, ReMax, RLOO and a learned value over training; the two-armed bandit."""
+
+    policies: int = arg(8, "Policies measured along the ReMax run, the SFT model first and the trained one last.")
+    batches: int = arg(8, "Gradients of each estimator on each policy, whose variance is taken.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("policies", "batches"):
+            check(self, name, lambda v: v >= 2, "an integer >= 2")

@@ -44,9 +44,19 @@ def train(config: MethodsStudyConfig, strengths: Strengths) -> list[Cell]:
         if name not in strengths:
             raise ValueError(f"methods: expected some of {', '.join(strengths)}, got {name!r}")
     wanted = {name: strengths[name] for name in config.methods or strengths}
+    cells = [cell for start in prepare_starts(config) for cell in cells_of(start, wanted)]
+    train_cells(cells, config.workers)
+    return cells
+
+
+def prepare_starts(config: TrainedStudyConfig) -> list[PipelineConfig]:
+    """Makes what is not there yet of every seed's SFT model, pairs and reward model; returns the seeds' pipelines.
+
+    Raises ValueError as `train` does.
+    """
     out, shorten = Path(config.out), 10 if config.quick else 1
     starts = [pipeline_of(config.pipeline, out, seed, shorten=shorten) for seed in range(config.seeds)]
-    missing = [start for start in starts if not _is_made_with(_note(start), _settings(start))]
+    missing = [start for start in starts if not is_made_with(_note(start), _settings(start))]
     if config.pipeline is None and missing:
         demo.write_data(out / "data", 0, shorten)
     run_jobs(
@@ -56,14 +66,12 @@ def train(config: MethodsStudyConfig, strengths: Strengths) -> list[Cell]:
         ],
         config.workers,
     )
-    cells = [cell for start in starts for cell in cells_of(start, wanted)]
-    train_cells(cells, config.workers)
-    return cells
+    return starts
 
 
 def train_cells(cells: Sequence[Cell], workers: int) -> None:
     """Trains what is not there yet."""
-    missing = [c for c in cells if not _is_made_with(c.directory / "run.json", dataclasses.asdict(c.config))]
+    missing = [c for c in cells if not is_made_with(c.directory / "run.json", dataclasses.asdict(c.config))]
     run_jobs([Job(c.name, c.directory / "log.txt", _train, (c.target, c.config)) for c in missing], workers)
 
 
@@ -140,7 +148,7 @@ def _train(argument: tuple[str, Any]) -> None:
     getattr(importlib.import_module(f"rlhf_fast.{module}"), name)(config)
 
 
-def _is_made_with(path: Path, config: dict[str, Any]) -> bool:
+def is_made_with(path: Path, config: dict[str, Any]) -> bool:
     """Whether the run that leaves this file is finished; raises ValueError where it had another config."""
     if not path.is_file():
         return False

@@ -34,10 +34,10 @@ def pipeline_of(config_file: str | None, out: str | Path, seed: int, *, shorten:
     return dataclasses.replace(config, output_dir=directory, seed=seed, resume=True)
 
 
-def prepare(config: PipelineConfig, *, embedded: bool, shorten: int = 1) -> None:
+def prepare(config: PipelineConfig, *, embedded: bool) -> None:
     """Runs SFT, pairs and reward model of one seed; of the embedded world also the model they start from.
 
-    Its data have to be there: `demo.write_data(<out>/data, 0, shorten)`.
+    Its data have to be there: `demo.write_data(<out>/data, 0)`.
     """
     if embedded and not (Path(config.model) / "config.json").is_file():
         init_model(demo.MODEL, build_tokenizer(), Path(config.model), config.seed)

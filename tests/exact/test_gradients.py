@@ -1,6 +1,7 @@
 """The policy gradient against autograd; means and variances of the estimators against sums over every outcome."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -187,6 +188,41 @@ def test_crossover_is_where_the_variances_meet(r1, r2):
         assert (two_armed.variance(side, r1, r2, greedy) < two_armed.variance(side, r1, r2)) is lower
 
 
+GRID = [(r1, r2, p) for r1, r2 in ((1.0, 0.5), (1.0, 0.1), (3.0, 1.0)) for p in (0.02, 0.3, 0.5, 0.6, 0.8, 0.97)]
+
+
+@pytest.mark.parametrize("r1, r2, p", GRID)
+def test_two_armed_bandit_over_every_draw(r1, r2, p):
+    """Mean and variance of every estimator, from sums over the two arms and over all groups of them; at 1e-12."""
+    draws = [(p, 1 - p, r1), (1 - p, -p, r2)]  # probability, score function of arm 1's logit, reward
+    gradient = p * (1 - p) * (r1 - r2)
+    for baseline_of in (lambda *_: 0.0, two_armed.greedy_baseline, two_armed.mean_baseline, two_armed.optimal_baseline):
+        b = baseline_of(p, r1, r2)
+        mean, variance = _two_moments([(q, s * (r - b)) for q, s, r in draws])
+        assert mean == pytest.approx(gradient, abs=1e-12)
+        assert two_armed.variance(p, r1, r2, b) == pytest.approx(variance, abs=1e-12)
+    for k in (2, 3, 4):
+        outcomes = []
+        for group in itertools.product(draws, repeat=k):
+            total = sum(r for _, _, r in group)
+            estimate = sum(s * (r - (total - r) / (k - 1)) for _, s, r in group) / k
+            outcomes.append((math.prod(q for q, _, _ in group), estimate))
+        mean, variance = _two_moments(outcomes)
+        assert mean == pytest.approx(gradient, abs=1e-12)
+        assert two_armed.rloo_variance(p, r1, r2, k) == pytest.approx(variance, abs=1e-12)
+
+
+def _two_moments(outcomes):
+    mean = sum(p * g for p, g in outcomes)
+    return mean, sum(p * (g - mean) ** 2 for p, g in outcomes)
+
+
+def test_rloo_of_large_groups_has_the_value_baseline_s_variance():
+    p, r1, r2, k = 0.3, 3.0, 1.0, 10**9
+    value = two_armed.variance(p, r1, r2, two_armed.mean_baseline(p, r1, r2))
+    assert k * two_armed.rloo_variance(p, r1, r2, k) == pytest.approx(value, rel=1e-8)
+
+
 def test_the_greedy_baseline_always_helps_where_the_worse_arm_has_half_the_reward():
     assert two_armed.crossover(2.0, 1.0) == 1.0
     assert two_armed.crossover(1.0, 1.0) == float("inf")
@@ -203,5 +239,7 @@ def test_bad_input(world):
         exact.score_functions(world.logprobs, world.policy.parameters())
     with pytest.raises(ValueError, match="p: expected a probability, got 1.1"):
         two_armed.variance(1.1, 1.0, 0.5)
+    with pytest.raises(ValueError, match="group_size: expected at least 2, got 1"):
+        two_armed.rloo_variance(0.5, 1.0, 0.5, 1)
     with pytest.raises(ValueError, match=r"r2: expected in \(0, r1 = 1.0\], got 2.0"):
         two_armed.crossover(1.0, 2.0)
