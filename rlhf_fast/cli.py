@@ -55,6 +55,9 @@ COMMANDS = {
     "bandit linear": Command(
         "bandit.config:LinearBanditConfig", "bandit.command:linear", "DPO against RMB-PO where the optimum is known"
     ),
+    "bandit neural": Command(
+        "bandit.config:NeuralBanditConfig", "bandit.command:neural", "the same with networks for rewards and policies"
+    ),
 }
 
 

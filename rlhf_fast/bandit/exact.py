@@ -4,8 +4,8 @@ DPO's loss is a logistic regression on phi_pi differences, concave in theta: New
 objective J(theta) = E_s[sum_a pi r - beta KL(pi || uniform)] is concave in the policy, not in theta; its optimum is the
 best of Newton ascents from the reward's projection on the features and from the local maxima of a polar grid.
 With phi_pi = phi_r all optima are the reward's theta / beta (J = const - beta E_s KL(pi || pi*)).
-Left out: a proof that the best is global. On up to 128 states the grid holds every deterministic policy; on more it is
-made from 128 of them, and a narrow peak can be missed.
+Left out: a proof that the best is global. On up to 256 states the grid holds every deterministic policy; on more it is
+made from 256 of them, and a narrow peak can be missed.
 
 With beta = 0.01 policies are nearly deterministic, and on few states J can be flat to all digits around its maximum:
 among optima that agree to 1e-12 the one reached from the projection is taken.
@@ -23,8 +23,10 @@ from torch.nn.functional import max_pool2d, pad
 from rlhf_fast.bandit.problem import ACTIONS, PAIRS
 
 _RADII, _PEAKS = (0.03, 0.1, 0.2, 0.4, 0.8, 1.5, 4.0, 12.0), 48
-_GRID_STATES = 128  # the grid only finds basins; it needs no more states than this
-_SEEDS = 20  # at a time, for memory
+_GRID_STATES = 256  # the grid only finds basins; it needs no more states than this
+_LOWEST = -80.0  # of a logit below the largest one; exp takes many times as long where it underflows
+_DIRECTIONS = 256  # of them and
+_SEEDS = 20  # of these at a time, for memory and caches
 
 
 class Optimum(NamedTuple):
@@ -68,6 +70,18 @@ def _value(features: Tensor, rewards: Tensor, weights: Tensor, beta: float, thet
 
 
 def _maximise(features: Tensor, rewards: Tensor, weights: Tensor, beta: float) -> Optimum:
+    theta = _ascend(features, rewards, weights, beta, _project(features, rewards / beta), 100)
+    # The best policy of all, expressible or not, has the value beta E_s[log Z(s)]: who reaches it need not search on.
+    bound = beta * ((rewards / beta).logsumexp(-1) - math.log(ACTIONS)) @ weights
+    below = _value(features, rewards, weights, beta, theta)[:, 0] < bound - 1e-12
+    if below.any():
+        theta[below] = _search(features[below], rewards[below], weights, beta, theta[below])
+    value, gradient, _ = objective(features, rewards, weights, beta, theta)
+    return Optimum(theta[:, 0], value[:, 0], gradient[:, 0].norm(dim=-1))
+
+
+def _search(features: Tensor, rewards: Tensor, weights: Tensor, beta: float, first: Tensor) -> Tensor:
+    """The best of `first` [S, 1, F] and of the optima above the polar grid's local maxima, [S, 1, F]."""
     problem = features, rewards, weights, beta
 
     def best(starts: Tensor, count: int) -> Tensor:
@@ -77,13 +91,11 @@ def _maximise(features: Tensor, rewards: Tensor, weights: Tensor, beta: float) -
     def ascend(starts: Tensor, steps: int) -> Tensor:
         return torch.cat([_ascend(*problem, start, steps) for start in starts.unbind(1)], 1)
 
-    projection = _project(features, rewards / beta)[:, None]
     screened = ascend(best(_basins(*problem), 10), 12)
-    theta = ascend(torch.cat((projection, best(screened, 2)), 1), 100)
-    value, gradient, _ = objective(features, rewards, weights, beta, theta)
-    first = (value >= value.amax(1, keepdim=True) - 1e-12).int().argmax(1)  # the first of equals
-    rows = torch.arange(len(theta), device=theta.device)
-    return Optimum(theta[rows, first], value[rows, first], gradient[rows, first].norm(dim=-1))
+    theta = torch.cat((first, ascend(best(screened, 2), 100)), 1)
+    value = _value(*problem, theta)
+    chosen = (value >= value.amax(1, keepdim=True) - 1e-12).int().argmax(1)  # the first of equals
+    return theta[torch.arange(len(theta), device=theta.device), chosen][:, None]
 
 
 def _ascend(features: Tensor, rewards: Tensor, weights: Tensor, beta: float, start: Tensor, steps: int) -> Tensor:
@@ -141,8 +153,29 @@ def _basins(features: Tensor, rewards: Tensor, weights: Tensor, beta: float) -> 
     radii = spread[:, None] * torch.tensor(_RADII, dtype=spread.dtype, device=spread.device)
     grid = radii[:, :, None, None] * circle[:, None]  # [S, radius, angle, F]
     features, weights = features.float(), weights / weights.sum()
-    value = torch.stack([_value(features, rewards, weights, beta, ring.float()) for ring in grid.unbind(1)], 1)
+    value = torch.stack([_rings(*x, weights, beta) for x in zip(features, rewards, circle.float(), radii, strict=True)])
     around = max_pool2d(pad(pad(value, (1, 1), mode="circular"), (0, 0, 1, 1), value=-math.inf), 3, stride=1)
     peaks = torch.where(value >= around, value, -math.inf).flatten(1)
     best = peaks.topk(_PEAKS, dim=1).indices
     return grid.flatten(1, 2).gather(1, best[..., None].expand(*best.shape, 2))
+
+
+def _rings(features: Tensor, rewards: Tensor, circle: Tensor, radii: Tensor, weights: Tensor, beta: float) -> Tensor:
+    """J of one seed at every radius times every direction [K, F], [radius, K]: `_value` without its large temporaries.
+
+    Actions come first and directions last, some at a time, so that what one radius takes stays in the cache.
+    """
+    logits = features.transpose(0, 1) @ circle.T  # [A, M, K]
+    logits -= logits.amax(0)
+    rewards, shift = rewards.T[..., None], beta * math.log(ACTIONS)
+    blocks = []
+    for block in logits.split(_DIRECTIONS, -1):
+        rings = []
+        for radius in radii.tolist():
+            scaled = (block * radius).clamp_(min=_LOWEST)
+            mass = scaled.exp()
+            total = mass.sum(0)
+            value = scaled.mul_(-beta).add_(rewards).mul_(mass).sum(0).div_(total).add_(total.log_(), alpha=beta)
+            rings.append(weights @ value)
+        blocks.append(torch.stack(rings))
+    return torch.cat(blocks, 1) - shift

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.bandit import exact, linear
-from rlhf_fast.bandit.config import LinearBanditConfig
+from rlhf_fast.bandit.config import LinearBanditConfig, seeds_of
 from rlhf_fast.bandit.problem import (
     PAIRS,
     TRUE_THETA,
@@ -111,10 +111,6 @@ def error_sources(config: LinearBanditConfig, run: Run) -> dict[str, dict[str, T
         unchanged = optimality_gap(run.thetas[name], setting)
         gaps[name] = {"reward": true, "actions": unchanged, "states": all_states, "all": everything}
     return gaps
-
-
-def seeds_of(config: LinearBanditConfig) -> range:
-    return range(config.first_seed, config.first_seed + config.seeds)
 
 
 def gaps_of(config: LinearBanditConfig, thetas: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -33,15 +33,22 @@ class Draws(NamedTuple):
 
 def draw(seeds: Sequence[int], n: int, m: int) -> Draws:
     """n labelled pairs of distinct actions, the label Bernoulli(sigmoid(r(s, a) - r(s, a'))), and m more states."""
-    uniforms = _uniforms(seeds, 0, (n, 4))
-    states = uniforms[..., 0]
-    first = (uniforms[..., 1] * ACTIONS).long()
-    second = (first + 1 + (uniforms[..., 2] * (ACTIONS - 1)).long()) % ACTIONS
-    rewards = true_rewards(states)
-    difference = _of_action(rewards, second) - _of_action(rewards, first)
-    second_wins = uniforms[..., 3] < torch.sigmoid(difference)
-    winners, losers = torch.where(second_wins, second, first), torch.where(second_wins, first, second)
-    return Draws(states, winners, losers, _uniforms(seeds, 1, (m,)), _uniforms(seeds, 2, (3, 2)))
+    numbers = uniforms(seeds, 0, (n, 4))
+    states = numbers[..., 0]
+    winners, losers = label(numbers[..., 3], true_rewards(states), *draw_pairs(numbers[..., 1:3], ACTIONS))
+    return Draws(states, winners, losers, uniforms(seeds, 1, (m,)), uniforms(seeds, 2, (3, 2)))
+
+
+def draw_pairs(numbers: Tensor, actions: int) -> tuple[Tensor, Tensor]:
+    """Two distinct ones of 0..actions-1 from uniform numbers [..., 2], each [...] int64."""
+    first = (numbers[..., 0] * actions).long()
+    return first, (first + 1 + (numbers[..., 1] * (actions - 1)).long()) % actions
+
+
+def label(numbers: Tensor, rewards: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Winners and losers of two actions by Bradley-Terry on rewards [..., A], from uniform numbers, all [...]."""
+    second_wins = numbers < torch.sigmoid(of_action(rewards, second) - of_action(rewards, first))
+    return torch.where(second_wins, second, first), torch.where(second_wins, first, second)
 
 
 def features(states: Tensor, setting: Setting = "matched") -> Tensor:
@@ -96,18 +103,19 @@ def optimality_gap(theta: Tensor, setting: Setting) -> Tensor:
 def sampled_gaps(thetas: Sequence[Tensor], seeds: Sequence[int], setting: Setting, size: int = 10_000) -> list[Tensor]:
     """The gap as the published code reports it, [S] per policy [S, F]: `size` states drawn for the best reward, once
     per seed, and others for every policy. Noisy (the best reward alone by 0.013), and it can be negative."""
-    best = true_rewards(_uniforms(seeds, 3, (size,))).amax(-1).mean(-1)
+    best = true_rewards(uniforms(seeds, 3, (size,))).amax(-1).mean(-1)
     gaps = []
     for number, theta in enumerate(thetas, 4):
-        states = _uniforms(seeds, number, (size,))
+        states = uniforms(seeds, number, (size,))
         gaps.append(best - (true_rewards(states) * policy(theta, states, setting)).sum(-1).mean(-1))
     return gaps
 
 
-def _of_action(values: Tensor, actions: Tensor) -> Tensor:
+def of_action(values: Tensor, actions: Tensor) -> Tensor:
+    """values [..., A] at actions [...], [...]."""
     return values.gather(-1, actions[..., None])[..., 0]
 
 
-def _uniforms(seeds: Sequence[int], stream: int, shape: tuple[int, ...]) -> Tensor:
+def uniforms(seeds: Sequence[int], stream: int, shape: tuple[int, ...]) -> Tensor:
     """[S, *shape] in [0, 1), from one stream of random numbers per seed and purpose."""
     return torch.from_numpy(np.stack([np.random.default_rng([seed, stream]).random(shape) for seed in seeds]))

@@ -1,4 +1,4 @@
-"""The bandit's results as JSON, console tables and figures.
+"""The bandits' results as JSON, console tables and figures.
 
 A published figure is the mean of 10 seeds, so it is set beside the interval in which the mean of 10 further seeds of
 ours would fall 95 times in 100, not beside our mean's own error.
@@ -20,7 +20,7 @@ from rlhf_fast.bandit.problem import ACTIONS, policy, true_rewards
 from rlhf_fast.metrics import print_table
 from rlhf_fast.plots import STYLE
 
-# arXiv 2312.10584, figures 3 and 4: n = 20, beta = 0.01, means of 10 seeds, no error bars in the text.
+# arXiv 2312.10584, figures 3 and 4 and the neural ablation: means of 10 seeds, no error bars in the text; beta = 0.01.
 PUBLISHED = {
     "matched": {
         "dpo": 0.0865,
@@ -36,15 +36,24 @@ PUBLISHED = {
         "rmb_po_plus@5": 0.2653,
         "rmb_po_plus@10": 0.2685,
     },
+    "additive": {
+        "dpo_published": 0.4353,
+        "rmb_po": 0.323,
+        "rmb_po_plus@2": 0.1967,
+        "rmb_po_plus@5": 0.1923,
+        "rmb_po_plus@10": 0.1855,
+    },
 }
+_PUBLISHED_N = {"linear": 20, "neural": 50}
 SAME = 1e-8  # gaps closer than this are equal: the solvers' own error
-_COLORS = {"dpo": "#E69F00", "rmb_po": "#0072B2"}
-_PLUS_COLOR = "#009E73"
+_COLORS = {"dpo": "#E69F00", "dpo_published": "#F0E442", "rmb_po": "#0072B2", "rmb_po_plus": "#009E73"}
+_LABELS = {"dpo": "DPO", "dpo_published": "DPO, published form", "rmb_po": "RMB-PO", "rmb_po_plus": "RMB-PO+"}
+_MATCHED = "_matched_steps"
 
 
-def published_of(setting: str, n: int, beta: float) -> dict[str, float]:
+def published_of(bandit: str, setting: str, n: int, beta: float) -> dict[str, float]:
     """Method -> published gap, where these very settings were published."""
-    return PUBLISHED[setting] if (n, beta) == (20, 0.01) else {}
+    return PUBLISHED.get(setting, {}) if (n, beta) == (_PUBLISHED_N[bandit], 0.01) else {}
 
 
 def summary(gaps: Tensor) -> dict[str, Any]:
@@ -52,6 +61,10 @@ def summary(gaps: Tensor) -> dict[str, Any]:
     mean, deviation, size = gaps.mean().item(), gaps.std().item(), len(gaps)
     half = NormalDist().inv_cdf(0.975) * deviation * (1 / 10 + 1 / size) ** 0.5
     return {"mean": mean, "se": deviation / size**0.5, "interval_of_10": [mean - half, mean + half]}
+
+
+def summaries(gaps: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    return {name: summary(gap) for name, gap in gaps.items()}
 
 
 def paired(gaps: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -72,21 +85,24 @@ def paired(gaps: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def show(record: Mapping[str, Any]) -> None:
     """Tables on the console."""
-    published = published_of(record["setting"], record["n"], record["beta"])
     rows = []
     for name, method in record["methods"].items():
-        low, high = method["published_evaluation"]["interval_of_10"]
+        low, high = method.get("published_evaluation", method)["interval_of_10"]
+        published = method["published"]
         row = {"method": name, "gap": (method["mean"], method["se"]), "10 seeds": f"{low:.3f} to {high:.3f}"}
-        row["published"] = f"{published[name]:.4f}" if name in published else "-"
-        row["inside"] = ("yes" if low <= published[name] <= high else "no") if name in published else "-"
+        row |= {"steps": method["steps"]} if "steps" in method else {}
+        row["published"] = "-" if published is None else f"{published:.4f}"
+        row["inside"] = "-" if published is None else "yes" if low <= published <= high else "no"
         rows.append(row)
+    kind = "features" if record["bandit"] == "linear" else "reward"
     print_table(
-        f"Optimality gap, {record['setting']} features, n = {record['n']}, {record['mode']} mode, "
+        f"Optimality gap, {record['setting']} {kind}, n = {record['n']}, {record['mode']} mode, "
         f"{record['seeds']} seeds; published: mean of 10 seeds, and where such a mean falls (95 %)",
         rows,
     )
+    shown = _shown(record["methods"])
     print_table(
-        "Paired differences (5 % level, Bonferroni)",
+        f"Paired differences (5 % level, Bonferroni over {len(record['paired'])} pairs; all of them are in the JSON)",
         [
             {
                 "difference": name,
@@ -99,8 +115,15 @@ def show(record: Mapping[str, Any]) -> None:
                 else "no significant difference",
             }
             for name, pair in record["paired"].items()
+            if set(name.split(" - ")) <= set(shown)
         ],
     )
+    if "references" in record:
+        share = record["commonest_best_action"]
+        print_table(
+            f"For comparison (the commonest best action is best in {share['mean']:.3f} of the states)",
+            [{"policy": name, "gap": (x["mean"], x["se"])} for name, x in record["references"].items()],
+        )
     if "error_sources" in record:
         print_table(
             "Change of the gap where one piece is exact (negative: that piece costs so much)",
@@ -111,14 +134,17 @@ def show(record: Mapping[str, Any]) -> None:
         )
 
 
-def write_plots(record: Mapping[str, Any], thetas: Mapping[str, Tensor], stem: Path) -> list[Path]:
-    """Writes <stem>_gap.png, _ratio.png, _policies.png and, with sizes, _n.png; returns their paths."""
+def write_plots(record: Mapping[str, Any], stem: Path, thetas: Mapping[str, Tensor] | None = None) -> list[Path]:
+    """Writes <stem>_gap.png, with ratios _ratio.png, with sizes _n.png, with the linear bandit's thetas _policies.png;
+    returns their paths."""
     with matplotlib.rc_context(STYLE):
-        figures = {"gap": bars(record), "policies": policies(thetas, record["setting"])}
+        figures = {"gap": bars(record)}
         if record["ratios"]:
             figures["ratio"] = against_ratio(record)
         if record["by_n"]:
             figures["n"] = against_n(record)
+        if thetas is not None:
+            figures["policies"] = policies(thetas, record["setting"])
         paths = [stem.with_name(f"{stem.name}_{name}.png") for name in figures]
         for path, figure in zip(paths, figures.values(), strict=True):
             figure.savefig(path, dpi=130)
@@ -127,57 +153,55 @@ def write_plots(record: Mapping[str, Any], thetas: Mapping[str, Tensor], stem: P
 
 def bars(record: Mapping[str, Any]) -> Figure:
     """Mean gap of every method with its standard error; diamonds are the published means."""
-    figure, axes = _figure()
-    published = published_of(record["setting"], record["n"], record["beta"])
-    for i, (name, method) in enumerate(record["methods"].items()):
-        axes.bar(i, method["mean"], yerr=method["se"], color=_color(name), capsize=4, width=0.66)
-        if name in published:
-            label = "published, 10 seeds" if name == "dpo" else None
-            axes.plot(i, published[name], marker="D", color="#333333", linestyle="", label=label)
-    axes.set_xticks(range(len(record["methods"])), [_label(name).replace(" ", "\n") for name in record["methods"]])
-    axes.grid(axis="x", visible=False)
+    methods = record["methods"]
+    figure, axes = _figure(height=1.6 + 0.42 * len(methods))
+    places = range(len(methods))
+    for i, (name, method) in zip(places, methods.items(), strict=True):
+        axes.barh(i, method["mean"], xerr=method["se"], color=_color(name), alpha=_alpha(name), capsize=4, height=0.66)
+    published = {i: x["published"] for i, x in zip(places, methods.values(), strict=True) if x["published"] is not None}
     if published:
-        axes.legend()
+        axes.plot(list(published.values()), list(published), "D", color="#333333", label="published, 10 seeds")
+        figure.legend(loc="outside lower center")
+    axes.set_yticks(places, [_label(name) for name in methods])
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("optimality gap")
     return figure
 
 
 def against_ratio(record: Mapping[str, Any]) -> Figure:
-    """Gap against m/n; DPO and RMB-PO do not see the new states."""
+    """Gap against m/n; what does not see the new states is a level line."""
     figure, axes = _figure()
+    axes.set_ylabel("optimality gap")
     methods = record["methods"]
-    for name in ("dpo", "rmb_po"):
+    for name in (name for name in methods if not name.startswith("rmb_po_plus")):
         mean, error = methods[name]["mean"], methods[name]["se"]
-        axes.axhline(mean, color=_color(name), label=_label(name))
+        axes.axhline(mean, color=_color(name), linestyle=_line(name), label=_label(name))
         axes.axhspan(mean - error, mean + error, color=_color(name), alpha=0.12, linewidth=0)
     ratios = sorted(record["ratios"])
-    plus = [methods[f"rmb_po_plus@{ratio:g}"] for ratio in ratios]
-    axes.errorbar(
-        ratios,
-        [x["mean"] for x in plus],
-        [x["se"] for x in plus],
-        color=_PLUS_COLOR,
-        marker="o",
-        capsize=4,
-        label="RMB-PO+",
-    )
+    for suffix in ("", _MATCHED):
+        names = [f"rmb_po_plus@{ratio:g}{suffix}" for ratio in ratios]
+        if set(names) <= set(methods):
+            label = "RMB-PO+, RMB-PO's steps" if suffix else "RMB-PO+"
+            _errorbar(axes, ratios, [methods[name] for name in names], names[-1], label)
     axes.set_xlabel("new states per preference, m/n")
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 
 def against_n(record: Mapping[str, Any]) -> Figure:
     """Gap against the number of preferences; of RMB-PO+ the largest ratio."""
     figure, axes = _figure()
+    axes.set_ylabel("optimality gap")
     sizes = sorted(record["by_n"], key=int)
+    numbers = [int(size) for size in sizes]
     for name in _shown(record["methods"]):
-        points = [record["by_n"][size][name] for size in sizes]
-        style = {"color": _color(name), "marker": "o", "capsize": 4, "label": _label(name)}
-        axes.errorbar([int(size) for size in sizes], [x["mean"] for x in points], [x["se"] for x in points], **style)
+        _errorbar(axes, numbers, [record["by_n"][size][name] for size in sizes], name, _label(name))
     axes.set_xscale("log")
-    axes.set_xticks([int(size) for size in sizes], sizes)
+    axes.set_xticks(numbers, sizes)
     axes.minorticks_off()
     axes.set_xlabel("preferences, n")
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 
@@ -196,22 +220,42 @@ def policies(thetas: Mapping[str, Tensor], setting: str) -> Figure:
     return figure
 
 
-def _figure() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(6.4, 4.2))
-    axes = figure.add_subplot()
-    axes.set_ylabel("optimality gap")
-    return figure, axes
+def _figure(height: float = 4.6) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(6.4, height))
+    return figure, figure.add_subplot()
 
 
-def _shown(methods: Mapping[str, Any]) -> Sequence[str]:
-    """DPO, RMB-PO and the RMB-PO+ with most new states."""
-    plus = sorted((name for name in methods if "@" in name), key=lambda name: float(name.split("@")[1]))
-    return ["dpo", "rmb_po", *plus[-1:]]
+def _errorbar(axes: Axes, x: Sequence[float], points: Sequence[Mapping[str, Any]], name: str, label: str) -> None:
+    style = {"color": _color(name), "linestyle": _line(name), "marker": "o", "capsize": 4, "label": label}
+    axes.errorbar(x, [point["mean"] for point in points], [point["se"] for point in points], **style)
+
+
+def _shown(methods: Mapping[str, Any]) -> list[str]:
+    """All but the RMB-PO+ with fewer than the most new states."""
+    ratios = {name: float(_parts(name)[1]) for name in methods if "@" in name}
+    return [name for name in methods if ratios.get(name) in (None, max(ratios.values(), default=None))]
+
+
+def _parts(name: str) -> tuple[str, str, bool]:
+    """Method, ratio or "", whether the steps are matched."""
+    method, _, ratio = name.removesuffix(_MATCHED).partition("@")
+    return method, ratio, name.endswith(_MATCHED)
 
 
 def _label(name: str) -> str:
-    return {"dpo": "DPO", "rmb_po": "RMB-PO"}.get(name) or f"RMB-PO+ m/n={name.split('@')[1]}"
+    method, ratio, matched = _parts(name)
+    if matched and method == "rmb_po":
+        return f"RMB-PO, steps of m/n={ratio}"
+    return _LABELS[method] + f" m/n={ratio}" * bool(ratio) + ", RMB-PO's steps" * matched
 
 
 def _color(name: str) -> str:
-    return _COLORS.get(name, _PLUS_COLOR)
+    return _COLORS[_parts(name)[0]]
+
+
+def _line(name: str) -> str:
+    return "--" if _parts(name)[2] else "-"
+
+
+def _alpha(name: str) -> float:
+    return 0.5 if _parts(name)[2] else 1.0
