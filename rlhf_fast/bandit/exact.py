@@ -8,7 +8,8 @@ Left out: a proof that the best is global. On up to 256 states the grid holds ev
 made from 256 of them, and a narrow peak can be missed.
 
 With beta = 0.01 policies are nearly deterministic, and on few states J can be flat to all digits around its maximum:
-among optima that agree to 1e-12 the one reached from the projection is taken.
+among optima that agree to 1e-12 the one reached from the projection is taken, else the first that the grid leads to.
+Such optima act alike on the objective's states, not always on others.
 
 Shapes: S seeds, M states, A actions, F features, K candidates.
 """

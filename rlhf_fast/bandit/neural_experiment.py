@@ -5,7 +5,7 @@ the n preference states), `rmb_po_plus@RATIO` (on int(RATIO n) more states), all
 batches and so more steps; `rmb_po_plus@RATIO_matched_steps` takes RMB-PO's number of steps, and RMB-PO itself takes as
 many as RMB-PO+ at the largest ratio in `rmb_po@RATIO_matched_steps`.
 
-Left out: what separates the trained policies from the optima of their objectives, which nobody can compute here.
+Left out: the optima of the objectives, which these steps need not reach.
 """
 
 from copy import deepcopy
@@ -25,8 +25,8 @@ from rlhf_fast.bandit.neural_problem import (
     true_reward,
 )
 
-_SEEDS = 10  # at a time, for memory and caches
-_FRESH = 8192  # states that stand in for all
+_SEEDS = 5  # at a time, for memory and caches
+_FRESH = 4096  # states that stand in for all
 
 
 class Run(NamedTuple):
@@ -45,7 +45,7 @@ def run(config: NeuralBanditConfig, n: int, *, error_sources: bool) -> Run:
     error_sources: train each method again, the same number of steps, with one piece at a time made exact:
     reward: the true one in place of the learned one; DPO's labels become probabilities under it.
     actions: DPO sees all pairs of actions in its states, labelled by the learned reward. RMB-PO's sum over actions is
-    exact already. states: 8192 fresh states in place of the sample, for DPO with a random pair in each, labelled by the
+    exact already. states: 4096 fresh states in place of the sample, for DPO with a random pair in each, labelled by the
     learned reward. all: the three together.
     """
     seeds = seeds_of(config)
@@ -62,22 +62,22 @@ def _run(config: NeuralBanditConfig, seeds: range, n: int, error_sources: bool) 
     learned.requires_grad_(False)
     start = initial_policy(seeds)
 
+    plans = _plans(config, draws.states, draws.new_states)
+    few = plans["rmb_po"][1]
+
     def dpo(states: Tensor, wins: Tensor, form: neural.DPOForm = "log_probabilities") -> Tensor:
         policy = deepcopy(start)
-        neural.dpo(policy, states, wins, steps["dpo"], config.beta, form)
+        neural.dpo(policy, states, wins, few, config.beta, form)
         return evaluated.gap(policy)
 
-    def rmb_po(states: Tensor, rewards: Tensor, steps: int) -> Tensor:
+    def rmb_po(states: Tensor, rewards: Tensor, count: int) -> Tensor:
         policy = deepcopy(start)
-        neural.rmb_po(policy, states, rewards, steps, config.beta)
+        neural.rmb_po(policy, states, rewards, count, config.beta)
         return evaluated.gap(policy)
 
-    plans = _plans(config, draws.states, draws.new_states)
-    one = neural.steps_of(neural.POLICY_EPOCHS, n)
-    steps = {"dpo": one, "dpo_published": one, **{name: steps for name, (_, steps) in plans.items()}}
     wins = neural.observed(draws.winners, draws.losers)
     gaps = {"dpo": dpo(draws.states, wins), "dpo_published": dpo(draws.states, wins, "probabilities")}
-    gaps |= {name: rmb_po(states, learned(states), steps) for name, (states, steps) in plans.items()}
+    gaps |= {name: rmb_po(states, learned(states), count) for name, (states, count) in plans.items()}
     sources = {}
     if error_sources:
         everywhere, *pairs = fresh(seeds, _FRESH)
@@ -97,6 +97,7 @@ def _run(config: NeuralBanditConfig, seeds: range, n: int, error_sources: bool) 
                 "states": rmb_po(everywhere, by_learned, count),
                 "all": rmb_po(everywhere, by_truth, count),
             }
+    steps = {"dpo": few, "dpo_published": few, **{name: count for name, (_, count) in plans.items()}}
     references = {"uniform": evaluated.uniform_gap(), "best single action": evaluated.single_action_gap()}
     return Run(gaps, references, evaluated.commonest_best_action(), sources, steps)
 

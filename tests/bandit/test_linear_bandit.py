@@ -203,3 +203,17 @@ def test_new_states_only():
     both, new = (experiment.run(config(pref_states=x), 20).thetas for x in (True, False))
     assert torch.equal(both["dpo"], new["dpo"]) and torch.equal(both["rmb_po"], new["rmb_po"])
     assert (both["rmb_po_plus@2"] != new["rmb_po_plus@2"]).any()
+
+
+def test_grid_screening_against_the_objective():
+    """One seed's float32 values on a grid, its logits far below the largest one included, against float64."""
+    draws = draw([5], 300, 0)  # more directions than are taken at a time
+    rows, rewards = features(draws.states, "mismatched"), true_rewards(draws.states)
+    angles = torch.linspace(0, 2 * math.pi, 300).double()
+    circle, radii = torch.stack((angles.cos(), angles.sin()), -1), torch.tensor([0.5, 30.0, 3000.0]).double()
+    weights = equal_weights(300)
+    inputs = (rows[0].float(), rewards[0].float(), circle.float())
+    found = exact._rings(*inputs, radii, weights.float(), BETA)
+    expected = torch.stack([exact.objective(rows, rewards, weights, BETA, (r * circle)[None])[0][0] for r in radii])
+    torch.testing.assert_close(found.double(), expected, atol=1e-3, rtol=0)
+    assert (found.double() - expected).abs().mean() < 1e-5

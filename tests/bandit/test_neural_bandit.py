@@ -24,6 +24,12 @@ def small(monkeypatch):
     monkeypatch.setattr(neural_experiment, "_FRESH", 128)
 
 
+@pytest.fixture
+def short(small, monkeypatch):
+    """Fewer epochs too."""
+    monkeypatch.setattr(neural, "POLICY_EPOCHS", 8)
+
+
 def config(**values):
     return NeuralBanditConfig(**{"out": "unused", "seeds": 3, "first_seed": 7, "ratios": [0.5, 2.0], **values})
 
@@ -63,7 +69,7 @@ class PlainReward(nn.Module):
 
 
 def plain_training(module, loss, size, steps):
-    """loss(rows) -> a row's loss each; batches of 64 in order, 50 epochs or whatever `steps` makes of it."""
+    """AdamW on the mean of loss(row) over batches of 64 rows in order, again from the first, `steps` times."""
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, weight_decay=0.0)
     done = 0
     while done < steps:
@@ -235,7 +241,7 @@ def test_draws_are_nested_and_a_seeds_own():
     assert torch.equal(small.new_states[0], large.new_states[1, :3])
 
 
-def test_a_seed_does_not_depend_on_the_others(small, monkeypatch):
+def test_a_seed_does_not_depend_on_the_others(short, monkeypatch):
     together = neural_experiment.run(config(n=20, ratios=[2.0]), 20, error_sources=True)
     monkeypatch.setattr(neural_experiment, "_SEEDS", 1)
     alone = neural_experiment.run(config(n=20, ratios=[2.0], seeds=2, first_seed=8), 20, error_sources=True)
@@ -248,16 +254,16 @@ def test_a_seed_does_not_depend_on_the_others(small, monkeypatch):
     assert torch.equal(together.sources["rmb_po"]["actions"], together.gaps["rmb_po"])
 
 
-def test_new_states_only(small):
+def test_new_states_only(short):
     both, new = (neural_experiment.run(config(n=40, pref_states=x), 40, error_sources=False) for x in (True, False))
     for name in ("dpo", "rmb_po"):
         assert torch.equal(both.gaps[name], new.gaps[name])
     assert (both.gaps["rmb_po_plus@2"] != new.gaps["rmb_po_plus@2"]).all()
-    assert (both.steps["rmb_po_plus@0.5"], new.steps["rmb_po_plus@0.5"]) == (50, 50)
-    assert (both.steps["rmb_po_plus@2"], new.steps["rmb_po_plus@2"]) == (100, 100)
+    assert (both.steps["rmb_po_plus@0.5"], new.steps["rmb_po_plus@0.5"]) == (8, 8)
+    assert (both.steps["rmb_po_plus@2"], new.steps["rmb_po_plus@2"]) == (16, 16)
 
 
-def test_command(small, tmp_path, capsys):
+def test_command(short, tmp_path, capsys):
     out = tmp_path / "neural.json"
     flags = ["--seeds", "3", "--n", "12", "--ratios", "2", "--sizes", "12", "24", "--reward", "contextual"]
     assert cli.main(["bandit", "neural", "--out", str(out), *flags]) == 0
