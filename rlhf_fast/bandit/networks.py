@@ -42,11 +42,6 @@ class Layers(nn.Module):
         return torch.baddbmm(self.biases[-1], x, self.weights[-1])
 
 
-def policy(seeds: Sequence[int], stream: int) -> Layers:
-    """Logits of the actions, [S, M, D] -> [S, M, A]."""
-    return Layers(seeds, stream, (STATE_SIZE, HIDDEN, HIDDEN, ACTIONS))
-
-
 class AdditiveReward(nn.Module):
     """r(s, a) = linear(network(s), network(a)), [S, M, D] -> [S, M, A]: every state orders the actions alike."""
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from rlhf_fast.bandit.networks import ACTIONS, STATE_SIZE, AdditiveReward, JointReward, Layers, Reward, policy
+from rlhf_fast.bandit.networks import ACTIONS, HIDDEN, STATE_SIZE, AdditiveReward, JointReward, Layers, Reward
 from rlhf_fast.bandit.problem import draw_pairs, label, uniforms
 
 RewardForm = Literal["additive", "contextual"]
@@ -90,7 +90,8 @@ def learned_reward(seeds: Sequence[int], form: RewardForm) -> Reward:
 
 
 def initial_policy(seeds: Sequence[int]) -> Layers:
-    return policy(seeds, _POLICY)
+    """Logits of the actions, [S, M, D] -> [S, M, A]."""
+    return Layers(seeds, _POLICY, (STATE_SIZE, HIDDEN, HIDDEN, ACTIONS))
 
 
 def draw(seeds: Sequence[int], truth: TrueReward, n: int, m: int) -> Draws:
