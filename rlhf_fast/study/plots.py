@@ -36,7 +36,7 @@ def frontier_figure(record: dict[str, Any]) -> Figure:
     kl = record["kl"]
     for name, method in record["methods"].items():
         cloud = [point for run in record["runs"] if run["method"] == name for point in run["points"]]
-        _, kls, rewards = zip(*cloud, strict=True)
+        _, kls, rewards = zip(*(point for point in cloud if point[1] <= kl[-1]), strict=True)
         style = {"color": STUDY_COLORS[name], "alpha": 0.6}
         left.plot(kls, rewards, MARKERS.get(name, "."), markersize=3, **style)
         _band(right, name, kl, method["envelope"]["mean"], method["envelope"]["se"])
