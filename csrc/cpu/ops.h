@@ -41,10 +41,10 @@ void decode_attention(int dtype, Pointer heads, int64_t n, int64_t Q, int64_t K,
                       int64_t window, double scale, double softcap, Pointer out, int threads);
 void rms_norm(int dtype, Pointer x, Pointer weight, int64_t n, int64_t H, double epsilon, Pointer out);
 
-// Causal attention within rows whose N tokens stand side by side; slots[N] ascends and holds row * L + place in the row.
-// query [Q, N, D], key and value [K, N, D], a K-th of the query heads to each; strides: by head and token, of the three
-// in turn, the last dimension contiguous. out and the gradients are [N, heads, D]; log_sums [Q, N] of e^score, in the
-// compute type, which the backward pass reads.
+// Causal attention within rows whose N tokens stand side by side; slots[N] ascends and holds row * L + place in the
+// row. query [Q, N, D], key and value [K, N, D], a K-th of the query heads to each; strides: by head and token, of the
+// three in turn, the last dimension contiguous. out and the gradients are [N, heads, D]; log_sums [Q, N] of e^score, in
+// the compute type, which the backward pass reads.
 void packed_attention(int dtype, Pointer query, Pointer key, Pointer value, const std::array<int64_t, 6>& strides,
                       Pointer slots, int64_t N, int64_t L, int64_t Q, int64_t K, int64_t D, double scale, Pointer out,
                       Pointer log_sums, int threads);

@@ -1,6 +1,6 @@
-// Causal attention within rows of any length whose tokens stand side by side, and its gradients. A row's keys and values
-// are laid out once for the heads that share them; the rest is products of small matrices with their sums in registers.
-// A query has all its scores at a time, so the softmax needs no second pass over the keys.
+// Causal attention within rows of any length whose tokens stand side by side, and its gradients. A row's keys and
+// values are laid out once for the heads that share them; the rest is products of small matrices with their sums in
+// registers. A query has all its scores at a time, so the softmax needs no second pass over the keys.
 #include <algorithm>
 #include <vector>
 
@@ -10,8 +10,8 @@
 namespace rlhf::ISA {
 namespace {
 
-constexpr int kRows = 6;         // of a tile: with two vectors of columns its sums leave four registers of AVX2 free
-constexpr int kBlockRows = 48;   // queries whose scores the backward pass holds: whole tiles
+constexpr int kRows = 6;        // of a tile: with two vectors of columns its sums leave four registers of AVX2 free
+constexpr int kBlockRows = 48;  // queries whose scores the backward pass holds: whole tiles
 constexpr int kWide = 2 * kLanes;
 
 // n rounded up to a multiple of the vector, which the compiler can see: a loop to there needs no rest.
@@ -251,9 +251,9 @@ void packed_attention(int dtype, Pointer query, Pointer key, Pointer value, cons
     const int team = team_size(N * L * Q, threads);
     with_storage(dtype, [&](auto storage) {
         using In = decltype(storage);
-        attend<In>(Heads<const In>{query.as<const In>(), strides[0], strides[1]}, {key.as<const In>(), strides[2], strides[3]},
-               {value.as<const In>(), strides[4], strides[5]}, starts, L, {Q, K, D}, scale, {out.as<In>(), D, Q * D},
-               log_sums.as<Compute<In>>(), team);
+        attend<In>(Heads<const In>{query.as<const In>(), strides[0], strides[1]},
+                   {key.as<const In>(), strides[2], strides[3]}, {value.as<const In>(), strides[4], strides[5]}, starts,
+                   L, {Q, K, D}, scale, {out.as<In>(), D, Q * D}, log_sums.as<Compute<In>>(), team);
         return 0;
     });
 }
@@ -266,11 +266,11 @@ void packed_attention_backward(int dtype, Pointer query, Pointer key, Pointer va
     const int team = team_size(N * L * Q, threads);
     with_storage(dtype, [&](auto storage) {
         using In = decltype(storage);
-        attend_backward<In>(Heads<const In>{query.as<const In>(), strides[0], strides[1]},
-                        {key.as<const In>(), strides[2], strides[3]}, {value.as<const In>(), strides[4], strides[5]},
-                        {out.as<const In>(), D, Q * D}, log_sums.as<const Compute<In>>(),
-                        {grad_out.as<const In>(), D, Q * D}, starts, L, {Q, K, D}, scale, {grad_query.as<In>(), D, Q * D},
-                        {grad_key.as<In>(), D, K * D}, {grad_value.as<In>(), D, K * D}, team);
+        attend_backward<In>(
+            Heads<const In>{query.as<const In>(), strides[0], strides[1]}, {key.as<const In>(), strides[2], strides[3]},
+            {value.as<const In>(), strides[4], strides[5]}, {out.as<const In>(), D, Q * D},
+            log_sums.as<const Compute<In>>(), {grad_out.as<const In>(), D, Q * D}, starts, L, {Q, K, D}, scale,
+            {grad_query.as<In>(), D, Q * D}, {grad_key.as<In>(), D, K * D}, {grad_value.as<In>(), D, K * D}, team);
         return 0;
     });
 }

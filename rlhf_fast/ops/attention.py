@@ -27,9 +27,9 @@ def packed_attention(
 ) -> Tensor:
     """softmax(scale query key^T) value of each token over those of its row up to itself.
 
-    Plain PyTorch: the tokens spread over [rows, length], `scaled_dot_product_attention(..., is_causal=True)`, the tokens
-    taken out again. This copies nothing, computes nothing for padding or for what lies ahead, and keeps for the backward
-    pass what goes in and comes out.
+    Plain PyTorch: the tokens spread over [rows, length], `scaled_dot_product_attention(..., is_causal=True)`, the
+    tokens taken out again. This copies nothing, computes nothing for padding or for what lies ahead, and keeps for the
+    backward pass no more than what goes in and comes out.
 
     Args:
         query: [h, N, d], float32, bfloat16, float16 or float64; key: [k, N, d] of that dtype, h a multiple of k; value:
@@ -52,7 +52,8 @@ def packed_attention(
         expect(fits, name, f"shape [a divisor of {h}, {N}, {d}] as query {list(query.shape)}", list(x.shape))
         expect(x.dtype == query.dtype, name, f"dtype {query.dtype} as query", x.dtype)
         check_device(name, x, "query", query)
-    expect(slots.shape == (N,) and slots.dtype == torch.int64, "slots", f"int64 of shape [{N}]", list(slots.shape))
+    is_index = slots.shape == (N,) and slots.dtype == torch.int64
+    expect(is_index, "slots", f"int64 of shape [{N}]", f"{slots.dtype} of shape {list(slots.shape)}")
     check_device("slots", slots, "query", query)
     scale = d**-0.5 if scale is None else scale
     if not has_kernel("packed_attention", query) or value.shape[2] != d:
