@@ -82,6 +82,8 @@ PYBIND11_MODULE(_cpu, module) {
     RLHF_DEFINE(sample_tokens);
     RLHF_DEFINE(decode_attention);
     RLHF_DEFINE(rms_norm);
+    RLHF_DEFINE(packed_attention);
+    RLHF_DEFINE(packed_attention_backward);
     RLHF_DEFINE(kl_penalty);
     RLHF_DEFINE(shape_rewards);
     RLHF_DEFINE(gae);

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from rlhf_fast.ops.attention import packed_attention
 
 _NAME = "rlhf_fast_packed"
 _packable: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
@@ -74,19 +75,23 @@ def _packed(backbone: PreTrainedModel, ids_N: Tensor, positions_N: Tensor, layou
 
 
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **options: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float | None = None,
+    **options: Any,
 ) -> tuple[Tensor, None]:
-    (B, _, L, _), slots_N = attention_mask.shape, attention_mask[0, 0, 0]
-    query, key, value = (_spread(x, slots_N, B, L) for x in (query, key, value))
-    out_BLhd, _ = sdpa_attention_forward(module, query, key, value, None, **options)
-    return out_BLhd.flatten(0, 1).index_select(0, slots_N)[None], None
-
-
-def _spread(x: Tensor, slots_N: Tensor, B: int, L: int) -> Tensor:
-    """[1, h, N, d] -> [B, h, L, d], 0 in between."""
-    x_Nhd = x[0].transpose(0, 1)
-    padded = x_Nhd.new_zeros(B * L, *x_Nhd.shape[1:]).index_copy(0, slots_N, x_Nhd)
-    return padded.view(B, L, *x_Nhd.shape[1:]).transpose(1, 2)
+    if options.get("dropout") or options.get("position_bias") is not None:
+        raise ValueError("attention: expected no dropout and no position bias where rows are packed")
+    if torch.is_autocast_enabled(
+        query.device.type
+    ):  # torch casts what goes into its own attention, not into an operator
+        query, key, value = (x.to(torch.get_autocast_dtype(x.device.type)) for x in (query, key, value))
+    rows, _, length, _ = attention_mask.shape
+    slots_N = attention_mask[0, 0, 0]
+    return packed_attention(query[0], key[0], value[0], slots_N, rows, length, scale=scaling)[None], None
 
 
 AttentionInterface.register(_NAME, _attention)

@@ -4,6 +4,8 @@
 // Pointers arrive as integers (0 = absent). dtype: 0 float32, 1 bfloat16, 2 float16, 3 float64; ops with a leading
 // dtype take 0 and 3 only and all their float pointers have it. Masks are one byte per element. Tensors are contiguous,
 // row strides are in elements. The results do not depend on the number of threads.
+#include <array>
+
 #include "pointer.h"
 
 namespace rlhf::ISA {
@@ -38,6 +40,18 @@ void decode_attention(int dtype, Pointer heads, int64_t n, int64_t Q, int64_t K,
                       Pointer sines, Pointer positions, Pointer starts, Pointer cache, int64_t S, int64_t slot,
                       int64_t window, double scale, double softcap, Pointer out, int threads);
 void rms_norm(int dtype, Pointer x, Pointer weight, int64_t n, int64_t H, double epsilon, Pointer out);
+
+// Causal attention within rows whose N tokens stand side by side; slots[N] ascends and holds row * L + place in the
+// row. query [Q, N, D], key and value [K, N, D], a K-th of the query heads to each; strides: by head and token, of the
+// three in turn, the last dimension contiguous. out and the gradients are [N, heads, D]; log_sums [Q, N] of e^score, in
+// the compute type, which the backward pass reads.
+void packed_attention(int dtype, Pointer query, Pointer key, Pointer value, const std::array<int64_t, 6>& strides,
+                      Pointer slots, int64_t N, int64_t L, int64_t Q, int64_t K, int64_t D, double scale, Pointer out,
+                      Pointer log_sums, int threads);
+void packed_attention_backward(int dtype, Pointer query, Pointer key, Pointer value,
+                               const std::array<int64_t, 6>& strides, Pointer slots, int64_t N, int64_t L, int64_t Q,
+                               int64_t K, int64_t D, double scale, Pointer out, Pointer log_sums, Pointer grad_out,
+                               Pointer grad_query, Pointer grad_key, Pointer grad_value, int threads);
 
 void kl_penalty(int dtype, Pointer logp, Pointer ref, int64_t n, int estimator, Pointer out, Pointer grad, int threads);
 void shape_rewards(int dtype, Pointer scores, Pointer logp, Pointer ref, Pointer mask, int64_t B, int64_t T,

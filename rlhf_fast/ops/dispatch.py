@@ -58,13 +58,15 @@ OPERATIONS = (
     "linear_ppo_loss",
     "linear_dpo_loss",
 )
+CPU_OPERATIONS = ("packed_attention",)
+"""What torch has no good kernel for on the CPU alone."""
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GPU_BUILD = torch.version.cuda is not None or torch.version.hip is not None
 TRITON = importlib.util.find_spec("triton") is not None and (GPU_BUILD or INTERPRETED)
 CUDA = importlib.util.find_spec("rlhf_fast._cuda") is not None and torch.version.cuda is not None
 
 TABLE: dict[str, dict[str, str]] = {
-    "cpu": dict.fromkeys(OPERATIONS, "cpu") if COMPILED else {},
+    "cpu": dict.fromkeys(OPERATIONS + CPU_OPERATIONS, "cpu") if COMPILED else {},
     "cuda": dict.fromkeys(OPERATIONS, "triton" if TRITON else "cuda") if TRITON or CUDA else {},
 }
 KERNELS: dict[str, dict[str, Callable]] = {name: {} for name in ("cpu", "triton", "cuda")}

@@ -1,10 +1,12 @@
 """The peak of every phase: the models resident in it, and the pass that runs in it."""
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from rlhf_fast.ops import backend
 from rlhf_fast.ops.heads import MEMORY_BUDGET, Layer, working_bytes
 from rlhf_fast.plan.config import PlanConfig
 from rlhf_fast.plan.passes import Curve, Lengths, Run, inference, rollout, simulate, training
@@ -109,7 +111,7 @@ class Planner:
         shape = role.shape._replace(head="policy" if name == "reference" else "score", checkpointing=False)
         shape = shape._replace(trained=shape.trained and shape.autocast)  # else it makes no difference
         key = ("inference", id(shape.config), shape[3:])
-        at = self._curve(key, shape, inference(shape, self.lengths), rows)
+        at = self._curve(key, shape, inference(shape, self.lengths), rows, device)
         head = at["loss"]
         text = f"{rows} rows: trunk {at['activations']:,}"
         if name == "reference":
@@ -131,7 +133,7 @@ class Planner:
             repeats=2 if later else 1,
             critic=self.shared_critic,
         )
-        at = self._curve(("training", name, later), role.shape, run, rows)
+        at = self._curve(("training", name, later), role.shape, run, rows, device)
         text = f"{rows} rows: until the last layer's backward {at['activations']:,}, after it {at['gradients']:,}"
         peak = max(at["activations"], at["gradients"])
         if loss == "tokens" and self.plan.fused_head:
@@ -176,8 +178,9 @@ class Planner:
         shape = self.roles["policy"].shape._replace(checkpointing=False)
         return self._curve("rollout", shape, rollout(shape, self.lengths, self.rows_per_prompt), prompts)
 
-    def _curve(self, key: object, shape: Shape, run: Run, rows: int) -> dict[str, int]:
-        """A pass at `rows` rows, simulated at the first number asked for."""
-        if key not in self.curves:
-            self.curves[key] = simulate(shape, run, max(2, rows))  # one row takes other paths than more do
-        return self.curves[key](rows)
+    def _curve(self, key: object, shape: Shape, run: Run, rows: int, device: str = "cpu") -> dict[str, int]:
+        """A pass at `rows` rows, simulated at the first number asked for. device: whose attention it runs."""
+        if (device, key) not in self.curves:
+            with backend("reference") if device == "cuda" else nullcontext():
+                self.curves[device, key] = simulate(shape, run, max(2, rows))  # one row takes other paths than more do
+        return self.curves[device, key](rows)

@@ -7,6 +7,7 @@ Shapes: B sequences, T response tokens, V vocabulary, N tokens in any leading sh
 and select with `where`, so that whatever sits at a masked place (NaN included) reaches no value or gradient.
 """
 
+from rlhf_fast.reference.attention import packed_attention
 from rlhf_fast.reference.dtypes import at_least_fp32, mean_over
 from rlhf_fast.reference.preference import dpo_loss, ranking_loss, reward_loss
 from rlhf_fast.reference.rows import (
@@ -51,6 +52,7 @@ __all__ = [
     "linear_token_kl",
     "linear_token_logprobs",
     "mean_over",
+    "packed_attention",
     "ppo_loss",
     "ppo_value_loss",
     "ranking_loss",

@@ -75,8 +75,9 @@ def test_context_manager(monkeypatch):
 
 
 def test_triton_has_every_kernel():
-    """And operators made of others run on every back end."""
-    assert set(dispatch.KERNELS["cpu"]) == set(dispatch.KERNELS["triton"])
+    """And operators made of others run on every back end. For attention torch has kernels on GPUs."""
+    on_cpu = {name for name in dispatch.KERNELS["cpu"] if name.removesuffix("_backward") not in dispatch.CPU_OPERATIONS}
+    assert on_cpu == set(dispatch.KERNELS["triton"])
 
 
 def test_triton_takes_cpu_tensors_in_its_interpreter_only():

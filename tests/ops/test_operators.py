@@ -26,6 +26,8 @@ def samples():
     kl_kept = *kl_forward, stats
     x, w, c = torch.randn(B, T, 6), torch.randn(V, 6), torch.randn(V)  # of the linear family
     leaf = lambda x: x.clone().requires_grad_()  # noqa: E731
+    q, k, slots = torch.randn(4, 5, 6), torch.randn(2, 5, 6), torch.tensor([0, 1, 2, 4, 5])  # rows of three and two
+    attention = torch.ops.rlhf_fast.packed_attention(q, k, k.cos(), slots, 4, 0.5)
     n = torch.tensor(7.0)
     return {
         "token_logprobs": [
@@ -74,6 +76,11 @@ def samples():
             (torch.randn(B, V), torch.rand(B, dtype=torch.float64), None, 1.0),
             (torch.randn(V, B).t(), torch.rand(B, dtype=torch.float64), mask(B), 0.5),
         ],
+        "packed_attention": [
+            (leaf(q), leaf(k), leaf(k), slots, 4, 0.5),
+            (leaf(q.bfloat16()), k.bfloat16(), k.mT.contiguous().mT.bfloat16(), slots, 4, 1.0),
+        ],
+        "packed_attention_backward": [(q, k, k.cos(), slots, *attention, q.transpose(0, 1), 4, 0.5)],
         "kl_penalty": [(leaf(f), g, "k3", True), (f.t(), g.t(), "k1", False)],
         "shape_rewards": [(b, f, g, mask(B, T), 0.1, "k1", 5.0)],
         "gae": [(f, g, mask(B, T), 1.0, 0.95)],
