@@ -1,9 +1,8 @@
 """One pass of a causal model over rows of any length, without their padding.
 
-The real tokens of all rows stand side by side in one row, so that every layer works on them alone; only attention,
-which must not look across rows, spreads them out again, with the padding on the right, where a causal model does not
-look: no mask is needed. Transformers hands a mask with four dimensions through to the attention function as it is; ours
-says which slots of [B, L] the tokens belong to.
+The real tokens of all rows stand side by side in one row, so that every layer works on them alone; only attention must
+not look across rows (`ops.packed_attention`). Transformers hands a mask with four dimensions through to the attention
+function as it is; ours says which slots of [B, L] the tokens belong to.
 
 Which models allow it is tried out on the model. The others, and those that checkpoint their activations (they run their
 layers again when this attention is gone), get rows padded on the right.
@@ -24,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AttentionInterface, PreTrainedModel
 
 from rlhf_fast.ops.attention import packed_attention
+from rlhf_fast.ops.dispatch import has_kernel
 
 _NAME = "rlhf_fast_packed"
 _packable: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
@@ -48,7 +48,8 @@ def real_hidden(
     positions_N = torch.arange(tokens, device=ids_BL.device) - starts_B[rows_N]
     ids_N = ids_BL[mask_BL][(counts_B.cumsum(dim=0) - counts_B)[rows_N] + positions_N]
     slots_N = rows_N * width + positions_N
-    if tokens < B * width and _can_pack(backbone):
+    gains = tokens < B * width or has_kernel("packed_attention", ids_BL)
+    if gains and _can_pack(backbone):
         layout = slots_N.expand(B, 1, width, tokens)
         return _packed(backbone, ids_N, positions_N, layout), starts_B
     return _padded(backbone, ids_N.new_zeros(B * width).index_copy(0, slots_N, ids_N).view(B, width))
