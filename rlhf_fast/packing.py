@@ -86,10 +86,9 @@ def _attention(
 ) -> tuple[Tensor, None]:
     if options.get("dropout") or options.get("position_bias") is not None:
         raise ValueError("attention: expected no dropout and no position bias where rows are packed")
-    if torch.is_autocast_enabled(
-        query.device.type
-    ):  # torch casts what goes into its own attention, not into an operator
-        query, key, value = (x.to(torch.get_autocast_dtype(x.device.type)) for x in (query, key, value))
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # torch casts what goes into its own attention, not into an operator
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     rows, _, length, _ = attention_mask.shape
     slots_N = attention_mask[0, 0, 0]
     return packed_attention(query[0], key[0], value[0], slots_N, rows, length, scale=scaling)[None], None

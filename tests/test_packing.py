@@ -5,6 +5,7 @@ import torch
 from tiny_models import ARCHITECTURES, random_policy
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, MistralConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rlhf_fast import packing
 from rlhf_fast.ops import backend
@@ -97,7 +98,7 @@ def test_a_model_that_packs_wrongly_is_found_out(monkeypatch, attention):
     def wrong(module, query, key, value, layout, **options):
         if attention == "raises":
             raise TypeError("no such mask")
-        return packing.sdpa_attention_forward(module, query, key, value, None, **options)
+        return sdpa_attention_forward(module, query, key, value, None, **options)
 
     monkeypatch.setitem(packing.AttentionInterface._global_mapping, packing._NAME, wrong)
     assert not packing._can_pack(model.base_model)

@@ -135,11 +135,12 @@ struct Sizes {
     int64_t Q, K, D;  // heads of queries; heads of keys and values, a divisor; their numbers
 };
 
-// Where each row of tokens begins, and after the last one the number of tokens.
+// Where each row of tokens begins, and after the last one the number of tokens. Whatever slots hold, no row is longer
+// than L, for which the scratch memory is made.
 std::vector<int64_t> starts_of(const int64_t* slots, int64_t N, int64_t L) {
     std::vector<int64_t> starts;
     for (int64_t n = 0, end = 0; n < N; ++n)
-        if (slots[n] >= end) {
+        if (n == 0 || slots[n] >= end || n - starts.back() == L) {
             starts.push_back(n);
             end = (slots[n] / L + 1) * L;
         }
@@ -150,7 +151,7 @@ std::vector<int64_t> starts_of(const int64_t* slots, int64_t N, int64_t L) {
 template <typename In, typename T>
 void attend(Heads<const In> query, Heads<const In> key, Heads<const In> value, const std::vector<int64_t>& starts,
             int64_t L, Sizes sizes, double scale, Heads<In> out, T* log_sums, int team) {
-    const auto [Q, K, D] = sizes;
+    const int64_t Q = sizes.Q, K = sizes.K, D = sizes.D;
     const int64_t N = starts.back(), group = Q / K, keys = whole(L + kRows, kWide), width = whole(D, kWide);
 #pragma omp parallel num_threads(team)
     {
@@ -190,7 +191,7 @@ void attend_backward(Heads<const In> query, Heads<const In> key, Heads<const In>
                      const T* log_sums, Heads<const In> grad_out, const std::vector<int64_t>& starts, int64_t L,
                      Sizes sizes, double scale, Heads<In> grad_query, Heads<In> grad_key, Heads<In> grad_value,
                      int team) {
-    const auto [Q, K, D] = sizes;
+    const int64_t Q = sizes.Q, K = sizes.K, D = sizes.D;
     const int64_t N = starts.back(), group = Q / K, keys = whole(L + kRows, kWide), width = whole(D, kWide);
 #pragma omp parallel num_threads(team)
     {

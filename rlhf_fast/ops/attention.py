@@ -48,13 +48,14 @@ def packed_attention(
     expect(query.dtype in FLOATS, "query", "dtype float32, bfloat16, float16 or float64", query.dtype)
     (h, N, d), k = query.shape, key.shape[0]
     for name, x in (("key", key), ("value", value)):
-        fits = x.dim() == 3 and h % max(k, 1) == 0 and x.shape[:2] == (k, N) and (x is value or x.shape[2] == d)
+        fits = x.dim() == 3 and k > 0 and h % k == 0 and x.shape[:2] == (k, N) and (x is value or x.shape[2] == d)
         expect(fits, name, f"shape [a divisor of {h}, {N}, {d}] as query {list(query.shape)}", list(x.shape))
         expect(x.dtype == query.dtype, name, f"dtype {query.dtype} as query", x.dtype)
         check_device(name, x, "query", query)
     is_index = slots.shape == (N,) and slots.dtype == torch.int64
     expect(is_index, "slots", f"int64 of shape [{N}]", f"{slots.dtype} of shape {list(slots.shape)}")
     check_device("slots", slots, "query", query)
+    expect(rows * length >= N, "length", f"room for {N} tokens in {rows} rows", length)
     scale = d**-0.5 if scale is None else scale
     if not has_kernel("packed_attention", query) or value.shape[2] != d:
         return reference.packed_attention(query, key, value, slots, rows, length, scale=scale)

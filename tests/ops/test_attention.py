@@ -140,3 +140,20 @@ x, ids = torch.zeros(4, 3, 8), torch.arange(3)
 def test_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         packed_attention(*arguments, 1, 3)
+
+
+def test_sizes_that_cannot_be():
+    with pytest.raises(ValueError, match="length: expected room for 3 tokens in 1 rows, got 2"):
+        packed_attention(x, x, x, ids, 1, 2)
+    with pytest.raises(ValueError, match=r"key: expected shape \[a divisor of 4, 3, 8\]"):
+        packed_attention(x, x[:0], x[:0], ids, 1, 3)
+
+
+def test_slots_that_lie_stay_within_bounds(kernels):
+    """The places of one long row, passed off as rows of 2: nothing to be right about, but nothing is overrun."""
+    q, k, v, grad = heads(2, 2, 16, (64,))
+    slots = torch.full((64,), 1)
+    if kernels != "reference":
+        out = packed_attention(q, k, v, slots, 32, 2)
+        assert out.isfinite().all()
+        assert all(g.isfinite().all() for g in torch.autograd.grad(out, (q, k, v), grad))
