@@ -138,13 +138,19 @@ struct Sizes {
 // Where each row of tokens begins, and after the last one the number of tokens. Whatever slots hold, no row is longer
 // than L, for which the scratch memory is made.
 std::vector<int64_t> starts_of(const int64_t* slots, int64_t N, int64_t L) {
-    std::vector<int64_t> starts;
-    for (int64_t n = 0, end = 0; n < N; ++n)
-        if (n == 0 || slots[n] >= end || n - starts.back() == L) {
-            starts.push_back(n);
-            end = (slots[n] / L + 1) * L;
-        }
-    starts.push_back(N);
+    // Counted first: push_back would leave a function that all instruction sets share.
+    auto each = [&](auto found) {
+        for (int64_t n = 0, start = 0, end = 0; n < N; ++n)
+            if (n == 0 || slots[n] >= end || n - start == L) {
+                found(start = n);
+                end = (slots[n] / L + 1) * L;
+            }
+    };
+    int64_t rows = 0;
+    each([&](int64_t) { ++rows; });
+    std::vector<int64_t> starts(rows + 1, N);
+    rows = 0;
+    each([&](int64_t n) { starts[rows++] = n; });
     return starts;
 }
 
