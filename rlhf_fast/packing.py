@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AttentionInterface, PreTrainedModel
 
+from rlhf_fast import reference
 from rlhf_fast.ops.attention import packed_attention
 from rlhf_fast.ops.dispatch import has_kernel
 
@@ -82,16 +83,20 @@ def _attention(
     value: Tensor,
     attention_mask: Tensor,
     scaling: float | None = None,
+    dropout: float = 0.0,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    if options.get("dropout") or options.get("position_bias") is not None:
-        raise ValueError("attention: expected no dropout and no position bias where rows are packed")
+    if options.get("position_bias") is not None:
+        raise ValueError("attention: expected no position bias where rows are packed")
+    rows, _, length, _ = attention_mask.shape
+    packed = query[0], key[0], value[0], attention_mask[0, 0, 0], rows, length
+    if dropout:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return reference.packed_attention(*packed, scale=scale, dropout=dropout)[None], None
     device = query.device.type
     if torch.is_autocast_enabled(device):  # torch casts what goes into its own attention, not into an operator
-        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
-    rows, _, length, _ = attention_mask.shape
-    slots_N = attention_mask[0, 0, 0]
-    return packed_attention(query[0], key[0], value[0], slots_N, rows, length, scale=scaling)[None], None
+        packed = *(x.to(torch.get_autocast_dtype(device)) for x in packed[:3]), *packed[3:]
+    return packed_attention(*packed, scale=scaling)[None], None
 
 
 AttentionInterface.register(_NAME, _attention)

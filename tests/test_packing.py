@@ -112,3 +112,13 @@ def test_on_fake_tensors_every_row_is_full():
         ids = torch.zeros(3, 8, dtype=torch.long)
         states, starts = real_hidden(model.base_model, ids, torch.ones(3, 8, dtype=torch.bool), last=False)
     assert states.shape == (21, 48) and starts.shape == (3,)
+
+
+def test_dropout_in_attention_is_applied():
+    """By torch's own kernel: ours has none. Dropping everything leaves nothing of the attention."""
+    q = torch.randn(1, 2, 5, 8)
+    layout = torch.tensor([0, 1, 3, 4, 5]).expand(2, 1, 3, 5)
+    out, _ = packing._attention(None, q, q, q, layout, dropout=1.0)
+    assert out.shape == (1, 5, 2, 8) and not out.any()
+    out, _ = packing._attention(None, q, q, q, layout, dropout=0.0)
+    torch.testing.assert_close(out[0, 0], q[0, :, 0])  # a row's first token sees itself alone

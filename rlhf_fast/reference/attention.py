@@ -5,12 +5,22 @@ from torch import Tensor
 
 
 def packed_attention(
-    query_hNd: Tensor, key_hNd: Tensor, value_hNd: Tensor, slots_N: Tensor, rows: int, length: int, *, scale: float
+    query_hNd: Tensor,
+    key_hNd: Tensor,
+    value_hNd: Tensor,
+    slots_N: Tensor,
+    rows: int,
+    length: int,
+    *,
+    scale: float,
+    dropout: float = 0.0,
 ) -> Tensor:
     """A causal model does not look to the right, so no mask is needed."""
     heads = (_spread(x, slots_N, rows, length) for x in (query_hNd, key_hNd, value_hNd))
     grouped = len(query_hNd) != len(key_hNd)
-    out_BhLd = F.scaled_dot_product_attention(*heads, is_causal=True, scale=scale, enable_gqa=grouped)
+    out_BhLd = F.scaled_dot_product_attention(
+        *heads, is_causal=True, scale=scale, enable_gqa=grouped, dropout_p=dropout
+    )
     return out_BhLd.transpose(1, 2).flatten(0, 1).index_select(0, slots_N)
 
 
