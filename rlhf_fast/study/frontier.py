@@ -30,9 +30,7 @@ BASELINE = "DPO"  # whose envelope the gains are over
 def run(config: FrontierConfig) -> dict[str, Any]:
     """Trains what is not there yet, prints the table, writes frontier.json and frontier.png to `config.out`."""
     cells = train(config, STRENGTHS)
-    runs = [
-        {**dict(zip(("method", "strength", "seed"), cell, strict=False)), "points": points_of(cell)} for cell in cells
-    ]
+    runs = [{"method": c.method, "strength": c.strength, "seed": c.seed, "points": points_of(c)} for c in cells]
     content = {**summary(runs, config.kl_to), "runs": runs}
     record = write_record(Path(config.out) / "frontier.json", config, content)
     save(Path(config.out) / "frontier.png", frontier_figure, record)
