@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.attention_cases import attention_cases
 from bench.case import Case, Function
 from bench.linear_cases import linear_cases
 from rlhf_fast import ops
@@ -20,14 +21,18 @@ def all_cases(quick: bool = False, device: str = "cpu") -> list[Case]:
     """Every case at the shapes of the bars, or at toy shapes that take seconds and prove only that everything runs."""
     if quick:
         tokens, sequences, heads = (64, 5003), (16, 128), (128, 32, 1009)
+        attention = [(8, 16, 2, 16)]
     elif device == "cpu":
         tokens, sequences, heads = (1024, 50257), (64, 1024), (4096, 512, 32000)
+        attention = [(64, 57, 4, 16), (16, 512, 8, 64), (4, 2048, 8, 64)]
     else:
         tokens, sequences, heads = (8192, 151_936), (512, 4096), (8192, 4096, 151_936)
+        attention = []  # a GPU has no kernel of ours for it
     return [
         *_token_cases(*tokens, *((("fp32", "bf16", "fp16"), ("fp32", "bf16")) if device == "cpu" else (["bf16"],) * 2)),
         *_sequence_cases(*sequences),
         *_pair_cases(64),
+        *attention_cases(*attention),
         *linear_cases(*heads, torch.float32 if device == "cpu" else torch.bfloat16),
     ]
 
