@@ -81,7 +81,10 @@ PYBIND11_MODULE(_cpu, module) {
     RLHF_DEFINE(token_kl_backward);
     RLHF_DEFINE(sample_tokens);
     RLHF_DEFINE(decode_attention);
-    RLHF_DEFINE(rms_norm);
+    RLHF_DEFINE(add_rms_norm);
+    RLHF_DEFINE(add_rms_norm_backward);
+    RLHF_DEFINE(swiglu);
+    RLHF_DEFINE(swiglu_backward);
     RLHF_DEFINE(packed_attention);
     RLHF_DEFINE(packed_attention_backward);
     RLHF_DEFINE(kl_penalty);

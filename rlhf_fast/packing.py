@@ -4,8 +4,9 @@ The real tokens of all rows stand side by side in one row, so that every layer w
 not look across rows (`ops.packed_attention`). Transformers hands a mask with four dimensions through to the attention
 function as it is; ours says which slots of [B, L] the tokens belong to.
 
-Which models allow it is tried out on the model. The others, and those that checkpoint their activations (they run their
-layers again when this attention is gone), get rows padded on the right.
+Which models allow it is tried out on the model, and so is which of them also allow their layers in few operations
+(`layers`). The others, and those that checkpoint their activations (they run their layers again when this attention is
+gone), get rows padded on the right.
 
 Left out: caches.
 Shapes: B rows, L slots, N real tokens, H hidden; h heads of d.
@@ -13,7 +14,7 @@ Shapes: B rows, L slots, N real tokens, H hidden; h heads of d.
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,12 +23,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AttentionInterface, PreTrainedModel
 
-from rlhf_fast import reference
+from rlhf_fast import layers, reference
 from rlhf_fast.ops.attention import packed_attention
 from rlhf_fast.ops.dispatch import has_kernel
 
 _NAME = "rlhf_fast_packed"
 _packable: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+_fusable: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
 def real_hidden(
@@ -72,7 +74,8 @@ def _padded(backbone: PreTrainedModel, ids_BL: Tensor) -> tuple[Tensor, Tensor]:
 
 def _packed(backbone: PreTrainedModel, ids_N: Tensor, positions_N: Tensor, layout: Tensor) -> Tensor:
     inputs = {"input_ids": ids_N[None], "position_ids": positions_N[None], "attention_mask": layout}
-    with _packed_attention(backbone):
+    known = _fusable.get(backbone, True) and has_kernel("add_rms_norm", ids_N) and layers.has_known_layers(backbone)
+    with _packed_attention(backbone), layers.fused(backbone) if known else nullcontext():
         return backbone(**inputs, use_cache=False).last_hidden_state[0]
 
 
@@ -120,7 +123,9 @@ def _can_pack(backbone: PreTrainedModel) -> bool:
     if _checkpoints(backbone):
         return False
     if backbone not in _packable:
-        _packable[backbone] = _suits(backbone) and _agrees(backbone)
+        suits = _suits(backbone)
+        _fusable[backbone] = suits and _agrees(backbone)
+        _packable[backbone] = _fusable[backbone] or (suits and _agrees(backbone))
     return _packable[backbone]
 
 

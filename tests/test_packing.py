@@ -7,13 +7,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, MistralConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from rlhf_fast import packing
+from rlhf_fast import adapters, layers, packing
 from rlhf_fast.ops import backend
 from rlhf_fast.packing import real_hidden
 
 # Gemma 2 has windows and caps its attention's logits.
 PACKED = {name: name != "gemma2" for name in ARCHITECTURES}
+# Gemma stores its norms' weights less 1, so what looks like a layer of Llama's is not one.
+FUSED = {"llama", "qwen2", "qwen3"}
 LENGTHS = (7, 2, 12, 1, 5)
+real_norm = layers.add_rms_norm
 
 
 def padded_anywhere() -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,6 +65,71 @@ def test_states_and_gradients_are_those_of_each_row_alone(architecture, checkpoi
     )
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_layers_in_few_operations_where_they_compute_the_same(architecture, monkeypatch):
+    """Of biases, of norms of heads and of grouped heads too; and no layer stays as it was changed."""
+    model, (ids, mask) = random_policy(architecture), padded_anywhere()
+    norms = []
+    monkeypatch.setattr(layers, "add_rms_norm", lambda *args: norms.append(0) or real_norm(*args))
+    expected, _ = real_hidden(model.base_model, ids, mask)
+    runs_fused = bool(norms)  # in the trial at least
+    del norms[:]
+    states, _ = real_hidden(model.base_model, ids, mask)
+    assert bool(norms) == (architecture in FUSED) and runs_fused == (architecture in FUSED | {"gemma"})
+    assert torch.equal(states, expected)
+    assert not any("forward" in vars(module) for module in model.modules())
+    if architecture in FUSED:
+        with monkeypatch.context() as patch:
+            patch.setitem(packing._fusable, model.base_model, False)
+            usual, _ = real_hidden(model.base_model, ids, mask)
+        torch.testing.assert_close(states, usual, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(gradient(model, states), gradient(model, usual), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_no_farther_from_float32_than_transformers(dtype, monkeypatch):
+    model, (ids, mask) = random_policy("qwen3"), padded_anywhere()
+    truth, _ = real_hidden(model.base_model, ids, mask)
+    for as_autocast in (True, False):
+        half = model if as_autocast else random_policy("qwen3").to(dtype)
+        with torch.autocast("cpu", dtype, enabled=as_autocast):
+            fused, _ = real_hidden(half.base_model, ids, mask)
+            assert packing._fusable[half.base_model]
+            with monkeypatch.context() as patch:
+                patch.setitem(packing._fusable, half.base_model, False)
+                usual, _ = real_hidden(half.base_model, ids, mask)
+        mine, theirs = ((states.float() - truth).norm() for states in (fused, usual))
+        assert fused.dtype == usual.dtype and mine < 1.2 * theirs and mine < 0.05 * truth.norm()
+
+
+def test_adapters_and_watched_modules_keep_their_say():
+    model, (ids, mask) = random_policy("llama"), padded_anywhere()
+    adapters.put_on(model, "nowhere", adapters.LoRA(rank=4, alpha=8, seed=0), trainable=True)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    states, _ = real_hidden(model.base_model, ids, mask)
+    assert layers.has_known_layers(model.base_model)
+    torch.testing.assert_close(states, torch.cat(alone(model, ids, mask)), rtol=1e-4, atol=1e-5)
+    seen = []
+    hook = model.base_model.layers[1].mlp.register_forward_hook(lambda *_: seen.append("mlp"))
+    assert not layers.has_known_layers(model.base_model)
+    real_hidden(model.base_model, ids, mask)
+    hook.remove()
+    model.base_model.layers[0].register_forward_pre_hook(lambda *_: seen.append("layer"))
+    assert layers.has_known_layers(model.base_model)  # layers are called as ever
+    real_hidden(model.base_model, ids, mask)
+    assert seen == ["mlp", "layer"]
+
+
+def test_dropout_leaves_layers_as_they_are():
+    model = random_policy("llama")
+    for layer in model.base_model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    assert layers.has_known_layers(model.base_model)
+    assert not layers.has_known_layers(model.train().base_model)
+
+
 def test_without_the_last_tokens():
     model, (ids, mask) = random_policy("llama"), padded_anywhere()
     states, starts = real_hidden(model.base_model, ids, mask, last=False)
@@ -100,9 +168,18 @@ def test_a_model_that_packs_wrongly_is_found_out(monkeypatch, attention):
             raise TypeError("no such mask")
         return sdpa_attention_forward(module, query, key, value, None, **options)
 
+    monkeypatch.setattr(layers, "has_known_layers", lambda _: False)  # these have an attention of their own
     monkeypatch.setitem(packing.AttentionInterface._global_mapping, packing._NAME, wrong)
     assert not packing._can_pack(model.base_model)
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_layers_that_compute_something_else_are_found_out(monkeypatch):
+    model, (ids, mask) = random_policy("llama"), padded_anywhere()
+    monkeypatch.setattr(layers, "swiglu", lambda gate, up: torch.nn.functional.gelu(gate) * up)
+    states, _ = real_hidden(model.base_model, ids, mask)
+    assert packing._packable[model.base_model] and not packing._fusable[model.base_model]
+    torch.testing.assert_close(states, torch.cat(alone(model, ids, mask)), rtol=1e-4, atol=1e-5)
 
 
 def test_on_fake_tensors_every_row_is_full():

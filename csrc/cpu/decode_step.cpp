@@ -1,5 +1,5 @@
-// What a one-token decode step does between its matmuls: RMS norms, and attention of one new token per row over its
-// cached keys and values, the rotary embedding and the write to the cache included.
+// Attention of one new token per row over its cached keys and values, the rotary embedding and the write to the cache
+// included.
 #include "ops.h"
 #include "row.h"
 
@@ -85,18 +85,6 @@ void attend(const In* heads, int64_t n, int64_t Q, int64_t K, int64_t D, const f
     }
 }
 
-template <typename In>
-void normalize(const In* x, const In* weight, int64_t n, int64_t H, double epsilon, In* out) {
-    for (int64_t row = 0; row < n; ++row, x += H, out += H) {
-        float squares = 0;
-#pragma omp simd reduction(+ : squares)
-        for (int64_t i = 0; i < H; ++i) squares += widen(x[i]) * widen(x[i]);
-        const float scale = float(1 / std::sqrt(double(squares) / double(H) + epsilon));
-#pragma omp simd
-        for (int64_t i = 0; i < H; ++i) narrow(widen(x[i]) * scale * widen(weight[i]), out[i]);
-    }
-}
-
 }  // namespace
 
 void decode_attention(int dtype, Pointer heads, int64_t n, int64_t Q, int64_t K, int64_t D, Pointer cosines,
@@ -108,15 +96,6 @@ void decode_attention(int dtype, Pointer heads, int64_t n, int64_t Q, int64_t K,
             attend(heads.as<const In>(), n, Q, K, D, cosines.as<const float>(), sines.as<const float>(),
                    positions.as<const int64_t>(), starts.as<const int64_t>(), cache.as<In>(), S, slot, window,
                    float(scale), float(softcap), out.as<In>(), threads);
-        return 0;
-    });
-}
-
-void rms_norm(int dtype, Pointer x, Pointer weight, int64_t n, int64_t H, double epsilon, Pointer out) {
-    with_storage(dtype, [&](auto storage) {
-        using In = decltype(storage);
-        if constexpr (!std::is_same_v<In, double>)
-            normalize(x.as<const In>(), weight.as<const In>(), n, H, epsilon, out.as<In>());
         return 0;
     });
 }

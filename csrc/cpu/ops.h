@@ -39,19 +39,32 @@ int64_t sample_tokens(Pointer logits, int dtype, int64_t row_stride, int64_t N, 
 void decode_attention(int dtype, Pointer heads, int64_t n, int64_t Q, int64_t K, int64_t D, Pointer cosines,
                       Pointer sines, Pointer positions, Pointer starts, Pointer cache, int64_t S, int64_t slot,
                       int64_t window, double scale, double softcap, Pointer out, int threads);
-void rms_norm(int dtype, Pointer x, Pointer weight, int64_t n, int64_t H, double epsilon, Pointer out);
+
+// sum [N, H] = x + delta, out = sum scale weight with scales [N] = 1 / sqrt(mean sum^2 + epsilon) in the compute type.
+// Without delta x is the sum and nothing is written to it; scales may be absent. The backward pass takes the gradients
+// by out and, where there is one, by sum; that by x is the one by delta too, that by the weight may be absent.
+void add_rms_norm(int dtype, Pointer x, Pointer delta, Pointer weight, int64_t N, int64_t H, double epsilon,
+                  Pointer sum, Pointer out, Pointer scales, int threads);
+void add_rms_norm_backward(int dtype, Pointer sum, Pointer weight, Pointer scales, Pointer grad_out, Pointer grad_sum,
+                           int64_t N, int64_t H, Pointer grad_x, Pointer grad_weight, int threads);
+// out = silu(gate) up, of n numbers.
+void swiglu(int dtype, Pointer gate, Pointer up, int64_t n, Pointer out, int threads);
+void swiglu_backward(int dtype, Pointer gate, Pointer up, Pointer grad_out, int64_t n, Pointer grad_gate,
+                     Pointer grad_up, int threads);
 
 // Causal attention within rows whose N tokens stand side by side; slots[N] ascends and holds row * L + place in the
 // row. query [Q, N, D], key and value [K, N, D], a K-th of the query heads to each; strides: by head and token, of the
-// three in turn, the last dimension contiguous. out and the gradients are [N, heads, D]; log_sums [Q, N] of e^score, in
-// the compute type, which the backward pass reads.
+// three in turn, the last dimension contiguous. cosines, sines: float [N, D] of the tokens' rotary embedding, whose
+// halves are rotated with each other, or absent. out and the gradients are [N, heads, D]; log_sums [Q, N] of e^score,
+// in the compute type, which the backward pass reads.
 void packed_attention(int dtype, Pointer query, Pointer key, Pointer value, const std::array<int64_t, 6>& strides,
-                      Pointer slots, int64_t N, int64_t L, int64_t Q, int64_t K, int64_t D, double scale, Pointer out,
-                      Pointer log_sums, int threads);
+                      Pointer cosines, Pointer sines, Pointer slots, int64_t N, int64_t L, int64_t Q, int64_t K,
+                      int64_t D, double scale, Pointer out, Pointer log_sums, int threads);
 void packed_attention_backward(int dtype, Pointer query, Pointer key, Pointer value,
-                               const std::array<int64_t, 6>& strides, Pointer slots, int64_t N, int64_t L, int64_t Q,
-                               int64_t K, int64_t D, double scale, Pointer out, Pointer log_sums, Pointer grad_out,
-                               Pointer grad_query, Pointer grad_key, Pointer grad_value, int threads);
+                               const std::array<int64_t, 6>& strides, Pointer cosines, Pointer sines, Pointer slots,
+                               int64_t N, int64_t L, int64_t Q, int64_t K, int64_t D, double scale, Pointer out,
+                               Pointer log_sums, Pointer grad_out, Pointer grad_query, Pointer grad_key,
+                               Pointer grad_value, int threads);
 
 void kl_penalty(int dtype, Pointer logp, Pointer ref, int64_t n, int estimator, Pointer out, Pointer grad, int threads);
 void shape_rewards(int dtype, Pointer scores, Pointer logp, Pointer ref, Pointer mask, int64_t B, int64_t T,

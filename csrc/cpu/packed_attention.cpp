@@ -1,6 +1,7 @@
 // Causal attention within rows of any length whose tokens stand side by side, and its gradients. A row's keys and
-// values are laid out once for the heads that share them; the rest is products of small matrices with their sums in
-// registers. A query has all its scores at a time, so the softmax needs no second pass over the keys.
+// values are laid out once for the heads that share them, queries and keys turned by their rotary embedding; the rest
+// is products of small matrices with their sums in registers. A query has all its scores at a time, so the softmax
+// needs no second pass over the keys.
 #include <algorithm>
 #include <vector>
 
@@ -88,6 +89,31 @@ void store_rows(const T* from, int64_t width, int64_t n, int64_t D, Heads<In> x)
     for (int64_t i = 0; i < n; ++i) store(from + i * width, x.at(0, i), D);
 }
 
+// Rotary embedding of tokens: element i and i + D / 2 are a point turned by the token's angle. Absent where null.
+struct Rotary {
+    const float *cosines, *sines;  // [tokens, D]
+
+    Rotary from(int64_t token, int64_t D) const {
+        return cosines ? Rotary{cosines + token * D, sines + token * D} : *this;
+    }
+};
+
+// x [n, width] of n tokens is turned, or for kBack multiplied by the transpose, which turns gradients back.
+template <bool kBack, typename T>
+void rotate(Rotary rotary, int64_t n, int64_t D, T* x, int64_t width) {
+    if (!rotary.cosines) return;
+    const int64_t half = D / 2;
+    for (; n > 0; --n, x += width, rotary = rotary.from(1, D)) {
+        const float *c = rotary.cosines, *s = rotary.sines;
+#pragma omp simd
+        for (int64_t i = 0; i < half; ++i) {
+            const T a = x[i], b = x[i + half];
+            x[i] = a * c[i] + (kBack ? b * s[i + half] : -b * s[i]);
+            x[i + half] = b * c[i + half] + (kBack ? -a * s[i] : a * s[i + half]);
+        }
+    }
+}
+
 // e^d for d <= 0, keeps NaN.
 template <typename T>
 RLHF_INLINE T weight_of(T d) {
@@ -155,8 +181,9 @@ std::vector<int64_t> starts_of(const int64_t* slots, int64_t N, int64_t L) {
 }
 
 template <typename In, typename T>
-void attend(Heads<const In> query, Heads<const In> key, Heads<const In> value, const std::vector<int64_t>& starts,
-            int64_t L, Sizes sizes, double scale, Heads<In> out, T* log_sums, int team) {
+void attend(Heads<const In> query, Heads<const In> key, Heads<const In> value, Rotary rotary,
+            const std::vector<int64_t>& starts, int64_t L, Sizes sizes, double scale, Heads<In> out, T* log_sums,
+            int team) {
     const int64_t Q = sizes.Q, K = sizes.K, D = sizes.D;
     const int64_t N = starts.back(), group = Q / K, keys = whole(L + kRows, kWide), width = whole(D, kWide);
 #pragma omp parallel num_threads(team)
@@ -167,13 +194,16 @@ void attend(Heads<const In> query, Heads<const In> key, Heads<const In> value, c
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < int64_t(starts.size() - 1) * K; ++task) {
             const int64_t k = task % K, begin = starts[task / K], n = starts[task / K + 1] - begin;
-            load_columns(key.from(k, begin), n, D, keys_t, keys);
+            load_rows(key.from(k, begin), n, D, T(1), values, width);
+            rotate<false>(rotary.from(begin, D), n, D, values, width);
+            load_columns(Heads<const T>{values, 0, width}, n, D, keys_t, keys);
             load_rows(value.from(k, begin), n, D, T(1), values, width);
             for (int64_t head = k * group; head < (k + 1) * group; ++head)
                 for (int64_t i0 = 0; i0 < n; i0 += kRows) {
                     const int64_t rows = minimum<int64_t>(kRows, n - i0), end = i0 + rows;
                     T totals[kRows];
                     load_rows(query.from(head, begin + i0), rows, D, T(scale), q, width);
+                    rotate<false>(rotary.from(begin + i0, D), rows, D, q, width);
                     product<false, false>(q, width, keys_t, keys, D, end, weights, keys);
                     for (int64_t r = 0; r < rows; ++r) {
                         const int64_t seen = i0 + r + 1;
@@ -193,10 +223,10 @@ void attend(Heads<const In> query, Heads<const In> key, Heads<const In> value, c
 
 // With p the weights and g the gradient by them: grad_score = p (g - sum p g), where sum p g = grad_out . out.
 template <typename In, typename T>
-void attend_backward(Heads<const In> query, Heads<const In> key, Heads<const In> value, Heads<const In> out,
-                     const T* log_sums, Heads<const In> grad_out, const std::vector<int64_t>& starts, int64_t L,
-                     Sizes sizes, double scale, Heads<In> grad_query, Heads<In> grad_key, Heads<In> grad_value,
-                     int team) {
+void attend_backward(Heads<const In> query, Heads<const In> key, Heads<const In> value, Rotary rotary,
+                     Heads<const In> out, const T* log_sums, Heads<const In> grad_out,
+                     const std::vector<int64_t>& starts, int64_t L, Sizes sizes, double scale, Heads<In> grad_query,
+                     Heads<In> grad_key, Heads<In> grad_value, int team) {
     const int64_t Q = sizes.Q, K = sizes.K, D = sizes.D;
     const int64_t N = starts.back(), group = Q / K, keys = whole(L + kRows, kWide), width = whole(D, kWide);
 #pragma omp parallel num_threads(team)
@@ -210,15 +240,18 @@ void attend_backward(Heads<const In> query, Heads<const In> key, Heads<const In>
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < int64_t(starts.size() - 1) * K; ++task) {
             const int64_t k = task % K, begin = starts[task / K], n = starts[task / K + 1] - begin;
-            load_columns(key.from(k, begin), n, D, keys_t, keys);
+            load_rows(key.from(k, begin), n, D, T(1), scaled_keys, width);
+            rotate<false>(rotary.from(begin, D), n, D, scaled_keys, width);
+            load_columns(Heads<const T>{scaled_keys, 0, width}, n, D, keys_t, keys);
+            for (int64_t i = 0; i < n * width; ++i) scaled_keys[i] *= T(scale);
             load_columns(value.from(k, begin), n, D, values_t, keys);
-            load_rows(key.from(k, begin), n, D, T(scale), scaled_keys, width);
             std::fill(by_key, by_key + keys * width, T(0));
             std::fill(by_value, by_value + keys * width, T(0));
             for (int64_t head = k * group; head < (k + 1) * group; ++head)
                 for (int64_t block = 0; block < n; block += kBlockRows) {
                     const int64_t count = minimum<int64_t>(kBlockRows, n - block);
                     load_rows(query.from(head, begin + block), count, D, T(scale), q, width);
+                    rotate<false>(rotary.from(begin + block, D), count, D, q, width);
                     load_rows(grad_out.from(head, begin + block), count, D, T(1), by_out, width);
                     for (int64_t i = 0; i < count; i += kRows) {
                         const int64_t rows = minimum<int64_t>(kRows, count - i), first = begin + block + i;
@@ -233,6 +266,7 @@ void attend_backward(Heads<const In> query, Heads<const In> key, Heads<const In>
                         }
                         product<false, false>(by_score + i * keys, keys, scaled_keys, width, minimum(end, n), D,
                                               by_query, width);
+                        rotate<true>(rotary.from(first, D), rows, D, by_query, width);
                         store_rows(by_query, width, rows, D, grad_query.from(head, first));
                     }
                     for (int64_t j = 0; j < block + count; j += kRows) {
@@ -243,6 +277,7 @@ void attend_backward(Heads<const In> query, Heads<const In> key, Heads<const In>
                                             by_key + j * width, width);
                     }
                 }
+            rotate<true>(rotary.from(begin, D), n, D, by_key, width);
             store_rows(by_key, width, n, D, grad_key.from(k, begin));
             store_rows(by_value, width, n, D, grad_value.from(k, begin));
         }
@@ -252,30 +287,33 @@ void attend_backward(Heads<const In> query, Heads<const In> key, Heads<const In>
 }  // namespace
 
 void packed_attention(int dtype, Pointer query, Pointer key, Pointer value, const std::array<int64_t, 6>& strides,
-                      Pointer slots, int64_t N, int64_t L, int64_t Q, int64_t K, int64_t D, double scale, Pointer out,
-                      Pointer log_sums, int threads) {
+                      Pointer cosines, Pointer sines, Pointer slots, int64_t N, int64_t L, int64_t Q, int64_t K,
+                      int64_t D, double scale, Pointer out, Pointer log_sums, int threads) {
     const std::vector<int64_t> starts = starts_of(slots.as<const int64_t>(), N, L);
+    const Rotary rotary = {cosines.as<const float>(), sines.as<const float>()};
     const int team = team_size(N * L * Q, threads);
     with_storage(dtype, [&](auto storage) {
         using In = decltype(storage);
         attend<In>(Heads<const In>{query.as<const In>(), strides[0], strides[1]},
-                   {key.as<const In>(), strides[2], strides[3]}, {value.as<const In>(), strides[4], strides[5]}, starts,
-                   L, {Q, K, D}, scale, {out.as<In>(), D, Q * D}, log_sums.as<Compute<In>>(), team);
+                   {key.as<const In>(), strides[2], strides[3]}, {value.as<const In>(), strides[4], strides[5]}, rotary,
+                   starts, L, {Q, K, D}, scale, {out.as<In>(), D, Q * D}, log_sums.as<Compute<In>>(), team);
         return 0;
     });
 }
 
 void packed_attention_backward(int dtype, Pointer query, Pointer key, Pointer value,
-                               const std::array<int64_t, 6>& strides, Pointer slots, int64_t N, int64_t L, int64_t Q,
-                               int64_t K, int64_t D, double scale, Pointer out, Pointer log_sums, Pointer grad_out,
-                               Pointer grad_query, Pointer grad_key, Pointer grad_value, int threads) {
+                               const std::array<int64_t, 6>& strides, Pointer cosines, Pointer sines, Pointer slots,
+                               int64_t N, int64_t L, int64_t Q, int64_t K, int64_t D, double scale, Pointer out,
+                               Pointer log_sums, Pointer grad_out, Pointer grad_query, Pointer grad_key,
+                               Pointer grad_value, int threads) {
     const std::vector<int64_t> starts = starts_of(slots.as<const int64_t>(), N, L);
+    const Rotary rotary = {cosines.as<const float>(), sines.as<const float>()};
     const int team = team_size(N * L * Q, threads);
     with_storage(dtype, [&](auto storage) {
         using In = decltype(storage);
         attend_backward<In>(
             Heads<const In>{query.as<const In>(), strides[0], strides[1]}, {key.as<const In>(), strides[2], strides[3]},
-            {value.as<const In>(), strides[4], strides[5]}, {out.as<const In>(), D, Q * D},
+            {value.as<const In>(), strides[4], strides[5]}, rotary, {out.as<const In>(), D, Q * D},
             log_sums.as<const Compute<In>>(), {grad_out.as<const In>(), D, Q * D}, starts, L, {Q, K, D}, scale,
             {grad_query.as<In>(), D, Q * D}, {grad_key.as<In>(), D, K * D}, {grad_value.as<In>(), D, K * D}, team);
         return 0;

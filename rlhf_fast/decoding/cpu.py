@@ -29,7 +29,7 @@ def rms_norm(weight: Tensor, epsilon: float) -> Callable[[Tensor], Tensor]:
 
     def norm(x: Tensor, weight: Tensor = weight) -> Tensor:  # the default keeps the address alive
         out = torch.empty_like(x)
-        _cpu.rms_norm(dtype, x.data_ptr(), address, x.numel() // H, H, epsilon, out.data_ptr())
+        _cpu.add_rms_norm(dtype, x.data_ptr(), 0, address, x.numel() // H, H, epsilon, 0, out.data_ptr(), 0, 1)
         return out
 
     return norm

@@ -1,6 +1,7 @@
 """Causal attention within rows of any length that stand side by side, without their padding. Used by `packing`.
 
-On a GPU this is torch's own kernel on rows spread out, as in the reference. Leaves out dropout, windows and caps.
+On a GPU this is torch's own kernel on rows spread out, as in the reference. Leaves out dropout, windows and caps, and
+rotary embeddings of a part of the head or of neighbours.
 """
 
 import torch
@@ -9,21 +10,30 @@ from torch.autograd.function import FunctionCtx
 
 from rlhf_fast import reference
 from rlhf_fast.ops.checks import FLOATS, check_device, check_dims, expect
-from rlhf_fast.ops.dispatch import LIBRARY, _cpu, code, contiguous, has_kernel, kernel, statistics_dtype
+from rlhf_fast.ops.dispatch import LIBRARY, _cpu, code, contiguous, has_kernel, kernel, pointer, statistics_dtype
 from rlhf_fast.ops.gradients import no_second_derivative, register_autograd
 
 LIBRARY.define(
-    "packed_attention(Tensor query, Tensor key, Tensor value, Tensor slots, int length, float scale) "
-    "-> (Tensor out, Tensor log_sums)"
+    "packed_attention(Tensor query, Tensor key, Tensor value, Tensor slots, Tensor? cosines, Tensor? sines, "
+    "int length, float scale) -> (Tensor out, Tensor log_sums)"
 )
 LIBRARY.define(
-    "packed_attention_backward(Tensor query, Tensor key, Tensor value, Tensor slots, Tensor out, Tensor log_sums, "
-    "Tensor grad_out, int length, float scale) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)"
+    "packed_attention_backward(Tensor query, Tensor key, Tensor value, Tensor slots, Tensor? cosines, Tensor? sines, "
+    "Tensor out, Tensor log_sums, Tensor grad_out, int length, float scale) "
+    "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value)"
 )
 
 
 def packed_attention(
-    query: Tensor, key: Tensor, value: Tensor, slots: Tensor, rows: int, length: int, *, scale: float | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slots: Tensor,
+    rows: int,
+    length: int,
+    *,
+    scale: float | None = None,
+    rotary: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """softmax(scale query key^T) value of each token over those of its row up to itself.
 
@@ -37,6 +47,8 @@ def packed_attention(
         slots: [N] int64, row * length + place in the row of every token: ascending, every row from its place 0 on and
             without gaps. Not checked, as that would read it.
         scale: by default d ** -0.5.
+        rotary: cosines and sines [N, d] of the tokens' angles, float32, by which query and key are turned first
+            (elements i and i + d / 2 together; arXiv 2104.09864 as in Llama); no gradients flow to them.
 
     Returns:
         [N, h, d of value] contiguous, the dtype of query.
@@ -56,10 +68,14 @@ def packed_attention(
     expect(is_index, "slots", f"int64 of shape [{N}]", f"{slots.dtype} of shape {list(slots.shape)}")
     check_device("slots", slots, "query", query)
     expect(rows * length >= N, "length", f"room for {N} tokens in {rows} rows", length)
+    for table in rotary or ():
+        fits = table.shape == (N, d) and table.dtype == torch.float32 and d % 2 == 0
+        expect(fits, "rotary", f"float32 of shape [{N}, {d}], an even d", f"{table.dtype} of {list(table.shape)}")
+        check_device("rotary", table, "query", query)
     scale = d**-0.5 if scale is None else scale
     if not has_kernel("packed_attention", query) or value.shape[2] != d:
-        return reference.packed_attention(query, key, value, slots, rows, length, scale=scale)
-    return torch.ops.rlhf_fast.packed_attention(query, key, value, slots, length, scale)[0]
+        return reference.packed_attention(query, key, value, slots, rows, length, scale=scale, rotary=rotary)
+    return torch.ops.rlhf_fast.packed_attention(query, key, value, slots, *(rotary or (None, None)), length, scale)[0]
 
 
 def _read(*tensors: Tensor) -> tuple[list[Tensor], tuple[int, ...]]:
@@ -74,21 +90,28 @@ def _sizes(query: Tensor, key: Tensor, length: int) -> tuple[int, ...]:
 
 @kernel("packed_attention", "cpu")
 def _attention_cpu(
-    query: Tensor, key: Tensor, value: Tensor, slots: Tensor, length: int, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slots: Tensor,
+    cosines: Tensor | None,
+    sines: Tensor | None,
+    length: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
-    out, log_sums = _attention_fake(query, key, value, slots, length, scale)
+    out, log_sums = _attention_fake(query)
     (query, key, value), strides = _read(query, key, value)
+    slots, cosines, sines = contiguous(slots, cosines, sines)
     _cpu.packed_attention(
-        code(query), query.data_ptr(), key.data_ptr(), value.data_ptr(), strides, slots.contiguous().data_ptr(),
+        code(query), query.data_ptr(), key.data_ptr(), value.data_ptr(), strides, pointer(cosines), pointer(sines),
+        slots.data_ptr(),
         *_sizes(query, key, length), scale, out.data_ptr(), log_sums.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out, log_sums
 
 
 @torch.library.register_fake("rlhf_fast::packed_attention", lib=LIBRARY)
-def _attention_fake(
-    query: Tensor, key: Tensor, value: Tensor, slots: Tensor, length: int, scale: float
-) -> tuple[Tensor, Tensor]:
+def _attention_fake(query: Tensor, *args: Tensor | float | None) -> tuple[Tensor, Tensor]:
     h, N, d = query.shape
     return query.new_empty(N, h, d), query.new_empty(h, N, dtype=statistics_dtype(query))
 
@@ -99,6 +122,8 @@ def _backward_cpu(
     key: Tensor,
     value: Tensor,
     slots: Tensor,
+    cosines: Tensor | None,
+    sines: Tensor | None,
     out: Tensor,
     log_sums: Tensor,
     grad_out: Tensor,
@@ -107,9 +132,10 @@ def _backward_cpu(
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = _backward_fake(query, key, value)
     (query, key, value), strides = _read(query, key, value)
-    slots, out, log_sums, grad_out = contiguous(slots, out, log_sums, grad_out)
+    slots, cosines, sines, out, log_sums, grad_out = contiguous(slots, cosines, sines, out, log_sums, grad_out)
     _cpu.packed_attention_backward(
-        code(query), query.data_ptr(), key.data_ptr(), value.data_ptr(), strides, slots.data_ptr(),
+        code(query), query.data_ptr(), key.data_ptr(), value.data_ptr(), strides, pointer(cosines), pointer(sines),
+        slots.data_ptr(),
         *_sizes(query, key, length), scale, out.data_ptr(), log_sums.data_ptr(), grad_out.data_ptr(),
         *(x.data_ptr() for x in grads), torch.get_num_threads(),
     )  # fmt: skip
@@ -117,14 +143,15 @@ def _backward_cpu(
 
 
 @torch.library.register_fake("rlhf_fast::packed_attention_backward", lib=LIBRARY)
-def _backward_fake(query: Tensor, key: Tensor, value: Tensor, *args: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_fake(query: Tensor, key: Tensor, value: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor]:
     """The kernel writes [N, heads, d], as the projections that these gradients go back to want them."""
     return tuple(x.new_empty(x.shape[1], x.shape[0], x.shape[2]).transpose(0, 1) for x in (query, key, value))
 
 
 def _setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, slots, *ctx.options = inputs
-    ctx.save_for_backward(query, key, value, slots, *output)
+    *tensors, length, scale = inputs
+    ctx.options = length, scale
+    ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 

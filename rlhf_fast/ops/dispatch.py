@@ -58,7 +58,7 @@ OPERATIONS = (
     "linear_ppo_loss",
     "linear_dpo_loss",
 )
-CPU_OPERATIONS = ("packed_attention",)
+CPU_OPERATIONS = ("packed_attention", "add_rms_norm", "swiglu")
 """What torch has no good kernel for on the CPU alone."""
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GPU_BUILD = torch.version.cuda is not None or torch.version.hip is not None

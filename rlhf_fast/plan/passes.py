@@ -3,7 +3,8 @@
 A model of many equal layers is not run whole: every peak is an affine function of the number of layers and of the
 number of rows (for each of the moments told apart below), so that two small numbers of each give all others exactly.
 The moments are: the forward pass up to the end of the last layer's backward pass, where most activations are held; the
-rest of the backward pass, where gradients replace activations; and the call of the fused loss, whose own buffers are
+backward pass of the other layers, where gradients replace activations, by its two ends, between which no layer needs
+more; what follows it, where all gradients are held; and the call of the fused loss, whose own buffers are
 `ops.heads.working_bytes`.
 
 Shapes: B rows, P prompt tokens, T response tokens, H hidden, V vocabulary.
@@ -101,9 +102,12 @@ class _Moments:
 
     def __init__(self, counter: TensorBytes) -> None:
         self.counter = counter
-        self.bytes = {"activations": 0, "gradients": 0, "loss": 0}
+        self.bytes = dict.fromkeys(("activations", "second layer", "first layer", "gradients", "loss"), 0)
 
     def mark(self, name: str) -> None:
+        if name == "second layer" and self.bytes["first layer"]:  # of two: it is the first as well
+            self.bytes[name] = self.bytes["first layer"]
+            return
         self.bytes[name] = max(self.bytes[name], self.counter.take_peak())
 
     def loss(self) -> None:
@@ -111,7 +115,8 @@ class _Moments:
 
 
 def training(shape: Shape, lengths: Lengths, *, loss: str, fused: bool, keep: bool, repeats: int, critic: bool) -> Run:
-    """Forward and backward: "activations", "gradients" and, where fused, "loss" (bytes held before the fused loss).
+    """Forward and backward: "activations" (to the end of the last layer's backward), "second layer" from behind, "first
+    layer", "gradients" (behind it), and "loss" (held before the loss, where it is fused).
 
     loss: "tokens" (log-probs of the response), "values" or "scores". keep: gradients stay on the weights; else each is
     gone as soon as it is whole (optimizer step in backward, or sharded). repeats: 2 to meet the gradients of an earlier
@@ -122,7 +127,11 @@ def training(shape: Shape, lengths: Lengths, *, loss: str, fused: bool, keep: bo
         value_head = (
             torch.nn.Linear(model.config.get_text_config().hidden_size, 1, dtype=shape.dtype) if critic else None
         )
-        hooks = [_after_last_layer(model, lambda: moments.mark("activations"))]
+        layers = layers_of(model)
+        hooks = [_after_backward(layers[-1], lambda: moments.mark("activations"))]
+        if len(layers) > 1:
+            hooks.append(_after_backward(layers[0], lambda: moments.mark("first layer")))
+            hooks.append(_after_backward(layers[-2], lambda: moments.mark("second layer")))
         if not keep:
             hooks += [p.register_post_accumulate_grad_hook(_drop) for p in model.parameters() if p.requires_grad]
         with TensorBytes(exclude=[*model.parameters(), *model.buffers()]) as counter:
@@ -161,14 +170,14 @@ def _upstream(output: Tensor, loss: str, fused: bool) -> Tensor:
     return output.detach() if loss == "tokens" and not fused else torch.empty_like(output)
 
 
-def _after_last_layer(model: PreTrainedModel, mark: Callable[[], None]) -> Any:
-    """Calls `mark` when the backward pass leaves the last layer."""
+def _after_backward(layer: torch.nn.Module, mark: Callable[[], None]) -> Any:
+    """Calls `mark` when the backward pass leaves the layer."""
 
     def watch(layer: Any, inputs: tuple, *_: Any) -> None:
         if inputs[0].requires_grad and torch.is_grad_enabled():
             inputs[0].register_hook(lambda _: mark())
 
-    return layers_of(model)[-1].register_forward_pre_hook(watch)
+    return layer.register_forward_pre_hook(watch)
 
 
 def _drop(parameter: Tensor) -> None:

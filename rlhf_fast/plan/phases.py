@@ -134,8 +134,9 @@ class Planner:
             critic=self.shared_critic,
         )
         at = self._curve(("training", name, later), role.shape, run, rows, device)
-        text = f"{rows} rows: until the last layer's backward {at['activations']:,}, after it {at['gradients']:,}"
-        peak = max(at["activations"], at["gradients"])
+        after = max(at["second layer"], at["first layer"], at["gradients"])
+        text = f"{rows} rows: until the last layer's backward {at['activations']:,}, after it {after:,}"
+        peak = max(at["activations"], after)
         if loss == "tokens" and self.plan.fused_head:
             working = self._head_bytes(role, rows, device, wanted=(True, not self.plan.lora_rank))
             text += f"; at the loss {at['loss']:,} + fused head {working:,}"

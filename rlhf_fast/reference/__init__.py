@@ -9,6 +9,7 @@ and select with `where`, so that whatever sits at a masked place (NaN included) 
 
 from rlhf_fast.reference.attention import packed_attention
 from rlhf_fast.reference.dtypes import at_least_fp32, mean_over
+from rlhf_fast.reference.layers import add_rms_norm, rotary, swiglu
 from rlhf_fast.reference.preference import dpo_loss, ranking_loss, reward_loss
 from rlhf_fast.reference.rows import (
     IGNORED_ID,
@@ -40,6 +41,7 @@ from rlhf_fast.reference.sequences import (
 __all__ = [
     "IGNORED_ID",
     "MAX_LOG_RATIO",
+    "add_rms_norm",
     "at_least_fp32",
     "compute_dtype",
     "count_from_end",
@@ -60,9 +62,11 @@ __all__ = [
     "remax_returns",
     "reward_loss",
     "rloo_advantages",
+    "rotary",
     "sample_tokens",
     "scaled_logits",
     "shape_rewards",
+    "swiglu",
     "token_kl",
     "token_logprobs",
     "whiten",

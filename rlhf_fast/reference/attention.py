@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from rlhf_fast.reference.layers import rotary as turned
+
 
 def packed_attention(
     query_hNd: Tensor,
@@ -13,9 +15,12 @@ def packed_attention(
     length: int,
     *,
     scale: float,
+    rotary: tuple[Tensor, Tensor] | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
     """A causal model does not look to the right, so no mask is needed."""
+    if rotary is not None:
+        query_hNd, key_hNd = (turned(x, *rotary) for x in (query_hNd, key_hNd))
     heads = (_spread(x, slots_N, rows, length) for x in (query_hNd, key_hNd, value_hNd))
     grouped = len(query_hNd) != len(key_hNd)
     out_BhLd = F.scaled_dot_product_attention(

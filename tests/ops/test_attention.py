@@ -26,9 +26,26 @@ def heads(h, k, d, lengths=LENGTHS, dtype=torch.float32) -> list[torch.Tensor]:
     return [q, k, v, torch.randn(N, h, d).to(dtype)]
 
 
-def truth(query, key, value) -> torch.Tensor:
+def angles(d, lengths=LENGTHS) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines [N, d] of tokens at their places in their rows, the two halves alike."""
+    places = torch.cat([torch.arange(n) for n in lengths])
+    turns = places[:, None] * 10.0 ** -torch.linspace(0, 3, d // 2)
+    return torch.cat([turns, turns], 1).cos(), torch.cat([turns, turns], 1).sin()
+
+
+def turned(x, rotary) -> torch.Tensor:
+    """The point (x_i, x_{i + d / 2}) times e^(i angle)."""
+    half = x.shape[-1] // 2
+    points = torch.complex(x[..., :half].double(), x[..., half:].double())
+    points = points * torch.complex(rotary[0][:, :half].double(), rotary[1][:, :half].double())
+    return torch.cat([points.real, points.imag], -1)
+
+
+def truth(query, key, value, rotary=None) -> torch.Tensor:
     """Row by row: softmax of the scores of a token and those before it."""
     rows, group = [], len(query) // len(key)
+    if rotary is not None:
+        query, key = turned(query, rotary), turned(key, rotary)
     query, key, value = (
         query.double(),
         key.double().repeat_interleave(group, 0),
@@ -52,13 +69,15 @@ def kernels(request):
         _cpu.set_isa(widest)
 
 
+@pytest.mark.parametrize("with_rotary", [False, True])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_each_row_is_what_it_is_alone(kernels, shape, dtype):
+def test_each_row_is_what_it_is_alone(kernels, shape, dtype, with_rotary):
     *inputs, grad = heads(*SHAPES[shape], dtype=dtype)
-    expected = truth(*inputs)
+    rotary = angles(SHAPES[shape][2]) if with_rotary else None
+    expected = truth(*inputs, rotary)
     gradients = torch.autograd.grad(expected, inputs, grad.double())
-    out = packed_attention(*inputs, slots_of(), len(LENGTHS), LENGTH)
+    out = packed_attention(*inputs, slots_of(), len(LENGTHS), LENGTH, rotary=rotary)
     tolerance = TOLERANCE[dtype] * (2 if kernels == "reference" else 1)  # torch's own rounds the weights as well
     assert out.dtype == dtype and error(out, expected) <= tolerance
     for mine, true in zip(torch.autograd.grad(out, inputs, grad), gradients, strict=True):
@@ -140,6 +159,12 @@ x, ids = torch.zeros(4, 3, 8), torch.arange(3)
 def test_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         packed_attention(*arguments, 1, 3)
+
+
+@pytest.mark.parametrize("table", [torch.zeros(3, 4), torch.zeros(2, 8), torch.zeros(3, 8).double()])
+def test_tables_that_do_not_fit(table):
+    with pytest.raises(ValueError, match=r"rotary: expected float32 of shape \[3, 8\], an even d, got torch.float"):
+        packed_attention(x, x, x, ids, 1, 3, rotary=(torch.zeros(3, 8), table))
 
 
 def test_sizes_that_cannot_be():

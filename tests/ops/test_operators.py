@@ -27,7 +27,9 @@ def samples():
     x, w, c = torch.randn(B, T, 6), torch.randn(V, 6), torch.randn(V)  # of the linear family
     leaf = lambda x: x.clone().requires_grad_()  # noqa: E731
     q, k, slots = torch.randn(4, 5, 6), torch.randn(2, 5, 6), torch.tensor([0, 1, 2, 4, 5])  # rows of three and two
-    attention = torch.ops.rlhf_fast.packed_attention(q, k, k.cos(), slots, 4, 0.5)
+    attention = torch.ops.rlhf_fast.packed_attention(q, k, k.cos(), slots, None, None, 4, 0.5)
+    turn = torch.rand(5, 6)  # stands for cosines and for sines
+    total, scales, weight = x[0], x[0, :, 0].abs() + 1, w[0]
     n = torch.tensor(7.0)
     return {
         "token_logprobs": [
@@ -77,10 +79,25 @@ def samples():
             (torch.randn(V, B).t(), torch.rand(B, dtype=torch.float64), mask(B), 0.5),
         ],
         "packed_attention": [
-            (leaf(q), leaf(k), leaf(k), slots, 4, 0.5),
-            (leaf(q.bfloat16()), k.bfloat16(), k.mT.contiguous().mT.bfloat16(), slots, 4, 1.0),
+            (leaf(q), leaf(k), leaf(k), slots, None, None, 4, 0.5),
+            (leaf(q), leaf(k), leaf(k), slots, turn, turn.cos(), 4, 0.5),
+            (leaf(q.bfloat16()), k.bfloat16(), k.mT.contiguous().mT.bfloat16(), slots, None, None, 4, 1.0),
         ],
-        "packed_attention_backward": [(q, k, k.cos(), slots, *attention, q.transpose(0, 1), 4, 0.5)],
+        "packed_attention_backward": [
+            (q, k, k.cos(), slots, *tables, *attention, q.transpose(0, 1), 4, 0.5)
+            for tables in [(None, None), (turn, turn.cos())]
+        ],
+        "add_rms_norm": [
+            (leaf(x), leaf(x.cos()), leaf(weight), 1e-6),
+            (leaf(x.bfloat16()), None, leaf(weight.bfloat16()), 1e-6),
+            (leaf(x.transpose(0, 1)), None, weight, 1e-6),
+        ],
+        "add_rms_norm_backward": [
+            (total, weight, scales, total.cos(), total.sin(), True),
+            (total, weight, scales, total.cos(), None, False),
+        ],
+        "swiglu": [(leaf(x), leaf(x.cos())), (x.bfloat16().transpose(0, 1), x.cos().bfloat16().transpose(0, 1))],
+        "swiglu_backward": [(x, x.cos(), x.sin())],
         "kl_penalty": [(leaf(f), g, "k3", True), (f.t(), g.t(), "k1", False)],
         "shape_rewards": [(b, f, g, mask(B, T), 0.1, "k1", 5.0)],
         "gae": [(f, g, mask(B, T), 1.0, 0.95)],
