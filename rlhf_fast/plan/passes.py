@@ -105,10 +105,15 @@ class _Moments:
         self.bytes = dict.fromkeys(("activations", "second layer", "first layer", "gradients", "loss"), 0)
 
     def mark(self, name: str) -> None:
-        if name == "second layer" and self.bytes["first layer"]:  # of two: it is the first as well
-            self.bytes[name] = self.bytes["first layer"]
-            return
         self.bytes[name] = max(self.bytes[name], self.counter.take_peak())
+
+    def end(self) -> None:
+        """The backward pass does not leave a first layer whose input needs no gradient; of two it is the second too."""
+        for name in ("first layer", "gradients"):
+            if not self.bytes[name]:
+                self.mark(name)
+        if not self.bytes["second layer"]:
+            self.bytes["second layer"] = self.bytes["first layer"]
 
     def loss(self) -> None:
         self.bytes["loss"] = self.counter.live
@@ -131,6 +136,7 @@ def training(shape: Shape, lengths: Lengths, *, loss: str, fused: bool, keep: bo
         hooks = [_after_backward(layers[-1], lambda: moments.mark("activations"))]
         if len(layers) > 1:
             hooks.append(_after_backward(layers[0], lambda: moments.mark("first layer")))
+        if len(layers) > 2:
             hooks.append(_after_backward(layers[-2], lambda: moments.mark("second layer")))
         if not keep:
             hooks += [p.register_post_accumulate_grad_hook(_drop) for p in model.parameters() if p.requires_grad]
@@ -142,7 +148,7 @@ def training(shape: Shape, lengths: Lengths, *, loss: str, fused: bool, keep: bo
                 gradients = [_upstream(out, loss, fused) for out in outputs]
                 torch.autograd.backward(outputs, gradients)
                 del outputs, gradients
-                moments.mark("gradients")
+                moments.end()
         for hook in hooks:
             hook.remove()
         return moments.bytes
