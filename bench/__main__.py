@@ -18,6 +18,7 @@ import argparse
 import io
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from bench.rivals import FROM_HIDDEN, FROM_LOGITS
 from bench.trainers import command as trainers
 from bench.trials import hidden_trials, logits_trials
 from rlhf_fast.metrics import print_table
+from rlhf_fast.ops import dispatch
 
 
 def arguments() -> argparse.Namespace:
@@ -68,8 +70,9 @@ def arguments() -> argparse.Namespace:
 
 def run_exactness(args: argparse.Namespace) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"  # read by Triton when a rival's kernels are imported
+    if device == "cpu" and not dispatch.INTERPRETED:  # which Triton and our back ends read when they are imported
+        command = [sys.executable, "-m", "bench", *sys.argv[1:]]
+        return subprocess.call(command, env=os.environ | {"TRITON_INTERPRET": "1"})
     groups = {"logits": (logits_trials(), FROM_LOGITS), "hidden states": (hidden_trials(), FROM_HIDDEN)}
     run = about_run()
     run["machine"] |= versions("trl", "liger-kernel", "triton")
@@ -88,7 +91,7 @@ def run_exactness(args: argparse.Namespace) -> int:
         exactness_report.print_short(f"From {inputs}", exactness_report.short_rows(results))
     print("Log-prob and its gradient / entropy and the gradient of both.", *exactness_report.notes(run), sep="\n")
     for miss in run["failures"]:
-        print(f"rlhf_fast FAILS: {miss}")
+        print(f"FAILS: {miss}")
     write(args.out.with_suffix(".md"), exactness_report.markdown(run).encode())
     write(args.out, (json.dumps(run, indent=2, allow_nan=False) + "\n").encode())
     print(f"written: {args.out} and beside it .md with every number")

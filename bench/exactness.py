@@ -12,7 +12,7 @@ Shapes: N tokens, H hidden, V vocabulary.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -78,7 +78,8 @@ def errors(trial: Trial, implementation: Implementation, device: str = "cpu") ->
     if not set(options) <= implementation.takes:
         return dict.fromkeys(QUANTITIES, NO_SUCH)
     try:
-        results = _run(implementation, inputs, options, device)
+        with implementation.within():
+            results = _run(implementation, inputs, options, device)
     except Exception as problem:  # a rival's crash is a result; ours makes the command fail
         return dict.fromkeys(QUANTITIES, type(problem).__name__)
     true = truth(inputs, **options)
@@ -131,15 +132,21 @@ def measure(trials: Sequence[Trial], implementations: Sequence[Implementation], 
 
 
 def failures(results: Sequence[dict[str, Any]]) -> list[str]:
-    """Where ours is not finite, raised, or is beyond the tolerance."""
+    """Where ours, on whatever back end, is not finite, raised, or is beyond the tolerance."""
     missed = []
     for result in results:
-        for quantity, error in result["errors"][OURS].items():
-            if quantity == AT_TARGET:
-                if error != "non-zero":
-                    missed.append(f"{result['case']}: the gradient at the target is {error}")
-                continue
-            bound = TOLERANCE[getattr(torch, result["dtype"])] if "gradient" in quantity else VALUE_TOLERANCE
-            if not (isinstance(error, float) and error <= bound):
-                missed.append(f"{result['case']}: {quantity} is off by {error}, more than {bound:.2g}")
+        for name, errors in result["errors"].items():
+            if name.startswith(OURS) and errors[LOGPROB] != NOT_INSTALLED:
+                missed += [f"{name}: {result['case']}: {miss}" for miss in _misses(errors, result["dtype"])]
     return missed
+
+
+def _misses(errors: dict[str, Cell], dtype: str) -> Iterator[str]:
+    for quantity, error in errors.items():
+        if quantity == AT_TARGET:
+            if error != "non-zero":
+                yield f"the gradient at the target is {error}"
+            continue
+        bound = TOLERANCE[getattr(torch, dtype)] if "gradient" in quantity else VALUE_TOLERANCE
+        if not (isinstance(error, float) and error <= bound):
+            yield f"{quantity} is off by {error}, more than {bound:.2g}"

@@ -15,8 +15,9 @@ NOTES = (
     "-: not offered. Not installed: see the extra `rivals`. A class name: that is what it raised.",
 )
 INTERPRETED = (
-    "Triton kernels ran in Triton's interpreter: float32 arithmetic in their own order, but it cuts off to bf16 where "
-    "a GPU rounds (errors up to twice a GPU's) and has no libdevice (an `InterpreterError` is not the kernel's fault)."
+    "Triton kernels ran in Triton's interpreter, made to round to bf16 as a GPU does, our CUDA C++ kernels compiled "
+    "for the CPU: their own arithmetic and order, but not a GPU's `exp2` (relative error 2e-7). The interpreter has no "
+    "libdevice: an `InterpreterError` is not the kernel's fault."
 )
 
 

@@ -19,7 +19,7 @@ def _rivals(case: Case) -> dict[str, Function]:
     family = FROM_LOGITS if case.name.startswith("token_logprobs") else FROM_HIDDEN
     if not case.name.startswith(("token_logprobs", "linear_token_logprobs", "linear_sft_loss")):
         return {}
-    return {i.name: _as_case(case, i) for i in family if i.requires and i.installed()}
+    return {i.name: _as_case(case, i) for i in family if i.requires and not i.ours and i.installed()}
 
 
 def _as_case(case: Case, implementation: Implementation) -> Function:

@@ -1,5 +1,8 @@
 """Who takes part in `python -m bench exactness`: ours, plain torch, and other libraries' kernels where installed.
 
+Ours are three: what the dispatch table runs, and the kernels of the other back ends; without a GPU Triton's kernels, of
+every library, are interpreted and our CUDA ones emulated.
+
 Each is a function of logits or of hidden states and weight, called the way its library calls it. It returns per-token
 log-probs and entropies, the latter None where it has none. Nothing is imported before it runs: Triton decides between
 its compiler and its interpreter at import.
@@ -7,32 +10,45 @@ its compiler and its interpreter at import.
 Left out: flash-attn's own kernel, which needs CUDA to install; its arithmetic is written out below.
 """
 
+import contextlib
 import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench import emulation
 from bench.case import EAGER, OURS, UPCAST
 from bench.cases import eager_token_logprobs
 from bench.linear_cases import TORCH_CHUNK
+from bench.measure import OURS_IN_CUDA
 from rlhf_fast import ops
+from rlhf_fast.ops import dispatch
 
 Function = Callable[..., tuple[Tensor, Tensor | None]]
 FLASH_BLOCK = 16 * 1024
 TRL_CHUNK = 32768  # columns of a tile in TRL's trainers
+OURS_IN_TRITON = f"{OURS}, Triton"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Implementation:
-    """load: imports and returns the function. requires: modules. takes: the keyword options its function has."""
+    """load: imports and returns the function. requires: modules. takes: the keyword options its function has.
+
+    within: entered around loading, forward and backward.
+    """
 
     name: str
     load: Callable[[], Function]
     requires: tuple[str, ...] = ()
     takes: frozenset[str] = frozenset()
+    within: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+
+    @property
+    def ours(self) -> bool:
+        return self.name.startswith(OURS)
 
     def installed(self) -> bool:
         return all(importlib.util.find_spec(module) for module in self.requires)
@@ -93,6 +109,21 @@ class FlashFormula(torch.autograd.Function):
 
 def flash_formula(logits: Tensor, ids: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, None]:
     return FlashFormula.apply(logits, ids, temperature), None
+
+
+# Ours on other back ends
+
+
+@contextlib.contextmanager
+def in_triton() -> Iterator[None]:
+    if not dispatch.TRITON:
+        raise RuntimeError("expected TRITON_INTERPRET=1 from before rlhf_fast was imported")
+    with emulation.triton_rounds(), ops.backend("triton"):
+        yield
+
+
+def in_cuda() -> contextlib.AbstractContextManager:
+    return ops.backend("cuda") if torch.cuda.is_available() else emulation.cuda_on_cpu(emulation.load())
 
 
 # Other libraries
@@ -177,15 +208,25 @@ _T, _SCALED, _LIGER = {"temperature"}, {"temperature", "softcap"}, ("liger_kerne
 
 
 def _row(name: str, load: Callable[[], Function], takes: set[str], *requires: str) -> Implementation:
-    return Implementation(name=name, load=load, requires=requires, takes=frozenset(takes))
+    within = emulation.triton_rounds if "triton" in requires else contextlib.nullcontext
+    return Implementation(name=name, load=load, requires=requires, takes=frozenset(takes), within=within)
 
 
 def _given(name: str, function: Function, takes: set[str]) -> Implementation:
     return _row(name, lambda: function, takes)
 
 
+def _ours(function: Function, takes: set[str]) -> tuple[Implementation, ...]:
+    row, needs = _given(OURS, function, takes), "rlhf_fast._cuda" if torch.cuda.is_available() else "pybind11"
+    return (
+        row,
+        replace(row, name=OURS_IN_TRITON, requires=("triton",), within=in_triton),
+        replace(row, name=OURS_IN_CUDA, requires=(needs,), within=in_cuda),
+    )
+
+
 FROM_LOGITS = (
-    _given(OURS, ops.token_logprobs, _SCALED),
+    *_ours(ops.token_logprobs, _SCALED),
     _given(EAGER, eager, _SCALED),
     _given(UPCAST, eager_upcast, _SCALED),
     _row("TRL", load_trl, _T, "trl", "triton"),
@@ -194,7 +235,7 @@ FROM_LOGITS = (
     _given("flash-attn's formula", flash_formula, _T),
 )
 FROM_HIDDEN = (
-    _given(OURS, ops.linear_token_logprobs, {"bias", *_SCALED}),
+    *_ours(ops.linear_token_logprobs, {"bias", *_SCALED}),
     _given(EAGER, eager_head, {"bias", *_SCALED}),
     _given(UPCAST, eager_head_upcast, {"bias", *_SCALED}),
     _row("TRL", load_trl_head, {"bias", *_SCALED}, "trl", "triton"),

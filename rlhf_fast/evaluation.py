@@ -76,6 +76,7 @@ class Evaluator:
                     top_k=self.top_k,
                     top_p=self.top_p,
                     seed=_EVAL_SEED,
+                    with_kept=False,
                 ).sampled
                 with visiting(self.reference):
                     kls.append(sequence_kl(policy, self.reference, rollout.sequences, self.temperature))

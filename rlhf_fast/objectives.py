@@ -63,7 +63,7 @@ class Objectives:
         """Log-probability and entropy [B, T] of the response tokens, or of `token_ids` (-100 = masked)."""
         ids = _response_ids(sequences) if token_ids is None else token_ids
         if self.head is None or kept is not None:
-            return token_logprobs(self._logits(sequences, kept), ids, temperature=self.temperature)
+            return token_logprobs(kept_logits(self.model, sequences, kept), ids, temperature=self.temperature)
         return linear_token_logprobs(*self._layer(sequences), ids, **self._options())
 
     def sft(self, sequences: Sequences, token_ids: Tensor, normalizer: float) -> LinearLoss:
@@ -125,16 +125,9 @@ class Objectives:
             *self._layer(pairs), ids, *ref_logps, normalizer=normalizer, **options, **self._options()
         )
 
-    def _logits(self, sequences: Sequences, kept: Tensor | None) -> Tensor:
-        logits_BTV = response_logits(self.model, sequences)
-        if kept is not None:
-            with torch.no_grad():  # the gradient by a logit at -inf is 0 without autograd's knowing of the fill
-                logits_BTV.masked_fill_(~unpacked(kept, logits_BTV.shape[-1]), -math.inf)
-        return logits_BTV
-
     def _trained_logprobs(self, sequences: Sequences, token_ids: Tensor, kept: Tensor | None = None) -> TokenLogprobs:
         """Backward writes the gradient over the logits, which nothing else here holds."""
-        logits_BTV = self._logits(sequences, kept)
+        logits_BTV = kept_logits(self.model, sequences, kept)
         return token_logprobs(logits_BTV, token_ids, temperature=self.temperature, inplace_backward=True)
 
     def _layer(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
@@ -142,6 +135,15 @@ class Objectives:
 
     def _options(self) -> dict[str, Any]:
         return {"bias": self.head.bias, "temperature": self.temperature, "softcap": self.head.softcap}
+
+
+def kept_logits(model: PreTrainedModel, sequences: Sequences, kept: Tensor | None) -> Tensor:
+    """`response_logits`, -inf outside the `kept` tokens (None: all are)."""
+    logits_BTV = response_logits(model, sequences)
+    if kept is not None:
+        with torch.no_grad():  # the gradient by a logit at -inf is 0 without autograd's knowing of the fill
+            logits_BTV.masked_fill_(~unpacked(kept, logits_BTV.shape[-1]), -math.inf)
+    return logits_BTV
 
 
 @torch.no_grad()

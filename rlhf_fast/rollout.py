@@ -41,7 +41,8 @@ class Rollout(NamedTuple):
     logprobs: Tensor  # [B, T] fp32, of the chosen tokens at the sampling temperature
     entropy: Tensor  # [B, T] fp32
     finished: Tensor  # [B] bool, an EOS came before the length limit
-    kept: Tensor | None = None  # [B, T, ceil(V / 8)] uint8, what top_k and top_p left to draw from (bits); None: all
+    # [B, T, ceil(V / 8)] uint8, what top_k and top_p left to draw from (bits); None: all, or not wanted
+    kept: Tensor | None = None
 
     @property
     def sequences(self) -> Sequences:
@@ -90,6 +91,7 @@ def generate(
     greedy: bool = False,
     greedy_max_new_tokens: int | None = None,
     seed: int = 0,
+    with_kept: bool = True,
 ) -> Generation:
     """Sample `samples` completions per prompt and, with `greedy`, the most likely-token one, in one decode.
 
@@ -98,6 +100,7 @@ def generate(
     greedy_max_new_tokens: greedy rows end here when their EOS has not come (ReMax-fast, arXiv 2310.10505 v4).
     seed: the same seed, prompt and number of the sample give the same tokens; equal prompts are told apart by their
         order.
+    with_kept: with top_k or top_p the rollout holds the sets it drew from, which training needs.
     """
     if not prompt_mask[:, -1].all() or (prompt_mask[:, :-1] & ~prompt_mask[:, 1:]).any():
         raise ValueError("prompt_mask: expected left-padded prompts, got a False behind a prompt's first token")
@@ -124,6 +127,7 @@ def generate(
             greedy_R if greedy else None,
             limit_R,
             list(eos_ids),
+            with_kept,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -145,6 +149,7 @@ def _decode(
     greedy: Tensor | None,
     limit: Tensor,
     eos: list[int],
+    with_kept: bool,
     **options: float,
 ) -> list[_Stretch]:
     """Decode until every row has met an EOS or its limit. Per-row arguments follow the rows of the batch."""
@@ -157,7 +162,7 @@ def _decode(
     logits = steps.prefill(ids_BP, mask_BP, copies)
     for t in range(last + 1):
         chosen = sample_tokens(logits, greedy_mask=greedy, uniforms=uniforms[:, t], **options)
-        stretches[-1].steps.append(chosen)
+        stretches[-1].steps.append(chosen if with_kept else chosen._replace(kept=None))
         tokens = chosen.tokens
         done = done | torch.isin(tokens, eos_ids) | (limit <= t + 1)
         if t == last:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from rlhf_fast import reference
+from rlhf_fast.ops import dispatch
 
 ROOT = Path(__file__).resolve().parents[1]
 INF = math.inf
@@ -35,6 +36,10 @@ def by_name(bench):
         return next(trial for trial in trials if trial.name == name)
 
     return find
+
+
+def named(family, name):
+    return next(each for each in family if each.name == name)
 
 
 def implementation(bench, function, **fields):
@@ -82,16 +87,28 @@ def test_truth_keeps_its_digits_where_the_target_is_far_ahead(bench):
 
 
 @pytest.mark.parametrize("inputs", ["logits", "hidden"])
-def test_ours_is_within_its_tolerance(bench, inputs):
+@pytest.mark.parametrize("name", ["rlhf_fast", "rlhf_fast, Triton", "rlhf_fast, CUDA C++"])
+def test_ours_is_within_its_tolerance(bench, name, inputs):
     trials = bench.trials.logits_trials() if inputs == "logits" else bench.trials.hidden_trials()
-    ours = bench.rivals.FROM_LOGITS[0] if inputs == "logits" else bench.rivals.FROM_HIDDEN[0]
-    results = bench.exactness.measure(trials, [ours])
+    family = bench.rivals.FROM_LOGITS if inputs == "logits" else bench.rivals.FROM_HIDDEN
+    results = bench.exactness.measure(trials, [named(family, name)])
     assert bench.exactness.failures(results) == []
-    assert all(set(bench.exactness.QUANTITIES) <= set(result["errors"]["rlhf_fast"]) for result in results)
+    assert all(isinstance(result["errors"][name][x], float) for result in results for x in bench.exactness.QUANTITIES)
+
+
+@pytest.mark.parametrize("name, backend", [("rlhf_fast, Triton", "triton"), ("rlhf_fast, CUDA C++", "cuda")])
+def test_the_back_end_named_is_the_one_that_runs(bench, by_name, monkeypatch, name, backend):
+    """Another one would give right numbers too."""
+    implementation, calls = named(bench.rivals.FROM_HIDDEN, name), []
+    with implementation.within():
+        kernel = dispatch.KERNELS[backend]["token_logprobs"]
+    monkeypatch.setitem(dispatch.KERNELS[backend], "token_logprobs", lambda *x: calls.append(1) or kernel(*x))
+    bench.exactness.errors(by_name("V = 4999", "hidden"), implementation)
+    assert calls
 
 
 def test_what_others_get_wrong_is_found(bench, by_name):
-    eager, flash = bench.rivals.FROM_LOGITS[1], bench.rivals.FROM_LOGITS[-1]
+    eager, flash = (named(bench.rivals.FROM_LOGITS, name) for name in ("eager", "flash-attn's formula"))
     one = bench.exactness.errors(by_name("one -inf"), eager)
     assert one["log-prob"] < 1e-5 and one["entropy"] == one["gradient of both"] == "NaN"
     assert bench.exactness.errors(by_name("bf16"), eager)["log-prob"] > 1e-3
@@ -113,11 +130,11 @@ def test_ours_fails_where_it_is_wrong(bench, by_name):
     assert result["errors"]["rlhf_fast"]["entropy"] == "NaN"
     missed = bench.exactness.failures([result])
     assert [miss.partition(" is off by ")[0] for miss in missed] == [
-        "V = 4999: log-prob", "V = 4999: entropy", "V = 4999: gradient of both"
-    ]  # fmt: skip
-    eager = dataclasses.replace(bench.rivals.FROM_LOGITS[1], name="rlhf_fast")
+        f"rlhf_fast: V = 4999: {quantity}" for quantity in ("log-prob", "entropy", "gradient of both")
+    ]
+    eager = dataclasses.replace(named(bench.rivals.FROM_LOGITS, "eager"), name="rlhf_fast")
     results = bench.exactness.measure([by_name("25 nats ahead")], [eager])
-    assert "25 nats ahead: the gradient at the target is 0" in bench.exactness.failures(results)
+    assert "rlhf_fast: 25 nats ahead: the gradient at the target is 0" in bench.exactness.failures(results)
 
 
 def test_what_is_missing_or_raises_is_named(bench, by_name):
@@ -131,6 +148,8 @@ def test_what_is_missing_or_raises_is_named(bench, by_name):
     raising = implementation(bench, crash, takes=frozenset({"temperature"}))
     assert set(errors(trial, raising).values()) == {"ZeroDivisionError"}
     assert len(bench.exactness.failures(bench.exactness.measure([trial], [raising]))) == 4
+    ours = dataclasses.replace(absent, name="rlhf_fast, Triton")
+    assert bench.exactness.failures(bench.exactness.measure([trial], [ours])) == [], "what is not there is not wrong"
 
 
 def test_tables(bench):
@@ -157,4 +176,5 @@ def test_command_line_writes_its_results(tmp_path):
         (case,) = results
         assert case["case"] == "all but one -inf" and case["errors"]["rlhf_fast"]["log-prob"] == 0
         assert case["errors"]["eager"]["entropy"] == "NaN"
-    assert "| all but one -inf | 0 / 0 | **0 / NaN** |" in (tmp_path / "x.md").read_text()
+        assert case["errors"]["rlhf_fast, Triton"]["entropy"] == case["errors"]["rlhf_fast, CUDA C++"]["entropy"] == 0
+    assert "| all but one -inf | 0 / 0 | 0 / 0 | 0 / 0 | **0 / NaN** |" in (tmp_path / "x.md").read_text()

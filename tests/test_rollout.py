@@ -87,7 +87,11 @@ def test_truncated_rollouts_keep_the_sets_they_drew_from(options):
         torch.testing.assert_close(out.logprobs, rollout.logprobs, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(out.entropy, rollout.entropy, rtol=1e-5, atol=1e-5)
     assert both.sampled.rows(slice(2)).kept.shape[0] == 2
-    assert _generate(model, sequences, temperature=3.0).sampled.kept is None
+    for without in (
+        _generate(model, sequences, temperature=3.0),
+        _generate(model, sequences, with_kept=False, top_k=3),
+    ):
+        assert without.sampled.kept is None
 
 
 def test_same_seed_same_tokens():

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from rlhf_fast.reference import at_least_fp32
 
@@ -42,9 +43,12 @@ def kept_tokens(logits: Tensor, temperature: float, top_k: int, top_p: float) ->
 
 
 def _largest(logits: Tensor, enough: Callable[[Tensor], bool]) -> Tensor:
-    """The largest logits of each row in order: `enough` on the CPU, all where asking would wait for a device."""
+    """The largest logits of each row in order: `enough` on the CPU, all where asking would wait for a device.
+
+    All, too, where there is nothing to ask about: under `torch.compile` and of fake tensors.
+    """
     vocabulary, count = logits.shape[-1], _FIRST_LOOK
-    if logits.device.type != "cpu" or torch.compiler.is_compiling():
+    if logits.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(logits, FakeTensor):
         count = vocabulary
     while count < vocabulary:
         largest = logits.topk(count, dim=-1).values

@@ -16,7 +16,7 @@ from rlhf_fast.plan.gpus import CONTEXT, FRAGMENTATION, GIB, MEMORY, needed, par
 from rlhf_fast.plan.phases import Planner
 from rlhf_fast.plan.roles import bytes_per_trained
 
-KINDS = "weights", "optimizer", "gradients", "pass"  # the last words of the parts of a phase
+KINDS = "weights", "optimizer", "gradients", "kept", "pass"  # the last words of the parts of a phase
 
 
 def run(plan: PlanConfig) -> None:
@@ -127,10 +127,7 @@ def show(planner: Planner, report: dict[str, Any]) -> None:
         f"Peak of each phase, {rows} ({report['device']}); a pass adds activations, KV cache, new gradients, buffers",
         [
             {"phase": name, "peak GiB": _gib(phase["peak_bytes"])}
-            | {
-                f"{kind} GiB": _gib(_sum(phase["parts"], kind))
-                for kind in ("weights", "optimizer", "gradients", "pass")
-            }
+            | {f"{kind} GiB": _gib(_sum(phase["parts"], kind)) for kind in KINDS if kind != "kept" or planner.truncated}
             for name, phase in report["phases"].items()
         ],
     )

@@ -36,6 +36,8 @@ class PlanConfig:
     bf16: bool = arg(False, "Run forward and backward passes in bfloat16 autocast over fp32 weights.")
     gradient_checkpointing: bool = arg(False, "Recompute activations in backward to save memory.")
     fused_head: bool = arg(True, "Take losses from hidden states, in chunks; false takes them from [B, T, V] logits.")
+    top_k: int = arg(0, "Rollouts draw from the k likeliest tokens; 0: from all. As top_p, it goes through the logits.")
+    top_p: float = arg(1.0, "Rollouts draw from the likeliest tokens that hold this probability; 1: from all.")
     offload: bool = arg(False, "Reference and reward model wait in CPU memory for their phase.")
     offload_optimizer: bool = arg(False, "Optimizer states and gradients live in CPU memory (ZeRO-Offload).")
     gpus: int = arg(1, "GPUs that share the run.")
@@ -61,11 +63,20 @@ class PlanConfig:
         for name in names:
             check(self, name, lambda v: v >= 1, "an integer >= 1")
         check(self, "lora_rank", lambda v: v >= 0, "an integer >= 0")
+        check(self, "top_k", lambda v: v >= 0, "an integer >= 0")
+        check(self, "top_p", lambda v: 0 < v <= 1, "a number in (0, 1]")
         if self.batch_size % self.minibatches:
             raise ValueError(f"minibatches: expected a divisor of batch_size={self.batch_size}, got {self.minibatches}")
         if self.method in ("rloo", "grpo") and self.batch_size % self.group_size:
             raise ValueError(f"group_size: expected a divisor of batch_size={self.batch_size}, got {self.group_size}")
         if self.share_base and not self.lora_rank:
             raise ValueError("lora_rank: expected > 0 with share_base, since a shared base is frozen; got 0")
+        if self.critic == "shared" and self.method == "ppo" and self.truncated:
+            raise ValueError("critic: expected a model of its own beside top_k or top_p, which go through the logits")
         if self.bf16 and self.dtype == "bf16":
             raise ValueError("bf16: expected autocast over fp32 weights, got it with dtype=bf16, which needs none")
+
+    @property
+    def truncated(self) -> bool:
+        """Rollouts keep the sets they draw from."""
+        return bool(self.top_k or self.top_p < 1)

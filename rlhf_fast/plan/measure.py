@@ -45,6 +45,8 @@ SAME = (
     "bf16",
     "gradient_checkpointing",
     "fused_head",
+    "top_k",
+    "top_p",
     "lora_rank",
     "share_base",
     "optimizer",

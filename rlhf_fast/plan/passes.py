@@ -10,6 +10,7 @@ more; what follows it, where all gradients are held; and the call of the fused l
 Shapes: B rows, P prompt tokens, T response tokens, H hidden, V vocabulary.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,16 +18,18 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
+from transformers.configuration_utils import PreTrainedConfig
 
 from rlhf_fast.decoding import blocks
 from rlhf_fast.decoding.engine import CacheDecoder, StaticDecoder
 from rlhf_fast.models import (
     Sequences,
     response_hidden,
-    response_logits,
     sequence_scores,
     token_values,
 )
+from rlhf_fast.objectives import kept_logits
+from rlhf_fast.ops.truncation import kept_tokens, packed
 from rlhf_fast.plan.shapes import Shape, layer_count, layers_of, make_fake, period
 from rlhf_fast.tensor_bytes import TensorBytes
 from rlhf_fast.training import autocast
@@ -97,6 +100,19 @@ class _FusedLoss(torch.autograd.Function):
         return tuple(gradients)
 
 
+class _LogitsLoss(torch.autograd.Function):
+    """A loss from logits, whose gradient is written over them and gone with the matmul that takes it."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        ctx.save_for_backward(logits)
+        return logits.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> Tensor:
+        return ctx.saved_tensors[0].detach()
+
+
 class _Moments:
     """Peaks between marks, and the bytes held when the fused loss is called."""
 
@@ -119,19 +135,31 @@ class _Moments:
         self.bytes["loss"] = self.counter.live
 
 
-def training(shape: Shape, lengths: Lengths, *, loss: str, fused: bool, keep: bool, repeats: int, critic: bool) -> Run:
+def training(
+    shape: Shape,
+    lengths: Lengths,
+    *,
+    loss: str,
+    fused: bool,
+    truncated: bool = False,
+    keep: bool,
+    repeats: int,
+    critic: bool,
+) -> Run:
     """Forward and backward: "activations" (to the end of the last layer's backward), "second layer" from behind, "first
     layer", "gradients" (behind it), and "loss" (held before the loss, where it is fused).
 
-    loss: "tokens" (log-probs of the response), "values" or "scores". keep: gradients stay on the weights; else each is
-    gone as soon as it is whole (optimizer step in backward, or sharded). repeats: 2 to meet the gradients of an earlier
-    micro-batch. critic: a value head on the same trunk.
+    loss: "tokens" (log-probs of the response), "values" or "scores". truncated: tokens drawn with top_k or top_p; the
+    kept sets are left out. keep: gradients stay on the weights; else each is gone as soon as it is whole (optimizer
+    step in backward, or sharded). repeats: 2 to meet the gradients of an earlier micro-batch. critic: a value head on
+    the same trunk.
     """
 
     def run(model: PreTrainedModel, rows: int) -> dict[str, int]:
         value_head = (
             torch.nn.Linear(model.config.get_text_config().hidden_size, 1, dtype=shape.dtype) if critic else None
         )
+        kept = _kept_sets(model, rows, lengths) if truncated else None
         layers = layers_of(model)
         hooks = [_after_backward(layers[-1], lambda: moments.mark("activations"))]
         if len(layers) > 1:
@@ -140,14 +168,14 @@ def training(shape: Shape, lengths: Lengths, *, loss: str, fused: bool, keep: bo
             hooks.append(_after_backward(layers[-2], lambda: moments.mark("second layer")))
         if not keep:
             hooks += [p.register_post_accumulate_grad_hook(_drop) for p in model.parameters() if p.requires_grad]
-        with TensorBytes(exclude=[*model.parameters(), *model.buffers()]) as counter:
+        left_out = [*model.parameters(), *model.buffers(), *([kept] if truncated else [])]
+        with TensorBytes(exclude=left_out) as counter:
             for _ in range(repeats):
                 moments = _Moments(counter)
                 with autocast(model.device, shape.autocast):
-                    outputs = _outputs(model, lengths.sequences(rows), loss, fused, value_head, moments)
-                gradients = [_upstream(out, loss, fused) for out in outputs]
-                torch.autograd.backward(outputs, gradients)
-                del outputs, gradients
+                    outputs = _outputs(model, lengths.sequences(rows), loss, fused, kept, value_head, moments)
+                torch.autograd.backward(outputs, [torch.empty_like(out) for out in outputs])
+                del outputs
                 moments.end()
         for hook in hooks:
             hook.remove()
@@ -156,24 +184,34 @@ def training(shape: Shape, lengths: Lengths, *, loss: str, fused: bool, keep: bo
     return run
 
 
+def _kept_sets(model: PreTrainedModel, rows: int, lengths: Lengths) -> Tensor:
+    return torch.empty(rows, lengths.response, set_bytes(model.config), dtype=torch.uint8)
+
+
+def set_bytes(config: PreTrainedConfig) -> int:
+    """Of the kept set of one token."""
+    return -(-config.get_text_config().vocab_size // 8)
+
+
 def _outputs(
-    model: PreTrainedModel, sequences: Sequences, loss: str, fused: bool, value_head: Any, moments: _Moments
+    model: PreTrainedModel,
+    sequences: Sequences,
+    loss: str,
+    fused: bool,
+    kept: Tensor | None,
+    value_head: Any,
+    moments: _Moments,
 ) -> list[Tensor]:
     if loss == "values":
         return [token_values(model, sequences)]
     if loss == "scores":
         return [sequence_scores(model, sequences)]
     if not fused:
-        return [response_logits(model, sequences)]
+        return [_LogitsLoss.apply(kept_logits(model, sequences, kept))]
     hidden, layer = response_hidden(model, sequences), model.get_output_embeddings()
     values = [] if value_head is None else [value_head(hidden).squeeze(-1).float()]
     moments.loss()
     return [_FusedLoss.apply(hidden, layer.weight, layer.bias), *values]
-
-
-def _upstream(output: Tensor, loss: str, fused: bool) -> Tensor:
-    """Logits' gradient is written over the logits."""
-    return output.detach() if loss == "tokens" and not fused else torch.empty_like(output)
 
 
 def _after_backward(layer: torch.nn.Module, mark: Callable[[], None]) -> Any:
@@ -207,9 +245,10 @@ def inference(shape: Shape, lengths: Lengths) -> Run:
     return run
 
 
-def rollout(shape: Shape, lengths: Lengths, rows_per_prompt: int) -> Run:
+def rollout(shape: Shape, lengths: Lengths, rows_per_prompt: int, top_k: int, top_p: float) -> Run:
     """Prefill of the prompts and a decode step, rows = prompts: "prefill", "decode", "kv_cache", "casts".
 
+    top_k, top_p: the decode step ends with the choice of the tokens that are kept.
     casts: weights in bfloat16 that autocast keeps until the end of its context, which holds scoring and reference too.
     """
 
@@ -227,13 +266,23 @@ def rollout(shape: Shape, lengths: Lengths, rows_per_prompt: int) -> Run:
             prefill = counter.take_peak()
             kv_cache = _full_cache(steps, sum(lengths))
             counter.take_peak()
-            steps.step(ids.new_zeros(prompts * rows_per_prompt))
+            logits = steps.step(ids.new_zeros(prompts * rows_per_prompt))
+            if top_k or top_p < 1:
+                _truncate(logits, top_k, top_p)
             decode = counter.take_peak()
-            del ids, mask, parts, steps
+            del ids, mask, parts, steps, logits
             casts = counter.live
         return {"prefill": prefill, "decode": decode, "kv_cache": kv_cache, "casts": casts}
 
     return run
+
+
+def _truncate(logits: Tensor, top_k: int, top_p: float) -> None:
+    """What `sample_tokens` does beside reading logits, with all of them in order if top_p is looked for among all."""
+    kept = kept_tokens(logits, 1.0, top_k, top_p)
+    drawn_from = torch.where(kept, logits, -math.inf)
+    del drawn_from
+    packed(kept)
 
 
 def _full_cache(steps: StaticDecoder | CacheDecoder, length: int) -> int:

@@ -9,13 +9,14 @@ from torch import nn
 from rlhf_fast.ops import backend
 from rlhf_fast.ops.heads import MEMORY_BUDGET, Layer, working_bytes
 from rlhf_fast.plan.config import PlanConfig
-from rlhf_fast.plan.passes import Curve, Lengths, Run, inference, rollout, simulate, training
+from rlhf_fast.plan.passes import Curve, Lengths, Run, inference, rollout, set_bytes, simulate, training
 from rlhf_fast.plan.roles import ONLINE, Role, roles_of, static_bytes, zero_stage
 from rlhf_fast.plan.shapes import Shape
 
 
 class Phase(NamedTuple):
-    """Bytes at the peak: "<role> weights", "<role> optimizer", "<role> gradients", and "pass" for what it adds."""
+    """Bytes at the peak: "<role> weights", "<role> optimizer", "<role> gradients", "kept" for the sets that a rollout
+    drew from, and "pass" for what it adds."""
 
     parts: dict[str, int]
     how: str  # the pass's bytes come about
@@ -39,6 +40,8 @@ class Planner:
         self.lengths = Lengths(plan.prompt_length, plan.response_length)
         # SFT's rows are one piece: the first token is the prompt, what is not trained on is masked
         self.trained_lengths = Lengths(1, length - 1) if plan.method == "sft" else self.lengths
+        self.truncated = self.online and plan.truncated
+        self.fused = plan.fused_head and not self.truncated
         self.rows_per_prompt = {"rloo": plan.group_size, "grpo": plan.group_size, "remax": 2}.get(plan.method, 1)
         # what is kept on the weights until the optimizer's step; otherwise `static` holds it, split or in CPU memory
         self.keeps_gradients = not (plan.optimizer_in_backward or plan.offload_optimizer or plan.zero >= 2)
@@ -67,7 +70,19 @@ class Planner:
         result["optimizer"] = Phase(
             self._resident(None) | {f"{n} gradients": size for n, size in gradients.items()}, ""
         )
+        if self.truncated:
+            for name, phase in result.items():
+                phase.parts["kept"] = self._kept(name, batch, step)
         return result
+
+    def _kept(self, phase: str, batch: int, step: int) -> int:
+        """Bytes of the sets that a truncated rollout drew from, at a phase's peak."""
+        rows = batch
+        if phase in ("rollout", "scoring", "reference") and self.plan.method == "remax":
+            rows = 2 * batch  # the greedy rows' as well
+        elif phase in ("policy_update", "value_update", "optimizer") and self.plan.method in ("ppo", "grpo"):
+            rows = batch + step  # a copy of the minibatch's
+        return rows * self.plan.response_length * set_bytes(self.roles["policy"].shape.config)
 
     def _resident(self, at_work: str | None) -> dict[str, int]:
         """Weights and optimizer states on the GPU while the role `at_work` runs."""
@@ -94,6 +109,8 @@ class Planner:
         at = self._rolled_out(prompts)
         part = max(at["prefill"], at["decode"])
         rows = prompts * self.rows_per_prompt
+        if self.truncated:  # once the cache is gone, steps' sets become a rollout's: three times as many at a time
+            part = max(part, 2 * self._kept("rollout", batch, batch))
         text = f"{rows} rows: KV cache {at['kv_cache']:,} at {sum(self.lengths)} tokens, "
         text += f"the last decode step with it {at['decode']:,}; prefill of {prompts} prompts {at['prefill']:,}"
         return Phase(self._resident("policy") | {"pass": part}, text)
@@ -128,7 +145,8 @@ class Planner:
             role.shape,
             self.trained_lengths,
             loss=loss,
-            fused=self.plan.fused_head,
+            fused=self.fused,
+            truncated=self.truncated,
             keep=self.keeps_gradients,
             repeats=2 if later else 1,
             critic=self.shared_critic,
@@ -137,7 +155,7 @@ class Planner:
         after = max(at["second layer"], at["first layer"], at["gradients"])
         text = f"{rows} rows: until the last layer's backward {at['activations']:,}, after it {after:,}"
         peak = max(at["activations"], after)
-        if loss == "tokens" and self.plan.fused_head:
+        if loss == "tokens" and self.fused:
             working = self._head_bytes(role, rows, device, wanted=(True, not self.plan.lora_rank))
             text += f"; at the loss {at['loss']:,} + fused head {working:,}"
             peak = max(peak, at["loss"] + working)
@@ -168,8 +186,8 @@ class Planner:
         text = role.shape.config.get_text_config()
         V, H, dtype = text.vocab_size, text.hidden_size, role.shape.dtype
         hidden = torch.bfloat16 if role.shape.autocast else dtype
-        if not self.plan.fused_head:
-            return rows * lengths.response * V * hidden.itemsize
+        if not self.fused:  # two of a mask's bytes each, on the way to it
+            return rows * lengths.response * V * (hidden.itemsize + 2 * self.truncated)
         mixed = device == "cuda" and hidden == dtype == torch.bfloat16
         with torch.device("meta"):
             layer = Layer(nn.Parameter(torch.empty(V, H, dtype=dtype)), None, torch.float32, mixed)
@@ -177,7 +195,8 @@ class Planner:
 
     def _rolled_out(self, prompts: int) -> dict[str, int]:
         shape = self.roles["policy"].shape._replace(checkpointing=False)
-        return self._curve("rollout", shape, rollout(shape, self.lengths, self.rows_per_prompt), prompts)
+        run = rollout(shape, self.lengths, self.rows_per_prompt, self.plan.top_k, self.plan.top_p)
+        return self._curve("rollout", shape, run, prompts)
 
     def _curve(self, key: object, shape: Shape, run: Run, rows: int, device: str = "cpu") -> dict[str, int]:
         """A pass at `rows` rows, simulated at the first number asked for. device: whose attention it runs."""

@@ -128,6 +128,7 @@ class Online:
                 metrics = {**self._describe(experience), **update(run, experience)}
                 metrics |= {"lr": self.learner.lr, "episode": step * self.config.batch_size}
                 self.kl.update(metrics["objective/kl"], self.config.batch_size)
+                del experience  # else it is there, kept sets and all, while the next one is sampled
                 run.end_step(step, metrics)
             run.finish()
 

@@ -3,7 +3,6 @@
 What no emulator shows is left to a GPU: memory that is not coherent, races, speed.
 """
 
-import cuda_emulator
 import pytest
 import torch
 from oracle import GRADIENT_TOLERANCE, poisoned, ragged_mask
@@ -12,7 +11,7 @@ from rlhf_fast import ops
 
 
 @pytest.fixture
-def agree(emulated_cuda, monkeypatch):
+def agree(emulated_cuda):
     """Runs a call on the CPU's kernels and twice on the CUDA ones (the emulator turns the blocks' order around)."""
 
     def check(function, *args, tolerance=2e-6, **options):
@@ -21,8 +20,7 @@ def agree(emulated_cuda, monkeypatch):
             return result if isinstance(result, tuple) else (result,)
 
         expected = call()
-        with monkeypatch.context() as patch:
-            scratch = cuda_emulator.replace_cpu_kernels(emulated_cuda, patch)
+        with emulated_cuda() as scratch:
             results = [call() for _ in range(2)]
         for result in results:
             for got, again, truth in zip(result, results[0], expected, strict=True):
@@ -68,23 +66,23 @@ def test_rows_and_gradients_aligned_differently(agree, dtype):
 
 
 @pytest.mark.parametrize("special", [-float("inf"), float("inf"), float("nan"), 1e30, -1e30])
-def test_token_logprobs_of_special_values(emulated_cuda, monkeypatch, special):
+def test_token_logprobs_of_special_values(emulated_cuda, special):
     logits = torch.randn(6, 20011)
     logits[0, :] = special
     logits[1, 5], logits[2, 20010], logits[3, ::2], logits[4, 9000:], logits[5, :12000] = (special,) * 5
     ids = torch.tensor([3, 5, 7, 8, 9001, 12001])
     expected = token_outputs(logits, ids)()
-    cuda_emulator.replace_cpu_kernels(emulated_cuda, monkeypatch)
-    got = token_outputs(logits, ids)()
+    with emulated_cuda():
+        got = token_outputs(logits, ids)()
     for a, b in zip(got[:2], expected[:2], strict=True):
         torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6, equal_nan=True)
     assert torch.equal(got[2].isfinite(), expected[2].isfinite())
 
 
 @pytest.mark.parametrize("bad", [-1, 9, -99, 2**40])
-def test_ids_out_of_range_give_nan_and_read_nothing(emulated_cuda, monkeypatch, bad):
-    cuda_emulator.replace_cpu_kernels(emulated_cuda, monkeypatch)
-    logprobs, entropy, gradient = token_outputs(torch.randn(3, 9), torch.tensor([1, bad, -100]))()
+def test_ids_out_of_range_give_nan_and_read_nothing(emulated_cuda, bad):
+    with emulated_cuda():
+        logprobs, entropy, gradient = token_outputs(torch.randn(3, 9), torch.tensor([1, bad, -100]))()
     assert logprobs.isnan().tolist() == entropy.isnan().tolist() == [False, True, False]
     assert gradient.isnan().all(1).tolist() == [False, True, False]
 
@@ -115,9 +113,9 @@ def test_token_kl(agree, rows, vocabulary, dtype):
 
 
 @pytest.mark.parametrize("bad", [-1, 9, 2**40])
-def test_kl_of_ids_out_of_range_is_nan(emulated_cuda, monkeypatch, bad):
-    cuda_emulator.replace_cpu_kernels(emulated_cuda, monkeypatch)
-    results = kl_outputs(torch.randn(3, 9), torch.randn(3, 9), torch.tensor([1, bad, -100]))()
+def test_kl_of_ids_out_of_range_is_nan(emulated_cuda, bad):
+    with emulated_cuda():
+        results = kl_outputs(torch.randn(3, 9), torch.randn(3, 9), torch.tensor([1, bad, -100]))()
     assert all(x.isnan().view(3, -1).all(1).tolist() == [False, True, False] for x in results)
 
 
@@ -136,11 +134,11 @@ def test_sample_tokens(agree, vocabulary, dtype):
 
 
 @pytest.mark.parametrize("junk", [-float("inf"), float("inf"), float("nan")])
-def test_a_row_without_a_distribution_gets_a_token_and_no_logprob(emulated_cuda, monkeypatch, junk):
+def test_a_row_without_a_distribution_gets_a_token_and_no_logprob(emulated_cuda, junk):
     logits, greedy = torch.randn(4, 5000), torch.tensor([False, True, False, True])
     logits[:2], logits[2:, 4500:] = junk, junk
-    cuda_emulator.replace_cpu_kernels(emulated_cuda, monkeypatch)
-    out = ops.sample_tokens(logits, temperature=1.0, greedy_mask=greedy)
+    with emulated_cuda():
+        out = ops.sample_tokens(logits, temperature=1.0, greedy_mask=greedy)
     assert torch.all((out.tokens >= 0) & (out.tokens < 5000))
     lost = ~out.logprobs.isfinite()
     assert lost.tolist() == ([True, True, False, False] if junk == -float("inf") else [True] * 4)

@@ -22,6 +22,10 @@ SHAPES = {
         "model_type": "gemma2", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 8,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 32, "vocab_size": 500,
     },
+    "wide": {  # 1 million, nearly all of it vocabulary, which is no multiple of 8
+        "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4,
+        "num_attention_heads": 2, "vocab_size": 20001,
+    },
     "llama-2-7b": {
         "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
         "num_attention_heads": 32, "vocab_size": 32000,

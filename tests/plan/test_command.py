@@ -93,9 +93,11 @@ def test_dry_run_is_for_stages(capsys):
 def test_a_stages_config_as_a_plan():
     given = {"model": "m", "output_dir": "o", "train_data": "t", "batch_size": 12, "micro_batch_size": 4}
     online = {"max_prompt_length": 30, "max_response_length": 20, "bf16": True}
-    plan = plan_of("ppo", PPOConfig(**given, **online, reward="f.py:g", value_model="v", minibatches=3))
+    plan = plan_of(
+        "ppo", PPOConfig(**given, **online, reward="f.py:g", value_model="v", minibatches=3, top_k=9, top_p=0.5)
+    )
     expected = {"batch_size": 12, "micro_batch_size": 4, "prompt_length": 30, "response_length": 20, "bf16": True}
-    expected |= {"critic": "v", "reward": "none", "minibatches": 3}
+    expected |= {"critic": "v", "reward": "none", "minibatches": 3, "top_k": 9, "top_p": 0.5}
     assert plan == PlanConfig(model="m", method="ppo", **expected)
     plan = plan_of("dpo", DPOConfig(**given, max_length=50, max_prompt_length=40, reference="r"))
     expected = {"batch_size": 12, "micro_batch_size": 4, "prompt_length": 40, "response_length": 10, "reference": "r"}

@@ -52,6 +52,20 @@ def test_options(method, shape, options, shapes):
     check(PlanConfig(model=shapes[shape], method=method, **LENGTHS | options))
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("ppo", {"top_p": 0.9, "minibatches": 2, "micro_batch_size": 2}),
+        ("remax", {"top_k": 50}),
+        ("grpo", {"top_k": 500, "top_p": 0.9, "group_size": 2}),
+        ("reinforce", {"top_p": 0.5, "bf16": True}),
+    ],
+)
+def test_truncated_sampling(method, options, shapes):
+    """Where logits and kept sets outweigh the models."""
+    check(PlanConfig(model=shapes["wide"], method=method, **LENGTHS | {"response_length": 30} | options))
+
+
 def test_a_smaller_critic(shapes, tmp_path):
     values = json.loads(Path(shapes["small"]).read_text())
     (tmp_path / "critic.json").write_text(json.dumps(values | {"num_hidden_layers": 2, "hidden_size": 64}))

@@ -110,3 +110,30 @@ def test_zero_splits(shapes):
     parts = Planner(PlanConfig(**plan, zero=2, frozen_zero=3)).phases("cpu")["reference"].parts
     layer, embedding = 4 * 128 * 128 + 3 * 128 * 344 + 2 * 128, 1000 * 128
     assert parts["reference weights"] == whole["reference"].weights // 4 + 4 * (2 * layer + embedding)
+
+
+def test_truncated_sampling_keeps_sets(shapes):
+    """A bit a token of the vocabulary and place, longest where the rollout makes them and in a copied minibatch."""
+    ppo = phases(shapes["small"], top_p=0.9, minibatches=2)
+    one = 8 * 125  # response length x vocabulary / 8
+    kept = {name: phase.parts["kept"] / one for name, phase in ppo.items()}
+    assert kept == {
+        "rollout": 4, "scoring": 4, "reference": 4, "value": 4, "policy_update": 6, "value_update": 6, "optimizer": 6
+    }  # fmt: skip
+    remax = phases(shapes["small"], "remax", top_k=5)
+    kept = {name: phase.parts["kept"] / one for name, phase in remax.items()}
+    assert kept == {"rollout": 8, "scoring": 8, "reference": 8, "policy_update": 4, "optimizer": 4}
+    assert all("kept" not in phase.parts for phase in phases(shapes["small"]).values())
+    assert all("kept" not in phase.parts for phase in phases(shapes["small"], "sft", top_p=0.5).values())
+
+
+def test_truncated_sampling_goes_through_the_logits(shapes):
+    plain, logits, truncated = (
+        phases(shapes["wide"], "reinforce", **options) for options in ({}, {"fused_head": False}, {"top_p": 0.5})
+    )
+    masks = 4 * 8 * 20001  # a byte of each place on the way to a mask
+    assert truncated["reference"].parts["pass"] == logits["reference"].parts["pass"] + 2 * masks
+    assert truncated["policy_update"].parts["pass"] >= logits["policy_update"].parts["pass"]
+    assert truncated["rollout"].parts["pass"] > plain["rollout"].parts["pass"]
+    with pytest.raises(ValueError, match="critic: expected a model of its own beside top_k or top_p"):
+        Planner(PlanConfig(model=shapes["small"], method="ppo", critic="shared", top_k=5))

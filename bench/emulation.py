@@ -1,29 +1,37 @@
-"""csrc/cuda compiled for the CPU (`cuda_on_host/cuda_on_host.h`) and run on CPU tensors, with no GPU and no nvcc."""
+"""A GPU's kernels on CPU tensors, for tests and `bench.exactness`: Triton's interpreted, those of csrc/cuda compiled
+for the CPU (`csrc/cuda_on_host`), with no GPU and no nvcc.
+"""
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import os
 import shlex
 import subprocess
+import sys
 import sysconfig
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import patch
 
-import pybind11
-import pytest
+import numpy
 import torch
+from torch import Tensor
 
 from rlhf_fast.ops import dispatch
 
 ROOT = Path(__file__).resolve().parents[1]
-HEADERS = ROOT / "tests/cuda_on_host"
+HEADERS = ROOT / "csrc/cuda_on_host"
 FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
 
 
 def build() -> Path:
     """The module, compiled unless one of the same sources and flags is there already."""
+    import pybind11
+
     flags = [*FLAGS, *shlex.split(os.environ.get("RLHF_FAST_CXXFLAGS", ""))]
     sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
     read = [*sources, *(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc/cuda").glob("*.cuh"), *HEADERS.iterdir()]
@@ -56,20 +64,45 @@ def build() -> Path:
     return module
 
 
+@functools.cache
 def load() -> ModuleType:
+    """The module, built."""
     spec = importlib.util.spec_from_file_location("_cuda", build())
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def replace_cpu_kernels(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
-    """CPU tensors run the back end "cuda" on the emulated kernels, all on one stream; returns the scratch memory."""
+@contextlib.contextmanager
+def cuda_on_cpu(module: ModuleType) -> Iterator[Tensor]:
+    """CPU tensors run the back end "cuda" on the emulated kernels, all on one stream; yields their scratch memory."""
+    if importlib.util.find_spec("rlhf_fast._cuda") is None:
+        sys.modules["rlhf_fast._cuda"] = module  # which the back end imports
     from rlhf_fast.ops import cuda_backend
 
     scratch = torch.zeros(module.scratch_bytes, dtype=torch.uint8)
-    monkeypatch.setattr(cuda_backend, "_cuda", module)
-    monkeypatch.setattr(cuda_backend, "_current_stream", lambda device: contextlib.nullcontext(0))
-    monkeypatch.setattr(cuda_backend, "_scratch", lambda device, stream: scratch)
-    monkeypatch.setitem(dispatch.KERNELS, "cpu", dispatch.KERNELS["cpu"] | dispatch.KERNELS["cuda"])
-    return scratch
+    with (
+        patch.object(cuda_backend, "_cuda", module),
+        patch.object(cuda_backend, "_current_stream", lambda device: contextlib.nullcontext(0)),
+        patch.object(cuda_backend, "_scratch", lambda device, stream: scratch),
+        patch.dict(dispatch.KERNELS["cpu"], dispatch.KERNELS["cuda"]),
+    ):
+        yield scratch
+
+
+@contextlib.contextmanager
+def triton_rounds() -> Iterator[None]:
+    """Triton's interpreter rounds to bfloat16, to nearest even as compiled kernels do; by itself it cuts off."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounding(data: numpy.ndarray, source: tl.dtype, target: tl.dtype, mode: object) -> numpy.ndarray:
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(data, source, target, mode)
+        rounded = torch.from_numpy(numpy.array(data, dtype=numpy.float32)).bfloat16()
+        return rounded.view(torch.int16).numpy().view(numpy.uint16)
+
+    with patch.object(interpreter, "_convert_float", rounding):
+        yield
