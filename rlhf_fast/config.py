@@ -300,6 +300,7 @@ class DPOConfig(OfflineConfig):
     beta: float = arg(0.1, "Strength of the implicit KL constraint.")
     loss_type: DPOLossType = arg("sigmoid", "Loss on the log-ratio difference, named as in TRL.")
     label_smoothing: float = arg(0.0, "Probability that a label is flipped (cDPO, robust).")
+    eval_pairs: str | None = arg(None, "Held-out pairs; their loss and accuracy are reported after every epoch.")
 
 
 @dataclass(frozen=True, kw_only=True)

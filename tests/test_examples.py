@@ -106,11 +106,12 @@ def test_hh_rlhf(prepare):
     train = [
         {"prompt": f"\n\nHuman: {n}?\n\nAssistant:", "chosen": "yes", "rejected": "no", "subset": "x"} for n in range(5)
     ]
-    out = prepare("hh_rlhf", {"train": train, "test": train[:3]}, "--pairs-used", "2", "--prompts", "1")
+    long = {**train[0], "rejected": "no " * 8}
+    out = prepare("hh_rlhf", {"train": [long, *train], "test": train[:3]}, "--max-words", "4", "--prompts", "1")
     first = {"prompt": "\n\nHuman: 0?\n\nAssistant:", "chosen": " yes", "rejected": " no"}
     pairs = load_rows(out / "pairs.jsonl.gz", "preference")
-    assert pairs[0] == first
-    assert [len(rows) for rows in (pairs, load_rows(out / "pairs_test.jsonl.gz", "preference"))] == [2, 3]
+    assert pairs[0] == first  # and not the one with an answer of eight words
+    assert [len(rows) for rows in (pairs, load_rows(out / "pairs_test.jsonl.gz", "preference"))] == [5, 3]
     sft = load_rows(out / "sft.jsonl.gz", "sft")
     assert len(sft) == 5
     assert sft[0] == {"prompt": first["prompt"], "completion": " yes"}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from rlhf_fast.config import (
     RLOOConfig,
     SFTConfig,
 )
-from rlhf_fast.data import encode_prompts, encode_sft, load_rows
+from rlhf_fast.data import encode_preferences, encode_prompts, encode_sft, load_rows, pad_id
 from rlhf_fast.memory import Meter
 from rlhf_fast.metrics import read_metrics
 from rlhf_fast.models import load_policy, load_tokenizer, response_logits
@@ -223,6 +224,29 @@ def test_dpo_separates_the_pairs(loss_type, files, tiny_model, tmp_path):
     assert history[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)  # the policy is still the reference
     assert history[-1]["rewards/accuracies"] > 0.8
     assert history[-1]["loss"] < history[0]["loss"]
+
+
+@pytest.mark.parametrize("fused_head", [True, False])
+def test_dpo_reports_held_out_pairs_after_every_epoch(fused_head, files, tiny_model, tmp_path):
+    rows = load_rows(files["pairs"], "preference")[:90]  # no multiple of the micro-batch
+    held_out = write_rows(tmp_path / "held_out.jsonl", rows)
+    options = {"epochs": 2, "micro_batch_size": 8, "fused_head": fused_head, "eval_pairs": held_out, "beta": 0.3}
+    dpo.train(stage_config(DPOConfig, files, tiny_model, tmp_path, **options))
+    evaluated = {row["step"]: row for row in read_metrics(tmp_path / "metrics.jsonl") if "eval/loss" in row}
+    assert list(evaluated) == [6, 12]  # 96 pairs in batches of 16
+    assert evaluated[12]["eval/loss"] < evaluated[6]["eval/loss"] < math.log(2)
+
+    tokenizer = load_tokenizer(tiny_model)
+    examples = encode_preferences(rows, tokenizer, 64, 16).examples
+    pairs = dpo.pair_sequences(examples, pad_id(tokenizer), torch.device("cpu"))
+    with torch.no_grad():
+        logps = [Objectives(load_policy(m), fused=False).logprobs(pairs).logprobs for m in (str(tmp_path), tiny_model)]
+    ratio = (logps[0] - logps[1]).sum(dim=1)
+    margins = 0.3 * (ratio[:90] - ratio[90:])
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["eval/loss"] == pytest.approx(-torch.nn.functional.logsigmoid(margins).mean().item(), abs=1e-5)
+    assert run["eval/accuracy"] == pytest.approx((margins > 0).float().mean().item())
+    assert run["phases"]["evaluation"]["seconds"] > 0
 
 
 def test_grpo_loss_is_equation_3(files, tiny_model, tmp_path):

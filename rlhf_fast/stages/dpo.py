@@ -1,13 +1,17 @@
 """Direct preference optimisation (arXiv 2305.18290): no reward model, no sampling.
 
-The reference's log-probs are computed once for all pairs and reused in every epoch; the reference model is then
-dropped. Chosen and rejected answers of a pair go through the policy in one forward pass.
+The reference's log-probs are computed once for all pairs, held-out ones too, and reused in every epoch; the reference
+model is then dropped. Chosen and rejected answers of a pair go through the policy in one forward pass.
 """
 
+from collections import Counter
+
 import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from rlhf_fast.config import DPOConfig
-from rlhf_fast.data import PreferenceExample, encode_preferences, load_rows, pad_id, pad_left, pad_right
+from rlhf_fast.data import Encoded, PreferenceExample, encode_preferences, load_rows, pad_id, pad_left, pad_right
 from rlhf_fast.evaluation import make_evaluator
 from rlhf_fast.models import Sequences, default_device, load_tokenizer
 from rlhf_fast.objectives import Objectives
@@ -18,8 +22,8 @@ def train(config: DPOConfig) -> None:
     """Train `config.model` on preference pairs; the result goes to `config.output_dir`."""
     device = default_device()
     tokenizer = load_tokenizer(config.model)
-    rows = load_rows(config.train_data, "preference")
-    data = encode_preferences(rows, tokenizer, config.max_length, config.max_prompt_length)
+    data = _encode(config.train_data, tokenizer, config)
+    held_out = _encode(config.eval_pairs, tokenizer, config).examples if config.eval_pairs else []
     batches = offline_batches(len(data.examples), config.batch_size, config.epochs, config.seed)
     pad = pad_id(tokenizer)
     policy, reference = load_policy_and_reference(config, device)
@@ -28,6 +32,35 @@ def train(config: DPOConfig) -> None:
     objectives = Objectives(policy, fused=config.fused_head)
     size = config.micro_batch_size or config.batch_size
     evaluator = make_evaluator(config, tokenizer, device, reference, None)
+
+    def metrics(examples: list[PreferenceExample], refs: Tensor, total: int, *, learn: bool) -> dict[str, float]:
+        """Of a micro-batch and its reference's log-probs [2, B]: means, weighted by its share of `total` pairs."""
+        pairs = pair_sequences(examples, pad, device)
+        chosen_lengths, rejected_lengths = pairs.response_mask.sum(dim=1).chunk(2)
+        with learner.autocast():
+            out = objectives.dpo(
+                pairs,
+                (refs[0], refs[1]),
+                total,
+                beta=config.beta,
+                loss_type=config.loss_type,
+                label_smoothing=config.label_smoothing,
+                chosen_lengths=chosen_lengths,
+                rejected_lengths=rejected_lengths,
+            )
+        if learn:
+            out.loss.backward()
+        margins = out.chosen_rewards - out.rejected_rewards
+        values = {
+            "loss": out.losses,
+            "rewards/chosen": out.chosen_rewards,
+            "rewards/rejected": out.rejected_rewards,
+            "rewards/margins": margins,
+            "rewards/accuracies": (margins > 0).float(),
+            "logps/chosen": out.chosen_logps,
+            "logps/rejected": out.rejected_logps,
+        }
+        return {name: value.mean().item() * len(examples) / total for name, value in values.items()}
 
     with Run(
         config,
@@ -39,52 +72,41 @@ def train(config: DPOConfig) -> None:
         show=("loss", "rewards/accuracies", "rewards/margins"),
     ) as run:
         run.note(rows=len(data.examples), truncated_rows=data.truncated)
+        examples = [*data.examples, *held_out]
         with run.meter.phase("reference"), torch.no_grad(), learner.autocast():
             frozen = Objectives(reference, fused=config.fused_head)
             parts = [
-                frozen.logprobs(pair_sequences(data.examples[rows], pad, device)).logprobs.sum(dim=1).chunk(2)
-                for rows in micro_batches(len(data.examples), size)
+                frozen.logprobs(pair_sequences(examples[rows], pad, device)).logprobs.sum(dim=1).view(2, -1)
+                for rows in micro_batches(len(examples), size)
             ]
             del frozen
-        ref_chosen, ref_rejected = (torch.cat(column) for column in zip(*parts, strict=True))
+        refs = torch.cat(parts, dim=1)
         if evaluator is None:
             del reference
         for step in run.steps():
-            indices = torch.tensor(batches[step - 1])
-            sums: dict[str, float] = {}
+            indices, sums = batches[step - 1], Counter()
             for rows in micro_batches(len(indices), config.micro_batch_size):
                 micro = indices[rows]
-                weight = len(micro) / len(indices)
                 with run.meter.phase("policy_update"):
-                    pairs = pair_sequences([data.examples[i] for i in micro], pad, device)
-                    chosen_lengths, rejected_lengths = pairs.response_mask.sum(dim=1).chunk(2)
-                    with learner.autocast():
-                        out = objectives.dpo(
-                            pairs,
-                            (ref_chosen[micro], ref_rejected[micro]),
-                            len(indices),
-                            beta=config.beta,
-                            loss_type=config.loss_type,
-                            label_smoothing=config.label_smoothing,
-                            chosen_lengths=chosen_lengths,
-                            rejected_lengths=rejected_lengths,
-                        )
-                    out.loss.backward()
-                margins = out.chosen_rewards - out.rejected_rewards
-                for name, value in {
-                    "loss": out.losses.mean(),
-                    "rewards/chosen": out.chosen_rewards.mean(),
-                    "rewards/rejected": out.rejected_rewards.mean(),
-                    "rewards/margins": margins.mean(),
-                    "rewards/accuracies": (margins > 0).float().mean(),
-                    "logps/chosen": out.chosen_logps.mean(),
-                    "logps/rejected": out.rejected_logps.mean(),
-                }.items():
-                    sums[name] = sums.get(name, 0.0) + weight * value.item()
+                    sums.update(metrics([examples[i] for i in micro], refs[:, micro], len(indices), learn=True))
             with run.meter.phase("optimizer"):
                 grad_norm = learner.step()
-            run.end_step(step, {**sums, "grad_norm": grad_norm, "lr": learner.lr})
+            measured = {**sums, "grad_norm": grad_norm, "lr": learner.lr}
+            if held_out and step % (len(batches) // config.epochs) == 0:
+                first, sums = len(data.examples), Counter()
+                with run.meter.phase("evaluation"), torch.no_grad():
+                    for rows in micro_batches(len(held_out), size):
+                        own = refs[:, first:][:, rows]
+                        sums.update(metrics(held_out[rows], own, len(held_out), learn=False))
+                evaluated = {"eval/loss": sums["loss"], "eval/accuracy": sums["rewards/accuracies"]}
+                run.note(**evaluated)
+                measured |= evaluated
+            run.end_step(step, measured)
         run.finish()
+
+
+def _encode(path: str, tokenizer: PreTrainedTokenizerBase, config: DPOConfig) -> Encoded:
+    return encode_preferences(load_rows(path, "preference"), tokenizer, config.max_length, config.max_prompt_length)
 
 
 def pair_sequences(batch: list[PreferenceExample], pad: int, device: torch.device) -> Sequences:

@@ -1,6 +1,7 @@
 """The configs of the studies; as in `rlhf_fast.config`, only values and checks of them."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from rlhf_fast.config import arg, check
 
@@ -62,6 +63,9 @@ class MethodsStudyConfig(TrainedStudyConfig):
 class FrontierConfig(MethodsStudyConfig):
     """True reward against KL to the SFT model: every method at several strengths, points over training, envelopes."""
 
+    strengths: Literal["all", "main"] = arg(
+        "all", "Every strength of a method, or its main one only, whose evaluations over training span a frontier too."
+    )
     kl_to: float = arg(8.0, "Envelopes are compared from KL 0 to this, in nats per completion.")
 
     def __post_init__(self) -> None:

@@ -18,7 +18,7 @@ from rlhf_fast.metrics import print_table, read_metrics
 from rlhf_fast.study import best_of
 from rlhf_fast.study.config import FrontierConfig
 from rlhf_fast.study.envelopes import Point, envelope, mean_error, mean_errors
-from rlhf_fast.study.methods import STRENGTHS, Cell
+from rlhf_fast.study.methods import MAIN, STRENGTHS, Cell, given_true_reward
 from rlhf_fast.study.plots import frontier_figure, save
 from rlhf_fast.study.records import write_record
 from rlhf_fast.study.runs import train
@@ -29,9 +29,9 @@ BASELINE = "DPO"  # whose envelope the gains are over
 
 def run(config: FrontierConfig) -> dict[str, Any]:
     """Trains what is not there yet, prints the table, writes frontier.json and frontier.png to `config.out`."""
-    cells = train(config, STRENGTHS)
+    cells = train(config, STRENGTHS if config.strengths == "all" else MAIN)
     runs = [{"method": c.method, "strength": c.strength, "seed": c.seed, "points": points_of(c)} for c in cells]
-    content = {**summary(runs, config.kl_to), "runs": runs}
+    content = {"given_true_reward": given_true_reward(cells), **summary(runs, config.kl_to), "runs": runs}
     record = write_record(Path(config.out) / "frontier.json", config, content)
     save(Path(config.out) / "frontier.png", frontier_figure, record)
     _show(record)
@@ -83,6 +83,8 @@ def _show(record: dict[str, Any]) -> None:
         rows.append(row)
     title = f"True reward of the upper envelopes, mean over KL 0 to {grid[-1]:g} and at four KLs; {seeds} seeds"
     print_table(title, rows)
+    if record["given_true_reward"]:
+        print(f"Given the true reward itself, as PPO-GT is: {', '.join(record['given_true_reward'])}")
 
 
 def _pair(value: dict[str, float]) -> tuple[float, float]:

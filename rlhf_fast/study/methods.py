@@ -7,12 +7,12 @@ beta of DPO, alpha of Unlikelihood. Everything else is what the pipeline's confi
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf_fast import pipeline
-from rlhf_fast.config import DPOConfig, OnlineConfig, PipelineConfig
+from rlhf_fast.config import OfflineConfig, OnlineConfig, PipelineConfig
 from rlhf_fast.data import load_rows
 from rlhf_fast.study.best_of import BestOfConfig
 from rlhf_fast.study.unlikelihood import UnlikelihoodConfig
@@ -66,6 +66,16 @@ def cells_of(start: PipelineConfig, wanted: Strengths) -> list[Cell]:
     return [_cell(start, stages, pairs, method, one) for method, strengths in wanted.items() for one in strengths]
 
 
+def given_true_reward(cells: Iterable[Cell]) -> list[str]:
+    """Methods that learn from, or choose by, the very reward that judges them, PPO-GT apart, which always does.
+
+    A pipeline that names one reward for both makes PPO the PPO-GT of the tables, and its lead over DPO is partly that.
+    """
+    configs = [(cell.method, cell.config) for cell in cells if cell.method in ONLINE or cell.method == "Best-of-N"]
+    same = [method for method, config in configs if config.reward == config.eval_reward]
+    return [method for method in dict.fromkeys(same) if method != "PPO-GT"]
+
+
 def _cell(start: PipelineConfig, stages: Mapping[str, Any], pairs: int, method: str, strength: float | None) -> Cell:
     base = stages[ONLINE.get(method, "dpo")]
     suffix = "" if strength is None else f"-{strength:g}"
@@ -84,7 +94,7 @@ def _cell(start: PipelineConfig, stages: Mapping[str, Any], pairs: int, method: 
         if method == "DPO":
             target, config = "stages.dpo:train", dataclasses.replace(base, beta=strength, **values)
         else:
-            own = {field.name for field in dataclasses.fields(DPOConfig)} - {"beta", "loss_type", "label_smoothing"}
+            own = {field.name for field in dataclasses.fields(OfflineConfig)}
             values = {name: getattr(base, name) for name in own} | values | {"alpha": strength or 0.0}
             target, config = "study.unlikelihood:train", UnlikelihoodConfig(**values)
     return Cell(method, strength, start.seed, target, config)

@@ -29,7 +29,7 @@ from rlhf_fast.study.config import (
     WinRateConfig,
 )
 from rlhf_fast.study.judge import ROWS, SFT, Judged
-from rlhf_fast.study.methods import MAIN, ONLINE, STRENGTHS, cells_of
+from rlhf_fast.study.methods import MAIN, ONLINE, STRENGTHS, cells_of, given_true_reward
 from rlhf_fast.study.sampling import sample_scores
 from rlhf_fast.study.start import pipeline_of
 from rlhf_fast.study.unlikelihood import UnlikelihoodConfig
@@ -75,7 +75,7 @@ def here(monkeypatch):
 
     monkeypatch.setattr(runs, "_pool", pool)
     monkeypatch.setattr(frontier, "STRENGTHS", SMALL)
-    for module in (winrate, temperature, convergence, shift):
+    for module in (frontier, winrate, temperature, convergence, shift):
         monkeypatch.setattr(module, "MAIN", {name: strengths[-1:] for name, strengths in SMALL.items()})
     return ran
 
@@ -121,6 +121,11 @@ def test_frontier(studied, here, capsys):
     some = record_of(studied, "frontier", "--kl-to", "2", "--methods", "PPO", "Best-of-N")
     assert some["methods"]["PPO"]["envelope"] == record["methods"]["PPO"]["envelope"]
     assert list(some["methods"]) == ["PPO", "Best-of-N"] and "gain_over_dpo" not in some["methods"]["PPO"]
+    main = record_of(studied, "frontier", "--kl-to", "2", "--strengths", "main")
+    assert [(run["method"], run["strength"]) for run in main["runs"] if run["seed"] == 0] == [
+        (method, strengths[-1]) for method, strengths in SMALL.items()
+    ]
+    assert main["methods"]["PPO"] == record["methods"]["PPO"]  # of which there is one strength only
     assert cli.main(["study", "frontier", *studied[1], "--methods", "ppo"]) == 1
     assert "methods: expected some of PPO, ReMax, DPO, Preferred-FT, Best-of-N, got 'ppo'" in capsys.readouterr().err
 
@@ -234,6 +239,15 @@ def test_cells_of_the_embedded_world(tmp_path, monkeypatch):
     assert by_name["Preferred-FT", None].alpha == 0.0
     assert set(MAIN) == set(STRENGTHS) >= set(ONLINE)
     assert all(len(MAIN[name]) == 1 and MAIN[name][0] in strengths for name, strengths in STRENGTHS.items())
+
+
+def test_who_is_given_the_true_reward(tmp_path):
+    start = pipeline_of(None, tmp_path, 0)
+    write_rows(tmp_path / "seed-0" / "pairs.jsonl.gz", [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 64)
+    assert given_true_reward(cells_of(start, STRENGTHS)) == []  # PPO-GT says so itself
+    told = dataclasses.replace(start, common=start.common | {"reward": REWARD})
+    wanted = {name: STRENGTHS[name] for name in ("DPO", "PPO", "PPO-GT", "Best-of-N")}
+    assert given_true_reward(cells_of(told, wanted)) == ["PPO", "Best-of-N"]
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3])
