@@ -5,6 +5,7 @@ Environment: CXX (compiler), CUDA_HOME, RLHF_FAST_CUDA=0 (skip CUDA), RLHF_FAST_
 RLHF_FAST_CXXFLAGS (more flags for the C++ compiler and linker, such as a sanitizer's).
 """
 
+import importlib.util
 import os
 import platform
 import shutil
@@ -79,6 +80,9 @@ class NinjaBuild(build_ext):
     def build_extensions(self) -> None:
         if not self.extensions:
             return
+        for tool in ("pybind11", "ninja"):
+            if importlib.util.find_spec(tool) is None:  # pip brings them, but not with --no-build-isolation
+                raise SystemExit(f"rlhf-fast: {tool} not found, which the build needs: pip install pybind11 ninja")
         build = ROOT / "build" / f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
         build.mkdir(parents=True, exist_ok=True)
         modules = {e.name: build / self.get_ext_filename(e.name.rpartition(".")[2]) for e in self.extensions}
