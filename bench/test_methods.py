@@ -1,0 +1,71 @@
+"""A few steps of every method under pytest-benchmark, on the demo's model: `pytest bench --benchmark-only`.
+
+What is timed is a stage as a user calls it, loading and saving included; the median step and the peak memory by its own
+meter stand in the extra info. A rollout whose log-probs are not those of training stops the stage, so nothing wrong is
+timed. `rlhf-fast compare` has other models, LoRA, the reward reached and plots.
+"""
+
+import importlib
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+
+from bench.trainers import cases
+from rlhf_fast.pipeline import METHODS
+from rlhf_fast.rows import write_rows
+from rlhf_fast.world import preference_rows, prompt_rows, sft_rows
+
+STEPS = 5
+CASES = {
+    "PPO": ("ppo", {"epochs": 1}),
+    "PPO, value head on the policy's trunk": ("ppo", {"epochs": 1, "critic": "shared"}),
+    "ReMax": ("remax", {}),
+    "REINFORCE": ("reinforce", {}),
+    "RLOO": ("rloo", {"group_size": 4}),
+    "GRPO": ("grpo", {"group_size": 4, "epochs": 1}),
+    "DPO": ("dpo", {}),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return cases.prepare(tmp_path_factory.mktemp("start") / "models")
+
+
+def data(method: str, rows: int) -> list[dict[str, object]]:
+    """Prompts or pairs for STEPS steps."""
+    prompts = prompt_rows(STEPS * rows, seed=2)
+    if method != "dpo":
+        return prompts
+    endings = [row["completion"] for row in sft_rows(len(prompts) + 1, seed=1)]
+    return preference_rows([row["prompt"] for row in prompts], list(zip(endings, endings[1:], strict=False)), 0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_method(benchmark, models, name, tmp_path, request):
+    method, own = CASES[name]
+    rows = 8 if request.config.getoption("quick") else 64
+    options = {"model": models["sft"], "train_data": str(tmp_path / "data.jsonl"), "max_prompt_length": 18, **own}
+    if method == "dpo":
+        rows //= 2  # two completions a pair
+        options |= {"max_length": 64}
+    else:
+        options |= {"reward": models["reward"], "max_response_length": 40, "steps": STEPS}
+    write_rows(options["train_data"], data(method, rows))
+    train = importlib.import_module(f"rlhf_fast.stages.{method}").train
+    outputs: list[Path] = []
+
+    def fresh() -> tuple[tuple, dict]:
+        outputs.append(tmp_path / str(len(outputs)))
+        return (METHODS[method](output_dir=str(outputs[-1]), batch_size=rows, **options),), {}
+
+    benchmark.group = f"{STEPS} steps"
+    benchmark.pedantic(train, setup=fresh, rounds=3)
+    steps = [json.loads(line) for line in (outputs[-1] / "metrics.jsonl").read_text().splitlines()]
+    benchmark.extra_info["seconds a step"] = statistics.median(row["time/step"] for row in steps[1:])
+    run = json.loads((outputs[-1] / "run.json").read_text())
+    benchmark.extra_info["peak bytes"] = max(
+        phase["peak_bytes"] for phase in run["phases"].values() if isinstance(phase, dict)
+    )
