@@ -13,6 +13,9 @@ import torch
 import rlhf_fast.ops
 from rlhf_fast.ops import dispatch
 
+if dispatch.COMPILED:
+    from rlhf_fast import _cpu
+
 with pytest.MonkeyPatch.context() as patch:  # `bench` is not installed; on the path, the root would show its `kernels`
     patch.syspath_prepend(Path(__file__).resolve().parents[2])
     from bench import emulation
@@ -47,3 +50,16 @@ def kernels(request):
     else:
         with request.getfixturevalue("emulated_cuda")(), rlhf_fast.ops.backend("cpu"):
             yield "cuda"
+
+
+@pytest.fixture(params=["reference", *(_cpu.isas() if dispatch.COMPILED else ())])
+def instruction_set(request):
+    """For what has kernels on CPUs alone: the reference, and every instruction set that this CPU has."""
+    if request.param == "reference":
+        with rlhf_fast.ops.backend("reference"):
+            yield request.param
+    else:
+        widest = _cpu.isa()
+        _cpu.set_isa(request.param)
+        yield request.param
+        _cpu.set_isa(widest)

@@ -4,8 +4,6 @@ import pytest
 import torch
 from oracle import error
 
-from rlhf_fast import _cpu
-from rlhf_fast.ops import backend
 from rlhf_fast.ops.attention import packed_attention
 
 LENGTH = 70  # slots of a row; rows end before, at and behind the edges of tiles and blocks
@@ -57,34 +55,24 @@ def truth(query, key, value, rotary=None) -> torch.Tensor:
     return torch.cat(rows, 1).transpose(0, 1)
 
 
-@pytest.fixture(params=["reference", *_cpu.isas()])
-def kernels(request):
-    if request.param == "reference":
-        with backend("reference"):
-            yield request.param
-    else:
-        widest = _cpu.isa()
-        _cpu.set_isa(request.param)
-        yield request.param
-        _cpu.set_isa(widest)
-
-
 @pytest.mark.parametrize("with_rotary", [False, True])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_each_row_is_what_it_is_alone(kernels, shape, dtype, with_rotary):
+def test_each_row_is_what_it_is_alone(instruction_set, shape, dtype, with_rotary):
     *inputs, grad = heads(*SHAPES[shape], dtype=dtype)
     rotary = angles(SHAPES[shape][2]) if with_rotary else None
     expected = truth(*inputs, rotary)
     gradients = torch.autograd.grad(expected, inputs, grad.double())
     out = packed_attention(*inputs, slots_of(), len(LENGTHS), LENGTH, rotary=rotary)
-    tolerance = TOLERANCE[dtype] * (2 if kernels == "reference" else 1)  # torch's own rounds the weights as well
+    tolerance = TOLERANCE[dtype] * (
+        2 if instruction_set == "reference" else 1
+    )  # torch's own rounds the weights as well
     assert out.dtype == dtype and error(out, expected) <= tolerance
     for mine, true in zip(torch.autograd.grad(out, inputs, grad), gradients, strict=True):
         assert error(mine, true) <= tolerance
 
 
-def test_by_hand(kernels):
+def test_by_hand(instruction_set):
     """Scores 0 and log 3 of the second token: a quarter of the first value and three of the second."""
     query, key = torch.tensor([[[0.0], [1.0]]]), torch.tensor([[[0.0], [3.0]]]).log().nan_to_num(neginf=0)
     value = torch.tensor([[[8.0], [4.0]]])
@@ -92,7 +80,7 @@ def test_by_hand(kernels):
     assert out.flatten().tolist() == pytest.approx([8, 5])
 
 
-def test_large_scores_and_scores_of_minus_infinity(kernels):
+def test_large_scores_and_scores_of_minus_infinity(instruction_set):
     query, key, value, _ = (x.detach() for x in heads(1, 1, 8, (3,)))
     key[0, 0], query[0, 1:] = -torch.inf, query[0, 1:].abs() * 100
     out = packed_attention(query, key, value, torch.arange(3), 1, 3)
@@ -100,7 +88,7 @@ def test_large_scores_and_scores_of_minus_infinity(kernels):
     assert error(out[2, 0], ((query[0, 2] @ key[0, 1:].T) * 8**-0.5).softmax(-1) @ value[0, 1:]) < 1e-5
 
 
-def test_other_strides_and_no_tokens(kernels):
+def test_other_strides_and_no_tokens(instruction_set):
     q, k, v, _ = heads(2, 2, 16)
     slots = slots_of()
     expected = packed_attention(q, k, v, slots, len(LENGTHS), LENGTH)
@@ -130,7 +118,7 @@ def test_bits_depend_neither_on_threads_nor_on_other_rows():
     assert all(torch.equal(a[:, :192], b[:, :192]) for a, b in zip(few[1:], alone[1:], strict=True))
 
 
-def test_nan_stays_in_its_row(kernels):
+def test_nan_stays_in_its_row(instruction_set):
     q, k, v, grad = heads(2, 2, 16)
     with torch.no_grad():
         k[:, 7] = torch.nan  # in the third row
@@ -174,11 +162,11 @@ def test_sizes_that_cannot_be():
         packed_attention(x, x[:0], x[:0], ids, 1, 3)
 
 
-def test_slots_that_lie_stay_within_bounds(kernels):
+def test_slots_that_lie_stay_within_bounds(instruction_set):
     """The places of one long row, passed off as rows of 2: nothing to be right about, but nothing is overrun."""
     q, k, v, grad = heads(2, 2, 16, (64,))
     slots = torch.full((64,), 1)
-    if kernels != "reference":
+    if instruction_set != "reference":
         out = packed_attention(q, k, v, slots, 32, 2)
         assert out.isfinite().all()
         assert all(g.isfinite().all() for g in torch.autograd.grad(out, (q, k, v), grad))

@@ -4,29 +4,16 @@ import pytest
 import torch
 from oracle import error
 
-from rlhf_fast import _cpu, reference
-from rlhf_fast.ops import backend
+from rlhf_fast import reference
 from rlhf_fast.ops.layers import add_rms_norm, swiglu
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 EPSILON = 1e-6
 
 
-@pytest.fixture(params=["reference", *_cpu.isas()])
-def kernels(request):
-    if request.param == "reference":
-        with backend("reference"):
-            yield request.param
-    else:
-        widest = _cpu.isa()
-        _cpu.set_isa(request.param)
-        yield request.param
-        _cpu.set_isa(widest)
-
-
-def slack(kernels, dtype):
+def slack(instruction_set, dtype):
     """Plain torch rounds halves after every step."""
-    return TOLERANCE[dtype] * (8 if kernels == "reference" and dtype.itemsize == 2 else 1)
+    return TOLERANCE[dtype] * (8 if instruction_set == "reference" and dtype.itemsize == 2 else 1)
 
 
 def leaves(*shapes, dtype):
@@ -50,23 +37,23 @@ def check_gradients(out, inputs, truth, true_inputs, grads, tolerance):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("shape", [(130, 64), (3, 5, 33), (1, 1), (257, 8), (2, 1000)], ids=str)
 @pytest.mark.parametrize("flows", ["both", "normed", "sum"])
-def test_norm_of_a_sum(kernels, dtype, shape, flows):
+def test_norm_of_a_sum(instruction_set, dtype, shape, flows):
     inputs = leaves(shape, shape, shape[-1:], dtype=dtype)
     x, delta, weight = true_inputs = doubles(inputs)
     total = x + delta
-    if kernels != "reference":
+    if instruction_set != "reference":
         total = total + (total.to(dtype).double() - total).detach()  # the sum is kept rounded, and what is normed is it
     normed = total / (total.pow(2).mean(-1, keepdim=True) + EPSILON).sqrt() * weight
     out = add_rms_norm(*inputs, EPSILON)
     for mine, true in zip(out, (total, normed), strict=True):
-        assert mine.dtype == dtype and error(mine, true) <= slack(kernels, dtype)
+        assert mine.dtype == dtype and error(mine, true) <= slack(instruction_set, dtype)
     grads = [torch.randn(shape) if flows in ("both", name) else None for name in ("sum", "normed")]
     if flows == "sum":
         inputs, true_inputs = inputs[:2], true_inputs[:2]  # the weight is not in it
-    check_gradients(out, inputs, (total, normed), true_inputs, grads, slack(kernels, dtype))
+    check_gradients(out, inputs, (total, normed), true_inputs, grads, slack(instruction_set, dtype))
 
 
-def test_norm_without_delta(kernels):
+def test_norm_without_delta(instruction_set):
     inputs = leaves((70, 48), (48,), dtype=torch.float32)
     total, normed = add_rms_norm(inputs[0], None, inputs[1], EPSILON)
     assert total is inputs[0]
@@ -76,7 +63,7 @@ def test_norm_without_delta(kernels):
     check_gradients([normed], inputs, [true], [x, weight], [torch.randn(70, 48)], 1e-5)
 
 
-def test_norm_by_hand(kernels):
+def test_norm_by_hand(instruction_set):
     """3 + 0, 0 + 4: mean square 12.5."""
     x, delta, weight = torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 4.0]]), torch.tensor([1.0, 2.0])
     total, normed = add_rms_norm(x, delta, weight, 0.0)
@@ -94,19 +81,19 @@ def test_a_frozen_weight_gets_no_gradient():
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("shape", [(130, 64), (3, 7), (1,), (0, 5)], ids=str)
-def test_swiglu(kernels, dtype, shape):
+def test_swiglu(instruction_set, dtype, shape):
     gate, up = leaves(shape, shape, dtype=dtype)
     with torch.no_grad():
         gate.mul_(4)
     true_inputs = doubles([gate, up])
     truth = true_inputs[0] * torch.sigmoid(true_inputs[0]) * true_inputs[1]
     out = swiglu(gate, up)
-    assert out.dtype == dtype and error(out, truth) <= slack(kernels, dtype)
+    assert out.dtype == dtype and error(out, truth) <= slack(instruction_set, dtype)
     if gate.numel():
-        check_gradients([out], [gate, up], [truth], true_inputs, [torch.randn(shape)], slack(kernels, dtype))
+        check_gradients([out], [gate, up], [truth], true_inputs, [torch.randn(shape)], slack(instruction_set, dtype))
 
 
-def test_swiglu_far_out(kernels):
+def test_swiglu_far_out(instruction_set):
     gate = torch.tensor([-300.0, -88.0, -20.0, 0.0, 20.0, 300.0, torch.nan], requires_grad=True)
     out = swiglu(gate, torch.full((7,), 2.0))
     (slope,) = torch.autograd.grad(out.sum(), gate)
