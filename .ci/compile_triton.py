@@ -7,11 +7,14 @@ read 16 bytes at a time, where it names integers as MULTIPLES_OF_16 with those.
 """
 
 import importlib
+import os
 import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import rlhf_fast.kernels
 import triton
@@ -27,18 +30,19 @@ def signature(kernel: triton.JITFunction, pointers: dict[str, str], constants: d
     }
 
 
-failed = compiled = 0
-for info in pkgutil.iter_modules(rlhf_fast.kernels.__path__):
-    module = importlib.import_module(f"rlhf_fast.kernels.{info.name}")
+def compile_module(name: str) -> tuple[list[str], int]:
+    """A line for every kernel of the module and target; how many of them spill or read in small pieces."""
+    module = importlib.import_module(f"rlhf_fast.kernels.{name}")
+    lines, failed = [], 0
     for kernel, pointers, constants in getattr(module, "COMPILED", []):
-        options = {name: constants[name] for name in ("num_warps", "maxnreg") if name in constants}
-        constants = {name: value for name, value in constants.items() if name not in options}
+        options = {key: constants[key] for key in ("num_warps", "maxnreg") if key in constants}
+        constants = {key: value for key, value in constants.items() if key not in options}
         for capability in (80, 90, 100):
             types = signature(kernel, pointers, constants)
             aligned = {  # pointers as torch's allocator leaves them
                 (i,): [["tt.divisibility", 16]]
-                for i, (name, t) in enumerate(types.items())
-                if t.startswith("*") or name in getattr(module, "MULTIPLES_OF_16", ())
+                for i, (key, t) in enumerate(types.items())
+                if t.startswith("*") or key in getattr(module, "MULTIPLES_OF_16", ())
             }
             source = ASTSource(kernel, types, constants, aligned)
             ptx = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
@@ -50,11 +54,18 @@ for info in pkgutil.iter_modules(rlhf_fast.kernels.__path__):
                 said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
             registers, spills = (int(re.search(p, said)[1]) for p in (r"Used (\d+) registers", r"(\d+) bytes spill"))
             wide = len(re.findall(r"ld\.global\S*\.v4\.b32", ptx))
-            print(
-                f"{info.name}.{kernel.__name__} {architecture}: {registers} registers, {spills} bytes spilled, "
+            lines.append(
+                f"{name}.{kernel.__name__} {architecture}: {registers} registers, {spills} bytes spilled, "
                 f"{wide} loads of 16 bytes"
             )
-            compiled += 1
             failed += spills > 0 or (getattr(module, "WIDE", False) and wide == 0)
-print(f"{compiled} compilations")
-sys.exit(failed > 0 or compiled == 0)
+    return lines, failed
+
+
+if __name__ == "__main__":
+    modules = [info.name for info in pkgutil.iter_modules(rlhf_fast.kernels.__path__)]
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        compiled = list(pool.map(compile_module, modules))
+    lines = [line for of_module, _ in compiled for line in of_module]
+    print(*lines, f"{len(lines)} compilations", sep="\n")
+    sys.exit(not lines or any(failed for _, failed in compiled))
