@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -86,7 +87,7 @@ class NinjaBuild(build_ext):
         build = ROOT / "build" / f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
         build.mkdir(parents=True, exist_ok=True)
         modules = {e.name: build / self.get_ext_filename(e.name.rpartition(".")[2]) for e in self.extensions}
-        text = self.build_ninja(modules)
+        text = self.build_ninja(modules, self.pybind11_headers(build))
         if not (build / "build.ninja").exists() or (build / "build.ninja").read_text() != text:
             (build / "build.ninja").write_text(text)
         import ninja
@@ -98,10 +99,19 @@ class NinjaBuild(build_ext):
             target.parent.mkdir(parents=True, exist_ok=True)
             self.copy_file(str(module), str(target))
 
-    def build_ninja(self, modules: dict[str, Path]) -> str:
+    def pybind11_headers(self, build: Path) -> Path:
+        """A copy that stays put: pip brings its own to a new place each time, which would compile everything again."""
         import pybind11
 
-        includes = f" -I{escape(pybind11.get_include())} -I{escape(sysconfig.get_paths()['include'])}"
+        headers = build / f"pybind11-{pybind11.__version__}"
+        if not headers.exists():
+            unfinished = Path(tempfile.mkdtemp(dir=build))
+            shutil.copytree(pybind11.get_include(), unfinished, dirs_exist_ok=True)
+            unfinished.rename(headers)
+        return headers
+
+    def build_ninja(self, modules: dict[str, Path], pybind11_headers: Path) -> str:
+        includes = f" -I{escape(pybind11_headers)} -I{escape(sysconfig.get_paths()['include'])}"
         warnings = " -Wall -Wextra" + (" -Werror" if os.environ.get("RLHF_FAST_WERROR") == "1" else "")
         lines = [RULES, f"cxx = {self.cxx}", f"nvcc = {self.nvcc}", f"more = {MORE_CXXFLAGS}"]
 

@@ -7,6 +7,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import pybind11
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,6 +49,13 @@ def test_rebuilds_what_a_header_touches_and_nothing_else(tree):
     kernels, steps = len(list(tree.glob("build/*/kernel.*.o"))), again.count("-o kernel.")
     assert steps == kernels and "bind_cpu.cpp" not in again and "-shared" in again
     assert "no work to do" in build(tree, RLHF_FAST_CUDA="0")
+
+
+def test_builds_nothing_again_for_pybind11_elsewhere(tree):
+    """As in pip's build environments, each in a directory of its own."""
+    build(tree, RLHF_FAST_CUDA="0")
+    shutil.copytree(Path(pybind11.__file__).parent, tree / "elsewhere" / "pybind11")
+    assert "no work to do" in build(tree, RLHF_FAST_CUDA="0", PYTHONPATH=str(tree / "elsewhere"))
 
 
 def test_says_in_one_line_that_nvcc_is_missing(tree):
