@@ -118,7 +118,7 @@ def flash_formula(logits: Tensor, ids: Tensor, *, temperature: float = 1.0) -> t
 def in_triton() -> Iterator[None]:
     if not dispatch.TRITON:
         raise RuntimeError("expected TRITON_INTERPRET=1 from before rlhf_fast was imported")
-    with emulation.triton_rounds(), ops.backend("triton"):
+    with emulation.triton_on_cpu(), ops.backend("triton"):
         yield
 
 
@@ -208,7 +208,7 @@ _T, _SCALED, _LIGER = {"temperature"}, {"temperature", "softcap"}, ("liger_kerne
 
 
 def _row(name: str, load: Callable[[], Function], takes: set[str], *requires: str) -> Implementation:
-    within = emulation.triton_rounds if "triton" in requires else contextlib.nullcontext
+    within = emulation.triton_on_cpu if "triton" in requires else contextlib.nullcontext
     return Implementation(name=name, load=load, requires=requires, takes=frozenset(takes), within=within)
 
 

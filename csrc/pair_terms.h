@@ -116,9 +116,10 @@ RLHF_INLINE PairTerm<T> dpo_term(T c, T r, T beta, int type, T eps) {
             return {win * win + lose * lose, 2 * win, 2 * lose};
         }
         default: {  // kDiscopop, temperature 0.05
-            const T tau = T(0.05), mix = sigmoid(h / tau), rest = sigmoid(-h / tau), e = std::exp(-h);
-            value = -log_p * rest + e * mix;
-            by_h = mix * rest / tau * (e + log_p) - q * rest - e * mix;
+            const T tau = T(0.05), mix = sigmoid(h / tau), rest = sigmoid(-h / tau);
+            const T e_mix = std::exp(-h - softplus(-h / tau));  // e^-h alone overflows where mix is 0
+            value = -log_p * rest + e_mix;
+            by_h = e_mix * (rest / tau - 1) + mix * rest / tau * log_p - q * rest;
         }
     }
     return {value, beta * by_h, -beta * by_h};

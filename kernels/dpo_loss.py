@@ -52,9 +52,9 @@ def _term(c, r, beta, eps, log_eps, log_rest, TYPE: tl.constexpr):
         elif TYPE == DISCOPOP:
             mix = sigmoid(h * 20)
             rest = sigmoid(h * -20)
-            e = tl.exp(-h)
-            value = e * mix - log_p * rest
-            by_h = mix * rest * 20 * (e + log_p) - q * rest - e * mix
+            e_mix = tl.exp(-h - softplus(h * -20))  # e^-h alone overflows where mix is 0
+            value = e_mix - log_p * rest
+            by_h = e_mix * (rest * 20 - 1) + mix * rest * 20 * log_p - q * rest
         else:
             value = -log_p * (1 - eps) - log_q * eps
             by_h = p * eps - q * (1 - eps)

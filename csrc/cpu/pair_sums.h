@@ -111,9 +111,9 @@ struct Start {
 };
 
 template <typename In>
-Start start_of(const In* row, const In* ref_row, int64_t V, int64_t target, double softcap) {
+Start start_of(const In* row, const In* ref_row, int64_t V, int64_t target, double inv_temperature, double softcap) {
     const auto shift_at = [&](const In* from, int64_t column) {
-        const double shift = std::ceil(double(logit(from, column, softcap)));
+        const double shift = shift_of(double(logit(from, column, softcap)), inv_temperature);
         return std::isfinite(shift) ? shift : 0;
     };
     const int64_t other = largest_other(row, V, target), ref_other = largest_other(ref_row, V, target);
@@ -122,7 +122,7 @@ Start start_of(const In* row, const In* ref_row, int64_t V, int64_t target, doub
     return {shift_at(row, other), shift_at(ref_row, ref_other), std::isfinite(centre) ? centre : 0};
 }
 
-// State of the columns [begin, end) without the target. The shifts are integers, as in `accumulate`.
+// State of the columns [begin, end) without the target. The shifts as in `accumulate`.
 template <typename In>
 SoftmaxPair accumulate_pair(const In* row, const In* ref_row, int64_t begin, int64_t end, int64_t target, Start start,
                             double inv_temperature, double softcap) {

@@ -130,9 +130,15 @@ inline T max_of(const T* z, int64_t n) {
     return top;
 }
 
-// State of the columns [begin, end) without the target, memory read once. The shift is the largest of the first few
-// logits, which saves a search before every sum, and moves to the largest of a chunk whose sums show that it lies too
-// low. It is an integer, so that z - shift rounds off nothing of the large logits.
+// The shift for this largest logit. An integer, so that z - shift rounds off nothing of the large logits, unless the
+// temperature is so low that a shift up to 1 above the logit would leave little of its weight, or nothing.
+template <typename T>
+inline T shift_of(T top, double inv_temperature) {
+    return inv_temperature < 16 ? std::ceil(top) : top;
+}
+
+// State of the columns [begin, end) without the target, memory read once. The shift is that of the first few logits,
+// which saves a search before every sum, and moves to that of a chunk whose sums show that it lies too low.
 template <typename In>
 Softmax accumulate(const In* row, int64_t begin, int64_t end, int64_t target, double inv_temperature, double softcap) {
     using T = Compute<In>;
@@ -144,7 +150,7 @@ Softmax accumulate(const In* row, int64_t begin, int64_t end, int64_t target, do
     // Without the target: beside one that leads by far nothing would be left of the others.
     const int64_t first = target >= begin && target < begin + kGuess ? target + 1 : begin;
     const int64_t guessed = minimum(kGuess, end - first);
-    T shift = std::ceil(max_of(block(row + first, guessed, softcap, buffer), guessed));
+    T shift = shift_of(max_of(block(row + first, guessed, softcap, buffer), guessed), inv_temperature);
     const auto add = [&](const T* z, const In* source, int64_t n) {
         if (!wide && add_lines<false>(z, source, n, -shift, factor, sums)) return;
         const T top = max_of(z, n);
@@ -152,7 +158,7 @@ Softmax accumulate(const In* row, int64_t begin, int64_t end, int64_t target, do
             const Softmax before = sums.total(shift, factor);
             if (before.sum != 0) state.merge(before, inv_temperature);
             sums = LaneSums();
-            shift = std::ceil(top);
+            shift = shift_of(top, inv_temperature);
             if (!wide && add_lines<false>(z, source, n, -shift, factor, sums)) return;
         }
         wide = true;  // for the rest of the row: where one logit is -inf, others are

@@ -16,7 +16,7 @@ struct Rows {
 
     const In* policy(int64_t i) const { return logits + i * stride; }
     const In* reference(int64_t i) const { return ref_logits + i * ref_stride; }
-    Start start(int64_t i) const { return start_of(policy(i), reference(i), V, ids[i], softcap); }
+    Start start(int64_t i) const { return start_of(policy(i), reference(i), V, ids[i], inv_temperature, softcap); }
     SoftmaxPair segment(int64_t i, int64_t s, Start start) const {
         const int64_t begin = s * kSegment, end = minimum(begin + kSegment, V);
         return accumulate_pair(policy(i), reference(i), begin, end, ids[i], start, inv_temperature, softcap);

@@ -50,6 +50,15 @@ def test_temperature_and_softcap(kernels, temperature, softcap):
     check(torch.randn(6, 129) * 2, torch.randint(129, (6,)), 3e-5, temperature=temperature, softcap=softcap)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("temperature", [0.03, 0.005, 1e-5])
+def test_low_temperature(kernels, temperature, dtype):
+    """Logits closer to each other than to the next integer, which must not be what they are measured from."""
+    logits = torch.randn(6, 129, dtype=dtype) * 3 * temperature
+    check(logits + 20 * temperature, torch.randint(129, (6,)), 3e-5, temperature=temperature)
+    check(torch.randn(6, 129, dtype=dtype), torch.randint(129, (6,)), 3e-5, temperature=temperature)
+
+
 @pytest.mark.parametrize("offset", [1000.0, -1000.0])
 def test_huge_offset(kernels, offset):
     """Logits far from zero: what is lost is what float32 loses of the logits themselves, nothing more."""

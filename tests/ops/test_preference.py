@@ -240,7 +240,7 @@ class TestDPO:
             assert r.grad[i].item() == pytest.approx((loss(dr=step) - loss(dr=-step)) / 2 / step, abs=1e-5)
 
     @pytest.mark.parametrize(("name", "smoothing"), VARIANTS)
-    @pytest.mark.parametrize("log_ratio", [500.0, -500.0])
+    @pytest.mark.parametrize("log_ratio", [500.0, -500.0, 2000.0, -2000.0])
     def test_huge_log_ratios(self, kernels, name, smoothing, log_ratio):
         c = torch.tensor([log_ratio], requires_grad=True)
         zero = torch.zeros(1)

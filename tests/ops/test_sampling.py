@@ -31,14 +31,14 @@ def test_inverse_cdf_by_hand(kernels):
 @pytest.mark.parametrize("dtype", list(VALUE_TOLERANCE))
 @pytest.mark.parametrize("shape", [(1, 1), (4, 3), (3, 5000), (33, 257)])
 def test_statistics_are_those_of_token_logprobs(kernels, dtype, shape):
-    logits = (torch.randn(shape) * 3).to(dtype)
-    greedy = torch.arange(shape[0]) % 3 == 1
-    out = sample_tokens(logits, temperature=0.7, greedy_mask=greedy)
-    zero = torch.zeros(shape[0])
-    logprobs, entropy, _ = token_truth(logits, out.tokens, zero, zero, temperature=0.7)
-    assert error(out.logprobs, logprobs) <= VALUE_TOLERANCE[dtype]
-    assert error(out.entropy, entropy) <= VALUE_TOLERANCE[dtype]
-    assert torch.equal(out.tokens[greedy], logits.argmax(-1)[greedy])
+    greedy, zero = torch.arange(shape[0]) % 3 == 1, torch.zeros(shape[0])
+    for temperature, scale in ((0.7, 3.0), (0.003, 0.01)):
+        logits = (torch.randn(shape) * scale + 0.3).to(dtype)
+        out = sample_tokens(logits, temperature=temperature, greedy_mask=greedy)
+        logprobs, entropy, _ = token_truth(logits, out.tokens, zero, zero, temperature=temperature)
+        assert error(out.logprobs, logprobs) <= VALUE_TOLERANCE[dtype]
+        assert error(out.entropy, entropy) <= VALUE_TOLERANCE[dtype]
+        assert torch.equal(out.tokens[greedy], logits.argmax(-1)[greedy])
 
 
 def test_frequencies(kernels):

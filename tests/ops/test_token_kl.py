@@ -57,6 +57,13 @@ def test_temperature_and_softcap(kernels, temperature, softcap):
     check(logits, logits + torch.randn(6, 129) / 2, torch.randint(129, (6,)), 3e-5, **options)
 
 
+@pytest.mark.parametrize("temperature", [0.03, 0.005, 1e-5])
+def test_low_temperature(kernels, temperature):
+    logits, ids = (torch.randn(6, 129) * 3 + 20) * temperature, torch.randint(129, (6,))
+    ref_logits = logits + torch.randn(6, 129) * temperature
+    check(logits, ref_logits, ids, 3e-5, temperature=temperature)
+
+
 @pytest.mark.parametrize(("offset", "ref_offset"), [(1000.0, 1000.0), (-1000.0, -1000.0), (1000.0, -1000.0)])
 def test_huge_offsets(kernels, offset, ref_offset):
     logits = torch.randn(5, 999) * 3
