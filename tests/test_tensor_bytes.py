@@ -50,7 +50,7 @@ def test_what_autograd_saves_and_gradients(mode):
         assert counter.peak == 6 * 4 * KiB  # both saved, upstream, exp's gradient, cos, and sin's gradient
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("budget", [1 << 20, 8 << 20])
 @pytest.mark.parametrize("trained", [True, False])
 def test_working_bytes_of_the_fused_heads(dtype, budget, trained):

@@ -1,15 +1,21 @@
 """Argument checks shared by the operations: ValueError with the argument's name, what was expected and what came.
 
-They read shapes, dtypes and devices only, never a value, so that they cost microseconds and never wait for a device.
+They read shapes, dtypes and devices only, so that they cost microseconds and never wait for a device.
 """
 
 import math
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32)
+
+
+def is_readable(x: Tensor) -> bool:
+    """Whether its numbers are there, and asking for them waits for no device."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(x, FakeTensor)
 
 
 def expect(condition: bool, name: str, expected: str, got: object) -> None:
@@ -17,10 +23,12 @@ def expect(condition: bool, name: str, expected: str, got: object) -> None:
         raise ValueError(f"{name}: expected {expected}, got {got}")
 
 
-def check_floats(first: str, **tensors: Tensor | None) -> None:
-    """Every tensor given is floating point and has the shape and device of the one named `first`."""
+def check_floats(first: str, *, optional: dict[str, Tensor | None] | None = None, **tensors: Tensor) -> None:
+    """Every tensor is floating point and has the shape and device of the one named `first`; `optional` may be None."""
     like = tensors[first]
     for name, x in tensors.items():
+        check_like(name, x, first, like)
+    for name, x in (optional or {}).items():
         if x is not None:
             check_like(name, x, first, like)
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 
 from rlhf_fast.ops.dispatch import LIBRARY
@@ -38,6 +39,10 @@ def register_autograd(name: str, setup_context: Callable, backward: Callable, di
 
     def autograd(keyset: torch._C.DispatchKeySet, *args: object) -> tuple[Tensor, ...]:
         inputs = [args[i] for i in differentiable]
+        if forward_ad._current_level >= 0 and any(
+            x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs
+        ):
+            raise NotImplementedError(f"{name}: forward-mode derivatives are not available; the reference has them")
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
             return Operator.apply(keyset, args, *inputs)
         return call_kernel(keyset, args)
@@ -50,7 +55,8 @@ def register_saved_gradients(name: str, inputs: dict[int, int]) -> None:
     """Autograd for an operator that returns its result and then, as further outputs, d result / d input.
 
     `inputs` maps the position of each differentiable input to that of the output holding its gradient; only the first
-    output is differentiable. The gradient is a constant: a second derivative is an error of autograd, not a number.
+    output is differentiable. The gradient is a constant of autograd's, so that `create_graph` is an error: a second
+    derivative would lack what goes through it.
     """
     saved = tuple(inputs.values())
 
@@ -62,6 +68,7 @@ def register_saved_gradients(name: str, inputs: dict[int, int]) -> None:
     def backward(ctx: FunctionCtx, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * len(saved)
+        _refuse_graph(name)
         unscaled = _is_one(upstream)
         return tuple(
             (grad if unscaled else grad * upstream) if needed else None
@@ -74,24 +81,28 @@ def register_saved_gradients(name: str, inputs: dict[int, int]) -> None:
 def register_consumed_gradients(name: str, inputs: dict[int, int]) -> None:
     """As `register_saved_gradients`, for gradients too large to keep twice: the backward pass hands them over.
 
-    An upstream gradient of 1 leaves them as they are; a second backward pass is an error.
+    An upstream gradient of 1 leaves them as they are, but for the dtype of the input; a second backward pass is an
+    error.
     """
     positions = tuple(inputs.values())
 
     def setup_context(ctx: FunctionCtx, args: tuple, output: tuple[Tensor, ...]) -> None:
         ctx.gradients = [output[i] for i in positions]
+        ctx.dtypes = [None if args[i] is None else args[i].dtype for i in inputs]
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
     def backward(ctx: FunctionCtx, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError(f"{name}: the gradients were made in the forward pass and are gone after one backward")
+        if upstream is None:
+            return (None,) * len(positions)
+        _refuse_graph(name)
         gradients, ctx.gradients = ctx.gradients, None
-        if upstream is not None and not _is_one(upstream):
-            gradients = [grad * upstream for grad in gradients]
-        wanted = ctx.needs_input_grad[2:]
+        unscaled = _is_one(upstream)
         return tuple(
-            grad if upstream is not None and want else None for grad, want in zip(gradients, wanted, strict=True)
+            (grad if unscaled else grad * upstream).to(dtype) if needed else None
+            for grad, dtype, needed in zip(gradients, ctx.dtypes, ctx.needs_input_grad[2:], strict=True)
         )
 
     register_autograd(name, setup_context, backward, tuple(inputs))
@@ -103,10 +114,18 @@ def _is_one(upstream: Tensor) -> bool:
     return known and upstream.item() == 1.0
 
 
+_NO_SECOND = "{}: second derivatives are not available; the reference back end has them"
+
+
+def _refuse_graph(name: str) -> None:
+    if torch.is_grad_enabled():  # in a backward pass: create_graph=True
+        raise RuntimeError(_NO_SECOND.format(name))
+
+
 def no_second_derivative(name: str) -> None:
     """Make differentiating a backward operator an error instead of a silent zero."""
 
     def backward(ctx: FunctionCtx, *grads: Tensor | None) -> None:
-        raise RuntimeError(f"{name}: second derivatives are not available; the reference back end has them")
+        raise RuntimeError(_NO_SECOND.format(name))
 
     torch.library.register_autograd(f"rlhf_fast::{name}", backward, lib=LIBRARY)

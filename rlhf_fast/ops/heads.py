@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast.reference import IGNORED_ID
+from rlhf_fast.reference import IGNORED_ID, no_autocast
 
 MEMORY_BUDGET = {"cpu": 128 << 20, "cuda": 2 << 30}
 """Bytes of working memory by device type, beyond inputs and gradients, where the caller names none."""
@@ -31,7 +31,7 @@ def full_precision(kernel: Callable) -> Callable:
 
     @functools.wraps(kernel)
     def call(hidden: Tensor, *args: object) -> object:
-        with torch.autocast(hidden.device.type, enabled=False):
+        with no_autocast(hidden):
             return kernel(hidden, *args)
 
     return call
@@ -42,8 +42,13 @@ def mixes(hidden: Tensor, weight: Tensor) -> bool:
     return hidden.is_cuda and hidden.dtype == weight.dtype == torch.bfloat16
 
 
+def kept_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of a gradient that waits for its scale (a loss scaler's): float16 rounds to 0 what a mean leaves of it."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 class Gradients(NamedTuple):
-    """By hidden [..., H], weight [V, H] and bias [V], in their dtypes; empty where not asked for."""
+    """By hidden [..., H], weight [V, H] and bias [V], in their dtypes (or `kept_dtype`); empty where not asked for."""
 
     hidden: Tensor
     weight: Tensor
@@ -130,10 +135,10 @@ def working_bytes(
     V, H = layer.weight.shape
     C, wide = chunk_rows(n, [layer], budget), layer.dtype.itemsize
     widened = layer.tile * H * wide * (layer.weight.dtype != layer.operands)
-    states = tokens * H * hidden.itemsize * (1 + wanted[0])  # a contiguous copy and the gradient
+    states = tokens * H * (hidden.itemsize + kept_dtype(hidden).itemsize * wanted[0])  # a contiguous copy, the gradient
     sums = V * H * wide * wanted[1]
     chunk = C * H * (layer.operands.itemsize + wide * any(wanted))
-    rounded = V * H * layer.weight.dtype.itemsize * wanted[1] * (layer.weight.dtype != layer.dtype)
+    rounded = V * H * layer.weight.dtype.itemsize * wanted[1] * (kept_dtype(layer.weight.dtype) != layer.dtype)
     per_token = 40 * tokens  # row numbers, log-probs, entropies, weights
     return C * layer.row_bytes + states + sums + max(widened + chunk, rounded) + per_token
 
@@ -142,6 +147,7 @@ class Head:
     """The layer on the tokens whose id is not -100, with the sums of its gradients.
 
     `beside`: another layer, of the same compute dtype, whose logits of the same tokens are needed at the same time.
+    `scaled_later`: what multiplies the gradients is not known yet.
     """
 
     def __init__(
@@ -155,8 +161,10 @@ class Head:
         budget: int,
         wanted: tuple[bool, bool, bool] = (False, False, False),
         beside: Layer | None = None,
+        scaled_later: bool = False,
     ) -> None:
         self.shape, self.dtypes = hidden.shape, (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        self.grad_dtypes = tuple(map(kept_dtype, self.dtypes)) if scaled_later else self.dtypes
         self.hidden, self.ids = hidden.reshape(-1, hidden.shape[-1]), token_ids.reshape(-1)
         self.temperature, self.softcap = temperature, softcap
         self.dtype = torch.float64 if torch.float64 in self.dtypes else torch.float32
@@ -169,7 +177,8 @@ class Head:
         self.chunk_rows = chunk_rows(n, layers, budget)
         for layer in layers:
             layer.allocate(min(self.chunk_rows, n))
-        self.grad_hidden = self.hidden.new_zeros(self.hidden.shape) if wanted[0] else None
+        shape = self.hidden.shape
+        self.grad_hidden = self.hidden.new_zeros(shape, dtype=self.grad_dtypes[0]) if wanted[0] else None
         self.grad_weight = weight.new_zeros(weight.shape, dtype=self.dtype) if wanted[1] else None
         self.grad_bias = bias.new_zeros(len(bias), dtype=self.dtype) if wanted[2] and bias is not None else None
 
@@ -210,7 +219,8 @@ class Head:
     def gradients(self) -> Gradients:
         sums = self.grad_hidden, self.grad_weight, self.grad_bias
         hidden, weight, bias = (
-            self.hidden.new_empty(0) if x is None else x.to(dtype) for x, dtype in zip(sums, self.dtypes, strict=True)
+            self.hidden.new_empty(0) if x is None else x.to(dtype)
+            for x, dtype in zip(sums, self.grad_dtypes, strict=True)
         )
         return Gradients(hidden if self.grad_hidden is None else hidden.view(self.shape), weight, bias)
 
@@ -233,6 +243,10 @@ def loss_in_forward(
     pack of rows at once, which is a chunk where `packs` is None. A pack larger than a chunk takes a second pass.
     """
     logprobs, entropy = (head.hidden.new_zeros(len(head.ids), dtype=head.dtype) for _ in range(2))
+    if all(x is None for x in (head.grad_hidden, head.grad_weight, head.grad_bias)):  # an evaluation
+        for chunk in head.chunks():
+            logprobs[chunk.rows], entropy[chunk.rows] = chunk.logprobs, chunk.entropy
+        return logprobs, entropy
     for rows in head.rows.split(head.chunk_rows) if packs is None else packs:
         parts = rows.split(head.chunk_rows)
         for part in parts:

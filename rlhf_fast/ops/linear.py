@@ -12,7 +12,7 @@ from rlhf_fast import reference
 from rlhf_fast.ops.checks import FLOATS, INTEGERS, check_device, check_positive, expect
 from rlhf_fast.ops.dispatch import LIBRARY, has_kernel, kernel
 from rlhf_fast.ops.gradients import no_second_derivative, register_autograd
-from rlhf_fast.ops.heads import MEMORY_BUDGET, Head, full_precision
+from rlhf_fast.ops.heads import MEMORY_BUDGET, Head, full_precision, kept_dtype
 from rlhf_fast.ops.logprobs import check_ids
 from rlhf_fast.reference import compute_dtype
 from rlhf_fast.results import TokenLogprobs
@@ -193,13 +193,14 @@ def _backward_fake(
 
 
 def empty_gradients(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, ...]
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, ...], scaled_later: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `Head.gradients` returns, for a fake kernel."""
-    tensors = hidden, weight, bias
     return tuple(
-        hidden.new_empty(0) if x is None or not want else torch.empty_like(x, memory_format=torch.contiguous_format)
-        for x, want in zip(tensors, wanted, strict=True)
+        hidden.new_empty(0)
+        if x is None or not want
+        else x.new_empty(x.shape, dtype=kept_dtype(x.dtype) if scaled_later else x.dtype)
+        for x, want in zip((hidden, weight, bias), wanted, strict=True)
     )
 
 

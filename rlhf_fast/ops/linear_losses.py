@@ -32,7 +32,8 @@ def linear_sft_loss(
 ) -> LinearLoss:
     """Negative log-likelihood of tokens from hidden states: loss = -sum of log p(token) / number of counted tokens.
 
-    Plain PyTorch: ``cross_entropy((hidden @ weight.t() + bias).float(), token_ids)``.
+    Plain PyTorch: ``cross_entropy((hidden @ weight.t() + bias).float(), token_ids)``. As all of these losses it makes
+    its gradient in the forward pass and hands it over in the backward pass, of which there can be one.
 
     Args:
         hidden, weight, token_ids, bias, temperature, softcap, memory_budget: as in `linear_token_logprobs`; gradients
@@ -138,9 +139,9 @@ def linear_ppo_loss(
     ids = _masked(token_ids, mask)
     budget = check_head(hidden, weight, bias, ids, temperature, softcap, memory_budget)
     low, high = check_ppo_options(clip, dual_clip, kl_estimator, ref_logprobs, kl_coef)
-    for name, x in (("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs)):
-        if x is not None:
-            check_like(name, x, "token_ids", token_ids)
+    check_like("old_logprobs", old_logprobs, "token_ids", token_ids)
+    if ref_logprobs is not None:
+        check_like("ref_logprobs", ref_logprobs, "token_ids", token_ids)
     check_tokens("token_ids", token_ids, advantages, mask, reduction, normalizer)
     if not has_kernel("linear_ppo_loss", hidden):
         out = reference.linear_token_logprobs(hidden, weight, ids, bias=bias, temperature=temperature, softcap=softcap)

@@ -51,7 +51,8 @@ def _head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, options: tuple[float | int | bool, ...]
 ) -> Head:
     temperature, softcap, memory_budget, *wanted = options
-    return Head(hidden, weight, bias, token_ids, temperature, softcap, memory_budget, tuple(wanted))
+    tensors = hidden, weight, bias, token_ids
+    return Head(*tensors, temperature, softcap, memory_budget, tuple(wanted), scaled_later=True)
 
 
 @kernel("linear_weighted_loss", "cpu", "triton", "cuda")
@@ -73,7 +74,7 @@ def _weighted_fake(
 ) -> tuple[Tensor, ...]:
     dtype = compute_dtype(hidden, weight, bias)
     per_token = (hidden.new_empty(token_ids.shape, dtype=dtype) for _ in range(2))
-    return hidden.new_empty((), dtype=dtype), *per_token, *empty_gradients(hidden, weight, bias, options[-3:])
+    return hidden.new_empty((), dtype=dtype), *per_token, *empty_gradients(hidden, weight, bias, options[-3:], True)
 
 
 register_consumed_gradients("linear_weighted_loss", {0: 3, 1: 4, 2: 5})
@@ -132,7 +133,7 @@ def _ppo_fake(
     shapes = (), (8,), token_ids.shape, token_ids.shape
     return (
         *(hidden.new_empty(shape, dtype=dtype) for shape in shapes),
-        *empty_gradients(hidden, weight, bias, args[-3:]),
+        *empty_gradients(hidden, weight, bias, args[-3:], True),
     )
 
 
@@ -206,7 +207,7 @@ def _dpo_fake(
     shapes = (), (B,), (B,), (B,), (2 * B,)
     return (
         *(hidden.new_empty(shape, dtype=dtype) for shape in shapes),
-        *empty_gradients(hidden, weight, bias, args[-3:]),
+        *empty_gradients(hidden, weight, bias, args[-3:], True),
     )
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import reference
-from rlhf_fast.ops.checks import FLOATS, INTEGERS, check_device, check_positive, expect
+from rlhf_fast.ops.checks import FLOATS, INTEGERS, check_device, check_positive, expect, is_readable
 from rlhf_fast.ops.dispatch import LIBRARY, _cpu, code, has_kernel, kernel, statistics_dtype, threads
 from rlhf_fast.ops.gradients import no_second_derivative, register_autograd
 from rlhf_fast.reference import IGNORED_ID
@@ -70,7 +70,7 @@ def token_logprobs(
     check_logits(logits, token_ids, temperature, softcap)
     if token_ids.dtype != torch.int64:
         token_ids = token_ids.long()
-    if inplace_backward:
+    if inplace_backward and not torch.compiler.is_compiling():
         check_overwritable(logits)
     if not has_kernel("token_logprobs", logits):
         check_ids(token_ids, logits.shape[-1])
@@ -100,12 +100,15 @@ def check_overwritable(logits: Tensor) -> None:
         raise ValueError(
             f"inplace_backward: expected logits with a contiguous last dimension, got strides {logits.stride()}"
         )
-    if any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)):
-        raise ValueError(f"inplace_backward: expected rows that do not overlap, got strides {logits.stride()}")
+    reach = 0  # of the dimensions so far, those with the smallest strides first
+    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            raise ValueError(f"inplace_backward: expected rows that do not overlap, got strides {logits.stride()}")
+        reach += stride * (size - 1)
 
 
 def check_ids(token_ids: Tensor, vocabulary: int) -> None:
-    if token_ids.device.type != "cpu" or torch.compiler.is_compiling():
+    if not is_readable(token_ids):
         return
     bad = (token_ids != IGNORED_ID) & ((token_ids < 0) | (token_ids >= vocabulary))
     if bad.any():

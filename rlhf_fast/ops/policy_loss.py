@@ -3,6 +3,9 @@
 Leaves out the sum over micro-batches: pass the global denominator as `normalizer` and add the losses.
 """
 
+import math
+import sys
+
 import torch
 from torch import Tensor
 
@@ -16,6 +19,7 @@ from rlhf_fast.ops.checks import (
     check_per_row,
     check_positive,
     expect,
+    is_readable,
 )
 from rlhf_fast.ops.dispatch import LIBRARY, _cpu, code, common_dtype, contiguous, has_kernel, kernel, pointer, threads
 from rlhf_fast.ops.gradients import register_saved_gradients
@@ -94,7 +98,8 @@ def ppo_loss(
     """
     low, high = check_ppo_options(clip, dual_clip, kl_estimator, ref_logprobs, kl_coef)
     expect(entropy is not None or entropy_coef == 0, "entropy", "a tensor, as entropy_coef is not 0", None)
-    check_floats("logprobs", logprobs=logprobs, old_logprobs=old_logprobs, ref_logprobs=ref_logprobs, entropy=entropy)
+    optional = {"ref_logprobs": ref_logprobs, "entropy": entropy}
+    check_floats("logprobs", optional=optional, logprobs=logprobs, old_logprobs=old_logprobs)
     check_tokens("logprobs", logprobs, advantages, mask, reduction, normalizer)
     if not has_kernel("ppo_loss", logprobs):
         return reference.ppo_loss(
@@ -227,6 +232,9 @@ def check_tokens(
 def check_normalizer(normalizer: float | Tensor | None) -> None:
     if isinstance(normalizer, Tensor):
         expect(normalizer.dim() == 0, "normalizer", "a number or a 0-dim tensor", f"shape {list(normalizer.shape)}")
+        if is_readable(normalizer):  # 0: a count of tokens, where none counts
+            got = normalizer.item()
+            expect(0 <= got < math.inf, "normalizer", "a finite number >= 0 in a tensor", got)
     elif normalizer is not None:
         check_positive("normalizer", normalizer)
 
@@ -235,12 +243,14 @@ def as_tensor(normalizer: float | Tensor | None) -> Tensor | None:
     """As a tensor, so that its value is data and a new one does not recompile."""
     if normalizer is None or isinstance(normalizer, Tensor):
         return normalizer
-    return torch.ones((), dtype=torch.float64) * normalizer  # torch.tensor(number) would be a constant of the graph
+    return (
+        torch.ones((), dtype=torch.float64, device="cpu") * normalizer
+    )  # torch.tensor(number) would be a constant of the graph
 
 
 def _denominator(normalizer: Tensor | None) -> float:
     """As the compiled core takes it; 0 lets it count for itself."""
-    return 0.0 if normalizer is None else float(normalizer)
+    return 0.0 if normalizer is None else max(float(normalizer), sys.float_info.min)
 
 
 @kernel("ppo_loss", "cpu")

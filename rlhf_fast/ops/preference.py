@@ -57,7 +57,8 @@ def reward_loss(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; center_coef < 0.
     """
-    check_floats("chosen_scores", chosen_scores=chosen_scores, rejected_scores=rejected_scores, margin=margin)
+    optional = {"margin": margin}
+    check_floats("chosen_scores", optional=optional, chosen_scores=chosen_scores, rejected_scores=rejected_scores)
     check_dims("chosen_scores", chosen_scores, "B")
     expect(center_coef >= 0, "center_coef", "a number >= 0", center_coef)
     if not has_kernel("reward_loss", chosen_scores):
@@ -192,10 +193,8 @@ def check_dpo_arguments(
     else:
         expect(ref_chosen_logps is not None, "ref_chosen_logps", "a tensor, as reference_free is False", None)
         expect(ref_rejected_logps is not None, "ref_rejected_logps", "a tensor, as reference_free is False", None)
-    check_floats(
-        "chosen_logps", chosen_logps=chosen_logps, rejected_logps=rejected_logps, ref_chosen_logps=ref_chosen_logps,
-        ref_rejected_logps=ref_rejected_logps,
-    )  # fmt: skip
+    references = {"ref_chosen_logps": ref_chosen_logps, "ref_rejected_logps": ref_rejected_logps}
+    check_floats("chosen_logps", optional=references, chosen_logps=chosen_logps, rejected_logps=rejected_logps)
     check_dims("chosen_logps", chosen_logps, "B")
     if loss_type not in ("ipo", "sigmoid_norm"):
         chosen_lengths = rejected_lengths = None

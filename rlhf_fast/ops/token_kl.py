@@ -79,7 +79,7 @@ def token_kl(
     expect(ref_logits.dtype == logits.dtype, "ref_logits", f"dtype {logits.dtype} as logits", ref_logits.dtype)
     if token_ids.dtype != torch.int64:
         token_ids = token_ids.long()
-    if inplace_backward:
+    if inplace_backward and not torch.compiler.is_compiling():
         check_overwritable(logits)
     if not has_kernel("token_kl", logits):
         check_ids(token_ids, logits.shape[-1])

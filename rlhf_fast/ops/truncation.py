@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
+from rlhf_fast.ops.checks import is_readable
 from rlhf_fast.reference import at_least_fp32
 
 _FIRST_LOOK = 256  # tokens, which hold most of p in most rows
@@ -48,7 +48,7 @@ def _largest(logits: Tensor, enough: Callable[[Tensor], bool]) -> Tensor:
     All, too, where there is nothing to ask about: under `torch.compile` and of fake tensors.
     """
     vocabulary, count = logits.shape[-1], _FIRST_LOOK
-    if logits.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(logits, FakeTensor):
+    if not is_readable(logits):
         count = vocabulary
     while count < vocabulary:
         largest = logits.topk(count, dim=-1).values

@@ -8,7 +8,7 @@ and select with `where`, so that whatever sits at a masked place (NaN included) 
 """
 
 from rlhf_fast.reference.attention import packed_attention
-from rlhf_fast.reference.dtypes import at_least_fp32, mean_over
+from rlhf_fast.reference.dtypes import at_least_fp32, mean_over, no_autocast
 from rlhf_fast.reference.layers import add_rms_norm, rotary, swiglu
 from rlhf_fast.reference.preference import dpo_loss, ranking_loss, reward_loss
 from rlhf_fast.reference.rows import (
@@ -54,6 +54,7 @@ __all__ = [
     "linear_token_kl",
     "linear_token_logprobs",
     "mean_over",
+    "no_autocast",
     "packed_attention",
     "ppo_loss",
     "ppo_value_loss",

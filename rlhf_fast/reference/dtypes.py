@@ -1,5 +1,7 @@
 """What the reference's modules share: the dtype of statistics, and a sum over a denominator that may be 0."""
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -13,3 +15,10 @@ def mean_over(x: Tensor, denominator: float | Tensor) -> Tensor:
     if isinstance(denominator, Tensor):
         denominator = denominator.to(x).clamp(min=torch.finfo(x.dtype).tiny)
     return x.sum() / denominator
+
+
+def no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    """Autocast off, on devices that have it (meta has none)."""
+    device = x.device.type
+    available = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if available else contextlib.nullcontext()

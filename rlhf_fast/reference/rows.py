@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlhf_fast.reference.dtypes import at_least_fp32
+from rlhf_fast.reference.dtypes import at_least_fp32, no_autocast
 from rlhf_fast.results import TokenKL, TokenLogprobs
 
 IGNORED_ID = -100
@@ -45,7 +45,7 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    with torch.autocast(hidden.device.type, enabled=False):
+    with no_autocast(hidden):
         return F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 

@@ -95,6 +95,17 @@ def test_temperature_and_softcap(name):
     agree(name, torch.float32, temperature=1.7, bias=False)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_an_evaluation_makes_no_gradient(monkeypatch, name):
+    tensors = inputs()
+    torch.manual_seed(2)
+    trained = losses({"memory_budget": SMALLEST})[name](rlhf_fast, *tensors)[0]
+    monkeypatch.delattr(heads.Head, "backward")
+    torch.manual_seed(2)
+    with torch.no_grad():
+        assert torch.equal(losses({"memory_budget": SMALLEST})[name](rlhf_fast, *tensors)[0], trained)
+
+
 def test_a_half_weight_is_widened_tile_by_tile(monkeypatch):
     monkeypatch.setattr(heads, "TILE_BYTES", 100 * H * 4)
     agree("ppo", torch.bfloat16)
@@ -274,3 +285,17 @@ def test_the_reference_is_plain_torch():
     hidden, weight, ids = torch.randn(6, H).double(), torch.randn(V, H).double(), torch.arange(6)
     expected = torch.log_softmax(hidden @ weight.t(), -1)[torch.arange(6), ids]
     torch.testing.assert_close(reference.linear_token_logprobs(hidden, weight, ids).logprobs, expected)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_float16_leaves_a_loss_scaler_what_a_mean_makes_small(trained):
+    """A mean over 20,000 tokens makes gradients smaller than float16 can hold, until the scale multiplies them."""
+    hidden = torch.randn(20_000, 8).half().requires_grad_()
+    weight, ids = torch.randn(20, 8).half().requires_grad_(trained), torch.randint(20, (20_000,))
+    scale = 2.0**13
+    (rlhf_fast.linear_sft_loss(hidden, weight, ids).loss * scale).backward()
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    torch.nn.functional.cross_entropy(exact[0] @ exact[1].t(), ids).backward()
+    for x, y in zip((hidden, weight) if trained else (hidden,), exact, strict=False):
+        assert x.grad.dtype == torch.float16
+        assert (x.grad.double() / scale - y.grad).norm() < 2**-11 * y.grad.norm()

@@ -263,6 +263,8 @@ class TestInplaceBackward:
             token_logprobs(torch.randn(9, 3).t(), ids, inplace_backward=True)
         with pytest.raises(ValueError, match="inplace_backward: expected rows that do not overlap"):
             token_logprobs(torch.randn(9).expand(3, 9), ids, inplace_backward=True)
+        with pytest.raises(ValueError, match="inplace_backward: expected rows that do not overlap"):
+            token_logprobs(torch.randn(9).unfold(0, 5, 2), ids, inplace_backward=True)
 
 
 def test_nan_before_the_first_number_is_not_lost(kernels):

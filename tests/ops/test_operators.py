@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 
 import rlhf_fast
@@ -120,6 +121,12 @@ def samples():
             (leaf(b), leaf(b), None, None, b.exp(), b.exp(), 0.1, "ipo", 0.0, True),
         ],
     }  # fmt: skip
+
+
+SAVED_GRADIENTS = [
+    "kl_penalty", "ppo_loss", "ppo_value_loss", "reinforce_loss", "reward_loss", "ranking_loss", "dpo_loss",
+    "linear_sft_loss", "linear_reinforce_loss", "linear_ppo_loss", "linear_dpo_loss",
+]  # fmt: skip
 
 
 def test_every_operator_has_samples():
@@ -285,3 +292,63 @@ def test_thread_count_changes_no_bit():
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("name", SAVED_GRADIENTS)
+def test_second_derivative_through_a_saved_gradient_is_refused(name):
+    """Not even where the rest of the graph has one: what went through the loss would be missing from it."""
+    x = torch.randn(4, 6, requires_grad=True)
+    loss = public_calls()[name](x**2)[0].sum()
+    with pytest.raises(RuntimeError, match="second derivatives are not available"):
+        torch.autograd.grad(loss, x, create_graph=True)
+
+
+@pytest.mark.parametrize("name", ["token_logprobs", "linear_sft_loss", "ppo_loss", "dpo_loss"])
+def test_forward_mode_is_refused(name):
+    """Autograd has no way of asking the operators for it, and would answer 0."""
+    x = torch.randn(4, 6)
+    with pytest.raises(NotImplementedError, match="forward-mode derivatives are not available"):
+        torch.func.jvp(lambda x: public_calls()[name](x)[0], (x,), (x.cos(),))
+
+
+def test_fake_and_meta_tensors():
+    """Shapes without numbers, as planners and exporters use them."""
+    for mode in (FakeTensorMode(), torch.device("meta")):
+        with mode:
+            x, mask = torch.empty(4, 6, requires_grad=True), torch.ones(4, 6, dtype=torch.bool)
+            hidden, weight = torch.empty(4, 6, 3, requires_grad=True), torch.empty(V, 3, requires_grad=True)
+            ids = torch.zeros(4, 6, dtype=torch.int64)
+            losses = (
+                rlhf_fast.ppo_loss(x, x.detach(), x[:, 0].detach(), mask),
+                rlhf_fast.linear_sft_loss(hidden, weight, ids),
+            )
+            sum(out.loss for out in losses).backward()
+            assert x.grad.shape == x.shape and hidden.grad.shape == hidden.shape and weight.grad.shape == weight.shape
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("old_logprobs", lambda x, mask: rlhf_fast.ppo_loss(x, None, x[:, 0], mask)),
+        ("old_values", lambda x, mask: rlhf_fast.ppo_value_loss(x, None, x, mask)),
+        ("values", lambda x, mask: rlhf_fast.gae(x, None, mask)),
+        ("ref_logprobs", lambda x, mask: rlhf_fast.kl_penalty(x, None)),
+        ("rejected_scores", lambda x, mask: rlhf_fast.reward_loss(x[:, 0], None)),
+        ("rejected_logps", lambda x, mask: rlhf_fast.dpo_loss(x[:, 0], None, x[:, 0], x[:, 0])),
+    ],
+)
+def test_a_tensor_left_out(name, arguments):
+    with pytest.raises(ValueError, match=f"{name}: expected a tensor, got NoneType"):
+        arguments(torch.randn(4, 6), mask(4, 6))
+
+
+def test_normalizer():
+    x, A, counts = torch.randn(4, 6), torch.randn(4), mask(4, 6)
+    loss = lambda n: rlhf_fast.ppo_loss(x, x.cos(), A, counts, normalizer=n).loss  # noqa: E731
+    with torch.device("meta"):  # where new tensors go is no matter of a number
+        five = loss(5.0)
+    assert five.device.type == "cpu" and five == loss(torch.tensor(5.0))
+    assert rlhf_fast.ppo_loss(x, x, A, counts & False, normalizer=torch.tensor(0.0)).loss == 0
+    for wrong in (-1.0, 0.0, torch.tensor(-1.0), torch.tensor(torch.nan)):
+        with pytest.raises(ValueError, match="normalizer: expected a finite number"):
+            loss(wrong)
