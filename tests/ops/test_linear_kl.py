@@ -15,11 +15,11 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 1e-2, to
 """Of values and of gradients relative to their largest; half types: their inputs' and gradients' own rounding."""
 
 
-def inputs(dtype, bias=True):
+def inputs(dtype, bias=True, rows=(B, T)):
     """hidden, weight, bias, then the reference's."""
     torch.manual_seed(1)
-    shapes = [(B, T, H), (V, H), (V,)]
-    ref_shapes = [(B, T, Hr), (V, Hr), (V,)]
+    shapes = [(*rows, H), (V, H), (V,)]
+    ref_shapes = [(*rows, Hr), (V, Hr), (V,)]
     tensors = [torch.randn(shape).to(dtype) / (1 + (len(shape) == 2)) for shape in shapes + ref_shapes]
     policy = [x.requires_grad_() for x in tensors[: 3 if bias else 2]]
     return policy, tensors[3 : 6 if bias else 5]
@@ -99,21 +99,22 @@ def test_a_frozen_weight():
 
 
 def test_no_gradient_reaches_the_reference(kernels):
-    policy, ref = inputs(torch.float32)
+    policy, ref = inputs(torch.float32, rows=(2, 3))
     ref = [x.requires_grad_() for x in ref]
-    out = linear_token_kl(*policy[:2], *ref[:2], torch.zeros(B, T).long(), ref_bias=ref[2])
+    out = linear_token_kl(*policy[:2], *ref[:2], torch.zeros(2, 3).long(), ref_bias=ref[2])
     out.kl.sum().backward()
     assert not out.ref_logprobs.requires_grad and all(x.grad is None for x in ref)
     assert policy[1].grad.abs().max() > 0
 
 
 def test_dtypes_of_the_two_layers_differ(kernels):
-    policy, ref = inputs(torch.float32)
-    mixed = results(policy, [ref[0].bfloat16(), ref[1].double(), ref[2]])
+    policy, ref = inputs(torch.float32, rows=(2, 3))
+    ids = torch.tensor([[5, -100, 7], [V - 1, 0, 300]])
+    mixed = results(policy, [ref[0].bfloat16(), ref[1].double(), ref[2]], ids)
     assert all(x.dtype == torch.float64 for x in mixed[:4]) and all(x.dtype == torch.float32 for x in mixed[4:])
     doubles = [[x.detach().double().requires_grad_(x.requires_grad) for x in side] for side in (policy, ref)]
     doubles[1][0] = ref[0].bfloat16().double()
-    for mine, exact in zip(mixed, results(*doubles), strict=True):
+    for mine, exact in zip(mixed, results(*doubles, ids), strict=True):
         torch.testing.assert_close(mine.double(), exact, rtol=1e-6, atol=1e-7)
 
 

@@ -44,6 +44,8 @@ class TestGAE:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("shape", [(1, 1), (5, 33), (17, 70)])
     def test_matches_float64(self, kernels, dtype, shape):
+        if kernels == "triton":
+            shape = min(shape[0], 5), shape[1]  # a row is a program, and programs are slow in the interpreter
         mask = ragged_mask(*shape)
         rewards, values = (torch.randn(shape).to(dtype) for _ in range(2))
         out = gae(poisoned(rewards, mask), poisoned(values, mask), mask, gamma=0.97, lam=0.9)
