@@ -8,6 +8,7 @@ RLHF_FAST_CXXFLAGS (more flags for the C++ compiler and linker, such as a saniti
 import importlib.util
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -62,6 +63,19 @@ def find_nvcc() -> str | None:
     return nvcc
 
 
+def find_cxx() -> str | None:
+    """The C++ compiler, or None with one line that says why not."""
+    cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    why = "no C++ compiler found"
+    if cxx:
+        probe = [*shlex.split(cxx), "-std=c++17", "-fopenmp", "-fsyntax-only", "-x", "c++", "-"]
+        if subprocess.run(probe, input=b"#include <omp.h>", stderr=subprocess.DEVNULL).returncode == 0:
+            return cxx
+        why = f"{cxx} does not compile C++17 with OpenMP (another one: CXX=...)"
+    print(f"rlhf-fast: {why}, operations will run on their PyTorch reference")
+    return None
+
+
 def escape(path: object) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
@@ -71,10 +85,8 @@ class NinjaBuild(build_ext):
 
     def finalize_options(self) -> None:
         super().finalize_options()
-        self.cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+        self.cxx = find_cxx()
         self.nvcc = find_nvcc() if self.cxx else None
-        if not self.cxx:
-            print("rlhf-fast: no C++ compiler found, operations will run on their PyTorch reference")
         wanted = {"rlhf_fast._cpu": self.cxx, "rlhf_fast._cuda": self.nvcc}
         self.extensions[:] = [extension for extension in self.extensions if wanted[extension.name]]
 

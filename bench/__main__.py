@@ -29,10 +29,11 @@ from bench.cases import all_cases
 from bench.device import CPU, CUDA
 from bench.libraries import with_libraries
 from bench.measure import measure
-from bench.record import about_run, versions, write
+from bench.record import about_run, versions
 from bench.rivals import FROM_HIDDEN, FROM_LOGITS
 from bench.trainers import command as trainers
 from bench.trials import hidden_trials, logits_trials
+from rlhf_fast.files import write_bytes, write_text
 from rlhf_fast.metrics import print_table
 from rlhf_fast.ops import dispatch
 
@@ -92,8 +93,8 @@ def run_exactness(args: argparse.Namespace) -> int:
     print("Log-prob and its gradient / entropy and the gradient of both.", *exactness_report.notes(run), sep="\n")
     for miss in run["failures"]:
         print(f"FAILS: {miss}")
-    write(args.out.with_suffix(".md"), exactness_report.markdown(run).encode())
-    write(args.out, (json.dumps(run, indent=2, allow_nan=False) + "\n").encode())
+    write_text(args.out.with_suffix(".md"), exactness_report.markdown(run))
+    write_text(args.out, json.dumps(run, indent=2, allow_nan=False) + "\n")
     print(f"written: {args.out} and beside it .md with every number")
     return int(bool(run["failures"]))
 
@@ -128,9 +129,9 @@ def run_ops(args: argparse.Namespace) -> int:
     if args.out:
         chart = io.BytesIO()
         report.figure(results).savefig(chart, format="png", dpi=150)
-        write(args.out.with_suffix(".png"), chart.getvalue())
-        write(args.out.with_suffix(".md"), report.markdown(run, args.out.with_suffix(".png").name).encode())
-        write(args.out, (json.dumps(run, indent=2) + "\n").encode())
+        write_bytes(args.out.with_suffix(".png"), chart.getvalue())
+        write_text(args.out.with_suffix(".md"), report.markdown(run, args.out.with_suffix(".png").name))
+        write_text(args.out, json.dumps(run, indent=2) + "\n")
         print(f"written: {args.out} and beside it .md and .png")
     return int(args.check and any(bar["met"] == "NO" for bar in bars))
 

@@ -3,6 +3,7 @@ for the CPU (`csrc/cuda_on_host`), with no GPU and no nvcc.
 """
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -30,8 +31,6 @@ FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"
 
 def build() -> Path:
     """The module, compiled unless one of the same sources and flags is there already."""
-    import pybind11
-
     flags = [*FLAGS, *shlex.split(os.environ.get("RLHF_FAST_CXXFLAGS", ""))]
     sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
     read = [*sources, *(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc/cuda").glob("*.cuh"), *HEADERS.iterdir()]
@@ -40,10 +39,19 @@ def build() -> Path:
         state.update(path.read_bytes())
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     module = ROOT / "build/cuda_on_host" / state.hexdigest()[:16] / f"_cuda{suffix}"
-    if module.exists():
-        return module
-    scratch = module.parent / str(os.getpid())  # several pytest workers may build at once
-    scratch.mkdir(parents=True)
+    module.parent.mkdir(parents=True, exist_ok=True)
+    with open(module.parent / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several pytest workers one builds
+        if not module.exists():
+            _compile(module, flags, sources)
+    return module
+
+
+def _compile(module: Path, flags: list[str], sources: list[Path]) -> None:
+    import pybind11
+
+    scratch = module.parent / str(os.getpid())
+    scratch.mkdir(exist_ok=True)
     cxx, includes = (
         os.environ.get("CXX", "g++"),
         [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"],
@@ -61,7 +69,6 @@ def build() -> Path:
         objects = list(pool.map(compile_, [ROOT / "csrc/bind_cuda.cpp", *sources]))
     subprocess.run([cxx, *flags, "-shared", *objects, "-o", scratch / module.name], check=True, env=environment)
     (scratch / module.name).replace(module)
-    return module
 
 
 @functools.cache

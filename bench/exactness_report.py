@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bench.exactness import AT_TARGET, ENTROPY, GRADIENT, LOGPROB, LOGPROB_GRADIENT, NO_SUCH, QUANTITIES, Cell
+from rlhf_fast.metrics import markdown_table
 
 NOTES = (
     "Errors against float64 on the same inputs, relative where the truth is above 1, absolute below; where the target "
@@ -73,11 +74,9 @@ def failed(cell: str) -> bool:
     return cell != "InterpreterError" and any(word in cell for word in ("NaN", "inf", "Error", "Exception"))
 
 
-def markdown_table(rows: Sequence[dict[str, str]]) -> str:
-    columns = list(rows[0])
-    lines = [columns, ["---"] * len(columns)]
-    lines += [[f"**{x}**" if i and failed(x) else x for i, x in enumerate(row.values())] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def emphasised(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """In bold what is not finite or was raised; never the case's own name."""
+    return [{key: f"**{x}**" if i and failed(x) else x for i, (key, x) in enumerate(row.items())} for row in rows]
 
 
 def print_short(title: str, rows: Sequence[dict[str, str]], console: Console | None = None) -> None:
@@ -103,7 +102,7 @@ def markdown(run: dict[str, Any]) -> str:
     parts = ["# Exactness", f"`{run['command']}`, {run['date']}: {machine}.", *notes(run)]
     parts += ["Log-prob and its gradient / entropy and the gradient of both:"]
     for inputs, results in run["tables"].items():
-        parts += [f"## From {inputs}", markdown_table(short_rows(results))]
+        parts += [f"## From {inputs}", markdown_table(emphasised(short_rows(results)))]
     for inputs, results in run["tables"].items():
-        parts += [f"## From {inputs}, all", markdown_table(full_rows(results))]
+        parts += [f"## From {inputs}, all", markdown_table(emphasised(full_rows(results)))]
     return "\n\n".join(parts) + "\n"

@@ -1,4 +1,4 @@
-"""What every file of results holds: the command, the date, the machine; and how files are written."""
+"""What every file of results holds: the command, the date, the machine."""
 
 import datetime
 import importlib.metadata
@@ -30,13 +30,6 @@ def machine() -> dict[str, Any]:
         "rlhf_fast": rlhf_fast.__version__,
         "load before": round(os.getloadavg()[0], 1),
     }
-
-
-def write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.new")
-    beside.write_bytes(content)
-    os.replace(beside, path)
 
 
 def versions(*packages: str) -> dict[str, str]:

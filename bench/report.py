@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from bench.case import COMPILED, EAGER, OURS, UPCAST
 from bench.linear_cases import TORCH_FUSED
 from bench.measure import CEILING, OURS_IN_CUDA
-from rlhf_fast.metrics import format_value
+from rlhf_fast.metrics import markdown_table
 
 COLORS = {OURS: "#0072B2", OURS_IN_CUDA: "#56B4E9", COMPILED: "#E69F00", UPCAST: "#999999", TORCH_FUSED: "#CC79A7"}
 
@@ -116,13 +116,6 @@ def bar_rows(results: Sequence[dict[str, Any]], bars: Sequence[Bar]) -> list[dic
         for bar in bars
         if bar.case in by_name and (bar.against in by_name[bar.case]["seconds"] or bar.against in OWN)
     ]
-
-
-def markdown_table(table: Sequence[dict[str, Any]]) -> str:
-    columns = list(dict.fromkeys(key for row in table for key in row))
-    lines = [columns, ["---"] * len(columns)]
-    lines += [[format_value(column, row[column]) if column in row else "" for column in columns] for row in table]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def markdown(run: dict[str, Any], chart: str) -> str:

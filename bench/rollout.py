@@ -16,11 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from bench.device import CPU, CUDA, Contender
 from bench.measure import Disagreement, quantiles, take_turns
-from bench.record import about_run, versions, write
-from bench.report import markdown_table
+from bench.record import about_run, versions
 from rlhf_fast.compare.start import llama
 from rlhf_fast.demo import MODEL
-from rlhf_fast.metrics import print_table
+from rlhf_fast.files import write_text
+from rlhf_fast.metrics import markdown_table, print_table
 from rlhf_fast.objectives import Objectives
 from rlhf_fast.rollout import generate
 from rlhf_fast.world import build_tokenizer
@@ -47,8 +47,8 @@ def shapes(device: str, quick: bool) -> list[Shape]:
     if device == "cpu":
         return [
             demo,
-            Shape("10M weights", llama(256, 768, 8, 8, 4, vocab_size=8192), 32, 64, 64),
-            Shape("60M weights", llama(512, 1408, 12, 8, 4, vocab_size=32768), 32, 64, 32),
+            Shape("8.4M weights", llama(256, 768, 8, 8, 4, vocab_size=8192), 32, 64, 64),
+            Shape("52M weights", llama(512, 1408, 12, 8, 4, vocab_size=32768), 32, 64, 32),
         ]
     bf16 = torch.bfloat16
     return [
@@ -150,6 +150,23 @@ def bar_rows(result: dict[str, Any], device: str) -> list[dict[str, Any]]:
     return table
 
 
+def tables(record: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Title -> rows: one for each shape, then the bars."""
+    shown = {
+        f"{result['name']}: {result['shape']}; largest log-prob drift {result['logprob_drift']:.1e}": rows(result)
+        for result in record["results"]
+    }
+    return shown | ({"Bars, on the first": record["bars"]} if record["bars"] else {})
+
+
+def markdown(record: dict[str, Any]) -> str:
+    machine = ", ".join(f"{key} {value}" for key, value in record["machine"].items())
+    parts = ["# Rollouts", f"`{record['command']}`, {record['date']}: {machine}."]
+    for title, table in tables(record).items():
+        parts += [f"## {title}", markdown_table(table)]
+    return "\n\n".join(parts) + "\n"
+
+
 def run(args: argparse.Namespace) -> int:
     device = CUDA() if args.device == "cuda" else CPU()
     record = about_run()
@@ -162,16 +179,10 @@ def run(args: argparse.Namespace) -> int:
         result = measure(shape, rounds, 0.0 if args.quick else 3.0, device)
         record["results"].append(result)
     record["bars"] = [] if args.quick else bar_rows(record["results"][0], args.device)
-    parts = ["# Rollouts", f"`{record['command']}`, {record['date']}: {record['machine']}"]
-    for result in record["results"]:
-        title = f"{result['name']}: {result['shape']}; largest log-prob drift {result['logprob_drift']:.1e}"
-        print_table(title, rows(result))
-        parts += [f"## {title}", markdown_table(rows(result))]
-    if record["bars"]:
-        print_table("Bars, on the first", record["bars"])
-        parts += ["## Bars, on the first", markdown_table(record["bars"])]
+    for title, table in tables(record).items():
+        print_table(title, table)
     if args.out:
-        write(args.out.with_suffix(".md"), ("\n\n".join(parts) + "\n").encode())
-        write(args.out, (json.dumps(record, indent=2) + "\n").encode())
+        write_text(args.out.with_suffix(".md"), markdown(record))
+        write_text(args.out, json.dumps(record, indent=2) + "\n")
         print(f"written: {args.out} and beside it .md")
     return int(args.check and any(bar["met"] == "NO" for bar in record["bars"]))

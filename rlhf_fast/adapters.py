@@ -14,7 +14,7 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -53,12 +53,17 @@ def base_path(path: str | os.PathLike) -> str:
     """The model an adapter directory belongs to; `path` itself where it is not one."""
     if not is_adapter(path):
         return str(path)
-    base = json.loads(Path(path, "adapter_config.json").read_text()).get("base_model_name_or_path")
+    base = _read_config(path).get("base_model_name_or_path")
     if not base:
         raise ValueError(f"model: expected a base_model_name_or_path in {path}/adapter_config.json, got {base!r}")
     if os.path.isabs(base) and not os.path.isdir(base):
         raise ValueError(f"model: expected the base of the adapter in {path} at {base}, found no directory there")
     return base
+
+
+def holds_score(path: str | os.PathLike) -> bool:
+    """Whether `path` is an adapter with a `score` head of its own."""
+    return is_adapter(path) and "score" in (_read_config(path).get("modules_to_save") or [])
 
 
 def has_adapter(model: PreTrainedModel) -> bool:
@@ -99,6 +104,9 @@ def put_on(model: PreTrainedModel, path: str | os.PathLike, lora: LoRA | None, *
         lost = peft.set_peft_model_state_dict(model, weights, _NAME).unexpected_keys
         if lost := [name for name in lost if not name.startswith("score.")]:
             raise ValueError(f"model: expected an adapter of {base} in {path}, found weights without a place: {lost}")
+        whole = peft.get_peft_model_state_dict(model, adapter_name=_NAME, save_embedding_layers=False)
+        if missing := sorted(whole.keys() - weights.keys()):
+            raise ValueError(f"model: expected all weights of the adapter in {path}, found no {', '.join(missing)}")
 
 
 def adopt(scorer: PreTrainedModel, policy: PreTrainedModel) -> None:
@@ -150,6 +158,10 @@ def _take_off(model: PreTrainedModel, *, merge: bool) -> None:
     model._hf_peft_config_loaded = False
 
 
+def _read_config(path: str | os.PathLike) -> dict[str, Any]:
+    return json.loads(Path(path, "adapter_config.json").read_text())
+
+
 def _for_class_of(model: PreTrainedModel, config: "peft.PeftConfig") -> None:
     """What peft's own Auto classes need to know, and the head to save."""
     others = [name for name in config.modules_to_save or [] if name != "score"]
@@ -167,7 +179,7 @@ def _check_same(lora: LoRA, config: "peft.PeftConfig", path: str | os.PathLike) 
 
 def _peft(argument: str) -> ModuleType:
     if find_spec("peft") is None:
-        raise ValueError(f'{argument}: expected peft for LoRA adapters, not installed: pip install "rlhf-fast[lora]"')
+        raise ValueError(f'{argument}: expected peft for LoRA adapters, not installed: pip install -e ".[lora]"')
     import peft
 
     return peft

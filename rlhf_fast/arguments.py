@@ -171,7 +171,7 @@ def _one_line(error: Exception, config_class: type) -> str:
 
 def nearest(name: str, names: list[str]) -> str:
     """The quoted name, and the one of `names` that was probably meant."""
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return repr(name) + (f", did you mean {near[0]!r}?" if near else "")
 
 

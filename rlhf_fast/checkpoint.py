@@ -2,8 +2,10 @@
 
 A checkpoint is written to a hidden sibling directory and renamed into place when it is complete; one that it replaces
 is renamed away first and deleted last. A crash at any moment leaves either the old checkpoint or the new one.
-A directory that holds other files too (an output directory with its metrics) keeps them: there the entries are renamed
-into place one by one, and a crash between two of these renames leaves a checkpoint marked as incomplete.
+A directory that has to stay (an output directory with its metrics, an empty one, a mounted volume) keeps its place and
+its other files: the checkpoint is written to `.new` inside, on the same file system whatever the path leads through,
+and its entries are renamed into place one by one. A crash between two of these renames leaves a checkpoint marked as
+incomplete.
 
     <directory>/model.safetensors, config.json, tokenizer files   the model saved under "" (others in sub-directories);
                                      of a model with an adapter adapter_model.safetensors and adapter_config.json
@@ -26,9 +28,25 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from rlhf_fast.files import write_text
 from rlhf_fast.models import save_model
 
 _MANIFEST = "checkpoint.json"
+_INSIDE = ".new"  # where a checkpoint is put together in a directory that stays
+MODEL_FILES = frozenset(  # what `save` writes of most models and tokenizers
+    {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+)
 
 
 def save(
@@ -44,14 +62,16 @@ def save(
     models: sub-directory -> model, "" for the directory itself; saved as safetensors with their config.
     state: nested dicts and lists of tensors and plain values, read back by `load_state`.
     extra_files: file name -> anything json can hold.
-    Raises ValueError when a file in `directory` that no `save` wrote would be overwritten.
+    Raises ValueError when a file in `directory` that no `save` wrote would be overwritten; what was to be saved then
+    stays where it was written, and the error says where.
     """
-    directory = Path(directory).absolute()
-    new, old = (directory.with_name(f".{directory.name}.{suffix}") for suffix in ("new", "old"))
+    directory = Path(directory).resolve()
+    beside, old = (directory.with_name(f".{directory.name}.{suffix}") for suffix in ("new", "old"))
     if old.exists() and not directory.exists():  # an earlier save died between its two renames
         os.replace(old, directory)
-    for leftover in (new, old):
+    for leftover in (beside, directory / _INSIDE, old):
         shutil.rmtree(leftover, ignore_errors=True)
+    new = directory / _INSIDE if _stays(directory) else beside
     new.mkdir(parents=True)
     with _no_progress_bars():
         for subdirectory, model in models.items():
@@ -63,13 +83,11 @@ def save(
     for name, content in (extra_files or {}).items():
         (new / name).write_text(json.dumps(content, indent=2) + "\n")
     entries = set(os.listdir(new))
-    ours = set(_manifest(directory)["entries"]) | {_MANIFEST}
-    foreign = set(os.listdir(directory)) - ours if directory.is_dir() else set()
-    if clash := sorted(entries & foreign):
-        shutil.rmtree(new)
-        raise ValueError(f"directory: {directory} holds files that no checkpoint put there: {', '.join(clash)}")
     _write_manifest(new, entries, complete=True)
-    if foreign:
+    if clash := sorted(entries & foreign(directory)):
+        found = f"{directory} holds files that no checkpoint put there: {', '.join(clash)}"
+        raise ValueError(f"directory: {found}; what was to be saved is in {new}")
+    if new.parent == directory:
         _merge(new, directory, entries)
     else:
         if directory.exists():
@@ -77,6 +95,21 @@ def save(
         os.replace(new, directory)
         shutil.rmtree(old, ignore_errors=True)
     return directory
+
+
+def foreign(directory: str | os.PathLike) -> set[str]:
+    """The names in `directory` that no `save` put there and none may overwrite."""
+    directory = Path(directory)
+    ours = {*_manifest(directory)["entries"], _MANIFEST, _INSIDE}
+    return set(os.listdir(directory)) - ours if directory.is_dir() else set()
+
+
+def _stays(directory: Path) -> bool:
+    """Whether `directory` is there and cannot or must not be renamed away as a whole."""
+    if not directory.is_dir():
+        return False
+    replaceable = _manifest(directory)["entries"] and not foreign(directory) and not directory.is_mount()
+    return not (replaceable and os.access(directory.parent, os.W_OK))
 
 
 @contextmanager
@@ -134,16 +167,19 @@ def prune(output_dir: str | os.PathLike, keep: int) -> None:
     """Deletes all but the `keep` newest of output_dir/checkpoint-<step>."""
     if keep < 1:
         raise ValueError(f"keep: expected at least 1, got {keep}")
-    _delete(_checkpoints(Path(output_dir))[:-keep])
+    for path in _checkpoints(Path(output_dir))[:-keep]:
+        delete(path)
 
 
 def clear(output_dir: str | os.PathLike) -> None:
     """Deletes every output_dir/checkpoint-<step>."""
-    _delete(_checkpoints(Path(output_dir)))
+    for path in _checkpoints(Path(output_dir)):
+        delete(path)
 
 
-def _delete(checkpoints: list[Path]) -> None:
-    for path in checkpoints:
+def delete(path: Path) -> None:
+    """Deletes one output_dir/checkpoint-<step>, if it is there."""
+    if path.is_dir():
         doomed = path.with_name(f".{path.name}.old")
         os.replace(path, doomed)  # renamed first, so that a half-deleted one is never taken for a checkpoint
         shutil.rmtree(doomed)
@@ -160,7 +196,4 @@ def _checkpoints(output_dir: Path) -> list[Path]:
 
 def write_json(path: str | os.PathLike, content: Any) -> None:
     """Writes `content` beside `path` and renames it into place."""
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.new")
-    beside.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(beside, path)
+    write_text(path, json.dumps(content, indent=2) + "\n")

@@ -65,15 +65,22 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
-        print(_overview())
+        print(_overview("", list(COMMANDS)))
         return 0
     if argv[0] == "--version":
         print(f"rlhf-fast {rlhf_fast.__version__}")
         return 0
     from rlhf_fast.arguments import nearest, parse
 
-    words = 2 if " ".join(argv[:2]) in COMMANDS else 1
+    group = [name for name in COMMANDS if name.startswith(f"{argv[0]} ")]
+    if group and (len(argv) == 1 or argv[1] in ("-h", "--help")):
+        print(_overview(argv[0], group))
+        return 0
+    words = 2 if group else 1
     name, arguments = " ".join(argv[:words]), argv[words:]
+    if name not in COMMANDS and group:
+        known = [command.split()[1] for command in group]
+        return _fail(f"{argv[0]}: expected one of {', '.join(known)}, got {nearest(argv[1], known)}", 2)
     if name not in COMMANDS:
         return _fail(f"unknown command {nearest(name, list(COMMANDS))}", 2)
     command = COMMANDS[name]
@@ -114,16 +121,18 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _overview() -> str:
-    commands = "\n".join(f"  {name:<17} {command.help}" for name, command in COMMANDS.items())
-    return f"""usage: rlhf-fast COMMAND [--config FILE] [flags]
+def _overview(group: str, names: list[str]) -> str:
+    """These commands, all of them or a group's, with what each does."""
+    commands = "\n".join(f"  {name:<17} {COMMANDS[name].help}" for name in names)
+    command = f"rlhf-fast {group} COMMAND" if group else "rlhf-fast COMMAND"
+    return f"""usage: {command} [--config FILE] [flags]
 
 RLHF post-training of language models on one machine.
 
 commands:
 {commands}
 
-`rlhf-fast COMMAND --help` lists its flags. `rlhf-fast --version` prints {rlhf_fast.__version__}."""
+`{command} --help` lists its flags. `rlhf-fast --version` prints {rlhf_fast.__version__}."""
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@ Only values live here: no device or path is touched, no default depends on anoth
 the values run when the object is built, so a wrong config fails before any model is loaded.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from rlhf_fast.fields import arg, check, check_types, required
 
 LRSchedule = Literal["constant", "linear", "cosine"]
 Optimizer = Literal["adamw", "adamw_8bit"]
@@ -25,16 +26,6 @@ DPOLossType = Literal[
     "sppo_hard",
     "discopop",
 ]
-
-
-def arg(default: Any, help: str) -> Any:
-    """A field with a default; `help` is what its flag says."""
-    return field(default=default, metadata={"help": help})
-
-
-def required(help: str) -> Any:
-    """A field that has to be given."""
-    return field(metadata={"help": help})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,21 +53,15 @@ class StageConfig:
     tensorboard: bool = arg(False, "Also write TensorBoard event files to output_dir/tensorboard.")
 
     def __post_init__(self) -> None:
+        check_types(self)
+        _check_seed(self)
         for name in ("learning_rate", "temperature", "value_learning_rate", "clip", "value_clip", "beta", "lora_alpha"):
             check(self, name, lambda v: v > 0, "a number > 0")
         for name in ("kl_target", "kl_horizon"):
             check(self, name, lambda v: v > 0, "a number > 0")
-        for name in (
-            "weight_decay",
-            "max_grad_norm",
-            "kl_coef",
-            "label_smoothing",
-            "center_coef",
-            "score_clip",
-            "value_coef",
-        ):
+        for name in ("weight_decay", "max_grad_norm", "kl_coef", "center_coef", "score_clip", "value_coef"):
             check(self, name, lambda v: v >= 0, "a number >= 0")
-        for name in ("warmup_steps", "save_steps", "eval_steps", "lora_rank"):
+        for name in ("warmup_steps", "save_steps", "eval_steps", "lora_rank", "top_k"):
             check(self, name, lambda v: v >= 0, "an integer >= 0")
         for name in (
             "batch_size",
@@ -90,7 +75,6 @@ class StageConfig:
             "greedy_response_length",
         ):
             check(self, name, lambda v: v >= 1, "an integer >= 1")
-        check(self, "top_k", lambda v: v >= 0, "an integer >= 0")
         check(self, "top_p", lambda v: 0 < v <= 1, "a number in (0, 1]")
         for name in ("gamma", "lam"):
             check(self, name, lambda v: 0 <= v <= 1, "a number in [0, 1]")
@@ -110,11 +94,8 @@ class StageConfig:
                 )
 
 
-def check(config: Any, name: str, holds: Callable[[Any], bool], expected: str) -> None:
-    """Raises ValueError naming the field unless it is absent, None, or `holds`."""
-    value = getattr(config, name, None)
-    if value is not None and not holds(value):
-        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+def _check_seed(config: Any) -> None:
+    check(config, "seed", lambda v: 0 <= v < 2**63, "an integer from 0 to 2^63 - 1")
 
 
 def _check_groups(config: Any) -> None:
@@ -161,10 +142,10 @@ class OnlineConfig(StageConfig):
     reward: str = required("Reward-model directory, or a function `package.module:name` or `file.py:name`.")
     reference: str | None = arg(None, "Reference model of the KL penalty; default: `model` as it is at the start.")
     eval_data: str | None = arg(
-        None, "Held-out prompts, sampled and scored every eval_steps; with a completion column also the win rate."
+        None, "Held-out prompts, sampled and scored before and after; with a completion column also the win rate."
     )
     eval_reward: str | None = arg(None, "Reward for evaluation only (a ground truth, say); default: `reward`.")
-    eval_steps: int = arg(0, "Evaluate every so many steps, and before and after; 0 never does.")
+    eval_steps: int = arg(0, "Evaluate every so many steps too; 0: before and after training only.")
     steps: int = arg(100, "Rollout + update rounds.")
     batch_size: int = arg(32, "Sampled completions per round.")
     micro_batch_size: int | None = arg(None, "Completions per forward pass; default: as many as the batch allows.")
@@ -286,11 +267,16 @@ class OfflineConfig(StageConfig):
     max_length: int = arg(512, "Longest prompt + completion in tokens; longer prompts lose their left end.")
     max_prompt_length: int = arg(256, "Longest prompt in tokens.")
     eval_data: str | None = arg(
-        None, "Held-out prompts, sampled and scored every eval_steps; with a completion column also the win rate."
+        None, "Held-out prompts, sampled and scored before and after; with a completion column also the win rate."
     )
     eval_reward: str | None = arg(None, "Reward that scores them: a directory or a Python function.")
-    eval_steps: int = arg(0, "Evaluate every so many steps, and before and after; 0 never does.")
+    eval_steps: int = arg(0, "Evaluate every so many steps too; 0: before and after training only.")
     max_response_length: int = arg(64, "Longest completion sampled in evaluation, in tokens.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.eval_data is not None and self.eval_reward is None:
+            raise ValueError("eval_reward: expected a reward to score the samples of eval_data with, got none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,6 +287,17 @@ class DPOConfig(OfflineConfig):
     loss_type: DPOLossType = arg("sigmoid", "Loss on the log-ratio difference, named as in TRL.")
     label_smoothing: float = arg(0.0, "Probability that a label is flipped (cDPO, robust).")
     eval_pairs: str | None = arg(None, "Held-out pairs; their loss and accuracy are reported after every epoch.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        e = self.label_smoothing
+        fits, expected = {
+            "sigmoid": (0 <= e <= 1, "a number in [0, 1]"),
+            "robust": (0 <= e < 0.5, "a number in [0, 0.5)"),
+            "exo_pair": (0 < e < 1, "a number in (0, 1)"),
+        }.get(self.loss_type, (e == 0, "0, as it has none,"))
+        if not fits:
+            raise ValueError(f"label_smoothing: expected {expected} for loss_type {self.loss_type}, got {e}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,6 +313,8 @@ class InitConfig:
     max_rows: int | None = arg(None, "Use only the first so many rows of each file.")
 
     def __post_init__(self) -> None:
+        check_types(self)
+        _check_seed(self)
         for name in ("data", "text_columns"):
             check(self, name, bool, "at least one")
         check(self, "max_rows", lambda v: v >= 1, "an integer >= 1")
@@ -340,6 +339,15 @@ class PairsConfig:
     seed: int = arg(0, "Seed of sampling and labelling.")
 
     def __post_init__(self) -> None:
+        check_types(self)
+        _check_seed(self)
+        for name in ("max_rows", "batch_size", "max_prompt_length", "max_response_length"):
+            check(self, name, lambda v: v >= 1, "an integer >= 1")
+        check(self, "eval_rows", lambda v: v >= 0, "an integer >= 0")
+        check(self, "temperature", lambda v: v > 0, "a number > 0")
+        check(self, "scale", lambda v: v >= 0, "a number >= 0")
+        for name in ("output", "eval_output"):
+            check(self, name, lambda v: str(v).endswith((".jsonl", ".jsonl.gz")), "a .jsonl or .jsonl.gz file")
         if bool(self.eval_rows) != bool(self.eval_output):
             raise ValueError(f"eval_rows: expected both it and eval_output, or neither, got {self.eval_rows}")
 

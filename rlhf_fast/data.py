@@ -12,14 +12,14 @@ Left out: packing several rows into one sequence.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_fast.rows import Row, load_rows
+from rlhf_fast.rows import Row, load_rows, place
 
 __all__ = [
     "Encoded",
@@ -31,6 +31,7 @@ __all__ = [
     "encode_prompts",
     "encode_rankings",
     "encode_sft",
+    "encode_texts",
     "epoch_batches",
     "load_rows",
     "pad_id",
@@ -72,28 +73,32 @@ def encode_sft(rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: 
     """Rows of kind sft -> Encoded of SFTExample. Of `messages` every assistant turn is trained on, up to its EOS.
 
     The prompt is what stands before the first trained token: at most max_prompt_length tokens of it are kept, and fewer
-    where the row would pass max_length. Raises ValueError (also below) for a tokenizer without EOS, and for a chat
-    template that is missing or does not render a conversation as a continuation of its beginning.
+    where the row would pass max_length. Raises ValueError (also below) for a tokenizer without EOS, for a chat
+    template that is missing or does not render a conversation as a continuation of its beginning, and for a row in
+    which nothing is trained on: its first token is no prediction.
     """
     bos, eos = _bos(tokenizer), _eos(tokenizer)
     segments = []  # per row: texts, untrained and trained in turn
     for n, row in enumerate(rows, 1):
         if row.get("messages") is not None:
-            segments.append(_chat_segments(row["messages"], tokenizer, f"row {n}"))
+            segments.append(_chat_segments(row["messages"], tokenizer, place(row, n)))
         else:
-            prompt, (completion,) = _texts(row["prompt"], [row["completion"]], tokenizer, f"row {n}")
+            prompt, (completion,) = _texts(row["prompt"], [row["completion"]], tokenizer, place(row, n))
             segments.append([prompt, completion])
     tokenized = iter(_tokenize(tokenizer, [text for texts in segments for text in texts]))
     examples, truncated = [], 0
-    for texts, row in zip(segments, rows, strict=True):
+    for n, (texts, row) in enumerate(zip(segments, rows, strict=True), 1):
         parts = [next(tokenized) for _ in texts]
-        prompt = _start(bos, parts[0], row)
+        prompt = _start(bos, parts[0], _is_chat(row))
         rest = [token for part in parts[1:] for token in part]
         trained = [n % 2 == 0 for n, part in enumerate(parts[1:]) for _ in part]
         if not rest or rest[-1] != eos:
             rest, trained = rest + [eos], trained + [True]
         prompt, (rest,), cut = _fit(prompt, [rest], tokenizer, max_length, max_prompt_length)
-        examples.append(SFTExample(prompt + rest, [False] * len(prompt) + trained[: len(rest)]))
+        mask = [False] * len(prompt) + trained[: len(rest)]
+        if not any(mask[1:]):
+            raise ValueError(f"{place(row, n)}: has nothing to train on: prompt and completion are empty")
+        examples.append(SFTExample(prompt + rest, mask))
         truncated += cut
     return Encoded(examples, truncated)
 
@@ -127,16 +132,40 @@ def encode_rankings(
 
 def encode_prompts(rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_prompt_length: int) -> Encoded:
     """Rows of kind prompt -> Encoded of PromptExample. Raises ValueError for a prompt without a single token."""
-    texts = [_texts(row["prompt"], [], tokenizer, f"row {n}")[0] for n, row in enumerate(rows, 1)]
+    texts = [_texts(row["prompt"], [], tokenizer, place(row, n))[0] for n, row in enumerate(rows, 1)]
     bos = _bos(tokenizer)
     examples, truncated = [], 0
     for n, (row, text, ids) in enumerate(zip(rows, texts, _tokenize(tokenizer, texts), strict=True), 1):
-        ids = _nonempty(_start(bos, ids, row), n)
+        ids = _nonempty(_start(bos, ids, _is_chat(row)), place(row, n))
         kept = _cut_left(ids, max_prompt_length, tokenizer)
         columns = {name: value for name, value in row.items() if name != "prompt"}
         examples.append(PromptExample(kept, text, columns))
         truncated += len(kept) < len(ids)
     return Encoded(examples, truncated)
+
+
+def encode_texts(
+    prompts: list[str] | list[list[int]],
+    completions: list[str],
+    ended: Sequence[bool],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    max_prompt_length: int,
+) -> list[tuple[list[int], list[int]]]:
+    """(prompt ids, completion ids) of every text, as training encodes them.
+
+    prompts: the `prompt` of every `PromptExample`, or its `prompt_ids` where they are of this tokenizer.
+    ended: which completions EOS follows.
+    """
+    bos, eos = _bos(tokenizer), _eos(tokenizer)
+    if prompts and isinstance(prompts[0], str):
+        prompts = [_start(bos, ids) for ids in _tokenize(tokenizer, prompts)]
+    encoded = []
+    for prompt, answer, end in zip(prompts, _tokenize(tokenizer, completions), ended, strict=True):
+        answer = answer + [eos] if end and answer[-1:] != [eos] else answer
+        prompt, (answer,), _ = _fit(prompt, [answer], tokenizer, max_length, max_prompt_length)
+        encoded.append((prompt, answer))
+    return encoded
 
 
 def _encode_answers(
@@ -149,12 +178,12 @@ def _encode_answers(
     """Yields (prompt ids, ids of every answer with EOS, whether anything was cut) per row."""
     bos, eos = _bos(tokenizer), _eos(tokenizer)
     texts = [
-        _texts(row["prompt"], completions, tokenizer, f"row {n}")
+        _texts(row["prompt"], completions, tokenizer, place(row, n))
         for n, (row, completions) in enumerate(zip(rows, answers, strict=True), 1)
     ]
     tokenized = iter(_tokenize(tokenizer, [text for prompt, completions in texts for text in [prompt, *completions]]))
     for n, (row, (_, completions)) in enumerate(zip(rows, texts, strict=True), 1):
-        prompt = _nonempty(_start(bos, next(tokenized), row), n)
+        prompt = _nonempty(_start(bos, next(tokenized), _is_chat(row)), place(row, n))
         ids = [next(tokenized) for _ in completions]
         ids = [answer if answer and answer[-1] == eos else answer + [eos] for answer in ids]
         yield _fit(prompt, ids, tokenizer, max_length, max_prompt_length)
@@ -210,7 +239,7 @@ def _render(messages: list[Row], tokenizer: PreTrainedTokenizerBase, where: str,
 
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    except TemplateError as error:
+    except (TemplateError, ValueError) as error:
         raise ValueError(f"{where}: the tokenizer's chat template refuses the messages: {error}") from error
 
 
@@ -223,9 +252,13 @@ def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [token for token in tokenizer("")["input_ids"][:1] if token == tokenizer.bos_token_id]
 
 
-def _start(bos: list[int], ids: list[int], row: Row) -> list[int]:
+def _is_chat(row: Row) -> bool:
+    """Whether a chat template writes the row's text."""
+    return row.get("messages") is not None or not isinstance(row["prompt"], str)
+
+
+def _start(bos: list[int], ids: list[int], chat: bool = False) -> list[int]:
     """Puts BOS in front, unless a chat template or the text itself has done so."""
-    chat = row.get("messages") is not None or not isinstance(row["prompt"], str)
     return ids if chat or ids[: len(bos)] == bos else bos + ids
 
 
@@ -255,9 +288,9 @@ def _cut_left(ids: list[int], length: int, tokenizer: PreTrainedTokenizerBase) -
     return ids[-length:]
 
 
-def _nonempty(prompt: list[int], n: int) -> list[int]:
+def _nonempty(prompt: list[int], where: str) -> list[int]:
     if not prompt:
-        raise ValueError(f"row {n}: prompt: has no tokens; the first token of an answer needs one to follow")
+        raise ValueError(f"{where}: prompt: has no tokens; the first token of an answer needs one to follow")
     return prompt
 
 

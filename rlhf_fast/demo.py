@@ -45,7 +45,7 @@ def run(config: DemoConfig) -> None:
     plan = pipeline_config(config, shorten)
     pipeline.run_stages(plan)
     remax = dataclasses.replace(
-        pipeline.make_plan(plan)["remax"], reference=str(out / "sft"), eval_steps=0, resume=False
+        pipeline.make_plan(plan)["remax"], reference=str(out / "sft"), eval_data=None, eval_steps=0, resume=False
     )
     variance = {
         where: gradient_variance(dataclasses.replace(remax, model=str(out / model)), batches=max(4, 16 // shorten))

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_fast.config import OfflineConfig, OnlineConfig
 from rlhf_fast.data import PromptExample, encode_prompts, load_rows, pad_id, pad_left
+from rlhf_fast.limits import check_rows
 from rlhf_fast.models import Sequences, response_logits
 from rlhf_fast.offload import visiting
 from rlhf_fast.rewards import Reward, decode_responses
@@ -103,17 +104,26 @@ def make_evaluator(
     reward: Reward | None,
 ) -> Evaluator | None:
     """The evaluator a stage's config asks for, or None. `reward` serves where the config names no eval_reward."""
-    if not config.eval_steps:
+    if config.eval_data is None:
+        if config.eval_steps:
+            raise ValueError("eval_data: expected held-out prompts because eval_steps > 0, got none")
         return None
-    if not config.eval_data:
-        raise ValueError("eval_data: expected held-out prompts because eval_steps > 0, got none")
     if config.eval_reward:
-        reward = Reward(config.eval_reward, tokenizer, device, offload=getattr(config, "offload", False))
+        reward = Reward(
+            config.eval_reward,
+            tokenizer,
+            device,
+            max_prompt_length=config.max_prompt_length,
+            offload=getattr(config, "offload", False),
+        )
     if reward is None:
-        raise ValueError("eval_reward: expected a reward because eval_steps > 0, got none")
+        raise ValueError("eval_reward: expected a reward to score the samples of eval_data with, got none")
     rows = load_rows(config.eval_data, "prompt")
+    prompts = encode_prompts(rows, tokenizer, config.max_prompt_length).examples
+    models = {"reference": reference, "eval_reward" if config.eval_reward else "reward": reward.reader}
+    check_prompts(prompts, config.max_response_length, tokenizer, **models)
     return Evaluator(
-        encode_prompts(rows, tokenizer, config.max_prompt_length).examples,
+        prompts,
         reward,
         reference,
         tokenizer,
@@ -125,12 +135,27 @@ def make_evaluator(
     )
 
 
+def check_prompts(
+    prompts: list[PromptExample],
+    max_response_length: int,
+    tokenizer: PreTrainedTokenizerBase,
+    **models: PreTrainedModel | None,
+) -> None:
+    """ValueError unless every one of `models` (role -> model) can read the prompts and as long a completion."""
+    for role, model in models.items():
+        if model is not None:
+            ids = [p.prompt_ids for p in prompts]
+            lengths = "max_prompt_length, max_response_length"
+            check_rows(model, tokenizer, ids, lengths, role=role, response=max_response_length)
+
+
 def completion_rewards(prompts: list[PromptExample], reward: Reward) -> Tensor | None:
     """Rewards [B] of the rows' own completions, on the CPU; None where a row has none."""
     completions = [p.columns.get("completion") for p in prompts]
     if not all(isinstance(completion, str) for completion in completions):
         return None
-    return reward.of_texts(completions, prompt_columns(prompts)).cpu()
+    prompt_ids = [p.prompt_ids for p in prompts]
+    return reward.of_texts(completions, prompt_columns(prompts), prompt_ids=prompt_ids).cpu()
 
 
 def wins(rewards: Tensor, others: Tensor) -> Tensor:

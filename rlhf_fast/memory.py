@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -102,13 +103,15 @@ class Meter:
             metrics |= meter.step()
     """
 
+    _TOTALS = ("_history", "_step_history", "_run_peaks", "_counts")
+
     def __init__(self, device: torch.device | str = "cpu", *, memory_every: int = 25) -> None:
         """memory_every: on the CPU, measure memory in the first two steps and in every memory_every-th after them."""
         if memory_every < 1:
             raise ValueError(f"memory_every: expected at least 1, got {memory_every}")
         self.device = torch.device(device)
         self.memory_every = memory_every
-        self.steps = 0
+        self.steps = 0  # of this process: the first ones of a resumed run are measured too
         self._phase: str | None = None
         self._step_start: float | None = None
         self._seconds: dict[str, float] = {}
@@ -156,25 +159,27 @@ class Meter:
                 peak = peak_bytes(self.device) if sampled_peak is None else sampled_peak
             self._peaks[name] = max(self._peaks.get(name, 0), peak)
 
-    def step(self) -> dict[str, float]:
+    def step(self, *, counted: bool = True) -> dict[str, float]:
         """Ends the step: {"time/<phase>": s, "memory/<phase>": peak bytes, "time/step": s}.
 
         time/step is the wall time since the previous call (since the first phase, for the first step), so it also holds
         what ran outside any phase. memory/* is there in measured steps only.
+        counted: False for what came before the first step (an evaluation, say): its phases count, but it is no step.
         """
         now = time.perf_counter()
         elapsed = 0.0 if self._step_start is None else now - self._step_start
         result: dict[str, float] = {f"time/{name}": seconds for name, seconds in self._seconds.items()}
         result |= {f"memory/{name}": peak for name, peak in self._peaks.items()}
         result["time/step"] = elapsed
-        self._step_history.append(elapsed)
         for name, seconds in self._seconds.items():
             self._history.setdefault(name, []).append(seconds)
         for name, peak in self._peaks.items():
             self._run_peaks[name] = max(self._run_peaks.get(name, 0), peak)
         self._seconds, self._peaks = {}, {}
         self._step_start = now
-        self.steps += 1
+        if counted:
+            self._step_history.append(elapsed)
+            self.steps += 1
         return result
 
     def summary(self) -> dict[str, dict[str, float] | int | float]:
@@ -191,10 +196,18 @@ class Meter:
             for name, values in self._history.items()
         }
         return phases | {
-            "steps": self.steps,
+            "steps": len(self._step_history),
             "step_seconds": sum(self._step_history),
             "step_seconds_median": statistics.median(self._step_history or [0.0]),
         }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The finished steps, for the summary of a run that is continued in another process."""
+        return {name: getattr(self, name) for name in self._TOTALS}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in self._TOTALS:
+            setattr(self, name, state[name])
 
 
 def static_bytes(

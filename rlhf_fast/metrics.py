@@ -21,6 +21,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 from rich.text import Text
 
+from rlhf_fast.files import write_text
+
 
 class MetricsLogger:
     """Context manager that records the metrics of a training run in output_dir/metrics.jsonl.
@@ -40,38 +42,32 @@ class MetricsLogger:
         *,
         description: str,
         tensorboard: bool = False,
-        quiet: bool = False,
-        log_every: int = 1,
         resume_step: int = 0,
         show: Sequence[str] = (),
     ) -> None:
-        """log_every: record every log_every-th step and the last. resume_step: continue a run after that step; lines
-        of later steps are dropped. show: metrics to print beside the bar. quiet: no bar, no lines."""
-        for name, value in (("total_steps", total_steps), ("log_every", log_every)):
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+        """resume_step: continue a run after that step; lines of later steps are dropped. show: metrics to print beside
+        the bar."""
+        if total_steps < 1:
+            raise ValueError(f"total_steps: expected at least 1, got {total_steps}")
         self.path = Path(output_dir) / "metrics.jsonl"
         self.total_steps = total_steps
         self.description = description
-        self.quiet = quiet
-        self.log_every = log_every
         self.resume_step = resume_step
         self.show = tuple(show)
-        self._writer = _summary_writer(Path(output_dir) / "tensorboard") if tensorboard else None
+        events = Path(output_dir) / "tensorboard"
+        for stale in () if resume_step else events.glob("events.out.tfevents.*"):
+            stale.unlink()  # else TensorBoard shows an earlier run's curves as this one's
+        self._writer = _summary_writer(events, resume_step) if tensorboard else None
         self._console = Console(stderr=True)
-        self._pending: dict[str, Any] | None = None
         self._tenth = resume_step * 10 // total_steps
 
     def __enter__(self) -> "MetricsLogger":
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [row for row in read_metrics(self.path) if row["step"] <= self.resume_step] if self.resume_step else []
-        beside = self.path.with_name(f".{self.path.name}.new")
-        beside.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(beside, self.path)
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = self.path.open("a")
         self._start = time.perf_counter() - (kept[-1]["time/elapsed"] if kept else 0.0)
         self._bar = None
-        if self._console.is_terminal and not self.quiet:
+        if self._console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=16),
@@ -95,14 +91,10 @@ class MetricsLogger:
         """Records the metrics of `step` (1-based). Values: numbers, strings, or tensors and arrays of one element."""
         row = {"step": step, "time/elapsed": round(time.perf_counter() - self._start, 3)}
         row |= {key: _plain(value) for key, value in metrics.items()}
-        self._pending = row
-        if step % self.log_every == 0 or step == self.total_steps:
-            self._write()
-        if not self.quiet:
-            self._display(step, row)
+        self._write(row)
+        self._display(step, row)
 
-    def _write(self) -> None:
-        row, self._pending = self._pending, None
+    def _write(self, row: dict[str, Any]) -> None:
         safe = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
         self._file.write(json.dumps(safe, allow_nan=False) + "\n")
         self._file.flush()
@@ -121,13 +113,15 @@ class MetricsLogger:
             self._tenth = tenth
             clock = time.strftime("%H:%M:%S", time.gmtime(row["time/elapsed"]))
             line = f"{self.description}  {step}/{self.total_steps}  {clock}  {numbers}"
-            self._console.print(line.rstrip(), highlight=False, soft_wrap=True, markup=False)
+            self.say(line.rstrip())
+
+    def say(self, line: str) -> None:
+        """Prints a line, above the bar where there is one."""
+        self._console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._pending:
-            self._write()
         self._file.close()
         if self._bar:
             self._bar.stop()
@@ -135,14 +129,14 @@ class MetricsLogger:
             self._writer.close()
 
 
-def _summary_writer(directory: Path) -> Any:
+def _summary_writer(directory: Path, resume_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ModuleNotFoundError as error:
         raise ValueError(
             "tensorboard: expected the tensorboard package, found none; pip install tensorboard"
         ) from error
-    return SummaryWriter(str(directory))
+    return SummaryWriter(str(directory), purge_step=resume_step + 1 if resume_step else None)
 
 
 def _plain(value: Any) -> Any:
@@ -196,3 +190,11 @@ def print_table(title: str, rows: Sequence[Mapping[str, Any]], *, console: Conso
     for row in rows:
         table.add_row(*(Text(format_value(column, row.get(column))) for column in columns))
     console.print(table)
+
+
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The same in Markdown; a heading's unit ("peak bytes", "step seconds") is left to the cells, which show it."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [[column.removesuffix(" bytes").removesuffix(" seconds") for column in columns], ["---"] * len(columns)]
+    lines += [[format_value(column, row[column]) if column in row else "" for column in columns] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

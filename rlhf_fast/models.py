@@ -30,9 +30,11 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 
 from rlhf_fast import adapters
 from rlhf_fast.adapters import LoRA
@@ -67,8 +69,36 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(existing(path))
+def load_tokenizer(path: str | Path, argument: str = "model") -> PreTrainedTokenizerBase:
+    """The tokenizer at `path`, which `argument` named. A pad token that the model has no embedding for is taken off:
+    what is filled with is never looked at, but it is looked up.
+
+    Raises ValueError where EOS, which then fills, has none either.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(existing(path, argument))
+    base = adapters.base_path(path)
+    if Path(base).is_dir() and not Path(base, "config.json").is_file():
+        return tokenizer
+    embeddings = AutoConfig.from_pretrained(existing(base, argument)).get_text_config().vocab_size
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= embeddings:
+        tokenizer.pad_token = None
+    if tokenizer.pad_token_id is None and (tokenizer.eos_token_id or 0) >= embeddings:
+        raise ValueError(
+            f"{argument}: expected a pad or an EOS token among the {embeddings} embeddings of the model at {path}, got "
+            f"{tokenizer.eos_token!r} with id {tokenizer.eos_token_id}"
+        )
+    return tokenizer
+
+
+def check_tokenizer(path: str | Path, tokenizer: PreTrainedTokenizerBase, argument: str) -> None:
+    """ValueError unless the model at `path` reads the token ids of `tokenizer`, the policy's.
+
+    A directory without a tokenizer cannot be checked.
+    """
+    if Path(existing(path, argument)).is_dir() and not Path(path, "tokenizer_config.json").is_file():
+        return
+    if load_tokenizer(path, argument).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"{argument}: expected a model with the policy's tokenizer, found another in {path}")
 
 
 def load_policy(
@@ -77,8 +107,11 @@ def load_policy(
     """The causal language model at `path` in fp32, dropout off; frozen unless `trainable`."""
     base = adapters.base_path(path)
     if shared is None:
-        with _quiet_loading():
-            model = AutoModelForCausalLM.from_pretrained(existing(base), dtype=torch.float32)
+        config = AutoConfig.from_pretrained(existing(base))
+        if _is_classifier(config):
+            raise ValueError(f"model: expected a language model, got {_kind(config)} at {base}")
+        model, missing = _load(AutoModelForCausalLM, base)
+        _check_complete("model", base, model, missing)
     else:
         model = adapters.base_of(shared, base)
     return _prepare(model, path, trainable, lora, shared is not None)
@@ -98,21 +131,25 @@ def load_scorer(
     (`zero`, for value models, so that the first values are 0); with None there has to be one. shared: a causal language
     model.
     """
+    argument = "reward" if head is None else "model"
     base = adapters.base_path(path)
-    config = AutoConfig.from_pretrained(existing(base))
-    is_classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+    config = AutoConfig.from_pretrained(existing(base, argument))
+    is_classifier = _is_classifier(config)
     if is_classifier and config.num_labels != 1:
-        raise ValueError(f"model: expected a reward model with one label at {base}, got {config.num_labels} labels")
-    if head is None and not is_classifier and not adapters.is_adapter(path):
-        kind = " or ".join(config.architectures or ["a model of no known kind"])
+        labels = config.num_labels
+        raise ValueError(f"{argument}: expected a reward model with one label at {base}, got {labels} labels")
+    if head is None and not is_classifier and not adapters.holds_score(path):
+        kind = "an adapter without a score head" if adapters.is_adapter(path) else _kind(config)
         raise ValueError(f"reward: expected a reward model or an adapter with one, got {kind} at {path}")
     if shared is None:
-        with _quiet_loading():
-            model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=torch.float32)
+        model, missing = _load(AutoModelForSequenceClassification, base, num_labels=1)
     else:
-        model = _scorer_on(adapters.base_of(shared, base))
+        model, missing = _scorer_on(adapters.base_of(shared, base)), []
     if not hasattr(model, "score"):
-        raise ValueError(f"model: expected a model with a `score` head (decoder type) at {base}, got {type(model)}")
+        kind = type(model).__name__
+        raise ValueError(f"{argument}: expected a model with a `score` head (decoder type) at {base}, got {kind}")
+    new = () if is_classifier else ("score.weight", "score.bias")
+    _check_complete(argument, base, model, [name for name in missing if name not in new])
     if not is_classifier:
         with torch.no_grad():
             std = 1 / math.sqrt(model.score.in_features + 1) if head == "normal" else 0.0
@@ -199,13 +236,27 @@ def forward_inputs(model: PreTrainedModel, ids: Tensor, mask: Tensor, positions:
     return inputs
 
 
-def existing(path: str | Path) -> str:
-    """`path` itself; a local path that is not there must not be looked for on the hub, which takes minutes to fail."""
+def existing(path: str | Path, argument: str = "model") -> str:
+    """`path` itself, which `argument` named; ValueError where there is no such thing.
+
+    A local path that is not there must not be looked for on the hub, which takes minutes to fail.
+    """
     text = str(path)
     local = isinstance(path, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or os.sep in text[-1:]
-    if local and not Path(text).is_dir():
-        raise ValueError(f"model: expected a checkpoint directory or a hub name, found no directory {text}")
+    if not Path(text).is_dir():
+        expected = f"{argument}: expected a checkpoint directory or a hub name, found no directory {text}"
+        if local:
+            raise ValueError(expected)
+        try:
+            _on_hub(text)
+        except OSError as error:
+            raise ValueError(f"{expected} and none of that name on the hub: {error}") from error
     return text
+
+
+@functools.cache
+def _on_hub(name: str) -> None:
+    cached_file(name, "config.json")
 
 
 def _predicting(sequences: Sequences) -> slice:
@@ -221,7 +272,10 @@ def _inputs(model: PreTrainedModel, sequences: Sequences) -> dict:
 
 
 def _score(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    return model.score(hidden).squeeze(-1).float() - getattr(model.config, "score_offset", 0.0)
+    weight = next(model.score.parameters())
+    with torch.autocast(hidden.device.type, enabled=False):  # in bf16 a score would have two or three digits
+        scores = model.score(hidden.to(weight.dtype)).squeeze(-1).float()
+    return scores - getattr(model.config, "score_offset", 0.0)
 
 
 def _scorer_on(language_model: PreTrainedModel) -> PreTrainedModel:
@@ -257,6 +311,27 @@ def _prepare(
     return model.train(trainable)
 
 
+def _is_classifier(config: PreTrainedConfig) -> bool:
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+
+
+def _kind(config: PreTrainedConfig) -> str:
+    return " or ".join(config.architectures or ["a model of no known kind"])
+
+
+def _load(kind: type, path: str, **options: int) -> tuple[PreTrainedModel, list[str]]:
+    """The model at `path` in fp32, and the names of its weights that were not there and are random now."""
+    with _quiet_loading():
+        model, found = kind.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **options)
+    return model, sorted(found["missing_keys"])
+
+
+def _check_complete(argument: str, path: str, model: PreTrainedModel, missing: list[str]) -> None:
+    if missing:
+        names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise ValueError(f"{argument}: expected all weights of {type(model).__name__} at {path}, found no {names}")
+
+
 @functools.cache
 def _forward_parameters(model_class: type) -> frozenset[str]:
     return frozenset(inspect.signature(model_class.forward).parameters)
@@ -264,7 +339,7 @@ def _forward_parameters(model_class: type) -> frozenset[str]:
 
 @contextmanager
 def _quiet_loading() -> Iterator[None]:
-    """No bar for every file, and no report of a missing score head, which is what we are about to make."""
+    """No bar for every file, and no report of missing weights, which we make one of ourselves."""
     level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

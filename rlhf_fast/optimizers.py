@@ -28,9 +28,7 @@ def make_optimizer(config: StageConfig, parameters: list[nn.Parameter], lr: floa
 
 def _adamw_8bit(groups: list[dict], lr: float) -> torch.optim.Optimizer:
     if find_spec("bitsandbytes") is None:
-        raise ValueError(
-            'optimizer: expected bitsandbytes for adamw_8bit, not installed: pip install "rlhf-fast[8bit]"'
-        )
+        raise ValueError('optimizer: expected bitsandbytes for adamw_8bit, not installed: pip install -e ".[8bit]"')
     device = groups[0]["params"][0].device
     try:  # a step on 4096 weights, the least it keeps in 8 bits: whether it runs depends on its build and the device
         from bitsandbytes.optim import AdamW8bit

@@ -68,7 +68,9 @@ def _planned(backbone: PreTrainedModel, ids_BL: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _padded(backbone: PreTrainedModel, ids_BL: Tensor) -> tuple[Tensor, Tensor]:
-    states_BLH = backbone(input_ids=ids_BL, use_cache=False).last_hidden_state
+    # With no mask transformers warns of pad ids it finds, which padding on the right hides from every real token.
+    mask = None if isinstance(ids_BL, FakeTensor) else torch.ones_like(ids_BL)
+    states_BLH = backbone(input_ids=ids_BL, attention_mask=mask, use_cache=False).last_hidden_state
     return states_BLH.flatten(0, 1), torch.arange(len(ids_BL), device=ids_BL.device) * ids_BL.shape[1]
 
 

@@ -83,18 +83,17 @@ def write_report(
 
     variance: what `gradient_variance` measured, by where. notes: further paragraphs for the top of the report.
 
-    Needs evaluations: without eval_steps > 0 in the methods' configs there is nothing to compare, and no report.
+    Needs evaluations: without eval_data in the methods' configs there is nothing to compare, and no report.
     """
     from rlhf_fast import report
 
     plan, out = make_plan(config), Path(config.output_dir)
-    methods = [m for m in config.methods if plan[m].eval_steps]
+    methods = [m for m in config.methods if plan[m].eval_data]
     if not methods:
         return
     runs = [report.load_run(NAMES[m], out / m) for m in methods]
     before = json.loads((out / methods[0] / "samples_before.json").read_text())
-    named = plan[methods[0]].eval_reward
-    reward_name = "score of the reward model" if named is None else named.rpartition(":")[2].replace("_", " ")
+    reward_name = reward_name_of(plan[methods[0]].eval_reward)
     labels = {"reward_name": reward_name, "gradient_variance": variance}
     notes = (*_notes(config, out), *notes)
     report.write_report(out / "report.html", runs, title=config.title, samples=before, notes=notes, **labels)
@@ -102,6 +101,11 @@ def write_report(
     print_table("What each method bought", report.quality_table(runs, before, reward_name))
     print_table("What it cost", report.cost_table(runs))
     print(f"report: {out / 'report.html'}")
+
+
+def reward_name_of(eval_reward: str | None) -> str:
+    """What the evaluations' reward is called: a function's name, or that it is the reward model's score."""
+    return "score of the reward model" if eval_reward is None else eval_reward.rpartition(":")[2].replace("_", " ")
 
 
 def _notes(config: PipelineConfig, out: Path) -> list[str]:

@@ -138,6 +138,14 @@ def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     return styled
 
 
+def band(
+    axes: Axes, x: Sequence[float], mean: Sequence[float], error: Sequence[float], color: str, alpha: float = 0.15
+) -> None:
+    """mean +- error as a shade."""
+    low, high = ([m + sign * e for m, e in zip(mean, error, strict=True)] for sign in (-1, 1))
+    axes.fill_between(x, low, high, color=color, alpha=alpha, linewidth=0)
+
+
 @_styled
 def reward_kl(runs: Sequence[MethodRun], reward_name: str) -> Figure:
     """Held-out reward against KL to the start, a point per evaluation: up and to the left is better."""
@@ -171,8 +179,7 @@ def reward_time(runs: Sequence[MethodRun], reward_name: str) -> Figure:
     for run in runs:
         x, y, error = (_series(run, key) for key in ("time/total", "eval/reward", "eval/reward_se"))
         axes.plot(x, y, color=run.color, marker=MARKERS.get(run.name, "P"), markersize=4, linewidth=1.2, label=run.name)
-        low, high = ([a + sign * b for a, b in zip(y, error, strict=True)] for sign in (-1, 1))
-        axes.fill_between(x, low, high, color=run.color, alpha=0.12, linewidth=0)
+        band(axes, x, y, error, run.color, 0.12)
     _mark_start(axes, runs, "time/total")
     axes.set_xlabel("training time, evaluation not counted (s)")
     axes.set_ylabel(f"{reward_name} on held-out prompts")

@@ -16,6 +16,7 @@ from typing import Any
 import jinja2
 import matplotlib
 
+from rlhf_fast.files import write_text
 from rlhf_fast.metrics import format_value, read_metrics
 from rlhf_fast.plots import START_COLOR, MethodRun, make_plots
 
@@ -33,6 +34,7 @@ _QUALITY = (
     "nats per token."
 )
 _COST = "Time without evaluation. Model memory: weights, gradients and optimizer state; peak: the largest of any phase."
+_SHOWN = 5  # prompts with everyone's completion
 _EVALUATION = (
     "step",
     "time/total",
@@ -60,12 +62,11 @@ def write_report(
     notes: Sequence[str] = (),
     gradient_variance: Mapping[str, Mapping[str, Mapping[str, float]]] | None = None,
     reward_name: str = "true reward",
-    show_samples: int = 5,
 ) -> None:
     """Writes the HTML report to `path` and everything it shows to the .json beside it.
 
     samples: the start's completions, rows of prompt, completion and reward in the order of the runs' samples; with
-    them gains are paired by prompt, and show_samples prompts are printed with all completions.
+    them gains are paired by prompt, and a few prompts are printed with all completions.
     notes: paragraphs below the title (setting, hardware, command).
     gradient_variance: where measured -> method -> {"variance", ...}.
     reward_name: what the evaluations' reward is called ("score of the reward model", say).
@@ -91,7 +92,7 @@ def write_report(
             for run in runs
         },
         "gradient_variance": gradient_variance,
-        "samples": _sample_table(runs, samples, show_samples),
+        "samples": _sample_table(runs, samples),
     }
     figures = {
         name: _svg_uri(figure) for name, figure in make_plots(runs, gradient_variance, reward_name=reward_name).items()
@@ -107,8 +108,8 @@ def write_report(
         reward_name=reward_name,
         colors={run.name: run.color for run in runs} | {"SFT": START_COLOR},
     )
-    _write(Path(path).with_suffix(".json"), json.dumps(_finite(report), indent=1, allow_nan=False) + "\n")
-    _write(Path(path), html)
+    write_text(Path(path).with_suffix(".json"), json.dumps(_finite(report), indent=1, allow_nan=False) + "\n")
+    write_text(path, html)
 
 
 def write_plots(
@@ -177,10 +178,10 @@ def _mean_and_se(values: Sequence[float]) -> tuple[float, float]:
     return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else 0.0
 
 
-def _sample_table(runs: Sequence[MethodRun], samples: Sequence[Mapping[str, Any]], count: int) -> list[dict[str, Any]]:
-    """`count` prompts spread from the lowest to the highest reward of the start, with everyone's completion."""
+def _sample_table(runs: Sequence[MethodRun], samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Some prompts, spread from the lowest to the highest reward of the start, with everyone's completion."""
     order = sorted(range(len(samples)), key=lambda i: samples[i]["reward"])
-    count = min(count, len(order))
+    count = min(_SHOWN, len(order))
     chosen = [order[round(i * (len(order) - 1) / max(1, count - 1))] for i in range(count)]
     rows = {"SFT": samples, **{run.name: run.samples for run in runs}}
     return [
@@ -209,13 +210,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.new")
-    beside.write_text(text)
-    os.replace(beside, path)
 
 
 _ENVIRONMENT = jinja2.Environment(

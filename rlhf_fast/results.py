@@ -1,4 +1,8 @@
-"""What the operations return. Losses are differentiable, everything else beside them is detached."""
+"""What the operations return. Losses are differentiable, everything else beside them is detached.
+
+B sequences of T tokens, N rows, [...] the shape of the token ids. Statistics are float32, float64 where an input is.
+Masked places hold 0 and count nowhere.
+"""
 
 from typing import NamedTuple
 
@@ -6,39 +10,45 @@ from torch import Tensor
 
 
 class TokenLogprobs(NamedTuple):
-    logprobs: Tensor
-    entropy: Tensor
+    """Both differentiable."""
+
+    logprobs: Tensor  # [...], of the given token ids
+    entropy: Tensor  # [...], of the distribution over the vocabulary, nats
 
 
 class TokenKL(NamedTuple):
-    logprobs: Tensor
-    entropy: Tensor
-    kl: Tensor
-    ref_logprobs: Tensor
+    """The first three differentiable."""
+
+    logprobs: Tensor  # [...], of the given token ids
+    entropy: Tensor  # [...], of the policy's distribution, nats
+    kl: Tensor  # [...], KL(policy || reference) over the vocabulary, nats
+    ref_logprobs: Tensor  # [...], of the token ids under the reference
 
 
 class Sample(NamedTuple):
-    tokens: Tensor
-    logprobs: Tensor
-    entropy: Tensor
-    full_logprobs: Tensor
-    kept: Tensor | None
+    tokens: Tensor  # [N] int64
+    logprobs: Tensor  # [N], under the distribution that was drawn from
+    entropy: Tensor  # [N], of that distribution, nats
+    full_logprobs: Tensor  # [N], under the softmax over the whole vocabulary, at the temperature
+    kept: Tensor | None  # [N, ceil(V / 8)] uint8, what top_k and top_p left to draw from (bits); None: all
 
 
 class GAE(NamedTuple):
-    advantages: Tensor
-    returns: Tensor
+    advantages: Tensor  # [B, T]
+    returns: Tensor  # [B, T], advantages + values
 
 
 class PPOLoss(NamedTuple):
-    loss: Tensor
-    clip_fraction: Tensor
-    approx_kl: Tensor
-    ratio_mean: Tensor
+    """All 0-dim. r = p / p_old of a token; the first, policy_loss, kl and entropy are reduced as `reduction` says."""
+
+    loss: Tensor  # policy_loss + kl_coef kl - entropy_coef entropy
+    clip_fraction: Tensor  # share of True tokens whose clipped branch is the larger
+    approx_kl: Tensor  # mean of r - 1 - log r over the True tokens
+    ratio_mean: Tensor  # of r, over the True tokens
     ratio_max: Tensor
-    policy_loss: Tensor
-    kl: Tensor
-    entropy: Tensor
+    policy_loss: Tensor  # the clipped objective alone
+    kl: Tensor  # estimate of the KL to the reference; 0 where none is given
+    entropy: Tensor  # 0 where none is given
 
     @classmethod
     def of(cls, loss: Tensor, stats: Tensor) -> "PPOLoss":
@@ -48,6 +58,8 @@ class PPOLoss(NamedTuple):
 
 
 class LinearPPOLoss(NamedTuple):
+    """PPOLoss, and what the pass over the hidden states has computed for each token."""
+
     loss: Tensor
     clip_fraction: Tensor
     approx_kl: Tensor
@@ -56,43 +68,45 @@ class LinearPPOLoss(NamedTuple):
     policy_loss: Tensor
     kl: Tensor
     entropy: Tensor
-    logprobs: Tensor
-    token_entropy: Tensor
+    logprobs: Tensor  # [B, T]
+    token_entropy: Tensor  # [B, T]
 
 
 class LinearLoss(NamedTuple):
-    loss: Tensor
-    logprobs: Tensor
-    entropy: Tensor
+    loss: Tensor  # 0-dim
+    logprobs: Tensor  # [...], of the given token ids
+    entropy: Tensor  # [...], nats
 
 
 class ValueLoss(NamedTuple):
-    loss: Tensor
-    clip_fraction: Tensor
+    loss: Tensor  # 0-dim
+    clip_fraction: Tensor  # 0-dim, share of True tokens whose clipped square is the larger
 
 
 class RewardLoss(NamedTuple):
-    loss: Tensor
-    accuracy: Tensor
-    margin: Tensor
-    bt_loss: Tensor
+    """All 0-dim, means over the pairs."""
+
+    loss: Tensor  # bt_loss and the centring term
+    accuracy: Tensor  # share of pairs with the chosen answer ahead, ties half
+    margin: Tensor  # mean of chosen score - rejected score
+    bt_loss: Tensor  # Bradley-Terry's part of the loss
 
 
 class RankingLoss(NamedTuple):
-    loss: Tensor
-    accuracy: Tensor
+    loss: Tensor  # 0-dim, mean over the pairs of answers with different ranks
+    accuracy: Tensor  # 0-dim, share of them in the right order, ties half
 
 
 class DPOLoss(NamedTuple):
-    losses: Tensor
-    chosen_rewards: Tensor
-    rejected_rewards: Tensor
+    losses: Tensor  # [B], differentiable
+    chosen_rewards: Tensor  # [B], implicit: beta times the log-prob's gain over the reference
+    rejected_rewards: Tensor  # [B]
 
 
 class LinearDPOLoss(NamedTuple):
-    loss: Tensor
-    losses: Tensor
-    chosen_rewards: Tensor
-    rejected_rewards: Tensor
-    chosen_logps: Tensor
-    rejected_logps: Tensor
+    loss: Tensor  # 0-dim, mean of losses
+    losses: Tensor  # [B]
+    chosen_rewards: Tensor  # [B], as DPOLoss has them
+    rejected_rewards: Tensor  # [B]
+    chosen_logps: Tensor  # [B], of whole completions
+    rejected_logps: Tensor  # [B]

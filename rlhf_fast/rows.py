@@ -17,6 +17,12 @@ Row = dict[str, Any]
 KINDS = ("sft", "preference", "ranking", "prompt")
 
 
+class LocatedRow(dict):
+    """A row that knows where it stands, for errors that show only later."""
+
+    __slots__ = ("where",)
+
+
 def load_rows(source: str | Path | Iterable[Row], kind: str) -> list[Row]:
     """Reads and checks rows.
 
@@ -40,7 +46,8 @@ def load_rows(source: str | Path | Iterable[Row], kind: str) -> list[Row]:
         if not isinstance(row, dict):
             raise ValueError(f"{where}: expected an object with named columns, got {_type(row)}")
         _check_row(row, kind, where)
-        rows.append(dict(row))
+        rows.append(LocatedRow(row))
+        rows[-1].where = where
     if not rows:
         raise ValueError(f"{source if isinstance(source, (str, Path)) else 'rows'}: no rows")
     return rows
@@ -68,6 +75,11 @@ def read_rows(source: str | Path | Iterable[Row]) -> Iterator[tuple[str, Any]]:
         yield from ((f"{path}, row {n}", row) for n, row in enumerate(table.to_pylist(), 1))
     else:
         raise ValueError(f"{path}: expected .jsonl, .jsonl.gz, .parquet or a `datasets` directory")
+
+
+def place(row: Row, number: int) -> str:
+    """Where a row stands: as `load_rows` noted it down, else its number."""
+    return getattr(row, "where", f"row {number}")
 
 
 def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
@@ -108,8 +120,11 @@ def _read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
 def _check_row(row: Row, kind: str, where: str) -> None:
     if kind == "sft" and row.get("messages") is not None:
         _check_messages(row["messages"], f"{where}: messages")
-        if not any(message["role"] == "assistant" for message in row["messages"]):
+        roles = [message["role"] for message in row["messages"]]
+        if "assistant" not in roles:
             raise ValueError(f"{where}: messages: no assistant turn to train on")
+        if roles[0] == "assistant":
+            raise ValueError(f"{where}: messages: begins with an assistant turn, which needs one to follow")
         return
     completions = {
         "sft": ["completion"],

@@ -4,8 +4,8 @@
 checkpoints, resumes and leaves the final model with a `run.json` beside it. The stages write the loop itself.
 """
 
-import dataclasses
 import hashlib
+import json
 import math
 import platform
 import random
@@ -23,10 +23,24 @@ import rlhf_fast
 from rlhf_fast import adapters, checkpoint
 from rlhf_fast.config import OfflineConfig, OnlineConfig, StageConfig
 from rlhf_fast.data import epoch_batches
+from rlhf_fast.fields import describe
 from rlhf_fast.memory import Meter, static_bytes
 from rlhf_fast.metrics import MetricsLogger
 from rlhf_fast.models import load_policy
 from rlhf_fast.optimizers import lr_factor, make_optimizer
+
+_RUN_CONFIG = "run_config.json"  # in every checkpoint
+_MAY_CHANGE = {  # when a run goes on: where it writes, what it shows, how it fits into memory
+    "output_dir",
+    "resume",
+    "save_steps",
+    "eval_steps",
+    "tensorboard",
+    "micro_batch_size",
+    "gradient_checkpointing",
+    "offload",
+    "max_logprob_drift",
+}
 
 
 class Learner:
@@ -89,11 +103,16 @@ class Learner:
         return self.scheduler.get_last_lr()[0]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "static_bytes": self.static_bytes,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+        self.static_bytes = state["static_bytes"]
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
@@ -113,7 +132,7 @@ class Run:
         others in a folder named by their role.
     frozen: role -> model that is only read; counted in the memory figures.
     states: name -> another object with state_dict/load_state_dict that a checkpoint must carry.
-    evaluator: called with the product before the first step, every config.eval_steps steps and after the last.
+    evaluator: called with the product before the first step and after the last, and every config.eval_steps steps.
     show: metrics shown in the progress bar.
     """
 
@@ -134,19 +153,25 @@ class Run:
         self.config, self.description, self.total_steps, self.show = config, description, total_steps, show
         self.learners, self.tokenizer = learners, tokenizer
         self.frozen = {role: model for role, model in (frozen or {}).items() if model is not None}
-        self.states = {**learners, **(states or {})}
         product, *others = learners
         self.models = {"": learners[product].model, **{role: learners[role].model for role in others}}
         self.meter = Meter(self.models[""].device)
+        self.states = {**learners, **(states or {}), "meter": self.meter}
+        self.described = describe(config)  # now, so that nothing in it can fail when there is a model to lose
         self.first_step, self.train_seconds, self._facts = 1, 0.0, {}
 
     def __enter__(self) -> "Run":
+        mine = checkpoint.MODEL_FILES | self.models.keys()
+        if clash := sorted(checkpoint.foreign(self.config.output_dir) & mine):
+            found = f"{', '.join(clash)} in {self.config.output_dir}"
+            raise ValueError(f"output_dir: expected no model that another program wrote, found {found}")
         resumed = resume_directory(self.config)
         if resumed is not None:
             state = checkpoint.load_state(resumed)
             for name, part in self.states.items():
                 part.load_state_dict(state[name])
             self.first_step, self.train_seconds = state["step"] + 1, state["train_seconds"]
+            self._facts = state["facts"]
         else:
             self._make_room()
         self.logger = MetricsLogger(
@@ -158,6 +183,8 @@ class Run:
             show=self.show,
         )
         self.logger.__enter__()
+        if self.config.resume and resumed is None:
+            self.logger.say(f"{self.description}: no checkpoint to resume in {self.config.output_dir}, starts anew")
         return self
 
     def _make_room(self) -> None:
@@ -179,24 +206,34 @@ class Run:
         if self.evaluator and self.first_step == 1:
             self.logger.log(0, {**self._evaluate(), "time/total": 0.0})
             checkpoint.write_json(Path(self.config.output_dir) / "samples_before.json", self.last_evaluation.samples)
-            self.meter.step()
+            self.meter.step(counted=False)
         for step in range(self.first_step, self.total_steps + 1):
             seed_everything(self.config.seed, step)
             yield step
 
     def end_step(self, step: int, metrics: dict[str, float]) -> None:
         """Evaluate where it is due, log the step with its times and peaks, write a checkpoint where one is due."""
-        if self.evaluator and (step % self.config.eval_steps == 0 or step == self.total_steps):
+        last = step == self.total_steps
+        if self.evaluator and (last or step % (self.config.eval_steps or self.total_steps) == 0):
             metrics = {**metrics, **self._evaluate()}
         measured = self.meter.step()
         self.train_seconds += measured["time/step"] - measured.get("time/evaluation", 0.0)
         self.logger.log(step, {**metrics, **measured, "time/total": self.train_seconds})
-        if self.config.save_steps and step % self.config.save_steps == 0 and step < self.total_steps:
-            state = {name: part.state_dict() for name, part in self.states.items()}
-            state |= {"step": step, "train_seconds": self.train_seconds}
-            path = Path(self.config.output_dir) / f"checkpoint-{step}"
-            checkpoint.save(path, models=self.models, tokenizer=self.tokenizer, state=state)
+        if self.config.save_steps and step % self.config.save_steps == 0 and not last:
+            self.save_state(step)
             checkpoint.prune(self.config.output_dir, keep=1)
+
+    def save_state(self, step: int) -> None:
+        """Write the checkpoint from which the run goes on after `step`."""
+        state = {name: part.state_dict() for name, part in self.states.items()}
+        state |= {"step": step, "train_seconds": self.train_seconds, "facts": self._facts}
+        files = {_RUN_CONFIG: self.described}
+        checkpoint.save(
+            self._state_at(step), models=self.models, tokenizer=self.tokenizer, state=state, extra_files=files
+        )
+
+    def _state_at(self, step: int) -> Path:
+        return Path(self.config.output_dir) / f"checkpoint-{step}"
 
     def _evaluate(self) -> dict[str, float]:
         with self.meter.phase("evaluation"):
@@ -204,14 +241,19 @@ class Run:
         return self.last_evaluation.metrics
 
     def note(self, **facts: Any) -> None:
-        """Facts for run.json: data counts, truncations, evaluation results."""
+        """Facts for run.json: data counts, truncations, evaluation results. Says so where rows lost tokens."""
         self._facts |= facts
+        for name, count in facts.items():
+            kind = name.removeprefix("truncated_")
+            if kind != name and count:
+                cut = f"{count} of {self._facts[kind]} {kind}"
+                self.logger.say(f"{self.description}: {cut} are too long and were truncated")
 
     def finish(self) -> None:
         """Write the trained models, run.json (config, versions, time, memory) and the evaluation's samples."""
         summary = {
             "stage": self.description,
-            "config": dataclasses.asdict(self.config),
+            "config": self.described,
             "steps": self.total_steps,
             "train_seconds": self.train_seconds,
             "phases": self.meter.summary(),
@@ -230,6 +272,7 @@ class Run:
             summary["evaluation"] = self.last_evaluation.metrics
             files["samples.json"] = self.last_evaluation.samples
         checkpoint.save(self.config.output_dir, models=self.models, tokenizer=self.tokenizer, extra_files=files)
+        checkpoint.delete(self._state_at(self.total_steps))  # the final model is past it
 
     def _static_bytes(self) -> dict[str, dict[str, int]]:
         """Weights counted over all roles at once, so that what they share belongs to the first of them."""
@@ -255,8 +298,21 @@ def load_policy_and_reference(
 
 
 def resume_directory(config: StageConfig) -> Path | None:
-    """The checkpoint this run continues from, or None; stages load their trained models from it."""
-    return checkpoint.latest(config.output_dir) if config.resume else None
+    """The checkpoint this run continues from, or None; stages load their trained models from it.
+
+    Raises ValueError where another config wrote it. More steps (offline: epochs) than it had are no other config where
+    the learning rate is constant: otherwise its decay would have been another one from the start.
+    """
+    found = checkpoint.latest(config.output_dir) if config.resume else None
+    if found is None or not (found / _RUN_CONFIG).is_file():
+        return found
+    length = "steps" if isinstance(config, OnlineConfig) else "epochs"
+    now = describe(config)
+    for name, then in json.loads((found / _RUN_CONFIG).read_text()).items():
+        longer = name == length and config.lr_schedule == "constant" and now[name] > then
+        if name not in _MAY_CHANGE and now.get(name) != then and not longer:
+            raise ValueError(f"{name}: expected {then!r} as in the run to resume, {found}, got {now.get(name)!r}")
+    return found
 
 
 def seed_everything(seed: int, step: int) -> int:

@@ -142,13 +142,8 @@ def _opinion(clause: list[str], seen: set[str]) -> float:
 # ---------------------------------------------------------------------------------------------------- reviews
 
 
-def generate_reviews(n: int, seed: int) -> list[str]:
-    """n reviews of 22 to 45 words."""
-    rng = random.Random(seed)
-    return [_review(rng) for _ in range(n)]
-
-
 def _review(rng: random.Random, style: Style = USUAL) -> str:
+    """22 to 45 words."""
     sentiment = rng.choice((-1, -1, 0, 1, 1))
     unused = {
         1: [*LEXICON["good_adjective"], *LEXICON["good_verb"]],

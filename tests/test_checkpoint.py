@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -157,10 +158,42 @@ def test_foreign_files_are_never_overwritten(tmp_path):
     directory = tmp_path / "model"
     directory.mkdir()
     (directory / "config.json").write_text("mine")
-    with pytest.raises(ValueError, match=r"directory: .* holds files that no checkpoint put there: config.json"):
+    assert checkpoint.foreign(directory) == {"config.json"} and checkpoint.foreign(tmp_path / "absent") == set()
+    with pytest.raises(ValueError, match=r"directory: .* holds files that no checkpoint put there: config.json; what"):
         checkpoint.save(directory, models={"": LlamaForCausalLM(config())})
-    assert os.listdir(directory) == ["config.json"] and (directory / "config.json").read_text() == "mine"
+    assert sorted(os.listdir(directory)) == [".new", "config.json"]
+    assert (directory / "config.json").read_text() == "mine"
     assert os.listdir(tmp_path) == ["model"]
+    AutoModelForCausalLM.from_pretrained(directory / ".new")  # what was to be saved is not lost
+    (directory / "config.json").unlink()
+    checkpoint.save(directory, models={"": LlamaForCausalLM(config())})
+    assert not hidden(directory) and checkpoint.foreign(directory) == set()
+
+
+@pytest.mark.parametrize("why", ["empty", "mount", "parent", "others"])
+def test_a_directory_that_stays_is_filled_from_inside(why, tmp_path, monkeypatch):
+    target = tmp_path / "volume"
+    target.mkdir()
+    path = tmp_path / "link"
+    path.symlink_to(target)
+    if why != "empty":
+        checkpoint.save(path, models={}, state={"step": 1})
+    if why == "mount":
+        monkeypatch.setattr(type(path), "is_mount", lambda self: True)
+    if why == "parent":
+        monkeypatch.setattr(os, "access", lambda directory, mode: directory != tmp_path)
+    if why == "others":
+        (target / "metrics.jsonl").write_text("{}\n")
+    replace = os.replace
+
+    def inside(source, to):
+        assert Path(source).is_relative_to(target) and Path(to).is_relative_to(target)
+        replace(source, to)
+
+    monkeypatch.setattr(os, "replace", inside)
+    checkpoint.save(path, models={}, state={"step": 2}, extra_files={"run.json": {}})
+    assert path.is_symlink() and checkpoint.load_state(path) == {"step": 2}
+    assert not hidden(target) and sorted(os.listdir(tmp_path)) == ["link", "volume"]
 
 
 def test_latest_and_prune(tmp_path):

@@ -113,6 +113,19 @@ def test_broken_yaml_names_file_and_line(yaml_file, capsys):
 def test_unknown_command(capsys):
     assert cli.main(["pppo"]) == 2
     assert capsys.readouterr().err == "rlhf-fast: unknown command 'pppo', did you mean 'ppo'?\n"
+    assert cli.main(["frobnicate"]) == 2
+    assert capsys.readouterr().err == "rlhf-fast: unknown command 'frobnicate'\n"
+    assert cli.main(["study", "winrat"]) == 2
+    assert capsys.readouterr().err.endswith(", shift, variance, got 'winrat', did you mean 'winrate'?\n")
+
+
+@pytest.mark.parametrize("argv", [["study"], ["study", "--help"], ["bandit", "-h"]])
+def test_a_group_lists_its_commands(argv, capsys):
+    assert cli.main(argv) == 0
+    text = capsys.readouterr().out
+    listed = re.findall(r"^  (\w+ \w+) ", text, flags=re.MULTILINE)
+    assert listed == [name for name in cli.COMMANDS if name.startswith(f"{argv[0]} ")]
+    assert text.startswith(f"usage: rlhf-fast {argv[0]} COMMAND ")
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,32 @@ def test_summary_over_steps(clock):
     assert rollout == {"seconds": 0, "seconds_median": 0, "count": 3}
 
 
+def test_summary_of_a_continued_run_and_without_what_came_before_it(clock):
+    meters = [Meter("cpu"), Meter("cpu"), Meter("cpu")]
+    for meter in meters[:2]:
+        with meter.phase("evaluation"):
+            clock.sleep(50)
+        assert meter.step(counted=False)["time/evaluation"] == 50
+    whole, *parts = meters
+    for mib, seconds in ((1, 1), (300, 2), (1, 6)):
+        for meter in (whole, parts[0]):
+            with meter.phase("policy"):
+                touch(mib)
+                clock.sleep(seconds)
+            meter.step()
+        if mib == 300:
+            parts[1].load_state_dict(parts.pop(0).state_dict())
+    expected, continued = whole.summary(), parts[0].summary()
+    assert expected["steps"] == 3 and expected["evaluation"]["count"] == 1
+    assert expected["evaluation"]["seconds"] == 50 and expected["policy"]["seconds"] == 9
+    for summary in (expected, continued):
+        for name in ("step_seconds", "step_seconds_median"):
+            del summary[name]  # they share a clock
+    assert continued.pop("policy")["peak_bytes"] == pytest.approx(expected.pop("policy")["peak_bytes"], abs=20 * MiB)
+    assert continued.pop("evaluation").keys() == expected.pop("evaluation").keys()
+    assert continued == expected
+
+
 def test_memory_is_measured_in_some_steps_only():
     meter = Meter("cpu", memory_every=4)
     measured = []

@@ -97,6 +97,14 @@ def test_score_offset_shifts_scores_and_values_and_is_saved(scorer, tmp_path, to
         torch.testing.assert_close(token_values(loaded, sequences), values - 1.25)
 
 
+def test_scores_and_values_of_bf16_passes_are_not_bf16(scorer):
+    sequences = random_sequences()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for scores in (sequence_scores(scorer, sequences), token_values(scorer, sequences)[sequences.response_mask]):
+            assert scores.dtype == torch.float32
+            assert (scores != scores.bfloat16().float()).float().mean() > 0.5
+
+
 def test_new_heads(tiny_model):
     zero = load_scorer(tiny_model, head="zero")
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from tiny_models import ARCHITECTURES, random_policy
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, MistralConfig
@@ -180,6 +181,16 @@ def test_layers_that_compute_something_else_are_found_out(monkeypatch):
     states, _ = real_hidden(model.base_model, ids, mask)
     assert packing._packable[model.base_model] and not packing._fusable[model.base_model]
     torch.testing.assert_close(states, torch.cat(alone(model, ids, mask)), rtol=1e-4, atol=1e-5)
+
+
+def test_padding_on_the_right_warns_of_nothing(monkeypatch):
+    """transformers looks for the pad id among the ids where it gets no mask."""
+    model, (ids, mask) = random_policy("gpt2"), padded_anywhere()
+    messages = []
+    monkeypatch.setattr(transformers.modeling_utils.logger, "warning_once", messages.append)
+    monkeypatch.setattr(packing, "_can_pack", lambda _: False)
+    real_hidden(model.base_model, ids, mask)
+    assert messages == []
 
 
 def test_on_fake_tensors_every_row_is_full():

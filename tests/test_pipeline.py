@@ -123,7 +123,9 @@ def test_pairs_are_written_whole_or_not_at_all(files, tiny_model, tmp_path, monk
     target = tmp_path / "pairs.jsonl.gz"
     with gzip.open(target, "wt") as file:
         file.write("old\n")
-    config = PairsConfig(model=tiny_model, prompts=files["prompts"], reward=REWARD, output=str(target))
+    config = PairsConfig(
+        model=tiny_model, prompts=files["prompts"], reward=REWARD, output=str(target), max_response_length=12
+    )
     monkeypatch.setattr(data_rows, "json", SimpleNamespace(dumps=lambda row: 1 / 0, loads=json.loads))
     with pytest.raises(ZeroDivisionError):
         pairs.sample(config)

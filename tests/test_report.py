@@ -1,6 +1,7 @@
 """The report shows the numbers it was given, in the table, the JSON and the figures, and loads nothing."""
 
 import base64
+import dataclasses
 import json
 import math
 import re
@@ -125,7 +126,7 @@ def test_report(tmp_path, runs):
 
 def test_json_holds_what_is_shown(tmp_path, runs):
     runs[1].history[-1]["eval/entropy_se"] = math.nan
-    write_report(tmp_path / "report.html", runs, title="t", samples=START, gradient_variance=VARIANCE, show_samples=2)
+    write_report(tmp_path / "report.html", runs, title="t", samples=START, gradient_variance=VARIANCE)
     report = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
     assert report["quality"][1]["true reward"] == [0.8, 0.008]
     # the gains over the prompts are 0.6, 0.3 and 0.3: mean 0.4, standard error 0.1
@@ -138,8 +139,16 @@ def test_json_holds_what_is_shown(tmp_path, runs):
     assert method["peak_bytes"] == {"rollout": 400 * MIB, "policy_update": 500 * MIB}
     assert method["static_bytes"] == runs[0].static_bytes
     assert report["gradient_variance"] == VARIANCE
-    assert [row["prompt"] for row in report["samples"]] == ["the film", "a slow"]  # lowest and highest at the start
-    assert report["samples"][1]["completions"][1] == {"method": "PPO", "completion": "PPO loved it", "reward": 0.5}
+    assert [row["prompt"] for row in report["samples"]] == PROMPTS
+    assert report["samples"][2]["completions"][1] == {"method": "PPO", "completion": "PPO loved it", "reward": 0.5}
+
+
+def test_a_few_samples_are_shown_from_the_lowest_to_the_highest(tmp_path, runs):
+    start = [{"prompt": str(i), "completion": "", "reward": (7 * i) % 20 / 20} for i in range(20)]
+    runs = [dataclasses.replace(run, samples=start) for run in runs]
+    write_report(tmp_path / "report.html", runs, title="t", samples=start)
+    shown = json.loads((tmp_path / "report.json").read_text())["samples"]
+    assert [row["completions"][0]["reward"] for row in shown] == [0, 0.25, 0.5, 0.7, 0.95]
 
 
 def test_unpaired_gain_and_no_samples(tmp_path, runs):

@@ -1,9 +1,16 @@
 """Reward functions, reward models, and their errors."""
 
+import sys
+
+import numpy
 import pytest
 import torch
+from tiny_models import random_policy
+from transformers import AutoModelForCausalLM
 
-from rlhf_fast.models import load_scorer, load_tokenizer, sequence_scores, set_score_offset
+from rlhf_fast.data import encode_preferences, encode_prompts, pad_left, pad_right
+from rlhf_fast.evaluation import completion_rewards
+from rlhf_fast.models import Sequences, load_scorer, load_tokenizer, sequence_scores, set_score_offset
 from rlhf_fast.rewards import Reward, decode_responses, load_function
 from rlhf_fast.rollout import Rollout
 from rlhf_fast.tokenizers import train_bpe
@@ -46,11 +53,35 @@ def test_function_gets_texts_and_columns(rollout, tokenizer):
 
 @pytest.mark.parametrize(
     ("returned", "message"),
-    [([1.0], "expected 2 scores, got 1"), ([1.0, float("nan")], "expected finite scores, got nan for row 1")],
+    [
+        ([1.0], "f: expected 2 scores, got 1"),
+        ([1.0, float("nan")], "f: expected finite scores, got nan for row 1"),
+        (None, "f: expected 2 scores, got None"),
+        ("ab", "f: expected 2 scores, got 'ab'"),
+        (["1", "2"], "f: expected finite scores, got '1' for row 0"),
+        ([1.0, None], "f: expected finite scores, got None for row 1"),
+        (torch.ones(2, 2), r"f: expected finite scores, got tensor\(\[1., 1.\]\) for row 0"),
+    ],
 )
 def test_bad_scores_are_errors(rollout, tokenizer, returned, message):
-    with pytest.raises(ValueError, match=message):
-        Reward(lambda prompts, completions: returned, tokenizer, CPU)(rollout, {"prompt": ["a", "b"]})
+    def f(prompts, completions):
+        return returned
+
+    with pytest.raises(ValueError, match=f"^reward {message}"):
+        Reward(f, tokenizer, CPU)(rollout, {"prompt": ["a", "b"]})
+
+
+@pytest.mark.parametrize("returned", [torch.ones(2), torch.ones(2, 1), numpy.ones(2), (1, True)])
+def test_scores_of_any_kind_of_number(rollout, tokenizer, returned):
+    score = Reward(lambda prompts, completions: returned, tokenizer, CPU)
+    assert score(rollout, {"prompt": ["a", "b"]}).tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("name", ["prompts", "completions"])
+def test_columns_named_like_an_argument_are_errors(rollout, tokenizer, name):
+    reward = Reward(lambda prompts, completions, **columns: [0.0] * 2, tokenizer, CPU)
+    with pytest.raises(ValueError, match=f"^reward <lambda>: expected no column .* got {name}$"):
+        reward(rollout, {"prompt": ["a", "b"], name: ["c", "d"]})
 
 
 def test_function_from_a_file_and_from_a_module(tmp_path):
@@ -65,6 +96,104 @@ def test_function_from_a_file_and_from_a_module(tmp_path):
         load_function("absent.py:f")
     with pytest.raises(ValueError, match="got 'no_such_package:f'"):
         load_function("no_such_package:f")
+
+
+def test_a_file_is_loaded_as_a_module(tmp_path, monkeypatch):
+    (tmp_path / "beside_the_reward.py").write_text("WORTH = 2.0\n")
+    path = tmp_path / "my.reward.py"
+    path.write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "from beside_the_reward import WORTH\n"
+        "@dataclass\nclass Scale:\n    by: float = WORTH\n"
+        "def score(prompts, completions):\n    return [Scale().by] * len(prompts)\n"
+    )
+    monkeypatch.setattr("sys.path", [*sys.path])
+    score = load_function(f"{path}:score")
+    assert score([""], [""]) == [2.0]
+    assert sys.modules[score.__module__].score is score
+    path.write_text(path.read_text().replace("WORTH\n", "3.0\n", 2).replace("import 3.0", "import WORTH"))
+    assert load_function(f"{path}:score")([""], [""]) == [3.0]
+    path.write_text("import no_such_package\n")
+    with pytest.raises(ValueError, match=r"^reward: .* got '.*my.reward.py:f': No module named 'no_such_package'$"):
+        load_function(f"{path}:f")
+
+
+def test_a_module_is_found_in_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "reward_in_cwd.py").write_text("def score(prompts, completions):\n    return [1.0]\n")
+    monkeypatch.setattr("sys.path", [folder for folder in sys.path if folder not in ("", str(tmp_path))])
+    monkeypatch.chdir(tmp_path)
+    assert load_function("reward_in_cwd:score")([""], [""]) == [1.0]
+    with pytest.raises(
+        ValueError, match="^reward: expected a directory, .* got 'json.nope:x': No module named 'json.n"
+    ):
+        load_function("json.nope:x")
+
+
+@pytest.fixture
+def chat_tokenizer():
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    return train_bpe(["the film was good . "], 280, bos_token="<bos>", chat_template=template)
+
+
+def scorer_of(tokenizer, directory, positions=64) -> str:
+    torch.manual_seed(0)
+    policy = random_policy("gpt2", len(tokenizer))
+    policy.config.n_positions = positions
+    AutoModelForCausalLM.from_config(policy.config).save_pretrained(directory)
+    load_scorer(directory).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+def test_texts_are_scored_on_the_ids_of_training(chat_tokenizer, tmp_path):
+    reward = Reward(scorer_of(chat_tokenizer, tmp_path), chat_tokenizer, CPU, max_prompt_length=8)
+    message = [{"role": "user", "content": "the film was good"}]
+    for prompt in (message, "the film"):
+        row = {"prompt": prompt, "chosen": "good", "rejected": "bad"}
+        (pair,) = encode_preferences([row], chat_tokenizer, 64, 8).examples
+        (example,) = encode_prompts([row], chat_tokenizer, 8).examples
+        sequences = Sequences(*pad_left([pair.prompt_ids], 0), *pad_right([pair.chosen_ids], 0))
+        expected = sequence_scores(reward.model, sequences)
+        columns = {"prompt": [example.prompt]}
+        assert torch.equal(reward.of_texts(["good"], columns), expected)
+        assert torch.equal(reward.of_texts(["good"], columns, prompt_ids=[example.prompt_ids]), expected)
+        assert torch.equal(completion_rewards([example._replace(columns={"completion": "good"})], reward), expected)
+
+
+def test_completions_to_compare_with_follow_the_prompt_as_the_policy_gets_it(chat_tokenizer, tmp_path):
+    """Also where the chat template writes no BOS, which the text cannot tell from one that has to be put there."""
+    chat_tokenizer.chat_template = chat_tokenizer.chat_template.removeprefix("{{ bos_token }}")
+    reward = Reward(scorer_of(chat_tokenizer, tmp_path), chat_tokenizer, CPU)
+    row = {"prompt": [{"role": "user", "content": "the film"}], "completion": "good"}
+    (example,) = encode_prompts([row], chat_tokenizer, 64).examples
+    assert chat_tokenizer.bos_token_id not in example.prompt_ids
+    answer = chat_tokenizer("good", add_special_tokens=False)["input_ids"] + [chat_tokenizer.eos_token_id]
+    expected = sequence_scores(reward.model, Sequences(*pad_left([example.prompt_ids], 0), *pad_right([answer], 0)))
+    assert torch.equal(completion_rewards([example], reward), expected)
+
+
+def test_another_tokenizer_does_not_read_the_policys_bos(chat_tokenizer, tmp_path):
+    policys = train_bpe(["the film was good . "], 280, bos_token="<s>")
+    reward = Reward(scorer_of(chat_tokenizer, tmp_path), policys, CPU)
+    own = reward._tokenize(["a"], ["<bos>the film"], [True], None)
+    for prompt in ("<s>the film", "the film"):
+        assert torch.equal(reward._tokenize(["a"], [prompt], [True], None).prompt_ids, own.prompt_ids)
+
+
+def test_long_texts_are_cut_to_what_a_reward_model_can_read(rollout, tokenizer, chat_tokenizer, tmp_path):
+    spec = scorer_of(chat_tokenizer, tmp_path, positions=16)
+    columns = {"prompt": ["the film was good . " * 40, "<bos>the plot"]}
+    for length in (6, 400):
+        reward = Reward(spec, tokenizer, CPU, max_prompt_length=length)
+        assert reward.reader is None
+        assert reward(rollout, columns).isfinite().all()
+    seen = Reward(spec, tokenizer, CPU, max_prompt_length=6)._tokenize(
+        ["a", "b"], columns["prompt"], [True, False], None
+    )
+    assert seen.prompt_mask.sum(dim=1).max() == 6
+    assert seen.prompt_ids[0, 0] == chat_tokenizer.bos_token_id
+    assert (seen.prompt_ids == chat_tokenizer.bos_token_id).sum().item() == 2
 
 
 def test_reward_model_scores_token_ids(rollout, tiny_model, tmp_path, tokenizer):

@@ -91,8 +91,13 @@ def test_completion_can_turn_every_verdict():
     assert np.mean(world.true_reward(prompts, ["."] * 500)) == pytest.approx(0.5, abs=0.02)
 
 
+def reviews(n: int, seed: int) -> list[str]:
+    rng = random.Random(seed)
+    return [world._review(rng) for _ in range(n)]
+
+
 def test_reviews_are_grammatical_and_of_the_right_length():
-    for review in world.generate_reviews(300, seed=2):
+    for review in reviews(300, seed=2):
         prompt, completion = world.split_prompt(review, random.Random(0))
         assert f"{prompt} {completion}" == review
         assert 8 <= len(prompt.split()) <= 18
@@ -107,10 +112,10 @@ def test_reviews_are_grammatical_and_of_the_right_length():
 
 
 def test_same_seed_same_world():
-    assert world.generate_reviews(1, seed=0) == [
+    assert reviews(1, seed=0) == [
         "the music is elegant . critics mocked the camera . i saw it on friday . the story seemed truly great ."
     ]
-    assert world.generate_reviews(5, seed=0)[:2] == world.generate_reviews(2, seed=0)
+    assert reviews(5, seed=0)[:2] == reviews(2, seed=0)
     assert world.sft_rows(20, seed=3) == world.sft_rows(20, seed=3)
     assert world.sft_rows(20, seed=3) != world.sft_rows(20, seed=4)
     assert world.prompt_rows(20, seed=3) == world.prompt_rows(20, seed=3)
@@ -154,7 +159,7 @@ def test_tokenizer_gives_the_text_back(tmp_path):
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (0, 1, 2)
     assert 100 <= len(tokenizer) <= 200
-    for review in world.generate_reviews(300, seed=5):
+    for review in reviews(300, seed=5):
         ids = tokenizer(review)["input_ids"]
         assert len(ids) == len(review.split())
         assert min(ids) > 2

@@ -6,8 +6,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench.record import about_run, write
+from bench.record import about_run
 from bench.trainers import cases, compare, report
+from rlhf_fast.files import write_text
 from rlhf_fast.metrics import print_table
 
 
@@ -30,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     for title, table in {record["command"]: report.rows(results), "First step": equalities, "Bars": bars}.items():
         print_table(title, table)
     if args.out:
-        write(args.out.with_suffix(".md"), report.markdown(record).encode())
-        write(args.out, (json.dumps(record, indent=2, allow_nan=False) + "\n").encode())
+        write_text(args.out.with_suffix(".md"), report.markdown(record))
+        write_text(args.out, json.dumps(record, indent=2, allow_nan=False) + "\n")
         print(f"written: {args.out} and beside it .md")
     return int(args.check and any(bar["met"] == "NO" for bar in bars))

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from bench.report import markdown_table
 from bench.trainers.compare import OURS, TOLERANCE
+from rlhf_fast.metrics import markdown_table
 
 
 def rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -14,7 +14,7 @@ def rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for name, seconds in result["seconds_per_step"].items():
             row = {"trainer": result["trainer"], "by": name, "steps/s": 1 / seconds["median"]}
             row |= {f"{quantile} seconds": seconds[quantile] for quantile in ("median", "p20", "p80")}
-            row["CPU seconds"] = result["cpu_seconds_per_step"][name]["median"]
+            row["CPU time seconds"] = result["cpu_seconds_per_step"][name]["median"]
             row["peak bytes"] = result["peak_bytes"][name]
             if name != OURS:
                 row["ours is faster"] = f"{result['speedup_seconds']['median']:.3g}x"

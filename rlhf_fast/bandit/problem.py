@@ -84,11 +84,6 @@ def policy(theta: Tensor, states: Tensor, setting: Setting) -> Tensor:
     return (features(states, setting) @ theta[..., None, :, None])[..., 0].softmax(-1)
 
 
-def best_reward() -> float:
-    """E_s[max_a r(s, a)] in closed form: action 3 is best while tan(pi s) < 2, action 0 from there on."""
-    return (2.5 + 1.5 * 5**0.5) / torch.pi
-
-
 def optimality_gap(theta: Tensor, setting: Setting) -> Tensor:
     """E_s[max_a r(s, a)] - E_s E_{a ~ pi}[r(s, a)] of each policy [..., F] by quadrature over 4096 states, [...].
 

@@ -165,14 +165,14 @@ def bars(record: Mapping[str, Any]) -> Figure:
     axes.set_yticks(places, [_label(name) for name in methods])
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel("optimality gap")
+    axes.set_xlabel(_gap_label(record))
     return figure
 
 
 def against_ratio(record: Mapping[str, Any]) -> Figure:
     """Gap against m/n; what does not see the new states is a level line."""
     figure, axes = _figure()
-    axes.set_ylabel("optimality gap")
+    axes.set_ylabel(_gap_label(record))
     methods = record["methods"]
     for name in (name for name in methods if not name.startswith("rmb_po_plus")):
         mean, error = methods[name]["mean"], methods[name]["se"]
@@ -192,7 +192,7 @@ def against_ratio(record: Mapping[str, Any]) -> Figure:
 def against_n(record: Mapping[str, Any]) -> Figure:
     """Gap against the number of preferences; of RMB-PO+ the largest ratio."""
     figure, axes = _figure()
-    axes.set_ylabel("optimality gap")
+    axes.set_ylabel(_gap_label(record))
     sizes = sorted(record["by_n"], key=int)
     numbers = [int(size) for size in sizes]
     for name in _shown(record["methods"]):
@@ -218,6 +218,10 @@ def policies(thetas: Mapping[str, Tensor], setting: str) -> Figure:
     figure.axes[0].set_ylabel("probability")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=ACTIONS)
     return figure
+
+
+def _gap_label(record: Mapping[str, Any]) -> str:
+    return f"optimality gap,\nmean ± standard error, {record['seeds']} seeds"
 
 
 def _figure(height: float = 4.6) -> tuple[Figure, Axes]:

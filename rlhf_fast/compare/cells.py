@@ -3,12 +3,12 @@
 import dataclasses
 import itertools
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf_fast.compare.config import CompareConfig
 from rlhf_fast.compare.start import LORA_RATE, Start
+from rlhf_fast.files import write_text
 from rlhf_fast.pipeline import METHODS, NAMES
 from rlhf_fast.rows import read_rows
 
@@ -46,10 +46,7 @@ def first_rows(pairs: str | None, rows: int, config: CompareConfig) -> str:
     found = [json.dumps(row) for _, row in itertools.islice(read_rows(pairs), rows)]
     if len(found) < rows:
         raise ValueError(f"pairs: expected at least steps * batch_size / 2 = {rows} rows, got {len(found)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.new")
-    partial.write_text("\n".join(found) + "\n")
-    os.replace(partial, path)
+    write_text(path, "\n".join(found) + "\n")
     return str(path)
 
 

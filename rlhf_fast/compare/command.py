@@ -1,7 +1,6 @@
 """`rlhf-fast compare`: run the cells, put their figures into tables, JSON, Markdown and plots."""
 
 import datetime
-import os
 import shlex
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from rlhf_fast.compare.figures import figures_of, median_over_seeds, time_model
 from rlhf_fast.compare.plots import write_plots
 from rlhf_fast.compare.start import prepare
 from rlhf_fast.compare.tables import markdown, show
+from rlhf_fast.files import write_text
 from rlhf_fast.pipeline import METHODS
 from rlhf_fast.plan.command import largest_batch, plan_of
 from rlhf_fast.plan.gpus import parse_memory
@@ -49,9 +49,7 @@ def run(config: CompareConfig) -> None:
     show(record)
     write_json(out / "compare.json", record)
     plots = write_plots(out / "plots", rows)
-    partial = out / ".compare.md.new"
-    partial.write_text(markdown(record, plots))
-    os.replace(partial, out / "compare.md")
+    write_text(out / "compare.md", markdown(record, plots))
     print(f"compare: wrote {out / 'compare.md'}")
 
 

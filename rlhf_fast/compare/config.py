@@ -13,7 +13,9 @@ class CompareConfig:
     Every run has a process of its own. PPO takes one pass over each rollout unless `options` says otherwise.
     """
 
-    model: str = arg("demo", "demo, 10M, 60M, opt-1.3b, llama-2-7b (random weights but demo), or a checkpoint.")
+    model: str = arg(
+        "demo", "demo, 10M (8.4M weights), 60M (58M), opt-1.3b, llama-2-7b (random weights but demo), or a checkpoint."
+    )
     output_dir: str = required("Directory for compare.json, compare.md, plots and a folder per run.")
     methods: list[str] = field(
         default_factory=lambda: ["ppo", "remax", "reinforce", "rloo", "grpo", "dpo"],

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from rlhf_fast.plots import COLORS, MARKERS, MIB, PHASE_COLORS, ROLE_COLORS, STYLE
+from rlhf_fast.plots import COLORS, MARKERS, MIB, PHASE_COLORS, ROLE_COLORS, STYLE, band
 
 _ACTIVATIONS = "#BBBBBB"
 _DASHES = {"small critic": "--", "shared trunk": ":"}
@@ -32,13 +32,14 @@ def write_plots(directory: Path, rows: Sequence[Mapping[str, Any]]) -> list[Path
 
 
 def step_time(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Median wall time of a step, stacked by phase."""
+    """Median wall time of a step, stacked by phase; in seconds where one of them takes a second or more."""
+    unit, scale = ("s", 1) if max(row["step_seconds"] for row in rows) >= 1 else ("ms", 1000)
 
     def parts(row: Mapping[str, Any]) -> dict[str, float]:
-        phases = {phase: row["phase_seconds"].get(phase, 0.0) * 1e3 for phase in PHASE_COLORS if phase != "other"}
-        return phases | {"other": max(0.0, row["step_seconds"] * 1e3 - sum(phases.values()))}
+        phases = {phase: row["phase_seconds"].get(phase, 0.0) * scale for phase in PHASE_COLORS if phase != "other"}
+        return phases | {"other": max(0.0, row["step_seconds"] * scale - sum(phases.values()))}
 
-    return _stacked(rows, parts, PHASE_COLORS, "median time of a step (ms)")
+    return _stacked(rows, parts, PHASE_COLORS, f"median time of a step ({unit})", ".1f" if unit == "s" else ",.0f")
 
 
 def memory(rows: Sequence[Mapping[str, Any]]) -> Figure:
@@ -69,8 +70,7 @@ def reward(rows: Sequence[Mapping[str, Any]]) -> Figure:
             if variant and variant[-1].startswith("LoRA"):
                 style["alpha"] = 0.55
             axes.plot(x, y, marker=MARKERS[name], markersize=4, linewidth=1.3, label=row["name"], **style)
-            low, high = ([a + sign * b for a, b in zip(y, error, strict=True)] for sign in (-1, 1))
-            axes.fill_between(x, low, high, color=COLORS[name], alpha=0.08, linewidth=0)
+            band(axes, x, y, error, COLORS[name], 0.08)
         axes.set_xlabel(label)
     figure.axes[0].set_ylabel("reward on held-out prompts")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
@@ -82,6 +82,7 @@ def _stacked(
     parts: Callable[[Mapping[str, Any]], Mapping[str, float]],
     colors: Mapping[str, str],
     label: str,
+    number: str = ",.0f",
 ) -> Figure:
     figure = Figure(figsize=(7.2, 1.9 + 0.4 * len(rows)))
     axes: Axes = figure.subplots()
@@ -92,7 +93,7 @@ def _stacked(
             if size:
                 axes.barh(i, size, left=left, color=colors.get(part, "#AABBCC"), height=0.66)
                 left, shown[part] = left + size, None
-        axes.annotate(f"{left:,.0f}", (left, i), (4, 0), textcoords="offset points", va="center")
+        axes.annotate(f"{left:{number}}", (left, i), (4, 0), textcoords="offset points", va="center")
     axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
     axes.invert_yaxis()
     axes.grid(False, axis="y")

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_fast.metrics import format_value, print_table
+from rlhf_fast.metrics import markdown_table, print_table
 
 PHASES = ("rollout", "scoring", "reference", "value", "policy_update", "value_update", "optimizer")
 _TITLES = {
@@ -68,21 +68,16 @@ def show(record: Mapping[str, Any]) -> None:
 
 def markdown(record: Mapping[str, Any], plots: Sequence[Path]) -> str:
     config, machine = record["config"], record["environment"] or {}
+    sizes = {row["parameters"]["policy"] for row in record["methods"] if row["ran"]}
+    weights = f", {max(sizes) / 1e6:,.1f}M weights" if sizes else ""
     parts = [
-        f"# {config['model']}: methods side by side",
+        f"# {config['model']}{weights}: methods side by side",
         f"`{record['command']}`, {record['date']}: " + ", ".join(f"{k} {v}" for k, v in machine.items()) + ".",
         f"{config['batch_size']} completions a step, {config['steps']} steps, medians over steps"
         + (f" and {len(config['seeds'])} seeds" if len(config["seeds"]) > 1 else ", one seed")
         + "; every run in a process of its own.",
     ]
     for name, rows in tables(record).items():
-        parts += [f"## {_TITLES[name]}", _markdown_table(rows)] + ([_NOTES[name]] if name in _NOTES else [])
+        parts += [f"## {_TITLES[name]}", markdown_table(rows)] + ([_NOTES[name]] if name in _NOTES else [])
     parts += [f"![{path.stem.replace('_', ' ')}](plots/{path.name})" for path in plots]
     return "\n\n".join(parts) + "\n"
-
-
-def _markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [columns, ["---"] * len(columns)]
-    lines += [[format_value(column, row[column]) if column in row else "" for column in columns] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -203,7 +203,7 @@ def _norm(module: nn.Module) -> Function:
     def norm(x: Tensor) -> Tensor:
         if compiled is not None and x.dtype is weight.dtype and x.is_contiguous():
             return compiled(x)
-        return F.rms_norm(x, weight.shape, weight, epsilon)
+        return F.rms_norm(x.to(weight.dtype), weight.shape, weight, epsilon).to(x.dtype)  # torch warns of two dtypes
 
     return norm
 

@@ -4,7 +4,6 @@ Leaves out the sum over micro-batches: pass the global denominator as `normalize
 """
 
 import math
-import sys
 
 import torch
 from torch import Tensor
@@ -250,7 +249,7 @@ def as_tensor(normalizer: float | Tensor | None) -> Tensor | None:
 
 def _denominator(normalizer: Tensor | None) -> float:
     """As the compiled core takes it; 0 lets it count for itself."""
-    return 0.0 if normalizer is None else max(float(normalizer), sys.float_info.min)
+    return 0.0 if normalizer is None else float(normalizer)
 
 
 @kernel("ppo_loss", "cpu")

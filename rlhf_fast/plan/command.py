@@ -2,13 +2,13 @@
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from rlhf_fast.config import StageConfig
+from rlhf_fast.files import write_text
 from rlhf_fast.metrics import print_table
 from rlhf_fast.models import default_device
 from rlhf_fast.plan.config import PlanConfig
@@ -29,9 +29,7 @@ def run(plan: PlanConfig) -> None:
 
         report["measured"] = compare(planner)
     if plan.out:
-        new = Path(plan.out).with_name(f".{Path(plan.out).name}.new")
-        new.write_text(json.dumps(report, indent=2) + "\n")
-        os.replace(new, plan.out)
+        write_text(plan.out, json.dumps(report, indent=2) + "\n")
 
 
 def dry_run(method: str, config: StageConfig) -> None:

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_fast.config import DPOConfig
 from rlhf_fast.data import Encoded, PreferenceExample, encode_preferences, load_rows, pad_id, pad_left, pad_right
 from rlhf_fast.evaluation import make_evaluator
-from rlhf_fast.models import Sequences, default_device, load_tokenizer
+from rlhf_fast.limits import check_rows
+from rlhf_fast.models import Sequences, check_tokenizer, default_device, load_tokenizer
 from rlhf_fast.objectives import Objectives
 from rlhf_fast.training import Learner, Run, load_policy_and_reference, micro_batches, offline_batches
 
@@ -22,12 +23,17 @@ def train(config: DPOConfig) -> None:
     """Train `config.model` on preference pairs; the result goes to `config.output_dir`."""
     device = default_device()
     tokenizer = load_tokenizer(config.model)
+    if config.reference is not None:
+        check_tokenizer(config.reference, tokenizer, "reference")
     data = _encode(config.train_data, tokenizer, config)
     held_out = _encode(config.eval_pairs, tokenizer, config).examples if config.eval_pairs else []
     batches = offline_batches(len(data.examples), config.batch_size, config.epochs, config.seed)
     pad = pad_id(tokenizer)
     policy, reference = load_policy_and_reference(config, device)
     reference.to(device)
+    rows = [e.prompt_ids + ids for e in (*data.examples, *held_out) for ids in (e.chosen_ids, e.rejected_ids)]
+    check_rows(policy, tokenizer, rows, "max_length")
+    check_rows(reference, tokenizer, rows, "max_length", role="reference")
     learner = Learner(policy, config, len(batches))
     objectives = Objectives(policy, fused=config.fused_head)
     size = config.micro_batch_size or config.batch_size
@@ -68,6 +74,7 @@ def train(config: DPOConfig) -> None:
         len(batches),
         learners={"policy": learner},
         tokenizer=tokenizer,
+        frozen={"reference": reference if evaluator is not None else None},
         evaluator=evaluator,
         show=("loss", "rewards/accuracies", "rewards/margins"),
     ) as run:

@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from rlhf_fast.config import OnlineConfig
 from rlhf_fast.data import PromptExample, encode_prompts, epoch_batches, load_rows, pad_id, pad_left
-from rlhf_fast.evaluation import make_evaluator, prompt_columns
+from rlhf_fast.evaluation import check_prompts, make_evaluator, prompt_columns
 from rlhf_fast.memory import Meter
-from rlhf_fast.models import default_device, load_tokenizer
+from rlhf_fast.models import check_tokenizer, default_device, load_tokenizer
 from rlhf_fast.objectives import Objectives
 from rlhf_fast.offload import place, visiting
 from rlhf_fast.ops import kl_penalty
@@ -73,6 +74,8 @@ class Online:
         self.greedy, self.greedy_length = greedy, greedy_length
         self.device = default_device()
         self.tokenizer = load_tokenizer(config.model)
+        if config.reference is not None:
+            check_tokenizer(config.reference, self.tokenizer, "reference")
         rows = load_rows(config.train_data, "prompt")
         data = encode_prompts(rows, self.tokenizer, config.max_prompt_length)
         self.prompts, self.truncated = data.examples, data.truncated
@@ -93,9 +96,11 @@ class Online:
             self.tokenizer,
             self.device,
             micro_batch_size=config.micro_batch_size,
+            max_prompt_length=config.max_prompt_length,
             shared=self.policy if config.share_base else None,
             offload=config.offload,
         )
+        self.check_lengths(model=self.policy, reference=self.reference, reward=self.reward.reader)
         self.evaluator = make_evaluator(config, self.tokenizer, self.device, self.reference, self.reward)
         self.updates = config.steps * updates_per_round
         self.learner = Learner(self.policy, config, self.updates)
@@ -131,6 +136,10 @@ class Online:
                 del experience  # else it is there, kept sets and all, while the next one is sampled
                 run.end_step(step, metrics)
             run.finish()
+
+    def check_lengths(self, **models: PreTrainedModel | None) -> None:
+        """ValueError unless every one of `models` (role -> model) can read this run's prompts and completions."""
+        check_prompts(self.prompts, self.config.max_response_length, self.tokenizer, **models)
 
     def collect(self, meter: Meter, step: int) -> Experience:
         """Sample, score and take the reference's log-probs for round `step`."""

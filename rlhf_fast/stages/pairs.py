@@ -7,7 +7,7 @@ import torch
 
 from rlhf_fast.config import PairsConfig
 from rlhf_fast.data import encode_prompts, load_rows, pad_id, pad_left
-from rlhf_fast.evaluation import prompt_columns
+from rlhf_fast.evaluation import check_prompts, prompt_columns
 from rlhf_fast.models import default_device, load_policy, load_tokenizer
 from rlhf_fast.rewards import Reward, decode_responses
 from rlhf_fast.rollout import eos_token_ids, generate
@@ -20,11 +20,12 @@ def sample(config: PairsConfig) -> None:
     device = default_device()
     tokenizer = load_tokenizer(config.model)
     policy = load_policy(config.model, trainable=False).to(device)
-    reward = Reward(config.reward, tokenizer, device)
+    reward = Reward(config.reward, tokenizer, device, max_prompt_length=config.max_prompt_length)
     rows = load_rows(config.prompts, "prompt")[: config.max_rows]
     prompts = encode_prompts(rows, tokenizer, config.max_prompt_length).examples
     if len(prompts) <= config.eval_rows:
         raise ValueError(f"eval_rows: expected fewer than the {len(prompts)} prompts, got {config.eval_rows}")
+    check_prompts(prompts, config.max_response_length, tokenizer, model=policy, reward=reward.reader)
     labels = torch.Generator().manual_seed(config.seed)
     pairs = []
     for rows in micro_batches(len(prompts), config.batch_size):

@@ -7,7 +7,6 @@ epochs of minibatches with clipped policy and value losses.
 """
 
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,7 +14,14 @@ from torch import Tensor
 
 from rlhf_fast.adapters import lora_of
 from rlhf_fast.config import PPOConfig
-from rlhf_fast.models import hidden_values, load_scorer, load_tokenizer, response_hidden, token_values, value_head_on
+from rlhf_fast.models import (
+    check_tokenizer,
+    hidden_values,
+    load_scorer,
+    response_hidden,
+    token_values,
+    value_head_on,
+)
 from rlhf_fast.ops import LinearPPOLoss, ValueLoss, gae, ppo_value_loss, shape_rewards, whiten
 from rlhf_fast.rollout import Rollout
 from rlhf_fast.stages.online import Experience, Online
@@ -51,21 +57,18 @@ def load_critic(online: Online) -> Learner:
             raise ValueError(f"critic: expected model, as no hidden states give the logits of {config.model}")
         model = value_head_on(online.policy, saved)
     else:
-        from_reward = config.reward if online.reward.model is not None else config.model
-        path = saved or config.value_model or from_reward
-        check_tokenizer(path, online)
+        path = saved or config.value_model or value_start(online)
+        check_tokenizer(path, online.tokenizer, "value_model")
         shared = online.policy if config.share_base else None
         model = load_scorer(path, head="zero", lora=lora_of(config), shared=shared).to(online.device)
+        online.check_lengths(value_model=model)
     trained = model.score.parameters() if config.critic == "shared" else None
     return Learner(model, config, online.updates, learning_rate=config.value_learning_rate, parameters=trained)
 
 
-def check_tokenizer(path: str | Path, online: Online) -> None:
-    """The value model reads the policy's token ids; only a directory with a tokenizer of its own can be checked."""
-    if not Path(path, "tokenizer_config.json").is_file():
-        return
-    if load_tokenizer(path).get_vocab() != online.tokenizer.get_vocab():
-        raise ValueError(f"value_model: expected a model with the policy's tokenizer, found another in {path}")
+def value_start(online: Online) -> str:
+    """What a value model starts from unless the config says: the reward model where it reads the policy's tokens."""
+    return online.config.reward if online.reward.reader is not None else online.config.model
 
 
 def advantages_and_returns(run: Run, online: Online, critic: Learner, experience: Experience) -> Targets:

@@ -20,6 +20,7 @@ from rlhf_fast.data import (
     pad_left,
     pad_right,
 )
+from rlhf_fast.limits import check_rows
 from rlhf_fast.models import (
     Sequences,
     default_device,
@@ -47,6 +48,10 @@ def train(config: RewardConfig) -> None:
     batches = offline_batches(len(examples), config.batch_size, config.epochs, config.seed)
     torch.manual_seed(config.seed)  # for the new head
     model = load_scorer(resume_directory(config) or config.model, lora=lora_of(config)).to(device)
+    check_rows(model, tokenizer, [row for e in (*examples, *(held_out or [])) for row in _answers(e)], "max_length")
+    prompts = [e.prompt_ids for e in examples[: config.normalize_samples]]
+    lengths = "max_prompt_length, max_response_length"
+    check_rows(model, tokenizer, prompts, lengths, response=config.max_response_length)
     learner = Learner(model, config, len(batches))
 
     show = ("loss", "accuracy")
@@ -73,6 +78,7 @@ def train(config: RewardConfig) -> None:
                     run.note(**metrics)
             run.end_step(step, metrics)
         if config.normalize_samples:
+            run.save_state(len(batches))  # sampling may fail; the trained weights must not go with it
             mean, se = normalize(model, examples, tokenizer, config)
             run.note(score_offset=mean, score_offset_se=se)
         run.finish()
@@ -85,7 +91,8 @@ def preference_loss(model: PreTrainedModel, batch: list[Example], pad: int, cent
         answers = [(e.prompt_ids, ids) for e in batch for ids in e.completion_ids]
         scores_BK = torch.zeros(ranks_BK.shape, device=model.device)
         scores_BK = scores_BK.masked_scatter(ranks_BK >= 0, sequence_scores(model, _sequences(model, answers, pad)))
-        return ranking_loss(scores_BK, ranks_BK)
+        out = ranking_loss(scores_BK, ranks_BK)
+        return out._replace(loss=out.loss + center_coef * _centring(scores_BK, ranks_BK)) if center_coef else out
     answers = [(e.prompt_ids, e.chosen_ids) for e in batch] + [(e.prompt_ids, e.rejected_ids) for e in batch]
     chosen_B, rejected_B = sequence_scores(model, _sequences(model, answers, pad)).chunk(2)
     margins = [e.margin for e in batch]
@@ -93,6 +100,13 @@ def preference_loss(model: PreTrainedModel, batch: list[Example], pad: int, cent
     if any(m is not None for m in margins):
         margin_B = torch.tensor([m or 0.0 for m in margins], device=model.device)
     return reward_loss(chosen_B, rejected_B, margin=margin_B, center_coef=center_coef)
+
+
+def _centring(scores_BK: Tensor, ranks_BK: Tensor) -> Tensor:
+    """`reward_loss`'s mean of (s_i + s_j)^2, over the pairs that `ranking_loss` takes its mean over."""
+    pairs_BKK = (ranks_BK[:, :, None] >= 0) & (ranks_BK[:, :, None] < ranks_BK[:, None, :])
+    sums_BKK = scores_BK[:, :, None] + scores_BK[:, None, :]
+    return torch.where(pairs_BKK, sums_BKK.square(), 0.0).sum() / pairs_BKK.sum().clamp(min=1)
 
 
 @torch.no_grad()
@@ -136,9 +150,17 @@ def normalize(
 
 def _encode(path: str, tokenizer: PreTrainedTokenizerBase, config: RewardConfig) -> tuple[list[Example], int]:
     _, first = next(iter(read_rows(path)), ("", {}))
-    kind = "ranking" if isinstance(first, dict) and "completions" in first else "preference"
+    ranked = isinstance(first, dict) and ("ranks" in first or ("completions" in first and "chosen" not in first))
+    kind = "ranking" if ranked else "preference"
     encode = encode_rankings if kind == "ranking" else encode_preferences
     return encode(load_rows(path, kind), tokenizer, config.max_length, config.max_prompt_length)
+
+
+def _answers(example: Example) -> list[list[int]]:
+    """The whole rows of an example."""
+    pair = isinstance(example, PreferenceExample)
+    answers = [example.chosen_ids, example.rejected_ids] if pair else example.completion_ids
+    return [example.prompt_ids + ids for ids in answers]
 
 
 def _pairs(example: Example) -> int:

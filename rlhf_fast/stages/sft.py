@@ -9,6 +9,7 @@ from torch import Tensor
 from rlhf_fast.adapters import lora_of
 from rlhf_fast.config import SFTConfig
 from rlhf_fast.data import SFTExample, encode_sft, load_rows, pad_id, pad_right
+from rlhf_fast.limits import check_rows
 from rlhf_fast.models import Sequences, default_device, load_policy, load_tokenizer
 from rlhf_fast.objectives import Objectives
 from rlhf_fast.training import Learner, Run, autocast, micro_batches, offline_batches, resume_directory
@@ -25,6 +26,7 @@ def train(config: SFTConfig) -> None:
         held_out = encode_sft(rows, tokenizer, config.max_length, config.max_prompt_length).examples
     batches = offline_batches(len(data.examples), config.batch_size, config.epochs, config.seed)
     policy = load_policy(resume_directory(config) or config.model, lora=lora_of(config)).to(device)
+    check_rows(policy, tokenizer, [e.input_ids for e in (*data.examples, *(held_out or []))], "max_length")
     learner = Learner(policy, config, len(batches))
     objectives = Objectives(policy, fused=config.fused_head)
     pad = pad_id(tokenizer)

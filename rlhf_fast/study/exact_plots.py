@@ -6,7 +6,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from rlhf_fast.plots import MARKERS, STYLE
+from rlhf_fast.plots import MARKERS, STYLE, band
 from rlhf_fast.study.plots import STUDY_COLORS
 
 _COLORS = STUDY_COLORS | {
@@ -32,11 +32,7 @@ def write_plot(path: Path, record: dict[str, Any]) -> None:
         for name, method in record["methods"].items():
             style = {"color": _COLORS[name], "linestyle": "--" if name in _DASHED else "-"}
             right.plot(best["kl"], method["envelope"]["mean"], linewidth=1.4, label=name, **style)
-            low, high = (
-                [m + sign * e for m, e in zip(method["envelope"]["mean"], method["envelope"]["se"], strict=True)]
-                for sign in (-1, 1)
-            )
-            right.fill_between(best["kl"], low, high, color=_COLORS[name], alpha=0.15, linewidth=0)
+            band(right, best["kl"], method["envelope"]["mean"], method["envelope"]["se"], _COLORS[name])
             cloud = [p for run in record["runs"] if run["method"] == name and run["seed"] == 0 for p in run["points"]]
             _, kls, rewards = zip(*cloud, strict=True)
             left.plot(kls, rewards, MARKERS.get(name, "."), color=_COLORS[name], markersize=3, alpha=0.7)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from rlhf_fast.metrics import print_table, read_metrics
+from rlhf_fast.pipeline import reward_name_of
 from rlhf_fast.study import best_of
 from rlhf_fast.study.config import FrontierConfig
 from rlhf_fast.study.envelopes import Point, envelope, mean_error, mean_errors
@@ -31,7 +32,12 @@ def run(config: FrontierConfig) -> dict[str, Any]:
     """Trains what is not there yet, prints the table, writes frontier.json and frontier.png to `config.out`."""
     cells = train(config, STRENGTHS if config.strengths == "all" else MAIN)
     runs = [{"method": c.method, "strength": c.strength, "seed": c.seed, "points": points_of(c)} for c in cells]
-    content = {"given_true_reward": given_true_reward(cells), **summary(runs, config.kl_to), "runs": runs}
+    content = {
+        "reward_name": reward_name_of(cells[0].config.eval_reward),
+        "given_true_reward": given_true_reward(cells),
+        **summary(runs, config.kl_to),
+        "runs": runs,
+    }
     record = write_record(Path(config.out) / "frontier.json", config, content)
     save(Path(config.out) / "frontier.png", frontier_figure, record)
     _show(record)

@@ -7,8 +7,9 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from rlhf_fast.plots import COLORS, MARKERS, STYLE
+from rlhf_fast.plots import COLORS, MARKERS, STYLE, band
 
 STUDY_COLORS = COLORS | {
     "PPO-GT": "#56B4E9",
@@ -44,8 +45,13 @@ def frontier_figure(record: dict[str, Any]) -> Figure:
         axes.set_title(title, fontsize=11)
         axes.set_xlabel("KL to the SFT model, nats per completion")
         axes.set_xlim(0, kl[-1])
-    left.set_ylabel("true reward")
-    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    left.set_ylabel(f"{record['reward_name']} on held-out prompts")
+    lines, names = right.get_legend_handles_labels()
+    handles = [
+        Line2D([], [], color=STUDY_COLORS[name], linestyle=line.get_linestyle(), marker=MARKERS.get(name, "."))
+        for line, name in zip(lines, names, strict=True)
+    ]
+    figure.legend(handles, names, loc="outside lower center", ncols=5)
     return figure
 
 
@@ -62,8 +68,9 @@ def winrate_figure(record: dict[str, Any]) -> Figure:
     for i, row in enumerate(shares):
         for j, share in enumerate(row):
             if i != j:
-                color = "white" if abs(share - 0.5) > 0.3 else "black"
-                axes.text(j, i, f"{100 * share:.0f}", ha="center", va="center", color=color, fontsize=10)
+                percent = round(100 * share)
+                color = "white" if abs(percent - 50) > 30 else "black"
+                axes.text(j, i, f"{percent}", ha="center", va="center", color=color, fontsize=10)
     axes.set_title("prompts won by the row over the column, %", fontsize=11)
     return figure
 
@@ -110,7 +117,7 @@ def shift_figure(record: dict[str, Any]) -> Figure:
             axes.bar(i + place, gain["mean"], yerr=gain["se"], **style)
     axes.set_xticks(range(len(methods)), methods, rotation=30, ha="right")
     axes.grid(axis="x", visible=False)
-    axes.set_ylabel("true reward, gain over the SFT model")
+    axes.set_ylabel(f"{record['reward_name']}, gain over the SFT model")
     axes.set_title("dark: the training prompts' domain, light: another", fontsize=11)
     return figure
 
@@ -122,5 +129,4 @@ def _columns(values: list[dict[str, float]]) -> tuple[list[float], list[float]]:
 def _band(axes: Axes, name: str, x: list[float], means: list[float], errors: list[float], marker: str = "") -> None:
     style = {"color": STUDY_COLORS[name], "linestyle": "--" if name in DASHED else "-", "linewidth": 1.4}
     axes.plot(x, means, label=name, marker=marker, markersize=4, **style)
-    low, high = ([m + sign * e for m, e in zip(means, errors, strict=True)] for sign in (-1, 1))
-    axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    band(axes, x, means, errors, style["color"])

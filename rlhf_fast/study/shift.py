@@ -1,8 +1,8 @@
 """`rlhf-fast study shift`: the trained policies on prompts of another domain (arXiv 2305.18290, section 6.3).
 
-The embedded world's other domain are reviews of the same words in other proportions: mostly negated, joined by "but",
-and facts (`world.SHIFTED`). Beside the policies of the other studies stand PPO+ and ReMax+, whose rollouts start from
-prompts of both domains, with the same reward model: unlabelled out-of-preference prompts (arXiv 2312.10584).
+The embedded world's other domain consists of reviews of the same words in other proportions: mostly negated, joined by
+"but", and facts (`world.SHIFTED`). Beside the policies of the other studies stand PPO+ and ReMax+, whose rollouts start
+from prompts of both domains, with the same reward model: unlabelled out-of-preference prompts (arXiv 2312.10584).
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ from rlhf_fast import world
 from rlhf_fast.data import load_rows
 from rlhf_fast.evaluation import wins
 from rlhf_fast.metrics import print_table
+from rlhf_fast.pipeline import reward_name_of
 from rlhf_fast.rows import Row, write_rows
 from rlhf_fast.study.config import ShiftConfig
 from rlhf_fast.study.envelopes import mean_error
@@ -42,7 +43,8 @@ def run(config: ShiftConfig) -> dict[str, Any]:
     train_cells(both, config.workers)
     domains = {"own": cells[0].config.eval_data, "shifted": str(data / "shifted.jsonl")}
     judged = {name: judge_all(config, [*cells, *both], path, [1.0])[1.0] for name, path in domains.items()}
-    record = write_record(Path(config.out) / "shift.json", config, {"strengths": MAIN, **summary(judged)})
+    content = {"reward_name": reward_name_of(cells[0].config.eval_reward), "strengths": MAIN, **summary(judged)}
+    record = write_record(Path(config.out) / "shift.json", config, content)
     save(Path(config.out) / "shift.png", shift_figure, record)
     _show(record)
     return record

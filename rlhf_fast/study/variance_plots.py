@@ -3,15 +3,16 @@
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
-from rlhf_fast.plots import COLORS
+from rlhf_fast.plots import COLORS, band
 
 _COLORS = COLORS | {"batch mean": "#999999", "value model": COLORS["PPO"]}
 _COLORS |= {"RLOO, k = 2": "#88CCAA", "RLOO, k = 3": "#44B58C", "RLOO, k = 4": COLORS["RLOO"]}
 TITLES = {
     "plain": "scores as they are",
     "constant": "scores with one offset for all",
-    "by prompt": "scores with an offset for each last token of a prompt",
+    "by prompt": "scores with one offset per prompt's last token",
 }
 _ROWS = {"norm": "norm of a gradient", "variance": "total variance of a gradient"}
 
@@ -25,12 +26,13 @@ def training_figure(record: dict[str, Any]) -> Figure:
         grid[1, column].set_xlabel("rounds of ReMax")
         for (key, label), axes in zip(_ROWS.items(), grid[:, column], strict=True):
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.4)))
             for name, measured in methods.items():
                 mean, error = measured[key]["mean"], measured[key]["se"]
                 line = {"color": _COLORS[name], "linewidth": 1.6}
                 axes.plot(record["rounds"], mean, "o-", markersize=3, label=name, **line)
-                low, high = ([m + sign * e for m, e in zip(mean, error, strict=True)] for sign in (-1, 1))
-                axes.fill_between(record["rounds"], low, high, color=_COLORS[name], alpha=0.15, linewidth=0)
+                band(axes, record["rounds"], mean, error, _COLORS[name])
             if column == 0:
                 axes.set_ylabel(label)
         equal = methods["ReMax"]["variance at equal decoding"]["mean"]

@@ -28,12 +28,12 @@ from torch import Tensor
 from rlhf_fast import pipeline
 from rlhf_fast.checkpoint import write_json
 from rlhf_fast.config import PipelineConfig, PPOConfig, ReMaxConfig
-from rlhf_fast.models import load_scorer, token_values
+from rlhf_fast.models import check_tokenizer, load_scorer, token_values
 from rlhf_fast.ops import ppo_value_loss, rloo_advantages
 from rlhf_fast.rollout import Rollout
 from rlhf_fast.stages import remax
 from rlhf_fast.stages.online import Experience, Online
-from rlhf_fast.stages.ppo import check_tokenizer
+from rlhf_fast.stages.ppo import value_start
 from rlhf_fast.study.config import VarianceStudyConfig
 from rlhf_fast.training import Learner, Run, micro_batches
 from rlhf_fast.variance import gradient_moments, token_weights
@@ -125,9 +125,8 @@ class SeedRun:
 
     def _critic(self) -> Learner:
         online, config = self.online, self.ppo
-        from_reward = online.config.reward if online.reward.model is not None else online.config.model
-        path = config.value_model or from_reward
-        check_tokenizer(path, online)
+        path = config.value_model or value_start(online)
+        check_tokenizer(path, online.tokenizer, "value_model")
         model = load_scorer(path, head="zero").to(online.device)
         updates = online.config.steps * config.epochs * config.minibatches
         return Learner(model, config, updates, learning_rate=config.value_learning_rate)

@@ -6,6 +6,7 @@ import pytest
 
 from rlhf_fast.compare.cells import Cell
 from rlhf_fast.compare.figures import figures_of, median_over_seeds, time_model
+from rlhf_fast.compare.plots import step_time
 
 MIB = 2**20
 
@@ -98,3 +99,13 @@ def test_medians_over_seeds():
         {"name": "PPO", "ran": True, "seed": s, "step_seconds": t, "reward": None} for s, t in ((0, 1), (1, 5), (2, 2))
     ]
     assert median_over_seeds(rows) == [{"name": "PPO", "ran": True, "seed": 1, "step_seconds": 2, "reward": None}]
+
+
+@pytest.mark.parametrize(
+    ("slowest", "label", "number"),
+    [(0.5, "median time of a step (ms)", "500"), (2.5, "median time of a step (s)", "2.5")],
+)
+def test_a_step_of_a_second_is_drawn_in_seconds(slowest, label, number):
+    rows = [{"name": "PPO", "step_seconds": slowest, "phase_seconds": {"rollout": 0.2}}]
+    (axes,) = step_time(rows).axes
+    assert axes.get_xlabel() == label and [text.get_text() for text in axes.texts] == [number]

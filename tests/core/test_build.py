@@ -67,3 +67,13 @@ def test_a_machine_without_a_compiler_installs_without_the_core(tmp_path):
     said = build(tree, PATH=str(tools), CXX="")
     assert "no C++ compiler found, operations will run on their PyTorch reference" in said
     assert list((tree / "rlhf_fast").glob("_cpu*")) == []
+
+
+def test_a_compiler_without_openmp_is_as_good_as_none(tmp_path):
+    tree = plant(tmp_path)
+    cxx = tree / "c++"
+    cxx.write_text("#!/bin/sh\necho unsupported option -fopenmp >&2\nexit 1\n")
+    cxx.chmod(0o755)
+    said = build(tree, CXX=str(cxx))
+    assert f"{cxx} does not compile C++17 with OpenMP" in said
+    assert not list((tree / "rlhf_fast").glob("_cpu*"))

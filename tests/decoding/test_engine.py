@@ -118,3 +118,13 @@ def test_lora_adapters_added_to_small_weights_and_called_on_large_ones(architect
     assert (logits[0] - before).abs().max() > 0.1
     for token in torch.tensor([[3, 4, 5], [6, 7, 8]]):
         torch.testing.assert_close(*(d.step(token) for d in (mine, own)), rtol=1e-4, atol=1e-4)
+
+
+def test_norms_of_bf16_heads_warn_of_nothing(recwarn):
+    model, sequences = random_policy("qwen3"), random_sequences()
+    with torch.autocast("cpu", torch.bfloat16):
+        decoder = engine.decoder(model, 2)
+        assert isinstance(decoder, engine.StaticDecoder)
+        decoder.prefill(sequences.prompt_ids, sequences.prompt_mask, 1)
+        decoder.step(sequences.response_ids[:, 0])
+    assert not [warning for warning in recwarn if "Mismatch dtype" in str(warning.message)]

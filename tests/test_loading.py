@@ -1,0 +1,131 @@
+"""What a directory has to hold: all weights, the right head, a tokenizer whose ids the model knows."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import random_policy
+from transformers import AutoModelForCausalLM
+
+from rlhf_fast import checkpoint, models
+from rlhf_fast.adapters import LoRA
+from rlhf_fast.models import check_tokenizer, existing, load_policy, load_scorer, load_tokenizer
+from rlhf_fast.rewards import Reward
+from rlhf_fast.tokenizers import train_bpe
+
+
+def without(source, target, *parts: str) -> str:
+    """A copy of the model at `source` whose file lacks every tensor with one of `parts` in its name."""
+    shutil.copytree(source, target)
+    (path,) = target.glob("*.safetensors")
+    kept = {name: tensor for name, tensor in load_file(path).items() if not any(part in name for part in parts)}
+    save_file(kept, path, metadata={"format": "pt"})
+    return str(target)
+
+
+def test_missing_weights_are_named_and_not_drawn_at_random(tiny_model, tmp_path):
+    broken = without(tiny_model, tmp_path / "broken", "layers.0.mlp")
+    for load in (load_policy, load_scorer):
+        with pytest.raises(ValueError) as raised:
+            load(broken)
+        assert str(raised.value).startswith("model: expected all weights of Llama")
+        names = ", ".join(f"model.layers.0.mlp.{name}_proj.weight" for name in ("down", "gate", "up"))
+        assert str(raised.value).endswith(f"at {broken}, found no {names}")
+    with pytest.raises(ValueError, match="found no .*input_layernorm.weight, .* and 6 more$"):
+        load_policy(without(tiny_model, tmp_path / "layer", "layers.0."))
+
+
+def test_a_tied_head_is_not_missing(tmp_path):
+    random_policy("gpt2").save_pretrained(tmp_path)
+    assert load_policy(tmp_path).config.tie_word_embeddings
+    assert not any("lm_head" in name for name in load_file(tmp_path / "model.safetensors"))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])  # gpt2's head is tied: nothing would be missing
+def test_a_reward_model_is_no_policy(architecture, tmp_path):
+    random_policy(architecture).save_pretrained(tmp_path / "policy")
+    load_scorer(tmp_path / "policy").save_pretrained(tmp_path / "reward")
+    with pytest.raises(ValueError, match=r"^model: expected a language model, got \w+ForSequenceClassification at"):
+        load_policy(tmp_path / "reward")
+
+
+def test_a_reward_model_without_its_head(tiny_model, tmp_path, tokenizer):
+    load_scorer(tiny_model).save_pretrained(tmp_path / "reward")
+    tokenizer.save_pretrained(tmp_path / "reward")
+    broken = without(tmp_path / "reward", tmp_path / "broken", "score")
+    with pytest.raises(ValueError, match="^reward: expected all weights of .* found no score.weight$"):
+        Reward(broken, tokenizer, torch.device("cpu"))
+
+
+def test_adapters_are_whole_and_a_reward_adapter_holds_its_head(tiny_model, tmp_path):
+    lora = LoRA(rank=2, alpha=4.0, seed=0)
+    checkpoint.save(tmp_path / "policy", models={"": load_policy(tiny_model, lora=lora)})
+    with pytest.raises(ValueError, match="^reward: expected a reward model .*, got an adapter without a score head at"):
+        load_scorer(tmp_path / "policy", head=None)
+    load_scorer(tmp_path / "policy")  # from an adapter of a language model a new head is made
+    broken = without(tmp_path / "policy", tmp_path / "broken", "layers.1.mlp.up_proj.lora_B")
+    with pytest.raises(ValueError, match="^model: expected all weights of the adapter in .* found no .*up_proj.lora_B"):
+        load_policy(broken)
+    checkpoint.save(tmp_path / "reward", models={"": load_scorer(tiny_model, lora=lora)})
+    load_scorer(tmp_path / "reward", head=None)
+    broken = without(tmp_path / "reward", tmp_path / "headless", "score")
+    settings = json.loads((tmp_path / "headless" / "adapter_config.json").read_text())
+    (tmp_path / "headless" / "adapter_config.json").write_text(json.dumps(settings | {"modules_to_save": None}))
+    with pytest.raises(ValueError, match="got an adapter without a score head at"):
+        load_scorer(broken, head=None)
+
+
+def test_a_pad_token_without_an_embedding_is_taken_off(tmp_path):
+    tokenizer = train_bpe(["a b c"], 300, pad_token=None)
+    model = random_policy("gpt2", vocab_size=len(tokenizer))
+    model.save_pretrained(tmp_path)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id == model.config.vocab_size
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.pad_token_id is None and loaded.eos_token_id == tokenizer.eos_token_id
+    loaded.save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path).pad_token_id is None
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path).pad_token_id == tokenizer.pad_token_id
+
+
+def test_nothing_to_fill_with_is_an_error(tmp_path):
+    tokenizer = train_bpe(["a b c"], 300, pad_token=None)
+    random_policy("gpt2", vocab_size=len(tokenizer)).save_pretrained(tmp_path)
+    tokenizer.add_special_tokens({"eos_token": "[END]"})
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"^model: expected a pad or an EOS token among the \d+ embeddings .*'\[END\]' with id"
+    ):
+        load_tokenizer(tmp_path)
+
+
+def test_check_tokenizer(tiny_model, tmp_path, tokenizer):
+    check_tokenizer(tiny_model, tokenizer, "reference")
+    AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained(tmp_path)
+    check_tokenizer(tmp_path, tokenizer, "reference")  # holds no tokenizer to compare with
+    train_bpe(["a"], 300).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="^reference: expected a model with the policy's tokenizer, found another in"):
+        check_tokenizer(tmp_path, tokenizer, "reference")
+
+
+def test_a_name_that_is_nowhere_names_the_argument(tmp_path, monkeypatch, tokenizer):
+    asked = []
+
+    def unreachable(name, file):
+        asked.append(name)
+        raise OSError("no connection")
+
+    monkeypatch.setattr(models, "cached_file", unreachable)
+    with pytest.raises(ValueError, match="^model: expected a checkpoint .* directory lama and none .*: no connection$"):
+        load_policy("lama")
+    with pytest.raises(ValueError, match="^reward: expected a checkpoint .* found no directory out/reward and none"):
+        Reward("out/reward", tokenizer, torch.device("cpu"))
+    assert asked == ["lama", "out/reward"]
+    with pytest.raises(ValueError, match=f"^reference: expected a checkpoint .* found no directory {tmp_path}/none$"):
+        existing(tmp_path / "none", "reference")

@@ -1,0 +1,175 @@
+"""The run around the steps: nothing trained is lost at its end, a resumed run is the same, run.json is right."""
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+
+import datasets
+import pytest
+from test_stages import (  # noqa: F401  (files is a fixture)
+    REWARD,
+    STAGES,
+    distance,
+    files,
+    interrupted,
+    shortness,
+    stage_config,
+    weights,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlhf_fast import checkpoint
+from rlhf_fast.config import DPOConfig, ReMaxConfig, RewardConfig, RLOOConfig, SFTConfig
+from rlhf_fast.data import load_rows
+from rlhf_fast.metrics import read_metrics
+from rlhf_fast.models import load_policy
+from rlhf_fast.stages import dpo, remax, reward, rloo, sft
+
+
+def run_json(directory) -> dict:
+    return json.loads((Path(directory) / "run.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "described"),
+    [
+        ("output_dir", Path, None),
+        ("model", Path, None),
+        ("train_data", lambda path: load_rows(path, "sft"), "<96 rows>"),
+        ("train_data", lambda path: datasets.Dataset.from_list(load_rows(path, "sft")), "<96 rows>"),
+        ("train_data", lambda path: iter(load_rows(path, "sft")), "<list_iterator>"),
+    ],
+)
+def test_paths_and_data_in_memory(field, value, described, files, tiny_model, tmp_path):  # noqa: F811
+    config = stage_config(SFTConfig, files, tiny_model, tmp_path / "out", save_steps=2)
+    given = getattr(config, field)
+    sft.train(dataclasses.replace(config, **{field: value(given)}))
+    assert run_json(tmp_path / "out")["config"][field] == (described or given)
+
+
+def test_a_function_as_reward(files, tiny_model, tmp_path):  # noqa: F811
+    rloo.train(stage_config(RLOOConfig, files, tiny_model, tmp_path, steps=1, reward=shortness))
+    assert run_json(tmp_path)["config"]["reward"] == f"{shortness.__module__}:shortness"
+
+
+def test_output_directory_on_another_file_system(files, tiny_model, tmp_path):  # noqa: F811
+    shared = Path("/dev/shm")
+    if not os.access(shared, os.W_OK) or shared.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("no second file system")
+    target = shared / f"rlhf_fast_{os.getpid()}"
+    target.mkdir()
+    try:
+        (tmp_path / "out").symlink_to(target)
+        sft.train(stage_config(SFTConfig, files, tiny_model, tmp_path / "out", save_steps=2))
+        load_policy(tmp_path / "out")
+        assert (target / "run.json").is_file() and os.listdir(tmp_path) == ["out"]
+    finally:
+        shutil.rmtree(target)
+
+
+def test_files_of_another_program_are_found_before_the_first_step(files, tiny_model, tmp_path):  # noqa: F811
+    AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path)
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(ValueError, match="output_dir: expected no model that another program wrote, found config.json"):
+        sft.train(stage_config(SFTConfig, files, str(tmp_path), tmp_path))
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_a_reward_model_outlives_its_normalisation(files, tiny_model, tmp_path, monkeypatch):  # noqa: F811
+    options = {"eval_data": files["pairs"], "normalize_samples": 8}
+    config = stage_config(RewardConfig, files, tiny_model, tmp_path / "cut", **options)
+    reward.train(dataclasses.replace(config, output_dir=str(tmp_path / "whole")))
+    assert checkpoint.latest(tmp_path / "whole") is None
+    monkeypatch.setattr(reward, "normalize", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        reward.train(config)
+    monkeypatch.undo()
+    assert checkpoint.latest(tmp_path / "cut").name == "checkpoint-6"
+    monkeypatch.setattr(reward, "preference_loss", lambda *_: 1 / 0)  # nothing is trained or evaluated again
+    reward.train(dataclasses.replace(config, resume=True))
+    assert distance(weights(tmp_path / "whole"), weights(tmp_path / "cut")) == 0
+    assert checkpoint.latest(tmp_path / "cut") is None
+    whole, cut = run_json(tmp_path / "whole"), run_json(tmp_path / "cut")
+    for name in ("score_offset", "eval/accuracy", "static_bytes", "rows"):
+        assert whole[name] == cut[name], name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 8}, "batch_size: expected 16 as in the run to resume, .*checkpoint-2, got 8"),
+        ({"seed": 1}, "seed: expected 0 as in the run to resume"),
+        ({"learning_rate": 1e-3}, "learning_rate: expected 0.002 as in the run to resume"),
+        ({"reward": f"{__file__}:score"}, "reward: expected .*shortness"),
+        ({"steps": 3}, "steps: expected 4 as in the run to resume"),
+        ({"steps": 6, "lr_schedule": "linear"}, "lr_schedule: expected 'constant'"),
+    ],
+)
+def test_another_config_cannot_resume(change, message, files, tiny_model, tmp_path):  # noqa: F811
+    config = stage_config(ReMaxConfig, files, tiny_model, tmp_path, save_steps=2)
+    remax.train(config)
+    with pytest.raises(ValueError, match=message):
+        remax.train(dataclasses.replace(config, resume=True, **change))
+    assert run_json(tmp_path)["config"]["resume"] is False  # the finished run is untouched
+
+
+def test_a_decaying_run_cannot_be_made_longer(files, tiny_model, tmp_path):  # noqa: F811
+    config = stage_config(SFTConfig, files, tiny_model, tmp_path, save_steps=2, lr_schedule="linear")
+    sft.train(config)
+    with pytest.raises(ValueError, match="epochs: expected 1 as in the run to resume"):
+        sft.train(dataclasses.replace(config, resume=True, epochs=2))
+
+
+@pytest.mark.parametrize(("name", "longer"), [("sft", {"epochs": 2}), ("remax", {"steps": 6})])
+def test_a_constant_run_made_longer_is_the_longer_run(name, longer, files, tiny_model, tmp_path):  # noqa: F811
+    module, cls = STAGES[name]
+    config = stage_config(cls, files, tiny_model, tmp_path / "cut", save_steps=2)
+    module.train(config)
+    module.train(dataclasses.replace(config, resume=True, save_steps=0, tensorboard=True, **longer))
+    module.train(dataclasses.replace(config, output_dir=str(tmp_path / "whole"), **longer))
+    assert distance(weights(tmp_path / "whole"), weights(tmp_path / "cut")) == 0
+
+
+def test_run_json_covers_the_whole_run(files, tiny_model, tmp_path):  # noqa: F811
+    config = stage_config(DPOConfig, files, tiny_model, tmp_path / "whole", save_steps=4, epochs=1)
+    config = dataclasses.replace(config, eval_data=files["prompts"], eval_reward=REWARD, eval_steps=2)
+    dpo.train(config)
+    cut = interrupted(tmp_path / "whole", tmp_path / "cut")
+    dpo.train(dataclasses.replace(config, output_dir=str(cut), resume=True))
+    for directory in (tmp_path / "whole", cut):
+        run, history = run_json(directory), read_metrics(directory / "metrics.jsonl")
+        phases, steps = run["phases"], [row for row in history if row["step"] > 0]
+        assert run["steps"] == phases["steps"] == len(steps) == 6
+        assert phases["step_seconds"] == pytest.approx(sum(row["time/step"] for row in steps))
+        assert phases["policy_update"]["count"] == 6
+        assert phases["policy_update"]["peak_bytes"] == max(row.get("memory/policy_update", 0) for row in steps)
+        assert phases["evaluation"]["count"] == 4  # the one before the first step is timed, but is no step
+
+
+def test_nothing_to_resume_is_said(files, tiny_model, tmp_path, capsys):  # noqa: F811
+    config = stage_config(SFTConfig, files, tiny_model, tmp_path)
+    sft.train(config)
+    assert "resume" not in capsys.readouterr().err
+    sft.train(dataclasses.replace(config, resume=True))
+    assert f"SFT: no checkpoint to resume in {tmp_path}, starts anew\n" in capsys.readouterr().err
+
+
+def test_truncated_rows_are_said(files, tiny_model, tmp_path, capsys):  # noqa: F811
+    sft.train(stage_config(SFTConfig, files, tiny_model, tmp_path / "a", max_length=4))
+    assert "SFT: 96 of 96 rows are too long and were truncated\n" in capsys.readouterr().err
+    rloo.train(stage_config(RLOOConfig, files, tiny_model, tmp_path / "b", steps=1, max_prompt_length=1))
+    assert "RLOO: 32 of 32 prompts are too long and were truncated\n" in capsys.readouterr().err
+    sft.train(stage_config(SFTConfig, files, tiny_model, tmp_path / "c", max_prompt_length=64))
+    assert "truncated" not in capsys.readouterr().err
+
+
+def test_held_out_prompts_alone_are_evaluated_before_and_after(files, tiny_model, tmp_path):  # noqa: F811
+    config = stage_config(RLOOConfig, files, tiny_model, tmp_path, steps=3, eval_data=files["prompts"])
+    rloo.train(config)
+    evaluated = [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl") if "eval/reward" in row]
+    assert evaluated == [0, 3] and run_json(tmp_path)["evaluation"]
+    with pytest.raises(ValueError, match="eval_data: expected held-out prompts because eval_steps > 0, got none"):
+        rloo.train(dataclasses.replace(config, eval_data=None, eval_steps=1))
