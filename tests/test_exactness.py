@@ -86,11 +86,24 @@ def test_truth_keeps_its_digits_where_the_target_is_far_ahead(bench):
     assert truth.gradient.tolist() == [pytest.approx([p, -p], rel=1e-12)]
 
 
+def few_rows(bench, trial, n=3):
+    """For Triton's interpreter, in which a row takes its time."""
+
+    def make_inputs():
+        inputs, options = trial.make_inputs()
+        first, *others = inputs.tensors
+        return bench.trials.Inputs((first[:n], *others), *(x[:n] for x in inputs[1:])), options
+
+    return dataclasses.replace(trial, make_inputs=make_inputs)
+
+
 @pytest.mark.parametrize("inputs", ["logits", "hidden"])
 @pytest.mark.parametrize("name", ["rlhf_fast", "rlhf_fast, Triton", "rlhf_fast, CUDA C++"])
 def test_ours_is_within_its_tolerance(bench, name, inputs):
     trials = bench.trials.logits_trials() if inputs == "logits" else bench.trials.hidden_trials()
     family = bench.rivals.FROM_LOGITS if inputs == "logits" else bench.rivals.FROM_HIDDEN
+    if "Triton" in name:
+        trials = [few_rows(bench, trial) for trial in trials]
     results = bench.exactness.measure(trials, [named(family, name)])
     assert bench.exactness.failures(results) == []
     assert all(isinstance(result["errors"][name][x], float) for result in results for x in bench.exactness.QUANTITIES)
