@@ -34,7 +34,15 @@ from rlhf_fast.plan.shapes import Shape, layer_count, layers_of, make_fake, peri
 from rlhf_fast.tensor_bytes import TensorBytes
 from rlhf_fast.training import autocast
 
-Run = Callable[[PreTrainedModel, int], dict[str, int]]
+
+class Run(NamedTuple):
+    """A pass of a model at a number of rows, which gives bytes at named moments. settings: what it was made with."""
+
+    settings: tuple
+    run: Callable[[PreTrainedModel, int], dict[str, int]]
+
+    def __call__(self, model: PreTrainedModel, rows: int) -> dict[str, int]:
+        return self.run(model, rows)
 
 
 class Curve(NamedTuple):
@@ -181,7 +189,7 @@ def training(
             hook.remove()
         return moments.bytes
 
-    return run
+    return Run(("training", lengths, loss, fused, truncated, keep, repeats, critic), run)
 
 
 def _kept_sets(model: PreTrainedModel, rows: int, lengths: Lengths) -> Tensor:
@@ -242,7 +250,7 @@ def inference(shape: Shape, lengths: Lengths) -> Run:
             del hidden
         return {"activations": counter.peak, "loss": held}
 
-    return run
+    return Run(("inference", lengths), run)
 
 
 def rollout(shape: Shape, lengths: Lengths, rows_per_prompt: int, top_k: int, top_p: float) -> Run:
@@ -274,7 +282,7 @@ def rollout(shape: Shape, lengths: Lengths, rows_per_prompt: int, top_k: int, to
             casts = counter.live
         return {"prefill": prefill, "decode": decode, "kv_cache": kv_cache, "casts": casts}
 
-    return run
+    return Run(("rollout", lengths, rows_per_prompt, top_k, top_p), run)
 
 
 def _truncate(logits: Tensor, top_k: int, top_p: float) -> None:

@@ -13,6 +13,9 @@ from rlhf_fast.plan.passes import Curve, Lengths, Run, inference, rollout, set_b
 from rlhf_fast.plan.roles import ONLINE, Role, roles_of, static_bytes, zero_stage
 from rlhf_fast.plan.shapes import Shape
 
+_SIMULATED: dict[tuple, Curve] = {}
+"""In this process: several methods planned for one model have most passes in common."""
+
 
 class Phase(NamedTuple):
     """Bytes at the peak: "<role> weights", "<role> optimizer", "<role> gradients", "kept" for the sets that a rollout
@@ -201,6 +204,10 @@ class Planner:
     def _curve(self, key: object, shape: Shape, run: Run, rows: int, device: str = "cpu") -> dict[str, int]:
         """A pass at `rows` rows, simulated at the first number asked for. device: whose attention it runs."""
         if (device, key) not in self.curves:
-            with backend("reference") if device == "cuda" else nullcontext():
-                self.curves[device, key] = simulate(shape, run, max(2, rows))  # one row takes other paths than more do
+            first = max(2, rows)  # one row takes other paths than more do
+            known = device, shape.config.to_json_string(use_diff=False), shape[1:], run.settings, first
+            if known not in _SIMULATED:
+                with backend("reference") if device == "cuda" else nullcontext():
+                    _SIMULATED[known] = simulate(shape, run, first)
+            self.curves[device, key] = _SIMULATED[known]
         return self.curves[device, key](rows)
