@@ -1,9 +1,9 @@
 """The run around the steps: nothing trained is lost at its end, a resumed run is the same, run.json is right."""
 
 import dataclasses
+import errno
 import json
 import os
-import shutil
 from pathlib import Path
 
 import datasets
@@ -54,19 +54,21 @@ def test_a_function_as_reward(files, tiny_model, tmp_path):  # noqa: F811
     assert run_json(tmp_path)["config"]["reward"] == f"{shortness.__module__}:shortness"
 
 
-def test_output_directory_on_another_file_system(files, tiny_model, tmp_path):  # noqa: F811
-    shared = Path("/dev/shm")
-    if not os.access(shared, os.W_OK) or shared.stat().st_dev == tmp_path.stat().st_dev:
-        pytest.skip("no second file system")
-    target = shared / f"rlhf_fast_{os.getpid()}"
-    target.mkdir()
-    try:
-        (tmp_path / "out").symlink_to(target)
-        sft.train(stage_config(SFTConfig, files, tiny_model, tmp_path / "out", save_steps=2))
-        load_policy(tmp_path / "out")
-        assert (target / "run.json").is_file() and os.listdir(tmp_path) == ["out"]
-    finally:
-        shutil.rmtree(target)
+def test_output_directory_on_another_file_system(files, tiny_model, tmp_path, monkeypatch):  # noqa: F811
+    """A symlink to a folder into which nothing outside can be renamed."""
+    other, replace = tmp_path / "other", os.replace
+
+    def replace_within(source, target):
+        if Path(source).resolve().is_relative_to(other) != Path(target).parent.resolve().is_relative_to(other):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), source, None, target)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_within)
+    (other / "out").mkdir(parents=True)
+    (tmp_path / "out").symlink_to(other / "out")
+    sft.train(stage_config(SFTConfig, files, tiny_model, tmp_path / "out", save_steps=2))
+    load_policy(tmp_path / "out")
+    assert (other / "out" / "run.json").is_file() and sorted(os.listdir(tmp_path)) == ["other", "out"]
 
 
 def test_files_of_another_program_are_found_before_the_first_step(files, tiny_model, tmp_path):  # noqa: F811
