@@ -304,8 +304,10 @@ def resume_directory(config: StageConfig) -> Path | None:
     the learning rate is constant: otherwise its decay would have been another one from the start.
     """
     found = checkpoint.latest(config.output_dir) if config.resume else None
-    if found is None or not (found / _RUN_CONFIG).is_file():
-        return found
+    if found is None:
+        return None
+    if not (found / _RUN_CONFIG).is_file():
+        raise ValueError(f"resume: expected a checkpoint with its {_RUN_CONFIG}, found none in {found}")
     length = "steps" if isinstance(config, OnlineConfig) else "epochs"
     now = describe(config)
     for name, then in json.loads((found / _RUN_CONFIG).read_text()).items():
