@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -111,7 +112,7 @@ class MetricsLogger:
         tenth = step * 10 // self.total_steps
         if tenth > self._tenth or step == self.resume_step + 1:
             self._tenth = tenth
-            clock = time.strftime("%H:%M:%S", time.gmtime(row["time/elapsed"]))
+            clock = timedelta(seconds=int(row["time/elapsed"]))
             line = f"{self.description}  {step}/{self.total_steps}  {clock}  {numbers}"
             self.say(line.rstrip())
 
