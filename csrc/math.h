@@ -235,24 +235,34 @@ RLHF_INLINE T ratio_of(T log_ratio, T& approx_kl) {
     approx_kl = bregman(x);
     return exp_of(x);
 }
+// The same for |log_ratio| < 1/2, where it takes no exponential.
+template <typename T>
+RLHF_INLINE T near_ratio_of(T log_ratio, T& approx_kl) {
+    near_bregman(log_ratio, approx_kl);
+    return T(1) + (log_ratio + approx_kl);
+}
 
 // max(-A r, -A clip(r, 1 - low, 1 + high)); for A < 0 at most -A dual_clip (infinity = off). The gradient is that of
 // the larger, all of -A r where they are equal because r lies within the bounds; a bound itself passes half of it, and
 // the clamp of the log-ratio what lies in its closed interval, as in torch.
-template <typename T>
+template <bool kDual = true, typename T>
 RLHF_INLINE T ppo_term(T log_ratio, T r, T advantage, T low, T high, T dual_clip, T& grad, T& clipped) {
     const T limit = T(kMaxLogRatio), a = -advantage * r, b = -advantage * clamp(r, 1 - low, 1 + high);
-    const T bound = advantage < 0 ? -advantage * dual_clip : T(kInf), value = a > b ? a : b;
-    const T slope = b > a ? T(0) : a, bounded = value < bound ? slope : value > bound ? T(0) : slope / 2;
-    grad = log_ratio < -limit || log_ratio > limit ? T(0) : bounded;
+    T value = a > b ? a : b, slope = b > a ? T(0) : a;
     clipped = b > a ? T(1) : T(0);
-    return value > bound ? bound : value;
+    if (kDual) {
+        const T bound = advantage < 0 ? -advantage * dual_clip : T(kInf);
+        slope = value < bound ? slope : value > bound ? T(0) : slope / 2;
+        value = value > bound ? bound : value;
+    }
+    grad = log_ratio < -limit || log_ratio > limit ? T(0) : slope;
+    return value;
 }
 
 // 0.5 max((v - R)^2, (clamp(v, old - clip, old + clip) - R)^2)
 template <typename T>
 RLHF_INLINE T value_term(T value, T old_value, T target, T clip, T& grad, T& clipped) {
-    const T v = clamp(value, old_value - clip, old_value + clip);
+    const T near = clamp(value, old_value - clip, old_value + clip), v = old_value == old_value ? near : old_value;
     const T a = (value - target) * (value - target), b = (v - target) * (v - target);
     const T grad_a = value - target, grad_b = v == value ? grad_a : T(0);
     grad = a > b ? grad_a : b > a ? grad_b : (grad_a + grad_b) / 2;

@@ -249,6 +249,7 @@ def _ppo_value_loss(
     old = tl.load(old_values + at, mask=on, other=0.0)
     target = tl.load(returns + at, mask=on, other=0.0)
     near = clamp(value, old - number(clip, value.dtype), old + number(clip, value.dtype))
+    near = tl.where(old == old, near, old)  # a bound that is NaN does not get lost
     free = (value - target) * (value - target)
     bounded = (near - target) * (near - target)
     by_free = value - target

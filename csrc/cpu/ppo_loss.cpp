@@ -30,29 +30,38 @@ void widen_mask(const uint8_t* mask, int64_t n, T* on) {
     for (int64_t k = 0; k < n; ++k) on[k] = mask[k] ? T(1) : T(0);
 }
 
-template <typename T>
-void policy_block(const T* logp, const T* old_logp, const T* advantage, const T* mask, int64_t n, T low, T high,
+// Adds nothing and returns false if kNear and a log-ratio is not within 1/2: elsewhere the exponential can be left out.
+template <typename T, bool kNear, bool kDual>
+bool policy_block(const T* logp, const T* old_logp, const T* advantage, const T* mask, int64_t n, T low, T high,
                   T dual_clip, T weight, T* grad, PPOSums& sums) {
     // Two loops, each with few enough values alive for the registers.
     T ratios[kTokens];
-    T policy = 0, clipped = 0, approx_kl = 0, ratio = 0, ratio_max = T(-kInf);
-#pragma omp simd reduction(+ : approx_kl, ratio) reduction(max : ratio_max)
+    T policy = 0, clipped = 0, approx_kl = 0, ratio = 0, ratio_max = T(-kInf), furthest = 0;
+#pragma omp simd reduction(+ : approx_kl, ratio) reduction(max : ratio_max, furthest)
     for (int64_t k = 0; k < n; ++k) {
         const bool on = mask[k] != 0;
-        T k3;
-        const T r = ratio_of(logp[k] - old_logp[k], k3);
+        const T log_ratio = logp[k] - old_logp[k];
+        T k3, r;
+        if constexpr (kNear) {
+            r = near_ratio_of(log_ratio, k3);
+            const T far = log_ratio < 0 ? -log_ratio : log_ratio, seen = on ? far : T(0);
+            furthest = seen > furthest ? seen : furthest;
+        } else {
+            r = ratio_of(log_ratio, k3);
+        }
         approx_kl += on ? k3 : T(0);
         ratio += on ? r : T(0);
         const T seen = on ? r : T(-kInf);
         ratio_max = seen > ratio_max ? seen : ratio_max;
         ratios[k] = r;
     }
+    if (furthest >= T(0.5)) return false;
 #pragma omp simd reduction(+ : policy, clipped)
     for (int64_t k = 0; k < n; ++k) {
         const bool on = mask[k] != 0;
+        const T log_ratio = kNear ? T(0) : logp[k] - old_logp[k];
         T by_logp, is_clipped;
-        const T value =
-            ppo_term(logp[k] - old_logp[k], ratios[k], advantage[k], low, high, dual_clip, by_logp, is_clipped);
+        const T value = ppo_term<kDual>(log_ratio, ratios[k], advantage[k], low, high, dual_clip, by_logp, is_clipped);
         policy += on ? value : T(0);
         clipped += on ? is_clipped : T(0);
         grad[k] = on ? weight * by_logp : T(0);
@@ -62,6 +71,16 @@ void policy_block(const T* logp, const T* old_logp, const T* advantage, const T*
     sums.approx_kl += approx_kl;
     sums.ratio += ratio;
     sums.ratio_max = maximum(double(ratio_max), sums.ratio_max);
+    return true;
+}
+
+template <typename T, bool kDual>
+void policy_block(const T* logp, const T* old_logp, const T* advantage, const T* mask, int64_t n, T low, T high,
+                  T dual_clip, T weight, T* grad, PPOSums& sums) {
+    if constexpr (sizeof(T) == sizeof(float))
+        if (policy_block<T, true, kDual>(logp, old_logp, advantage, mask, n, low, high, dual_clip, weight, grad, sums))
+            return;
+    policy_block<T, false, kDual>(logp, old_logp, advantage, mask, n, low, high, dual_clip, weight, grad, sums);
 }
 
 template <typename T, int kEstimator>
@@ -111,9 +130,8 @@ void ppo(Pointer logp, Pointer old_logp, Pointer advantages, bool per_token, Poi
     PPOSums* rows = new PPOSums[B];
     double total = 0;
     for (int64_t b = 0; b < B; ++b) total += rows[b].count = double(count_true(mask.as<uint8_t>() + b * L, L));
-    const T dual = dual_clip > 0 ? T(dual_clip) : T(kInf);
     double* weights = new double[B];
-    const int team = team_size(4 * B * L, threads);  // an exponential and two dozen selections an element
+    const int team = team_size(4 * B * L, threads);  // five dozen instructions for every eight elements
 #pragma omp parallel for num_threads(team) schedule(static)
     for (int64_t b = 0; b < B; ++b) {
         PPOSums sums = rows[b];
@@ -125,8 +143,10 @@ void ppo(Pointer logp, Pointer old_logp, Pointer advantages, bool per_token, Poi
             const int64_t n = minimum(kTokens, L - t), i = b * L + t;
             widen_mask(mask.as<uint8_t>() + i, n, on);
             T* grad = grad_logp ? grad_logp.as<T>() + i : scratch;
-            policy_block(logp.as<T>() + i, old_logp.as<T>() + i, per_token ? advantages.as<T>() + i : constant, on, n,
-                         T(clip_low), T(clip_high), dual, T(weight), grad, sums);
+            const T* advantage = per_token ? advantages.as<T>() + i : constant;
+            (dual_clip > 0 ? policy_block<T, true>
+                           : policy_block<T, false>)(logp.as<T>() + i, old_logp.as<T>() + i, advantage, on, n,
+                                                     T(clip_low), T(clip_high), T(dual_clip), T(weight), grad, sums);
             if (ref)
                 sums.kl += kl_block(logp.as<T>() + i, ref.as<T>() + i, on, n, estimator, T(weight * kl_coef), grad);
             if (entropy) sums.entropy += masked_sum(entropy.as<T>() + i, on, n);

@@ -10,7 +10,7 @@ from torch.autograd.function import FunctionCtx
 
 from rlhf_fast import reference
 from rlhf_fast.ops.checks import FLOATS, check_device, check_dims, expect
-from rlhf_fast.ops.dispatch import LIBRARY, _cpu, code, contiguous, has_kernel, kernel, pointer, statistics_dtype
+from rlhf_fast.ops.dispatch import LIBRARY, _cpu, call, code, contiguous, has_kernel, kernel, pointer, statistics_dtype
 from rlhf_fast.ops.gradients import no_second_derivative, register_autograd
 
 LIBRARY.define(
@@ -75,7 +75,7 @@ def packed_attention(
     scale = d**-0.5 if scale is None else scale
     if not has_kernel("packed_attention", query) or value.shape[2] != d:
         return reference.packed_attention(query, key, value, slots, rows, length, scale=scale, rotary=rotary)
-    return torch.ops.rlhf_fast.packed_attention(query, key, value, slots, *(rotary or (None, None)), length, scale)[0]
+    return call("packed_attention", query, key, value, slots, *(rotary or (None, None)), length, scale)[0]
 
 
 def _read(*tensors: Tensor) -> tuple[list[Tensor], tuple[int, ...]]:

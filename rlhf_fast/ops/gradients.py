@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 
-from rlhf_fast.ops.dispatch import LIBRARY
+from rlhf_fast.ops.dispatch import AUTOGRAD, KERNELS, LIBRARY
 
 
 def register_autograd(name: str, setup_context: Callable, backward: Callable, differentiable: tuple[int, ...]) -> None:
@@ -20,14 +20,16 @@ def register_autograd(name: str, setup_context: Callable, backward: Callable, di
     """
     op = getattr(torch.ops.rlhf_fast, name).default
 
-    def call_kernel(keyset: torch._C.DispatchKeySet, args: tuple) -> tuple[Tensor, ...]:
+    def call_kernel(keyset: torch._C.DispatchKeySet | None, args: tuple) -> tuple[Tensor, ...]:
+        if keyset is None:
+            return KERNELS["cpu"][name](*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     class Operator(torch.autograd.Function):  # sees the differentiable inputs alone: every argument costs it time
         @staticmethod
         def forward(
-            ctx: FunctionCtx, keyset: torch._C.DispatchKeySet, args: tuple, *_: Tensor | None
+            ctx: FunctionCtx, keyset: torch._C.DispatchKeySet | None, args: tuple, *_: Tensor | None
         ) -> tuple[Tensor, ...]:
             output = call_kernel(keyset, args)
             setup_context(ctx, args, output)
@@ -37,18 +39,20 @@ def register_autograd(name: str, setup_context: Callable, backward: Callable, di
         def backward(ctx: FunctionCtx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             return None, None, *backward(ctx, *grads)
 
-    def autograd(keyset: torch._C.DispatchKeySet, *args: object) -> tuple[Tensor, ...]:
-        inputs = [args[i] for i in differentiable]
-        if forward_ad._current_level >= 0 and any(
-            x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs
-        ):
+    def autograd(keyset: torch._C.DispatchKeySet | None, *args: object) -> tuple[Tensor, ...]:
+        inputs = [args[i] for i in differentiable if args[i] is not None]
+        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in inputs):
             raise NotImplementedError(f"{name}: forward-mode derivatives are not available; the reference has them")
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-            return Operator.apply(keyset, args, *inputs)
-        return call_kernel(keyset, args)
+        if torch.is_grad_enabled():
+            for x in inputs:
+                if x.requires_grad:
+                    return Operator.apply(keyset, args, *(args[i] for i in differentiable))
+        with torch.no_grad():
+            return call_kernel(keyset, args)
 
     Operator.__name__ = Operator.__qualname__ = f"rlhf_fast_{name}"
     LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
+    AUTOGRAD[name] = autograd  # with keyset None: past the dispatcher, `dispatch.call`
 
 
 def register_saved_gradients(name: str, inputs: dict[int, int]) -> None:
@@ -69,11 +73,10 @@ def register_saved_gradients(name: str, inputs: dict[int, int]) -> None:
         if upstream is None:
             return (None,) * len(saved)
         _refuse_graph(name)
-        unscaled = _is_one(upstream)
-        return tuple(
-            (grad if unscaled else grad * upstream) if needed else None
-            for grad, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[2:], strict=True)
-        )
+        grads, needed = ctx.saved_tensors, ctx.needs_input_grad
+        if not _is_one(upstream):
+            grads = [grad * upstream for grad in grads]
+        return tuple([grad if needed[i] else None for i, grad in enumerate(grads, start=2)])
 
     register_autograd(name, setup_context, backward, tuple(inputs))
 
@@ -110,7 +113,7 @@ def register_consumed_gradients(name: str, inputs: dict[int, int]) -> None:
 
 def _is_one(upstream: Tensor) -> bool:
     """Known without waiting for a device, and while nothing is being traced."""
-    known = type(upstream) is Tensor and upstream.dim() == 0 and upstream.device.type == "cpu"
+    known = type(upstream) is Tensor and upstream.dim() == 0 and upstream.is_cpu
     return known and upstream.item() == 1.0
 
 

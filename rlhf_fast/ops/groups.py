@@ -5,7 +5,7 @@ from torch import Tensor
 
 from rlhf_fast import reference
 from rlhf_fast.ops.checks import check_dims, check_floats, expect
-from rlhf_fast.ops.dispatch import LIBRARY, _cpu, code, common_dtype, has_kernel, kernel, threads
+from rlhf_fast.ops.dispatch import LIBRARY, _cpu, call, code, common_dtype, has_kernel, kernel, threads
 
 LIBRARY.define("rloo_advantages(Tensor scores, int group_size) -> Tensor")
 LIBRARY.define("grpo_advantages(Tensor scores, int group_size) -> Tensor")
@@ -30,7 +30,7 @@ def rloo_advantages(scores: Tensor, group_size: int) -> Tensor:
     _check(scores, group_size)
     if not has_kernel("rloo_advantages", scores):
         return reference.rloo_advantages(scores, group_size)
-    return torch.ops.rlhf_fast.rloo_advantages(*common_dtype(scores), group_size)
+    return call("rloo_advantages", *common_dtype(scores), group_size)
 
 
 @torch.no_grad()
@@ -44,7 +44,7 @@ def grpo_advantages(scores: Tensor, group_size: int) -> Tensor:
     _check(scores, group_size)
     if not has_kernel("grpo_advantages", scores):
         return reference.grpo_advantages(scores, group_size)
-    return torch.ops.rlhf_fast.grpo_advantages(*common_dtype(scores), group_size)
+    return call("grpo_advantages", *common_dtype(scores), group_size)
 
 
 def _check(scores: Tensor, group_size: int) -> None:

@@ -10,7 +10,18 @@ from torch import Tensor
 
 from rlhf_fast import reference
 from rlhf_fast.ops.checks import check_clip, check_dims, check_floats, check_mask, check_option, check_per_row
-from rlhf_fast.ops.dispatch import LIBRARY, _cpu, code, common_dtype, contiguous, has_kernel, kernel, pointer, threads
+from rlhf_fast.ops.dispatch import (
+    LIBRARY,
+    _cpu,
+    call,
+    code,
+    common_dtype,
+    contiguous,
+    has_kernel,
+    kernel,
+    pointer,
+    threads,
+)
 from rlhf_fast.ops.gradients import register_saved_gradients
 
 ESTIMATORS = ("k1", "k2", "k3", "abs")
@@ -49,7 +60,7 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1") ->
     if ref_logprobs.requires_grad:
         logprobs, ref_logprobs = logprobs - ref_logprobs, torch.zeros_like(ref_logprobs)
     with_grad = torch.is_grad_enabled() and logprobs.requires_grad
-    return torch.ops.rlhf_fast.kl_penalty(logprobs, ref_logprobs, estimator, with_grad)[0]
+    return call("kl_penalty", logprobs, ref_logprobs, estimator, with_grad)[0]
 
 
 @torch.no_grad()
@@ -93,7 +104,7 @@ def shape_rewards(
             scores, logprobs, ref_logprobs, mask, kl_coef=kl_coef, estimator=estimator, clip=clip
         )
     tensors = common_dtype(scores, logprobs, ref_logprobs)
-    return torch.ops.rlhf_fast.shape_rewards(*tensors, mask, kl_coef, estimator, math.inf if clip is None else clip)
+    return call("shape_rewards", *tensors, mask, kl_coef, estimator, math.inf if clip is None else clip)
 
 
 @kernel("kl_penalty", "cpu")

@@ -9,7 +9,7 @@ from torch.autograd.function import FunctionCtx
 
 from rlhf_fast import reference
 from rlhf_fast.ops.checks import FLOATS, check_device, expect
-from rlhf_fast.ops.dispatch import LIBRARY, _cpu, code, contiguous, has_kernel, kernel, pointer, statistics_dtype
+from rlhf_fast.ops.dispatch import LIBRARY, _cpu, call, code, contiguous, has_kernel, kernel, pointer, statistics_dtype
 from rlhf_fast.ops.gradients import no_second_derivative, register_autograd
 
 LIBRARY.define(
@@ -50,7 +50,7 @@ def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float
             check_device(name, other, "x", x)
     if not has_kernel("add_rms_norm", x):
         return reference.add_rms_norm(x, delta, weight, epsilon)
-    out, total, _ = torch.ops.rlhf_fast.add_rms_norm(x, delta, weight, epsilon)
+    out, total, _ = call("add_rms_norm", x, delta, weight, epsilon)
     return (x if delta is None else total), out
 
 
@@ -69,7 +69,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     check_device("up", up, "gate", gate)
     if not has_kernel("swiglu", gate):
         return reference.swiglu(gate, up)
-    return torch.ops.rlhf_fast.swiglu(gate, up)
+    return call("swiglu", gate, up)
 
 
 @kernel("add_rms_norm", "cpu")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rlhf_fast import reference
 from rlhf_fast.ops.checks import FLOATS, INTEGERS, check_device, check_positive, expect, is_readable
-from rlhf_fast.ops.dispatch import LIBRARY, _cpu, code, has_kernel, kernel, statistics_dtype, threads
+from rlhf_fast.ops.dispatch import LIBRARY, _cpu, call, code, has_kernel, kernel, statistics_dtype, threads
 from rlhf_fast.ops.gradients import no_second_derivative, register_autograd
 from rlhf_fast.reference import IGNORED_ID
 from rlhf_fast.results import TokenLogprobs
@@ -76,9 +76,7 @@ def token_logprobs(
         check_ids(token_ids, logits.shape[-1])
         return reference.token_logprobs(logits, token_ids, temperature=temperature, softcap=softcap)
     inplace_backward = inplace_backward and not torch.compiler.is_compiling()
-    logprobs, entropy, _ = torch.ops.rlhf_fast.token_logprobs(
-        logits, token_ids, temperature, softcap or 0.0, inplace_backward
-    )
+    logprobs, entropy, _ = call("token_logprobs", logits, token_ids, temperature, softcap or 0.0, inplace_backward)
     return TokenLogprobs(logprobs, entropy)
 
 

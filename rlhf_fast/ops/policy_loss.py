@@ -20,7 +20,18 @@ from rlhf_fast.ops.checks import (
     expect,
     is_readable,
 )
-from rlhf_fast.ops.dispatch import LIBRARY, _cpu, code, common_dtype, contiguous, has_kernel, kernel, pointer, threads
+from rlhf_fast.ops.dispatch import (
+    LIBRARY,
+    _cpu,
+    call,
+    code,
+    common_dtype,
+    contiguous,
+    has_kernel,
+    kernel,
+    pointer,
+    threads,
+)
 from rlhf_fast.ops.gradients import register_saved_gradients
 from rlhf_fast.ops.kl import ESTIMATORS
 from rlhf_fast.results import PPOLoss, ValueLoss
@@ -110,8 +121,8 @@ def ppo_loss(
         logprobs, old_logprobs, advantages, ref_logprobs, entropy
     )
     grad = torch.is_grad_enabled()
-    loss, stats, _, _ = torch.ops.rlhf_fast.ppo_loss(
-        logprobs, old_logprobs, advantages, mask, ref_logprobs, entropy, as_tensor(normalizer), low, high,
+    loss, stats, _, _ = call(
+        "ppo_loss", logprobs, old_logprobs, advantages, mask, ref_logprobs, entropy, as_tensor(normalizer), low, high,
         dual_clip or 0.0, kl_coef, kl_estimator, entropy_coef, reduction,
         grad and logprobs.requires_grad, grad and entropy is not None and entropy.requires_grad,
     )  # fmt: skip
@@ -152,7 +163,8 @@ def ppo_value_loss(
     if not has_kernel("ppo_value_loss", values):
         return reference.ppo_value_loss(values, old_values, returns, mask, clip=clip, normalizer=normalizer)
     values, old_values, returns = common_dtype(values, old_values, returns)
-    loss, stats, _ = torch.ops.rlhf_fast.ppo_value_loss(
+    loss, stats, _ = call(
+        "ppo_value_loss",
         values,
         old_values,
         returns,
@@ -192,7 +204,7 @@ def reinforce_loss(
     logprobs, advantages = common_dtype(logprobs, advantages)
     with_grad = torch.is_grad_enabled() and logprobs.requires_grad
     denominator = as_tensor(normalizer)
-    return torch.ops.rlhf_fast.reinforce_loss(logprobs, advantages, mask, denominator, reduction, with_grad)[0]
+    return call("reinforce_loss", logprobs, advantages, mask, denominator, reduction, with_grad)[0]
 
 
 def check_ppo_options(

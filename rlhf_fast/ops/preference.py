@@ -5,7 +5,18 @@ from torch import Tensor
 
 from rlhf_fast import reference
 from rlhf_fast.ops.checks import check_device, check_dims, check_floats, check_option, check_positive, expect
-from rlhf_fast.ops.dispatch import LIBRARY, _cpu, code, common_dtype, contiguous, has_kernel, kernel, pointer, threads
+from rlhf_fast.ops.dispatch import (
+    LIBRARY,
+    _cpu,
+    call,
+    code,
+    common_dtype,
+    contiguous,
+    has_kernel,
+    kernel,
+    pointer,
+    threads,
+)
 from rlhf_fast.ops.gradients import register_saved_gradients
 from rlhf_fast.results import DPOLoss, RankingLoss, RewardLoss
 
@@ -64,9 +75,7 @@ def reward_loss(
     if not has_kernel("reward_loss", chosen_scores):
         return reference.reward_loss(chosen_scores, rejected_scores, margin=margin, center_coef=center_coef)
     chosen, rejected, margin = common_dtype(chosen_scores, rejected_scores, margin)
-    loss, stats, _, _ = torch.ops.rlhf_fast.reward_loss(
-        chosen, rejected, margin, center_coef, _any_grad(chosen, rejected)
-    )
+    loss, stats, _, _ = call("reward_loss", chosen, rejected, margin, center_coef, _any_grad(chosen, rejected))
     return RewardLoss(loss, *stats.unbind()[1:])
 
 
@@ -96,7 +105,7 @@ def ranking_loss(scores: Tensor, ranks: Tensor) -> RankingLoss:
     if not has_kernel("ranking_loss", scores):
         return reference.ranking_loss(scores, ranks)
     (scores,) = common_dtype(scores)
-    loss, stats, _ = torch.ops.rlhf_fast.ranking_loss(scores, ranks.long(), _any_grad(scores))
+    loss, stats, _ = call("ranking_loss", scores, ranks.long(), _any_grad(scores))
     return RankingLoss(loss, stats[1])
 
 
@@ -164,8 +173,8 @@ def dpo_loss(
     )
     if chosen_lengths is not None:
         chosen_lengths, rejected_lengths = chosen_lengths.to(chosen.dtype), rejected_lengths.to(chosen.dtype)
-    outputs = torch.ops.rlhf_fast.dpo_loss(
-        chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, beta, loss_type,
+    outputs = call(
+        "dpo_loss", chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, beta, loss_type,
         label_smoothing, _any_grad(chosen, rejected),
     )  # fmt: skip
     return DPOLoss(*outputs[:3])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf_fast import reference
 from rlhf_fast.ops.checks import check_clip, check_dims, check_floats, check_mask, check_option, check_per_row, expect
-from rlhf_fast.ops.dispatch import LIBRARY, _cpu, code, common_dtype, contiguous, has_kernel, kernel, threads
+from rlhf_fast.ops.dispatch import LIBRARY, _cpu, call, code, common_dtype, contiguous, has_kernel, kernel, threads
 from rlhf_fast.results import GAE
 
 REMAX_VARIANTS = ("official", "paper", "verl")
@@ -50,7 +50,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, la
     check_mask(mask, "rewards", rewards)
     if not has_kernel("gae", rewards):
         return reference.gae(rewards, values, mask, gamma=gamma, lam=lam)
-    return GAE(*torch.ops.rlhf_fast.gae(*common_dtype(rewards, values), mask, gamma, lam))
+    return GAE(*call("gae", *common_dtype(rewards, values), mask, gamma, lam))
 
 
 @torch.no_grad()
@@ -73,7 +73,7 @@ def discounted_returns(rewards: Tensor, mask: Tensor, *, gamma: float = 1.0) -> 
     check_mask(mask, "rewards", rewards)
     if not has_kernel("discounted_returns", rewards):
         return reference.discounted_returns(rewards, mask, gamma=gamma)
-    return torch.ops.rlhf_fast.discounted_returns(*common_dtype(rewards), mask, gamma)
+    return call("discounted_returns", *common_dtype(rewards), mask, gamma)
 
 
 @torch.no_grad()
@@ -97,7 +97,7 @@ def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
     check_mask(mask, "x", x)
     if not has_kernel("whiten", x):
         return reference.whiten(x, mask, shift_mean=shift_mean)
-    return torch.ops.rlhf_fast.whiten(*common_dtype(x), mask, shift_mean)
+    return call("whiten", *common_dtype(x), mask, shift_mean)
 
 
 @torch.no_grad()
@@ -157,7 +157,7 @@ def remax_returns(
         )
     tensors = common_dtype(scores, greedy_scores, logprobs, ref_logprobs)
     bound = math.inf if clip is None else clip
-    return torch.ops.rlhf_fast.remax_returns(*tensors, mask, kl_coef, gamma, bound, variant)
+    return call("remax_returns", *tensors, mask, kl_coef, gamma, bound, variant)
 
 
 def _check_fraction(name: str, value: float) -> None:

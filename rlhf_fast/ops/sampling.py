@@ -13,6 +13,7 @@ from rlhf_fast.ops.checks import FLOATS, check_device, check_positive, expect
 from rlhf_fast.ops.dispatch import (
     LIBRARY,
     _cpu,
+    call,
     code,
     contiguous,
     has_kernel,
@@ -103,7 +104,7 @@ def _sample(
     if not has_kernel("sample_tokens", logits):
         check_rows(logits)
         return reference.sample_tokens(logits, uniforms, temperature=temperature, greedy_mask=greedy_mask)
-    return torch.ops.rlhf_fast.sample_tokens(logits, uniforms, greedy_mask, temperature)
+    return call("sample_tokens", logits, uniforms, greedy_mask, temperature)
 
 
 def _check_per_row(name: str, x: Tensor | None, dtype: torch.dtype, logits: Tensor) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlhf_fast import reference
 from rlhf_fast.ops.checks import check_like, expect
-from rlhf_fast.ops.dispatch import LIBRARY, _cpu, code, has_kernel, kernel, statistics_dtype, threads
+from rlhf_fast.ops.dispatch import LIBRARY, _cpu, call, code, has_kernel, kernel, statistics_dtype, threads
 from rlhf_fast.ops.gradients import no_second_derivative, register_autograd
 from rlhf_fast.ops.logprobs import (
     check_ids,
@@ -85,9 +85,7 @@ def token_kl(
         check_ids(token_ids, logits.shape[-1])
         return reference.token_kl(logits, ref_logits, token_ids, temperature=temperature, softcap=softcap)
     inplace_backward = inplace_backward and not torch.compiler.is_compiling()
-    *results, _ = torch.ops.rlhf_fast.token_kl(
-        logits, ref_logits, token_ids, temperature, softcap or 0.0, inplace_backward
-    )
+    *results, _ = call("token_kl", logits, ref_logits, token_ids, temperature, softcap or 0.0, inplace_backward)
     return TokenKL(*results)
 
 

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlhf_fast.ops
 from rlhf_fast.ops import dispatch
@@ -72,6 +73,56 @@ def test_context_manager(monkeypatch):
     with rlhf_fast.ops.backend("cpu"):
         rlhf_fast.ops.whiten(x, mask)
     assert calls == ["gae", "whiten"]
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_whoever_listens_sees_the_operator():
+    """Modes, profiler, transforms and subclasses; all others go to the kernel without torch's dispatcher."""
+    x, mask = torch.randn(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    losses = lambda x: rlhf_fast.reinforce_loss(x, x.detach(), mask)  # noqa: E731
+    with Seen() as seen:
+        losses(x)
+        rlhf_fast.whiten(x, mask)
+    assert {"rlhf_fast.reinforce_loss.default", "rlhf_fast.whiten.default"} <= set(seen.names)
+    with torch.profiler.profile() as profile:
+        losses(x)
+    assert "rlhf_fast::reinforce_loss" in {event.name for event in profile.events()}
+    leaf = torch.nn.Parameter(x)
+    plain, seen = [], dispatch._is_plain
+
+    def is_plain(args):
+        plain.append(seen(args))
+        return plain[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "_is_plain", is_plain)
+        losses(x), losses(leaf).backward()
+        assert plain == [True, True]
+        with torch.inference_mode():
+            losses(torch.randn(2, 3))
+        losses(torch._neg_view(x)), losses(x.as_subclass(Subclass)), torch.func.vmap(losses)(x[None])
+        assert plain[2:] == [False] * 4
+    assert torch.equal(losses(torch._neg_view(x)), losses(-x))
+    assert torch.equal(leaf.grad, -leaf.detach() / 6)
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def test_constants_that_ask_for_gradients_get_none():
+    x = torch.randn(2, 3, requires_grad=True)
+    out = rlhf_fast.reinforce_loss(x.detach(), x, torch.ones(2, 3, dtype=torch.bool))
+    assert not out.requires_grad
 
 
 def test_triton_has_every_kernel():

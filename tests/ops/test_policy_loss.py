@@ -121,6 +121,37 @@ class TestPPO:
         assert x.grad[0, :2].tolist() == [0, 0]
         assert x.grad[0, 2:].tolist() == pytest.approx([math.exp(19.9) / 4, (1 - math.exp(19.9)) / 4], rel=1e-5)
 
+    @pytest.mark.parametrize("distance", [1e-3, 0.1, 0.49])
+    def test_policies_close_to_each_other(self, kernels, distance):
+        """No log-ratio beyond 1/2, and in the first row, which then takes another way, a single one."""
+        mask = ragged_mask(3, 300)
+        old = -torch.rand(3, 300)
+        x = old + distance * (2 * torch.rand(3, 300) - 1)
+        x[0, 290] = old[0, 290] + 2.5
+        mask[0, 290] = True
+        advantages = torch.randn(3, 300)
+        leaf = poisoned(x, mask).requires_grad_()
+        out = ppo_loss(leaf, poisoned(old, mask), poisoned(advantages, mask), mask)
+        out.loss.backward()
+        value, slope, r, _ = ppo_truth(x, old, advantages, 0.2, 0.2, math.inf)
+        d = x.double() - old.double()
+        kl = (torch.expm1(d) - d)[mask].mean().item()
+        assert error(out.loss, value[mask].mean()) < 1e-6
+        assert error(leaf.grad, torch.where(mask, slope, 0.0) / mask.sum()) < 1e-7
+        assert out.ratio_mean.item() == pytest.approx(r[mask].mean().item(), rel=1e-6)
+        assert out.ratio_max.item() == pytest.approx(math.exp(2.5), rel=1e-6)
+        assert out.approx_kl.item() == pytest.approx(kl, rel=1e-5)
+
+    @pytest.mark.parametrize("where", range(3))
+    @pytest.mark.parametrize("loss", [ppo_loss, ppo_value_loss])
+    def test_nan_is_not_lost(self, kernels, loss, where):
+        inputs = list(torch.randn(3, 2, 40) / 10)
+        mask = torch.ones(2, 40, dtype=torch.bool)
+        inputs[where][1, 7] = math.nan
+        assert math.isnan(loss(*inputs, mask).loss.item())
+        mask[1, 7] = False
+        assert math.isfinite(loss(*inputs, mask).loss.item())
+
     def test_on_policy_is_reinforce(self, kernels):
         x = torch.randn(4, 9, requires_grad=True)
         y = x.detach().clone().requires_grad_()
