@@ -100,8 +100,8 @@ def cuda_on_cpu(module: ModuleType) -> Iterator[Tensor]:
 @contextlib.contextmanager
 def triton_on_cpu() -> Iterator[None]:
     """Triton's interpreter rounds to bfloat16, to nearest even as compiled kernels do; by itself it cuts off. And it
-    takes a fraction of its time: triton.language is prepared once a launch, not once more at every function called in it,
-    scans are done in doubling steps, as a GPU does them, and numpy's dtypes are looked up once."""
+    takes a fraction of its time: triton.language is prepared once a launch, not once more at every function called in
+    it, scans are done in doubling steps, as a GPU does them, and numpy's dtypes are looked up once."""
     import triton.language as tl
     from triton.runtime import interpreter
 
