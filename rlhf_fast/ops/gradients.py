@@ -51,6 +51,7 @@ def register_autograd(name: str, setup_context: Callable, backward: Callable, di
             return call_kernel(keyset, args)
 
     Operator.__name__ = Operator.__qualname__ = f"rlhf_fast_{name}"
+    Operator._backward_cls.__name__ = f"rlhf_fast_{name}Backward"  # what grad_fn, profiles and anomalies show
     LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
     AUTOGRAD[name] = autograd  # with keyset None: past the dispatcher, `dispatch.call`
 

@@ -311,6 +311,12 @@ def test_forward_mode_is_refused(name):
         torch.func.jvp(lambda x: public_calls()[name](x)[0], (x,), (x.cos(),))
 
 
+def test_graphs_name_their_operators():
+    x = torch.randn(4, 6, requires_grad=True)
+    assert rlhf_fast.kl_penalty(x, x.detach()).grad_fn.name() == "rlhf_fast_kl_penaltyBackward"
+    assert "rlhf_fast_reinforce_lossBackward" in repr(rlhf_fast.reinforce_loss(x, x.detach(), x > 0))
+
+
 def test_fake_and_meta_tensors():
     """Shapes without numbers, as planners and exporters use them."""
     for mode in (FakeTensorMode(), torch.device("meta")):
