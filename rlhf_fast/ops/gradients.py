@@ -16,7 +16,7 @@ def register_autograd(name: str, setup_context: Callable, backward: Callable, di
     That rebuilds the schema's argument list once per argument and call: 0.1 ms for the 16 arguments of `ppo_loss`, as
     long as its kernel runs. Our schemas have no defaults to fill in. `differentiable`: the positions of the inputs that
     can ask for a gradient; the others are constants. `backward` returns the gradients of those, in that order, and its
-    `ctx.needs_input_grad` starts with two entries of no interest.
+    `ctx.needs_input_grad` starts with two entries of no interest. A keyset of None: called past the dispatcher.
     """
     op = getattr(torch.ops.rlhf_fast, name).default
 
@@ -47,13 +47,15 @@ def register_autograd(name: str, setup_context: Callable, backward: Callable, di
             for x in inputs:
                 if x.requires_grad:
                     return Operator.apply(keyset, args, *(args[i] for i in differentiable))
-        with torch.no_grad():
+        if keyset is not None:
             return call_kernel(keyset, args)
+        with torch.no_grad():  # constants that ask for gradients get none, as below the dispatcher's autograd
+            return call_kernel(None, args)
 
     Operator.__name__ = Operator.__qualname__ = f"rlhf_fast_{name}"
     Operator._backward_cls.__name__ = f"rlhf_fast_{name}Backward"  # what grad_fn, profiles and anomalies show
     LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
-    AUTOGRAD[name] = autograd  # with keyset None: past the dispatcher, `dispatch.call`
+    AUTOGRAD[name] = autograd
 
 
 def register_saved_gradients(name: str, inputs: dict[int, int]) -> None:
