@@ -1,20 +1,12 @@
-"""A GPU's kernels on CPU tensors, for tests and `bench.exactness`: Triton's interpreted, those of csrc/cuda compiled
-for the CPU (`csrc/cuda_on_host`), with no GPU and no nvcc.
+"""A GPU's kernels on CPU tensors, for tests and `bench.exactness`, with no GPU and no nvcc: Triton's interpreted, those
+of csrc/cuda as `bench.cuda_on_host` compiles them.
 """
 
 import contextlib
-import fcntl
 import functools
-import hashlib
 import importlib.util
-import os
-import shlex
-import subprocess
 import sys
-import sysconfig
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import ModuleType
 from unittest.mock import patch
 
@@ -23,61 +15,6 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.ops import dispatch
-
-ROOT = Path(__file__).resolve().parents[1]
-HEADERS = ROOT / "csrc/cuda_on_host"
-FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
-
-
-def build() -> Path:
-    """The module, compiled unless one of the same sources and flags is there already."""
-    flags = [*FLAGS, *shlex.split(os.environ.get("RLHF_FAST_CXXFLAGS", ""))]
-    sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
-    read = [*sources, *(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc/cuda").glob("*.cuh"), *HEADERS.iterdir()]
-    state = hashlib.sha256(repr(flags).encode())
-    for path in sorted({*read, ROOT / "csrc/bind_cuda.cpp"}):
-        state.update(path.read_bytes())
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    module = ROOT / "build/cuda_on_host" / state.hexdigest()[:16] / f"_cuda{suffix}"
-    module.parent.mkdir(parents=True, exist_ok=True)
-    with open(module.parent / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of several pytest workers one builds
-        if not module.exists():
-            _compile(module, flags, sources)
-    return module
-
-
-def _compile(module: Path, flags: list[str], sources: list[Path]) -> None:
-    import pybind11
-
-    scratch = module.parent / str(os.getpid())
-    scratch.mkdir(exist_ok=True)
-    cxx, includes = (
-        os.environ.get("CXX", "g++"),
-        [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"],
-    )
-    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # a sanitizer's
-    kernel = [f"-I{HEADERS}", "-include", "cuda_on_host.h", "-x", "c++"]
-
-    def compile_(source: Path) -> Path:
-        target = scratch / f"{source.stem}.o"
-        options = includes if source.suffix == ".cpp" else kernel
-        subprocess.run([cxx, *flags, *options, "-c", source, "-o", target], check=True, env=environment)
-        return target
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_, [ROOT / "csrc/bind_cuda.cpp", *sources]))
-    subprocess.run([cxx, *flags, "-shared", *objects, "-o", scratch / module.name], check=True, env=environment)
-    (scratch / module.name).replace(module)
-
-
-@functools.cache
-def load() -> ModuleType:
-    """The module, built."""
-    spec = importlib.util.spec_from_file_location("_cuda", build())
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import emulation
+from bench import cuda_on_host, emulation
 from bench.case import EAGER, OURS, UPCAST
 from bench.cases import eager_token_logprobs
 from bench.linear_cases import TORCH_CHUNK
@@ -123,7 +123,7 @@ def in_triton() -> Iterator[None]:
 
 
 def in_cuda() -> contextlib.AbstractContextManager:
-    return ops.backend("cuda") if torch.cuda.is_available() else emulation.cuda_on_cpu(emulation.load())
+    return ops.backend("cuda") if torch.cuda.is_available() else emulation.cuda_on_cpu(cuda_on_host.load())
 
 
 # Other libraries

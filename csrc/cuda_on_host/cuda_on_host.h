@@ -3,8 +3,9 @@
 // barriers and shuffles; a barrier that not all of them reach is an abort. Left out: memory that is not coherent, races
 // between threads that no barrier orders, time.
 #pragma once
-#include <setjmp.h>
+#if !defined(__x86_64__)
 #include <ucontext.h>
+#endif
 
 #include <cstdint>
 #include <cstdio>
@@ -33,7 +34,7 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace cuda_on_host {
 
-constexpr size_t kStack = 1 << 16;
+constexpr size_t kStack = (1 << 16) + 5 * 64;  // a power of 2 would map the tops of all stacks to few lines of cache
 constexpr unsigned kMostThreads = 1024;
 
 template <typename T>
@@ -45,9 +46,36 @@ struct Rendezvous {  // of a block's or a warp's threads
     long arrived = 0;
 };
 
+// Where a stack stands while another runs; `change(from, to)` leaves one for the other.
+#if defined(__x86_64__)
+struct Context {
+    void** top;  // of the stack: the registers that a call keeps, under its return address
+
+    void start(char* stack, size_t size, void (*body)()) {
+        top = reinterpret_cast<void**>(stack + size) - 8;  // where `body` begins as if called: 8 bytes off a line of 16
+        top[6] = reinterpret_cast<void*>(body);
+    }
+};
+__attribute__((naked, noinline)) inline void change(Context&, const Context&) {
+    asm("push %rbp; push %rbx; push %r12; push %r13; push %r14; push %r15; mov %rsp, (%rdi); mov (%rsi), %rsp;"
+        "pop %r15; pop %r14; pop %r13; pop %r12; pop %rbx; pop %rbp; ret");
+}
+#else  // with system calls in each change
+struct Context {
+    ucontext_t context;
+
+    void start(char* stack, size_t size, void (*body)()) {
+        getcontext(&context);
+        context.uc_stack.ss_sp = stack;
+        context.uc_stack.ss_size = size;
+        makecontext(&context, body, 0);
+    }
+};
+inline void change(Context& from, const Context& to) { swapcontext(&from.context, &to.context); }
+#endif
+
 struct Fiber {
-    ucontext_t start;
-    jmp_buf here;
+    Context here;
     bool started = false, done = false;
     long block_barriers = 0, warp_barriers = 0;
 };
@@ -62,7 +90,7 @@ struct Machine {
     std::vector<Fiber> fibers = std::vector<Fiber>(kMostThreads);
     std::vector<Warp> warps = std::vector<Warp>(kMostThreads / 32);
     Rendezvous block;
-    jmp_buf scheduler;
+    Context scheduler;
     unsigned current = 0;
     bool moved = false;  // since the scheduler last looked at every thread
     void (*body)(void*) = nullptr;
@@ -70,9 +98,8 @@ struct Machine {
 };
 
 inline Machine machine;
-__attribute__((noinline, no_sanitize_address)) inline void give_way() {
-    if (_setjmp(machine.fibers[machine.current].here) == 0) _longjmp(machine.scheduler, 1);
-}
+
+inline void give_way() { change(machine.fibers[machine.current].here, machine.scheduler); }
 
 inline void meet(Rendezvous& meeting, long& mine, unsigned threads) {
     const long all = ++mine * threads;
@@ -83,29 +110,25 @@ inline void meet(Rendezvous& meeting, long& mine, unsigned threads) {
 }
 
 inline void run_thread() {
-    machine.body(machine.arguments);
-    machine.fibers[machine.current].done = machine.moved = true;
-    _longjmp(machine.scheduler, 1);
+    for (;;) {  // a fiber outlives its block: it goes on as a thread of the next
+        machine.body(machine.arguments);
+        machine.fibers[machine.current].done = machine.moved = true;
+        give_way();
+    }
 }
 
-__attribute__((noinline, no_sanitize_address)) inline void resume(unsigned thread) {
+inline void resume(unsigned thread) {
     Fiber& fiber = machine.fibers[thread];
     machine.current = thread;
     threadIdx.x = thread;
-    if (_setjmp(machine.scheduler) != 0) return;
-    if (fiber.started) _longjmp(fiber.here, 1);
+    if (!fiber.started) fiber.here.start(machine.stacks.data() + thread * kStack, kStack, run_thread);
     fiber.started = true;
-    getcontext(&fiber.start);
-    fiber.start.uc_stack.ss_sp = machine.stacks.data() + thread * kStack;
-    fiber.start.uc_stack.ss_size = kStack;
-    fiber.start.uc_link = nullptr;
-    makecontext(&fiber.start, run_thread, 0);
-    setcontext(&fiber.start);
+    change(machine.scheduler, fiber.here);
 }
 
 inline void run_block(unsigned threads) {
     for (unsigned k = 0; k < threads; ++k) {
-        machine.fibers[k].started = machine.fibers[k].done = false;
+        machine.fibers[k].done = false;
         machine.fibers[k].block_barriers = machine.fibers[k].warp_barriers = 0;
     }
     for (Warp& warp : machine.warps) warp.meeting = Rendezvous();

@@ -18,7 +18,7 @@ if dispatch.COMPILED:
 
 with pytest.MonkeyPatch.context() as patch:  # `bench` is not installed; on the path, the root would show its `kernels`
     patch.syspath_prepend(Path(__file__).resolve().parents[2])
-    from bench import emulation
+    from bench import cuda_on_host, emulation
 
 hypothesis.settings.register_profile("ops", database=None, deadline=None, max_examples=25)
 hypothesis.settings.load_profile("ops")
@@ -32,7 +32,7 @@ def seed():
 @pytest.fixture(scope="session")
 def emulated_cuda():
     """Context manager: inside, CPU tensors run the back end "cuda"."""
-    return functools.partial(emulation.cuda_on_cpu, emulation.load())
+    return functools.partial(emulation.cuda_on_cpu, cuda_on_host.load())
 
 
 @pytest.fixture(params=["reference", "cpu", "triton", "cuda"])
