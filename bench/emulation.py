@@ -5,9 +5,11 @@ of csrc/cuda as `bench.cuda_on_host` compiles them.
 import contextlib
 import functools
 import importlib.util
+import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
+from typing import Any
 from unittest.mock import patch
 
 import numpy
@@ -38,7 +40,7 @@ def cuda_on_cpu(module: ModuleType) -> Iterator[Tensor]:
 def triton_on_cpu() -> Iterator[None]:
     """Triton's interpreter rounds to bfloat16, to nearest even as compiled kernels do; by itself it cuts off. And it
     takes a fraction of its time: triton.language is prepared once a launch, not once more at every function called in
-    it, scans are done in doubling steps, as a GPU does them, and numpy's dtypes are looked up once."""
+    it, scans are done in doubling steps, as a GPU does them, and types are looked up rather than made anew."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -72,13 +74,47 @@ def triton_on_cpu() -> Iterator[None]:
             step *= 2
         return list(map(self.to_tensor, sums, types))
 
-    look_up = interpreter._get_np_dtype
-    look_up_scalar = functools.cache(look_up)
-
     with (
         patch.object(interpreter, "_convert_float", rounding),
         patch.object(interpreter, "_patch_lang", prepare_once),
         patch.object(interpreter.ScanOps, "generic_scan", scan),
+        _types_looked_up(tl, interpreter),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _types_looked_up(tl: ModuleType, interpreter: ModuleType) -> Iterator[None]:
+    """Of what the interpreter does per operator most is types: each is made once, and operands of one are not looked
+    into."""
+    block_types, shapes, make_block_type = {}, {}, tl.block_type.__init__
+    look_up, convert = interpreter._get_np_dtype, interpreter.TritonSemantic.binary_op_type_checking_impl
+    look_up_scalar = functools.cache(look_up)
+
+    def block_type(self: Any, element: Any, shape: Sequence[int]) -> None:
+        key = element.name, *map(tl.core._unwrap_if_constexpr, shape)
+        if key not in block_types:
+            make_block_type(self, element, shape)
+            block_types[key] = vars(self).copy()
+        vars(self).update(block_types[key], element_ty=element)
+
+    def tensor(self: Any, handle: Any, type: Any) -> None:
+        sizes = tuple(type.shape) if type.is_block() else ()
+        if sizes not in shapes:
+            shapes[sizes] = tl.tuple([tl.constexpr(n) for n in sizes]), tl.constexpr(math.prod(sizes))
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = shapes[sizes]
+
+    def operands(self: Any, a: Any, b: Any, *args: Any, **options: Any) -> tuple:
+        same = isinstance(a, tl.tensor) and isinstance(b, tl.tensor) and a.dtype is b.dtype and a.shape is b.shape
+        if same and type(a.dtype) is tl.dtype and a.dtype.primitive_bitwidth != 16:  # no pointers; 16 bits may widen
+            return a, b
+        return convert(self, a, b, *args, **options)
+
+    with (
+        patch.object(tl.block_type, "__init__", block_type),
+        patch.object(tl.tensor, "__init__", tensor),
+        patch.object(interpreter.TritonSemantic, "binary_op_type_checking_impl", operands),
         patch.object(interpreter, "_get_np_dtype", lambda t: (look_up_scalar if type(t) is tl.dtype else look_up)(t)),
     ):
         yield
