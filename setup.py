@@ -2,7 +2,7 @@
 
 Needs a C++17 compiler with OpenMP and no torch. A build.ninja of our own keeps builds incremental and tracks headers.
 Environment: CXX (compiler), CUDA_HOME, RLHF_FAST_CUDA=0 (skip CUDA), RLHF_FAST_WERROR=1 (warnings are errors),
-RLHF_FAST_CXXFLAGS (more flags for the CPU kernels' compiler and the linker, such as a sanitizer's).
+RLHF_FAST_CXXFLAGS (more flags for the C++ compiler and linker, such as a sanitizer's).
 """
 
 import importlib.util
@@ -132,7 +132,7 @@ class NinjaBuild(build_ext):
             return target
 
         csrc = ROOT / "csrc"
-        objects = [compile_("cxx", csrc / "bind_cpu.cpp", f"{CXXFLAGS} -O1{warnings}{includes}")]
+        objects = [compile_("cxx", csrc / "bind_cpu.cpp", f"{CXXFLAGS} -O1{warnings}{includes} {MORE_CXXFLAGS}")]
         for isa, isa_flags in ISA_FLAGS.items():
             for source in sorted((csrc / "cpu").glob("*.cpp")):
                 flags = f"{CXXFLAGS} {KERNEL_FLAGS}{warnings} {isa_flags} -DISA={isa} {MORE_CXXFLAGS}"

@@ -17,12 +17,12 @@ from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[1]
 HEADERS = ROOT / "csrc/cuda_on_host"
-FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
+FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
 
 
 def build() -> Path:
     """The module, compiled unless one of the same sources and flags is there already."""
-    flags = [*FLAGS, "-O1", *shlex.split(os.environ.get("RLHF_FAST_CXXFLAGS", ""))]  # of kernels
+    flags = [*FLAGS, *shlex.split(os.environ.get("RLHF_FAST_CXXFLAGS", ""))]
     sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
     read = [*sources, *(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc/cuda").glob("*.cuh"), *HEADERS.iterdir()]
     state = hashlib.sha256(repr(flags).encode())
@@ -45,13 +45,13 @@ def _compile(module: Path, flags: list[str], sources: list[Path]) -> None:
     scratch.mkdir(exist_ok=True)
     cxx = os.environ.get("CXX", "g++")
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # a sanitizer's
-    kernel = [*flags, f"-I{HEADERS}", "-include", "cuda_on_host.h", "-x", "c++"]
-    binding = [*FLAGS, "-O0", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+    kernel = [f"-I{HEADERS}", "-include", "cuda_on_host.h", "-x", "c++"]
+    binding = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
 
     def compile_(source: Path) -> Path:
         target = scratch / f"{source.stem}.o"
         options = binding if source.suffix == ".cpp" else kernel
-        subprocess.run([cxx, *options, "-c", source, "-o", target], check=True, env=environment)
+        subprocess.run([cxx, *flags, *options, "-c", source, "-o", target], check=True, env=environment)
         return target
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
