@@ -33,9 +33,9 @@ from bench.record import about_run, versions
 from bench.rivals import FROM_HIDDEN, FROM_LOGITS
 from bench.trainers import command as trainers
 from bench.trials import hidden_trials, logits_trials
-from rlhf_fast.files import write_bytes, write_text
-from rlhf_fast.metrics import print_table
+from rlhf_fast.data.files import write_bytes, write_text
 from rlhf_fast.ops import dispatch
+from rlhf_fast.training.metrics import print_table
 
 
 def arguments() -> argparse.Namespace:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bench.case import Case, Function
-from rlhf_fast import reference
+from rlhf_fast.ops import reference
 from rlhf_fast.ops.attention import packed_attention
 
 

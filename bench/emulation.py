@@ -24,7 +24,7 @@ def cuda_on_cpu(module: ModuleType) -> Iterator[Tensor]:
     """CPU tensors run the back end "cuda" on the emulated kernels, all on one stream; yields their scratch memory."""
     if importlib.util.find_spec("rlhf_fast._cuda") is None:
         sys.modules["rlhf_fast._cuda"] = module  # which the back end imports
-    from rlhf_fast.ops import cuda_backend
+    from rlhf_fast.ops.backends import cuda as cuda_backend
 
     scratch = torch.zeros(module.scratch_bytes, dtype=torch.uint8)
     with (

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bench.exactness import AT_TARGET, ENTROPY, GRADIENT, LOGPROB, LOGPROB_GRADIENT, NO_SUCH, QUANTITIES, Cell
-from rlhf_fast.metrics import markdown_table
+from rlhf_fast.training.metrics import markdown_table
 
 NOTES = (
     "Errors against float64 on the same inputs, relative where the truth is above 1, absolute below; where the target "

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from bench.case import COMPILED, EAGER, OURS, UPCAST
 from bench.linear_cases import TORCH_FUSED
 from bench.measure import CEILING, OURS_IN_CUDA
-from rlhf_fast.metrics import markdown_table
+from rlhf_fast.training.metrics import markdown_table
 
 COLORS = {OURS: "#0072B2", OURS_IN_CUDA: "#56B4E9", COMPILED: "#E69F00", UPCAST: "#999999", TORCH_FUSED: "#CC79A7"}
 

@@ -17,13 +17,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from bench.device import CPU, CUDA, Contender
 from bench.measure import Disagreement, quantiles, take_turns
 from bench.record import about_run, versions
-from rlhf_fast.compare.start import llama
-from rlhf_fast.demo import MODEL
-from rlhf_fast.files import write_text
-from rlhf_fast.metrics import markdown_table, print_table
-from rlhf_fast.objectives import Objectives
-from rlhf_fast.rollout import generate
-from rlhf_fast.world import build_tokenizer
+from rlhf_fast.data.files import write_text
+from rlhf_fast.lab.compare.start import llama
+from rlhf_fast.lab.demo import MODEL
+from rlhf_fast.lab.world import build_tokenizer
+from rlhf_fast.lm.objectives import Objectives
+from rlhf_fast.rollout.generate import generate
+from rlhf_fast.training.metrics import markdown_table, print_table
 
 NO_EOS = (-1,)
 SAMPLED, GREEDY, FOLDED = "rlhf_fast, sampled", "rlhf_fast, greedy", "rlhf_fast, sampled + greedy folded"

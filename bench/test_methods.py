@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from bench.trainers import cases
-from rlhf_fast.pipeline import METHODS
-from rlhf_fast.rows import write_rows
-from rlhf_fast.world import preference_rows, prompt_rows, sft_rows
+from rlhf_fast.data.rows import write_rows
+from rlhf_fast.lab.world import preference_rows, prompt_rows, sft_rows
+from rlhf_fast.report.pipeline import METHODS
 
 STEPS = 5
 CASES = {

@@ -17,9 +17,13 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "demo": Command("config:DemoConfig", "demo:run", "five methods on a small world made on the spot, with a report"),
-    "pipeline": Command("config:PipelineConfig", "pipeline:run", "SFT, reward model and every method, with a report"),
-    "init": Command("config:InitConfig", "tokenizers:init", "train a tokenizer and make a model from a config"),
+    "demo": Command(
+        "config:DemoConfig", "lab.demo:run", "five methods on a small world made on the spot, with a report"
+    ),
+    "pipeline": Command(
+        "config:PipelineConfig", "report.pipeline:run", "SFT, reward model and every method, with a report"
+    ),
+    "init": Command("config:InitConfig", "stages.init:init", "train a tokenizer and make a model from a config"),
     "sft": Command("config:SFTConfig", "stages.sft:train", "supervised fine-tuning"),
     "pairs": Command("config:PairsConfig", "stages.pairs:sample", "sample preference pairs and label them by a reward"),
     "reward": Command("config:RewardConfig", "stages.reward:train", "reward model from preferences"),
@@ -30,33 +34,47 @@ COMMANDS = {
     "grpo": Command("config:GRPOConfig", "stages.grpo:train", "clipped updates on scores whitened within groups"),
     "dpo": Command("config:DPOConfig", "stages.dpo:train", "direct preference optimisation"),
     "compare": Command(
-        "compare.config:CompareConfig", "compare.command:run", "methods side by side: time, memory, reward"
+        "lab.compare.config:CompareConfig", "lab.compare.command:run", "methods side by side: time, memory, reward"
     ),
     "study exact": Command(
-        "study.config:ExactStudyConfig", "study.exact_frontier:run", "every method against the exact reward-KL frontier"
+        "lab.study.config:ExactStudyConfig",
+        "lab.study.exact_frontier:run",
+        "every method against the exact reward-KL frontier",
     ),
     "study frontier": Command(
-        "study.config:FrontierConfig", "study.frontier:run", "true reward against KL, every method at several strengths"
+        "lab.study.config:FrontierConfig",
+        "lab.study.frontier:run",
+        "true reward against KL, every method at several strengths",
     ),
-    "study winrate": Command("study.config:WinRateConfig", "study.winrate:run", "every method against every other one"),
+    "study winrate": Command(
+        "lab.study.config:WinRateConfig", "lab.study.winrate:run", "every method against every other one"
+    ),
     "study temperature": Command(
-        "study.config:TemperatureConfig", "study.temperature:run", "win rate over the sampling temperature"
+        "lab.study.config:TemperatureConfig", "lab.study.temperature:run", "win rate over the sampling temperature"
     ),
     "study convergence": Command(
-        "study.config:ConvergenceConfig", "study.convergence:run", "win rate over training steps and seconds"
+        "lab.study.config:ConvergenceConfig", "lab.study.convergence:run", "win rate over training steps and seconds"
     ),
-    "study shift": Command("study.config:ShiftConfig", "study.shift:run", "the policies on another domain's prompts"),
+    "study shift": Command(
+        "lab.study.config:ShiftConfig", "lab.study.shift:run", "the policies on another domain's prompts"
+    ),
     "study variance": Command(
-        "study.config:VarianceStudyConfig", "study.variance:run", "gradient variance of REINFORCE, ReMax, RLOO, a value"
+        "lab.study.config:VarianceStudyConfig",
+        "lab.study.variance:run",
+        "gradient variance of REINFORCE, ReMax, RLOO, a value",
     ),
     "plan": Command(
         "plan.config:PlanConfig", "plan.command:run", "memory of a run before it is started, by role and phase"
     ),
     "bandit linear": Command(
-        "bandit.config:LinearBanditConfig", "bandit.command:linear", "DPO against RMB-PO where the optimum is known"
+        "lab.bandit.config:LinearBanditConfig",
+        "lab.bandit.command:linear",
+        "DPO against RMB-PO where the optimum is known",
     ),
     "bandit neural": Command(
-        "bandit.config:NeuralBanditConfig", "bandit.command:neural", "the same with networks for rewards and policies"
+        "lab.bandit.config:NeuralBanditConfig",
+        "lab.bandit.command:neural",
+        "the same with networks for rewards and policies",
     ),
 }
 
@@ -70,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] == "--version":
         print(f"rlhf-fast {rlhf_fast.__version__}")
         return 0
-    from rlhf_fast.arguments import nearest, parse
+    from rlhf_fast.config.arguments import nearest, parse
 
     group = [name for name in COMMANDS if name.startswith(f"{argv[0]} ")]
     if group and (len(argv) == 1 or argv[1] in ("-h", "--help")):

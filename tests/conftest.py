@@ -13,8 +13,8 @@ if not torch.cuda.is_available():
 from tiny_models import model_config  # noqa: E402
 from transformers import PreTrainedTokenizerBase  # noqa: E402
 
-from rlhf_fast.tokenizers import init_model  # noqa: E402
-from rlhf_fast.world import build_tokenizer  # noqa: E402
+from rlhf_fast.lab.world import build_tokenizer  # noqa: E402
+from rlhf_fast.stages.init import init_model  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -11,11 +11,10 @@ from tiny_models import ARCHITECTURES, random_policy, random_sequences
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from rlhf_fast import adapters, checkpoint
-from rlhf_fast.adapters import LoRA
 from rlhf_fast.config import SFTConfig
-from rlhf_fast.memory import static_bytes
-from rlhf_fast.models import (
+from rlhf_fast.lm import adapters
+from rlhf_fast.lm.adapters import LoRA
+from rlhf_fast.lm.models import (
     load_policy,
     load_scorer,
     response_logits,
@@ -24,7 +23,9 @@ from rlhf_fast.models import (
     token_values,
     value_head_on,
 )
-from rlhf_fast.objectives import Objectives
+from rlhf_fast.lm.objectives import Objectives
+from rlhf_fast.training import checkpoint
+from rlhf_fast.training.memory import static_bytes
 
 ADAPTER = LoRA(4, 8.0, seed=0)
 

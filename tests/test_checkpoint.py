@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rlhf_fast import checkpoint
+from rlhf_fast.training import checkpoint
 
 
 def config(**options) -> LlamaConfig:

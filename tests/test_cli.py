@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from rlhf_fast import cli
-from rlhf_fast.arguments import from_dict
 from rlhf_fast.config import DPOConfig, PipelineConfig, PPOConfig, SFTConfig
+from rlhf_fast.config.arguments import from_dict
 
 PPO = {"model": "m", "output_dir": "o", "train_data": "t.jsonl", "reward": "rlhf_fast.world:true_reward"}
 FLAGS = ["--model", "m", "--output-dir", "o", "--train-data", "t.jsonl", "--reward", "rlhf_fast.world:true_reward"]
@@ -22,7 +22,7 @@ def trained(monkeypatch) -> list:
     configs = []
     for name in ("ppo", "dpo"):
         monkeypatch.setattr(f"rlhf_fast.stages.{name}.train", configs.append)
-    monkeypatch.setattr("rlhf_fast.pipeline.run", configs.append)
+    monkeypatch.setattr("rlhf_fast.report.pipeline.run", configs.append)
     return configs
 
 

@@ -8,7 +8,7 @@ import datasets
 import pytest
 
 from rlhf_fast.config import DPOConfig, InitConfig, PairsConfig, PPOConfig, ReMaxConfig, SFTConfig
-from rlhf_fast.fields import describe
+from rlhf_fast.config.fields import describe
 
 STAGE = {"model": "m", "output_dir": "o", "train_data": "t.jsonl"}
 ONLINE = {**STAGE, "reward": "f.py:score"}

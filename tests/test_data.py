@@ -11,9 +11,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from rlhf_fast import data
-from rlhf_fast.rows import load_rows
-from rlhf_fast.tokenizers import train_bpe
+from rlhf_fast.data import encoding as data
+from rlhf_fast.data.rows import load_rows
+from rlhf_fast.stages.init import train_bpe
 
 PAD, EOS, BOS, A, B, C, D, E, F = range(9)
 CHAT = (

@@ -5,8 +5,8 @@ import json
 import pytest
 from test_data import ASSISTANT, BOS, EOS, USER, A, B, C, D, E, F, sft, tokenizer, word_tokenizer  # noqa: F401
 
-from rlhf_fast import data
-from rlhf_fast.rows import load_rows
+from rlhf_fast.data import encoding as data
+from rlhf_fast.data.rows import load_rows
 
 
 def test_errors_of_encoding_name_file_and_line(tokenizer, tmp_path):  # noqa: F811

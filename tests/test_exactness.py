@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_fast import reference
-from rlhf_fast.ops import dispatch
+from rlhf_fast.ops import dispatch, reference
 
 ROOT = Path(__file__).resolve().parents[1]
 INF = math.inf

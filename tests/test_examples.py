@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_fast.arguments import parse
 from rlhf_fast.config import InitConfig, PipelineConfig
-from rlhf_fast.data import load_rows
-from rlhf_fast.pipeline import make_plan
+from rlhf_fast.config.arguments import parse
+from rlhf_fast.data.encoding import load_rows
+from rlhf_fast.report.pipeline import make_plan
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

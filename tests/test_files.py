@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from rlhf_fast.files import write_text
+from rlhf_fast.data.files import write_text
 
 
 def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):

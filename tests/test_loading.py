@@ -9,11 +9,12 @@ from safetensors.torch import load_file, save_file
 from tiny_models import random_policy
 from transformers import AutoModelForCausalLM
 
-from rlhf_fast import checkpoint, models
-from rlhf_fast.adapters import LoRA
-from rlhf_fast.models import check_tokenizer, existing, load_policy, load_scorer, load_tokenizer
-from rlhf_fast.rewards import Reward
-from rlhf_fast.tokenizers import train_bpe
+from rlhf_fast.lm import models
+from rlhf_fast.lm.adapters import LoRA
+from rlhf_fast.lm.models import check_tokenizer, existing, load_policy, load_scorer, load_tokenizer
+from rlhf_fast.stages.init import train_bpe
+from rlhf_fast.training import checkpoint
+from rlhf_fast.training.rewards import Reward
 
 
 def without(source, target, *parts: str) -> str:

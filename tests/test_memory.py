@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from rlhf_fast import memory
-from rlhf_fast.memory import Meter, static_bytes
+from rlhf_fast.training import memory
+from rlhf_fast.training.memory import Meter, static_bytes
 
 MiB = 2**20
 

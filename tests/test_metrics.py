@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rlhf_fast.metrics import MetricsLogger, format_value, markdown_table, print_table, read_metrics
+from rlhf_fast.training.metrics import MetricsLogger, format_value, markdown_table, print_table, read_metrics
 
 
 def run(tmp_path, steps, total=None, **options) -> list[dict]:

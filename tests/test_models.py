@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_models import ARCHITECTURES, random_policy, random_sequences
 
-from rlhf_fast.models import (
+from rlhf_fast.lm.models import (
     Sequences,
     load_policy,
     load_scorer,

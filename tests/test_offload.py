@@ -6,9 +6,9 @@ from test_sharing import numbers
 from test_stages import distance, files, stage_config, weights  # noqa: F401  (files is a fixture)
 from tiny_models import random_policy, random_sequences
 
-from rlhf_fast import offload
 from rlhf_fast.config import PPOConfig, RewardConfig
-from rlhf_fast.models import response_logits
+from rlhf_fast.lm import offload
+from rlhf_fast.lm.models import response_logits
 from rlhf_fast.stages import ppo, reward
 
 
@@ -75,7 +75,7 @@ def test_a_run_uses_the_weights_within_visits_only(files, tiny_model, tmp_path, 
         return model
 
     monkeypatch.setattr("rlhf_fast.stages.online.place", place)
-    monkeypatch.setattr("rlhf_fast.rewards.place", place)
+    monkeypatch.setattr("rlhf_fast.training.rewards.place", place)
     monkeypatch.setattr(offload, "_upload", lambda home, device: device_side[home.data_ptr()])
     ppo.train(stage_config(PPOConfig, files, tiny_model, tmp_path / "offloaded", **options))
     assert len(placed) == 2  # the reference and the reward model

@@ -8,14 +8,14 @@ from test_sharing import numbers
 from test_stages import STAGES, distance, files, interrupted, stage_config, weights  # noqa: F401  (files is a fixture)
 from tiny_models import random_policy, random_sequences
 
-from rlhf_fast import optimizers
 from rlhf_fast.config import ReMaxConfig, SFTConfig
-from rlhf_fast.metrics import read_metrics
-from rlhf_fast.models import load_policy
-from rlhf_fast.objectives import Objectives
+from rlhf_fast.lab.variance import gradient_variance
+from rlhf_fast.lm.models import load_policy
+from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.stages import sft
-from rlhf_fast.training import Learner
-from rlhf_fast.variance import gradient_variance
+from rlhf_fast.training import optimizers
+from rlhf_fast.training.metrics import read_metrics
+from rlhf_fast.training.run import Learner
 
 
 @pytest.mark.parametrize("name", ["sft", "ppo", "dpo"])

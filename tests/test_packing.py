@@ -8,9 +8,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, MistralConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from rlhf_fast import adapters, layers, packing
+from rlhf_fast.lm import adapters, layers, packing
+from rlhf_fast.lm.packing import real_hidden
 from rlhf_fast.ops import backend
-from rlhf_fast.packing import real_hidden
 
 # Gemma 2 has windows and caps its attention's logits.
 PACKED = {name: name != "gemma2" for name in ARCHITECTURES}

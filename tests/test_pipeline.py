@@ -11,18 +11,18 @@ import torch
 from test_stages import REWARD, files, shortness, stage_config  # noqa: F401  (files is a fixture)
 from tiny_models import random_policy, random_sequences
 
-from rlhf_fast import pipeline
-from rlhf_fast import rows as data_rows
 from rlhf_fast.config import PairsConfig, PipelineConfig, ReMaxConfig
-from rlhf_fast.data import encode_prompts, load_rows
-from rlhf_fast.evaluation import Evaluator, prompt_columns, sequence_kl, wins
-from rlhf_fast.metrics import read_metrics
-from rlhf_fast.models import load_policy, load_tokenizer, response_logits
-from rlhf_fast.optimizers import lr_factor
-from rlhf_fast.rewards import Reward
+from rlhf_fast.data import rows as data_rows
+from rlhf_fast.data.encoding import encode_prompts, load_rows
+from rlhf_fast.lm.models import load_policy, load_tokenizer, response_logits
+from rlhf_fast.report import pipeline
 from rlhf_fast.stages import pairs
 from rlhf_fast.stages.online import Online
-from rlhf_fast.training import Learner, micro_batches
+from rlhf_fast.training.evaluation import Evaluator, prompt_columns, sequence_kl, wins
+from rlhf_fast.training.metrics import read_metrics
+from rlhf_fast.training.optimizers import lr_factor
+from rlhf_fast.training.rewards import Reward
+from rlhf_fast.training.run import Learner, micro_batches
 
 TRUE_REWARD = "rlhf_fast.world:true_reward"
 
@@ -167,7 +167,7 @@ def test_micro_batches_cover_all_rows():
 
 
 def test_columns_of_ragged_rows(tokenizer):
-    from rlhf_fast.data import encode_prompts
+    from rlhf_fast.data.encoding import encode_prompts
 
     rows = [{"prompt": "the film", "topic": "film"}, {"prompt": "the plot"}]
     columns = prompt_columns(encode_prompts(rows, tokenizer, 16).examples)

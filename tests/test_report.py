@@ -10,9 +10,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from rlhf_fast import plots
-from rlhf_fast.plots import MethodRun
-from rlhf_fast.report import load_run, write_plots, write_report
+from rlhf_fast.report import plots
+from rlhf_fast.report.plots import MethodRun
+from rlhf_fast.report.report import load_run, write_plots, write_report
 
 MIB = 2**20
 PROMPTS = ["the film", "the cast", "a slow"]

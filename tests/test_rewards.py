@@ -8,12 +8,12 @@ import torch
 from tiny_models import random_policy
 from transformers import AutoModelForCausalLM
 
-from rlhf_fast.data import encode_preferences, encode_prompts, pad_left, pad_right
-from rlhf_fast.evaluation import completion_rewards
-from rlhf_fast.models import Sequences, load_scorer, load_tokenizer, sequence_scores, set_score_offset
-from rlhf_fast.rewards import Reward, decode_responses, load_function
-from rlhf_fast.rollout import Rollout
-from rlhf_fast.tokenizers import train_bpe
+from rlhf_fast.data.encoding import encode_preferences, encode_prompts, pad_left, pad_right
+from rlhf_fast.lm.models import Sequences, load_scorer, load_tokenizer, sequence_scores, set_score_offset
+from rlhf_fast.rollout.generate import Rollout
+from rlhf_fast.stages.init import train_bpe
+from rlhf_fast.training.evaluation import completion_rewards
+from rlhf_fast.training.rewards import Reward, decode_responses, load_function
 
 CPU = torch.device("cpu")
 

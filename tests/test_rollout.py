@@ -4,9 +4,9 @@ import pytest
 import torch
 from tiny_models import ARCHITECTURES, random_policy, random_sequences
 
-from rlhf_fast.objectives import Objectives
+from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.ops.truncation import unpacked
-from rlhf_fast.rollout import eos_token_ids, generate
+from rlhf_fast.rollout.generate import eos_token_ids, generate
 
 EOS, PAD = 1, 0
 

@@ -20,12 +20,12 @@ from test_stages import (  # noqa: F401  (files is a fixture)
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf_fast import checkpoint
 from rlhf_fast.config import DPOConfig, ReMaxConfig, RewardConfig, RLOOConfig, SFTConfig
-from rlhf_fast.data import load_rows
-from rlhf_fast.metrics import read_metrics
-from rlhf_fast.models import load_policy
+from rlhf_fast.data.encoding import load_rows
+from rlhf_fast.lm.models import load_policy
 from rlhf_fast.stages import dpo, remax, reward, rloo, sft
+from rlhf_fast.training import checkpoint
+from rlhf_fast.training.metrics import read_metrics
 
 
 def run_json(directory) -> dict:

@@ -9,14 +9,14 @@ import torch
 from test_stages import STAGES, distance, files, interrupted, stage_config, weights  # noqa: F401  (files is a fixture)
 from tiny_models import model_config
 
-from rlhf_fast import checkpoint
 from rlhf_fast.config import GRPOConfig, PPOConfig, ReMaxConfig, RewardConfig, SFTConfig
-from rlhf_fast.memory import Meter
-from rlhf_fast.metrics import read_metrics
-from rlhf_fast.models import load_policy, load_scorer, load_tokenizer, response_logits, token_values
+from rlhf_fast.lm.models import load_policy, load_scorer, load_tokenizer, response_logits, token_values
 from rlhf_fast.stages import ppo, remax, reward, sft
+from rlhf_fast.stages.init import init_model
 from rlhf_fast.stages.online import Online
-from rlhf_fast.tokenizers import init_model
+from rlhf_fast.training import checkpoint
+from rlhf_fast.training.memory import Meter
+from rlhf_fast.training.metrics import read_metrics
 
 LORA = {"lora_rank": 4, "lora_alpha": 8.0}
 
@@ -231,6 +231,6 @@ def test_bad_values(cls, options, message, files, tiny_model, tmp_path):  # noqa
 
 
 def test_shared_critic_needs_a_head_on_hidden_states(files, tiny_model, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("rlhf_fast.objectives.output_head", lambda model: None)
+    monkeypatch.setattr("rlhf_fast.lm.objectives.output_head", lambda model: None)
     with pytest.raises(ValueError, match="critic: expected model, as no hidden states give the logits"):
         ppo.train(stage_config(PPOConfig, files, tiny_model, tmp_path, critic="shared"))

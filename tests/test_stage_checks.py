@@ -8,11 +8,11 @@ from test_stages import REWARD, files, stage_config, write_rows  # noqa: F401
 from tiny_models import model_config
 
 from rlhf_fast.config import DPOConfig, PPOConfig, RewardConfig, RLOOConfig
-from rlhf_fast.data import PreferenceExample, RankingExample
-from rlhf_fast.models import load_scorer, load_tokenizer, sequence_scores
+from rlhf_fast.data.encoding import PreferenceExample, RankingExample
+from rlhf_fast.lm.models import load_scorer, load_tokenizer, sequence_scores
 from rlhf_fast.stages import dpo, ppo, reward, rloo
+from rlhf_fast.stages.init import init_model
 from rlhf_fast.stages.reward import preference_loss
-from rlhf_fast.tokenizers import init_model
 
 
 @pytest.fixture(scope="module")

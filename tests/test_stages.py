@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rlhf_fast import checkpoint
 from rlhf_fast.config import (
     DPOConfig,
     GRPOConfig,
@@ -21,15 +20,16 @@ from rlhf_fast.config import (
     RLOOConfig,
     SFTConfig,
 )
-from rlhf_fast.data import encode_preferences, encode_prompts, encode_sft, load_rows, pad_id
-from rlhf_fast.memory import Meter
-from rlhf_fast.metrics import read_metrics
-from rlhf_fast.models import load_policy, load_tokenizer, response_logits
-from rlhf_fast.objectives import Objectives
+from rlhf_fast.data.encoding import encode_preferences, encode_prompts, encode_sft, load_rows, pad_id
+from rlhf_fast.lab.world import preference_rows, prompt_rows, sft_rows
+from rlhf_fast.lm.models import load_policy, load_tokenizer, response_logits
+from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.ops import grpo_advantages
 from rlhf_fast.stages import dpo, grpo, ppo, reinforce, remax, reward, rloo, sft
 from rlhf_fast.stages.online import KLController, Online
-from rlhf_fast.world import preference_rows, prompt_rows, sft_rows
+from rlhf_fast.training import checkpoint
+from rlhf_fast.training.memory import Meter
+from rlhf_fast.training.metrics import read_metrics
 
 
 def write_rows(path: Path, rows: list[dict]) -> str:
@@ -175,7 +175,7 @@ def test_reward_model_learns_and_is_centred_on_samples_of_its_start(files, tiny_
     assert history[0]["loss"] == pytest.approx(0.69, abs=0.2)
     assert history[-1]["eval/accuracy"] > 0.75
     run = json.loads((tmp_path / "run.json").read_text())
-    from rlhf_fast.models import load_scorer
+    from rlhf_fast.lm.models import load_scorer
 
     model, tokenizer = load_scorer(tmp_path), load_tokenizer(str(tmp_path))
     examples = reward._encode(files["pairs"], tokenizer, config)[0]

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from rlhf_fast.memory import Meter
 from rlhf_fast.ops import linear_reinforce_loss, linear_token_logprobs
 from rlhf_fast.ops.heads import Layer, working_bytes
-from rlhf_fast.tensor_bytes import TensorBytes
+from rlhf_fast.training.memory import Meter
+from rlhf_fast.training.tensor_bytes import TensorBytes
 
 KiB = 1024
 

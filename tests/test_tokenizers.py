@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_fast.config import InitConfig
-from rlhf_fast.tokenizers import init, init_model, train_bpe
+from rlhf_fast.stages.init import init, init_model, train_bpe
 
 TEXTS = ["the cat sat on the mat . the cat sat .", "a hat , a mat , a cat !", "Das Österreichische Käuzchen"] * 20
 LLAMA = {

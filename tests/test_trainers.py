@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_fast.training import offline_batches
-from rlhf_fast.world import build_tokenizer
+from rlhf_fast.lab.world import build_tokenizer
+from rlhf_fast.training.run import offline_batches
 
 ROOT = Path(__file__).resolve().parents[1]
 

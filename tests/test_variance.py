@@ -8,9 +8,9 @@ from test_stages import files, stage_config  # noqa: F401  (files is a fixture)
 
 from rlhf_fast import exact
 from rlhf_fast.config import ReMaxConfig
-from rlhf_fast.memory import Meter
+from rlhf_fast.lab.variance import Moments, gradient_moments, gradient_variance, token_weights
 from rlhf_fast.stages.online import Online
-from rlhf_fast.variance import Moments, gradient_moments, gradient_variance, token_weights
+from rlhf_fast.training.memory import Meter
 
 
 def letters(prompts, completions):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from rlhf_fast import world
-from rlhf_fast.data import load_rows
+from rlhf_fast.data.encoding import load_rows
+from rlhf_fast.lab import world
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from bench.record import about_run
 from bench.trainers import cases, compare, report
-from rlhf_fast.files import write_text
-from rlhf_fast.metrics import print_table
+from rlhf_fast.data.files import write_text
+from rlhf_fast.training.metrics import print_table
 
 
 def run(args: argparse.Namespace) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench.trainers.compare import OURS, TOLERANCE
-from rlhf_fast.metrics import markdown_table
+from rlhf_fast.training.metrics import markdown_table
 
 
 def rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -6,10 +6,10 @@ import torch
 from turns import Turns
 
 from rlhf_fast import config as configs
-from rlhf_fast import memory
-from rlhf_fast.memory import Meter
 from rlhf_fast.stages.online import Experience, Online
-from rlhf_fast.training import Run
+from rlhf_fast.training import memory
+from rlhf_fast.training.memory import Meter
+from rlhf_fast.training.run import Run
 
 
 def main() -> None:

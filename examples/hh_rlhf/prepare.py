@@ -15,7 +15,7 @@ import gzip
 import json
 from pathlib import Path
 
-from rlhf_fast.data import load_rows
+from rlhf_fast.data.encoding import load_rows
 
 OUT = Path(__file__).parent / "data"
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from reward import BUCKETS, logits, table, table_sums
 
-from rlhf_fast.rows import read_rows
+from rlhf_fast.data.rows import read_rows
 
 OUT = Path(__file__).parent / "data"
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")

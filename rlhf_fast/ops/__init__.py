@@ -13,10 +13,7 @@ from rlhf_fast.ops.linear_losses import linear_dpo_loss, linear_ppo_loss, linear
 from rlhf_fast.ops.logprobs import token_logprobs
 from rlhf_fast.ops.policy_loss import ppo_loss, ppo_value_loss, reinforce_loss
 from rlhf_fast.ops.preference import dpo_loss, ranking_loss, reward_loss
-from rlhf_fast.ops.returns import discounted_returns, gae, remax_returns, whiten
-from rlhf_fast.ops.sampling import sample_tokens
-from rlhf_fast.ops.token_kl import token_kl
-from rlhf_fast.results import (
+from rlhf_fast.ops.results import (
     GAE,
     DPOLoss,
     LinearDPOLoss,
@@ -30,9 +27,12 @@ from rlhf_fast.results import (
     TokenLogprobs,
     ValueLoss,
 )
+from rlhf_fast.ops.returns import discounted_returns, gae, remax_returns, whiten
+from rlhf_fast.ops.sampling import sample_tokens
+from rlhf_fast.ops.token_kl import token_kl
 
 if CUDA:
-    from rlhf_fast.ops import cuda_backend as cuda_backend  # registers its kernels
+    from rlhf_fast.ops.backends import cuda  # noqa: F401  (registers its kernels)
 
 __all__ = [
     "GAE",
@@ -74,5 +74,4 @@ __all__ = [
 ]
 
 if TRITON:  # registers its implementations; elsewhere Triton's import would cost half a second for nothing
-    from rlhf_fast.ops import triton_backend as triton_backend
-    from rlhf_fast.ops import triton_rows_backend as triton_rows_backend
+    from rlhf_fast.ops.backends import triton, triton_rows  # noqa: F401

@@ -1,6 +1,6 @@
 """Which back end runs an operation, and the library that holds the operators.
 
-`TABLE` says for each device type which back end runs an operation; what is not in it runs `rlhf_fast.reference`. The
+`TABLE` says for each device type which back end runs an operation; what is not in it runs `ops.reference`. The
 environment variable RLHF_FAST_BACKEND and the context manager `backend` override the table (tests, bench, bug reports);
 an operation that the named back end lacks runs the reference. Under TRITON_INTERPRET=1 the Triton kernels take CPU
 tensors too.

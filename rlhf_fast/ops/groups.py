@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rlhf_fast import reference
+from rlhf_fast.ops import reference
 from rlhf_fast.ops.checks import check_dims, check_floats, expect
 from rlhf_fast.ops.dispatch import LIBRARY, _cpu, call, code, common_dtype, has_kernel, kernel, threads
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast.reference import IGNORED_ID, no_autocast
+from rlhf_fast.ops.reference import IGNORED_ID, no_autocast
 
 MEMORY_BUDGET = {"cpu": 128 << 20, "cuda": 2 << 30}
 """Bytes of working memory by device type, beyond inputs and gradients, where the caller names none."""

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from rlhf_fast import reference
+from rlhf_fast.ops import reference
 from rlhf_fast.ops.checks import check_clip, check_dims, check_floats, check_mask, check_option, check_per_row
 from rlhf_fast.ops.dispatch import (
     LIBRARY,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from rlhf_fast import reference
+from rlhf_fast.ops import reference
 from rlhf_fast.ops.checks import FLOATS, check_device, expect
 from rlhf_fast.ops.dispatch import LIBRARY, _cpu, call, code, contiguous, has_kernel, kernel, pointer, statistics_dtype
 from rlhf_fast.ops.gradients import no_second_derivative, register_autograd

@@ -8,14 +8,14 @@ own needs four. Neither ever holds [N, V]. Leaves out the chunking itself: `rlhf
 import torch
 from torch import Tensor
 
-from rlhf_fast import reference
+from rlhf_fast.ops import reference
 from rlhf_fast.ops.checks import FLOATS, INTEGERS, check_device, check_positive, expect
 from rlhf_fast.ops.dispatch import LIBRARY, has_kernel, kernel
 from rlhf_fast.ops.gradients import no_second_derivative, register_autograd
 from rlhf_fast.ops.heads import MEMORY_BUDGET, Head, full_precision, kept_dtype
 from rlhf_fast.ops.logprobs import check_ids
-from rlhf_fast.reference import compute_dtype
-from rlhf_fast.results import TokenLogprobs
+from rlhf_fast.ops.reference import compute_dtype
+from rlhf_fast.ops.results import TokenLogprobs
 
 LIBRARY.define(
     "linear_token_logprobs(Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, float temperature, "

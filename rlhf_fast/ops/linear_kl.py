@@ -8,14 +8,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from rlhf_fast import reference
+from rlhf_fast.ops import reference
 from rlhf_fast.ops.checks import check_device, expect
 from rlhf_fast.ops.dispatch import LIBRARY, has_kernel, kernel
 from rlhf_fast.ops.gradients import no_second_derivative, register_autograd
 from rlhf_fast.ops.heads import Head, Layer, full_precision, mixes
 from rlhf_fast.ops.linear import check_head, check_layer, empty_gradients
-from rlhf_fast.reference import compute_dtype
-from rlhf_fast.results import TokenKL
+from rlhf_fast.ops.reference import compute_dtype
+from rlhf_fast.ops.results import TokenKL
 
 _INPUTS = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor ref_hidden, Tensor ref_weight, Tensor? ref_bias, "

@@ -8,15 +8,17 @@ Masked places reach no matmul. Denominators come from the mask or are passed in,
 import torch
 from torch import Tensor
 
-from rlhf_fast import reference
-from rlhf_fast.ops import linear_ops  # noqa: F401  the operators
+from rlhf_fast.ops import (
+    linear_ops,  # noqa: F401  the operators
+    reference,
+)
 from rlhf_fast.ops.checks import check_dims, check_like, check_mask, expect
 from rlhf_fast.ops.dispatch import has_kernel
 from rlhf_fast.ops.linear import check_head, wants_gradients
 from rlhf_fast.ops.policy_loss import as_tensor, check_normalizer, check_ppo_options, check_tokens
 from rlhf_fast.ops.preference import check_dpo_arguments
-from rlhf_fast.reference import IGNORED_ID, compute_dtype
-from rlhf_fast.results import LinearDPOLoss, LinearLoss, LinearPPOLoss, PPOLoss
+from rlhf_fast.ops.reference import IGNORED_ID, compute_dtype
+from rlhf_fast.ops.results import LinearDPOLoss, LinearLoss, LinearPPOLoss, PPOLoss
 
 
 def linear_sft_loss(

@@ -10,7 +10,7 @@ from rlhf_fast.ops.dispatch import LIBRARY, kernel
 from rlhf_fast.ops.gradients import register_consumed_gradients
 from rlhf_fast.ops.heads import Head, full_precision, loss_in_forward
 from rlhf_fast.ops.linear import empty_gradients
-from rlhf_fast.reference import compute_dtype
+from rlhf_fast.ops.reference import compute_dtype
 
 _GRADIENTS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids"

@@ -6,12 +6,12 @@ Leaves out the matmul that makes the logits: that is the `linear_*` family's.
 import torch
 from torch import Tensor
 
-from rlhf_fast import reference
+from rlhf_fast.ops import reference
 from rlhf_fast.ops.checks import FLOATS, INTEGERS, check_device, check_positive, expect, is_readable
 from rlhf_fast.ops.dispatch import LIBRARY, _cpu, call, code, has_kernel, kernel, statistics_dtype, threads
 from rlhf_fast.ops.gradients import no_second_derivative, register_autograd
-from rlhf_fast.reference import IGNORED_ID
-from rlhf_fast.results import TokenLogprobs
+from rlhf_fast.ops.reference import IGNORED_ID
+from rlhf_fast.ops.results import TokenLogprobs
 
 LIBRARY.define(
     "token_logprobs(Tensor logits, Tensor token_ids, float temperature, float softcap, bool inplace_backward) "

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from rlhf_fast import reference
+from rlhf_fast.ops import reference
 from rlhf_fast.ops.checks import (
     check_dims,
     check_floats,
@@ -34,7 +34,7 @@ from rlhf_fast.ops.dispatch import (
 )
 from rlhf_fast.ops.gradients import register_saved_gradients
 from rlhf_fast.ops.kl import ESTIMATORS
-from rlhf_fast.results import PPOLoss, ValueLoss
+from rlhf_fast.ops.results import PPOLoss, ValueLoss
 
 REDUCTIONS = ("token_mean", "sequence_mean", "sequence_sum", "constant")
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rlhf_fast import reference
+from rlhf_fast.ops import reference
 from rlhf_fast.ops.checks import check_device, check_dims, check_floats, check_option, check_positive, expect
 from rlhf_fast.ops.dispatch import (
     LIBRARY,
@@ -18,7 +18,7 @@ from rlhf_fast.ops.dispatch import (
     threads,
 )
 from rlhf_fast.ops.gradients import register_saved_gradients
-from rlhf_fast.results import DPOLoss, RankingLoss, RewardLoss
+from rlhf_fast.ops.results import DPOLoss, RankingLoss, RewardLoss
 
 LOSS_TYPES = (
     "sigmoid",

@@ -8,10 +8,10 @@ import math
 import torch
 from torch import Tensor
 
-from rlhf_fast import reference
+from rlhf_fast.ops import reference
 from rlhf_fast.ops.checks import check_clip, check_dims, check_floats, check_mask, check_option, check_per_row, expect
 from rlhf_fast.ops.dispatch import LIBRARY, _cpu, call, code, common_dtype, contiguous, has_kernel, kernel, threads
-from rlhf_fast.results import GAE
+from rlhf_fast.ops.results import GAE
 
 REMAX_VARIANTS = ("official", "paper", "verl")
 

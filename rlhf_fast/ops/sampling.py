@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from rlhf_fast import reference
+from rlhf_fast.ops import reference
 from rlhf_fast.ops.checks import FLOATS, check_device, check_positive, expect
 from rlhf_fast.ops.dispatch import (
     LIBRARY,
@@ -23,8 +23,8 @@ from rlhf_fast.ops.dispatch import (
     threads,
 )
 from rlhf_fast.ops.logprobs import rows_contiguous, token_logprobs
+from rlhf_fast.ops.results import Sample
 from rlhf_fast.ops.truncation import kept_tokens, packed
-from rlhf_fast.results import Sample
 
 LIBRARY.define(
     "sample_tokens(Tensor logits, Tensor uniforms, Tensor? greedy_mask, float temperature) "

@@ -7,19 +7,12 @@ Leaves out the matmuls that make the logits (`linear_token_kl`) and KL estimates
 import torch
 from torch import Tensor
 
-from rlhf_fast import reference
+from rlhf_fast.ops import reference
 from rlhf_fast.ops.checks import check_like, expect
 from rlhf_fast.ops.dispatch import LIBRARY, _cpu, call, code, has_kernel, kernel, statistics_dtype, threads
 from rlhf_fast.ops.gradients import no_second_derivative, register_autograd
-from rlhf_fast.ops.logprobs import (
-    check_ids,
-    check_logits,
-    check_overwritable,
-    id_error,
-    row_blocks,
-    rows_contiguous,
-)
-from rlhf_fast.results import TokenKL
+from rlhf_fast.ops.logprobs import check_ids, check_logits, check_overwritable, id_error, row_blocks, rows_contiguous
+from rlhf_fast.ops.results import TokenKL
 
 LIBRARY.define(
     "token_kl(Tensor logits, Tensor ref_logits, Tensor token_ids, float temperature, float softcap, "

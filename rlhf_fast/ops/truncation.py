@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf_fast.ops.checks import is_readable
-from rlhf_fast.reference import at_least_fp32
+from rlhf_fast.ops.reference import at_least_fp32
 
 _FIRST_LOOK = 256  # tokens, which hold most of p in most rows
 

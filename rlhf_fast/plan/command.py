@@ -8,13 +8,13 @@ from typing import Any
 from rich.console import Console
 
 from rlhf_fast.config import StageConfig
-from rlhf_fast.files import write_text
-from rlhf_fast.metrics import print_table
-from rlhf_fast.models import default_device
+from rlhf_fast.data.files import write_text
+from rlhf_fast.lm.models import default_device
 from rlhf_fast.plan.config import PlanConfig
 from rlhf_fast.plan.gpus import CONTEXT, FRAGMENTATION, GIB, MEMORY, needed, parse_memory
 from rlhf_fast.plan.phases import Planner
 from rlhf_fast.plan.roles import bytes_per_trained
+from rlhf_fast.training.metrics import print_table
 
 KINDS = "weights", "optimizer", "gradients", "kept", "pass"  # the last words of the parts of a phase
 

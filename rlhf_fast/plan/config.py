@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from rlhf_fast.config import Optimizer, arg, check, required
+from rlhf_fast.config.fields import arg, check, required
+from rlhf_fast.config.stages import Optimizer
 
 Method = Literal["sft", "reward", "dpo", "ppo", "remax", "reinforce", "rloo", "grpo"]
 

@@ -16,16 +16,16 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rlhf_fast import checkpoint
 from rlhf_fast import config as configs
-from rlhf_fast.adapters import LoRA
 from rlhf_fast.config import StageConfig
-from rlhf_fast.metrics import print_table
-from rlhf_fast.models import load_scorer
+from rlhf_fast.lm.adapters import LoRA
+from rlhf_fast.lm.models import load_scorer
 from rlhf_fast.plan.config import PlanConfig
 from rlhf_fast.plan.phases import Planner
 from rlhf_fast.plan.shapes import Shape
-from rlhf_fast.tensor_bytes import TensorBytes
+from rlhf_fast.training import checkpoint
+from rlhf_fast.training.metrics import print_table
+from rlhf_fast.training.tensor_bytes import TensorBytes
 
 CONFIGS = {
     "sft": configs.SFTConfig,

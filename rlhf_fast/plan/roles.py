@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from transformers.configuration_utils import PreTrainedConfig
 
-from rlhf_fast.adapters import base_path
+from rlhf_fast.lm.adapters import base_path
 from rlhf_fast.plan.config import PlanConfig
 from rlhf_fast.plan.shapes import DTYPES, Head, Shape, layers_of, period, read_config
 

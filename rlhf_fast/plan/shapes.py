@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
-from rlhf_fast.adapters import LoRA, base_path, put_on
-from rlhf_fast.models import existing
-from rlhf_fast.training import checkpoint_activations
+from rlhf_fast.lm.adapters import LoRA, base_path, put_on
+from rlhf_fast.lm.models import existing
+from rlhf_fast.training.run import checkpoint_activations
 
 Head = Literal["policy", "score"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -11,12 +11,20 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_fast.config import DPOConfig
-from rlhf_fast.data import Encoded, PreferenceExample, encode_preferences, load_rows, pad_id, pad_left, pad_right
-from rlhf_fast.evaluation import make_evaluator
-from rlhf_fast.limits import check_rows
-from rlhf_fast.models import Sequences, check_tokenizer, default_device, load_tokenizer
-from rlhf_fast.objectives import Objectives
-from rlhf_fast.training import Learner, Run, load_policy_and_reference, micro_batches, offline_batches
+from rlhf_fast.data.encoding import (
+    Encoded,
+    PreferenceExample,
+    encode_preferences,
+    load_rows,
+    pad_id,
+    pad_left,
+    pad_right,
+)
+from rlhf_fast.lm.limits import check_rows
+from rlhf_fast.lm.models import Sequences, check_tokenizer, default_device, load_tokenizer
+from rlhf_fast.lm.objectives import Objectives
+from rlhf_fast.training.evaluation import make_evaluator
+from rlhf_fast.training.run import Learner, Run, load_policy_and_reference, micro_batches, offline_batches
 
 
 def train(config: DPOConfig) -> None:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from rlhf_fast.config import GRPOConfig
 from rlhf_fast.ops import grpo_advantages
-from rlhf_fast.rollout import Rollout
+from rlhf_fast.rollout.generate import Rollout
 from rlhf_fast.stages.online import Experience, Online
-from rlhf_fast.training import Run, micro_batches
+from rlhf_fast.training.run import Run, micro_batches
 
 
 def train(config: GRPOConfig) -> None:

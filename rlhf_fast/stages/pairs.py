@@ -6,13 +6,13 @@ P(a preferred over b) = sigmoid(scale * (reward(a) - reward(b))), a draw per pai
 import torch
 
 from rlhf_fast.config import PairsConfig
-from rlhf_fast.data import encode_prompts, load_rows, pad_id, pad_left
-from rlhf_fast.evaluation import check_prompts, prompt_columns
-from rlhf_fast.models import default_device, load_policy, load_tokenizer
-from rlhf_fast.rewards import Reward, decode_responses
-from rlhf_fast.rollout import eos_token_ids, generate
-from rlhf_fast.rows import write_rows
-from rlhf_fast.training import micro_batches
+from rlhf_fast.data.encoding import encode_prompts, load_rows, pad_id, pad_left
+from rlhf_fast.data.rows import write_rows
+from rlhf_fast.lm.models import default_device, load_policy, load_tokenizer
+from rlhf_fast.rollout.generate import eos_token_ids, generate
+from rlhf_fast.training.evaluation import check_prompts, prompt_columns
+from rlhf_fast.training.rewards import Reward, decode_responses
+from rlhf_fast.training.run import micro_batches
 
 
 def sample(config: PairsConfig) -> None:

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast.adapters import lora_of
 from rlhf_fast.config import PPOConfig
-from rlhf_fast.models import (
+from rlhf_fast.lm.adapters import lora_of
+from rlhf_fast.lm.models import (
     check_tokenizer,
     hidden_values,
     load_scorer,
@@ -23,9 +23,9 @@ from rlhf_fast.models import (
     value_head_on,
 )
 from rlhf_fast.ops import LinearPPOLoss, ValueLoss, gae, ppo_value_loss, shape_rewards, whiten
-from rlhf_fast.rollout import Rollout
+from rlhf_fast.rollout.generate import Rollout
 from rlhf_fast.stages.online import Experience, Online
-from rlhf_fast.training import Learner, Run, micro_batches, resume_directory
+from rlhf_fast.training.run import Learner, Run, micro_batches, resume_directory
 
 
 class Targets(NamedTuple):

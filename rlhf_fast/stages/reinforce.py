@@ -8,7 +8,7 @@ import torch
 from rlhf_fast.config import ReinforceConfig
 from rlhf_fast.ops import remax_returns
 from rlhf_fast.stages.online import Experience, Online
-from rlhf_fast.training import Run
+from rlhf_fast.training.run import Run
 
 
 def train(config: ReinforceConfig) -> None:

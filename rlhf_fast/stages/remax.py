@@ -10,7 +10,7 @@ from functools import partial
 from rlhf_fast.config import ReMaxConfig
 from rlhf_fast.ops import remax_returns
 from rlhf_fast.stages.online import Experience, Online
-from rlhf_fast.training import Run
+from rlhf_fast.training.run import Run
 
 
 def train(config: ReMaxConfig) -> None:

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_fast.adapters import lora_of
 from rlhf_fast.config import RewardConfig
-from rlhf_fast.data import (
+from rlhf_fast.data.encoding import (
     PreferenceExample,
     RankingExample,
     encode_preferences,
@@ -20,8 +19,10 @@ from rlhf_fast.data import (
     pad_left,
     pad_right,
 )
-from rlhf_fast.limits import check_rows
-from rlhf_fast.models import (
+from rlhf_fast.data.rows import read_rows
+from rlhf_fast.lm.adapters import lora_of
+from rlhf_fast.lm.limits import check_rows
+from rlhf_fast.lm.models import (
     Sequences,
     default_device,
     load_policy,
@@ -31,9 +32,8 @@ from rlhf_fast.models import (
     set_score_offset,
 )
 from rlhf_fast.ops import ranking_loss, reward_loss
-from rlhf_fast.rollout import eos_token_ids, generate
-from rlhf_fast.rows import read_rows
-from rlhf_fast.training import Learner, Run, autocast, mean_and_se, micro_batches, offline_batches, resume_directory
+from rlhf_fast.rollout.generate import eos_token_ids, generate
+from rlhf_fast.training.run import Learner, Run, autocast, mean_and_se, micro_batches, offline_batches, resume_directory
 
 Example = PreferenceExample | RankingExample
 

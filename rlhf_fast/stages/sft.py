@@ -6,13 +6,13 @@ The denominator is the number of trained tokens of the whole batch, so micro-bat
 import torch
 from torch import Tensor
 
-from rlhf_fast.adapters import lora_of
 from rlhf_fast.config import SFTConfig
-from rlhf_fast.data import SFTExample, encode_sft, load_rows, pad_id, pad_right
-from rlhf_fast.limits import check_rows
-from rlhf_fast.models import Sequences, default_device, load_policy, load_tokenizer
-from rlhf_fast.objectives import Objectives
-from rlhf_fast.training import Learner, Run, autocast, micro_batches, offline_batches, resume_directory
+from rlhf_fast.data.encoding import SFTExample, encode_sft, load_rows, pad_id, pad_right
+from rlhf_fast.lm.adapters import lora_of
+from rlhf_fast.lm.limits import check_rows
+from rlhf_fast.lm.models import Sequences, default_device, load_policy, load_tokenizer
+from rlhf_fast.lm.objectives import Objectives
+from rlhf_fast.training.run import Learner, Run, autocast, micro_batches, offline_batches, resume_directory
 
 
 def train(config: SFTConfig) -> None:

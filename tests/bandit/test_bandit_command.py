@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rlhf_fast import cli
-from rlhf_fast.bandit import report
+from rlhf_fast.lab.bandit import report
 
 METHODS = ["dpo", "rmb_po", "rmb_po_plus@0.5", "rmb_po_plus@2"]
 FLAGS = ["--n", "20", "--ratios", "0.5", "2"]

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from rlhf_fast.bandit import exact, experiment, linear
-from rlhf_fast.bandit.config import LinearBanditConfig
-from rlhf_fast.bandit.problem import (
+from rlhf_fast.lab.bandit import exact, experiment, linear
+from rlhf_fast.lab.bandit.config import LinearBanditConfig
+from rlhf_fast.lab.bandit.problem import (
     TRUE_THETA,
     differences,
     draw,

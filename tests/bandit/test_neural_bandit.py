@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn.functional import logsigmoid, one_hot
 
 from rlhf_fast import cli
-from rlhf_fast.bandit import neural, neural_experiment, neural_problem
-from rlhf_fast.bandit.config import NeuralBanditConfig
-from rlhf_fast.bandit.networks import ACTIONS, HIDDEN, STATE_SIZE, Layers
+from rlhf_fast.lab.bandit import neural, neural_experiment, neural_problem
+from rlhf_fast.lab.bandit.config import NeuralBanditConfig
+from rlhf_fast.lab.bandit.networks import ACTIONS, HIDDEN, STATE_SIZE, Layers
 
 SEEDS = (3, 4)
 BETA = 0.3

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import pytest
 
 from rlhf_fast.cli import main
-from rlhf_fast.compare import command
-from rlhf_fast.compare.cells import cells_of
-from rlhf_fast.compare.config import CompareConfig
-from rlhf_fast.compare.start import SHAPES, Shape, Start, prepare
 from rlhf_fast.config import PPOConfig
-from rlhf_fast.models import load_scorer, load_tokenizer
-from rlhf_fast.world import preference_rows, prompt_rows, sft_rows
+from rlhf_fast.lab.compare import command
+from rlhf_fast.lab.compare.cells import cells_of
+from rlhf_fast.lab.compare.config import CompareConfig
+from rlhf_fast.lab.compare.start import SHAPES, Shape, Start, prepare
+from rlhf_fast.lab.world import preference_rows, prompt_rows, sft_rows
+from rlhf_fast.lm.models import load_scorer, load_tokenizer
 
 
 @pytest.fixture

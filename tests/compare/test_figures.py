@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from rlhf_fast.compare.cells import Cell
-from rlhf_fast.compare.figures import figures_of, median_over_seeds, time_model
-from rlhf_fast.compare.plots import step_time
+from rlhf_fast.lab.compare.cells import Cell
+from rlhf_fast.lab.compare.figures import figures_of, median_over_seeds, time_model
+from rlhf_fast.lab.compare.plots import step_time
 
 MIB = 2**20
 

@@ -7,7 +7,7 @@ from tiny_models import ARCHITECTURES, random_policy, random_sequences
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rlhf_fast.decoding import blocks, cpu, engine
+from rlhf_fast.rollout import blocks, cpu, engine
 
 
 @pytest.fixture(autouse=True)

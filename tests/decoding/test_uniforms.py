@@ -2,7 +2,7 @@
 
 import torch
 
-from rlhf_fast.decoding.uniforms import _GOLDEN, _mix, prompt_keys, row_uniforms
+from rlhf_fast.rollout.uniforms import _GOLDEN, _mix, prompt_keys, row_uniforms
 
 
 def test_splitmix64s_published_sequence():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from oracle import error
 
-from rlhf_fast import reference
+from rlhf_fast.ops import reference
 from rlhf_fast.ops.layers import add_rms_norm, swiglu
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2**-8, torch.float16: 2**-11}

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 import rlhf_fast
-from rlhf_fast import reference
-from rlhf_fast.ops import heads
+from rlhf_fast.ops import heads, reference
 
 B, T, H, V = 4, 37, 24, 1009
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from rlhf_fast import cli, exact
-from rlhf_fast.study.config import ExactStudyConfig
-from rlhf_fast.study.envelopes import envelope
-from rlhf_fast.study.exact_frontier import summary, train_all
-from rlhf_fast.study.exact_methods import OFFLINE, ONLINE, best_of
-from rlhf_fast.study.exact_world import learn_rewards, make_world, sample_pairs
+from rlhf_fast.lab.study.config import ExactStudyConfig
+from rlhf_fast.lab.study.envelopes import envelope
+from rlhf_fast.lab.study.exact_frontier import summary, train_all
+from rlhf_fast.lab.study.exact_methods import OFFLINE, ONLINE, best_of
+from rlhf_fast.lab.study.exact_world import learn_rewards, make_world, sample_pairs
 
 SMALL = ExactStudyConfig(vocab_size=3, length=2, pairs=64, steps=6, eval_every=3, seeds=2)
 

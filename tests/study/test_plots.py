@@ -1,7 +1,7 @@
 """The figures of the studies: what their labels say, by hand."""
 
-from rlhf_fast.study.plots import frontier_figure, winrate_figure
-from rlhf_fast.study.variance_plots import training_figure
+from rlhf_fast.lab.study.plots import frontier_figure, winrate_figure
+from rlhf_fast.lab.study.variance_plots import training_figure
 
 FLAT = {"mean": [0.5, 0.6], "se": [0.01, 0.01]}
 

@@ -12,15 +12,13 @@ import pytest
 import torch
 import yaml
 
-from rlhf_fast import cli, world
+from rlhf_fast import cli
 from rlhf_fast.config import DPOConfig, PPOConfig
-from rlhf_fast.data import encode_prompts, load_rows
-from rlhf_fast.metrics import read_metrics
-from rlhf_fast.models import load_policy, load_tokenizer
-from rlhf_fast.rewards import Reward
-from rlhf_fast.rows import write_rows
-from rlhf_fast.study import best_of, convergence, frontier, judge, runs, shift, temperature, unlikelihood, winrate
-from rlhf_fast.study.config import (
+from rlhf_fast.data.encoding import encode_prompts, load_rows
+from rlhf_fast.data.rows import write_rows
+from rlhf_fast.lab import world
+from rlhf_fast.lab.study import best_of, convergence, frontier, judge, runs, shift, temperature, unlikelihood, winrate
+from rlhf_fast.lab.study.config import (
     ConvergenceConfig,
     FrontierConfig,
     ShiftConfig,
@@ -28,11 +26,14 @@ from rlhf_fast.study.config import (
     TrainedStudyConfig,
     WinRateConfig,
 )
-from rlhf_fast.study.judge import ROWS, SFT, Judged
-from rlhf_fast.study.methods import MAIN, ONLINE, STRENGTHS, cells_of, given_true_reward
-from rlhf_fast.study.sampling import sample_scores
-from rlhf_fast.study.start import pipeline_of
-from rlhf_fast.study.unlikelihood import UnlikelihoodConfig
+from rlhf_fast.lab.study.judge import ROWS, SFT, Judged
+from rlhf_fast.lab.study.methods import MAIN, ONLINE, STRENGTHS, cells_of, given_true_reward
+from rlhf_fast.lab.study.sampling import sample_scores
+from rlhf_fast.lab.study.start import pipeline_of
+from rlhf_fast.lab.study.unlikelihood import UnlikelihoodConfig
+from rlhf_fast.lm.models import load_policy, load_tokenizer
+from rlhf_fast.training.metrics import read_metrics
+from rlhf_fast.training.rewards import Reward
 
 REWARD = "rlhf_fast.world:true_reward"
 SMALL = {"PPO": (3.0,), "ReMax": (1.0, 3.0), "DPO": (0.3,), "Preferred-FT": (None,), "Best-of-N": (None,)}

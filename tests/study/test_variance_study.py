@@ -11,14 +11,14 @@ import yaml
 from test_stages import REWARD, files  # noqa: F401  (files is a fixture)
 
 from rlhf_fast import cli
-from rlhf_fast.memory import Meter
-from rlhf_fast.metrics import read_metrics
-from rlhf_fast.models import response_logits, token_values
-from rlhf_fast.study import runs, two_armed
-from rlhf_fast.study.config import VarianceStudyConfig
-from rlhf_fast.study.start import pipeline_of
-from rlhf_fast.study.variance import summary
-from rlhf_fast.study.variance_seed import METHODS, PANELS, SeedRun, offsets, rounds_of
+from rlhf_fast.lab.study import runs, two_armed
+from rlhf_fast.lab.study.config import VarianceStudyConfig
+from rlhf_fast.lab.study.start import pipeline_of
+from rlhf_fast.lab.study.variance import summary
+from rlhf_fast.lab.study.variance_seed import METHODS, PANELS, SeedRun, offsets, rounds_of
+from rlhf_fast.lm.models import response_logits, token_values
+from rlhf_fast.training.memory import Meter
+from rlhf_fast.training.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")

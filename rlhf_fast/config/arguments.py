@@ -1,0 +1,207 @@
+"""Config dataclasses as command-line flags and YAML files, by jsonargparse.
+
+A field `kl_coef: float = field(default=0.05, metadata={"help": ...})` is the flag --kl-coef and the YAML key kl_coef.
+Every mistake is a ValueError of one line that names the key, where it stands, what was expected and the nearest name.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import re
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser
+
+from rlhf_fast.config.stages import StageConfig
+
+Config = TypeVar("Config")
+
+
+class _Formatter(argparse.HelpFormatter):
+    """One line per flag on a terminal of usual width."""
+
+    def __init__(self, prog: str, **options: Any) -> None:
+        super().__init__(prog, **{"max_help_position": 33, **options})
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if isinstance(action, ActionYesNo):
+            return "--[no-]" + action.option_strings[0].removeprefix("--")
+        return super()._format_action_invocation(action)
+
+
+def make_parser(config_class: type, prog: str) -> ArgumentParser:
+    """A parser of the fields of `config_class`, grouped by the class that declares them; nothing is required yet."""
+    parser = ArgumentParser(
+        prog=prog,
+        usage=f"{prog} [--config FILE] [flags]",
+        description=_summary(config_class),
+        formatter_class=_Formatter,
+        exit_on_error=False,
+        allow_abbrev=False,
+        add_help=False,
+        print_config=None,
+    )
+    hints = get_type_hints(config_class)
+    classes = [cls for cls in config_class.__mro__ if dataclasses.is_dataclass(cls)]
+    required = parser.add_argument_group("required")
+    groups = {cls: parser.add_argument_group(_title(cls, cls is config_class)) for cls in classes}
+    for field in dataclasses.fields(config_class):
+        declared_by = [cls for cls in classes if field.name in cls.__annotations__][-1]
+        group = required if _is_required(field) else groups[declared_by]
+        hint = hints[field.name]
+        if hint is bool:
+            kind = {"action": ActionYesNo(no_prefix="no-")}
+        elif get_origin(hint) is list:
+            kind = {"type": get_args(hint)[0], "nargs": "*", "metavar": _type_name(get_args(hint)[0]).upper()}
+        else:
+            kind = {"type": hint, "metavar": "NAME" if get_origin(hint) is Literal else _type_name(hint).upper()}
+        group.add_argument(_flag(field.name), default=_default(field), help=_help(field, hint), **kind)
+    general = parser.add_argument_group("general")
+    general.add_argument("--config", action="config", metavar="FILE", help="YAML file with these keys; flags win.")
+    general.add_argument("--print-config", action="store_true", help="Print the resulting config as YAML and stop.")
+    if issubclass(config_class, StageConfig):
+        help = "Print the memory plan of this config and stop; no weights are loaded."
+        general.add_argument("--dry-run", action="store_true", help=help)
+    general.add_argument("--debug", action="store_true", help="Show the traceback of an error.")
+    general.add_argument("-h", "--help", action="help", help="Show this help and stop.")
+    return parser
+
+
+def parse(config_class: type[Config], arguments: list[str], prog: str) -> Config | None:
+    """The config that YAML file and flags describe; flags win wherever they stand. None after --print-config.
+
+    --help prints and exits, as argparse does. Raises ValueError naming the wrong flag or key.
+    """
+    parser = make_parser(config_class, prog)
+    names = [field.name for field in dataclasses.fields(config_class)]
+    general = ["config", "print_config", "debug", "help", *["dry_run"] * issubclass(config_class, StageConfig)]
+    for token in arguments:
+        flag = re.match(r"--(?:no-)?([\w-]+)", token)
+        if flag and flag[1].replace("-", "_") not in (*names, *general):
+            raise ValueError(f"unknown flag {nearest(flag[0], [_flag(name) for name in names])}")
+    arguments = [re.sub(r"^--[\w-]+", lambda flag: flag[0].replace("_", "-"), token) for token in arguments]
+    before = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    before.add_argument("--config")
+    try:
+        file, flags = before.parse_known_args(arguments)
+        if file.config:
+            check_file(config_class, file.config)
+            flags = ["--config", file.config, *flags]
+        parsed = parser.parse_args(flags)
+    except (ArgumentError, argparse.ArgumentError) as error:
+        raise ValueError(_one_line(error, config_class)) from error
+    values = {name: parsed[name] for name in names}
+    config = _build(config_class, values, flag_names=True)
+    if parsed.print_config:
+        print(yaml.safe_dump(values, sort_keys=False), end="")
+        return None
+    return config
+
+
+def from_dict(config_class: type[Config], values: dict[str, Any], where: str) -> Config:
+    """The config of `values`, types checked; `where` (a file, a section) opens every error message."""
+    values = check_values(config_class, values, where)
+    try:
+        return _build(config_class, values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def check_file(config_class: type, file: str) -> None:
+    """Raises ValueError unless `file` is a YAML mapping of known keys to values of the right types."""
+    if not Path(file).is_file():
+        raise ValueError(f"--config: expected a YAML file, found no {file}")
+    try:
+        with open(file) as stream:
+            values = yaml.safe_load(stream)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file}: expected YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: expected keys and values, got {values!r:.60}")
+    check_values(config_class, values, file)
+
+
+def check_values(config_class: type, values: dict[str, Any], where: str) -> dict[str, Any]:
+    """The values in the types of their fields ("1e-3", a string in YAML 1.1, as a float)."""
+    names = [field.name for field in dataclasses.fields(config_class)]
+    hints = get_type_hints(config_class)
+    for key, value in values.items():
+        if key not in names:
+            raise ValueError(f"{where}: unknown key {nearest(str(key), names)}")
+        if hints[key] is bool and not isinstance(value, bool):  # ActionYesNo's own error does not name the key
+            raise ValueError(f"{where}: {key}: expected bool, got {value!r}")
+    try:
+        checked = make_parser(config_class, "").parse_object(values, defaults=False)
+    except ArgumentError as error:
+        raise ValueError(f"{where}: {_one_line(error, config_class)}") from error
+    return {name: checked[name] for name in values}
+
+
+def _build(config_class: type[Config], values: dict[str, Any], *, flag_names: bool = False) -> Config:
+    for field in dataclasses.fields(config_class):
+        if _is_required(field) and values.get(field.name) is None:
+            name = _flag(field.name) if flag_names else repr(field.name)
+            raise ValueError(f"missing {name}: {field.metadata['help']}")
+    return config_class(**values)
+
+
+def _type_name(hint: Any) -> str:
+    """int, float, a|b|c (choices), list of str ...; None as a choice goes without saying."""
+    if get_origin(hint) is Literal:
+        return "|".join(str(choice) for choice in get_args(hint))
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(_type_name(option) for option in get_args(hint) if option is not NoneType)
+    if get_origin(hint) is list:
+        return f"list of {_type_name(get_args(hint)[0])}"
+    return "mapping" if get_origin(hint) is dict else hint.__name__
+
+
+def _one_line(error: Exception, config_class: type) -> str:
+    """jsonargparse explains over several lines; of a wrong type we say it as the rest of the package does."""
+    message = " ".join(str(error).split())
+    wrong = re.match(r'Parser key "([\w.]+)": .*?(?:Got|Given) value: (.*)', message)
+    if not wrong:
+        return message
+    hint = get_type_hints(config_class)[wrong[1].split(".")[0]]
+    return f"{wrong[1]}: expected {_type_name(hint)}, got {wrong[2]!r}"
+
+
+def nearest(name: str, names: list[str]) -> str:
+    """The quoted name, and the one of `names` that was probably meant."""
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return repr(name) + (f", did you mean {near[0]!r}?" if near else "")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _is_required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _default(field: dataclasses.Field) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
+
+
+def _help(field: dataclasses.Field, hint: Any) -> str:
+    text, default = field.metadata["help"], _default(field)
+    if get_origin(hint) is Literal:
+        text += f" {_type_name(hint)}"
+    if default is not None and default != {}:
+        shown = " ".join(map(str, default)) if isinstance(default, list) else default
+        text += f" [{str(shown).lower() if hint is bool else shown}]"
+    return text.replace("%", "%%")
+
+
+def _summary(cls: type) -> str:
+    return cls.__doc__.strip()
+
+
+def _title(cls: type, own: bool) -> str:
+    return "options" if own else _summary(cls).splitlines()[0].rstrip(".").lower()

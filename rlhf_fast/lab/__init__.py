@@ -1,0 +1,1 @@
+"""The laboratory: the demo and its world, the studies, the bandits and the comparison of methods."""

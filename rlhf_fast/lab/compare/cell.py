@@ -1,0 +1,41 @@
+"""One compared run: `python -m rlhf_fast.lab.compare.cell METHOD CONFIG.json RESULT.json`, a stage in its own process.
+
+RESULT.json says whether it ran or did not fit, and what the process held before any model was loaded, so that peaks can
+be told from the interpreter's own memory.
+"""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from rlhf_fast.config.arguments import from_dict
+from rlhf_fast.lm.models import default_device
+from rlhf_fast.report.pipeline import METHODS
+from rlhf_fast.training.checkpoint import write_json
+from rlhf_fast.training.memory import current_bytes
+
+
+def main(method: str, config_file: str, result_file: str) -> None:
+    given = json.loads(Path(config_file).read_text())
+    memory = given.pop("memory")
+    device = default_device()
+    if memory and device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(
+            min(1.0, memory / torch.cuda.get_device_properties(device).total_memory)
+        )
+    stage = importlib.import_module(f"rlhf_fast.stages.{method}")
+    if given["lora_rank"]:
+        importlib.import_module("peft")  # part of the process's own memory
+    result = {"ran": True, "baseline_bytes": current_bytes(device)}
+    try:
+        stage.train(from_dict(METHODS[method], given, config_file))
+    except torch.OutOfMemoryError as error:
+        result |= {"ran": False, "error": str(error).partition("\n")[0]}
+    write_json(Path(result_file), result)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

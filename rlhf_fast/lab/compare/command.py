@@ -1,0 +1,72 @@
+"""`rlhf-fast compare`: run the cells, put their figures into tables, JSON, Markdown and plots."""
+
+import datetime
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from rlhf_fast.config.arguments import from_dict
+from rlhf_fast.data.files import write_text
+from rlhf_fast.lab.compare.cells import Cell, cells_of
+from rlhf_fast.lab.compare.config import CompareConfig
+from rlhf_fast.lab.compare.figures import figures_of, median_over_seeds, time_model
+from rlhf_fast.lab.compare.plots import write_plots
+from rlhf_fast.lab.compare.start import prepare
+from rlhf_fast.lab.compare.tables import markdown, show
+from rlhf_fast.plan.command import largest_batch, plan_of
+from rlhf_fast.plan.gpus import parse_memory
+from rlhf_fast.plan.phases import Planner
+from rlhf_fast.report.pipeline import METHODS
+from rlhf_fast.training.checkpoint import write_json
+
+
+def run(config: CompareConfig) -> None:
+    """Everything goes to `config.output_dir`: compare.json, compare.md, plots/ and a folder per run."""
+    out = Path(config.output_dir)
+    start = prepare(config)
+    cells = cells_of(config, start)
+    memory = parse_memory(config.memory) if config.memory else None
+    for number, cell in enumerate(cells, 1):
+        if not (config.resume and (out / cell.key / "result.json").is_file()):
+            print(f"[{number}/{len(cells)}] {cell.name}, seed {cell.seed}", flush=True)
+            _run_cell(cell, out / cell.key, memory)
+    results = [figures_of(cell, out / cell.key) for cell in cells]
+    rows = median_over_seeds(results)
+    if memory:
+        by_name = {cell.name: cell for cell in cells}
+        for row in rows:
+            row["largest_batch"] = _largest_batch(by_name[row["name"]], memory)
+    record = {
+        "command": "rlhf-fast " + shlex.join(sys.argv[1:]),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "environment": next((r["environment"] for r in rows if r["ran"]), None),
+        "config": vars(config),
+        "methods": rows,
+        "runs": results,
+        "time_model": time_model(rows),
+    }
+    show(record)
+    write_json(out / "compare.json", record)
+    plots = write_plots(out / "plots", rows)
+    write_text(out / "compare.md", markdown(record, plots))
+    print(f"compare: wrote {out / 'compare.md'}")
+
+
+def _run_cell(cell: Cell, directory: Path, memory: int | None) -> None:
+    """In a process of its own, whose output goes to a file and is shown where it fails."""
+    directory.mkdir(parents=True, exist_ok=True)
+    result, config_file, log = directory / "result.json", directory / "cell.json", directory / "output.txt"
+    result.unlink(missing_ok=True)
+    write_json(config_file, cell.options | {"output_dir": str(directory), "memory": memory})
+    command = [sys.executable, "-m", "rlhf_fast.lab.compare.cell", cell.method, str(config_file), str(result)]
+    with log.open("w") as file:
+        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
+    if code:
+        print("\n".join(log.read_text().splitlines()[-20:]), file=sys.stderr)
+        raise ValueError(f"{cell.name} failed with exit code {code}; its last lines are above, all of them in {log}")
+
+
+def _largest_batch(cell: Cell, memory: int) -> int:
+    config = from_dict(METHODS[cell.method], cell.options | {"output_dir": "unused"}, cell.name)
+    return largest_batch(Planner(plan_of(cell.method, config)), memory)

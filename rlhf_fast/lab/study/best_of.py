@@ -1,0 +1,78 @@
+"""Best-of-N: of N completions of the SFT model the one that the reward model scores highest (arXiv 2305.18290, sec. 6).
+
+Nothing is trained: M completions per prompt give every N up to M. The expected true reward is averaged over all subsets
+of N of the M, so that nothing is left to the order of the draws. The KL to the SFT model is log N - (N - 1) / N where
+no two completions tie, and at most that otherwise.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.config.fields import arg, required
+from rlhf_fast.data.encoding import encode_prompts, load_rows
+from rlhf_fast.lab.study.sampling import sample_scores
+from rlhf_fast.lm.models import default_device, load_policy, load_tokenizer
+from rlhf_fast.training.checkpoint import write_json
+from rlhf_fast.training.rewards import Reward
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestOfConfig:
+    """Completions of a model on held-out prompts, scored by the reward model and by the true reward."""
+
+    model: str = required("Model to sample from.")
+    output_dir: str = required("Directory for run.json.")
+    reward: str = required("Reward that chooses.")
+    eval_data: str = required("Held-out prompts.")
+    eval_reward: str = required("Reward that judges.")
+    samples: int = arg(64, "Completions per prompt.")
+    max_prompt_length: int = arg(256, "Longest prompt in tokens.")
+    max_response_length: int = arg(64, "Longest completion in tokens.")
+    seed: int = arg(0, "Seed of sampling.")
+
+
+def sample(config: BestOfConfig) -> None:
+    """Writes run.json: config, and `scores` and `rewards` [prompts][samples]."""
+    device, tokenizer = default_device(), load_tokenizer(config.model)
+    model = load_policy(config.model, trainable=False).to(device)
+    prompts = encode_prompts(load_rows(config.eval_data, "prompt"), tokenizer, config.max_prompt_length).examples
+    rewards = [Reward(spec, tokenizer, device) for spec in (config.reward, config.eval_reward)]
+    scores, judged = sample_scores(
+        model,
+        tokenizer,
+        prompts,
+        rewards,
+        max_new_tokens=config.max_response_length,
+        samples=config.samples,
+        seed=config.seed,
+    )
+    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+    record = {"config": asdict(config), "scores": scores.tolist(), "rewards": judged.tolist()}
+    write_json(Path(config.output_dir) / "run.json", record)
+
+
+def load(directory: Path) -> tuple[Tensor, Tensor]:
+    """(scores, rewards) [prompts, samples], float64, of a run."""
+    record = json.loads((directory / "run.json").read_text())
+    return tuple(torch.tensor(record[name], dtype=torch.float64) for name in ("scores", "rewards"))
+
+
+def expected_reward(scores: Tensor, rewards: Tensor, n: int) -> Tensor:
+    """Expected reward [P] of the best of n by score, over all subsets of n of the M columns of [P, M].
+
+    The one of rank i (from 1, ascending) is the best of C(i - 1, n - 1) of the C(M, n) subsets.
+    """
+    M = scores.shape[1]
+    weights = [math.comb(i, n - 1) / math.comb(M, n) for i in range(M)]
+    ranked = rewards.gather(1, scores.argsort(dim=1, stable=True))
+    return ranked @ torch.tensor(weights, dtype=ranked.dtype)
+
+
+def largest_kl(n: int) -> float:
+    """log n - (n - 1) / n, in nats."""
+    return math.log(n) - (n - 1) / n

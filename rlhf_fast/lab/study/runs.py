@@ -1,0 +1,162 @@
+"""Runs the parts of a study in parallel processes: the starts first, then what stands on them.
+
+What finished is not run again, so an interrupted study goes on where it stopped, and studies that share a directory
+share their trained models. A directory made with other settings is an error, never reused. What a run prints goes to
+log.txt beside its results.
+"""
+
+import dataclasses
+import importlib
+import json
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from rlhf_fast.config import PipelineConfig
+from rlhf_fast.lab import demo
+from rlhf_fast.lab.study.config import MethodsStudyConfig, TrainedStudyConfig
+from rlhf_fast.lab.study.methods import Cell, Strengths, cells_of
+from rlhf_fast.lab.study.start import BEFORE_METHODS, pipeline_of, prepare
+from rlhf_fast.training.checkpoint import write_json
+
+
+class Job(NamedTuple):
+    name: str
+    log: Path
+    function: Callable[[Any], None]  # importable by its name, as the process that runs it is another one
+    argument: Any
+
+
+def train(config: MethodsStudyConfig, strengths: Strengths) -> list[Cell]:
+    """Trains what is not there yet of `config.methods` at these strengths on every seed; the cells, seed by seed.
+
+    Raises ValueError for a directory of other settings, and, after everything else is done, for runs that failed.
+    """
+    for name in config.methods:
+        if name not in strengths:
+            raise ValueError(f"methods: expected some of {', '.join(strengths)}, got {name!r}")
+    wanted = {name: strengths[name] for name in config.methods or strengths}
+    cells = [cell for start in prepare_starts(config) for cell in cells_of(start, wanted)]
+    train_cells(cells, config.workers)
+    return cells
+
+
+def prepare_starts(config: TrainedStudyConfig) -> list[PipelineConfig]:
+    """Makes what is not there yet of every seed's SFT model, pairs and reward model; returns the seeds' pipelines.
+
+    Raises ValueError as `train` does.
+    """
+    out, shorten = Path(config.out), 10 if config.quick else 1
+    starts = [pipeline_of(config.pipeline, out, seed, shorten=shorten) for seed in range(config.seeds)]
+    missing = [start for start in starts if not is_made_with(_note(start), _settings(start))]
+    if config.pipeline is None and missing:
+        demo.write_data(out / "data", 0, shorten)
+    run_jobs(
+        [
+            Job(f"SFT, pairs and reward model, seed {s.seed}", _note(s).with_name("log.txt"), _prepare, (s, config))
+            for s in missing
+        ],
+        config.workers,
+    )
+    return starts
+
+
+def train_cells(cells: Sequence[Cell], workers: int) -> None:
+    """Trains what is not there yet."""
+    missing = [c for c in cells if not is_made_with(c.directory / "run.json", dataclasses.asdict(c.config))]
+    run_jobs([Job(c.name, c.directory / "log.txt", _train, (c.target, c.config)) for c in missing], workers)
+
+
+def run_jobs(jobs: Sequence[Job], workers: int) -> None:
+    """Runs all of them, `workers` at a time, one line each; then raises ValueError if any failed."""
+    if not jobs:
+        return
+    failed = []
+    with _pool(workers) as pool:
+        began = time.perf_counter()
+        futures = {pool.submit(_logged, *job[1:]): job for job in jobs}
+        for number, future in enumerate(as_completed(futures), 1):
+            job, error = futures[future], future.exception()
+            minutes, seconds = divmod(round(time.perf_counter() - began), 60)
+            end = "" if error is None else f": FAILED, {type(error).__name__}: {' '.join(str(error).split())}"
+            print(f"[{number}/{len(jobs)}] {minutes}:{seconds:02d}  {job.name}{end}", flush=True)
+            if error is not None:
+                failed.append(job)
+    if failed:
+        names = "; ".join(job.name for job in failed)
+        raise ValueError(f"{len(failed)} of {len(jobs)} runs failed ({names}); the first one's log: {failed[0].log}")
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that share the cores; nothing is waited for where it is left by an exception (an interruption, say)."""
+    threads = max(1, torch.get_num_threads() // workers)
+    context = multiprocessing.get_context("spawn")  # a forked copy of a process with threads may hang
+    pool = ProcessPoolExecutor(workers, context, _begin, (threads,))
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
+
+
+def _begin(threads: int) -> None:
+    """In a new process: its share of the cores, and its end with that of the process that started it."""
+    torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _logged(log: Path, function: Callable[[Any], None], argument: Any) -> None:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as file, redirect_stdout(file), redirect_stderr(file):
+        function(argument)
+
+
+def _prepare(argument: tuple[PipelineConfig, TrainedStudyConfig]) -> None:
+    start, config = argument
+    prepare(start, embedded=config.pipeline is None)
+    write_json(_note(start), {"config": _settings(start)})
+
+
+def _note(start: PipelineConfig) -> Path:
+    """Written when the start is complete."""
+    return Path(start.output_dir) / "start.json"
+
+
+def _settings(start: PipelineConfig) -> dict[str, Any]:
+    """What the stages before the methods depend on."""
+    return {name: getattr(start, name) for name in ("model", "seed", *BEFORE_METHODS)}
+
+
+def _train(argument: tuple[str, Any]) -> None:
+    target, config = argument
+    module, name = target.split(":")
+    getattr(importlib.import_module(f"rlhf_fast.{module}"), name)(config)
+
+
+def is_made_with(path: Path, config: dict[str, Any]) -> bool:
+    """Whether the run that leaves this file is finished; raises ValueError where it had another config."""
+    if not path.is_file():
+        return False
+    was, now = json.loads(path.read_text())["config"], json.loads(json.dumps(config))
+    for name in now:
+        if name != "resume" and was.get(name) != now[name]:
+            raise ValueError(
+                f"out: {path.parent} was made with {name}={was.get(name)!r}, and this study has {now[name]!r}; "
+                "name another directory"
+            )
+    return True

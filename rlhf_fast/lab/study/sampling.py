@@ -1,0 +1,51 @@
+"""Scores of a model's completions: several per prompt, at any temperature, by several rewards."""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_fast.data.encoding import PromptExample, pad_id, pad_left
+from rlhf_fast.rollout.generate import eos_token_ids, generate
+from rlhf_fast.training.evaluation import prompt_columns
+from rlhf_fast.training.rewards import Reward
+from rlhf_fast.training.run import micro_batches
+
+_ROWS = 512  # decoded at once
+
+
+@torch.no_grad()
+def sample_scores(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[PromptExample],
+    rewards: list[Reward],
+    *,
+    max_new_tokens: int,
+    samples: int = 1,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> list[Tensor]:
+    """Per reward the scores [prompts, samples] of the same completions; temperature 0 takes the likeliest tokens."""
+    greedy = temperature == 0
+    if greedy and samples > 1:
+        raise ValueError(f"samples: expected 1 at temperature 0, got {samples}")
+    scores: list[list[Tensor]] = [[] for _ in rewards]
+    for rows in micro_batches(len(prompts), max(1, _ROWS // samples)):
+        part = prompts[rows]
+        ids, mask = (x.to(model.device) for x in pad_left([p.prompt_ids for p in part], pad_id(tokenizer)))
+        sampled, likeliest = generate(
+            model,
+            ids,
+            mask,
+            max_new_tokens=max_new_tokens,
+            eos_ids=eos_token_ids(model, tokenizer),
+            pad_id=pad_id(tokenizer),
+            temperature=temperature or 1.0,
+            samples=0 if greedy else samples,
+            greedy=greedy,
+            seed=seed,
+        )
+        columns = prompt_columns([p for p in part for _ in range(samples)])
+        for reward, own in zip(rewards, scores, strict=True):
+            own.append(reward(likeliest if greedy else sampled, columns).view(len(part), samples).cpu())
+    return [torch.cat(parts) for parts in scores]

@@ -1,0 +1,176 @@
+"""A policy's log-probs and losses on sequences: from its hidden states, a chunk at a time, or from its logits.
+
+Both ways give the same numbers. The first never holds [B, T, V] and is the default; it needs logits that are the output
+embedding of the last hidden state (with or without a soft cap), which is tried out once on the model at hand.
+
+Tokens drawn with top-k or top-p are trained on the sets they were drawn from (`kept`, of `sample_tokens`), the same in
+every pass: log p = z_t - log sum_{kept} e^z, of the policy that drew, the one in training and the reference alike, so
+that equal models have ratio 1 and KL 0. Each position has a set of its own, which goes through the logits.
+
+Shapes: B rows, T response tokens, H hidden, V vocabulary.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlhf_fast.lm.models import Sequences, response_hidden, response_logits
+from rlhf_fast.ops import (
+    LinearDPOLoss,
+    LinearLoss,
+    LinearPPOLoss,
+    TokenLogprobs,
+    dpo_loss,
+    linear_dpo_loss,
+    linear_ppo_loss,
+    linear_reinforce_loss,
+    linear_sft_loss,
+    linear_token_logprobs,
+    ppo_loss,
+    reinforce_loss,
+    token_logprobs,
+)
+from rlhf_fast.ops.truncation import unpacked
+
+
+class OutputHead(NamedTuple):
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    softcap: float | None
+
+
+class Objectives:
+    """The losses of one model.
+
+    temperature: logits are divided by it, as they were in sampling. fused: from hidden states, where `output_head`
+    finds that this is what the model computes.
+
+    kept, where a method takes it: [B, T, ceil(V / 8)] uint8, the tokens that could be drawn (bits, as in
+    `sample_tokens`), or None for all.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, temperature: float = 1.0, fused: bool = True) -> None:
+        self.model, self.temperature = model, temperature
+        self.head = output_head(model) if fused else None
+
+    def logprobs(
+        self, sequences: Sequences, token_ids: Tensor | None = None, *, kept: Tensor | None = None
+    ) -> TokenLogprobs:
+        """Log-probability and entropy [B, T] of the response tokens, or of `token_ids` (-100 = masked)."""
+        ids = _response_ids(sequences) if token_ids is None else token_ids
+        if self.head is None or kept is not None:
+            return token_logprobs(kept_logits(self.model, sequences, kept), ids, temperature=self.temperature)
+        return linear_token_logprobs(*self._layer(sequences), ids, **self._options())
+
+    def sft(self, sequences: Sequences, token_ids: Tensor, normalizer: float) -> LinearLoss:
+        """-sum of log p(token) / normalizer over the `token_ids` [B, T] that are not -100."""
+        if self.head is None:
+            out = self._trained_logprobs(sequences, token_ids)
+            return LinearLoss(-out.logprobs.sum() / normalizer, out.logprobs.detach(), out.entropy.detach())
+        return linear_sft_loss(*self._layer(sequences), token_ids, normalizer=normalizer, **self._options())
+
+    def reinforce(
+        self, sequences: Sequences, advantages: Tensor, *, kept: Tensor | None = None, **options: Any
+    ) -> LinearLoss:
+        """`reinforce_loss` of the response tokens, with its options."""
+        if self.head is None or kept is not None:
+            out = self._trained_logprobs(sequences, _response_ids(sequences), kept)
+            loss = reinforce_loss(out.logprobs, advantages, sequences.response_mask, **options)
+            return LinearLoss(loss, out.logprobs.detach(), out.entropy.detach())
+        ids, mask = sequences.response_ids, sequences.response_mask
+        return linear_reinforce_loss(*self._layer(sequences), ids, advantages, mask, **options, **self._options())
+
+    def ppo(
+        self,
+        sequences: Sequences,
+        old_logprobs: Tensor,
+        advantages: Tensor,
+        *,
+        hidden: Tensor | None = None,
+        kept: Tensor | None = None,
+        **options: Any,
+    ) -> LinearPPOLoss:
+        """`ppo_loss` of the response tokens, with its options.
+
+        hidden: the `response_hidden` of these sequences, where something else needs it too; only with a `head`, and
+            not beside `kept`.
+        """
+        if self.head is None or kept is not None:
+            out = self._trained_logprobs(sequences, _response_ids(sequences), kept)
+            loss = ppo_loss(
+                out.logprobs, old_logprobs, advantages, sequences.response_mask, entropy=out.entropy, **options
+            )
+            return LinearPPOLoss(*loss, out.logprobs.detach(), out.entropy.detach())
+        ids, mask = sequences.response_ids, sequences.response_mask
+        hidden = response_hidden(self.model, sequences) if hidden is None else hidden
+        return linear_ppo_loss(
+            hidden, self.head.weight, ids, old_logprobs, advantages, mask, **options, **self._options()
+        )
+
+    def dpo(
+        self, pairs: Sequences, ref_logps: tuple[Tensor, Tensor], normalizer: float, **options: Any
+    ) -> LinearDPOLoss:
+        """`dpo_loss` of B pairs, sum over B / normalizer; rows are the B chosen answers, then the B rejected ones."""
+        ids = _response_ids(pairs)
+        if self.head is None:
+            chosen, rejected = self._trained_logprobs(pairs, ids).logprobs.sum(dim=1).chunk(2)
+            out = dpo_loss(chosen, rejected, *ref_logps, **options)
+            loss = out.losses.sum() / normalizer
+            return LinearDPOLoss(loss, out.losses.detach(), *out[1:], chosen.detach(), rejected.detach())
+        return linear_dpo_loss(
+            *self._layer(pairs), ids, *ref_logps, normalizer=normalizer, **options, **self._options()
+        )
+
+    def _trained_logprobs(self, sequences: Sequences, token_ids: Tensor, kept: Tensor | None = None) -> TokenLogprobs:
+        """Backward writes the gradient over the logits, which nothing else here holds."""
+        logits_BTV = kept_logits(self.model, sequences, kept)
+        return token_logprobs(logits_BTV, token_ids, temperature=self.temperature, inplace_backward=True)
+
+    def _layer(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
+        return response_hidden(self.model, sequences), self.head.weight
+
+    def _options(self) -> dict[str, Any]:
+        return {"bias": self.head.bias, "temperature": self.temperature, "softcap": self.head.softcap}
+
+
+def kept_logits(model: PreTrainedModel, sequences: Sequences, kept: Tensor | None) -> Tensor:
+    """`response_logits`, -inf outside the `kept` tokens (None: all are)."""
+    logits_BTV = response_logits(model, sequences)
+    if kept is not None:
+        with torch.no_grad():  # the gradient by a logit at -inf is 0 without autograd's knowing of the fill
+            logits_BTV.masked_fill_(~unpacked(kept, logits_BTV.shape[-1]), -math.inf)
+    return logits_BTV
+
+
+@torch.no_grad()
+def output_head(model: PreTrainedModel) -> OutputHead | None:
+    """The layer whose product with the last hidden state is the model's logits; None where there is no such layer.
+
+    Some architectures scale or otherwise change one or the other (Cohere, Granite, MPT), so the claim is tested on two
+    tokens rather than taken from the class.
+    """
+    layer = model.get_output_embeddings()
+    if not isinstance(layer, nn.Linear) or model.base_model is model:
+        return None
+    config = model.config.get_text_config()
+    head = OutputHead(layer.weight, layer.bias, getattr(config, "final_logit_softcapping", None))
+    ids = torch.tensor([[1, 2]], device=layer.weight.device) % layer.weight.shape[0]
+    training = model.training
+    model.eval()
+    logits = model(input_ids=ids, use_cache=False).logits.float()
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    model.train(training)
+    if hidden.shape[-1] != layer.in_features:
+        return None
+    mine = F.linear(hidden, layer.weight, layer.bias).float()
+    if head.softcap is not None:
+        mine = head.softcap * torch.tanh(mine / head.softcap)
+    return head if torch.allclose(mine, logits, rtol=1e-3, atol=1e-3) else None
+
+
+def _response_ids(sequences: Sequences) -> Tensor:
+    return sequences.response_ids.masked_fill(~sequences.response_mask, -100)

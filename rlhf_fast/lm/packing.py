@@ -1,0 +1,164 @@
+"""One pass of a causal model over rows of any length, without their padding.
+
+The real tokens of all rows stand side by side in one row, so that every layer works on them alone; only attention must
+not look across rows (`ops.packed_attention`). Transformers hands a mask with four dimensions through to the attention
+function as it is; ours says which slots of [B, L] the tokens belong to.
+
+Which models allow it is tried out on the model, and so is which of them also allow their layers in few operations
+(`layers`). The others, and those that checkpoint their activations (they run their layers again when this attention is
+gone), get rows padded on the right.
+
+Left out: caches.
+Shapes: B rows, L slots, N real tokens, H hidden; h heads of d.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers import AttentionInterface, PreTrainedModel
+
+from rlhf_fast.lm import layers
+from rlhf_fast.ops import reference
+from rlhf_fast.ops.attention import packed_attention
+from rlhf_fast.ops.dispatch import has_kernel
+
+_NAME = "rlhf_fast_packed"
+_packable: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+_fusable: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+
+
+def real_hidden(
+    backbone: PreTrainedModel, ids_BL: Tensor, mask_BL: Tensor, *, last: bool = True
+) -> tuple[Tensor, Tensor]:
+    """The last hidden states of the real tokens: states [M, H], and starts [B] of the rows in them.
+
+    The state of a row's token t, counted over its real tokens, is states[start + t]. ids_BL, mask_BL: padded anywhere;
+    at least one real token a row. last=False leaves out every row's last token, which predicts nothing.
+    """
+    if isinstance(mask_BL, FakeTensor):
+        return _planned(backbone, ids_BL[:, : max(1, mask_BL.shape[1] - (not last))])
+    counts_B = mask_BL.sum(dim=1)
+    lengths_B = (counts_B if last else counts_B - 1).clamp(min=1)
+    lengths = lengths_B.tolist()
+    tokens, width, B = sum(lengths), max(lengths), len(lengths)
+    starts_B = lengths_B.cumsum(dim=0) - lengths_B
+    rows_N = torch.repeat_interleave(torch.arange(B, device=ids_BL.device), lengths_B, output_size=tokens)
+    positions_N = torch.arange(tokens, device=ids_BL.device) - starts_B[rows_N]
+    ids_N = ids_BL[mask_BL][(counts_B.cumsum(dim=0) - counts_B)[rows_N] + positions_N]
+    slots_N = rows_N * width + positions_N
+    gains = tokens < B * width or has_kernel("packed_attention", ids_BL)
+    if gains and _can_pack(backbone):
+        layout = slots_N.expand(B, 1, width, tokens)
+        return _packed(backbone, ids_N, positions_N, layout), starts_B
+    return _padded(backbone, ids_N.new_zeros(B * width).index_copy(0, slots_N, ids_N).view(B, width))
+
+
+def _planned(backbone: PreTrainedModel, ids_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """The same without values, for a plan of memory: rows are full, and packed as if they were not."""
+    if _checkpoints(backbone) or not _suits(backbone):
+        return _padded(backbone, ids_BL)
+    slots_N, (B, L) = torch.arange(ids_BL.numel(), device=ids_BL.device), ids_BL.shape
+    states_NH = _packed(backbone, ids_BL.flatten(), slots_N % L, slots_N.expand(B, 1, L, B * L))
+    return states_NH, torch.arange(B, device=ids_BL.device) * L
+
+
+def _padded(backbone: PreTrainedModel, ids_BL: Tensor) -> tuple[Tensor, Tensor]:
+    # With no mask transformers warns of pad ids it finds, which padding on the right hides from every real token.
+    mask = None if isinstance(ids_BL, FakeTensor) else torch.ones_like(ids_BL)
+    states_BLH = backbone(input_ids=ids_BL, attention_mask=mask, use_cache=False).last_hidden_state
+    return states_BLH.flatten(0, 1), torch.arange(len(ids_BL), device=ids_BL.device) * ids_BL.shape[1]
+
+
+def _packed(backbone: PreTrainedModel, ids_N: Tensor, positions_N: Tensor, layout: Tensor) -> Tensor:
+    inputs = {"input_ids": ids_N[None], "position_ids": positions_N[None], "attention_mask": layout}
+    known = _fusable.get(backbone, True) and has_kernel("add_rms_norm", ids_N) and layers.has_known_layers(backbone)
+    with _packed_attention(backbone), layers.fused(backbone) if known else nullcontext():
+        return backbone(**inputs, use_cache=False).last_hidden_state[0]
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    if options.get("position_bias") is not None:
+        raise ValueError("attention: expected no position bias where rows are packed")
+    rows, _, length, _ = attention_mask.shape
+    packed = query[0], key[0], value[0], attention_mask[0, 0, 0], rows, length
+    if dropout:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return reference.packed_attention(*packed, scale=scale, dropout=dropout)[None], None
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # torch casts what goes into its own attention, not into an operator
+        packed = *(x.to(torch.get_autocast_dtype(device)) for x in packed[:3]), *packed[3:]
+    return packed_attention(*packed, scale=scaling)[None], None
+
+
+AttentionInterface.register(_NAME, _attention)
+
+
+@contextmanager
+def _packed_attention(backbone: PreTrainedModel) -> Iterator[None]:
+    usual = backbone.config._attn_implementation
+    backbone.config._attn_implementation = _NAME
+    try:
+        yield
+    finally:
+        backbone.config._attn_implementation = usual
+
+
+def _checkpoints(backbone: PreTrainedModel) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in backbone.modules())
+
+
+def _can_pack(backbone: PreTrainedModel) -> bool:
+    if _checkpoints(backbone):
+        return False
+    if backbone not in _packable:
+        suits = _suits(backbone)
+        _fusable[backbone] = suits and _agrees(backbone)
+        _packable[backbone] = _fusable[backbone] or (suits and _agrees(backbone))
+    return _packable[backbone]
+
+
+def _suits(backbone: PreTrainedModel) -> bool:
+    """Full attention by torch's kernel in every layer, and positions that can be given."""
+    config = backbone.config
+    limits = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    return (
+        config._attn_implementation == "sdpa"
+        and not any(limits)
+        and set(getattr(config, "layer_types", None) or ()) <= {"full_attention"}
+        and "position_ids" in inspect.signature(backbone.forward).parameters
+    )
+
+
+@torch.no_grad()
+def _agrees(backbone: PreTrainedModel) -> bool:
+    """Whether two packed rows are what each of them is alone."""
+    device, training = backbone.device, backbone.training
+    ids_N = torch.arange(1, 6, device=device) % backbone.get_input_embeddings().weight.shape[0]
+    positions_N = torch.tensor([0, 1, 0, 1, 2], device=device)
+    slots_N = torch.tensor([0, 1, 3, 4, 5], device=device)
+    backbone.eval()
+    try:
+        with torch.autocast(device.type, enabled=False):
+            alone = [backbone(input_ids=ids[None], use_cache=False).last_hidden_state[0] for ids in ids_N.split([2, 3])]
+            packed = _packed(backbone, ids_N, positions_N, slots_N.expand(2, 1, 3, 5))
+    except Exception:  # whatever a model makes of such inputs: it is not one that can be packed
+        return False
+    finally:
+        backbone.train(training)
+    tolerance = 1e-3 if packed.dtype == torch.float32 else 3e-2
+    return torch.allclose(packed, torch.cat(alone), rtol=tolerance, atol=tolerance)

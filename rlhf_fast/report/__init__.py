@@ -1,0 +1,1 @@
+"""What a finished run shows: the pipeline of several stages, its plots and its HTML report."""

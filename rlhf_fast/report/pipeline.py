@@ -1,0 +1,134 @@
+"""The whole pipeline from one config: SFT -> (sampled pairs ->) reward model -> every method, then a report.
+
+Stages meet on disk only. All methods start from the same SFT model, on the same prompts, with the same reward model;
+what one config section leaves out is filled in from the stages before it.
+"""
+
+import dataclasses
+import json
+from collections.abc import Collection
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from rlhf_fast import config as configs
+from rlhf_fast.config import PipelineConfig
+from rlhf_fast.config.arguments import from_dict
+from rlhf_fast.training.metrics import print_table
+
+NAMES = {"ppo": "PPO", "remax": "ReMax", "reinforce": "REINFORCE", "rloo": "RLOO", "grpo": "GRPO", "dpo": "DPO"}
+METHODS = {
+    "ppo": configs.PPOConfig,
+    "remax": configs.ReMaxConfig,
+    "reinforce": configs.ReinforceConfig,
+    "rloo": configs.RLOOConfig,
+    "grpo": configs.GRPOConfig,
+    "dpo": configs.DPOConfig,
+}
+
+
+def run(config: PipelineConfig) -> None:
+    """Run every stage of `config` and write the report; everything goes to `config.output_dir`."""
+    run_stages(config)
+    write_report(config)
+
+
+def run_stages(config: PipelineConfig, names: Collection[str] | None = None) -> None:
+    """Run the stages, or those of these names. With `resume`, finished ones are skipped and the one cut off continues
+    from its checkpoint."""
+    for name, stage_config in make_plan(config).items():
+        if (names is None or name in names) and not (config.resume and _finished(name, stage_config)):
+            module = import_module(f"rlhf_fast.stages.{name}")
+            (module.sample if name == "pairs" else module.train)(stage_config)
+
+
+def make_plan(config: PipelineConfig) -> dict[str, Any]:
+    """Stage name -> its full config, in order of execution. Every config error shows here, before anything runs."""
+    for method in config.methods:
+        if method not in METHODS:
+            raise ValueError(f"methods: expected some of {sorted(METHODS)}, got {method!r}")
+    for key in config.common:
+        if not any(key in _fields(METHODS[method]) for method in config.methods):
+            raise ValueError(f"common: unknown key {key!r}; none of the methods {config.methods} has it")
+    out = Path(config.output_dir)
+    start, pairs_file, eval_pairs = str(out / "sft"), str(out / "pairs.jsonl.gz"), str(out / "pairs_eval.jsonl.gz")
+
+    def stage(cls: type, name: str, given: dict[str, Any], **defaults: Any) -> Any:
+        defaults |= {"output_dir": str(out / name), "seed": config.seed, "resume": config.resume}
+        values = {k: v for k, v in defaults.items() if k in _fields(cls) and v is not None} | given
+        return from_dict(cls, values, f"section {name!r}")
+
+    plan: dict[str, Any] = {"sft": stage(configs.SFTConfig, "sft", config.sft, model=config.model)}
+    preferences: dict[str, str] = {}
+    held_out: dict[str, str | None] = {}
+    if config.pairs:
+        eval_file = {"eval_output": eval_pairs} if config.pairs.get("eval_rows") else {}
+        plan["pairs"] = stage(configs.PairsConfig, "pairs", config.pairs, model=start, output=pairs_file, **eval_file)
+        preferences = {"train_data": plan["pairs"].output}
+        held_out = {"eval_data": plan["pairs"].eval_output}
+    plan["reward"] = stage(configs.RewardConfig, "reward", config.reward, model=start, **preferences, **held_out)
+    for method in config.methods:
+        cls = METHODS[method]
+        given = {k: v for k, v in config.common.items() if k in _fields(cls)} | getattr(config, method)
+        if method == "dpo":  # `common` names prompts; DPO trains on the reward model's pairs unless told otherwise
+            given["train_data"] = config.dpo.get("train_data", plan["reward"].train_data)
+        plan[method] = stage(cls, method, given, model=start, reward=str(out / "reward"))
+    return plan
+
+
+def write_report(
+    config: PipelineConfig, *, variance: dict[str, Any] | None = None, notes: tuple[str, ...] = ()
+) -> None:
+    """report.html, report.json and plots/*.png from what the stages left on disk, and the tables on the console.
+
+    variance: what `gradient_variance` measured, by where. notes: further paragraphs for the top of the report.
+
+    Needs evaluations: without eval_data in the methods' configs there is nothing to compare, and no report.
+    """
+    from rlhf_fast.report import report
+
+    plan, out = make_plan(config), Path(config.output_dir)
+    methods = [m for m in config.methods if plan[m].eval_data]
+    if not methods:
+        return
+    runs = [report.load_run(NAMES[m], out / m) for m in methods]
+    before = json.loads((out / methods[0] / "samples_before.json").read_text())
+    reward_name = reward_name_of(plan[methods[0]].eval_reward)
+    labels = {"reward_name": reward_name, "gradient_variance": variance}
+    notes = (*_notes(config, out), *notes)
+    report.write_report(out / "report.html", runs, title=config.title, samples=before, notes=notes, **labels)
+    report.write_plots(out / "plots", runs, variance, reward_name=reward_name)
+    print_table("What each method bought", report.quality_table(runs, before, reward_name))
+    print_table("What it cost", report.cost_table(runs))
+    print(f"report: {out / 'report.html'}")
+
+
+def reward_name_of(eval_reward: str | None) -> str:
+    """What the evaluations' reward is called: a function's name, or that it is the reward model's score."""
+    return "score of the reward model" if eval_reward is None else eval_reward.rpartition(":")[2].replace("_", " ")
+
+
+def _notes(config: PipelineConfig, out: Path) -> list[str]:
+    """What a reader of the report must know: the stages before the methods, and the machine."""
+    sft, reward = (json.loads((out / name / "run.json").read_text()) for name in ("sft", "reward"))
+    machine = sft["environment"]
+    notes = [
+        f"SFT from {config.model} on {sft['rows']} rows in {sft['train_seconds']:.0f} s "
+        f"({sft['parameters']['policy']:,} weights). Reward model on {reward['rows']} preferences in "
+        f"{reward['train_seconds']:.0f} s"
+        + (f", held-out pair accuracy {reward['eval/accuracy']:.3f}." if "eval/accuracy" in reward else "."),
+        "Every method starts from the SFT model, on the same prompts. One seed each.",
+        f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, "
+        f"transformers {machine['transformers']}, Python {machine['python']}.",
+    ]
+    return notes
+
+
+def _fields(cls: type) -> set[str]:
+    return {f.name for f in dataclasses.fields(cls)}
+
+
+def _finished(name: str, config: Any) -> bool:
+    if name == "pairs":
+        return Path(config.output).is_file()
+    return (Path(config.output_dir) / "run.json").is_file()

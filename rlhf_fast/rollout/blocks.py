@@ -1,0 +1,240 @@
+"""A transformers decoder taken apart into the few functions that a one-token step calls.
+
+transformers' forward does the same arithmetic behind masks, caches, output classes and hooks that cost a small model
+more than the arithmetic. Here the query, key and value projections become one matmul, gate and up another, RMS norms
+one call, small LoRA adapters are added to their weights. Three layouts are known: Llama's (Qwen, Mistral, Gemma, ...),
+GPT-2's and OPT's.
+
+What looks like one of these need not compute the same: whoever uses `read` has to compare with the model's own forward
+(`engine.decoder` does). Modules that are not plain layers (adapters, quantised weights) are called as they are.
+
+Shapes: n rows, H hidden, D head size, K key/value heads, Q query heads.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from rlhf_fast.rollout import cpu
+
+Function = Callable[[Tensor], Tensor]
+
+# Projections side by side, and weights with their adapter added, are copies. Past this many bytes the matmul outweighs
+# what the copy saves.
+_MOST_COPIED = 1 << 20
+# Tables of these rotary embeddings do not depend on how long the sequence has become.
+_FIXED_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
+
+
+class Block(NamedTuple):
+    attention_norm: Function
+    qkv: Function  # [n, H] -> [n, (Q + 2 K) D], the heads of q, then k, then v
+    q_norm: Function | None  # per head
+    k_norm: Function | None
+    attention_out: Function
+    attention_post_norm: Function | None
+    mlp_norm: Function
+    mlp: Function
+    mlp_post_norm: Function | None
+    scaling: float
+    softcap: float | None  # of attention scores
+    window: int | None  # tokens a sliding-window layer sees, itself included
+
+
+class Blocks(NamedTuple):
+    """A whole decoder."""
+
+    embed: Callable[[Tensor, Tensor], Tensor]  # tokens [n], positions [n] -> [n, H]
+    blocks: list[Block]
+    logits: Function  # [n, H] -> [n, V]
+    rope: Callable[[Tensor], tuple[Tensor, Tensor]] | None  # positions [S] -> cos, sin [S, D]
+    query_heads: int
+    key_value_heads: int
+    head_dim: int
+
+
+def read(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Blocks | None:
+    """The model's blocks, matrices as `dtype` (of autocast; None leaves them); None where its layout is unknown.
+
+    The blocks hold copies of some of the weights: read anew whenever the weights have changed.
+    """
+    base, config = model.base_model, model.config.get_text_config()
+    try:
+        if config.model_type == "gpt2":
+            parts = _gpt2(base, dtype)
+        elif config.model_type == "opt":
+            parts = _opt(base.decoder, dtype)
+        else:
+            parts = _llama(base, config, dtype)
+    except AttributeError:  # a layer without the parts of the layout
+        return None
+    if parts is None:
+        return None
+    embed, blocks, norm, rope = parts
+    heads = config.num_attention_heads
+    return Blocks(
+        embed,
+        blocks,
+        _logits(norm, _linear([model.get_output_embeddings()], dtype), config),
+        rope,
+        heads,
+        getattr(config, "num_key_value_heads", None) or heads,
+        getattr(config, "head_dim", None) or config.hidden_size // heads,
+    )
+
+
+def _llama(base: nn.Module, config: object, dtype: torch.dtype | None) -> tuple | None:
+    if (getattr(config, "rope_parameters", None) or {}).get("rope_type") not in _FIXED_ROPE:
+        return None
+    rotary = base.rotary_emb
+    eager = config._attn_implementation == "eager"
+
+    def rope(positions: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = rotary(base.embed_tokens.weight[:1], positions[None])
+        return cos[0], sin[0]
+
+    blocks = []
+    for layer in base.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        if hasattr(attention, "q_norm") and attention.q_norm.weight.shape != (attention.head_dim,):  # OLMo 2: all heads
+            return None
+        gate_up, act, down = _linear([mlp.gate_proj, mlp.up_proj], dtype), mlp.act_fn, _linear([mlp.down_proj], dtype)
+        four_norms = hasattr(layer, "pre_feedforward_layernorm")  # Gemma 2: a norm behind each half as well
+        blocks.append(
+            Block(
+                _norm(layer.input_layernorm),
+                _linear([attention.q_proj, attention.k_proj, attention.v_proj], dtype),
+                _norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
+                _norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
+                _linear([attention.o_proj], dtype),
+                _norm(layer.post_attention_layernorm) if four_norms else None,
+                _norm(layer.pre_feedforward_layernorm if four_norms else layer.post_attention_layernorm),
+                _gated(gate_up, act, down),
+                _norm(layer.post_feedforward_layernorm) if four_norms else None,
+                attention.scaling,
+                getattr(attention, "attn_logit_softcapping", None) if eager else None,
+                getattr(attention, "sliding_window", None),
+            )
+        )
+    return lambda tokens, positions: base.embed_tokens(tokens), blocks, _norm(base.norm), rope
+
+
+def _gpt2(base: nn.Module, dtype: torch.dtype | None) -> tuple:
+    blocks = []
+    for layer in base.h:
+        attention, mlp = layer.attn, layer.mlp
+        blocks.append(
+            _plain_block(
+                layer.ln_1,
+                _linear([attention.c_attn], dtype),
+                _linear([attention.c_proj], dtype),
+                layer.ln_2,
+                _plain(_linear([mlp.c_fc], dtype), mlp.act, _linear([mlp.c_proj], dtype)),
+                attention.scaling,
+            )
+        )
+    return lambda tokens, positions: base.wte(tokens) + base.wpe(positions), blocks, base.ln_f, None
+
+
+def _opt(decoder: nn.Module, dtype: torch.dtype | None) -> tuple | None:
+    if decoder.final_layer_norm is None or decoder.project_in is not None:  # the 350M model's layout
+        return None
+    table = decoder.embed_positions
+    blocks = []
+    for layer in decoder.layers:
+        attention = layer.self_attn
+        blocks.append(
+            _plain_block(
+                layer.self_attn_layer_norm,
+                _linear([attention.q_proj, attention.k_proj, attention.v_proj], dtype),
+                _linear([attention.out_proj], dtype),
+                layer.final_layer_norm,
+                _plain(_linear([layer.fc1], dtype), layer.activation_fn, _linear([layer.fc2], dtype)),
+                attention.scaling,
+            )
+        )
+
+    def embed(tokens: Tensor, positions: Tensor) -> Tensor:
+        return decoder.embed_tokens(tokens) + F.embedding(positions + table.offset, table.weight)
+
+    return embed, blocks, decoder.final_layer_norm, None
+
+
+def _plain_block(
+    attention_norm: Function, qkv: Function, out: Function, mlp_norm: Function, mlp: Function, scaling: float
+) -> Block:
+    return Block(attention_norm, qkv, None, None, out, None, mlp_norm, mlp, None, scaling, None, None)
+
+
+def _gated(gate_up: Function, act: Function, down: Function) -> Function:
+    def mlp(x: Tensor) -> Tensor:
+        gate, up = gate_up(x).chunk(2, dim=-1)
+        return down(act(gate) * up)
+
+    return mlp
+
+
+def _plain(up: Function, act: Function, down: Function) -> Function:
+    return lambda x: down(act(up(x)))
+
+
+def _logits(norm: Function, head: Function, config: object) -> Function:
+    softcap = getattr(config, "final_logit_softcapping", None)
+    if softcap is None:
+        return lambda x: head(norm(x))
+    return lambda x: softcap * torch.tanh(head(norm(x)) / softcap)
+
+
+def _norm(module: nn.Module) -> Function:
+    """An RMS norm in one call; its weight is read off its output, since some models store it less 1."""
+    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if epsilon is None or "RMSNorm" not in type(module).__name__:
+        return module
+    ones = torch.ones_like(module.weight, dtype=torch.float32)
+    weight = (module(ones) * (1 + epsilon) ** 0.5).to(module.weight.dtype)
+
+    compiled = cpu.rms_norm(weight, epsilon) if cpu.runs(weight) else None
+
+    def norm(x: Tensor) -> Tensor:
+        if compiled is not None and x.dtype is weight.dtype and x.is_contiguous():
+            return compiled(x)
+        return F.rms_norm(x.to(weight.dtype), weight.shape, weight, epsilon).to(x.dtype)  # torch warns of two dtypes
+
+    return norm
+
+
+def _linear(modules: Sequence[nn.Module], dtype: torch.dtype | None) -> Function:
+    """The outputs of linear layers of one input, side by side."""
+    weights = [_weight(module) for module in modules]
+    plain = all(weight is not None for weight in weights)
+    if plain and len(weights) > 1 and dtype is None:
+        plain = sum(weight.nbytes for weight in weights) <= _MOST_COPIED
+    if not plain:
+        if len(modules) == 1:
+            return modules[0]
+        return lambda x: torch.cat([m(x) for m in modules], dim=-1)
+    biases = [getattr(module, "base_layer", module).bias for module in modules]
+    has_bias = any(bias is not None for bias in biases)
+    weight = (torch.cat(weights) if len(weights) > 1 else weights[0]).to(dtype or weights[0].dtype)
+    zeros = (b if b is not None else w.new_zeros(len(w)) for b, w in zip(biases, weights, strict=True))
+    bias = torch.cat(list(zeros)).to(weight.dtype) if has_bias else None
+    return lambda x: F.linear(x, weight, bias)
+
+
+def _weight(module: nn.Module) -> Tensor | None:
+    """[out, in] of a plain layer, or of a small one with its LoRA adapter added; None for any other module."""
+    base = getattr(module, "base_layer", module)
+    if type(base) not in (nn.Linear, Conv1D) or module._forward_hooks or module._forward_pre_hooks:
+        return None
+    weight = base.weight
+    if base is not module:
+        is_lora = hasattr(module, "lora_A") and not (module.disable_adapters or module.merged or module.lora_variant)
+        if not is_lora or weight.nbytes > _MOST_COPIED:
+            return None
+        weight = sum((module.get_delta_weight(a) for a in module.active_adapters if a in module.lora_A), weight)
+    return weight.t() if type(base) is Conv1D else weight

@@ -1,0 +1,256 @@
+"""Decoders: a prompt goes in once, then one token per row and step; rows can be dropped between steps.
+
+`StaticDecoder` runs `blocks` over a preallocated cache, with every index a tensor, so that a CUDA device replays the
+step as a graph. `CacheDecoder` calls transformers' forward with its own growing cache: slower, for any model that has
+one. `decoder` picks the first where it gives the model's own logits.
+
+Shapes: B prompts of P tokens, R rows, n rows still decoding, S cache slots, L layers, D head size, K key/value heads,
+G query heads per key/value head, V vocabulary.
+"""
+
+import weakref
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from rlhf_fast.lm.models import forward_inputs, position_ids
+from rlhf_fast.rollout import blocks, cpu
+
+# Attention reads the cache in pieces of this many slots; on CUDA a graph is captured for each.
+_SLOTS = 64
+# Whether StaticDecoder was found to give a model's own logits.
+_agrees: "weakref.WeakKeyDictionary[PreTrainedModel, bool]" = weakref.WeakKeyDictionary()
+
+
+class Decoder(Protocol):
+    def prefill(self, ids: Tensor, mask: Tensor, copies: int) -> Tensor:
+        """Logits [B * copies, V] behind left-padded prompts [B, P], each with `copies` consecutive rows."""
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Logits [n, V] behind one more token [n] of each row."""
+
+    def keep(self, rows: Tensor) -> Tensor:
+        """Drop all rows but these (ascending, [m] of n); returns the order [m] in which they go on."""
+
+
+def decoder(model: PreTrainedModel, new_tokens: int) -> Decoder:
+    """A decoder with room for `new_tokens` tokens behind the prompt. The model must be in eval mode."""
+    dtype = torch.get_autocast_dtype(model.device.type) if torch.is_autocast_enabled(model.device.type) else None
+    if model not in _agrees:
+        _agrees[model] = blocks.read(model) is not None and _same_logits(model)
+    parts = blocks.read(model, dtype) if _agrees[model] else None
+    return CacheDecoder(model) if parts is None else StaticDecoder(model, parts, new_tokens)
+
+
+class CacheDecoder:
+    """transformers' forward and DynamicCache."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.cache = model, DynamicCache(config=model.config)
+
+    def prefill(self, ids: Tensor, mask: Tensor, copies: int) -> Tensor:
+        positions = position_ids(mask)
+        logits = self._logits(ids, mask, positions)
+        if copies > 1:
+            self.cache.batch_repeat_interleave(copies)
+        self.mask = mask.repeat_interleave(copies, dim=0)
+        self.position = positions[:, -1:].repeat_interleave(copies, dim=0)
+        return logits.repeat_interleave(copies, dim=0)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        self.mask = F.pad(self.mask, (0, 1), value=True)
+        self.position = self.position + 1
+        return self._logits(tokens[:, None], self.mask, self.position)
+
+    def keep(self, rows: Tensor) -> Tensor:
+        self.cache.batch_select_indices(rows)
+        self.mask, self.position = self.mask[rows], self.position[rows]
+        return rows
+
+    def _logits(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        inputs = forward_inputs(self.model, ids, mask, positions)
+        return self.model(**inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+
+
+class StaticDecoder:
+    """Our own step over a cache [L, R, 2 K, S, D] that is allocated once; keys first, then values."""
+
+    def __init__(self, model: PreTrainedModel, parts: blocks.Blocks, new_tokens: int) -> None:
+        self.model, self.parts, self.new_tokens = model, parts, new_tokens
+
+    def prefill(self, ids: Tensor, mask: Tensor, copies: int) -> Tensor:
+        (B, P), device, parts = ids.shape, ids.device, self.parts
+        positions = position_ids(mask)
+        cache = DynamicCache()  # keeps every key: the sliding windows are in our masks
+        inputs = forward_inputs(self.model, ids, mask, positions)
+        logits = self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+
+        self.rows, self.length, S = B * copies, P, P + self.new_tokens
+        first = cache.layers[0].keys
+        shape = (len(parts.blocks), self.rows, 2 * parts.key_value_heads, S, parts.head_dim)
+        self.cache = first.new_zeros(shape)  # uninitialised slots could hold NaN, which a mask does not hide
+        for layer, mine in zip(cache.layers, self.cache, strict=True):
+            both = torch.cat([layer.keys, layer.values], dim=1)
+            mine.view(B, copies, *shape[2:])[:, :, :, :P] = both[:, None]
+        self.starts = (~mask).sum(dim=1).repeat_interleave(copies)
+        self.slot = torch.full((1,), P, device=device)
+        self.position = (positions[:, -1] + 1).repeat_interleave(copies)
+        self.tables = parts.rope(torch.arange(S, device=device)) if parts.rope else None
+        if self.tables:
+            cos, sin = self.tables
+            half = parts.head_dim // 2
+            self.tables = cos.contiguous(), torch.cat([-sin[:, :half], sin[:, half:]], dim=1)  # see _rotate
+        self.masks = {window: self._mask(mask, copies, S, window) for window in {b.window for b in parts.blocks}}
+        self._readable = 0
+        return logits.repeat_interleave(copies, dim=0)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        if self.length >= self._readable:
+            self._look(self.length + 1)
+        self.length += 1  # slots in use, this token's included
+        return self._step(tokens) if self._graph is None else self._graph(self._step, tokens)
+
+    def keep(self, rows: Tensor) -> Tensor:
+        """The last rows move to the places of the dropped ones, so that few move."""
+        n = len(rows)
+        stays = rows[rows < n]
+        moved = rows[rows >= n]
+        holes = torch.ones(n, dtype=torch.bool, device=rows.device).index_fill_(0, stays, False).nonzero().squeeze(1)
+        order = torch.arange(n, device=rows.device).index_copy_(0, holes, moved)
+        if len(holes):
+            self.cache[:, holes, :, : self.length] = self.cache[:, moved, :, : self.length]
+        self.position, self.starts = self.position[order], self.starts[order]
+        self.masks = {window: mask[order] for window, mask in self.masks.items()}
+        self.rows = n
+        self._look(self._readable)
+        return order
+
+    def _mask(self, mask: Tensor, copies: int, S: int, window: int | None) -> Tensor:
+        """Added to scores, [R, 1, 1, window + S]: 0 where the next token may look, -inf elsewhere. A sliding window
+        keeps `window` columns in front, so that the column that leaves it always exists."""
+        B, P = mask.shape
+        pad = window or 0
+        visible = F.pad(mask, (pad, S - P))
+        if window:
+            visible[:, : P + 1] = False  # the token in slot P sees the slots from P - window + 1 on
+        visible = visible.repeat_interleave(copies, dim=0)
+        return torch.zeros(visible.shape, dtype=self.cache.dtype, device=mask.device).masked_fill_(
+            ~visible, -torch.inf
+        )[:, None, None]
+
+    def _look(self, slots: int) -> None:
+        """Make the views that steps use until the cache's next piece is needed or rows are dropped."""
+        prompt = self.cache.shape[3] - self.new_tokens
+        pieces = -(-(slots - prompt) // _SLOTS)
+        self._readable = S = min(self.cache.shape[3], prompt + max(1, pieces) * _SLOTS)
+        K = self.parts.key_value_heads
+        mine = self.cache[:, : self.rows]
+        self._keys = [layer[:, :K, :S] for layer in mine]
+        self._values = [layer[:, K:, :S] for layer in mine]
+        self._seen = {window: mask[..., window or 0 :][..., :S] for window, mask in self.masks.items()}
+        self._compiled = None
+        if cpu.runs(self.cache) and (self.tables is None or self.tables[0].dtype is torch.float32):
+            state = self.tables, self.position, self.starts
+            layers = zip(self.parts.blocks, mine, strict=True)
+            self._compiled = [
+                cpu.attention(layer, *state, scaling=block.scaling, softcap=block.softcap, window=block.window)
+                for block, layer in layers
+            ]
+        self._graph = _Graph(self.rows, self.cache.device) if self.cache.is_cuda else None
+
+    def _step(self, tokens: Tensor) -> Tensor:
+        parts, n = self.parts, self.rows
+        Q, K, D = parts.query_heads, parts.key_value_heads, parts.head_dim
+        attention = self._attention() if self._compiled is None else None
+        x = parts.embed(tokens, self.position)
+        for layer, block in enumerate(parts.blocks):
+            heads = block.qkv(block.attention_norm(x)).view(n, Q + 2 * K, D)
+            if block.q_norm is not None:
+                q, k, v = heads.split([Q, K, K], dim=1)
+                heads = torch.cat([block.q_norm(q), block.k_norm(k), v], dim=1)
+            if attention is None:
+                mixed = self._compiled[layer](heads.to(self.cache.dtype).contiguous(), self.length - 1)
+            else:
+                mixed = attention(layer, block, heads)
+            y = block.attention_out(mixed)
+            x = x + (y if block.attention_post_norm is None else block.attention_post_norm(y))
+            y = block.mlp(block.mlp_norm(x))
+            x = x + (y if block.mlp_post_norm is None else block.mlp_post_norm(y))
+        self.slot += 1
+        self.position += 1
+        return parts.logits(x)
+
+    def _attention(self) -> Callable[[int, blocks.Block, Tensor], Tensor]:
+        """Attention of this step in plain PyTorch, after what all layers share of it."""
+        parts, n = self.parts, self.rows
+        Q, K, D = parts.query_heads, parts.key_value_heads, parts.head_dim
+        for window, mask in self.masks.items():
+            mask.index_fill_(3, self.slot + (window or 0), 0.0)
+            if window:
+                mask.index_fill_(3, self.slot, -torch.inf)
+        if self.tables:
+            cos, sin = (table.index_select(0, self.position)[:, None] for table in self.tables)
+
+        def attend(layer: int, block: blocks.Block, heads: Tensor) -> Tensor:
+            keys, values = self._keys[layer], self._values[layer]
+            qk, v = heads.split([Q + K, K], dim=1)
+            q, k = (_rotate(qk, cos, sin) if self.tables else qk).to(keys.dtype).split([Q, K], dim=1)
+            keys.index_copy_(2, self.slot, k[:, :, None])
+            values.index_copy_(2, self.slot, v[:, :, None].to(keys.dtype))
+            return _attend(q.reshape(n, K, Q // K, D), keys, values, self._seen[block.window], block).reshape(n, Q * D)
+
+        return attend
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of [n, heads, D]; the sign of the rotated half is in `sin`."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, block: blocks.Block) -> Tensor:
+    """q [n, K, G, D] over [n, K, S, D]: the query heads of a key/value head go as so many queries of one."""
+    if block.softcap is None:
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=block.scaling)
+    scores = torch.tanh(q @ keys.transpose(2, 3) * (block.scaling / block.softcap)) * block.softcap
+    return (scores + mask).softmax(dim=-1, dtype=torch.float32).to(values.dtype) @ values
+
+
+class _Graph:
+    """A step captured once and replayed: one launch instead of a dozen per layer.
+
+    It must not hold the step, which holds the decoder: the cycle would keep the cache until Python looks for cycles.
+    """
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.graph = None
+        self.tokens = torch.zeros(rows, dtype=torch.long, device=device)
+
+    def __call__(self, step: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+        self.tokens.copy_(tokens)
+        if self.graph is None:
+            logits = step(self.tokens)  # sets up cuBLAS; capture itself runs nothing
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.logits = step(self.tokens)
+            return logits
+        self.graph.replay()
+        return self.logits
+
+
+def _same_logits(model: PreTrainedModel) -> bool:
+    """Whether two steps over ragged prompts give the logits of the model's own forward."""
+    ids = (torch.arange(8, device=model.device).view(2, 4) + 1) % model.config.get_text_config().vocab_size
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[0, :2] = False
+    mine, own = StaticDecoder(model, blocks.read(model), 2), CacheDecoder(model)
+    with torch.autocast(model.device.type, enabled=False):
+        for each in (mine, own):
+            each.prefill(ids, mask, 1)
+        for token in (ids[:, 0], ids[:, 1]):
+            a, b = mine.step(token), own.step(token)
+    tolerance = 1e-4 if a.dtype == torch.float32 else 3e-2
+    return torch.allclose(a.float(), b.float(), rtol=tolerance, atol=tolerance * b.abs().max().item())

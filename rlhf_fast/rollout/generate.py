@@ -1,0 +1,213 @@
+"""Sampling from a policy in-process: one prefill, one decode loop over a KV cache, for all rows of a prompt at once.
+
+Each prompt is prefilled once; its cache is expanded to its sampled rows and, for ReMax, one greedy row, and all decode
+together, so that the greedy baseline rides along in steps that are paid for anyway. Finished rows leave the batch. The
+log-probs met while decoding are kept: they are the old policy's, and no second pass is needed.
+
+Sampling is from the softmax at `temperature`, which is what the training passes compute; with top_k or top_p from what
+they keep of it, and the tokens kept are part of the rollout, for the training passes to compute the same. A row's
+random numbers depend on the seed, its prompt and its number among the prompt's samples, so that the same seed gives the
+same tokens whatever else is in the batch (up to a draw that falls within rounding of a token's boundary).
+Left out on purpose: text, rewards, and any decoding trick that changes the distribution.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_fast.lm.models import Sequences
+from rlhf_fast.ops import sample_tokens
+from rlhf_fast.ops.results import Sample
+from rlhf_fast.rollout.engine import Decoder, decoder
+from rlhf_fast.rollout.uniforms import prompt_keys, row_uniforms
+
+# Rows leave the batch together, when an eighth of them is done: moving the others costs a fraction of a step.
+_LEAVE_AT = 8
+# On a GPU the host looks for finished rows only this often; every look waits for the device.
+_LOOK_EVERY = 16
+
+
+class Rollout(NamedTuple):
+    """Completions of B rows; P prompt tokens, T response tokens. Masked entries are pad ids and zeros."""
+
+    prompt_ids: Tensor  # [B, P] int64, left-padded
+    prompt_mask: Tensor  # [B, P] bool
+    response_ids: Tensor  # [B, T] int64, right-padded, EOS included
+    response_mask: Tensor  # [B, T] bool, True up to and including the EOS
+    logprobs: Tensor  # [B, T] fp32, of the chosen tokens at the sampling temperature
+    entropy: Tensor  # [B, T] fp32
+    finished: Tensor  # [B] bool, an EOS came before the length limit
+    # [B, T, ceil(V / 8)] uint8, what top_k and top_p left to draw from (bits); None: all, or not wanted
+    kept: Tensor | None = None
+
+    @property
+    def sequences(self) -> Sequences:
+        return Sequences(*self[:4])
+
+    def rows(self, index: slice | Tensor) -> "Rollout":
+        return Rollout(*(None if x is None else x[index] for x in self))
+
+
+class Generation(NamedTuple):
+    sampled: Rollout  # [B * samples] rows, a prompt's samples consecutive
+    greedy: Rollout | None  # [B] rows
+
+
+class _Stretch(NamedTuple):
+    """Steps during which the same rows decoded."""
+
+    rows: Tensor  # [n], where in the output each row of the batch goes
+    steps: list[Sample]  # each [n]
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Eval mode: in train mode a model that checkpoints its activations silently drops the KV cache."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    *,
+    max_new_tokens: int,
+    eos_ids: Sequence[int],
+    pad_id: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    samples: int = 1,
+    greedy: bool = False,
+    greedy_max_new_tokens: int | None = None,
+    seed: int = 0,
+    with_kept: bool = True,
+) -> Generation:
+    """Sample `samples` completions per prompt and, with `greedy`, the most likely-token one, in one decode.
+
+    prompt_ids, prompt_mask: [B, P], left-padded.
+    temperature, top_k, top_p: as in `sample_tokens`.
+    greedy_max_new_tokens: greedy rows end here when their EOS has not come (ReMax-fast, arXiv 2310.10505 v4).
+    seed: the same seed, prompt and number of the sample give the same tokens; equal prompts are told apart by their
+        order.
+    with_kept: with top_k or top_p the rollout holds the sets it drew from, which training needs.
+    """
+    if not prompt_mask[:, -1].all() or (prompt_mask[:, :-1] & ~prompt_mask[:, 1:]).any():
+        raise ValueError("prompt_mask: expected left-padded prompts, got a False behind a prompt's first token")
+    if samples + greedy < 1:
+        raise ValueError(f"samples: expected at least one row per prompt, got samples={samples}, greedy={greedy}")
+    for name, value in (("max_new_tokens", max_new_tokens), ("greedy_max_new_tokens", greedy_max_new_tokens)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    device, copies = prompt_ids.device, samples + int(greedy)
+    prompt_ids, prompt_mask_R = (x.repeat_interleave(copies, dim=0) for x in (prompt_ids, prompt_mask))
+    number_R = torch.arange(len(prompt_ids), device=device) % copies
+    greedy_R = number_R >= samples
+    limit_R = torch.where(greedy_R, min(max_new_tokens, greedy_max_new_tokens or max_new_tokens), max_new_tokens)
+    keys_R = prompt_keys(prompt_ids, prompt_mask_R)
+    uniforms_RT = row_uniforms(seed, keys_R, max_new_tokens)
+
+    with _evaluating(model):
+        stretches = _decode(
+            decoder(model, max_new_tokens),
+            prompt_ids[::copies],
+            prompt_mask,
+            copies,
+            uniforms_RT,
+            greedy_R if greedy else None,
+            limit_R,
+            list(eos_ids),
+            with_kept,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+        )
+    rollout = Rollout(
+        prompt_ids, prompt_mask_R, *_assemble(stretches, limit_R, torch.tensor(list(eos_ids), device=device), pad_id)
+    )
+    if not greedy:
+        return Generation(rollout, None)
+    return Generation(rollout.rows(~greedy_R), rollout.rows(greedy_R))
+
+
+def _decode(
+    steps: Decoder,
+    ids_BP: Tensor,
+    mask_BP: Tensor,
+    copies: int,
+    uniforms: Tensor,
+    greedy: Tensor | None,
+    limit: Tensor,
+    eos: list[int],
+    with_kept: bool,
+    **options: float,
+) -> list[_Stretch]:
+    """Decode until every row has met an EOS or its limit. Per-row arguments follow the rows of the batch."""
+    rows = torch.arange(len(uniforms), device=ids_BP.device)
+    eos_ids = torch.tensor(eos, device=ids_BP.device)
+    last = uniforms.shape[1] - 1
+    look_every = _LOOK_EVERY if ids_BP.is_cuda else 1
+    done = torch.zeros_like(rows, dtype=torch.bool)
+    stretches = [_Stretch(rows, [])]
+    logits = steps.prefill(ids_BP, mask_BP, copies)
+    for t in range(last + 1):
+        chosen = sample_tokens(logits, greedy_mask=greedy, uniforms=uniforms[:, t], **options)
+        stretches[-1].steps.append(chosen if with_kept else chosen._replace(kept=None))
+        tokens = chosen.tokens
+        done = done | torch.isin(tokens, eos_ids) | (limit <= t + 1)
+        if t == last:
+            break
+        if t % look_every == 0:
+            number = int(done.sum())
+            if number == len(done):
+                break
+            if number * _LEAVE_AT >= len(done):
+                keep = steps.keep((~done).nonzero().squeeze(1))
+                rows, uniforms, limit, tokens = rows[keep], uniforms[keep], limit[keep], tokens[keep]
+                greedy = None if greedy is None else greedy[keep]
+                done = torch.zeros_like(rows, dtype=torch.bool)
+                stretches.append(_Stretch(rows, []))
+        logits = steps.step(tokens)
+    return stretches
+
+
+def _assemble(stretches: list[_Stretch], limit: Tensor, eos: Tensor, pad_id: int) -> tuple[Tensor | None, ...]:
+    """What a Rollout has behind its prompt, without what came behind a row's end."""
+    first = stretches[0].steps[0]
+    R, T = len(stretches[0].rows), sum(len(s.steps) for s in stretches)
+    names = ["tokens", "logprobs", "entropy"] + ["kept"] * (first.kept is not None)
+    columns = [x.new_zeros(R, T, *x.shape[1:]) for x in (getattr(first, name) for name in names)]
+    t = 0
+    for rows, steps in stretches:
+        for name, out in zip(names, columns, strict=True):
+            out[rows, t : t + len(steps)] = torch.stack([getattr(step, name) for step in steps], dim=1)
+        t += len(steps)
+    ids, logprobs, entropy, *kept = columns
+    place = torch.arange(T, device=ids.device)
+    ends = torch.isin(ids, eos) & (place < limit[:, None])
+    ended_before = ends.cumsum(dim=1) - ends.long() > 0
+    mask = (place < limit[:, None]) & ~ended_before
+    width = int(mask.sum(dim=1).max())
+    columns = (ids.where(mask, pad_id), mask, logprobs.where(mask, 0.0), entropy.where(mask, 0.0))
+    kept = kept[0][:, :width].contiguous() if kept else None
+    return *(x[:, :width].contiguous() for x in columns), ends.any(dim=1), kept
+
+
+def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that end a completion: the tokenizer's EOS and whatever the model's generation config adds."""
+    ids = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ids = list(ids) if isinstance(ids, (list, tuple)) else [ids]
+    ids = sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+    if not ids:
+        raise ValueError("tokenizer: expected an eos_token, got none; a completion could never end")
+    return ids

@@ -1,0 +1,1 @@
+"""What every stage trains with: learner, run, checkpoints, metrics, memory figures, rewards, evaluation."""

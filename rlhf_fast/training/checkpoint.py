@@ -1,0 +1,199 @@
+"""Atomic checkpoint directories in the Hugging Face layout, and the state needed to continue a run.
+
+A checkpoint is written to a hidden sibling directory and renamed into place when it is complete; one that it replaces
+is renamed away first and deleted last. A crash at any moment leaves either the old checkpoint or the new one.
+A directory that has to stay (an output directory with its metrics, an empty one, a mounted volume) keeps its place and
+its other files: the checkpoint is written to `.new` inside, on the same file system whatever the path leads through,
+and its entries are renamed into place one by one. A crash between two of these renames leaves a checkpoint marked as
+incomplete.
+
+    <directory>/model.safetensors, config.json, tokenizer files   the model saved under "" (others in sub-directories);
+                                     of a model with an adapter adapter_model.safetensors and adapter_config.json
+    <directory>/state.pt             optimizer, scheduler, step ...: tensors and plain values only
+    <directory>/checkpoint.json      the entries of the checkpoint, and whether it is complete
+
+Left out: fsync (a power failure can lose the newest checkpoint) and sharded state.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from rlhf_fast.data.files import write_text
+from rlhf_fast.lm.models import save_model
+
+_MANIFEST = "checkpoint.json"
+_INSIDE = ".new"  # where a checkpoint is put together in a directory that stays
+MODEL_FILES = frozenset(  # what `save` writes of most models and tokenizers
+    {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+)
+
+
+def save(
+    directory: str | os.PathLike,
+    *,
+    models: dict[str, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    state: dict[str, Any] | None = None,
+    extra_files: dict[str, Any] | None = None,
+) -> Path:
+    """Writes a checkpoint to `directory`, replacing the one there, and returns its path.
+
+    models: sub-directory -> model, "" for the directory itself; saved as safetensors with their config.
+    state: nested dicts and lists of tensors and plain values, read back by `load_state`.
+    extra_files: file name -> anything json can hold.
+    Raises ValueError when a file in `directory` that no `save` wrote would be overwritten; what was to be saved then
+    stays where it was written, and the error says where.
+    """
+    directory = Path(directory).resolve()
+    beside, old = (directory.with_name(f".{directory.name}.{suffix}") for suffix in ("new", "old"))
+    if old.exists() and not directory.exists():  # an earlier save died between its two renames
+        os.replace(old, directory)
+    for leftover in (beside, directory / _INSIDE, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    new = directory / _INSIDE if _stays(directory) else beside
+    new.mkdir(parents=True)
+    with _no_progress_bars():
+        for subdirectory, model in models.items():
+            save_model(model, new / subdirectory)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(new)
+    if state is not None:
+        torch.save(state, new / "state.pt")
+    for name, content in (extra_files or {}).items():
+        (new / name).write_text(json.dumps(content, indent=2) + "\n")
+    entries = set(os.listdir(new))
+    _write_manifest(new, entries, complete=True)
+    if clash := sorted(entries & foreign(directory)):
+        found = f"{directory} holds files that no checkpoint put there: {', '.join(clash)}"
+        raise ValueError(f"directory: {found}; what was to be saved is in {new}")
+    if new.parent == directory:
+        _merge(new, directory, entries)
+    else:
+        if directory.exists():
+            os.replace(directory, old)
+        os.replace(new, directory)
+        shutil.rmtree(old, ignore_errors=True)
+    return directory
+
+
+def foreign(directory: str | os.PathLike) -> set[str]:
+    """The names in `directory` that no `save` put there and none may overwrite."""
+    directory = Path(directory)
+    ours = {*_manifest(directory)["entries"], _MANIFEST, _INSIDE}
+    return set(os.listdir(directory)) - ours if directory.is_dir() else set()
+
+
+def _stays(directory: Path) -> bool:
+    """Whether `directory` is there and cannot or must not be renamed away as a whole."""
+    if not directory.is_dir():
+        return False
+    replaceable = _manifest(directory)["entries"] and not foreign(directory) and not directory.is_mount()
+    return not (replaceable and os.access(directory.parent, os.W_OK))
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """transformers draws a bar for every file it writes, across the bar of the training run."""
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers_logging.enable_progress_bar()
+
+
+def _merge(new: Path, directory: Path, entries: set[str]) -> None:
+    """Moves a complete checkpoint into a directory with other files, and deletes what the old one leaves over."""
+    previous = set(_manifest(directory)["entries"])
+    _write_manifest(directory, entries | previous, complete=False)
+    for name in previous | entries:
+        target = directory / name
+        if target.is_dir():
+            shutil.rmtree(target)
+        elif name not in entries:
+            target.unlink(missing_ok=True)
+        if name in entries:
+            os.replace(new / name, target)
+    os.replace(new / _MANIFEST, directory / _MANIFEST)
+    new.rmdir()
+
+
+def _manifest(directory: Path) -> dict[str, Any]:
+    path = directory / _MANIFEST
+    return json.loads(path.read_text()) if path.is_file() else {"entries": [], "complete": False}
+
+
+def _write_manifest(directory: Path, entries: set[str], *, complete: bool) -> None:
+    write_json(directory / _MANIFEST, {"complete": complete, "entries": sorted(entries)})
+
+
+def load_state(directory: str | os.PathLike) -> dict[str, Any]:
+    """The `state` given to `save`, on the CPU. Never unpickles code (weights_only). Raises ValueError without one."""
+    path = Path(directory) / "state.pt"
+    if not path.is_file():
+        raise ValueError(f"directory: expected a checkpoint with a training state, found no {path}")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def latest(output_dir: str | os.PathLike) -> Path | None:
+    """The complete output_dir/checkpoint-<step> with the largest step, or None."""
+    checkpoints = _checkpoints(Path(output_dir))
+    return checkpoints[-1] if checkpoints else None
+
+
+def prune(output_dir: str | os.PathLike, keep: int) -> None:
+    """Deletes all but the `keep` newest of output_dir/checkpoint-<step>."""
+    if keep < 1:
+        raise ValueError(f"keep: expected at least 1, got {keep}")
+    for path in _checkpoints(Path(output_dir))[:-keep]:
+        delete(path)
+
+
+def clear(output_dir: str | os.PathLike) -> None:
+    """Deletes every output_dir/checkpoint-<step>."""
+    for path in _checkpoints(Path(output_dir)):
+        delete(path)
+
+
+def delete(path: Path) -> None:
+    """Deletes one output_dir/checkpoint-<step>, if it is there."""
+    if path.is_dir():
+        doomed = path.with_name(f".{path.name}.old")
+        os.replace(path, doomed)  # renamed first, so that a half-deleted one is never taken for a checkpoint
+        shutil.rmtree(doomed)
+
+
+def _checkpoints(output_dir: Path) -> list[Path]:
+    steps = {}
+    for path in output_dir.glob("checkpoint-*"):
+        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        if match and _manifest(path)["complete"]:
+            steps[int(match[1])] = path
+    return [steps[step] for step in sorted(steps)]
+
+
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    """Writes `content` beside `path` and renames it into place."""
+    write_text(path, json.dumps(content, indent=2) + "\n")

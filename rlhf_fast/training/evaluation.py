@@ -1,0 +1,179 @@
+"""Held-out evaluation: sample every prompt once, score it, and measure how far the policy has moved.
+
+The KL is sequence-level, KL(policy || reference) summed over the completion's tokens. At each visited state the KL of
+the two next-token distributions is taken exactly over the vocabulary: the same expectation as the usual sum of
+log-ratios, with less variance and never negative.
+
+Where every row has a `completion` column, the win rate against these completions is measured too: the share of prompts
+whose sample the reward puts above the row's own completion, ties counting half.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_fast.config import OfflineConfig, OnlineConfig
+from rlhf_fast.data.encoding import PromptExample, encode_prompts, load_rows, pad_id, pad_left
+from rlhf_fast.lm.limits import check_rows
+from rlhf_fast.lm.models import Sequences, response_logits
+from rlhf_fast.lm.offload import visiting
+from rlhf_fast.rollout.generate import eos_token_ids, generate
+from rlhf_fast.training.rewards import Reward, decode_responses
+from rlhf_fast.training.run import autocast, mean_and_se, micro_batches
+
+# Fixed, so that every evaluation of a run and every method draws with the same random numbers.
+_EVAL_SEED = 20240
+
+
+class Evaluation(NamedTuple):
+    metrics: dict[str, float]
+    samples: list[dict[str, str | float]]  # prompt, completion, reward of every row
+
+
+class Evaluator:
+    """Evaluates one policy against a fixed reference on fixed prompts."""
+
+    def __init__(
+        self,
+        prompts: list[PromptExample],
+        reward: Reward,
+        reference: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        batch_size: int = 64,
+        bf16: bool = False,
+    ) -> None:
+        self.prompts, self.reward, self.reference, self.tokenizer = prompts, reward, reference, tokenizer
+        self.max_new_tokens, self.temperature, self.batch_size = max_new_tokens, temperature, batch_size
+        self.top_k, self.top_p, self.bf16 = top_k, top_p, bf16
+        self.completion_rewards = completion_rewards(prompts, reward)
+
+    @torch.no_grad()
+    def __call__(self, policy: PreTrainedModel) -> Evaluation:
+        """`eval/{reward,kl,length,entropy}` (KL in nats per completion) with standard errors, and the samples.
+
+        With completions to compare with also `eval/win_rate`.
+        """
+        device = policy.device
+        rewards, kls, lengths, entropies, completions = [], [], [], [], []
+        for rows in micro_batches(len(self.prompts), self.batch_size):
+            prompts = self.prompts[rows]
+            ids, mask = pad_left([p.prompt_ids for p in prompts], pad_id(self.tokenizer))
+            with autocast(device, self.bf16):
+                rollout = generate(
+                    policy,
+                    ids.to(device),
+                    mask.to(device),
+                    max_new_tokens=self.max_new_tokens,
+                    eos_ids=eos_token_ids(policy, self.tokenizer),
+                    pad_id=pad_id(self.tokenizer),
+                    temperature=self.temperature,
+                    top_k=self.top_k,
+                    top_p=self.top_p,
+                    seed=_EVAL_SEED,
+                    with_kept=False,
+                ).sampled
+                with visiting(self.reference):
+                    kls.append(sequence_kl(policy, self.reference, rollout.sequences, self.temperature))
+                rewards.append(self.reward(rollout, prompt_columns(prompts)))
+            lengths.append(rollout.response_mask.sum(dim=1).float())
+            entropies.append(rollout.entropy.sum(dim=1) / lengths[-1])
+            completions += decode_responses(self.tokenizer, rollout)
+        columns = {"reward": rewards, "kl": kls, "length": lengths, "entropy": entropies}
+        columns = {name: torch.cat(parts).cpu() for name, parts in columns.items()}
+        if self.completion_rewards is not None:
+            columns["win_rate"] = wins(columns["reward"], self.completion_rewards)
+        metrics = {}
+        for name, values in columns.items():
+            metrics[f"eval/{name}"], metrics[f"eval/{name}_se"] = mean_and_se(values)
+        rows = zip(self.prompts, completions, columns["reward"].tolist(), strict=True)
+        return Evaluation(metrics, [{"prompt": p.prompt, "completion": c, "reward": r} for p, c, r in rows])
+
+
+def make_evaluator(
+    config: OnlineConfig | OfflineConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    reference: PreTrainedModel,
+    reward: Reward | None,
+) -> Evaluator | None:
+    """The evaluator a stage's config asks for, or None. `reward` serves where the config names no eval_reward."""
+    if config.eval_data is None:
+        if config.eval_steps:
+            raise ValueError("eval_data: expected held-out prompts because eval_steps > 0, got none")
+        return None
+    if config.eval_reward:
+        reward = Reward(
+            config.eval_reward,
+            tokenizer,
+            device,
+            max_prompt_length=config.max_prompt_length,
+            offload=getattr(config, "offload", False),
+        )
+    if reward is None:
+        raise ValueError("eval_reward: expected a reward to score the samples of eval_data with, got none")
+    rows = load_rows(config.eval_data, "prompt")
+    prompts = encode_prompts(rows, tokenizer, config.max_prompt_length).examples
+    models = {"reference": reference, "eval_reward" if config.eval_reward else "reward": reward.reader}
+    check_prompts(prompts, config.max_response_length, tokenizer, **models)
+    return Evaluator(
+        prompts,
+        reward,
+        reference,
+        tokenizer,
+        max_new_tokens=config.max_response_length,
+        temperature=getattr(config, "temperature", 1.0),
+        top_k=getattr(config, "top_k", 0),
+        top_p=getattr(config, "top_p", 1.0),
+        bf16=config.bf16,
+    )
+
+
+def check_prompts(
+    prompts: list[PromptExample],
+    max_response_length: int,
+    tokenizer: PreTrainedTokenizerBase,
+    **models: PreTrainedModel | None,
+) -> None:
+    """ValueError unless every one of `models` (role -> model) can read the prompts and as long a completion."""
+    for role, model in models.items():
+        if model is not None:
+            ids = [p.prompt_ids for p in prompts]
+            lengths = "max_prompt_length, max_response_length"
+            check_rows(model, tokenizer, ids, lengths, role=role, response=max_response_length)
+
+
+def completion_rewards(prompts: list[PromptExample], reward: Reward) -> Tensor | None:
+    """Rewards [B] of the rows' own completions, on the CPU; None where a row has none."""
+    completions = [p.columns.get("completion") for p in prompts]
+    if not all(isinstance(completion, str) for completion in completions):
+        return None
+    prompt_ids = [p.prompt_ids for p in prompts]
+    return reward.of_texts(completions, prompt_columns(prompts), prompt_ids=prompt_ids).cpu()
+
+
+def wins(rewards: Tensor, others: Tensor) -> Tensor:
+    """1 where a reward is above the other one, 1/2 where they are equal, else 0; [B] each."""
+    return torch.heaviside((rewards - others).double(), torch.tensor(0.5, dtype=torch.float64))
+
+
+def sequence_kl(
+    policy: PreTrainedModel, reference: PreTrainedModel, sequences: Sequences, temperature: float
+) -> Tensor:
+    """sum_t KL(policy(.|s_t) || reference(.|s_t)) over each row's completion [B], exact over the vocabulary."""
+    logp_BTV = torch.log_softmax(response_logits(policy, sequences).float() / temperature, dim=-1)
+    ref_BTV = torch.log_softmax(response_logits(reference, sequences).float() / temperature, dim=-1)
+    kl_BT = torch.nn.functional.kl_div(ref_BTV, logp_BTV, log_target=True, reduction="none").sum(dim=-1)
+    return torch.where(sequences.response_mask, kl_BT, 0.0).sum(dim=1)
+
+
+def prompt_columns(prompts: list[PromptExample]) -> dict[str, list]:
+    """The rows' columns as lists, `prompt` the text; a column some rows lack is None there."""
+    names = {name: None for p in prompts for name in p.columns}
+    return {**{name: [p.columns.get(name) for p in prompts] for name in names}, "prompt": [p.prompt for p in prompts]}

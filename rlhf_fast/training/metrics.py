@@ -1,0 +1,201 @@
+"""Metrics of a run: one JSON line per step, a progress bar with the key numbers, TensorBoard on request, tables.
+
+The JSON lines are the record, flushed at every step; everything else is for looking at. In a terminal the bar stays at
+the bottom of the screen; without one (a pipe, a log file) a plain line appears every tenth of the run.
+
+Left out: remote trackers. They can follow metrics.jsonl.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column, Table
+from rich.text import Text
+
+from rlhf_fast.data.files import write_text
+
+
+class MetricsLogger:
+    """Context manager that records the metrics of a training run in output_dir/metrics.jsonl.
+
+        with MetricsLogger(output_dir, 100, description="ppo", show=("objective/scores", "objective/kl")) as logger:
+            for step in range(1, 101):
+                logger.log(step, {"objective/scores": 0.3, "objective/kl": 1.2})
+
+    A line is {"step": step, "time/elapsed": wall seconds of the run, **metrics}. NaN and infinity, which JSON cannot
+    hold, are written as null.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | os.PathLike,
+        total_steps: int,
+        *,
+        description: str,
+        tensorboard: bool = False,
+        resume_step: int = 0,
+        show: Sequence[str] = (),
+    ) -> None:
+        """resume_step: continue a run after that step; lines of later steps are dropped. show: metrics to print beside
+        the bar."""
+        if total_steps < 1:
+            raise ValueError(f"total_steps: expected at least 1, got {total_steps}")
+        self.path = Path(output_dir) / "metrics.jsonl"
+        self.total_steps = total_steps
+        self.description = description
+        self.resume_step = resume_step
+        self.show = tuple(show)
+        events = Path(output_dir) / "tensorboard"
+        for stale in () if resume_step else events.glob("events.out.tfevents.*"):
+            stale.unlink()  # else TensorBoard shows an earlier run's curves as this one's
+        self._writer = _summary_writer(events, resume_step) if tensorboard else None
+        self._console = Console(stderr=True)
+        self._tenth = resume_step * 10 // total_steps
+
+    def __enter__(self) -> "MetricsLogger":
+        kept = [row for row in read_metrics(self.path) if row["step"] <= self.resume_step] if self.resume_step else []
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = self.path.open("a")
+        self._start = time.perf_counter() - (kept[-1]["time/elapsed"] if kept else 0.0)
+        self._bar = None
+        if self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=16),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("<"),
+                TimeRemainingColumn(),
+                TextColumn(
+                    "{task.fields[numbers]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")
+                ),
+                console=self._console,
+                redirect_stdout=sys.stdout.isatty(),  # a pipe on stdout gets what is printed, not the bar's console
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(
+                self.description, total=self.total_steps, completed=self.resume_step, numbers=""
+            )
+        return self
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Records the metrics of `step` (1-based). Values: numbers, strings, or tensors and arrays of one element."""
+        row = {"step": step, "time/elapsed": round(time.perf_counter() - self._start, 3)}
+        row |= {key: _plain(value) for key, value in metrics.items()}
+        self._write(row)
+        self._display(step, row)
+
+    def _write(self, row: dict[str, Any]) -> None:
+        safe = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+        self._file.write(json.dumps(safe, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._writer:
+            for key, value in row.items():
+                if key != "step" and isinstance(value, int | float):
+                    self._writer.add_scalar(key, value, row["step"])
+
+    def _display(self, step: int, row: dict[str, Any]) -> None:
+        numbers = "  ".join(f"{key.split('/')[-1]} {format_value(key, row[key])}" for key in self.show if key in row)
+        if self._bar:
+            self._bar.update(self._task, completed=step, numbers=numbers)
+            return
+        tenth = step * 10 // self.total_steps
+        if tenth > self._tenth or step == self.resume_step + 1:
+            self._tenth = tenth
+            clock = timedelta(seconds=int(row["time/elapsed"]))
+            line = f"{self.description}  {step}/{self.total_steps}  {clock}  {numbers}"
+            self.say(line.rstrip())
+
+    def say(self, line: str) -> None:
+        """Prints a line, above the bar where there is one."""
+        self._console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._file.close()
+        if self._bar:
+            self._bar.stop()
+        if self._writer:
+            self._writer.close()
+
+
+def _summary_writer(directory: Path, resume_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            "tensorboard: expected the tensorboard package, found none; pip install tensorboard"
+        ) from error
+    return SummaryWriter(str(directory), purge_step=resume_step + 1 if resume_step else None)
+
+
+def _plain(value: Any) -> Any:
+    """Numbers as Python's own; tensors and arrays of one element as their number."""
+    if hasattr(value, "item"):
+        value = value.item()
+    return value
+
+
+def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl, without a last line that a crash cut short; [] where there is no file."""
+    path = Path(path)
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def format_value(key: str, value: Any) -> str:
+    """A number for people: bytes in MiB, seconds with their unit, (mean, standard error) as mean +- error.
+
+    The unit follows from the key: "memory/..." and "...bytes" are bytes, "time/..." and "...seconds" are seconds.
+    """
+    if value is None:
+        return "-"
+    if isinstance(value, tuple):
+        mean, error = value
+        digits = min(4, max(0, 1 - math.floor(math.log10(error)))) if error and math.isfinite(error) else 3
+        return f"{mean:.{digits}f} ± {error:.{digits}f}"
+    if isinstance(value, bool | str) or not isinstance(value, int | float):
+        return str(value)
+    if key.startswith("memory/") or key.endswith("bytes"):
+        return f"{value / 2**20:,.1f} MiB"
+    if key.startswith("time/") or key.endswith("seconds"):
+        return f"{value * 1000:.3g} ms" if abs(value) < 1 else f"{value:,.1f} s"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if value == 0 or 1e-3 <= abs(value) < 1e4:
+        return f"{value:#.4g}".rstrip(".")
+    return f"{value:.3g}"
+
+
+def print_table(title: str, rows: Sequence[Mapping[str, Any]], *, console: Console | None = None) -> None:
+    """Prints rows of equal meaning as a table; columns are the keys in the order in which they first appear."""
+    console = console or Console()
+    if not console.is_terminal:
+        console.width = 200  # a file has no width; do not fold cells at 80 columns
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = Table(title=Text(title), title_justify="left")
+    for column in columns:
+        numeric = all(not isinstance(row.get(column), str) for row in rows)
+        table.add_column(column, justify="right" if numeric else "left")
+    for row in rows:
+        table.add_row(*(Text(format_value(column, row.get(column))) for column in columns))
+    console.print(table)
+
+
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The same in Markdown; a heading's unit ("peak bytes", "step seconds") is left to the cells, which show it."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [[column.removesuffix(" bytes").removesuffix(" seconds") for column in columns], ["---"] * len(columns)]
+    lines += [[format_value(column, row[column]) if column in row else "" for column in columns] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
