@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from rlhf_fast.training.memory import Meter
+from rlhf_fast.training.meter import Meter
 
 FLUSH_BYTES = 256 << 20  # overwritten before a timed call: several times the largest cache of a GPU
 

@@ -14,16 +14,9 @@ from transformers.pytorch_utils import Conv1D
 from rlhf_fast.config import SFTConfig
 from rlhf_fast.lm import adapters
 from rlhf_fast.lm.adapters import LoRA
-from rlhf_fast.lm.models import (
-    load_policy,
-    load_scorer,
-    response_logits,
-    sequence_scores,
-    set_score_offset,
-    token_values,
-    value_head_on,
-)
+from rlhf_fast.lm.loading import load_policy, load_scorer, set_score_offset, value_head_on
 from rlhf_fast.lm.objectives import Objectives
+from rlhf_fast.lm.passes import response_logits, sequence_scores, token_values
 from rlhf_fast.training import checkpoint
 from rlhf_fast.training.memory import static_bytes
 

@@ -7,7 +7,7 @@ from transformers import AutoConfig
 
 from rlhf_fast.config import DPOConfig, PairsConfig, PPOConfig, RewardConfig, RLOOConfig, SFTConfig
 from rlhf_fast.lm.limits import check_rows, context_length
-from rlhf_fast.lm.models import load_scorer
+from rlhf_fast.lm.loading import load_scorer
 from rlhf_fast.stages import dpo, pairs, ppo, reward, rloo, sft
 from rlhf_fast.stages.init import init_model
 

@@ -9,9 +9,11 @@ from safetensors.torch import load_file, save_file
 from tiny_models import random_policy
 from transformers import AutoModelForCausalLM
 
-from rlhf_fast.lm import models
+from rlhf_fast.lm import paths
 from rlhf_fast.lm.adapters import LoRA
-from rlhf_fast.lm.models import check_tokenizer, existing, load_policy, load_scorer, load_tokenizer
+from rlhf_fast.lm.loading import load_policy, load_scorer
+from rlhf_fast.lm.paths import existing
+from rlhf_fast.lm.tokenizers import check_tokenizer, load_tokenizer
 from rlhf_fast.stages.init import train_bpe
 from rlhf_fast.training import checkpoint
 from rlhf_fast.training.rewards import Reward
@@ -122,7 +124,7 @@ def test_a_name_that_is_nowhere_names_the_argument(tmp_path, monkeypatch, tokeni
         asked.append(name)
         raise OSError("no connection")
 
-    monkeypatch.setattr(models, "cached_file", unreachable)
+    monkeypatch.setattr(paths, "cached_file", unreachable)
     with pytest.raises(ValueError, match="^model: expected a checkpoint .* directory lama and none .*: no connection$"):
         load_policy("lama")
     with pytest.raises(ValueError, match="^reward: expected a checkpoint .* found no directory out/reward and none"):

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from rlhf_fast.training import memory
-from rlhf_fast.training.memory import Meter, static_bytes
+from rlhf_fast.training import meter as meter_module
+from rlhf_fast.training.memory import static_bytes
+from rlhf_fast.training.meter import Meter
 
 MiB = 2**20
 
@@ -75,7 +77,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(memory.time, "perf_counter", clock)
+    monkeypatch.setattr(meter_module.time, "perf_counter", clock)
     return clock
 
 

@@ -9,8 +9,8 @@ from tiny_models import ARCHITECTURES, random_policy, random_sequences
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config
 
 from rlhf_fast.config import DPOConfig, PPOConfig, ReMaxConfig, SFTConfig
-from rlhf_fast.lm.models import response_hidden, response_logits
 from rlhf_fast.lm.objectives import Objectives, output_head
+from rlhf_fast.lm.passes import response_hidden, response_logits
 from rlhf_fast.ops import ppo_loss, reinforce_loss, sample_tokens
 from rlhf_fast.ops.truncation import unpacked
 from rlhf_fast.stages import dpo, ppo, remax, sft

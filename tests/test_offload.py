@@ -8,7 +8,7 @@ from tiny_models import random_policy, random_sequences
 
 from rlhf_fast.config import PPOConfig, RewardConfig
 from rlhf_fast.lm import offload
-from rlhf_fast.lm.models import response_logits
+from rlhf_fast.lm.passes import response_logits
 from rlhf_fast.stages import ppo, reward
 
 

@@ -10,12 +10,12 @@ from tiny_models import random_policy, random_sequences
 
 from rlhf_fast.config import ReMaxConfig, SFTConfig
 from rlhf_fast.lab.variance import gradient_variance
-from rlhf_fast.lm.models import load_policy
+from rlhf_fast.lm.loading import load_policy
 from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.stages import sft
 from rlhf_fast.training import optimizers
+from rlhf_fast.training.learner import Learner
 from rlhf_fast.training.metrics import read_metrics
-from rlhf_fast.training.run import Learner
 
 
 @pytest.mark.parametrize("name", ["sft", "ppo", "dpo"])

@@ -14,15 +14,18 @@ from tiny_models import random_policy, random_sequences
 from rlhf_fast.config import PairsConfig, PipelineConfig, ReMaxConfig
 from rlhf_fast.data import rows as data_rows
 from rlhf_fast.data.encoding import encode_prompts, load_rows
-from rlhf_fast.lm.models import load_policy, load_tokenizer, response_logits
+from rlhf_fast.lm.loading import load_policy
+from rlhf_fast.lm.passes import response_logits
+from rlhf_fast.lm.tokenizers import load_tokenizer
 from rlhf_fast.report import pipeline
 from rlhf_fast.stages import pairs
 from rlhf_fast.stages.online import Online
+from rlhf_fast.training.batches import micro_batches
 from rlhf_fast.training.evaluation import Evaluator, prompt_columns, sequence_kl, wins
+from rlhf_fast.training.learner import Learner
 from rlhf_fast.training.metrics import read_metrics
 from rlhf_fast.training.optimizers import lr_factor
 from rlhf_fast.training.rewards import Reward
-from rlhf_fast.training.run import Learner, micro_batches
 
 TRUE_REWARD = "rlhf_fast.world:true_reward"
 

@@ -9,7 +9,10 @@ from tiny_models import random_policy
 from transformers import AutoModelForCausalLM
 
 from rlhf_fast.data.encoding import encode_preferences, encode_prompts, pad_left, pad_right
-from rlhf_fast.lm.models import Sequences, load_scorer, load_tokenizer, sequence_scores, set_score_offset
+from rlhf_fast.lm.loading import load_scorer, set_score_offset
+from rlhf_fast.lm.passes import sequence_scores
+from rlhf_fast.lm.sequences import Sequences
+from rlhf_fast.lm.tokenizers import load_tokenizer
 from rlhf_fast.rollout.generate import Rollout
 from rlhf_fast.stages.init import train_bpe
 from rlhf_fast.training.evaluation import completion_rewards

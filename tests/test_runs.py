@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_fast.config import DPOConfig, ReMaxConfig, RewardConfig, RLOOConfig, SFTConfig
 from rlhf_fast.data.encoding import load_rows
-from rlhf_fast.lm.models import load_policy
+from rlhf_fast.lm.loading import load_policy
 from rlhf_fast.stages import dpo, remax, reward, rloo, sft
 from rlhf_fast.training import checkpoint
 from rlhf_fast.training.metrics import read_metrics

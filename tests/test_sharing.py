@@ -10,12 +10,14 @@ from test_stages import STAGES, distance, files, interrupted, stage_config, weig
 from tiny_models import model_config
 
 from rlhf_fast.config import GRPOConfig, PPOConfig, ReMaxConfig, RewardConfig, SFTConfig
-from rlhf_fast.lm.models import load_policy, load_scorer, load_tokenizer, response_logits, token_values
+from rlhf_fast.lm.loading import load_policy, load_scorer
+from rlhf_fast.lm.passes import response_logits, token_values
+from rlhf_fast.lm.tokenizers import load_tokenizer
 from rlhf_fast.stages import ppo, remax, reward, sft
 from rlhf_fast.stages.init import init_model
 from rlhf_fast.stages.online import Online
 from rlhf_fast.training import checkpoint
-from rlhf_fast.training.memory import Meter
+from rlhf_fast.training.meter import Meter
 from rlhf_fast.training.metrics import read_metrics
 
 LORA = {"lora_rank": 4, "lora_alpha": 8.0}

@@ -9,7 +9,9 @@ from tiny_models import model_config
 
 from rlhf_fast.config import DPOConfig, PPOConfig, RewardConfig, RLOOConfig
 from rlhf_fast.data.encoding import PreferenceExample, RankingExample
-from rlhf_fast.lm.models import load_scorer, load_tokenizer, sequence_scores
+from rlhf_fast.lm.loading import load_scorer
+from rlhf_fast.lm.passes import sequence_scores
+from rlhf_fast.lm.tokenizers import load_tokenizer
 from rlhf_fast.stages import dpo, ppo, reward, rloo
 from rlhf_fast.stages.init import init_model
 from rlhf_fast.stages.reward import preference_loss

@@ -22,13 +22,15 @@ from rlhf_fast.config import (
 )
 from rlhf_fast.data.encoding import encode_preferences, encode_prompts, encode_sft, load_rows, pad_id
 from rlhf_fast.lab.world import preference_rows, prompt_rows, sft_rows
-from rlhf_fast.lm.models import load_policy, load_tokenizer, response_logits
+from rlhf_fast.lm.loading import load_policy
 from rlhf_fast.lm.objectives import Objectives
+from rlhf_fast.lm.passes import response_logits
+from rlhf_fast.lm.tokenizers import load_tokenizer
 from rlhf_fast.ops import grpo_advantages
 from rlhf_fast.stages import dpo, grpo, ppo, reinforce, remax, reward, rloo, sft
 from rlhf_fast.stages.online import KLController, Online
 from rlhf_fast.training import checkpoint
-from rlhf_fast.training.memory import Meter
+from rlhf_fast.training.meter import Meter
 from rlhf_fast.training.metrics import read_metrics
 
 
@@ -175,7 +177,7 @@ def test_reward_model_learns_and_is_centred_on_samples_of_its_start(files, tiny_
     assert history[0]["loss"] == pytest.approx(0.69, abs=0.2)
     assert history[-1]["eval/accuracy"] > 0.75
     run = json.loads((tmp_path / "run.json").read_text())
-    from rlhf_fast.lm.models import load_scorer
+    from rlhf_fast.lm.loading import load_scorer
 
     model, tokenizer = load_scorer(tmp_path), load_tokenizer(str(tmp_path))
     examples = reward._encode(files["pairs"], tokenizer, config)[0]

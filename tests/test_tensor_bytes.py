@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rlhf_fast.ops import linear_reinforce_loss, linear_token_logprobs
 from rlhf_fast.ops.heads import Layer, working_bytes
-from rlhf_fast.training.memory import Meter
+from rlhf_fast.training.meter import Meter
 from rlhf_fast.training.tensor_bytes import TensorBytes
 
 KiB = 1024

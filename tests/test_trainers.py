@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rlhf_fast.lab.world import build_tokenizer
-from rlhf_fast.training.run import offline_batches
+from rlhf_fast.training.batches import offline_batches
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -10,7 +10,7 @@ from rlhf_fast import exact
 from rlhf_fast.config import ReMaxConfig
 from rlhf_fast.lab.variance import Moments, gradient_moments, gradient_variance, token_weights
 from rlhf_fast.stages.online import Online
-from rlhf_fast.training.memory import Meter
+from rlhf_fast.training.meter import Meter
 
 
 def letters(prompts, completions):

@@ -3,7 +3,7 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from rlhf_fast.lm.models import Sequences
+from rlhf_fast.lm.sequences import Sequences
 
 ARCHITECTURES = {
     "llama": {"num_key_value_heads": 2},

@@ -29,11 +29,11 @@ from rlhf_fast.config import SFTConfig
 from rlhf_fast.data.encoding import encode_preferences, encode_sft
 from rlhf_fast.lab.demo import MODEL, TRUE_REWARD
 from rlhf_fast.lab.world import build_tokenizer, preference_rows, prompt_rows, sft_rows
-from rlhf_fast.lm.models import load_policy, load_scorer
+from rlhf_fast.lm.loading import load_policy, load_scorer
 from rlhf_fast.stages import sft
 from rlhf_fast.stages.init import init_model
+from rlhf_fast.training.batches import offline_batches
 from rlhf_fast.training.checkpoint import save
-from rlhf_fast.training.run import offline_batches
 
 TRL, TRL_PPO = "TRL 1.16.0", "TRL 1.12.0"
 RESPONSE_LENGTH = 40  # as in the demo

@@ -7,15 +7,15 @@ from turns import Turns
 
 from rlhf_fast import config as configs
 from rlhf_fast.stages.online import Experience, Online
-from rlhf_fast.training import memory
-from rlhf_fast.training.memory import Meter
+from rlhf_fast.training import meter
+from rlhf_fast.training.meter import Meter
 from rlhf_fast.training.run import Run
 
 
 def main() -> None:
     turns = Turns.from_command_line("rlhf-fast")
     spec = turns.spec
-    end_step, collect, reset = Run.end_step, Online.collect, memory._reset_high_water_mark
+    end_step, collect, reset = Run.end_step, Online.collect, meter.reset_high_water_mark
 
     def with_turns(run: Run, step: int, metrics: dict[str, float]) -> None:
         end_step(run, step, metrics)
@@ -33,7 +33,7 @@ def main() -> None:
         turns.note_peak()
         return reset()
 
-    Run.end_step, Online.collect, memory._reset_high_water_mark = with_turns, recorded, noted
+    Run.end_step, Online.collect, meter.reset_high_water_mark = with_turns, recorded, noted
     config = getattr(configs, spec["ours"]["config"])(**spec["ours"]["options"])
     import_module(f"rlhf_fast.stages.{spec['ours']['stage']}").train(config)
     turns.end()

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf_fast.lm.models import Sequences, response_logits
+from rlhf_fast.lm.passes import response_logits
+from rlhf_fast.lm.sequences import Sequences
 from rlhf_fast.ops.checks import expect
 
 MAX_COMPLETIONS = 2**20

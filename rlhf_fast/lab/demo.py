@@ -10,12 +10,12 @@ import dataclasses
 from pathlib import Path
 
 from rlhf_fast.config import DemoConfig, PipelineConfig
+from rlhf_fast.data.files import write_json
 from rlhf_fast.data.rows import write_rows
 from rlhf_fast.lab.variance import gradient_variance
 from rlhf_fast.lab.world import build_tokenizer, prompt_rows, sft_rows
 from rlhf_fast.report import pipeline
 from rlhf_fast.stages.init import init_model
-from rlhf_fast.training.checkpoint import write_json
 
 METHODS = ("ppo", "remax", "reinforce", "rloo")  # whose policies the gradient variance is measured on, at the end
 VARIANCE_NOTE = (

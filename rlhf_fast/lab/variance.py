@@ -18,8 +18,8 @@ from rlhf_fast.config import ReMaxConfig
 from rlhf_fast.ops import remax_returns
 from rlhf_fast.rollout.generate import Rollout
 from rlhf_fast.stages.online import Experience, Online
-from rlhf_fast.training.memory import Meter
-from rlhf_fast.training.run import micro_batches
+from rlhf_fast.training.batches import micro_batches
+from rlhf_fast.training.meter import Meter
 
 Name = TypeVar("Name")
 

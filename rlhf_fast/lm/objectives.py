@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf_fast.lm.models import Sequences, response_hidden, response_logits
+from rlhf_fast.lm.passes import response_hidden, response_logits
+from rlhf_fast.lm.sequences import Sequences
 from rlhf_fast.ops import (
     LinearDPOLoss,
     LinearLoss,

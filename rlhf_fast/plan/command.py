@@ -9,7 +9,7 @@ from rich.console import Console
 
 from rlhf_fast.config import StageConfig
 from rlhf_fast.data.files import write_text
-from rlhf_fast.lm.models import default_device
+from rlhf_fast.lm.loading import default_device
 from rlhf_fast.plan.config import PlanConfig
 from rlhf_fast.plan.gpus import CONTEXT, FRAGMENTATION, GIB, MEMORY, needed, parse_memory
 from rlhf_fast.plan.phases import Planner

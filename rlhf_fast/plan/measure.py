@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from rlhf_fast import config as configs
 from rlhf_fast.config import StageConfig
 from rlhf_fast.lm.adapters import LoRA
-from rlhf_fast.lm.models import load_scorer
+from rlhf_fast.lm.loading import load_scorer
 from rlhf_fast.plan.config import PlanConfig
 from rlhf_fast.plan.phases import Planner
 from rlhf_fast.plan.shapes import Shape

@@ -20,13 +20,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
-from rlhf_fast.lm.models import Sequences, response_hidden, sequence_scores, token_values
 from rlhf_fast.lm.objectives import kept_logits
+from rlhf_fast.lm.passes import response_hidden, sequence_scores, token_values
+from rlhf_fast.lm.sequences import Sequences
 from rlhf_fast.ops.truncation import kept_tokens, packed
 from rlhf_fast.plan.shapes import Shape, layer_count, layers_of, make_fake, period
 from rlhf_fast.rollout import blocks
 from rlhf_fast.rollout.engine import CacheDecoder, StaticDecoder
-from rlhf_fast.training.run import autocast
+from rlhf_fast.training.learner import autocast
 from rlhf_fast.training.tensor_bytes import TensorBytes
 
 

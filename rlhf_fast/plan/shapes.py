@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.configuration_utils import PreTrainedConfig
 
 from rlhf_fast.lm.adapters import LoRA, base_path, put_on
-from rlhf_fast.lm.models import existing
-from rlhf_fast.training.run import checkpoint_activations
+from rlhf_fast.lm.paths import existing
+from rlhf_fast.training.learner import checkpoint_activations
 
 Head = Literal["policy", "score"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

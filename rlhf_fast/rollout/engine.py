@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from rlhf_fast.lm.models import forward_inputs, position_ids
+from rlhf_fast.lm.passes import forward_inputs
+from rlhf_fast.lm.sequences import position_ids
 from rlhf_fast.rollout import blocks, cpu
 
 # Attention reads the cache in pieces of this many slots; on CUDA a graph is captured for each.

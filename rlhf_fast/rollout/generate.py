@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_fast.lm.models import Sequences
+from rlhf_fast.lm.sequences import Sequences
 from rlhf_fast.ops import sample_tokens
 from rlhf_fast.ops.results import Sample
 from rlhf_fast.rollout.engine import Decoder, decoder

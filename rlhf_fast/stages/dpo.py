@@ -21,10 +21,15 @@ from rlhf_fast.data.encoding import (
     pad_right,
 )
 from rlhf_fast.lm.limits import check_rows
-from rlhf_fast.lm.models import Sequences, check_tokenizer, default_device, load_tokenizer
+from rlhf_fast.lm.loading import default_device
 from rlhf_fast.lm.objectives import Objectives
+from rlhf_fast.lm.sequences import Sequences
+from rlhf_fast.lm.tokenizers import check_tokenizer, load_tokenizer
+from rlhf_fast.training.batches import micro_batches, offline_batches
 from rlhf_fast.training.evaluation import make_evaluator
-from rlhf_fast.training.run import Learner, Run, load_policy_and_reference, micro_batches, offline_batches
+from rlhf_fast.training.learner import Learner
+from rlhf_fast.training.resume import load_policy_and_reference
+from rlhf_fast.training.run import Run
 
 
 def train(config: DPOConfig) -> None:

@@ -15,7 +15,8 @@ from rlhf_fast.config import GRPOConfig
 from rlhf_fast.ops import grpo_advantages
 from rlhf_fast.rollout.generate import Rollout
 from rlhf_fast.stages.online import Experience, Online
-from rlhf_fast.training.run import Run, micro_batches
+from rlhf_fast.training.batches import micro_batches
+from rlhf_fast.training.run import Run
 
 
 def train(config: GRPOConfig) -> None:

@@ -14,15 +14,19 @@ from transformers import PreTrainedModel
 
 from rlhf_fast.config import OnlineConfig
 from rlhf_fast.data.encoding import PromptExample, encode_prompts, epoch_batches, load_rows, pad_id, pad_left
-from rlhf_fast.lm.models import check_tokenizer, default_device, load_tokenizer
+from rlhf_fast.lm.loading import default_device
 from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.lm.offload import place, visiting
+from rlhf_fast.lm.tokenizers import check_tokenizer, load_tokenizer
 from rlhf_fast.ops import kl_penalty
 from rlhf_fast.rollout.generate import Rollout, eos_token_ids, generate
+from rlhf_fast.training.batches import micro_batches, seed_everything
 from rlhf_fast.training.evaluation import check_prompts, make_evaluator, prompt_columns
-from rlhf_fast.training.memory import Meter
+from rlhf_fast.training.learner import Learner, autocast
+from rlhf_fast.training.meter import Meter
+from rlhf_fast.training.resume import load_policy_and_reference
 from rlhf_fast.training.rewards import Reward
-from rlhf_fast.training.run import Learner, Run, autocast, load_policy_and_reference, micro_batches, seed_everything
+from rlhf_fast.training.run import Run
 
 
 class Experience(NamedTuple):

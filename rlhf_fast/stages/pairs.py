@@ -8,11 +8,12 @@ import torch
 from rlhf_fast.config import PairsConfig
 from rlhf_fast.data.encoding import encode_prompts, load_rows, pad_id, pad_left
 from rlhf_fast.data.rows import write_rows
-from rlhf_fast.lm.models import default_device, load_policy, load_tokenizer
+from rlhf_fast.lm.loading import default_device, load_policy
+from rlhf_fast.lm.tokenizers import load_tokenizer
 from rlhf_fast.rollout.generate import eos_token_ids, generate
+from rlhf_fast.training.batches import micro_batches
 from rlhf_fast.training.evaluation import check_prompts, prompt_columns
 from rlhf_fast.training.rewards import Reward, decode_responses
-from rlhf_fast.training.run import micro_batches
 
 
 def sample(config: PairsConfig) -> None:

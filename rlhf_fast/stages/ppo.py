@@ -14,18 +14,16 @@ from torch import Tensor
 
 from rlhf_fast.config import PPOConfig
 from rlhf_fast.lm.adapters import lora_of
-from rlhf_fast.lm.models import (
-    check_tokenizer,
-    hidden_values,
-    load_scorer,
-    response_hidden,
-    token_values,
-    value_head_on,
-)
+from rlhf_fast.lm.loading import load_scorer, value_head_on
+from rlhf_fast.lm.passes import hidden_values, response_hidden, token_values
+from rlhf_fast.lm.tokenizers import check_tokenizer
 from rlhf_fast.ops import LinearPPOLoss, ValueLoss, gae, ppo_value_loss, shape_rewards, whiten
 from rlhf_fast.rollout.generate import Rollout
 from rlhf_fast.stages.online import Experience, Online
-from rlhf_fast.training.run import Learner, Run, micro_batches, resume_directory
+from rlhf_fast.training.batches import micro_batches
+from rlhf_fast.training.learner import Learner
+from rlhf_fast.training.resume import resume_directory
+from rlhf_fast.training.run import Run
 
 
 class Targets(NamedTuple):

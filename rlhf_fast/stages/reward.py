@@ -22,18 +22,17 @@ from rlhf_fast.data.encoding import (
 from rlhf_fast.data.rows import read_rows
 from rlhf_fast.lm.adapters import lora_of
 from rlhf_fast.lm.limits import check_rows
-from rlhf_fast.lm.models import (
-    Sequences,
-    default_device,
-    load_policy,
-    load_scorer,
-    load_tokenizer,
-    sequence_scores,
-    set_score_offset,
-)
+from rlhf_fast.lm.loading import default_device, load_policy, load_scorer, set_score_offset
+from rlhf_fast.lm.passes import sequence_scores
+from rlhf_fast.lm.sequences import Sequences
+from rlhf_fast.lm.tokenizers import load_tokenizer
 from rlhf_fast.ops import ranking_loss, reward_loss
 from rlhf_fast.rollout.generate import eos_token_ids, generate
-from rlhf_fast.training.run import Learner, Run, autocast, mean_and_se, micro_batches, offline_batches, resume_directory
+from rlhf_fast.training.batches import micro_batches, offline_batches
+from rlhf_fast.training.learner import Learner, autocast
+from rlhf_fast.training.metrics import mean_and_se
+from rlhf_fast.training.resume import resume_directory
+from rlhf_fast.training.run import Run
 
 Example = PreferenceExample | RankingExample
 

@@ -10,9 +10,14 @@ from rlhf_fast.config import SFTConfig
 from rlhf_fast.data.encoding import SFTExample, encode_sft, load_rows, pad_id, pad_right
 from rlhf_fast.lm.adapters import lora_of
 from rlhf_fast.lm.limits import check_rows
-from rlhf_fast.lm.models import Sequences, default_device, load_policy, load_tokenizer
+from rlhf_fast.lm.loading import default_device, load_policy
 from rlhf_fast.lm.objectives import Objectives
-from rlhf_fast.training.run import Learner, Run, autocast, micro_batches, offline_batches, resume_directory
+from rlhf_fast.lm.sequences import Sequences
+from rlhf_fast.lm.tokenizers import load_tokenizer
+from rlhf_fast.training.batches import micro_batches, offline_batches
+from rlhf_fast.training.learner import Learner, autocast
+from rlhf_fast.training.resume import resume_directory
+from rlhf_fast.training.run import Run
 
 
 def train(config: SFTConfig) -> None:

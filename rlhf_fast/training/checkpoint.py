@@ -28,8 +28,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from rlhf_fast.data.files import write_text
-from rlhf_fast.lm.models import save_model
+from rlhf_fast.data.files import write_json
+from rlhf_fast.lm.loading import save_model
 
 _MANIFEST = "checkpoint.json"
 _INSIDE = ".new"  # where a checkpoint is put together in a directory that stays
@@ -192,8 +192,3 @@ def _checkpoints(output_dir: Path) -> list[Path]:
         if match and _manifest(path)["complete"]:
             steps[int(match[1])] = path
     return [steps[step] for step in sorted(steps)]
-
-
-def write_json(path: str | os.PathLike, content: Any) -> None:
-    """Writes `content` beside `path` and renames it into place."""
-    write_text(path, json.dumps(content, indent=2) + "\n")

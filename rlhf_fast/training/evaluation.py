@@ -17,11 +17,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_fast.config import OfflineConfig, OnlineConfig
 from rlhf_fast.data.encoding import PromptExample, encode_prompts, load_rows, pad_id, pad_left
 from rlhf_fast.lm.limits import check_rows
-from rlhf_fast.lm.models import Sequences, response_logits
 from rlhf_fast.lm.offload import visiting
+from rlhf_fast.lm.passes import response_logits
+from rlhf_fast.lm.sequences import Sequences
 from rlhf_fast.rollout.generate import eos_token_ids, generate
+from rlhf_fast.training.batches import micro_batches
+from rlhf_fast.training.learner import autocast
+from rlhf_fast.training.metrics import mean_and_se
 from rlhf_fast.training.rewards import Reward, decode_responses
-from rlhf_fast.training.run import autocast, mean_and_se, micro_batches
 
 # Fixed, so that every evaluation of a run and every method draws with the same random numbers.
 _EVAL_SEED = 20240

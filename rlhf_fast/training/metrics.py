@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from rich.text import Text
+from torch import Tensor
 
 from rlhf_fast.data.files import write_text
 
@@ -152,6 +153,12 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     path = Path(path)
     lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def mean_and_se(values: Tensor) -> tuple[float, float]:
+    """Mean and standard error over rows; the error of a single row is 0."""
+    n = values.numel()
+    return values.mean().item(), (values.std().item() / math.sqrt(n) if n > 1 else 0.0)
 
 
 def format_value(key: str, value: Any) -> str:

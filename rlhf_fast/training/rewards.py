@@ -21,8 +21,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_fast.data.encoding import encode_texts, pad_id, pad_left, pad_right
 from rlhf_fast.lm.limits import check_rows, context_length
-from rlhf_fast.lm.models import Sequences, load_scorer, load_tokenizer, sequence_scores
+from rlhf_fast.lm.loading import load_scorer
 from rlhf_fast.lm.offload import place, visiting
+from rlhf_fast.lm.passes import sequence_scores
+from rlhf_fast.lm.sequences import Sequences
+from rlhf_fast.lm.tokenizers import load_tokenizer
 from rlhf_fast.rollout.generate import Rollout
 
 RewardFunction = Callable[..., Sequence[float]]

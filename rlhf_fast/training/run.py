@@ -1,129 +1,29 @@
-"""What every stage's training shares: the optimizer of one model, and the run around a loop of steps.
+"""The run around a stage's loop of steps.
 
-`Learner` turns micro-batch losses into one optimizer step. `Run` numbers the steps, times phases, logs, writes
-checkpoints, resumes and leaves the final model with a `run.json` beside it. The stages write the loop itself.
+`Run` numbers the steps, times phases, logs, writes checkpoints, resumes and leaves the final model with a `run.json`
+beside it.
 """
 
-import hashlib
-import json
-import math
 import platform
-import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 import transformers
-from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rlhf_fast
-from rlhf_fast.config import OfflineConfig, OnlineConfig, StageConfig
+from rlhf_fast.config import StageConfig
 from rlhf_fast.config.fields import describe
-from rlhf_fast.data.encoding import epoch_batches
-from rlhf_fast.lm import adapters
-from rlhf_fast.lm.models import load_policy
+from rlhf_fast.data.files import write_json
 from rlhf_fast.training import checkpoint
-from rlhf_fast.training.memory import Meter, static_bytes
+from rlhf_fast.training.batches import seed_everything
+from rlhf_fast.training.learner import Learner
+from rlhf_fast.training.memory import static_bytes
+from rlhf_fast.training.meter import Meter
 from rlhf_fast.training.metrics import MetricsLogger
-from rlhf_fast.training.optimizers import lr_factor, make_optimizer
-
-_RUN_CONFIG = "run_config.json"  # in every checkpoint
-_MAY_CHANGE = {  # when a run goes on: where it writes, what it shows, how it fits into memory
-    "output_dir",
-    "resume",
-    "save_steps",
-    "eval_steps",
-    "tensorboard",
-    "micro_batch_size",
-    "gradient_checkpointing",
-    "offload",
-    "max_logprob_drift",
-}
-
-
-class Learner:
-    """One trained model with its optimizer, learning-rate schedule, clipping and autocast.
-
-    parameters: what it trains; default: all parameters of `model` that require gradients. With optimizer_in_backward
-    the weights move during backward, and `step` only closes the step.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        config: StageConfig,
-        total_steps: int,
-        *,
-        learning_rate: float | None = None,
-        parameters: Iterable[nn.Parameter] | None = None,
-    ) -> None:
-        self.model, self.max_grad_norm, self.bf16 = model, config.max_grad_norm, config.bf16
-        self.static_bytes: dict[str, int] = {}
-        self.parameters = [p for p in (model.parameters() if parameters is None else parameters) if p.requires_grad]
-        self.optimizer = make_optimizer(config, self.parameters, learning_rate or config.learning_rate)
-        factor = lr_factor(config.lr_schedule, config.warmup_steps, total_steps)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
-        self.in_backward, self.norms = config.optimizer_in_backward, []
-        if self.in_backward:
-            for parameter in self.parameters:
-                parameter.register_post_accumulate_grad_hook(self._step_in_backward)
-        if config.gradient_checkpointing:
-            checkpoint_activations(model)
-
-    def autocast(self) -> torch.autocast:
-        return autocast(self.model.device, self.bf16)
-
-    def _step_in_backward(self, parameter: nn.Parameter) -> None:
-        self.norms.append(parameter.grad.norm())
-        self.optimizer.step()  # of this parameter: no other has a gradient at this moment
-        parameter.grad = None
-
-    def step(self) -> float:
-        """Apply the accumulated gradients and clear them; returns their norm before clipping."""
-        if self.in_backward:
-            norm, self.norms = torch.stack(self.norms).norm(), []
-        else:
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm or math.inf)
-        if not torch.isfinite(norm):
-            left = "spoilt, resume from a checkpoint" if self.in_backward else "left as they are"
-            raise RuntimeError(f"gradient norm is {norm.item()}; the weights were {left}")
-        if not self.in_backward:
-            self.optimizer.step()
-        if not self.static_bytes:  # the one moment when gradients and optimizer states both exist
-            held = static_bytes({"": nn.ParameterList(self.parameters)}, {"": self.optimizer})[""]
-            self.static_bytes = {name: held[name] for name in ("gradients", "optimizer")}
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scheduler.step()
-        return norm.item()
-
-    @property
-    def lr(self) -> float:
-        return self.scheduler.get_last_lr()[0]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "static_bytes": self.static_bytes,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.static_bytes = state["static_bytes"]
-
-
-def checkpoint_activations(model: PreTrainedModel) -> None:
-    # renamed within transformers 5; the old name warns where the new one exists
-    old = model.gradient_checkpointing_enable
-    getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
-
-
-def autocast(device: torch.device, bf16: bool) -> torch.autocast:
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+from rlhf_fast.training.resume import _RUN_CONFIG, resume_directory
 
 
 class Run:
@@ -206,7 +106,7 @@ class Run:
         """Step numbers from 1 (or after the checkpoint), the global generators seeded anew for each."""
         if self.evaluator and self.first_step == 1:
             self.logger.log(0, {**self._evaluate(), "time/total": 0.0})
-            checkpoint.write_json(Path(self.config.output_dir) / "samples_before.json", self.last_evaluation.samples)
+            write_json(Path(self.config.output_dir) / "samples_before.json", self.last_evaluation.samples)
             self.meter.step(counted=False)
         for step in range(self.first_step, self.total_steps + 1):
             seed_everything(self.config.seed, step)
@@ -284,52 +184,6 @@ class Run:
         }
 
 
-def load_policy_and_reference(
-    config: OnlineConfig | OfflineConfig, device: torch.device
-) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """The trained policy on `device`, and the frozen model its KL is taken to, which is still to be placed there.
-
-    With LoRA the reference is another model object on the policy's weights, unless it names a model of another base:
-    without the adapter, or with a frozen one where it is an adapter itself.
-    """
-    lora, reference = adapters.lora_of(config), config.reference or config.model
-    policy = load_policy(resume_directory(config) or config.model, lora=lora).to(device)
-    on_policy = lora is not None and adapters.stands_on(policy, adapters.base_path(reference))
-    return policy, load_policy(reference, trainable=False, shared=policy if on_policy else None)
-
-
-def resume_directory(config: StageConfig) -> Path | None:
-    """The checkpoint this run continues from, or None; stages load their trained models from it.
-
-    Raises ValueError where another config wrote it. More steps (offline: epochs) than it had are no other config where
-    the learning rate is constant: otherwise its decay would have been another one from the start.
-    """
-    found = checkpoint.latest(config.output_dir) if config.resume else None
-    if found is None:
-        return None
-    if not (found / _RUN_CONFIG).is_file():
-        raise ValueError(f"resume: expected a checkpoint with its {_RUN_CONFIG}, found none in {found}")
-    length = "steps" if isinstance(config, OnlineConfig) else "epochs"
-    now = describe(config)
-    for name, then in json.loads((found / _RUN_CONFIG).read_text()).items():
-        longer = name == length and config.lr_schedule == "constant" and now[name] > then
-        if name not in _MAY_CHANGE and now.get(name) != then and not longer:
-            raise ValueError(f"{name}: expected {then!r} as in the run to resume, {found}, got {now.get(name)!r}")
-    return found
-
-
-def seed_everything(seed: int, step: int) -> int:
-    """Seed the global generators from (seed, step), so that a resumed run draws what an uninterrupted one would."""
-    mixed = int.from_bytes(hashlib.sha256(f"{seed}/{step}".encode()).digest()[:8], "big") >> 1
-    random.seed(mixed)
-    numpy.random.seed(mixed % 2**32)
-    # torch.manual_seed would note down the stack for every kind of device that is not in use, at every step.
-    torch.default_generator.manual_seed(mixed)
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(mixed)
-    return mixed
-
-
 def environment(device: torch.device) -> dict[str, Any]:
     """What the figures of a run depend on."""
     return {
@@ -340,21 +194,3 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
     }
-
-
-def micro_batches(rows: int, size: int | None) -> list[slice]:
-    size = size or rows
-    return [slice(i, min(i + size, rows)) for i in range(0, rows, size)]
-
-
-def mean_and_se(values: Tensor) -> tuple[float, float]:
-    """Mean and standard error over rows; the error of a single row is 0."""
-    n = values.numel()
-    return values.mean().item(), (values.std().item() / math.sqrt(n) if n > 1 else 0.0)
-
-
-def offline_batches(rows: int, batch_size: int, epochs: int, seed: int) -> list[list[int]]:
-    """The row indices of every step of `epochs` shuffled passes; each pass drops the rows that fill no batch."""
-    if rows < batch_size:
-        raise ValueError(f"batch_size: expected at most the number of rows, {rows}, got {batch_size}")
-    return [batch for epoch in range(epochs) for batch in epoch_batches(rows, batch_size, seed, epoch)]

@@ -13,7 +13,8 @@ from rlhf_fast.lab.compare.cells import cells_of
 from rlhf_fast.lab.compare.config import CompareConfig
 from rlhf_fast.lab.compare.start import SHAPES, Shape, Start, prepare
 from rlhf_fast.lab.world import preference_rows, prompt_rows, sft_rows
-from rlhf_fast.lm.models import load_scorer, load_tokenizer
+from rlhf_fast.lm.loading import load_scorer
+from rlhf_fast.lm.tokenizers import load_tokenizer
 
 
 @pytest.fixture

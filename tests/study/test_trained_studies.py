@@ -31,7 +31,8 @@ from rlhf_fast.lab.study.methods import MAIN, ONLINE, STRENGTHS, cells_of, given
 from rlhf_fast.lab.study.sampling import sample_scores
 from rlhf_fast.lab.study.start import pipeline_of
 from rlhf_fast.lab.study.unlikelihood import UnlikelihoodConfig
-from rlhf_fast.lm.models import load_policy, load_tokenizer
+from rlhf_fast.lm.loading import load_policy
+from rlhf_fast.lm.tokenizers import load_tokenizer
 from rlhf_fast.training.metrics import read_metrics
 from rlhf_fast.training.rewards import Reward
 

@@ -16,8 +16,8 @@ from rlhf_fast.lab.study.config import VarianceStudyConfig
 from rlhf_fast.lab.study.start import pipeline_of
 from rlhf_fast.lab.study.variance import summary
 from rlhf_fast.lab.study.variance_seed import METHODS, PANELS, SeedRun, offsets, rounds_of
-from rlhf_fast.lm.models import response_logits, token_values
-from rlhf_fast.training.memory import Meter
+from rlhf_fast.lm.passes import response_logits, token_values
+from rlhf_fast.training.meter import Meter
 from rlhf_fast.training.metrics import read_metrics
 
 

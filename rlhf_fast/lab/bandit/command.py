@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from rlhf_fast.data.files import write_json
 from rlhf_fast.lab.bandit import experiment, neural_experiment, report
 from rlhf_fast.lab.bandit.config import BanditConfig, LinearBanditConfig, NeuralBanditConfig, seeds_of
 from rlhf_fast.lab.bandit.problem import sampled_gaps
-from rlhf_fast.training.checkpoint import write_json
 
 Config = TypeVar("Config", bound=BanditConfig)
 _SHARED_KEYS = ("n", "ratios", "beta", "seeds", "first_seed", "pref_states")

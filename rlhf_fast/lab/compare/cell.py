@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from rlhf_fast.config.arguments import from_dict
-from rlhf_fast.lm.models import default_device
+from rlhf_fast.data.files import write_json
+from rlhf_fast.lm.loading import default_device
 from rlhf_fast.report.pipeline import METHODS
-from rlhf_fast.training.checkpoint import write_json
 from rlhf_fast.training.memory import current_bytes
 
 

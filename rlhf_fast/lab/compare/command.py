@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from rlhf_fast.config.arguments import from_dict
-from rlhf_fast.data.files import write_text
+from rlhf_fast.data.files import write_json, write_text
 from rlhf_fast.lab.compare.cells import Cell, cells_of
 from rlhf_fast.lab.compare.config import CompareConfig
 from rlhf_fast.lab.compare.figures import figures_of, median_over_seeds, time_model
@@ -18,7 +18,6 @@ from rlhf_fast.plan.command import largest_batch, plan_of
 from rlhf_fast.plan.gpus import parse_memory
 from rlhf_fast.plan.phases import Planner
 from rlhf_fast.report.pipeline import METHODS
-from rlhf_fast.training.checkpoint import write_json
 
 
 def run(config: CompareConfig) -> None:

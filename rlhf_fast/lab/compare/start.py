@@ -18,7 +18,8 @@ from rlhf_fast.lab import demo
 from rlhf_fast.lab.compare.config import CompareConfig
 from rlhf_fast.lab.world import build_tokenizer, sft_rows
 from rlhf_fast.lm.adapters import LoRA
-from rlhf_fast.lm.models import load_scorer, load_tokenizer
+from rlhf_fast.lm.loading import load_scorer
+from rlhf_fast.lm.tokenizers import load_tokenizer
 from rlhf_fast.report import pipeline
 from rlhf_fast.stages import reward as reward_stage
 from rlhf_fast.stages.init import init_model

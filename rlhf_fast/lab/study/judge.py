@@ -16,12 +16,13 @@ from torch import Tensor
 
 from rlhf_fast.config.fields import arg, required
 from rlhf_fast.data.encoding import encode_prompts, load_rows
+from rlhf_fast.data.files import write_json
 from rlhf_fast.lab.study.config import TrainedStudyConfig
 from rlhf_fast.lab.study.methods import Cell
 from rlhf_fast.lab.study.runs import Job, run_jobs
 from rlhf_fast.lab.study.sampling import sample_scores
-from rlhf_fast.lm.models import default_device, load_policy, load_tokenizer
-from rlhf_fast.training.checkpoint import write_json
+from rlhf_fast.lm.loading import default_device, load_policy
+from rlhf_fast.lm.tokenizers import load_tokenizer
 from rlhf_fast.training.evaluation import completion_rewards
 from rlhf_fast.training.rewards import Reward
 

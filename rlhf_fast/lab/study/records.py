@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rlhf_fast.lm.models import default_device
-from rlhf_fast.training.checkpoint import write_json
+from rlhf_fast.data.files import write_json
+from rlhf_fast.lm.loading import default_device
 from rlhf_fast.training.run import environment
 
 

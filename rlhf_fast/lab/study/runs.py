@@ -21,11 +21,11 @@ from typing import Any, NamedTuple
 import torch
 
 from rlhf_fast.config import PipelineConfig
+from rlhf_fast.data.files import write_json
 from rlhf_fast.lab import demo
 from rlhf_fast.lab.study.config import MethodsStudyConfig, TrainedStudyConfig
 from rlhf_fast.lab.study.methods import Cell, Strengths, cells_of
 from rlhf_fast.lab.study.start import BEFORE_METHODS, pipeline_of, prepare
-from rlhf_fast.training.checkpoint import write_json
 
 
 class Job(NamedTuple):

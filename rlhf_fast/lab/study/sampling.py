@@ -6,9 +6,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_fast.data.encoding import PromptExample, pad_id, pad_left
 from rlhf_fast.rollout.generate import eos_token_ids, generate
+from rlhf_fast.training.batches import micro_batches
 from rlhf_fast.training.evaluation import prompt_columns
 from rlhf_fast.training.rewards import Reward
-from rlhf_fast.training.run import micro_batches
 
 _ROWS = 512  # decoded at once
 

@@ -11,11 +11,15 @@ import torch
 from rlhf_fast.config import OfflineConfig
 from rlhf_fast.config.fields import arg, check
 from rlhf_fast.data.encoding import encode_preferences, load_rows, pad_id
-from rlhf_fast.lm.models import default_device, load_tokenizer
+from rlhf_fast.lm.loading import default_device
 from rlhf_fast.lm.objectives import Objectives
+from rlhf_fast.lm.tokenizers import load_tokenizer
 from rlhf_fast.stages.dpo import pair_sequences
+from rlhf_fast.training.batches import micro_batches, offline_batches
 from rlhf_fast.training.evaluation import make_evaluator
-from rlhf_fast.training.run import Learner, Run, load_policy_and_reference, micro_batches, offline_batches
+from rlhf_fast.training.learner import Learner
+from rlhf_fast.training.resume import load_policy_and_reference
+from rlhf_fast.training.run import Run
 
 
 @dataclass(frozen=True, kw_only=True)

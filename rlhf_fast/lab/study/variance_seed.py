@@ -26,17 +26,21 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.config import PipelineConfig, PPOConfig, ReMaxConfig
+from rlhf_fast.data.files import write_json
 from rlhf_fast.lab.study.config import VarianceStudyConfig
 from rlhf_fast.lab.variance import gradient_moments, token_weights
-from rlhf_fast.lm.models import check_tokenizer, load_scorer, token_values
+from rlhf_fast.lm.loading import load_scorer
+from rlhf_fast.lm.passes import token_values
+from rlhf_fast.lm.tokenizers import check_tokenizer
 from rlhf_fast.ops import ppo_value_loss, rloo_advantages
 from rlhf_fast.report import pipeline
 from rlhf_fast.rollout.generate import Rollout
 from rlhf_fast.stages import remax
 from rlhf_fast.stages.online import Experience, Online
 from rlhf_fast.stages.ppo import value_start
-from rlhf_fast.training.checkpoint import write_json
-from rlhf_fast.training.run import Learner, Run, micro_batches
+from rlhf_fast.training.batches import micro_batches
+from rlhf_fast.training.learner import Learner
+from rlhf_fast.training.run import Run
 
 SPREAD = (-14.0, 7.0)
 METHODS = ("REINFORCE", "batch mean", "RLOO", "ReMax", "value model")

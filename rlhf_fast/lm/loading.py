@@ -1,104 +1,44 @@
-"""Policies, reward and value models: loading, and the forward passes the stages need.
+"""Policies, reward and value models: loading them, and saving them again.
 
 A policy is an `AutoModelForCausalLM`. Reward and value models are `AutoModelForSequenceClassification` with one label,
-whose `score` head we apply ourselves: transformers looks for the pad id to find the last token, which is wrong as soon
-as pad == eos, padding is on the left, or there is no pad token. Here every position comes from the mask.
+whose `score` head `passes` applies: transformers looks for the pad id to find the last token, which is wrong as soon
+as pad == eos, padding is on the left, or there is no pad token.
 
 A directory with a peft adapter is a model too, its base with the adapter on. With `lora` the adapter is what is
 trained; otherwise it is merged into the weights. `shared` names a model whose frozen base the new one stands on.
 
-Shapes: B rows, P prompt tokens, T response tokens, L = P + T, H hidden, V vocabulary.
 Left out on purpose: devices, autocast and gradients, which belong to the caller.
 """
 
 import copy
-import functools
-import inspect
 import json
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file
 
 from rlhf_fast.lm import adapters
 from rlhf_fast.lm.adapters import LoRA
-from rlhf_fast.lm.packing import real_hidden
+from rlhf_fast.lm.paths import existing
 
 # transformers keeps no config.json beside an adapter, where the score offset would stand
 _ADAPTER_SCORE = "score.json"
 
 
-class Sequences(NamedTuple):
-    """Left-padded prompts followed by right-padded responses; masks are bool, True = a real token."""
-
-    prompt_ids: Tensor  # [B, P] int64
-    prompt_mask: Tensor  # [B, P] bool
-    response_ids: Tensor  # [B, T] int64
-    response_mask: Tensor  # [B, T] bool
-
-    def rows(self, index: slice | Tensor) -> "Sequences":
-        return Sequences(*(x[index] for x in self))
-
-    def to(self, device: torch.device) -> "Sequences":
-        return Sequences(*(x.to(device) for x in self))
-
-    def input_ids(self) -> Tensor:
-        return torch.cat([self.prompt_ids, self.response_ids], dim=1)
-
-    def attention_mask(self) -> Tensor:
-        return torch.cat([self.prompt_mask, self.response_mask], dim=1)
-
-
 def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def load_tokenizer(path: str | Path, argument: str = "model") -> PreTrainedTokenizerBase:
-    """The tokenizer at `path`, which `argument` named. A pad token that the model has no embedding for is taken off:
-    what is filled with is never looked at, but it is looked up.
-
-    Raises ValueError where EOS, which then fills, has none either.
-    """
-    tokenizer = AutoTokenizer.from_pretrained(existing(path, argument))
-    base = adapters.base_path(path)
-    if Path(base).is_dir() and not Path(base, "config.json").is_file():
-        return tokenizer
-    embeddings = AutoConfig.from_pretrained(existing(base, argument)).get_text_config().vocab_size
-    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= embeddings:
-        tokenizer.pad_token = None
-    if tokenizer.pad_token_id is None and (tokenizer.eos_token_id or 0) >= embeddings:
-        raise ValueError(
-            f"{argument}: expected a pad or an EOS token among the {embeddings} embeddings of the model at {path}, got "
-            f"{tokenizer.eos_token!r} with id {tokenizer.eos_token_id}"
-        )
-    return tokenizer
-
-
-def check_tokenizer(path: str | Path, tokenizer: PreTrainedTokenizerBase, argument: str) -> None:
-    """ValueError unless the model at `path` reads the token ids of `tokenizer`, the policy's.
-
-    A directory without a tokenizer cannot be checked.
-    """
-    if Path(existing(path, argument)).is_dir() and not Path(path, "tokenizer_config.json").is_file():
-        return
-    if load_tokenizer(path, argument).get_vocab() != tokenizer.get_vocab():
-        raise ValueError(f"{argument}: expected a model with the policy's tokenizer, found another in {path}")
 
 
 def load_policy(
@@ -180,102 +120,9 @@ def save_model(model: PreTrainedModel, directory: Path) -> None:
         (directory / _ADAPTER_SCORE).write_text(json.dumps({"score_offset": model.config.score_offset}) + "\n")
 
 
-def response_logits(model: PreTrainedModel, sequences: Sequences) -> Tensor:
-    """The logits [B, T, V] that predict the response tokens; the prompt's are never computed."""
-    predicting = _predicting(sequences)
-    positions = torch.arange(predicting.start, predicting.stop, device=sequences.prompt_ids.device)
-    inputs = _inputs(model, sequences)
-    if "logits_to_keep" in _forward_parameters(type(model)):
-        return model(**inputs, logits_to_keep=positions).logits
-    return model(**inputs).logits[:, positions]
-
-
-def response_hidden(model: PreTrainedModel, sequences: Sequences) -> Tensor:
-    """The last hidden states [B, T, H] that predict the response tokens; arbitrary where `response_mask` is False."""
-    predicting = _predicting(sequences)
-    T = predicting.stop - predicting.start
-    states_MH, starts_B = real_hidden(model.base_model, sequences.input_ids(), sequences.attention_mask(), last=False)
-    first_B = starts_B + sequences.prompt_mask.sum(dim=1) - 1
-    # Where the mask is False come the states of other tokens, which nothing may look at.
-    positions_BT = (first_B[:, None] + torch.arange(T, device=first_B.device)).clamp(max=len(states_MH) - 1)
-    return states_MH.index_select(0, positions_BT.flatten()).view(*positions_BT.shape, -1)
-
-
-def sequence_scores(model: PreTrainedModel, sequences: Sequences) -> Tensor:
-    """The score [B] fp32 at each row's last real token, less the model's normalisation offset."""
-    mask_BL = sequences.attention_mask()
-    states_MH, starts_B = real_hidden(model.base_model, sequences.input_ids(), mask_BL)
-    return _score(model, states_MH[starts_B + mask_BL.sum(dim=1) - 1])
-
-
-def token_values(model: PreTrainedModel, sequences: Sequences) -> Tensor:
-    """V(s_t) [B, T] fp32: the score of the state before each response token (its last token is the state's end);
-    arbitrary where `response_mask` is False."""
-    return hidden_values(model, response_hidden(model, sequences))
-
-
-def hidden_values(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """V [B, T] fp32 of hidden states [B, T, H] of the model's trunk."""
-    return _score(model, hidden)
-
-
 def set_score_offset(model: PreTrainedModel, offset: float) -> None:
     """Scores are reported less `offset` from now on; kept in config.json as `score_offset`."""
     model.config.score_offset = float(offset)
-
-
-def position_ids(mask_BL: Tensor) -> Tensor:
-    """Positions counted over real tokens only, so that left padding does not shift them."""
-    return (mask_BL.long().cumsum(dim=1) - 1).clamp(min=0)
-
-
-def forward_inputs(model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor) -> dict[str, Tensor]:
-    inputs = {"input_ids": ids, "attention_mask": mask.long()}
-    if "position_ids" in _forward_parameters(type(model)):  # Bloom and friends have none (ALiBi)
-        inputs["position_ids"] = positions
-    return inputs
-
-
-def existing(path: str | Path, argument: str = "model") -> str:
-    """`path` itself, which `argument` named; ValueError where there is no such thing.
-
-    A local path that is not there must not be looked for on the hub, which takes minutes to fail.
-    """
-    text = str(path)
-    local = isinstance(path, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or os.sep in text[-1:]
-    if not Path(text).is_dir():
-        expected = f"{argument}: expected a checkpoint directory or a hub name, found no directory {text}"
-        if local:
-            raise ValueError(expected)
-        try:
-            _on_hub(text)
-        except OSError as error:
-            raise ValueError(f"{expected} and none of that name on the hub: {error}") from error
-    return text
-
-
-@functools.cache
-def _on_hub(name: str) -> None:
-    cached_file(name, "config.json")
-
-
-def _predicting(sequences: Sequences) -> slice:
-    P, T = sequences.prompt_ids.shape[1], sequences.response_ids.shape[1]
-    if P == 0:
-        raise ValueError("prompt_ids: expected at least one prompt token to predict from, got shape [B, 0]")
-    return slice(P - 1, P + T - 1)
-
-
-def _inputs(model: PreTrainedModel, sequences: Sequences) -> dict:
-    mask_BL = sequences.attention_mask()
-    return {**forward_inputs(model, sequences.input_ids(), mask_BL, position_ids(mask_BL)), "use_cache": False}
-
-
-def _score(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    weight = next(model.score.parameters())
-    with torch.autocast(hidden.device.type, enabled=False):  # in bf16 a score would have two or three digits
-        scores = model.score(hidden.to(weight.dtype)).squeeze(-1).float()
-    return scores - getattr(model.config, "score_offset", 0.0)
 
 
 def _scorer_on(language_model: PreTrainedModel) -> PreTrainedModel:
@@ -330,11 +177,6 @@ def _check_complete(argument: str, path: str, model: PreTrainedModel, missing: l
     if missing:
         names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise ValueError(f"{argument}: expected all weights of {type(model).__name__} at {path}, found no {names}")
-
-
-@functools.cache
-def _forward_parameters(model_class: type) -> frozenset[str]:
-    return frozenset(inspect.signature(model_class.forward).parameters)
 
 
 @contextmanager

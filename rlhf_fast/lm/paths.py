@@ -1,0 +1,30 @@
+"""Where a model is found: a checkpoint directory, or a name on the hub."""
+
+import functools
+import os
+from pathlib import Path
+
+from transformers.utils import cached_file
+
+
+def existing(path: str | Path, argument: str = "model") -> str:
+    """`path` itself, which `argument` named; ValueError where there is no such thing.
+
+    A local path that is not there must not be looked for on the hub, which takes minutes to fail.
+    """
+    text = str(path)
+    local = isinstance(path, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or os.sep in text[-1:]
+    if not Path(text).is_dir():
+        expected = f"{argument}: expected a checkpoint directory or a hub name, found no directory {text}"
+        if local:
+            raise ValueError(expected)
+        try:
+            _on_hub(text)
+        except OSError as error:
+            raise ValueError(f"{expected} and none of that name on the hub: {error}") from error
+    return text
+
+
+@functools.cache
+def _on_hub(name: str) -> None:
+    cached_file(name, "config.json")

@@ -1,0 +1,44 @@
+"""A model's tokenizer, and whether two models read the same token ids."""
+
+from pathlib import Path
+
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
+
+from rlhf_fast.lm import adapters
+from rlhf_fast.lm.paths import existing
+
+
+def load_tokenizer(path: str | Path, argument: str = "model") -> PreTrainedTokenizerBase:
+    """The tokenizer at `path`, which `argument` named. A pad token that the model has no embedding for is taken off:
+    what is filled with is never looked at, but it is looked up.
+
+    Raises ValueError where EOS, which then fills, has none either.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(existing(path, argument))
+    base = adapters.base_path(path)
+    if Path(base).is_dir() and not Path(base, "config.json").is_file():
+        return tokenizer
+    embeddings = AutoConfig.from_pretrained(existing(base, argument)).get_text_config().vocab_size
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= embeddings:
+        tokenizer.pad_token = None
+    if tokenizer.pad_token_id is None and (tokenizer.eos_token_id or 0) >= embeddings:
+        raise ValueError(
+            f"{argument}: expected a pad or an EOS token among the {embeddings} embeddings of the model at {path}, got "
+            f"{tokenizer.eos_token!r} with id {tokenizer.eos_token_id}"
+        )
+    return tokenizer
+
+
+def check_tokenizer(path: str | Path, tokenizer: PreTrainedTokenizerBase, argument: str) -> None:
+    """ValueError unless the model at `path` reads the token ids of `tokenizer`, the policy's.
+
+    A directory without a tokenizer cannot be checked.
+    """
+    if Path(existing(path, argument)).is_dir() and not Path(path, "tokenizer_config.json").is_file():
+        return
+    if load_tokenizer(path, argument).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"{argument}: expected a model with the policy's tokenizer, found another in {path}")

@@ -1,0 +1,98 @@
+"""One trained model: its optimizer, learning-rate schedule, clipping and autocast.
+
+`Learner` turns the gradients of micro-batches into one optimizer step. The stages write the loop itself.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from rlhf_fast.config import StageConfig
+from rlhf_fast.training.memory import static_bytes
+from rlhf_fast.training.optimizers import lr_factor, make_optimizer
+
+
+class Learner:
+    """One trained model with its optimizer, learning-rate schedule, clipping and autocast.
+
+    parameters: what it trains; default: all parameters of `model` that require gradients. With optimizer_in_backward
+    the weights move during backward, and `step` only closes the step.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: StageConfig,
+        total_steps: int,
+        *,
+        learning_rate: float | None = None,
+        parameters: Iterable[nn.Parameter] | None = None,
+    ) -> None:
+        self.model, self.max_grad_norm, self.bf16 = model, config.max_grad_norm, config.bf16
+        self.static_bytes: dict[str, int] = {}
+        self.parameters = [p for p in (model.parameters() if parameters is None else parameters) if p.requires_grad]
+        self.optimizer = make_optimizer(config, self.parameters, learning_rate or config.learning_rate)
+        factor = lr_factor(config.lr_schedule, config.warmup_steps, total_steps)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+        self.in_backward, self.norms = config.optimizer_in_backward, []
+        if self.in_backward:
+            for parameter in self.parameters:
+                parameter.register_post_accumulate_grad_hook(self._step_in_backward)
+        if config.gradient_checkpointing:
+            checkpoint_activations(model)
+
+    def autocast(self) -> torch.autocast:
+        return autocast(self.model.device, self.bf16)
+
+    def _step_in_backward(self, parameter: nn.Parameter) -> None:
+        self.norms.append(parameter.grad.norm())
+        self.optimizer.step()  # of this parameter: no other has a gradient at this moment
+        parameter.grad = None
+
+    def step(self) -> float:
+        """Apply the accumulated gradients and clear them; returns their norm before clipping."""
+        if self.in_backward:
+            norm, self.norms = torch.stack(self.norms).norm(), []
+        else:
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm or math.inf)
+        if not torch.isfinite(norm):
+            left = "spoilt, resume from a checkpoint" if self.in_backward else "left as they are"
+            raise RuntimeError(f"gradient norm is {norm.item()}; the weights were {left}")
+        if not self.in_backward:
+            self.optimizer.step()
+        if not self.static_bytes:  # the one moment when gradients and optimizer states both exist
+            held = static_bytes({"": nn.ParameterList(self.parameters)}, {"": self.optimizer})[""]
+            self.static_bytes = {name: held[name] for name in ("gradients", "optimizer")}
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scheduler.step()
+        return norm.item()
+
+    @property
+    def lr(self) -> float:
+        return self.scheduler.get_last_lr()[0]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "static_bytes": self.static_bytes,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.static_bytes = state["static_bytes"]
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    # renamed within transformers 5; the old name warns where the new one exists
+    old = model.gradient_checkpointing_enable
+    getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
+
+
+def autocast(device: torch.device, bf16: bool) -> torch.autocast:
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)

@@ -1,0 +1,61 @@
+"""Going on with a run that was cut off: which checkpoint, under which config, with which models."""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from rlhf_fast.config import OfflineConfig, OnlineConfig, StageConfig
+from rlhf_fast.config.fields import describe
+from rlhf_fast.lm import adapters
+from rlhf_fast.lm.loading import load_policy
+from rlhf_fast.training import checkpoint
+
+_RUN_CONFIG = "run_config.json"  # in every checkpoint
+
+_MAY_CHANGE = {  # when a run goes on: where it writes, what it shows, how it fits into memory
+    "output_dir",
+    "resume",
+    "save_steps",
+    "eval_steps",
+    "tensorboard",
+    "micro_batch_size",
+    "gradient_checkpointing",
+    "offload",
+    "max_logprob_drift",
+}
+
+
+def load_policy_and_reference(
+    config: OnlineConfig | OfflineConfig, device: torch.device
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The trained policy on `device`, and the frozen model its KL is taken to, which is still to be placed there.
+
+    With LoRA the reference is another model object on the policy's weights, unless it names a model of another base:
+    without the adapter, or with a frozen one where it is an adapter itself.
+    """
+    lora, reference = adapters.lora_of(config), config.reference or config.model
+    policy = load_policy(resume_directory(config) or config.model, lora=lora).to(device)
+    on_policy = lora is not None and adapters.stands_on(policy, adapters.base_path(reference))
+    return policy, load_policy(reference, trainable=False, shared=policy if on_policy else None)
+
+
+def resume_directory(config: StageConfig) -> Path | None:
+    """The checkpoint this run continues from, or None; stages load their trained models from it.
+
+    Raises ValueError where another config wrote it. More steps (offline: epochs) than it had are no other config where
+    the learning rate is constant: otherwise its decay would have been another one from the start.
+    """
+    found = checkpoint.latest(config.output_dir) if config.resume else None
+    if found is None:
+        return None
+    if not (found / _RUN_CONFIG).is_file():
+        raise ValueError(f"resume: expected a checkpoint with its {_RUN_CONFIG}, found none in {found}")
+    length = "steps" if isinstance(config, OnlineConfig) else "epochs"
+    now = describe(config)
+    for name, then in json.loads((found / _RUN_CONFIG).read_text()).items():
+        longer = name == length and config.lr_schedule == "constant" and now[name] > then
+        if name not in _MAY_CHANGE and now.get(name) != then and not longer:
+            raise ValueError(f"{name}: expected {then!r} as in the run to resume, {found}, got {now.get(name)!r}")
+    return found
