@@ -157,7 +157,7 @@ def test_losses_take_the_frozen_heads_path():
             policy.requires_grad_(False)
             adapters.put_on(policy, "no directory", ADAPTER, trainable=True)
         objectives = Objectives(policy)
-        assert objectives.head.weight.requires_grad == (name == "full")
+        assert objectives.head.layer.weight.requires_grad == (name == "full")
         advantages = torch.ones(sequences.response_ids.shape)
         with torch.profiler.profile(record_shapes=True) as profile:
             objectives.ppo(sequences, -4 * advantages, advantages).loss.backward()

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rlhf_fast.training.metrics import MetricsLogger, format_value, markdown_table, print_table, read_metrics
 
@@ -87,19 +86,6 @@ def test_bar_in_a_terminal(tmp_path, monkeypatch):
     run(tmp_path, range(1, 4), show=("loss",))
     shown = re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", screen.getvalue()).split("\r")[-1]
     assert re.fullmatch(r"ppo ━+ 3/3 0:\d\d:\d\d < \S+ loss 0.7500\s*", shown)
-
-
-def test_tensorboard(tmp_path, monkeypatch):
-    run(tmp_path, [1, 2], tensorboard=True)
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 0.25), (2, 0.5)]
-    run(tmp_path, [1, 2, 3], total=4, tensorboard=True)  # a new run shows its own curves only
-    run(tmp_path, [3, 4], total=4, tensorboard=True, resume_step=2)  # and a resumed one no step twice
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ValueError, match="tensorboard: expected the tensorboard package, found none; pip install"):
-        MetricsLogger(tmp_path, 1, description="ppo", tensorboard=True)
 
 
 def test_bad_arguments(tmp_path):

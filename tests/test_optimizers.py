@@ -14,8 +14,9 @@ from rlhf_fast.lm.loading import load_policy
 from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.stages import sft
 from rlhf_fast.training import optimizers
-from rlhf_fast.training.learner import Learner
+from rlhf_fast.training.learner import Learner, take_step
 from rlhf_fast.training.metrics import read_metrics
+from rlhf_fast.training.tally import Tally
 
 
 @pytest.mark.parametrize("name", ["sft", "ppo", "dpo"])
@@ -41,7 +42,7 @@ def test_tied_weights_are_stepped_once_in_a_backward_pass():
         learner = Learner(model, SFTConfig(model="m", output_dir="out", train_data="rows", **options), total_steps=3)
         for _ in range(3):
             Objectives(model).sft(sequences, sequences.response_ids, 7.0).loss.backward()
-            learner.step()
+            take_step(Tally(), {"grad_norm": learner})
         results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert torch.equal(*results)
     assert (results[0] - torch.cat([p.flatten() for p in random_policy("gpt2").parameters()])).abs().max() > 0.01
@@ -55,7 +56,7 @@ def test_optimizer_in_backward_says_that_the_weights_are_spoilt(tiny_model):
     learner = Learner(model, config, total_steps=3)
     (model.lm_head.weight.sum() * float("nan")).backward()
     with pytest.raises(RuntimeError, match="gradient norm is nan; the weights were spoilt, resume from a checkpoint"):
-        learner.step()
+        take_step(Tally(), {"grad_norm": learner})
 
 
 def test_adamw_8bit(files, tiny_model, tmp_path, monkeypatch):  # noqa: F811

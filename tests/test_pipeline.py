@@ -13,19 +13,22 @@ from tiny_models import random_policy, random_sequences
 
 from rlhf_fast.config import PairsConfig, PipelineConfig, ReMaxConfig
 from rlhf_fast.data import rows as data_rows
-from rlhf_fast.data.encoding import encode_prompts, load_rows
+from rlhf_fast.data.encoding import PromptExample, encode_prompts, load_rows
 from rlhf_fast.lm.loading import load_policy
+from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.lm.passes import response_logits
 from rlhf_fast.lm.tokenizers import load_tokenizer
 from rlhf_fast.report import pipeline
 from rlhf_fast.stages import pairs
 from rlhf_fast.stages.online import Online
 from rlhf_fast.training.batches import micro_batches
-from rlhf_fast.training.evaluation import Evaluator, prompt_columns, sequence_kl, wins
-from rlhf_fast.training.learner import Learner
+from rlhf_fast.training.evaluation import Evaluator, prompt_columns, wins
+from rlhf_fast.training.learner import Learner, take_step
 from rlhf_fast.training.metrics import read_metrics
 from rlhf_fast.training.optimizers import lr_factor
 from rlhf_fast.training.rewards import Reward
+from rlhf_fast.training.tally import Tally
+from rlhf_fast.training.tensor_bytes import TensorBytes
 
 TRUE_REWARD = "rlhf_fast.world:true_reward"
 
@@ -141,8 +144,44 @@ def test_sequence_kl_is_the_exact_sum_over_the_vocabulary():
     with torch.no_grad():
         p, q = (torch.softmax(response_logits(m, sequences).double() / 0.7, -1) for m in (policy, reference))
         expected = ((p * (p.log() - q.log())).sum(-1) * sequences.response_mask).sum(1)
-        torch.testing.assert_close(sequence_kl(policy, reference, sequences, 0.7).double(), expected, rtol=1e-4, atol=0)
-        assert sequence_kl(policy, policy, sequences, 0.7).abs().max() == 0
+        for fused in (True, False):
+            own, other = (Objectives(m, temperature=0.7, fused=fused) for m in (policy, reference))
+            kl = own.kl(other, sequences)
+            torch.testing.assert_close(kl.sum(dim=1).double(), expected, rtol=1e-5, atol=0)
+            assert torch.equal(kl == 0, ~sequences.response_mask)
+            assert own.kl(own, sequences).abs().max() == 0
+
+
+def test_the_exact_kl_holds_no_five_tensors_of_the_vocabulary():
+    policy, reference = (random_policy("llama", seed=seed, vocab_size=4096) for seed in (0, 1))
+    sequences = random_sequences(rows=16, response=12, vocab_size=4096)
+    own, other = Objectives(policy), Objectives(reference)
+    left_out = [*policy.parameters(), *policy.buffers(), *reference.parameters(), *reference.buffers()]
+    with torch.no_grad(), TensorBytes(exclude=left_out) as counter:
+        own.kl(other, sequences)
+    logits = 16 * 12 * 4096 * 4
+    assert counter.peak < 2.5 * logits  # two buffers; log_softmax of both models and kl_div would take five
+
+
+def test_an_evaluation_takes_its_kl_in_micro_batches(tokenizer, monkeypatch):
+    policy, reference = random_policy("llama", seed=0), random_policy("llama", seed=1)
+    prompts = [PromptExample(prompt=str(n), prompt_ids=[3 + n, 5], columns={}) for n in range(7)]
+    sizes, kl = [], Objectives.kl
+
+    def watched(self, other, sequences):
+        sizes.append(len(sequences.prompt_ids))
+        return kl(self, other, sequences)
+
+    monkeypatch.setattr(Objectives, "kl", watched)
+    reward = lambda rollout, columns: torch.zeros(len(rollout.finished))  # noqa: E731
+    kls = []
+    for micro in (None, 3):
+        evaluator = Evaluator(
+            prompts, reward, reference, tokenizer, max_new_tokens=5, batch_size=5, micro_batch_size=micro
+        )
+        kls.append(evaluator(policy).metrics["eval/kl"])
+    assert sizes == [5, 2, 3, 2, 2]
+    assert kls[0] == pytest.approx(kls[1], rel=1e-6) and kls[0] > 0.01
 
 
 def test_learning_rate_schedules():
@@ -160,7 +199,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights(files, tiny_model, tmp
     for p in learner.parameters:
         p.grad = torch.full_like(p, math.nan)
     with pytest.raises(RuntimeError, match="gradient norm is nan"):
-        learner.step()
+        take_step(Tally(), {"grad_norm": learner})
     assert all(torch.equal(a, b) for a, b in zip(before, learner.parameters, strict=True))
 
 

@@ -28,7 +28,8 @@ from rlhf_fast.lm.passes import response_logits
 from rlhf_fast.lm.tokenizers import load_tokenizer
 from rlhf_fast.ops import grpo_advantages
 from rlhf_fast.stages import dpo, grpo, ppo, reinforce, remax, reward, rloo, sft
-from rlhf_fast.stages.online import KLController, Online
+from rlhf_fast.stages.kl import KLController
+from rlhf_fast.stages.online import Online
 from rlhf_fast.training import checkpoint
 from rlhf_fast.training.meter import Meter
 from rlhf_fast.training.metrics import read_metrics

@@ -1,42 +1,46 @@
 """This package as a contender: a stage's `train`, as a user calls it. Run by `compare`."""
 
 from importlib import import_module
+from typing import Any
 
 import torch
 from turns import Turns
 
 from rlhf_fast import config as configs
-from rlhf_fast.stages.online import Experience, Online
-from rlhf_fast.training import meter
-from rlhf_fast.training.meter import Meter
+from rlhf_fast.stages.online import Experience
+from rlhf_fast.training.listeners import Listener
 from rlhf_fast.training.run import Run
+
+
+class Reporter(Listener):
+    """Reports every step, and leaves the first round's completions for the others to train on the same."""
+
+    def __init__(self, turns: Turns) -> None:
+        self.turns = turns
+
+    def begin(self, run: Run) -> None:
+        self.run = run
+
+    def collected(self, step: int, experience: Experience) -> None:
+        if step == 1:
+            torch.save(_rows(experience.rollout), self.turns.spec["completions"])
+
+    def log(self, step: int, row: dict[str, Any]) -> None:
+        if step == 0:  # an evaluation
+            return
+        models = {role: learner.model for role, learner in self.run.learners.items()}
+        numbers = {name: float(value) for name, value in row.items() if isinstance(value, int | float)}
+        self.turns.end_step(lambda: numbers, models)
+
+    def end(self) -> None:
+        self.turns.end(self.run.meter.process_peak())
 
 
 def main() -> None:
     turns = Turns.from_command_line("rlhf-fast")
     spec = turns.spec
-    end_step, collect, reset = Run.end_step, Online.collect, meter.reset_high_water_mark
-
-    def with_turns(run: Run, step: int, metrics: dict[str, float]) -> None:
-        end_step(run, step, metrics)
-        models = {role: learner.model for role, learner in run.learners.items()}
-        turns.end_step(lambda: {name: float(value) for name, value in metrics.items()}, models)
-
-    def recorded(online: Online, meter: Meter, step: int) -> Experience:
-        """The first step's completions, for the others to train on the same."""
-        experience = collect(online, meter, step)
-        if step == 1:
-            torch.save(_rows(experience.rollout), spec["completions"])
-        return experience
-
-    def noted() -> bool:
-        turns.note_peak()
-        return reset()
-
-    Run.end_step, Online.collect, meter.reset_high_water_mark = with_turns, recorded, noted
     config = getattr(configs, spec["ours"]["config"])(**spec["ours"]["options"])
-    import_module(f"rlhf_fast.stages.{spec['ours']['stage']}").train(config)
-    turns.end()
+    import_module(f"rlhf_fast.stages.{spec['ours']['stage']}").train(config, listeners=[Reporter(turns)])
 
 
 def _rows(rollout) -> list[tuple[list[int], list[int]]]:

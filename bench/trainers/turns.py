@@ -30,7 +30,7 @@ class Turns:
         self.spec, self._rival = spec, rival
         self._out = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
-        self._steps, self._peak = 0, 0
+        self._steps = 0
         self._gradients: dict[int, Tensor] = {}
         self._hook = register_optimizer_step_pre_hook(self._note_gradients)
 
@@ -67,14 +67,9 @@ class Turns:
                 self._say(seconds=time.perf_counter() - self._start, cpu_seconds=time.process_time() - self._cpu_start)
                 self._wait()
 
-    def note_peak(self) -> None:
-        """Call before anything that resets the process's high-water mark."""
-        self._peak = max(self._peak, _high_water_mark())
-
-    def end(self) -> None:
-        """Call after the last step."""
-        self.note_peak()
-        self._say(peak_bytes=self._peak)
+    def end(self, peak_bytes: int = 0) -> None:
+        """Call after the last step. peak_bytes: the process's peak, where its high-water mark was reset on the way."""
+        self._say(peak_bytes=max(peak_bytes, _high_water_mark()))
 
     def _say(self, **facts: Any) -> None:
         print(json.dumps(facts), file=self._out, flush=True)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlhf_fast.lm.forward import call, one_pass, within
 from rlhf_fast.lm.passes import response_hidden, response_logits
 from rlhf_fast.lm.sequences import Sequences
 from rlhf_fast.ops import (
@@ -30,17 +31,20 @@ from rlhf_fast.ops import (
     linear_ppo_loss,
     linear_reinforce_loss,
     linear_sft_loss,
+    linear_token_kl,
     linear_token_logprobs,
     ppo_loss,
     reinforce_loss,
+    token_kl,
     token_logprobs,
 )
 from rlhf_fast.ops.truncation import unpacked
 
 
 class OutputHead(NamedTuple):
-    weight: Tensor  # [V, H]
-    bias: Tensor | None  # [V]
+    """The output embedding. A pass reads its weight, because a wrapper may replace the weight between passes."""
+
+    layer: nn.Linear  # weight [V, H], bias [V] or None
     softcap: float | None
 
 
@@ -58,6 +62,7 @@ class Objectives:
         self.model, self.temperature = model, temperature
         self.head = output_head(model) if fused else None
 
+    @one_pass
     def logprobs(
         self, sequences: Sequences, token_ids: Tensor | None = None, *, kept: Tensor | None = None
     ) -> TokenLogprobs:
@@ -67,6 +72,7 @@ class Objectives:
             return token_logprobs(kept_logits(self.model, sequences, kept), ids, temperature=self.temperature)
         return linear_token_logprobs(*self._layer(sequences), ids, **self._options())
 
+    @one_pass
     def sft(self, sequences: Sequences, token_ids: Tensor, normalizer: float) -> LinearLoss:
         """-sum of log p(token) / normalizer over the `token_ids` [B, T] that are not -100."""
         if self.head is None:
@@ -74,6 +80,7 @@ class Objectives:
             return LinearLoss(-out.logprobs.sum() / normalizer, out.logprobs.detach(), out.entropy.detach())
         return linear_sft_loss(*self._layer(sequences), token_ids, normalizer=normalizer, **self._options())
 
+    @one_pass
     def reinforce(
         self, sequences: Sequences, advantages: Tensor, *, kept: Tensor | None = None, **options: Any
     ) -> LinearLoss:
@@ -85,6 +92,7 @@ class Objectives:
         ids, mask = sequences.response_ids, sequences.response_mask
         return linear_reinforce_loss(*self._layer(sequences), ids, advantages, mask, **options, **self._options())
 
+    @one_pass
     def ppo(
         self,
         sequences: Sequences,
@@ -109,9 +117,10 @@ class Objectives:
         ids, mask = sequences.response_ids, sequences.response_mask
         hidden = response_hidden(self.model, sequences) if hidden is None else hidden
         return linear_ppo_loss(
-            hidden, self.head.weight, ids, old_logprobs, advantages, mask, **options, **self._options()
+            hidden, self.head.layer.weight, ids, old_logprobs, advantages, mask, **options, **self._options()
         )
 
+    @one_pass
     def dpo(
         self, pairs: Sequences, ref_logps: tuple[Tensor, Tensor], normalizer: float, **options: Any
     ) -> LinearDPOLoss:
@@ -126,16 +135,34 @@ class Objectives:
             *self._layer(pairs), ids, *ref_logps, normalizer=normalizer, **options, **self._options()
         )
 
+    @one_pass
+    def kl(self, reference: "Objectives", sequences: Sequences) -> Tensor:
+        """KL(policy || reference) [B, T] of the next-token distributions at the response tokens, 0 at masked places.
+
+        The KL is exact over the vocabulary, in nats. `reference` is a constant.
+        """
+        return within(reference.model, self._kl, reference, sequences)
+
+    def _kl(self, reference: "Objectives", sequences: Sequences) -> Tensor:
+        ids, mine, theirs = _response_ids(sequences), self.head, reference.head
+        if mine is None or theirs is None or mine.softcap != theirs.softcap:
+            logits, ref_logits = (response_logits(o.model, sequences) for o in (self, reference))
+            if logits.dtype != ref_logits.dtype:
+                logits, ref_logits = logits.float(), ref_logits.float()
+            return token_kl(logits, ref_logits, ids, temperature=self.temperature).kl
+        own, other = self._layer(sequences), reference._layer(sequences)
+        return linear_token_kl(*own, *other, ids, ref_bias=theirs.layer.bias, **self._options()).kl
+
     def _trained_logprobs(self, sequences: Sequences, token_ids: Tensor, kept: Tensor | None = None) -> TokenLogprobs:
         """Backward writes the gradient over the logits, which nothing else here holds."""
         logits_BTV = kept_logits(self.model, sequences, kept)
         return token_logprobs(logits_BTV, token_ids, temperature=self.temperature, inplace_backward=True)
 
     def _layer(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
-        return response_hidden(self.model, sequences), self.head.weight
+        return response_hidden(self.model, sequences), self.head.layer.weight
 
     def _options(self) -> dict[str, Any]:
-        return {"bias": self.head.bias, "temperature": self.temperature, "softcap": self.head.softcap}
+        return {"bias": self.head.layer.bias, "temperature": self.temperature, "softcap": self.head.softcap}
 
 
 def kept_logits(model: PreTrainedModel, sequences: Sequences, kept: Tensor | None) -> Tensor:
@@ -148,6 +175,7 @@ def kept_logits(model: PreTrainedModel, sequences: Sequences, kept: Tensor | Non
 
 
 @torch.no_grad()
+@one_pass
 def output_head(model: PreTrainedModel) -> OutputHead | None:
     """The layer whose product with the last hidden state is the model's logits; None where there is no such layer.
 
@@ -158,11 +186,11 @@ def output_head(model: PreTrainedModel) -> OutputHead | None:
     if not isinstance(layer, nn.Linear) or model.base_model is model:
         return None
     config = model.config.get_text_config()
-    head = OutputHead(layer.weight, layer.bias, getattr(config, "final_logit_softcapping", None))
+    head = OutputHead(layer, getattr(config, "final_logit_softcapping", None))
     ids = torch.tensor([[1, 2]], device=layer.weight.device) % layer.weight.shape[0]
     training = model.training
     model.eval()
-    logits = model(input_ids=ids, use_cache=False).logits.float()
+    logits = call(model, input_ids=ids, use_cache=False).logits.float()
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     model.train(training)
     if hidden.shape[-1] != layer.in_features:

@@ -1,6 +1,7 @@
 """The forward passes that the stages need: logits and hidden states of the response tokens, scores and values.
 
-Every position comes from the mask, so that padding on either side changes nothing.
+Every position comes from the mask, so that padding on either side changes nothing. Every pass enters its model by
+`forward.within`.
 
 Shapes: B rows, P prompt tokens, T response tokens, L = P + T, H hidden, V vocabulary.
 """
@@ -10,24 +11,25 @@ import inspect
 
 import torch
 from torch import Tensor
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
+from rlhf_fast.lm.forward import call, one_pass
 from rlhf_fast.lm.packing import real_hidden
 from rlhf_fast.lm.sequences import Sequences, position_ids
 
 
+@one_pass
 def response_logits(model: PreTrainedModel, sequences: Sequences) -> Tensor:
     """The logits [B, T, V] that predict the response tokens; the prompt's are never computed."""
     predicting = _predicting(sequences)
     positions = torch.arange(predicting.start, predicting.stop, device=sequences.prompt_ids.device)
     inputs = _inputs(model, sequences)
     if "logits_to_keep" in _forward_parameters(type(model)):
-        return model(**inputs, logits_to_keep=positions).logits
-    return model(**inputs).logits[:, positions]
+        return call(model, **inputs, logits_to_keep=positions).logits
+    return call(model, **inputs).logits[:, positions]
 
 
+@one_pass
 def response_hidden(model: PreTrainedModel, sequences: Sequences) -> Tensor:
     """The last hidden states [B, T, H] that predict the response tokens; arbitrary where `response_mask` is False."""
     predicting = _predicting(sequences)
@@ -39,6 +41,7 @@ def response_hidden(model: PreTrainedModel, sequences: Sequences) -> Tensor:
     return states_MH.index_select(0, positions_BT.flatten()).view(*positions_BT.shape, -1)
 
 
+@one_pass
 def sequence_scores(model: PreTrainedModel, sequences: Sequences) -> Tensor:
     """The score [B] fp32 at each row's last real token, less the model's normalisation offset."""
     mask_BL = sequences.attention_mask()
@@ -46,6 +49,7 @@ def sequence_scores(model: PreTrainedModel, sequences: Sequences) -> Tensor:
     return _score(model, states_MH[starts_B + mask_BL.sum(dim=1) - 1])
 
 
+@one_pass
 def token_values(model: PreTrainedModel, sequences: Sequences) -> Tensor:
     """V(s_t) [B, T] fp32: the score of the state before each response token (its last token is the state's end);
     arbitrary where `response_mask` is False."""

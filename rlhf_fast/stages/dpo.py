@@ -4,7 +4,7 @@ The reference's log-probs are computed once for all pairs, held-out ones too, an
 model is then dropped. Chosen and rejected answers of a pair go through the policy in one forward pass.
 """
 
-from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,14 +25,17 @@ from rlhf_fast.lm.loading import default_device
 from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.lm.sequences import Sequences
 from rlhf_fast.lm.tokenizers import check_tokenizer, load_tokenizer
+from rlhf_fast.stages.offline import Offline, summed_logprobs
 from rlhf_fast.training.batches import micro_batches, offline_batches
 from rlhf_fast.training.evaluation import make_evaluator
-from rlhf_fast.training.learner import Learner
+from rlhf_fast.training.learner import autocast
+from rlhf_fast.training.listeners import Listener
 from rlhf_fast.training.resume import load_policy_and_reference
 from rlhf_fast.training.run import Run
+from rlhf_fast.training.tally import Tally
 
 
-def train(config: DPOConfig) -> None:
+def train(config: DPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
     """Train `config.model` on preference pairs; the result goes to `config.output_dir`."""
     device = default_device()
     tokenizer = load_tokenizer(config.model)
@@ -41,34 +44,30 @@ def train(config: DPOConfig) -> None:
     data = _encode(config.train_data, tokenizer, config)
     held_out = _encode(config.eval_pairs, tokenizer, config).examples if config.eval_pairs else []
     batches = offline_batches(len(data.examples), config.batch_size, config.epochs, config.seed)
-    pad = pad_id(tokenizer)
+    examples, pad, size = [*data.examples, *held_out], pad_id(tokenizer), config.micro_batch_size or config.batch_size
     policy, reference = load_policy_and_reference(config, device)
     reference.to(device)
-    rows = [e.prompt_ids + ids for e in (*data.examples, *held_out) for ids in (e.chosen_ids, e.rejected_ids)]
+    rows = [e.prompt_ids + ids for e in examples for ids in (e.chosen_ids, e.rejected_ids)]
     check_rows(policy, tokenizer, rows, "max_length")
     check_rows(reference, tokenizer, rows, "max_length", role="reference")
-    learner = Learner(policy, config, len(batches))
     objectives = Objectives(policy, fused=config.fused_head)
-    size = config.micro_batch_size or config.batch_size
     evaluator = make_evaluator(config, tokenizer, device, reference, None)
+    refs = torch.empty(2, 0)  # the reference's log-probs of the chosen and rejected answers of all examples
 
-    def metrics(examples: list[PreferenceExample], refs: Tensor, total: int, *, learn: bool) -> dict[str, float]:
-        """Of a micro-batch and its reference's log-probs [2, B]: means, weighted by its share of `total` pairs."""
-        pairs = pair_sequences(examples, pad, device)
+    def loss(rows: list[int], total: int, tally: Tally) -> Tensor:
+        """Tallies the means over the micro-batch, weighted by its share of `total` pairs."""
+        pairs = pair_sequences([examples[i] for i in rows], pad, device)
         chosen_lengths, rejected_lengths = pairs.response_mask.sum(dim=1).chunk(2)
-        with learner.autocast():
-            out = objectives.dpo(
-                pairs,
-                (refs[0], refs[1]),
-                total,
-                beta=config.beta,
-                loss_type=config.loss_type,
-                label_smoothing=config.label_smoothing,
-                chosen_lengths=chosen_lengths,
-                rejected_lengths=rejected_lengths,
-            )
-        if learn:
-            out.loss.backward()
+        out = objectives.dpo(
+            pairs,
+            (refs[0, rows], refs[1, rows]),
+            total,
+            beta=config.beta,
+            loss_type=config.loss_type,
+            label_smoothing=config.label_smoothing,
+            chosen_lengths=chosen_lengths,
+            rejected_lengths=rejected_lengths,
+        )
         margins = out.chosen_rewards - out.rejected_rewards
         values = {
             "loss": out.losses,
@@ -79,50 +78,41 @@ def train(config: DPOConfig) -> None:
             "logps/chosen": out.chosen_logps,
             "logps/rejected": out.rejected_logps,
         }
-        return {name: value.mean().item() * len(examples) / total for name, value in values.items()}
+        for name, value in values.items():
+            tally.add(name, value.mean().double() * len(rows) / total)
+        return out.loss
 
-    with Run(
+    @torch.no_grad()
+    def look(run: Run) -> dict[str, float]:
+        tally, first = Tally(), len(data.examples)
+        with autocast(device, config.bf16):
+            for rows in micro_batches(len(held_out), size):
+                loss(list(range(first + rows.start, first + rows.stop)), len(held_out), tally)
+        sums = tally.read()
+        metrics = {"eval/loss": sums["loss"], "eval/accuracy": sums["rewards/accuracies"]}
+        run.note(**metrics)
+        return metrics
+
+    stage = Offline(
         config,
         "DPO",
-        len(batches),
-        learners={"policy": learner},
-        tokenizer=tokenizer,
+        policy,
+        tokenizer,
+        batches,
+        held_out=look if held_out else None,
         frozen={"reference": reference if evaluator is not None else None},
         evaluator=evaluator,
         show=("loss", "rewards/accuracies", "rewards/margins"),
-    ) as run:
-        run.note(rows=len(data.examples), truncated_rows=data.truncated)
-        examples = [*data.examples, *held_out]
-        with run.meter.phase("reference"), torch.no_grad(), learner.autocast():
-            frozen = Objectives(reference, fused=config.fused_head)
-            parts = [
-                frozen.logprobs(pair_sequences(examples[rows], pad, device)).logprobs.sum(dim=1).view(2, -1)
-                for rows in micro_batches(len(examples), size)
-            ]
-            del frozen
-        refs = torch.cat(parts, dim=1)
+        listeners=listeners,
+    )
+    with stage.training(len(data.examples), data.truncated) as run:
+        with run.meter.phase("reference"):
+            parts = (pair_sequences(examples[rows], pad, device) for rows in micro_batches(len(examples), size))
+            logps = summed_logprobs(Objectives(reference, fused=config.fused_head), parts, config.bf16)
+            refs = torch.cat([part.view(2, -1) for part in logps], dim=1)
         if evaluator is None:
             del reference
-        for step in run.steps():
-            indices, sums = batches[step - 1], Counter()
-            for rows in micro_batches(len(indices), config.micro_batch_size):
-                micro = indices[rows]
-                with run.meter.phase("policy_update"):
-                    sums.update(metrics([examples[i] for i in micro], refs[:, micro], len(indices), learn=True))
-            with run.meter.phase("optimizer"):
-                grad_norm = learner.step()
-            measured = {**sums, "grad_norm": grad_norm, "lr": learner.lr}
-            if held_out and step % (len(batches) // config.epochs) == 0:
-                first, sums = len(data.examples), Counter()
-                with run.meter.phase("evaluation"), torch.no_grad():
-                    for rows in micro_batches(len(held_out), size):
-                        own = refs[:, first:][:, rows]
-                        sums.update(metrics(held_out[rows], own, len(held_out), learn=False))
-                evaluated = {"eval/loss": sums["loss"], "eval/accuracy": sums["rewards/accuracies"]}
-                run.note(**evaluated)
-                measured |= evaluated
-            run.end_step(step, measured)
-        run.finish()
+        stage.steps(loss)
 
 
 def _encode(path: str, tokenizer: PreTrainedTokenizerBase, config: DPOConfig) -> Encoded:

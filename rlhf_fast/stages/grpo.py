@@ -7,6 +7,7 @@ The KL to the reference is a term of the loss, not of the reward, and every comp
 length. Left out: the iterative variant, which trains the reward model on the way.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 from torch import Tensor
@@ -15,11 +16,15 @@ from rlhf_fast.config import GRPOConfig
 from rlhf_fast.ops import grpo_advantages
 from rlhf_fast.rollout.generate import Rollout
 from rlhf_fast.stages.online import Experience, Online
+from rlhf_fast.stages.updates import several_epochs
 from rlhf_fast.training.batches import micro_batches
+from rlhf_fast.training.learner import take_step
+from rlhf_fast.training.listeners import Listener
 from rlhf_fast.training.run import Run
+from rlhf_fast.training.tally import Tally
 
 
-def train(config: GRPOConfig) -> None:
+def train(config: GRPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
     """Train `config.model` by GRPO; the result goes to `config.output_dir`."""
     updates = config.epochs * config.minibatches
     online = Online(config, "GRPO", samples=config.group_size, updates_per_round=updates)
@@ -27,9 +32,9 @@ def train(config: GRPOConfig) -> None:
     def update(run: Run, experience: Experience) -> dict[str, float]:
         advantages_B = grpo_advantages(experience.scores, config.group_size)
         targets = (advantages_B, experience.ref_logprobs)
-        return online.several_epochs(experience, targets, partial(minibatch_update, run, online))
+        return several_epochs(online, experience, targets, partial(minibatch_update, run, online))
 
-    online.run(update)
+    online.run(update, listeners=listeners)
 
 
 def minibatch_update(
@@ -38,8 +43,7 @@ def minibatch_update(
     """One optimizer step on the clipped loss with its KL term; the denominator is the minibatch's completions."""
     config, (advantages_B, ref_logprobs_BT) = online.config, targets
     completions = len(advantages_B)
-    metrics = dict.fromkeys(("loss/policy_avg", "policy/clipfrac_avg", "policy/approxkl_avg", "val/ratio"), 0.0)
-    drift = 0.0
+    tally = Tally()
     for rows in micro_batches(completions, config.micro_batch_size):
         part = rollout.rows(rows)
         with run.meter.phase("policy_update"):
@@ -58,12 +62,11 @@ def minibatch_update(
                 )
             out.loss.backward()
         if untouched:
-            drift = max(drift, online.check_drift(out.logprobs, part))
-        share = (part.response_mask.sum() / rollout.response_mask.sum()).item()
-        metrics["loss/policy_avg"] += out.loss.item()
-        metrics["policy/clipfrac_avg"] += share * out.clip_fraction.item()
-        metrics["policy/approxkl_avg"] += share * out.approx_kl.item()
-        metrics["val/ratio"] += share * out.ratio_mean.item()
+            online.note_drift(tally, out.logprobs, part)
+        share = (part.response_mask.sum() / rollout.response_mask.sum()).double()
+        tally.add("loss/policy_avg", out.loss)
+        tally.add("policy/clipfrac_avg", share * out.clip_fraction)
+        tally.add("policy/approxkl_avg", share * out.approx_kl)
+        tally.add("val/ratio", share * out.ratio_mean)
     with run.meter.phase("optimizer"):
-        metrics["grad_norm"] = online.learner.step()
-    return metrics | ({"val/logprob_drift": drift} if untouched else {})
+        return take_step(tally, {"grad_norm": online.learner}, online.check_drift)

@@ -1,32 +1,36 @@
-"""What the online methods share: rollouts, scores, reference log-probs, the plain policy-gradient step, PPO's epochs.
+"""What the online methods share: the models, rollouts, scores, reference log-probs, and the loop over rounds.
 
 A round is: sample a batch of completions; score them; take the reference's log-probs; let the method turn these into an
 update. Old-policy log-probs come from decoding itself. Every first training pass over a rollout is compared with them,
 and the run stops when they disagree: a silent mismatch would bias every ratio and gradient.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_fast.config import OnlineConfig
-from rlhf_fast.data.encoding import PromptExample, encode_prompts, epoch_batches, load_rows, pad_id, pad_left
+from rlhf_fast.data.encoding import PromptExample, encode_prompts, epoch_batches, load_rows
 from rlhf_fast.lm.loading import default_device
 from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.lm.offload import place, visiting
 from rlhf_fast.lm.tokenizers import check_tokenizer, load_tokenizer
 from rlhf_fast.ops import kl_penalty
-from rlhf_fast.rollout.generate import Rollout, eos_token_ids, generate
+from rlhf_fast.rollout.generate import Rollout
+from rlhf_fast.rollout.sampler import LocalSampler
+from rlhf_fast.stages.kl import KLController
 from rlhf_fast.training.batches import micro_batches, seed_everything
 from rlhf_fast.training.evaluation import check_prompts, make_evaluator, prompt_columns
 from rlhf_fast.training.learner import Learner, autocast
+from rlhf_fast.training.listeners import Listener
 from rlhf_fast.training.meter import Meter
 from rlhf_fast.training.resume import load_policy_and_reference
 from rlhf_fast.training.rewards import Reward
 from rlhf_fast.training.run import Run
+from rlhf_fast.training.tally import Tally
 
 
 class Experience(NamedTuple):
@@ -38,22 +42,7 @@ class Experience(NamedTuple):
     ref_logprobs: Tensor  # [B, T]
 
 
-class KLController:
-    """Weight of the KL penalty: fixed, or adapted towards a target (arXiv 1909.08593, section 2.2)."""
-
-    def __init__(self, coef: float, target: float | None, horizon: float) -> None:
-        self.coef, self.target, self.horizon = coef, target, horizon
-
-    def update(self, kl_per_completion: float, completions: int) -> None:
-        if self.target is not None:
-            error = max(-0.2, min(0.2, kl_per_completion / self.target - 1))
-            self.coef *= 1 + error * completions / self.horizon
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"coef": self.coef}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.coef = state["coef"]
+_DRIFT = "val/logprob_drift"
 
 
 class Online:
@@ -75,7 +64,7 @@ class Online:
         updates_per_round: int = 1,
     ) -> None:
         self.config, self.name, self.samples = config, name, samples
-        self.greedy, self.greedy_length = greedy, greedy_length
+        self.greedy = greedy
         self.device = default_device()
         self.tokenizer = load_tokenizer(config.model)
         if config.reference is not None:
@@ -104,6 +93,15 @@ class Online:
             shared=self.policy if config.share_base else None,
             offload=config.offload,
         )
+        self.sampler = LocalSampler(
+            self.policy,
+            self.tokenizer,
+            max_new_tokens=config.max_response_length,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            greedy_max_new_tokens=greedy_length,
+        )
         self.check_lengths(model=self.policy, reference=self.reference, reward=self.reward.reader)
         self.evaluator = make_evaluator(config, self.tokenizer, self.device, self.reference, self.reward)
         self.updates = config.steps * updates_per_round
@@ -118,6 +116,7 @@ class Online:
         update: Callable[[Run, Experience], dict[str, float]],
         *,
         learners: dict[str, Learner] | None = None,
+        listeners: Sequence[Listener] = (),
     ) -> None:
         """Collect and update for config.steps rounds; `learners` are trained models besides the policy."""
         with Run(
@@ -129,11 +128,14 @@ class Online:
             frozen={"reference": self.reference, "reward": self.reward.model},
             states={"kl": self.kl},
             evaluator=self.evaluator,
-            show=("objective/scores", "objective/kl", "val/logprob_drift"),
+            show=("objective/scores", "objective/kl", _DRIFT),
+            listeners=listeners,
         ) as run:
             run.note(prompts=len(self.prompts), truncated_prompts=self.truncated)
             for step in run.steps():
                 experience = self.collect(run.meter, step)
+                for listener in run.listeners:
+                    listener.collected(step, experience)
                 metrics = {**self._describe(experience), **update(run, experience)}
                 metrics |= {"lr": self.learner.lr, "episode": step * self.config.batch_size}
                 self.kl.update(metrics["objective/kl"], self.config.batch_size)
@@ -148,25 +150,11 @@ class Online:
     def collect(self, meter: Meter, step: int) -> Experience:
         """Sample, score and take the reference's log-probs for round `step`."""
         prompts = self._round_prompts(step)
-        ids, mask = (x.to(self.device) for x in pad_left([p.prompt_ids for p in prompts], pad_id(self.tokenizer)))
         seed = seed_everything(self.config.seed, step)
         with autocast(self.device, self.config.bf16), torch.no_grad():
             with meter.phase("rollout"):
-                rollout, greedy = generate(
-                    self.policy,
-                    ids,
-                    mask,
-                    max_new_tokens=self.config.max_response_length,
-                    eos_ids=eos_token_ids(self.policy, self.tokenizer),
-                    pad_id=pad_id(self.tokenizer),
-                    temperature=self.config.temperature,
-                    top_k=self.config.top_k,
-                    top_p=self.config.top_p,
-                    samples=self.samples,
-                    greedy=self.greedy,
-                    greedy_max_new_tokens=self.greedy_length,
-                    seed=seed,
-                )
+                ids = [p.prompt_ids for p in prompts]
+                rollout, greedy = self.sampler(ids, seed=seed, samples=self.samples, greedy=self.greedy)
             with meter.phase("scoring"):
                 columns = prompt_columns([p for p in prompts for _ in range(self.samples)])
                 scores = self._score(rollout, columns)
@@ -180,57 +168,20 @@ class Online:
                 )
         return Experience(rollout, scores, greedy_scores, ref_logprobs)
 
-    def several_epochs(
-        self, experience: Experience, targets: tuple[Tensor, ...], minibatch_update: Callable[..., dict[str, float]]
-    ) -> dict[str, float]:
-        """config.epochs passes over a rollout in config.minibatches steps each; returns the mean of their metrics.
+    def note_drift(self, tally: Tally, logprobs: Tensor, rollout: Rollout) -> None:
+        """Tallies the largest |training-time - decode-time| log-prob of a micro-batch, for `check_drift`.
 
-        minibatch_update(rollout, targets, untouched) takes one optimizer step on the rows it is given; untouched: the
-        policy is still the one that sampled.
+        Call before the first optimizer step on a rollout, while both log-probs come from the same weights.
         """
-        totals: dict[str, list[float]] = {}
-        for epoch in range(self.config.epochs):
-            order = torch.randperm(self.config.batch_size).to(self.device)
-            for number, index in enumerate(order.chunk(self.config.minibatches)):
-                part = tuple(x[index] for x in targets)
-                metrics = minibatch_update(experience.rollout.rows(index), part, epoch == 0 and number == 0)
-                for name, value in metrics.items():
-                    totals.setdefault(name, []).append(value)
-        return {name: sum(values) / len(values) for name, values in totals.items()}
+        tally.raise_to(_DRIFT, (logprobs.detach() - rollout.logprobs).abs().max())
 
-    def policy_gradient_step(
-        self, run: Run, experience: Experience, advantages: Tensor, *, reduction: str = "token_mean"
-    ) -> dict[str, float]:
-        """One optimizer step on reinforce_loss(advantages [B] or [B, T]); the denominator is the whole batch's."""
-        rollout = experience.rollout
-        total = rollout.response_mask.sum() if reduction == "token_mean" else torch.tensor(len(advantages))
-        loss = drift = 0.0
-        for rows in micro_batches(len(advantages), self.config.micro_batch_size):
-            part = rollout.rows(rows)
-            with run.meter.phase("policy_update"):
-                with self.learner.autocast():
-                    out = self.objectives.reinforce(
-                        part.sequences, advantages[rows], kept=part.kept, reduction=reduction, normalizer=total
-                    )
-                out.loss.backward()
-            drift = max(drift, self.check_drift(out.logprobs, part))
-            loss += out.loss.item()
-        with run.meter.phase("optimizer"):
-            grad_norm = self.learner.step()
-        return {"loss/policy_avg": loss, "val/logprob_drift": drift, "grad_norm": grad_norm}
-
-    def check_drift(self, logprobs: Tensor, rollout: Rollout) -> float:
-        """Largest |training-time - decode-time| log-prob; raises past config.max_logprob_drift.
-
-        Call before the first optimizer step on a rollout, while both come from the same weights.
-        """
-        drift = (logprobs.detach() - rollout.logprobs).abs().max().item()
-        if not drift <= self.drift_bound:
+    def check_drift(self, metrics: dict[str, float]) -> None:
+        """RuntimeError where the drift among a step's metrics is past config.max_logprob_drift."""
+        if _DRIFT in metrics and not metrics[_DRIFT] <= self.drift_bound:
             raise RuntimeError(
-                f"decode-time and training-time log-probs differ by {drift:.3g}, more than max_logprob_drift="
+                f"decode-time and training-time log-probs differ by {metrics[_DRIFT]:.3g}, more than max_logprob_drift="
                 f"{self.drift_bound}; the policy would be trained on another distribution than it sampled"
             )
-        return drift
 
     def _score(self, rollout: Rollout, columns: dict[str, list]) -> Tensor:
         return self.reward(rollout, columns) - self.config.missing_eos_penalty * (~rollout.finished).float()
@@ -242,20 +193,21 @@ class Online:
         return [self.prompts[i] for i in batches[index]]
 
     def _describe(self, experience: Experience) -> dict[str, float]:
-        rollout, mask = experience.rollout, experience.rollout.response_mask
+        """What the rollout itself says, as the means over its completions."""
+        rollout, mask, tally = experience.rollout, experience.rollout.response_mask, Tally()
         kl_B = kl_penalty(rollout.logprobs, experience.ref_logprobs, "k1").where(mask, 0.0).sum(dim=1)
-        non_score = -self.kl.coef * kl_B.mean().item()
-        scores = experience.scores.mean().item()
-        metrics = {
-            "objective/kl": kl_B.mean().item(),
-            "objective/entropy": rollout.entropy.sum(dim=1).mean().item(),
-            "objective/non_score_reward": non_score,
-            "objective/rlhf_reward": scores + non_score,
-            "objective/scores": scores,
-            "objective/kl_coef": self.kl.coef,
-            "objective/length": mask.sum(dim=1).float().mean().item(),
-            "val/num_eos_tokens": rollout.finished.sum().item(),
-        }
+        tally.add("objective/kl", kl_B.mean())
+        tally.add("objective/entropy", rollout.entropy.sum(dim=1).mean())
+        tally.add("objective/scores", experience.scores.mean())
+        tally.add("objective/length", mask.sum(dim=1).float().mean())
+        tally.add("val/num_eos_tokens", rollout.finished.sum())
         if experience.greedy_scores is not None:
-            metrics["objective/greedy_scores"] = experience.greedy_scores.mean().item()
-        return metrics
+            tally.add("objective/greedy_scores", experience.greedy_scores.mean())
+        metrics = tally.read()
+        non_score = -self.kl.coef * metrics["objective/kl"]
+        return metrics | {
+            "objective/non_score_reward": non_score,
+            "objective/rlhf_reward": metrics["objective/scores"] + non_score,
+            "objective/kl_coef": self.kl.coef,
+            "val/num_eos_tokens": int(metrics["val/num_eos_tokens"]),
+        }

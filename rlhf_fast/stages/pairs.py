@@ -6,11 +6,11 @@ P(a preferred over b) = sigmoid(scale * (reward(a) - reward(b))), a draw per pai
 import torch
 
 from rlhf_fast.config import PairsConfig
-from rlhf_fast.data.encoding import encode_prompts, load_rows, pad_id, pad_left
+from rlhf_fast.data.encoding import encode_prompts, load_rows
 from rlhf_fast.data.rows import write_rows
 from rlhf_fast.lm.loading import default_device, load_policy
 from rlhf_fast.lm.tokenizers import load_tokenizer
-from rlhf_fast.rollout.generate import eos_token_ids, generate
+from rlhf_fast.rollout.sampler import LocalSampler
 from rlhf_fast.training.batches import micro_batches
 from rlhf_fast.training.evaluation import check_prompts, prompt_columns
 from rlhf_fast.training.rewards import Reward, decode_responses
@@ -27,22 +27,12 @@ def sample(config: PairsConfig) -> None:
     if len(prompts) <= config.eval_rows:
         raise ValueError(f"eval_rows: expected fewer than the {len(prompts)} prompts, got {config.eval_rows}")
     check_prompts(prompts, config.max_response_length, tokenizer, model=policy, reward=reward.reader)
+    sampler = LocalSampler(policy, tokenizer, max_new_tokens=config.max_response_length, temperature=config.temperature)
     labels = torch.Generator().manual_seed(config.seed)
     pairs = []
     for rows in micro_batches(len(prompts), config.batch_size):
         batch = prompts[rows]
-        ids, mask = (x.to(device) for x in pad_left([p.prompt_ids for p in batch], pad_id(tokenizer)))
-        rollout = generate(
-            policy,
-            ids,
-            mask,
-            max_new_tokens=config.max_response_length,
-            eos_ids=eos_token_ids(policy, tokenizer),
-            pad_id=pad_id(tokenizer),
-            temperature=config.temperature,
-            samples=2,
-            seed=config.seed,
-        ).sampled
+        rollout = sampler([p.prompt_ids for p in batch], seed=config.seed, samples=2).sampled
         scores = reward(rollout, prompt_columns([p for p in batch for _ in range(2)])).view(-1, 2).cpu()
         first_wins = torch.sigmoid(config.scale * (scores[:, 0] - scores[:, 1]))
         best = (torch.rand(len(batch), generator=labels) >= first_wins).long().tolist()

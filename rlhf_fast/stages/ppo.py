@@ -6,6 +6,7 @@ score on the EOS token less the KL penalty on every token; advantages are GAE's,
 epochs of minibatches with clipped policy and value losses.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -14,16 +15,21 @@ from torch import Tensor
 
 from rlhf_fast.config import PPOConfig
 from rlhf_fast.lm.adapters import lora_of
+from rlhf_fast.lm.forward import within
 from rlhf_fast.lm.loading import load_scorer, value_head_on
-from rlhf_fast.lm.passes import hidden_values, response_hidden, token_values
+from rlhf_fast.lm.passes import response_hidden
+from rlhf_fast.lm.scores import Scores
 from rlhf_fast.lm.tokenizers import check_tokenizer
 from rlhf_fast.ops import LinearPPOLoss, ValueLoss, gae, ppo_value_loss, shape_rewards, whiten
 from rlhf_fast.rollout.generate import Rollout
 from rlhf_fast.stages.online import Experience, Online
+from rlhf_fast.stages.updates import several_epochs
 from rlhf_fast.training.batches import micro_batches
-from rlhf_fast.training.learner import Learner
+from rlhf_fast.training.learner import Learner, take_step
+from rlhf_fast.training.listeners import Listener
 from rlhf_fast.training.resume import resume_directory
 from rlhf_fast.training.run import Run
+from rlhf_fast.training.tally import Tally
 
 
 class Targets(NamedTuple):
@@ -34,16 +40,16 @@ class Targets(NamedTuple):
     values: Tensor  # of the value model that saw the rollout first
 
 
-def train(config: PPOConfig) -> None:
+def train(config: PPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
     """Train `config.model` by PPO; the policy goes to `config.output_dir`, the value model to its folder `value`."""
     online = Online(config, "PPO", updates_per_round=config.epochs * config.minibatches)
     critic = load_critic(online)
 
     def update(run: Run, experience: Experience) -> dict[str, float]:
         targets = advantages_and_returns(run, online, critic, experience)
-        return online.several_epochs(experience, targets, partial(minibatch_update, run, online, critic))
+        return several_epochs(online, experience, targets, partial(minibatch_update, run, online, critic))
 
-    online.run(update, learners={"value": critic})
+    online.run(update, learners={"value": critic}, listeners=listeners)
 
 
 def load_critic(online: Online) -> Learner:
@@ -73,7 +79,7 @@ def advantages_and_returns(run: Run, online: Online, critic: Learner, experience
     config, rollout, mask = online.config, experience.rollout, experience.rollout.response_mask
     with run.meter.phase("value"), torch.no_grad(), critic.autocast():
         rows = micro_batches(len(mask), config.micro_batch_size)
-        values = torch.cat([token_values(critic.model, rollout.rows(r).sequences) for r in rows])
+        values = torch.cat([critic_scores(online, critic).values(rollout.rows(r).sequences) for r in rows])
     rewards = shape_rewards(experience.scores, rollout.logprobs, experience.ref_logprobs, mask, kl_coef=online.kl.coef)
     if config.whiten_rewards:
         rewards = whiten(rewards, mask, shift_mean=False)
@@ -87,37 +93,23 @@ def minibatch_update(
     """One optimizer step of policy and value model; denominators are the minibatch's token count."""
     mask = rollout.response_mask
     tokens = mask.sum()
-    metrics = dict.fromkeys(
-        (
-            "loss/policy_avg",
-            "loss/value_avg",
-            "policy/clipfrac_avg",
-            "policy/approxkl_avg",
-            "policy/entropy_avg",
-            "val/ratio",
-            "val/clipfrac_avg",
-        ),
-        0.0,
-    )
-    drift = 0.0
+    tally = Tally()
     backward = joint_backward if online.config.critic == "shared" else separate_backward
     for rows in micro_batches(len(mask), online.config.micro_batch_size):
         part, target = rollout.rows(rows), Targets(*(x[rows] for x in targets))
-        share = (part.response_mask.sum() / tokens).item()
         policy, value = backward(run, online, critic, part, target, tokens)
         if untouched:
-            drift = max(drift, online.check_drift(policy.logprobs, part))
-        metrics["loss/policy_avg"] += policy.loss.item()
-        metrics["loss/value_avg"] += value.loss.item()
-        metrics["policy/clipfrac_avg"] += share * policy.clip_fraction.item()
-        metrics["policy/approxkl_avg"] += share * policy.approx_kl.item()
-        metrics["policy/entropy_avg"] += (policy.token_entropy.sum() / tokens).item()
-        metrics["val/ratio"] += share * policy.ratio_mean.item()
-        metrics["val/clipfrac_avg"] += share * value.clip_fraction.item()
+            online.note_drift(tally, policy.logprobs, part)
+        share = (part.response_mask.sum() / tokens).double()
+        tally.add("loss/policy_avg", policy.loss)
+        tally.add("loss/value_avg", value.loss)
+        tally.add("policy/clipfrac_avg", share * policy.clip_fraction)
+        tally.add("policy/approxkl_avg", share * policy.approx_kl)
+        tally.add("policy/entropy_avg", policy.token_entropy.sum() / tokens)
+        tally.add("val/ratio", share * policy.ratio_mean)
+        tally.add("val/clipfrac_avg", share * value.clip_fraction)
     with run.meter.phase("optimizer"):
-        metrics["grad_norm"] = online.learner.step()
-        metrics["grad_norm/value"] = critic.step()
-    return metrics | ({"val/logprob_drift": drift} if untouched else {})
+        return take_step(tally, {"grad_norm": online.learner, "grad_norm/value": critic}, online.check_drift)
 
 
 def separate_backward(
@@ -130,7 +122,8 @@ def separate_backward(
         policy.loss.backward()
     with run.meter.phase("value_update"):
         with critic.autocast():
-            value = value_loss(online, part, target, tokens, token_values(critic.model, part.sequences))
+            values = critic_scores(online, critic).values(part.sequences)
+            value = value_loss(online, part, target, tokens, values)
         value.loss.backward()
     return policy, value
 
@@ -139,13 +132,23 @@ def joint_backward(
     run: Run, online: Online, critic: Learner, part: Rollout, target: Targets, tokens: Tensor
 ) -> tuple[LinearPPOLoss, ValueLoss]:
     """One forward pass of the trunk that policy and value head share, and one backward pass of both losses."""
+    scores = critic_scores(online, critic)
+
+    def losses() -> tuple[LinearPPOLoss, ValueLoss]:
+        hidden_BTH = response_hidden(online.policy, part.sequences)
+        policy = policy_loss(online, part, target, tokens, hidden=hidden_BTH)
+        return policy, value_loss(online, part, target, tokens, scores.values_of(hidden_BTH))
+
     with run.meter.phase("policy_update"):
         with online.learner.autocast():
-            hidden_BTH = response_hidden(online.policy, part.sequences)
-            policy = policy_loss(online, part, target, tokens, hidden=hidden_BTH)
-            value = value_loss(online, part, target, tokens, hidden_values(critic.model, hidden_BTH))
+            policy, value = within(online.policy, losses)
         (policy.loss + online.config.value_coef * value.loss).backward()
     return policy, value
+
+
+def critic_scores(online: Online, critic: Learner) -> Scores:
+    """The value model's passes, which enter by the policy where the value model is a head on the policy's trunk."""
+    return Scores(critic.model, root=online.policy if online.config.critic == "shared" else None)
 
 
 def policy_loss(online: Online, part: Rollout, target: Targets, tokens: Tensor, **hidden: Tensor) -> LinearPPOLoss:

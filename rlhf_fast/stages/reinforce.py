@@ -3,15 +3,19 @@
 The per-token weights are ReMax's with a baseline of 0, so that the two differ in nothing else.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from rlhf_fast.config import ReinforceConfig
 from rlhf_fast.ops import remax_returns
 from rlhf_fast.stages.online import Experience, Online
+from rlhf_fast.stages.updates import policy_gradient_step
+from rlhf_fast.training.listeners import Listener
 from rlhf_fast.training.run import Run
 
 
-def train(config: ReinforceConfig) -> None:
+def train(config: ReinforceConfig, *, listeners: Sequence[Listener] = ()) -> None:
     """Train `config.model` by REINFORCE; the result goes to `config.output_dir`."""
     online = Online(config, "REINFORCE")
 
@@ -25,6 +29,6 @@ def train(config: ReinforceConfig) -> None:
             kl_coef=online.kl.coef,
             gamma=config.gamma,
         )
-        return online.policy_gradient_step(run, experience, weights_BT)
+        return policy_gradient_step(online, run, experience, weights_BT)
 
-    online.run(update)
+    online.run(update, listeners=listeners)

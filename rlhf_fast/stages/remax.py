@@ -5,18 +5,21 @@ differ in how KL and discount enter the per-token weights (see `remax_returns`) 
 Algorithm 1 sums over tokens and averages over completions, the authors' code and verl average over tokens.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 from rlhf_fast.config import ReMaxConfig
 from rlhf_fast.ops import remax_returns
 from rlhf_fast.stages.online import Experience, Online
+from rlhf_fast.stages.updates import policy_gradient_step
+from rlhf_fast.training.listeners import Listener
 from rlhf_fast.training.run import Run
 
 
-def train(config: ReMaxConfig) -> None:
+def train(config: ReMaxConfig, *, listeners: Sequence[Listener] = ()) -> None:
     """Train `config.model` by ReMax; the result goes to `config.output_dir`."""
     online = Online(config, "ReMax", greedy=True, greedy_length=config.greedy_response_length)
-    online.run(partial(update, online))
+    online.run(partial(update, online), listeners=listeners)
 
 
 def update(online: Online, run: Run, experience: Experience) -> dict[str, float]:
@@ -34,4 +37,4 @@ def update(online: Online, run: Run, experience: Experience) -> dict[str, float]
         variant=config.variant,
     )
     reduction = "sequence_sum" if config.variant == "paper" else "token_mean"
-    return online.policy_gradient_step(run, experience, weights_BT, reduction=reduction)
+    return policy_gradient_step(online, run, experience, weights_BT, reduction=reduction)

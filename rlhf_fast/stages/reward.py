@@ -4,6 +4,8 @@ Initialised from the SFT model with a new scalar head. Afterwards the scores are
 samples score 0 on average (arXiv 2009.01325), which a KL-penalised policy then starts from.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,64 +25,69 @@ from rlhf_fast.data.rows import read_rows
 from rlhf_fast.lm.adapters import lora_of
 from rlhf_fast.lm.limits import check_rows
 from rlhf_fast.lm.loading import default_device, load_policy, load_scorer, set_score_offset
-from rlhf_fast.lm.passes import sequence_scores
+from rlhf_fast.lm.scores import Scores
 from rlhf_fast.lm.sequences import Sequences
 from rlhf_fast.lm.tokenizers import load_tokenizer
 from rlhf_fast.ops import ranking_loss, reward_loss
-from rlhf_fast.rollout.generate import eos_token_ids, generate
+from rlhf_fast.rollout.sampler import LocalSampler
+from rlhf_fast.stages.offline import Offline
 from rlhf_fast.training.batches import micro_batches, offline_batches
-from rlhf_fast.training.learner import Learner, autocast
+from rlhf_fast.training.learner import autocast
+from rlhf_fast.training.listeners import Listener
 from rlhf_fast.training.metrics import mean_and_se
 from rlhf_fast.training.resume import resume_directory
 from rlhf_fast.training.run import Run
+from rlhf_fast.training.tally import Tally
 
 Example = PreferenceExample | RankingExample
 
 
-def train(config: RewardConfig) -> None:
+def train(config: RewardConfig, *, listeners: Sequence[Listener] = ()) -> None:
     """Train a reward model from `config.model` on `config.train_data`; the result goes to `config.output_dir`."""
     device = default_device()
     tokenizer = load_tokenizer(config.model)
     pad = pad_id(tokenizer)
     examples, truncated = _encode(config.train_data, tokenizer, config)
-    held_out = _encode(config.eval_data, tokenizer, config)[0] if config.eval_data else None
+    held_out = _encode(config.eval_data, tokenizer, config)[0] if config.eval_data else []
     batches = offline_batches(len(examples), config.batch_size, config.epochs, config.seed)
     torch.manual_seed(config.seed)  # for the new head
     model = load_scorer(resume_directory(config) or config.model, lora=lora_of(config)).to(device)
-    check_rows(model, tokenizer, [row for e in (*examples, *(held_out or [])) for row in _answers(e)], "max_length")
+    check_rows(model, tokenizer, [row for e in (*examples, *held_out) for row in _answers(e)], "max_length")
     prompts = [e.prompt_ids for e in examples[: config.normalize_samples]]
     lengths = "max_prompt_length, max_response_length"
     check_rows(model, tokenizer, prompts, lengths, response=config.max_response_length)
-    learner = Learner(model, config, len(batches))
 
-    show = ("loss", "accuracy")
-    with Run(config, "reward model", len(batches), learners={"reward": learner}, tokenizer=tokenizer, show=show) as run:
-        run.note(rows=len(examples), truncated_rows=truncated)
-        for step in run.steps():
-            batch = [examples[i] for i in batches[step - 1]]
-            pairs = sum(map(_pairs, batch))
-            loss = accuracy = 0.0
-            for rows in micro_batches(len(batch), config.micro_batch_size):
-                micro = batch[rows]
-                weight = sum(map(_pairs, micro)) / pairs
-                with run.meter.phase("policy_update"):
-                    with learner.autocast():
-                        out = preference_loss(model, micro, pad, config.center_coef)
-                    (out.loss * weight).backward()
-                loss, accuracy = loss + weight * out.loss.item(), accuracy + weight * out.accuracy.item()
-            with run.meter.phase("optimizer"):
-                grad_norm = learner.step()
-            metrics = {"loss": loss, "accuracy": accuracy, "grad_norm": grad_norm, "lr": learner.lr}
-            if held_out and step % (len(batches) // config.epochs) == 0:
-                with run.meter.phase("evaluation"):
-                    metrics |= evaluate(model, held_out, pad, config)
-                    run.note(**metrics)
-            run.end_step(step, metrics)
+    def loss(rows: list[int], pairs: int, tally: Tally) -> Tensor:
+        micro = [examples[i] for i in rows]
+        weight = sum(map(_pairs, micro)) / pairs
+        out = preference_loss(model, micro, pad, config.center_coef)
+        tally.add("loss", weight * out.loss.double())
+        tally.add("accuracy", weight * out.accuracy.double())
+        return out.loss * weight
+
+    def look(run: Run) -> dict[str, float]:
+        metrics = evaluate(model, held_out, pad, config)
+        run.note(**metrics)
+        return metrics
+
+    stage = Offline(
+        config,
+        "reward model",
+        model,
+        tokenizer,
+        batches,
+        role="reward",
+        weigh=lambda rows: sum(_pairs(examples[i]) for i in rows),
+        held_out=look if held_out else None,
+        show=("loss", "accuracy"),
+        listeners=listeners,
+    )
+    with stage.training(len(examples), truncated) as run:
+        stage.steps(loss)
         if config.normalize_samples:
-            run.save_state(len(batches))  # sampling may fail; the trained weights must not go with it
+            run.save_state(run.total_steps)  # sampling may fail; the trained weights must not go with it
             mean, se = normalize(model, examples, tokenizer, config)
             run.note(score_offset=mean, score_offset_se=se)
-        run.finish()
 
 
 def preference_loss(model: PreTrainedModel, batch: list[Example], pad: int, center_coef: float):
@@ -89,11 +96,11 @@ def preference_loss(model: PreTrainedModel, batch: list[Example], pad: int, cent
         ranks_BK = pad_right([[rank + 1 for rank in e.ranks] for e in batch], 0)[0].to(model.device) - 1  # -1 = absent
         answers = [(e.prompt_ids, ids) for e in batch for ids in e.completion_ids]
         scores_BK = torch.zeros(ranks_BK.shape, device=model.device)
-        scores_BK = scores_BK.masked_scatter(ranks_BK >= 0, sequence_scores(model, _sequences(model, answers, pad)))
+        scores_BK = scores_BK.masked_scatter(ranks_BK >= 0, Scores(model).of(_sequences(model, answers, pad)))
         out = ranking_loss(scores_BK, ranks_BK)
         return out._replace(loss=out.loss + center_coef * _centring(scores_BK, ranks_BK)) if center_coef else out
     answers = [(e.prompt_ids, e.chosen_ids) for e in batch] + [(e.prompt_ids, e.rejected_ids) for e in batch]
-    chosen_B, rejected_B = sequence_scores(model, _sequences(model, answers, pad)).chunk(2)
+    chosen_B, rejected_B = Scores(model).of(_sequences(model, answers, pad)).chunk(2)
     margins = [e.margin for e in batch]
     margin_B = None
     if any(m is not None for m in margins):
@@ -111,14 +118,14 @@ def _centring(scores_BK: Tensor, ranks_BK: Tensor) -> Tensor:
 @torch.no_grad()
 def evaluate(model: PreTrainedModel, examples: list[Example], pad: int, config: RewardConfig) -> dict[str, float]:
     """Held-out loss and pair accuracy, weighted by pairs."""
-    loss = accuracy = 0.0
-    pairs = sum(map(_pairs, examples))
+    pairs, tally = sum(map(_pairs, examples)), Tally()
     with autocast(model.device, config.bf16):
         for rows in micro_batches(len(examples), config.micro_batch_size or config.batch_size):
             out = preference_loss(model, examples[rows], pad, config.center_coef)
             weight = sum(map(_pairs, examples[rows])) / pairs
-            loss, accuracy = loss + weight * out.loss.item(), accuracy + weight * out.accuracy.item()
-    return {"eval/loss": loss, "eval/accuracy": accuracy}
+            tally.add("eval/loss", weight * out.loss.double())
+            tally.add("eval/accuracy", weight * out.accuracy.double())
+    return tally.read()
 
 
 @torch.no_grad()
@@ -128,20 +135,11 @@ def normalize(
     """Shift the scores so that samples of the SFT model average 0; returns the shift and its standard error."""
     policy = load_policy(config.model, trainable=False).to(model.device)
     prompts = [e.prompt_ids for e in examples[: config.normalize_samples]]
-    scores: list[Tensor] = []
+    sampler = LocalSampler(policy, tokenizer, max_new_tokens=config.max_response_length)
+    scorer, scores = Scores(model), []
     with autocast(model.device, config.bf16):
         for rows in micro_batches(len(prompts), 4 * config.batch_size):
-            ids, mask = (x.to(model.device) for x in pad_left(prompts[rows], pad_id(tokenizer)))
-            rollout = generate(
-                policy,
-                ids,
-                mask,
-                max_new_tokens=config.max_response_length,
-                eos_ids=eos_token_ids(policy, tokenizer),
-                pad_id=pad_id(tokenizer),
-                seed=config.seed,
-            ).sampled
-            scores.append(sequence_scores(model, rollout.sequences))
+            scores.append(scorer.of(sampler(prompts[rows], seed=config.seed).sampled.sequences))
     mean, se = mean_and_se(torch.cat(scores).cpu())
     set_score_offset(model, getattr(model.config, "score_offset", 0.0) + mean)
     return mean, se

@@ -3,15 +3,19 @@
 The KL penalty is part of the completion's score: R = score - kl_coef * sum_t k1_t.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from rlhf_fast.config import RLOOConfig
 from rlhf_fast.ops import kl_penalty, rloo_advantages
 from rlhf_fast.stages.online import Experience, Online
+from rlhf_fast.stages.updates import policy_gradient_step
+from rlhf_fast.training.listeners import Listener
 from rlhf_fast.training.run import Run
 
 
-def train(config: RLOOConfig) -> None:
+def train(config: RLOOConfig, *, listeners: Sequence[Listener] = ()) -> None:
     """Train `config.model` by RLOO; the result goes to `config.output_dir`."""
     online = Online(config, "RLOO", samples=config.group_size)
 
@@ -20,6 +24,6 @@ def train(config: RLOOConfig) -> None:
         kl_BT = kl_penalty(rollout.logprobs, experience.ref_logprobs, "k1")
         kl_B = torch.where(rollout.response_mask, kl_BT, 0.0).sum(dim=1)
         advantages_B = rloo_advantages(experience.scores - online.kl.coef * kl_B, config.group_size)
-        return online.policy_gradient_step(run, experience, advantages_B)
+        return policy_gradient_step(online, run, experience, advantages_B)
 
-    online.run(update)
+    online.run(update, listeners=listeners)

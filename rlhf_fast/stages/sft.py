@@ -3,60 +3,68 @@
 The denominator is the number of trained tokens of the whole batch, so micro-batches change nothing.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from rlhf_fast.config import SFTConfig
-from rlhf_fast.data.encoding import SFTExample, encode_sft, load_rows, pad_id, pad_right
+from rlhf_fast.data.encoding import Encoded, SFTExample, encode_sft, load_rows, pad_id, pad_right
 from rlhf_fast.lm.adapters import lora_of
 from rlhf_fast.lm.limits import check_rows
 from rlhf_fast.lm.loading import default_device, load_policy
 from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.lm.sequences import Sequences
 from rlhf_fast.lm.tokenizers import load_tokenizer
+from rlhf_fast.stages.offline import Offline
 from rlhf_fast.training.batches import micro_batches, offline_batches
-from rlhf_fast.training.learner import Learner, autocast
+from rlhf_fast.training.learner import autocast
+from rlhf_fast.training.listeners import Listener
 from rlhf_fast.training.resume import resume_directory
-from rlhf_fast.training.run import Run
+from rlhf_fast.training.tally import Tally
 
 
-def train(config: SFTConfig) -> None:
+def train(config: SFTConfig, *, listeners: Sequence[Listener] = ()) -> None:
     """Fine-tune `config.model` on `config.train_data`; the result goes to `config.output_dir`."""
     device = default_device()
     tokenizer = load_tokenizer(config.model)
-    data = encode_sft(load_rows(config.train_data, "sft"), tokenizer, config.max_length, config.max_prompt_length)
-    held_out = None
-    if config.eval_data:
-        rows = load_rows(config.eval_data, "sft")
-        held_out = encode_sft(rows, tokenizer, config.max_length, config.max_prompt_length).examples
+    pad = pad_id(tokenizer)
+    data = _encode(config.train_data, tokenizer, config)
+    held_out = _encode(config.eval_data, tokenizer, config).examples if config.eval_data else []
     batches = offline_batches(len(data.examples), config.batch_size, config.epochs, config.seed)
     policy = load_policy(resume_directory(config) or config.model, lora=lora_of(config)).to(device)
-    check_rows(policy, tokenizer, [e.input_ids for e in (*data.examples, *(held_out or []))], "max_length")
-    learner = Learner(policy, config, len(batches))
+    check_rows(policy, tokenizer, [e.input_ids for e in (*data.examples, *held_out)], "max_length")
     objectives = Objectives(policy, fused=config.fused_head)
-    pad = pad_id(tokenizer)
 
-    with Run(config, "SFT", len(batches), learners={"policy": learner}, tokenizer=tokenizer, show=("loss",)) as run:
-        run.note(rows=len(data.examples), truncated_rows=data.truncated)
-        for step in run.steps():
-            batch = [data.examples[i] for i in batches[step - 1]]
-            tokens = sum(sum(example.mask[1:]) for example in batch)
-            loss = entropy = 0.0
-            for rows in micro_batches(len(batch), config.micro_batch_size):
-                with run.meter.phase("policy_update"):
-                    with learner.autocast():
-                        out = objectives.sft(*completions(batch[rows], pad, device), max(1, tokens))
-                    out.loss.backward()
-                loss += out.loss.item()
-                entropy += out.entropy.sum().item() / max(1, tokens)
-            with run.meter.phase("optimizer"):
-                grad_norm = learner.step()
-            metrics = {"loss": loss, "entropy": entropy, "num_tokens": tokens, "grad_norm": grad_norm, "lr": learner.lr}
-            if held_out and step % (len(batches) // config.epochs) == 0:
-                with run.meter.phase("evaluation"):
-                    metrics["eval/loss"] = held_out_loss(objectives, held_out, pad, config)
-            run.end_step(step, metrics)
-        run.finish()
+    def loss(rows: list[int], tokens: int, tally: Tally) -> Tensor:
+        out = objectives.sft(*completions([data.examples[i] for i in rows], pad, device), max(1, tokens))
+        tally.add("loss", out.loss)
+        tally.add("entropy", out.entropy.sum().double() / max(1, tokens))
+        tally.add("num_tokens", sum(trained_tokens(data.examples[i]) for i in rows))
+        return out.loss
+
+    stage = Offline(
+        config,
+        "SFT",
+        policy,
+        tokenizer,
+        batches,
+        weigh=lambda rows: sum(trained_tokens(data.examples[i]) for i in rows),
+        held_out=(lambda run: {"eval/loss": held_out_loss(objectives, held_out, pad, config)}) if held_out else None,
+        listeners=listeners,
+    )
+    with stage.training(len(data.examples), data.truncated):
+        stage.steps(loss)
+
+
+def _encode(path: str, tokenizer: PreTrainedTokenizerBase, config: SFTConfig) -> Encoded:
+    return encode_sft(load_rows(path, "sft"), tokenizer, config.max_length, config.max_prompt_length)
+
+
+def trained_tokens(example: SFTExample) -> int:
+    """The tokens of a row that the loss counts; nothing predicts the first."""
+    return sum(example.mask[1:])
 
 
 def completions(batch: list[SFTExample], pad: int, device: torch.device) -> tuple[Sequences, Tensor]:
@@ -76,4 +84,4 @@ def held_out_loss(objectives: Objectives, examples: list[SFTExample], pad: int, 
     with autocast(device, config.bf16):
         for rows in micro_batches(len(examples), size):
             total = total - objectives.logprobs(*completions(examples[rows], pad, device)).logprobs.double().sum()
-    return float(total) / sum(sum(e.mask[1:]) for e in examples)
+    return float(total) / sum(map(trained_tokens, examples))

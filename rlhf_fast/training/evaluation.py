@@ -8,6 +8,7 @@ Where every row has a `completion` column, the win rate against these completion
 whose sample the reward puts above the row's own completion, ties counting half.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,17 +16,18 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_fast.config import OfflineConfig, OnlineConfig
-from rlhf_fast.data.encoding import PromptExample, encode_prompts, load_rows, pad_id, pad_left
+from rlhf_fast.data.encoding import PromptExample, encode_prompts, load_rows
 from rlhf_fast.lm.limits import check_rows
+from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.lm.offload import visiting
-from rlhf_fast.lm.passes import response_logits
-from rlhf_fast.lm.sequences import Sequences
-from rlhf_fast.rollout.generate import eos_token_ids, generate
+from rlhf_fast.rollout.generate import Rollout
+from rlhf_fast.rollout.sampler import LocalSampler
 from rlhf_fast.training.batches import micro_batches
 from rlhf_fast.training.learner import autocast
 from rlhf_fast.training.metrics import mean_and_se
 from rlhf_fast.training.rewards import Reward, decode_responses
 
+EVAL_ROWS = 64  # prompts that an evaluation samples at once
 # Fixed, so that every evaluation of a run and every method draws with the same random numbers.
 _EVAL_SEED = 20240
 
@@ -49,13 +51,26 @@ class Evaluator:
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
-        batch_size: int = 64,
+        batch_size: int = EVAL_ROWS,
+        micro_batch_size: int | None = None,
+        fused: bool = True,
         bf16: bool = False,
     ) -> None:
+        """batch_size: prompts sampled at once. micro_batch_size: rows of a KL pass; default: batch_size. fused: as in
+        `Objectives`. The other arguments are those of `LocalSampler`."""
         self.prompts, self.reward, self.reference, self.tokenizer = prompts, reward, reference, tokenizer
-        self.max_new_tokens, self.temperature, self.batch_size = max_new_tokens, temperature, batch_size
-        self.top_k, self.top_p, self.bf16 = top_k, top_p, bf16
+        self.sampling = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+        }
+        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size or batch_size
+        self.objectives = partial(Objectives, temperature=temperature, fused=fused)
+        self.bf16 = bf16
         self.completion_rewards = completion_rewards(prompts, reward)
+        with visiting(reference):
+            self.reference_objectives = self.objectives(reference)
 
     @torch.no_grad()
     def __call__(self, policy: PreTrainedModel) -> Evaluation:
@@ -63,27 +78,16 @@ class Evaluator:
 
         With completions to compare with also `eval/win_rate`.
         """
-        device = policy.device
+        sampler = LocalSampler(policy, self.tokenizer, **self.sampling)
+        objectives = self.objectives(policy)
         rewards, kls, lengths, entropies, completions = [], [], [], [], []
         for rows in micro_batches(len(self.prompts), self.batch_size):
             prompts = self.prompts[rows]
-            ids, mask = pad_left([p.prompt_ids for p in prompts], pad_id(self.tokenizer))
-            with autocast(device, self.bf16):
-                rollout = generate(
-                    policy,
-                    ids.to(device),
-                    mask.to(device),
-                    max_new_tokens=self.max_new_tokens,
-                    eos_ids=eos_token_ids(policy, self.tokenizer),
-                    pad_id=pad_id(self.tokenizer),
-                    temperature=self.temperature,
-                    top_k=self.top_k,
-                    top_p=self.top_p,
-                    seed=_EVAL_SEED,
-                    with_kept=False,
-                ).sampled
+            with autocast(policy.device, self.bf16):
+                ids = [p.prompt_ids for p in prompts]
+                rollout = sampler(ids, seed=_EVAL_SEED, with_kept=False).sampled
                 with visiting(self.reference):
-                    kls.append(sequence_kl(policy, self.reference, rollout.sequences, self.temperature))
+                    kls.append(self._kl(objectives, rollout))
                 rewards.append(self.reward(rollout, prompt_columns(prompts)))
             lengths.append(rollout.response_mask.sum(dim=1).float())
             entropies.append(rollout.entropy.sum(dim=1) / lengths[-1])
@@ -97,6 +101,11 @@ class Evaluator:
             metrics[f"eval/{name}"], metrics[f"eval/{name}_se"] = mean_and_se(values)
         rows = zip(self.prompts, completions, columns["reward"].tolist(), strict=True)
         return Evaluation(metrics, [{"prompt": p.prompt, "completion": c, "reward": r} for p, c, r in rows])
+
+    def _kl(self, objectives: Objectives, rollout: Rollout) -> Tensor:
+        """sum_t KL(policy(.|s_t) || reference(.|s_t)) over each completion [B], in micro-batches."""
+        parts = map(rollout.rows, micro_batches(len(rollout.finished), self.micro_batch_size))
+        return torch.cat([objectives.kl(self.reference_objectives, part.sequences).sum(dim=1) for part in parts])
 
 
 def make_evaluator(
@@ -134,6 +143,8 @@ def make_evaluator(
         temperature=getattr(config, "temperature", 1.0),
         top_k=getattr(config, "top_k", 0),
         top_p=getattr(config, "top_p", 1.0),
+        micro_batch_size=config.micro_batch_size,
+        fused=config.fused_head,
         bf16=config.bf16,
     )
 
@@ -164,16 +175,6 @@ def completion_rewards(prompts: list[PromptExample], reward: Reward) -> Tensor |
 def wins(rewards: Tensor, others: Tensor) -> Tensor:
     """1 where a reward is above the other one, 1/2 where they are equal, else 0; [B] each."""
     return torch.heaviside((rewards - others).double(), torch.tensor(0.5, dtype=torch.float64))
-
-
-def sequence_kl(
-    policy: PreTrainedModel, reference: PreTrainedModel, sequences: Sequences, temperature: float
-) -> Tensor:
-    """sum_t KL(policy(.|s_t) || reference(.|s_t)) over each row's completion [B], exact over the vocabulary."""
-    logp_BTV = torch.log_softmax(response_logits(policy, sequences).float() / temperature, dim=-1)
-    ref_BTV = torch.log_softmax(response_logits(reference, sequences).float() / temperature, dim=-1)
-    kl_BT = torch.nn.functional.kl_div(ref_BTV, logp_BTV, log_target=True, reduction="none").sum(dim=-1)
-    return torch.where(sequences.response_mask, kl_BT, 0.0).sum(dim=1)
 
 
 def prompt_columns(prompts: list[PromptExample]) -> dict[str, list]:

@@ -1,26 +1,28 @@
 """One trained model: its optimizer, learning-rate schedule, clipping and autocast.
 
-`Learner` turns the gradients of micro-batches into one optimizer step. The stages write the loop itself.
+`Learner` turns the gradients of micro-batches into one optimizer step, which `take_step` takes. The stages write the
+loop itself.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_fast.config import StageConfig
 from rlhf_fast.training.memory import static_bytes
 from rlhf_fast.training.optimizers import lr_factor, make_optimizer
+from rlhf_fast.training.tally import Tally
 
 
 class Learner:
     """One trained model with its optimizer, learning-rate schedule, clipping and autocast.
 
     parameters: what it trains; default: all parameters of `model` that require gradients. With optimizer_in_backward
-    the weights move during backward, and `step` only closes the step.
+    the weights move during backward, and `apply` only closes the step.
     """
 
     def __init__(
@@ -53,15 +55,21 @@ class Learner:
         self.optimizer.step()  # of this parameter: no other has a gradient at this moment
         parameter.grad = None
 
-    def step(self) -> float:
-        """Apply the accumulated gradients and clear them; returns their norm before clipping."""
+    def clip(self) -> Tensor:
+        """The norm of the accumulated gradients, 0-dim and on the device; the gradients are clipped after it."""
         if self.in_backward:
             norm, self.norms = torch.stack(self.norms).norm(), []
-        else:
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm or math.inf)
-        if not torch.isfinite(norm):
+            return norm
+        return torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm or math.inf)
+
+    def check(self, norm: float) -> None:
+        """RuntimeError unless the norm of the gradients is finite; call before `apply`."""
+        if not math.isfinite(norm):
             left = "spoilt, resume from a checkpoint" if self.in_backward else "left as they are"
-            raise RuntimeError(f"gradient norm is {norm.item()}; the weights were {left}")
+            raise RuntimeError(f"gradient norm is {norm}; the weights were {left}")
+
+    def apply(self) -> None:
+        """Moves the weights by the clipped gradients and clears the gradients."""
         if not self.in_backward:
             self.optimizer.step()
         if not self.static_bytes:  # the one moment when gradients and optimizer states both exist
@@ -69,7 +77,6 @@ class Learner:
             self.static_bytes = {name: held[name] for name in ("gradients", "optimizer")}
         self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step()
-        return norm.item()
 
     @property
     def lr(self) -> float:
@@ -96,3 +103,24 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
 def autocast(device: torch.device, bf16: bool) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+
+
+def take_step(
+    tally: Tally, learners: Mapping[str, Learner], check: Callable[[dict[str, float]], None] | None = None
+) -> dict[str, float]:
+    """One optimizer step of every learner; returns the numbers of `tally` with the gradient norms.
+
+    learners: name of the gradient norm -> learner. check: called with the numbers before any weight moves.
+    Reading the numbers is the step's only wait for the device.
+    Raises RuntimeError where a norm is not finite; then no learner moves its weights.
+    """
+    for name, learner in learners.items():
+        tally.add(name, learner.clip())
+    numbers = tally.read()
+    for name, learner in learners.items():
+        learner.check(numbers[name])
+    if check is not None:
+        check(numbers)
+    for learner in learners.values():
+        learner.apply()
+    return numbers

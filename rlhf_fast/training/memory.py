@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from rlhf_fast.training.tensor_bytes import plain_tensors
+
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 _STATUS = Path("/proc/self/status")
@@ -66,16 +68,17 @@ def static_bytes(
     """Bytes really held now, {role: {"weights", "gradients", "optimizer"}}.
 
     Counted by storage and once each, in the order of the roles: tied weights once, and a base model that two roles
-    share belongs to the first. Buffers count as weights. Gradients exist between backward and zero_grad, optimizer
-    states after the first optimizer step; call this at the moment you want to know about.
+    share belongs to the first. Of a DTensor this process's shard counts. Buffers count as weights. Gradients exist
+    between backward and zero_grad, optimizer states after the first optimizer step; call this at the moment you want
+    to know about.
     """
     optimizers = optimizers or {}
     seen: set[tuple[torch.device, int]] = set()
 
     def held(tensors: Iterable[torch.Tensor | None]) -> int:
         total = 0
-        for tensor in tensors:
-            if tensor is None or tensor.device.type == "meta":
+        for tensor in (part for whole in tensors if whole is not None for part in plain_tensors(whole)):
+            if tensor.device.type == "meta":
                 continue
             storage = tensor.untyped_storage()
             key = (tensor.device, storage.data_ptr())

@@ -70,6 +70,11 @@ class Meter:
         self._step_history: list[float] = []
         self._run_peaks: dict[str, int] = {}
         self._counts: dict[str, int] = {}
+        self._process_peak = 0
+
+    def process_peak(self) -> int:
+        """The process's largest resident set so far in bytes, whatever was reset between phases; for a CPU."""
+        return max(self._process_peak, peak_bytes("cpu"))
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -91,6 +96,7 @@ class Meter:
                 torch.cuda.reset_peak_memory_stats(self.device)
             elif measured:
                 trim_heap()
+                self._process_peak = self.process_peak()  # the reset forgets it
                 sampler = None if reset_high_water_mark() else _Sampler()
             start = time.perf_counter()
             yield

@@ -1,9 +1,9 @@
-"""Metrics of a run: one JSON line per step, a progress bar with the key numbers, TensorBoard on request, tables.
+"""Metrics of a run: one JSON line per step, a progress bar with the key numbers, tables.
 
 The JSON lines are the record, flushed at every step; everything else is for looking at. In a terminal the bar stays at
 the bottom of the screen; without one (a pipe, a log file) a plain line appears every tenth of the run.
 
-Left out: remote trackers. They can follow metrics.jsonl.
+Left out: TensorBoard and trackers, which are `listeners`.
 """
 
 import json
@@ -43,7 +43,6 @@ class MetricsLogger:
         total_steps: int,
         *,
         description: str,
-        tensorboard: bool = False,
         resume_step: int = 0,
         show: Sequence[str] = (),
     ) -> None:
@@ -56,10 +55,6 @@ class MetricsLogger:
         self.description = description
         self.resume_step = resume_step
         self.show = tuple(show)
-        events = Path(output_dir) / "tensorboard"
-        for stale in () if resume_step else events.glob("events.out.tfevents.*"):
-            stale.unlink()  # else TensorBoard shows an earlier run's curves as this one's
-        self._writer = _summary_writer(events, resume_step) if tensorboard else None
         self._console = Console(stderr=True)
         self._tenth = resume_step * 10 // total_steps
 
@@ -89,21 +84,19 @@ class MetricsLogger:
             )
         return self
 
-    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Records the metrics of `step` (1-based). Values: numbers, strings, or tensors and arrays of one element."""
+    def log(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """Records the metrics of `step` (1-based), and returns the row. Values: numbers, strings, or tensors and arrays
+        of one element."""
         row = {"step": step, "time/elapsed": round(time.perf_counter() - self._start, 3)}
         row |= {key: _plain(value) for key, value in metrics.items()}
         self._write(row)
         self._display(step, row)
+        return row
 
     def _write(self, row: dict[str, Any]) -> None:
         safe = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
         self._file.write(json.dumps(safe, allow_nan=False) + "\n")
         self._file.flush()
-        if self._writer:
-            for key, value in row.items():
-                if key != "step" and isinstance(value, int | float):
-                    self._writer.add_scalar(key, value, row["step"])
 
     def _display(self, step: int, row: dict[str, Any]) -> None:
         numbers = "  ".join(f"{key.split('/')[-1]} {format_value(key, row[key])}" for key in self.show if key in row)
@@ -127,18 +120,6 @@ class MetricsLogger:
         self._file.close()
         if self._bar:
             self._bar.stop()
-        if self._writer:
-            self._writer.close()
-
-
-def _summary_writer(directory: Path, resume_step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            "tensorboard: expected the tensorboard package, found none; pip install tensorboard"
-        ) from error
-    return SummaryWriter(str(directory), purge_step=resume_step + 1 if resume_step else None)
 
 
 def _plain(value: Any) -> Any:

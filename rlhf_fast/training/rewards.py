@@ -23,7 +23,7 @@ from rlhf_fast.data.encoding import encode_texts, pad_id, pad_left, pad_right
 from rlhf_fast.lm.limits import check_rows, context_length
 from rlhf_fast.lm.loading import load_scorer
 from rlhf_fast.lm.offload import place, visiting
-from rlhf_fast.lm.passes import sequence_scores
+from rlhf_fast.lm.scores import Scores
 from rlhf_fast.lm.sequences import Sequences
 from rlhf_fast.lm.tokenizers import load_tokenizer
 from rlhf_fast.rollout.generate import Rollout
@@ -97,8 +97,9 @@ class Reward:
     def _call_model(self, sequences: Sequences) -> Tensor:
         size = self.micro_batch_size or len(sequences.prompt_ids)
         starts = range(0, len(sequences.prompt_ids), size)
+        scores = Scores(self.model)
         with visiting(self.model):
-            return torch.cat([sequence_scores(self.model, sequences.rows(slice(i, i + size))) for i in starts])
+            return torch.cat([scores.of(sequences.rows(slice(i, i + size))) for i in starts])
 
     def _call_function(self, completions: list[str], columns: Mapping[str, Sequence]) -> Tensor:
         others = {name: list(values) for name, values in columns.items() if name != "prompt"}

@@ -5,7 +5,7 @@ beside it.
 """
 
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from rlhf_fast.data.files import write_json
 from rlhf_fast.training import checkpoint
 from rlhf_fast.training.batches import seed_everything
 from rlhf_fast.training.learner import Learner
+from rlhf_fast.training.listeners import Listener, TensorBoard
 from rlhf_fast.training.memory import static_bytes
 from rlhf_fast.training.meter import Meter
 from rlhf_fast.training.metrics import MetricsLogger
@@ -35,6 +36,7 @@ class Run:
     states: name -> another object with state_dict/load_state_dict that a checkpoint must carry.
     evaluator: called with the product before the first step and after the last, and every config.eval_steps steps.
     show: metrics shown in the progress bar.
+    listeners: told of every row of metrics; TensorBoard is one more where the config asks for it.
     """
 
     def __init__(
@@ -49,10 +51,12 @@ class Run:
         states: Mapping[str, Any] | None = None,
         evaluator: Callable[[PreTrainedModel], Any] | None = None,
         show: tuple[str, ...] = (),
+        listeners: Sequence[Listener] = (),
     ) -> None:
         self.evaluator, self.last_evaluation = evaluator, None
         self.config, self.description, self.total_steps, self.show = config, description, total_steps, show
         self.learners, self.tokenizer = learners, tokenizer
+        self.listeners = [*listeners, *([TensorBoard()] if config.tensorboard else [])]
         self.frozen = {role: model for role, model in (frozen or {}).items() if model is not None}
         product, *others = learners
         self.models = {"": learners[product].model, **{role: learners[role].model for role in others}}
@@ -79,11 +83,12 @@ class Run:
             self.config.output_dir,
             self.total_steps,
             description=self.description,
-            tensorboard=self.config.tensorboard,
             resume_step=self.first_step - 1,
             show=self.show,
         )
         self.logger.__enter__()
+        for listener in self.listeners:
+            listener.begin(self)
         if self.config.resume and resumed is None:
             self.logger.say(f"{self.description}: no checkpoint to resume in {self.config.output_dir}, starts anew")
         return self
@@ -101,11 +106,13 @@ class Run:
 
     def __exit__(self, *exc: Any) -> None:
         self.logger.__exit__(*exc)
+        for listener in self.listeners:
+            listener.end()
 
     def steps(self) -> Iterator[int]:
         """Step numbers from 1 (or after the checkpoint), the global generators seeded anew for each."""
         if self.evaluator and self.first_step == 1:
-            self.logger.log(0, {**self._evaluate(), "time/total": 0.0})
+            self._log(0, {**self._evaluate(), "time/total": 0.0})
             write_json(Path(self.config.output_dir) / "samples_before.json", self.last_evaluation.samples)
             self.meter.step(counted=False)
         for step in range(self.first_step, self.total_steps + 1):
@@ -119,10 +126,15 @@ class Run:
             metrics = {**metrics, **self._evaluate()}
         measured = self.meter.step()
         self.train_seconds += measured["time/step"] - measured.get("time/evaluation", 0.0)
-        self.logger.log(step, {**metrics, **measured, "time/total": self.train_seconds})
+        self._log(step, {**metrics, **measured, "time/total": self.train_seconds})
         if self.config.save_steps and step % self.config.save_steps == 0 and not last:
             self.save_state(step)
             checkpoint.prune(self.config.output_dir, keep=1)
+
+    def _log(self, step: int, metrics: dict[str, Any]) -> None:
+        row = self.logger.log(step, metrics)
+        for listener in self.listeners:
+            listener.log(step, row)
 
     def save_state(self, step: int) -> None:
         """Write the checkpoint from which the run goes on after `step`."""

@@ -9,7 +9,7 @@ It costs tens of microseconds per operator, which is why no training run has it 
 """
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -70,8 +70,11 @@ class TensorBytes(TorchDispatchMode):
             for item in value.values():
                 self._follow_all(item)
 
-    def _follow(self, tensor: Tensor, size: int | None = None) -> None:
-        storage = tensor.untyped_storage()
+    def _follow(self, whole: Tensor, size: int | None = None) -> None:
+        for tensor in plain_tensors(whole):
+            self._follow_storage(tensor.untyped_storage(), size)
+
+    def _follow_storage(self, storage: torch.UntypedStorage, size: int | None) -> None:
         key = storage._cdata
         if key in self._held:
             return
@@ -82,6 +85,18 @@ class TensorBytes(TorchDispatchMode):
 
     def _free(self, key: int) -> None:
         self.live -= self._held.pop(key)
+
+
+def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors that hold the memory of `tensor`: itself, or what a wrapper such as DTensor wraps.
+
+    A wrapper's own storage has a size and no memory.
+    """
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from plain_tensors(getattr(tensor, name))
 
 
 def _has_fake(args: tuple) -> bool:

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_fast.data.encoding import PromptExample, pad_id, pad_left
-from rlhf_fast.rollout.generate import eos_token_ids, generate
+from rlhf_fast.data.encoding import PromptExample
+from rlhf_fast.rollout.sampler import LocalSampler
 from rlhf_fast.training.batches import micro_batches
 from rlhf_fast.training.evaluation import prompt_columns
 from rlhf_fast.training.rewards import Reward
@@ -29,21 +29,12 @@ def sample_scores(
     greedy = temperature == 0
     if greedy and samples > 1:
         raise ValueError(f"samples: expected 1 at temperature 0, got {samples}")
+    sampler = LocalSampler(model, tokenizer, max_new_tokens=max_new_tokens, temperature=temperature or 1.0)
     scores: list[list[Tensor]] = [[] for _ in rewards]
     for rows in micro_batches(len(prompts), max(1, _ROWS // samples)):
         part = prompts[rows]
-        ids, mask = (x.to(model.device) for x in pad_left([p.prompt_ids for p in part], pad_id(tokenizer)))
-        sampled, likeliest = generate(
-            model,
-            ids,
-            mask,
-            max_new_tokens=max_new_tokens,
-            eos_ids=eos_token_ids(model, tokenizer),
-            pad_id=pad_id(tokenizer),
-            temperature=temperature or 1.0,
-            samples=0 if greedy else samples,
-            greedy=greedy,
-            seed=seed,
+        sampled, likeliest = sampler(
+            [p.prompt_ids for p in part], seed=seed, samples=0 if greedy else samples, greedy=greedy
         )
         columns = prompt_columns([p for p in part for _ in range(samples)])
         for reward, own in zip(rewards, scores, strict=True):

@@ -4,9 +4,10 @@ Both minimise mean(alpha log pi(rejected) - log pi(chosen)), log-probs summed ov
 on the preferred completions. With alpha > 0 the loss has no lower bound, so more steps are not better steps.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 
 from rlhf_fast.config import OfflineConfig
 from rlhf_fast.config.fields import arg, check
@@ -15,11 +16,12 @@ from rlhf_fast.lm.loading import default_device
 from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.lm.tokenizers import load_tokenizer
 from rlhf_fast.stages.dpo import pair_sequences
-from rlhf_fast.training.batches import micro_batches, offline_batches
+from rlhf_fast.stages.offline import Offline
+from rlhf_fast.training.batches import offline_batches
 from rlhf_fast.training.evaluation import make_evaluator
-from rlhf_fast.training.learner import Learner
+from rlhf_fast.training.listeners import Listener
 from rlhf_fast.training.resume import load_policy_and_reference
-from rlhf_fast.training.run import Run
+from rlhf_fast.training.tally import Tally
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,7 @@ class UnlikelihoodConfig(OfflineConfig):
         check(self, "alpha", lambda v: v >= 0, "a number >= 0")
 
 
-def train(config: UnlikelihoodConfig) -> None:
+def train(config: UnlikelihoodConfig, *, listeners: Sequence[Listener] = ()) -> None:
     """Train `config.model` on preference pairs; the result goes to `config.output_dir`."""
     device = default_device()
     tokenizer = load_tokenizer(config.model)
@@ -42,32 +44,26 @@ def train(config: UnlikelihoodConfig) -> None:
     batches = offline_batches(len(data.examples), config.batch_size, config.epochs, config.seed)
     policy, reference = load_policy_and_reference(config, device)
     evaluator = make_evaluator(config, tokenizer, device, reference.to(device), None)
-    learner = Learner(policy, config, len(batches))
     objectives = Objectives(policy, fused=config.fused_head)
 
-    with Run(
+    def loss(rows: list[int], total: int, tally: Tally) -> Tensor:
+        pairs = pair_sequences([data.examples[i] for i in rows], pad_id(tokenizer), device)
+        logps = objectives.logprobs(pairs).logprobs.sum(dim=1).view(2, -1).sum(dim=1) / total
+        part = config.alpha * logps[1] - logps[0]
+        tally.add("loss", config.alpha * logps[1].double() - logps[0].double())
+        tally.add("logps/chosen", logps[0])
+        tally.add("logps/rejected", logps[1])
+        return part
+
+    stage = Offline(
         config,
         "Unlikelihood" if config.alpha else "Preferred-FT",
-        len(batches),
-        learners={"policy": learner},
-        tokenizer=tokenizer,
+        policy,
+        tokenizer,
+        batches,
         evaluator=evaluator,
         show=("loss", "logps/chosen", "logps/rejected"),
-    ) as run:
-        run.note(rows=len(data.examples), truncated_rows=data.truncated)
-        for step in run.steps():
-            batch = [data.examples[i] for i in batches[step - 1]]
-            sums = torch.zeros(2, device=device)  # log-probs of the chosen and of the rejected, over the batch
-            for rows in micro_batches(len(batch), config.micro_batch_size):
-                with run.meter.phase("policy_update"):
-                    pairs = pair_sequences(batch[rows], pad_id(tokenizer), device)
-                    with learner.autocast():
-                        logps = objectives.logprobs(pairs).logprobs.sum(dim=1).view(2, -1).sum(dim=1) / len(batch)
-                    (config.alpha * logps[1] - logps[0]).backward()
-                sums += logps.detach()
-            with run.meter.phase("optimizer"):
-                grad_norm = learner.step()
-            chosen, rejected = sums.tolist()
-            metrics = {"loss": config.alpha * rejected - chosen, "logps/chosen": chosen, "logps/rejected": rejected}
-            run.end_step(step, {**metrics, "grad_norm": grad_norm, "lr": learner.lr})
-        run.finish()
+        listeners=listeners,
+    )
+    with stage.training(len(data.examples), data.truncated):
+        stage.steps(loss)

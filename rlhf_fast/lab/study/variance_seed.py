@@ -30,7 +30,7 @@ from rlhf_fast.data.files import write_json
 from rlhf_fast.lab.study.config import VarianceStudyConfig
 from rlhf_fast.lab.variance import gradient_moments, token_weights
 from rlhf_fast.lm.loading import load_scorer
-from rlhf_fast.lm.passes import token_values
+from rlhf_fast.lm.scores import Scores
 from rlhf_fast.lm.tokenizers import check_tokenizer
 from rlhf_fast.ops import ppo_value_loss, rloo_advantages
 from rlhf_fast.report import pipeline
@@ -39,8 +39,9 @@ from rlhf_fast.stages import remax
 from rlhf_fast.stages.online import Experience, Online
 from rlhf_fast.stages.ppo import value_start
 from rlhf_fast.training.batches import micro_batches
-from rlhf_fast.training.learner import Learner
+from rlhf_fast.training.learner import Learner, take_step
 from rlhf_fast.training.run import Run
+from rlhf_fast.training.tally import Tally
 
 SPREAD = (-14.0, 7.0)
 METHODS = ("REINFORCE", "batch mean", "RLOO", "ReMax", "value model")
@@ -188,7 +189,7 @@ class SeedRun:
         critic = self.critics[panel]
         with critic.autocast():
             rows = micro_batches(len(rollout.finished), self.ppo.micro_batch_size)
-            return torch.cat([token_values(critic.model, rollout.rows(r).sequences) for r in rows])
+            return torch.cat([Scores(critic.model).values(rollout.rows(r).sequences) for r in rows])
 
     def _fit(self, critic: Learner, rollout: Rollout, returns_BT: Tensor) -> float:
         """PPO's passes over one rollout; returns the mean loss of its steps."""
@@ -199,15 +200,14 @@ class SeedRun:
         return sum(losses) / len(losses)
 
     def _step(self, critic: Learner, rollout: Rollout, returns_BT: Tensor) -> float:
-        tokens, total = rollout.response_mask.sum(), 0.0
+        tokens, tally = rollout.response_mask.sum(), Tally()
         for rows in micro_batches(len(returns_BT), self.ppo.micro_batch_size):
             part = rollout.rows(rows)
             with critic.autocast():
-                values = token_values(critic.model, part.sequences)
+                values = Scores(critic.model).values(part.sequences)
                 loss = ppo_value_loss(
                     values, values.detach(), returns_BT[rows], part.response_mask, clip=math.inf, normalizer=tokens
                 ).loss
             loss.backward()
-            total += loss.item()
-        critic.step()
-        return total
+            tally.add("loss", loss)
+        return take_step(tally, {"grad_norm": critic})["loss"]

@@ -1,0 +1,62 @@
+"""The one way into a model: every loss, score, value and log-prob pass runs inside `within`.
+
+A wrapper such as FSDP2 makes a model's parameters whole while a forward method of the model's root runs, and at no
+other time. A pass that reached for the backbone or for the head's weight from outside would meet shards. `within` runs
+a pass as a forward method of the root where the model was opened by `enter_by`, and calls the pass plainly elsewhere.
+Inside, every weight is a plain tensor: a pass may read the weight and must not keep it.
+
+    enter_by(model, torch.distributed.fsdp.register_fsdp_forward_method)
+    loss = within(model, objective, batch)
+"""
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from functools import partial, wraps
+from types import MethodType
+from typing import Any, TypeVar
+
+from torch import nn
+
+Result = TypeVar("Result")
+
+_ENTRY = "rlhf_fast_pass"
+_entered: ContextVar[tuple[nn.Module, ...]] = ContextVar("_entered", default=())
+
+
+def within(model: nn.Module, passes: Callable[..., Result], *args: Any, **options: Any) -> Result:
+    """`passes(*args, **options)` as a forward of the root `model`; a plain call inside another pass of that model."""
+    entry = getattr(model, _ENTRY, None)
+    if entry is None or any(entered is model for entered in _entered.get()):
+        return passes(*args, **options)
+    before = _entered.set((*_entered.get(), model))
+    try:
+        # One argument that is no tensor: a wrapper would cast tensors among the arguments to its parameters' dtype.
+        return entry(partial(passes, *args, **options))
+    finally:
+        _entered.reset(before)
+
+
+def one_pass(function: Callable[..., Result]) -> Callable[..., Result]:
+    """The pass `function(model, ...)` run `within` that model; a method's model is the `model` of its object."""
+
+    @wraps(function)
+    def run(owner: Any, *args: Any, **options: Any) -> Result:
+        model = owner if isinstance(owner, nn.Module) else owner.model
+        return within(model, function, owner, *args, **options)
+
+    return run
+
+
+def enter_by(model: nn.Module, register: Callable[[nn.Module, str], None]) -> None:
+    """Gives the root `model` the forward method that `within` calls; `register(model, name)` tells the wrapper."""
+    setattr(model, _ENTRY, MethodType(_run, model))
+    register(model, _ENTRY)
+
+
+def call(model: nn.Module, **inputs: Any) -> Any:
+    """`model(**inputs)` inside `within`. A wrapped root's hooks have run by then and must not run twice."""
+    return model(**inputs) if getattr(model, _ENTRY, None) is None else model.forward(**inputs)
+
+
+def _run(_: nn.Module, passes: Callable[[], Result]) -> Result:
+    return passes()

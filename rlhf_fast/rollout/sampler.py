@@ -1,0 +1,78 @@
+"""Samplers: prompts in, completions with their log-probs out. The socket for other engines than ours.
+
+Left out on purpose: text and rewards, and which prompts a round takes.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_fast.data.encoding import pad_id, pad_left
+from rlhf_fast.rollout.generate import Generation, eos_token_ids, generate
+
+
+class Sampler(Protocol):
+    """What the stages ask of an engine. B prompts give B * samples sampled rows and, with `greedy`, B greedy rows."""
+
+    def __call__(
+        self,
+        prompts: Sequence[list[int]],
+        *,
+        seed: int = 0,
+        samples: int = 1,
+        greedy: bool = False,
+        with_kept: bool = True,
+    ) -> Generation:
+        """Completions of the prompts' token ids; arguments as in `generate`."""
+
+
+class LocalSampler:
+    """Our own decoding of a policy in this process, on the policy's device.
+
+    max_new_tokens, temperature, top_k, top_p, greedy_max_new_tokens: as in `generate`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        greedy_max_new_tokens: int | None = None,
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.options = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "greedy_max_new_tokens": greedy_max_new_tokens,
+        }
+
+    def __call__(
+        self,
+        prompts: Sequence[list[int]],
+        *,
+        seed: int = 0,
+        samples: int = 1,
+        greedy: bool = False,
+        with_kept: bool = True,
+    ) -> Generation:
+        pad = pad_id(self.tokenizer)
+        ids, mask = (x.to(self.model.device) for x in pad_left(list(prompts), pad))
+        return generate(
+            self.model,
+            ids,
+            mask,
+            eos_ids=eos_token_ids(self.model, self.tokenizer),
+            pad_id=pad,
+            seed=seed,
+            samples=samples,
+            greedy=greedy,
+            with_kept=with_kept,
+            **self.options,
+        )

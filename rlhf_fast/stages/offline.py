@@ -1,0 +1,106 @@
+"""The loop of every offline stage: shuffled batches of rows, one optimizer step for each.
+
+A step takes its batch a micro-batch at a time. The stage says what a micro-batch's loss is. The stage's held-out rows
+are evaluated after every epoch.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf_fast.config import StageConfig
+from rlhf_fast.lm.objectives import Objectives
+from rlhf_fast.lm.sequences import Sequences
+from rlhf_fast.training.batches import micro_batches
+from rlhf_fast.training.evaluation import Evaluator
+from rlhf_fast.training.learner import Learner, autocast, take_step
+from rlhf_fast.training.listeners import Listener
+from rlhf_fast.training.run import Run
+from rlhf_fast.training.tally import Tally
+
+
+class Loss(Protocol):
+    """The loss of a micro-batch, a part of its batch's mean, and what it adds to the step's numbers."""
+
+    def __call__(self, rows: list[int], total: int, tally: Tally) -> Tensor:
+        """rows: indices of examples. total: the whole batch's denominator."""
+
+
+class Offline:
+    """One offline stage: the model it trains, its batches, and the loop.
+
+    batches: the indices of the rows of every step, an equal number of steps in each epoch.
+    role: what the trained model is called in run.json.
+    weigh: the denominator of a batch from its rows; default: their number.
+    held_out: evaluates the held-out rows and returns their metrics; called after every epoch.
+    frozen, evaluator, show, listeners: as in `Run`.
+    """
+
+    def __init__(
+        self,
+        config: StageConfig,
+        name: str,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batches: list[list[int]],
+        *,
+        role: str = "policy",
+        weigh: Callable[[list[int]], int] = len,
+        held_out: Callable[[Run], dict[str, float]] | None = None,
+        frozen: dict[str, PreTrainedModel | None] | None = None,
+        evaluator: Evaluator | None = None,
+        show: tuple[str, ...] = ("loss",),
+        listeners: Sequence[Listener] = (),
+    ) -> None:
+        self.config, self.batches, self.weigh, self.held_out = config, batches, weigh, held_out
+        self.learner = Learner(model, config, len(batches))
+        self.run = Run(
+            config,
+            name,
+            len(batches),
+            learners={role: self.learner},
+            tokenizer=tokenizer,
+            frozen=frozen,
+            evaluator=evaluator,
+            show=show,
+            listeners=listeners,
+        )
+
+    @contextmanager
+    def training(self, rows: int, truncated: int) -> Iterator[Run]:
+        """The run over so many rows. The stage calls `steps` inside, and may do more before and after the steps."""
+        with self.run as run:
+            run.note(rows=rows, truncated_rows=truncated)
+            yield run
+            run.finish()
+
+    def steps(self, loss: Loss) -> None:
+        """Every step of every epoch."""
+        run, learner, steps_per_epoch = self.run, self.learner, len(self.batches) // self.config.epochs
+        for step in run.steps():
+            batch, tally = self.batches[step - 1], Tally()
+            total = self.weigh(batch)
+            for rows in micro_batches(len(batch), self.config.micro_batch_size):
+                with run.meter.phase("policy_update"):
+                    with learner.autocast():
+                        part = loss(batch[rows], total, tally)
+                    part.backward()
+                del part
+            with run.meter.phase("optimizer"):
+                metrics = take_step(tally, {"grad_norm": learner})
+            metrics["lr"] = learner.lr
+            if self.held_out is not None and step % steps_per_epoch == 0:
+                with run.meter.phase("evaluation"):
+                    metrics |= self.held_out(run)
+            run.end_step(step, metrics)
+
+
+@torch.no_grad()
+def summed_logprobs(objectives: Objectives, parts: Iterable[Sequences], bf16: bool) -> list[Tensor]:
+    """Of every part the log-probs [B] of its B responses, summed over their tokens."""
+    with autocast(objectives.model.device, bf16):
+        return [objectives.logprobs(part).logprobs.sum(dim=1) for part in parts]

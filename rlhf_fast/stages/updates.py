@@ -1,0 +1,55 @@
+"""What the online methods do with a rollout: a plain policy-gradient step, or several epochs of minibatches."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.rollout.generate import Rollout
+from rlhf_fast.stages.online import Experience, Online
+from rlhf_fast.training.batches import micro_batches
+from rlhf_fast.training.learner import take_step
+from rlhf_fast.training.run import Run
+from rlhf_fast.training.tally import Tally
+
+
+def several_epochs(
+    online: Online,
+    experience: Experience,
+    targets: tuple[Tensor, ...],
+    minibatch_update: Callable[[Rollout, tuple[Tensor, ...], bool], dict[str, float]],
+) -> dict[str, float]:
+    """config.epochs passes over a rollout in config.minibatches steps each; returns the mean of the steps' metrics.
+
+    minibatch_update(rollout, targets, untouched) takes one optimizer step on the rows it is given. untouched: the
+    policy is still the policy that sampled.
+    """
+    config, totals = online.config, dict[str, list[float]]()
+    for epoch in range(config.epochs):
+        order = torch.randperm(config.batch_size).to(online.device)
+        for number, index in enumerate(order.chunk(config.minibatches)):
+            part = tuple(x[index] for x in targets)
+            metrics = minibatch_update(experience.rollout.rows(index), part, epoch == 0 and number == 0)
+            for name, value in metrics.items():
+                totals.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in totals.items()}
+
+
+def policy_gradient_step(
+    online: Online, run: Run, experience: Experience, advantages: Tensor, *, reduction: str = "token_mean"
+) -> dict[str, float]:
+    """One optimizer step on reinforce_loss(advantages [B] or [B, T]); the denominator is the whole batch's."""
+    rollout, tally = experience.rollout, Tally()
+    total = rollout.response_mask.sum() if reduction == "token_mean" else torch.tensor(len(advantages))
+    for rows in micro_batches(len(advantages), online.config.micro_batch_size):
+        part = rollout.rows(rows)
+        with run.meter.phase("policy_update"):
+            with online.learner.autocast():
+                out = online.objectives.reinforce(
+                    part.sequences, advantages[rows], kept=part.kept, reduction=reduction, normalizer=total
+                )
+            out.loss.backward()
+        tally.add("loss/policy_avg", out.loss)
+        online.note_drift(tally, out.logprobs, part)
+    with run.meter.phase("optimizer"):
+        return take_step(tally, {"grad_norm": online.learner}, online.check_drift)

@@ -1,0 +1,44 @@
+"""The numbers of one optimizer step, gathered on the device and read once.
+
+Reading a number from a GPU waits until the GPU has reached it. `Tally` adds the numbers of all micro-batches as tensors
+and reads them together. Sums are float64, as the sums of Python's floats would be.
+
+    tally = Tally()
+    for micro_batch in micro_batches:
+        tally.add("loss", loss)  # no wait
+    metrics = tally.read()  # one wait
+"""
+
+import torch
+from torch import Tensor
+
+Number = Tensor | float
+
+
+class Tally:
+    """Named sums and maxima of numbers, 0-dim tensors or Python's own."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, Number] = {}
+
+    def add(self, name: str, value: Number) -> None:
+        """Adds `value` to the sum called `name`."""
+        self._numbers[name] = self._numbers.get(name, 0) + _double(value)
+
+    def raise_to(self, name: str, value: Number) -> None:
+        """Keeps the largest value called `name`; a NaN stays."""
+        value, now = _double(value), self._numbers.get(name)
+        if now is None:
+            self._numbers[name] = value
+        else:
+            self._numbers[name] = torch.maximum(*(torch.as_tensor(x, dtype=torch.float64) for x in (now, value)))
+
+    def read(self) -> dict[str, float]:
+        """Every number by its name, in the order of the first `add`; one wait for the device."""
+        tensors = {name: value for name, value in self._numbers.items() if isinstance(value, Tensor)}
+        read = dict(zip(tensors, torch.stack(list(tensors.values())).tolist(), strict=True)) if tensors else {}
+        return {name: read.get(name, value) for name, value in self._numbers.items()}
+
+
+def _double(value: Number) -> Number:
+    return value.detach().double() if isinstance(value, Tensor) else value

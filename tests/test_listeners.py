@@ -1,0 +1,82 @@
+"""Listeners hear every row of a run in order; TensorBoard's curves hold what was logged."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_stages import STAGES, files, stage_config  # noqa: F401  (files is a fixture)
+
+from rlhf_fast.training.listeners import Listener, TensorBoard
+from rlhf_fast.training.metrics import read_metrics
+
+
+class Recorder(Listener):
+    def __init__(self):
+        self.heard = []
+
+    def begin(self, run):
+        self.heard.append(("begin", run.first_step, list(run.learners)))
+
+    def collected(self, step, experience):
+        self.heard.append(("collected", step, len(experience.scores)))
+
+    def log(self, step, row):
+        self.heard.append(("log", step, row))
+
+    def end(self):
+        self.heard.append(("end",))
+
+
+@pytest.mark.parametrize("name", list(STAGES))
+def test_every_stage_tells_its_listeners(name, files, tiny_model, tmp_path):  # noqa: F811
+    module, config_class = STAGES[name]
+    config, recorder = stage_config(config_class, files, tiny_model, tmp_path), Recorder()
+    module.train(config, listeners=[recorder])
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    first, *rest = recorder.heard
+    assert first == ("begin", 1, {"ppo": ["policy", "value"], "reward": ["reward"]}.get(name, ["policy"]))
+    assert rest[-1] == ("end",)
+    assert [event[2] for event in rest if event[0] == "log"] == rows
+    collected = [event for event in rest if event[0] == "collected"]
+    online = hasattr(config, "steps")
+    assert collected == (
+        [("collected", row["step"], config.batch_size) for row in rows if row["step"]] if online else []
+    )
+
+
+def test_a_run_that_fails_still_ends(files, tiny_model, tmp_path):  # noqa: F811
+    class Failing(Recorder):
+        def log(self, step, row):
+            raise RuntimeError("no more disk")
+
+    module, config_class = STAGES["sft"]
+    listener = Failing()
+    with pytest.raises(RuntimeError, match="no more disk"):
+        module.train(stage_config(config_class, files, tiny_model, tmp_path), listeners=[listener])
+    assert listener.heard[-1] == ("end",)
+
+
+def write(directory, steps, first_step=1):
+    board = TensorBoard()
+    board.begin(SimpleNamespace(config=SimpleNamespace(output_dir=directory), first_step=first_step))
+    for step in steps:
+        board.log(step, {"step": step, "loss": step / 4, "text": "x"})
+    board.end()
+
+
+def scalars(directory):
+    events = EventAccumulator(str(directory / "tensorboard")).Reload()
+    assert events.Tags()["scalars"] == ["loss"]
+    return [(event.step, event.value) for event in events.Scalars("loss")]
+
+
+def test_tensorboard(tmp_path, monkeypatch):
+    write(tmp_path, [1, 2])
+    assert scalars(tmp_path) == [(1, 0.25), (2, 0.5)]
+    write(tmp_path, [1, 2, 3])  # a new run shows its own curves only
+    write(tmp_path, [3, 4], first_step=3)  # and a resumed run no step twice
+    assert scalars(tmp_path) == [(1, 0.25), (2, 0.5), (3, 0.75), (4, 1.0)]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match="tensorboard: expected the tensorboard package, found none; pip install"):
+        TensorBoard()
