@@ -10,11 +10,11 @@ import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the package is imported, which reads it
-from tiny_models import model_config  # noqa: E402
 from transformers import PreTrainedTokenizerBase  # noqa: E402
 
 from rlhf_fast.lab.world import build_tokenizer  # noqa: E402
 from rlhf_fast.stages.init import init_model  # noqa: E402
+from tests.support.models import model_config  # noqa: E402
 
 
 @pytest.fixture(scope="session")

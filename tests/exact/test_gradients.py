@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
-from worlds import close, random_logprobs, random_rewards, random_tabular
 
 import rlhf_fast as rf
 from rlhf_fast import exact
 from rlhf_fast.exact import two_armed
+from tests.support.worlds import close, random_logprobs, random_rewards, random_tabular
 
 
 class World:

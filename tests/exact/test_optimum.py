@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from worlds import close, random_logprobs, random_rewards
 
 from rlhf_fast import exact
+from tests.support.worlds import close, random_logprobs, random_rewards
 
 REF = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
 REWARDS = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)

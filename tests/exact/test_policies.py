@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tiny_models import random_policy
-from worlds import random_tabular
 
 from rlhf_fast import exact
+from tests.support.models import random_policy
+from tests.support.worlds import random_tabular
 
 VOCABULARY = 5
 

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from worlds import close, random_logprobs, random_rewards
 
 import rlhf_fast as rf
 from rlhf_fast import exact
+from tests.support.worlds import close, random_logprobs, random_rewards
 
 
 def test_bradley_terry_by_hand():

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from oracle import error
 
 from rlhf_fast.ops.attention import packed_attention
+from tests.support.oracle import error
 
 LENGTH = 70  # slots of a row; rows end before, at and behind the edges of tiles and blocks
 LENGTHS = (1, 6, 7, 48, 49, LENGTH, 2)

@@ -5,9 +5,9 @@ What no emulator shows is left to a GPU: memory that is not coherent, races, spe
 
 import pytest
 import torch
-from oracle import GRADIENT_TOLERANCE, poisoned, ragged_mask
 
 from rlhf_fast import ops
+from tests.support.oracle import GRADIENT_TOLERANCE, poisoned, ragged_mask
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import GRADIENT_TOLERANCE, VALUE_TOLERANCE, error, poisoned, ragged_mask
 
 from rlhf_fast import kl_penalty, shape_rewards
+from tests.support.oracle import GRADIENT_TOLERANCE, VALUE_TOLERANCE, error, poisoned, ragged_mask
 
 ESTIMATORS = {
     "k1": lambda d: d,

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from oracle import error
 
 from rlhf_fast.ops import reference
 from rlhf_fast.ops.layers import add_rms_norm, swiglu
+from tests.support.oracle import error
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 EPSILON = 1e-6

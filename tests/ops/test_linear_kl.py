@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from oracle import VALUE_TOLERANCE
 
 import rlhf_fast
 from rlhf_fast import linear_token_kl
 from rlhf_fast.ops import heads
+from tests.support.oracle import VALUE_TOLERANCE
 
 DTYPES = list(VALUE_TOLERANCE)
 B, T, H, Hr, V = 3, 37, 24, 17, 1009

@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import GRADIENT_TOLERANCE, VALUE_TOLERANCE, error, token_truth
 
 import rlhf_fast
 from rlhf_fast import token_logprobs
 from rlhf_fast.ops import backend
+from tests.support.oracle import GRADIENT_TOLERANCE, VALUE_TOLERANCE, error, token_truth
 
 DTYPES = list(VALUE_TOLERANCE)
 INF = math.inf

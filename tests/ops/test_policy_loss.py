@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import GRADIENT_TOLERANCE, VALUE_TOLERANCE, error, poisoned, ragged_mask
 
 from rlhf_fast import ppo_loss, ppo_value_loss, reinforce_loss
+from tests.support.oracle import GRADIENT_TOLERANCE, VALUE_TOLERANCE, error, poisoned, ragged_mask
 
 DTYPES = list(VALUE_TOLERANCE)
 REDUCTIONS = ["token_mean", "sequence_mean", "sequence_sum", "constant"]

@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import GRADIENT_TOLERANCE, VALUE_TOLERANCE, error
 
 from rlhf_fast import dpo_loss, ranking_loss, reward_loss
+from tests.support.oracle import GRADIENT_TOLERANCE, VALUE_TOLERANCE, error
 
 DTYPES = list(VALUE_TOLERANCE)
 

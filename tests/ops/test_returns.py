@@ -2,9 +2,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import VALUE_TOLERANCE, error, poisoned, ragged_mask
 
 from rlhf_fast import discounted_returns, gae, grpo_advantages, remax_returns, rloo_advantages, whiten
+from tests.support.oracle import VALUE_TOLERANCE, error, poisoned, ragged_mask
 
 DTYPES = list(VALUE_TOLERANCE)
 

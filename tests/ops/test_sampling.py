@@ -2,11 +2,11 @@ import math
 
 import pytest
 import torch
-from oracle import VALUE_TOLERANCE, error, token_truth
 
 from rlhf_fast import sample_tokens, token_logprobs
 from rlhf_fast.ops import backend
 from rlhf_fast.ops.truncation import kept_tokens, packed, unpacked
+from tests.support.oracle import VALUE_TOLERANCE, error, token_truth
 
 INF = math.inf
 

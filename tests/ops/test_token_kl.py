@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import GRADIENT_TOLERANCE, VALUE_TOLERANCE, error, kl_truth
 
 from rlhf_fast import token_kl, token_logprobs
 from rlhf_fast.ops import backend
+from tests.support.oracle import GRADIENT_TOLERANCE, VALUE_TOLERANCE, error, kl_truth
 
 DTYPES = list(VALUE_TOLERANCE)
 INF = math.inf

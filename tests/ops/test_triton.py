@@ -4,12 +4,12 @@ import contextlib
 
 import pytest
 import torch
-from oracle import error
+
+import rlhf_fast.ops as ops
 from rlhf_fast.kernels import ppo_loss as policy
 from rlhf_fast.kernels import sample_tokens as sampler
 from rlhf_fast.kernels import token_logprobs as rows
-
-import rlhf_fast.ops as ops
+from tests.support.oracle import error
 
 
 @pytest.fixture(autouse=True)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, random_policy, random_sequences
 
 from rlhf_fast.lm.loading import load_policy, load_scorer, set_score_offset
 from rlhf_fast.lm.passes import response_logits, sequence_scores, token_values
 from rlhf_fast.lm.sequences import Sequences
+from tests.support.models import ARCHITECTURES, random_policy, random_sequences
 
 
 @pytest.fixture

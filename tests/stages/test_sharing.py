@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_stages import STAGES, distance, files, interrupted, stage_config, weights  # noqa: F401  (files is a fixture)
-from tiny_models import model_config
 
 from rlhf_fast.config import GRPOConfig, PPOConfig, ReMaxConfig, RewardConfig, SFTConfig
 from rlhf_fast.lm.loading import load_policy, load_scorer
@@ -19,6 +18,7 @@ from rlhf_fast.stages.online import Online
 from rlhf_fast.training import checkpoint
 from rlhf_fast.training.meter import Meter
 from rlhf_fast.training.metrics import read_metrics
+from tests.support.models import model_config
 
 LORA = {"lora_rank": 4, "lora_alpha": 8.0}
 

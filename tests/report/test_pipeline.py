@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_stages import REWARD, files, shortness, stage_config  # noqa: F401  (files is a fixture)
-from tiny_models import random_policy, random_sequences
 
 from rlhf_fast.config import PairsConfig, PipelineConfig, ReMaxConfig
 from rlhf_fast.data import rows as data_rows
@@ -29,6 +28,7 @@ from rlhf_fast.training.optimizers import lr_factor
 from rlhf_fast.training.rewards import Reward
 from rlhf_fast.training.tally import Tally
 from rlhf_fast.training.tensor_bytes import TensorBytes
+from tests.support.models import random_policy, random_sequences
 
 TRUE_REWARD = "rlhf_fast.world:true_reward"
 

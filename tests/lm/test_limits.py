@@ -2,7 +2,6 @@
 
 import pytest
 from test_stages import REWARD, files, stage_config  # noqa: F401
-from tiny_models import model_config, random_policy
 from transformers import AutoConfig
 
 from rlhf_fast.config import DPOConfig, PairsConfig, PPOConfig, RewardConfig, RLOOConfig, SFTConfig
@@ -10,6 +9,7 @@ from rlhf_fast.lm.limits import check_rows, context_length
 from rlhf_fast.lm.loading import load_scorer
 from rlhf_fast.stages import dpo, pairs, ppo, reward, rloo, sft
 from rlhf_fast.stages.init import init_model
+from tests.support.models import model_config, random_policy
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ import sys
 import numpy
 import pytest
 import torch
-from tiny_models import random_policy
 from transformers import AutoModelForCausalLM
 
 from rlhf_fast.data.encoding import encode_preferences, encode_prompts, pad_left, pad_right
@@ -17,6 +16,7 @@ from rlhf_fast.rollout.generate import Rollout
 from rlhf_fast.stages.init import train_bpe
 from rlhf_fast.training.evaluation import completion_rewards
 from rlhf_fast.training.rewards import Reward, decode_responses, load_function
+from tests.support.models import random_policy
 
 CPU = torch.device("cpu")
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 from test_sharing import numbers
 from test_stages import distance, files, stage_config, weights  # noqa: F401  (files is a fixture)
-from tiny_models import random_policy, random_sequences
 
 from rlhf_fast.config import PPOConfig, RewardConfig
 from rlhf_fast.lm import offload
 from rlhf_fast.lm.passes import response_logits
 from rlhf_fast.stages import ppo, reward
+from tests.support.models import random_policy, random_sequences
 
 
 @pytest.fixture

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from tiny_models import ARCHITECTURES, random_policy, random_sequences
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf_fast.rollout import blocks, cpu, engine
+from tests.support.models import ARCHITECTURES, random_policy, random_sequences
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ import torch
 
 from rlhf_fast.ops import dispatch, reference
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 INF = math.inf
 
 

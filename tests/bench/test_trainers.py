@@ -12,7 +12,7 @@ import torch
 from rlhf_fast.lab.world import build_tokenizer
 from rlhf_fast.training.batches import offline_batches
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

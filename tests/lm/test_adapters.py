@@ -7,7 +7,6 @@ from importlib import util
 import peft
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, random_policy, random_sequences
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -19,6 +18,7 @@ from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.lm.passes import response_logits, sequence_scores, token_values
 from rlhf_fast.training import checkpoint
 from rlhf_fast.training.memory import static_bytes
+from tests.support.models import ARCHITECTURES, random_policy, random_sequences
 
 ADAPTER = LoRA(4, 8.0, seed=0)
 

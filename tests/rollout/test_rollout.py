@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, random_policy, random_sequences
 
 from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.ops.truncation import unpacked
 from rlhf_fast.rollout.generate import eos_token_ids, generate
+from tests.support.models import ARCHITECTURES, random_policy, random_sequences
 
 EOS, PAD = 1, 0
 

@@ -6,7 +6,6 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import random_policy
 from transformers import AutoModelForCausalLM
 
 from rlhf_fast.lm import paths
@@ -17,6 +16,7 @@ from rlhf_fast.lm.tokenizers import check_tokenizer, load_tokenizer
 from rlhf_fast.stages.init import train_bpe
 from rlhf_fast.training import checkpoint
 from rlhf_fast.training.rewards import Reward
+from tests.support.models import random_policy
 
 
 def without(source, target, *parts: str) -> str:

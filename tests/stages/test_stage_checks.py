@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from test_stages import REWARD, files, stage_config, write_rows  # noqa: F401
-from tiny_models import model_config
 
 from rlhf_fast.config import DPOConfig, PPOConfig, RewardConfig, RLOOConfig
 from rlhf_fast.data.encoding import PreferenceExample, RankingExample
@@ -15,6 +14,7 @@ from rlhf_fast.lm.tokenizers import load_tokenizer
 from rlhf_fast.stages import dpo, ppo, reward, rloo
 from rlhf_fast.stages.init import init_model
 from rlhf_fast.stages.reward import preference_loss
+from tests.support.models import model_config
 
 
 @pytest.fixture(scope="module")

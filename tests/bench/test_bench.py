@@ -12,7 +12,7 @@ from transformers import GenerationMixin
 
 import rlhf_fast
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from test_stages import files, stage_config  # noqa: F401
-from tiny_models import ARCHITECTURES, random_policy, random_sequences
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config
 
 from rlhf_fast.config import DPOConfig, PPOConfig, ReMaxConfig, SFTConfig
@@ -14,6 +13,7 @@ from rlhf_fast.lm.passes import response_hidden, response_logits
 from rlhf_fast.ops import ppo_loss, reinforce_loss, sample_tokens
 from rlhf_fast.ops.truncation import unpacked
 from rlhf_fast.stages import dpo, ppo, remax, sft
+from tests.support.models import ARCHITECTURES, random_policy, random_sequences
 
 
 def all_losses(objectives, sequences):

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import transformers
-from tiny_models import ARCHITECTURES, random_policy
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, MistralConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -11,6 +10,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from rlhf_fast.lm import adapters, layers, packing
 from rlhf_fast.lm.packing import real_hidden
 from rlhf_fast.ops import backend
+from tests.support.models import ARCHITECTURES, random_policy
 
 # Gemma 2 has windows and caps its attention's logits.
 PACKED = {name: name != "gemma2" for name in ARCHITECTURES}

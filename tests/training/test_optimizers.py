@@ -6,7 +6,6 @@ import pytest
 import torch
 from test_sharing import numbers
 from test_stages import STAGES, distance, files, interrupted, stage_config, weights  # noqa: F401  (files is a fixture)
-from tiny_models import random_policy, random_sequences
 
 from rlhf_fast.config import ReMaxConfig, SFTConfig
 from rlhf_fast.lab.variance import gradient_variance
@@ -17,6 +16,7 @@ from rlhf_fast.training import optimizers
 from rlhf_fast.training.learner import Learner, take_step
 from rlhf_fast.training.metrics import read_metrics
 from rlhf_fast.training.tally import Tally
+from tests.support.models import random_policy, random_sequences
 
 
 @pytest.mark.parametrize("name", ["sft", "ppo", "dpo"])

@@ -1,0 +1,1 @@
+"""What test modules share: small models, stages, oracles and worlds. Fixtures are in conftest.py."""
