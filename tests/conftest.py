@@ -1,4 +1,7 @@
-"""A word-level tokenizer and a small Llama that speaks it. Without a GPU, Triton's kernels run in its interpreter."""
+"""A word-level tokenizer, a small Llama that speaks it, files of rows.
+
+Without a GPU, Triton's kernels run in its interpreter.
+"""
 
 import os
 
@@ -10,11 +13,13 @@ import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the package is imported, which reads it
+pytest.register_assert_rewrite("tests.support")  # so that its `assert` shows the values, as one of a test does
 from transformers import PreTrainedTokenizerBase  # noqa: E402
 
-from rlhf_fast.lab.world import build_tokenizer  # noqa: E402
+from rlhf_fast.lab.world import build_tokenizer, preference_rows, prompt_rows, sft_rows  # noqa: E402
 from rlhf_fast.stages.init import init_model  # noqa: E402
 from tests.support.models import model_config  # noqa: E402
+from tests.support.stages import write_rows  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +35,21 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTo
     del settings["vocab_size"]
     init_model(settings, tokenizer, directory, seed=0)
     return str(directory)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Files of the world's rows: 96 for SFT, 96 pairs, 32 rankings, 32 prompts."""
+    directory = tmp_path_factory.mktemp("data")
+    rows = sft_rows(96, seed=0)
+    prompts, completions = [r["prompt"] for r in rows], [r["completion"] for r in rows]
+    pairs = preference_rows(prompts, list(zip(completions, completions[1:] + completions[:1], strict=True)), seed=0)
+    rankings = [
+        {"prompt": p, "completions": completions[i : i + 3], "ranks": [0, 1, 1]} for i, p in enumerate(prompts[:32])
+    ]
+    return {
+        "sft": write_rows(directory / "sft.jsonl", rows),
+        "pairs": write_rows(directory / "pairs.jsonl", pairs),
+        "rankings": write_rows(directory / "rankings.jsonl", rankings),
+        "prompts": write_rows(directory / "prompts.jsonl", prompt_rows(32, seed=1)),
+    }

@@ -8,34 +8,16 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 from rlhf_fast.data import encoding as data
 from rlhf_fast.data.rows import load_rows
 from rlhf_fast.stages.init import train_bpe
+from tests.support.text import ASSISTANT, BOS, EOS, PAD, USER, A, B, C, D, E, F, sft, word_tokenizer
 
-PAD, EOS, BOS, A, B, C, D, E, F = range(9)
 CHAT = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ '<eos>' if m.role == 'assistant' else '' }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-USER, ASSISTANT = {"role": "user", "content": "a b"}, {"role": "assistant", "content": "c d"}
-
-
-def word_tokenizer(**special):
-    """Letters a-f are tokens 3-8; <pad> 0, <eos> 1, <bos> 2."""
-    vocabulary = {token: n for n, token in enumerate(["<pad>", "<eos>", "<bos>", *"abcdef"])}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    if "bos_token" in special:
-        words.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
-    return PreTrainedTokenizerFast(tokenizer_object=words, **special)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return word_tokenizer(eos_token="<eos>", pad_token="<pad>")
 
 
 @pytest.fixture(scope="module")
@@ -193,12 +175,6 @@ def test_unreadable_source(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ encoding
-
-
-def sft(tokenizer, prompt, completion, max_length=99, max_prompt_length=99):
-    encoded = data.encode_sft([{"prompt": prompt, "completion": completion}], tokenizer, max_length, max_prompt_length)
-    ids, mask = encoded.examples[0]
-    return ids, "".join("-x"[trained] for trained in mask), encoded.truncated
 
 
 def test_sft_trains_on_completion_and_eos(tokenizer):

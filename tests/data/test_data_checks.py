@@ -3,13 +3,13 @@
 import json
 
 import pytest
-from test_data import ASSISTANT, BOS, EOS, USER, A, B, C, D, E, F, sft, tokenizer, word_tokenizer  # noqa: F401
 
 from rlhf_fast.data import encoding as data
 from rlhf_fast.data.rows import load_rows
+from tests.support.text import ASSISTANT, BOS, EOS, USER, A, B, C, D, E, F, sft, word_tokenizer
 
 
-def test_errors_of_encoding_name_file_and_line(tokenizer, tmp_path):  # noqa: F811
+def test_errors_of_encoding_name_file_and_line(tokenizer, tmp_path):
     path = tmp_path / "rows.jsonl"
 
     def encode(encoder, kind, row, *lengths):
@@ -35,7 +35,7 @@ def test_errors_of_encoding_name_file_and_line(tokenizer, tmp_path):  # noqa: F8
     assert encode(data.encode_sft, "sft", {"messages": [ASSISTANT, USER, ASSISTANT]}, 9, 9) == greeting
 
 
-def test_nothing_to_train_on_is_an_error(tokenizer):  # noqa: F811
+def test_nothing_to_train_on_is_an_error(tokenizer):
     rows = [{"prompt": "", "completion": "a"}, {"prompt": " ", "completion": ""}]
     with pytest.raises(ValueError, match="^row 2: has nothing to train on"):
         data.encode_sft(rows, tokenizer, 9, 9)

@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
-from test_stages import files, stage_config  # noqa: F401  (files is a fixture)
 
 from rlhf_fast import exact
 from rlhf_fast.config import ReMaxConfig
 from rlhf_fast.lab.variance import Moments, gradient_moments, gradient_variance, token_weights
 from rlhf_fast.stages.online import Online
 from rlhf_fast.training.meter import Meter
+from tests.support.stages import stage_config
 
 
 def letters(prompts, completions):
@@ -26,7 +26,7 @@ def test_moments_of_vectors():
     assert moments.summary()["norm"] == pytest.approx(x.norm(dim=1).mean().item(), rel=1e-6)
 
 
-def test_gradient_variance_is_the_trace_of_the_covariance(files, tiny_model, tmp_path):  # noqa: F811
+def test_gradient_variance_is_the_trace_of_the_covariance(files, tiny_model, tmp_path):
     config = stage_config(ReMaxConfig, files, tiny_model, tmp_path, gamma=1.0)
     measured = gradient_variance(config, batches=3)
     online = Online(config, "test", greedy=True)
@@ -45,7 +45,7 @@ def test_gradient_variance_is_the_trace_of_the_covariance(files, tiny_model, tmp
 
 
 @pytest.mark.parametrize("options", [{"micro_batch_size": 4}, {"fused_head": False}])
-def test_micro_batches_and_the_kind_of_head_change_nothing(files, tiny_model, tmp_path, options):  # noqa: F811
+def test_micro_batches_and_the_kind_of_head_change_nothing(files, tiny_model, tmp_path, options):
     plain, other = (stage_config(ReMaxConfig, files, tiny_model, tmp_path, **given) for given in ({}, options))
     got, expected = gradient_variance(other, batches=2), gradient_variance(plain, batches=2)
     for name, figures in expected.items():

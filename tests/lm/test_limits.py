@@ -1,7 +1,6 @@
 """Rows that are too long for a model, and ids that it has no embedding for, are errors before the first step."""
 
 import pytest
-from test_stages import REWARD, files, stage_config  # noqa: F401
 from transformers import AutoConfig
 
 from rlhf_fast.config import DPOConfig, PairsConfig, PPOConfig, RewardConfig, RLOOConfig, SFTConfig
@@ -10,6 +9,7 @@ from rlhf_fast.lm.loading import load_scorer
 from rlhf_fast.stages import dpo, pairs, ppo, reward, rloo, sft
 from rlhf_fast.stages.init import init_model
 from tests.support.models import model_config, random_policy
+from tests.support.stages import REWARD, stage_config
 
 
 @pytest.mark.parametrize(
@@ -89,13 +89,13 @@ LONG = [
         (ppo, PPOConfig, {"value_model": "short", "max_response_length": 8}, "20 tokens, for which the value_model"),
     ],
 )
-def test_too_long_for_the_model(module, cls, options, message, files, short, tmp_path):  # noqa: F811
+def test_too_long_for_the_model(module, cls, options, message, files, short, tmp_path):
     options = {name: short["reward"] if value == "short" else value for name, value in options.items()}
     with pytest.raises(ValueError, match=message):
         module.train(stage_config(cls, files, short["policy"], tmp_path, **options))
 
 
-def test_too_long_for_the_sampled_pairs(files, short, tmp_path):  # noqa: F811
+def test_too_long_for_the_sampled_pairs(files, short, tmp_path):
     config = PairsConfig(
         model=short["policy"],
         prompts=files["prompts"],

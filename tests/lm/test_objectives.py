@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from test_stages import files, stage_config  # noqa: F401
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config
 
 from rlhf_fast.config import DPOConfig, PPOConfig, ReMaxConfig, SFTConfig
@@ -14,6 +13,7 @@ from rlhf_fast.ops import ppo_loss, reinforce_loss, sample_tokens
 from rlhf_fast.ops.truncation import unpacked
 from rlhf_fast.stages import dpo, ppo, remax, sft
 from tests.support.models import ARCHITECTURES, random_policy, random_sequences
+from tests.support.stages import stage_config
 
 
 def all_losses(objectives, sequences):
@@ -134,7 +134,7 @@ def test_a_model_that_scales_its_logits_goes_through_them():
 @pytest.mark.parametrize(
     ("stage", "config"), [(sft, SFTConfig), (ppo, PPOConfig), (remax, ReMaxConfig), (dpo, DPOConfig)]
 )
-def test_the_switch_changes_no_metric(stage, config, files, tiny_model, tmp_path):  # noqa: F811
+def test_the_switch_changes_no_metric(stage, config, files, tiny_model, tmp_path):
     runs = []
     for fused in (True, False):
         output = tmp_path / str(fused)

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from test_sharing import numbers
-from test_stages import distance, files, stage_config, weights  # noqa: F401  (files is a fixture)
 
 from rlhf_fast.config import PPOConfig, RewardConfig
 from rlhf_fast.lm import offload
 from rlhf_fast.lm.passes import response_logits
 from rlhf_fast.stages import ppo, reward
 from tests.support.models import random_policy, random_sequences
+from tests.support.stages import distance, numbers, stage_config, weights
 
 
 @pytest.fixture
@@ -55,7 +54,7 @@ def test_nothing_moves_on_a_cpu_or_without_offloading(uploads):
     assert uploads == []
 
 
-def test_a_run_uses_the_weights_within_visits_only(files, tiny_model, tmp_path, monkeypatch):  # noqa: F811
+def test_a_run_uses_the_weights_within_visits_only(files, tiny_model, tmp_path, monkeypatch):
     """Between visits every weight is NaN here; the numbers are those of a run that offloads nothing."""
     reward.train(stage_config(RewardConfig, files, tiny_model, tmp_path / "reward"))
     options = {"reward": str(tmp_path / "reward"), "value_model": tiny_model, "offload": True}

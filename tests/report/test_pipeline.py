@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_stages import REWARD, files, shortness, stage_config  # noqa: F401  (files is a fixture)
 
 from rlhf_fast.config import PairsConfig, PipelineConfig, ReMaxConfig
 from rlhf_fast.data import rows as data_rows
@@ -29,11 +28,12 @@ from rlhf_fast.training.rewards import Reward
 from rlhf_fast.training.tally import Tally
 from rlhf_fast.training.tensor_bytes import TensorBytes
 from tests.support.models import random_policy, random_sequences
+from tests.support.stages import REWARD, shortness, stage_config
 
 TRUE_REWARD = "rlhf_fast.world:true_reward"
 
 
-def pipeline_config(files, tiny_model, output, **options) -> PipelineConfig:  # noqa: F811
+def pipeline_config(files, tiny_model, output, **options) -> PipelineConfig:
     lengths = {"max_prompt_length": 16, "max_response_length": 12}
     common = {"train_data": files["prompts"], "eval_data": files["prompts"], "eval_steps": 1, "eval_reward": REWARD}
     values = {
@@ -49,7 +49,7 @@ def pipeline_config(files, tiny_model, output, **options) -> PipelineConfig:  # 
     return PipelineConfig(**{**values, **options})
 
 
-def test_plan_hands_each_stage_what_the_one_before_made(files, tiny_model, tmp_path):  # noqa: F811
+def test_plan_hands_each_stage_what_the_one_before_made(files, tiny_model, tmp_path):
     plan = pipeline.make_plan(pipeline_config(files, tiny_model, tmp_path, ppo={"steps": 7, "seed": 9}))
     assert list(plan) == ["sft", "pairs", "reward", "ppo", "remax", "reinforce", "rloo", "dpo"]
     out = str(tmp_path)
@@ -76,13 +76,13 @@ def test_plan_hands_each_stage_what_the_one_before_made(files, tiny_model, tmp_p
         ({"remax": {"steps": "many"}}, "section 'remax': steps: expected int, got 'many'"),
     ],
 )
-def test_config_errors_show_before_anything_runs(options, message, files, tiny_model, tmp_path):  # noqa: F811
+def test_config_errors_show_before_anything_runs(options, message, files, tiny_model, tmp_path):
     with pytest.raises(ValueError, match=message):
         pipeline.run(pipeline_config(files, tiny_model, tmp_path / "out", **options))
     assert not (tmp_path / "out").exists()
 
 
-def test_whole_pipeline_and_its_resumption(files, tiny_model, tmp_path, capsys):  # noqa: F811
+def test_whole_pipeline_and_its_resumption(files, tiny_model, tmp_path, capsys):
     config = pipeline_config(files, tiny_model, tmp_path)
     pipeline.run(config)
     report = json.loads((tmp_path / "report.json").read_text())
@@ -99,7 +99,7 @@ def test_whole_pipeline_and_its_resumption(files, tiny_model, tmp_path, capsys):
     assert changed == {"dpo"}
 
 
-def test_pairs_follow_bradley_terry(files, tiny_model, tmp_path):  # noqa: F811
+def test_pairs_follow_bradley_terry(files, tiny_model, tmp_path):
     outputs = {}
     for scale in (0.5, 50.0):
         target = tmp_path / f"{scale}.jsonl.gz"
@@ -125,7 +125,7 @@ def test_pairs_follow_bradley_terry(files, tiny_model, tmp_path):  # noqa: F811
     assert flipped > 0  # the same draws at scale 0.5 flip some labels
 
 
-def test_pairs_are_written_whole_or_not_at_all(files, tiny_model, tmp_path, monkeypatch):  # noqa: F811
+def test_pairs_are_written_whole_or_not_at_all(files, tiny_model, tmp_path, monkeypatch):
     target = tmp_path / "pairs.jsonl.gz"
     with gzip.open(target, "wt") as file:
         file.write("old\n")
@@ -191,7 +191,7 @@ def test_learning_rate_schedules():
     assert [constant(step) for step in (4, 14)] == [1.0, 1.0]
 
 
-def test_a_gradient_that_is_not_finite_leaves_the_weights(files, tiny_model, tmp_path):  # noqa: F811
+def test_a_gradient_that_is_not_finite_leaves_the_weights(files, tiny_model, tmp_path):
     config = stage_config(ReMaxConfig, files, tiny_model, tmp_path)
     online = Online(config, "test")
     learner = Learner(online.policy, config, 1)

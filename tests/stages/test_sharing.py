@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_stages import STAGES, distance, files, interrupted, stage_config, weights  # noqa: F401  (files is a fixture)
 
 from rlhf_fast.config import GRPOConfig, PPOConfig, ReMaxConfig, RewardConfig, SFTConfig
 from rlhf_fast.lm.loading import load_policy, load_scorer
@@ -19,18 +18,13 @@ from rlhf_fast.training import checkpoint
 from rlhf_fast.training.meter import Meter
 from rlhf_fast.training.metrics import read_metrics
 from tests.support.models import model_config
+from tests.support.stages import STAGES, distance, interrupted, numbers, stage_config, weights
 
 LORA = {"lora_rank": 4, "lora_alpha": 8.0}
 
 
-def numbers(directory):
-    """The metrics of every step but the measured times and peaks."""
-    rows = read_metrics(directory / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in rows]
-
-
 @pytest.fixture(scope="module")
-def lora_start(files, tiny_model, tmp_path_factory):  # noqa: F811
+def lora_start(files, tiny_model, tmp_path_factory):
     """An SFT adapter and a reward adapter that began from it, both on the tiny model."""
     out = tmp_path_factory.mktemp("start")
     sft.train(stage_config(SFTConfig, files, tiny_model, out / "sft", learning_rate=1e-2, **LORA))
@@ -39,7 +33,7 @@ def lora_start(files, tiny_model, tmp_path_factory):  # noqa: F811
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_every_stage_trains_adapters_and_resumes_bit_for_bit(name, files, tiny_model, tmp_path):  # noqa: F811
+def test_every_stage_trains_adapters_and_resumes_bit_for_bit(name, files, tiny_model, tmp_path):
     module, cls = STAGES[name]
     config = stage_config(cls, files, tiny_model, tmp_path / "whole", save_steps=2, **LORA)
     module.train(config)
@@ -58,7 +52,7 @@ def test_every_stage_trains_adapters_and_resumes_bit_for_bit(name, files, tiny_m
         assert held["reference"] == {"weights": 0, "gradients": 0, "optimizer": 0}
 
 
-def test_an_adapter_goes_on_being_trained_and_the_reference_is_its_start(lora_start, files, tiny_model, tmp_path):  # noqa: F811
+def test_an_adapter_goes_on_being_trained_and_the_reference_is_its_start(lora_start, files, tiny_model, tmp_path):
     start = str(lora_start / "sft")
     config = stage_config(ReMaxConfig, files, start, tmp_path, eval_steps=2, eval_data=files["prompts"], **LORA)
     remax.train(config)
@@ -82,7 +76,7 @@ def test_an_adapter_goes_on_being_trained_and_the_reference_is_its_start(lora_st
 def test_one_base_gives_the_numbers_of_four_models_in_the_memory_of_one(
     critic,
     lora_start,
-    files,  # noqa: F811
+    files,
     tiny_model,
     tmp_path,
 ):
@@ -123,7 +117,7 @@ def test_one_base_gives_the_numbers_of_four_models_in_the_memory_of_one(
     assert distance(weights(tmp_path / "True"), weights(resumed)) == 0
 
 
-def test_a_reward_model_on_another_base_is_refused(lora_start, files, tiny_model, tmp_path, tokenizer):  # noqa: F811
+def test_a_reward_model_on_another_base_is_refused(lora_start, files, tiny_model, tmp_path, tokenizer):
     settings = model_config("llama", len(tokenizer))
     del settings["vocab_size"]
     init_model(settings, tokenizer, tmp_path / "other", seed=1)
@@ -136,7 +130,7 @@ def test_a_reward_model_on_another_base_is_refused(lora_start, files, tiny_model
             ppo.train(config)
 
 
-def test_shared_critic_is_one_pass_and_the_sum_of_both_gradients(files, tiny_model, tmp_path):  # noqa: F811
+def test_shared_critic_is_one_pass_and_the_sum_of_both_gradients(files, tiny_model, tmp_path):
     config = stage_config(PPOConfig, files, tiny_model, tmp_path, critic="shared", value_coef=0.3, max_grad_norm=0.0)
     online = Online(config, "PPO")
     critic = ppo.load_critic(online)
@@ -168,7 +162,7 @@ def test_shared_critic_is_one_pass_and_the_sum_of_both_gradients(files, tiny_mod
     torch.testing.assert_close(critic.model.score.weight.grad, value_gradients["score.weight"], rtol=1e-3, atol=1e-6)
 
 
-def test_shared_critic_does_not_see_micro_batches(files, tiny_model, tmp_path):  # noqa: F811
+def test_shared_critic_does_not_see_micro_batches(files, tiny_model, tmp_path):
     for micro in (None, 4):
         options = {"critic": "shared", "micro_batch_size": micro, "steps": 2}
         ppo.train(stage_config(PPOConfig, files, tiny_model, tmp_path / str(micro), **options))
@@ -176,7 +170,7 @@ def test_shared_critic_does_not_see_micro_batches(files, tiny_model, tmp_path): 
         assert parts == pytest.approx(whole, rel=2e-4, abs=2e-5)
 
 
-def test_shared_critic_learns_and_resumes(files, tiny_model, tmp_path):  # noqa: F811
+def test_shared_critic_learns_and_resumes(files, tiny_model, tmp_path):
     options = {"critic": "shared", "steps": 12, "save_steps": 10, "value_learning_rate": 1e-2, "value_coef": 1.0}
     config = stage_config(PPOConfig, files, tiny_model, tmp_path / "whole", **options)
     ppo.train(config)
@@ -190,7 +184,7 @@ def test_shared_critic_learns_and_resumes(files, tiny_model, tmp_path):  # noqa:
     assert distance(weights(tmp_path / "whole"), weights(cut)) == 0
 
 
-def test_a_smaller_critic(files, tiny_model, tmp_path, tokenizer):  # noqa: F811
+def test_a_smaller_critic(files, tiny_model, tmp_path, tokenizer):
     settings = model_config("gpt2", len(tokenizer)) | {"n_embd": 16, "n_layer": 1, "n_head": 2}
     del settings["vocab_size"]
     init_model(settings, tokenizer, tmp_path / "small", seed=1)
@@ -227,12 +221,12 @@ def test_a_smaller_critic(files, tiny_model, tmp_path, tokenizer):  # noqa: F811
         ),
     ],
 )
-def test_bad_values(cls, options, message, files, tiny_model, tmp_path):  # noqa: F811
+def test_bad_values(cls, options, message, files, tiny_model, tmp_path):
     with pytest.raises(ValueError, match=message):
         stage_config(cls, files, tiny_model, tmp_path, **options)
 
 
-def test_shared_critic_needs_a_head_on_hidden_states(files, tiny_model, tmp_path, monkeypatch):  # noqa: F811
+def test_shared_critic_needs_a_head_on_hidden_states(files, tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr("rlhf_fast.lm.objectives.output_head", lambda model: None)
     with pytest.raises(ValueError, match="critic: expected model, as no hidden states give the logits"):
         ppo.train(stage_config(PPOConfig, files, tiny_model, tmp_path, critic="shared"))

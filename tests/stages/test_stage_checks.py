@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from test_stages import REWARD, files, stage_config, write_rows  # noqa: F401
 
 from rlhf_fast.config import DPOConfig, PPOConfig, RewardConfig, RLOOConfig
 from rlhf_fast.data.encoding import PreferenceExample, RankingExample
@@ -15,6 +14,7 @@ from rlhf_fast.stages import dpo, ppo, reward, rloo
 from rlhf_fast.stages.init import init_model
 from rlhf_fast.stages.reward import preference_loss
 from tests.support.models import model_config
+from tests.support.stages import REWARD, stage_config, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +36,14 @@ def other_words(tmp_path_factory, tiny_model) -> str:
 
 
 @pytest.mark.parametrize(("module", "cls"), [(dpo, DPOConfig), (rloo, RLOOConfig)])
-def test_a_reference_with_another_tokenizer_is_refused(module, cls, files, tiny_model, other_words, tmp_path):  # noqa: F811
+def test_a_reference_with_another_tokenizer_is_refused(module, cls, files, tiny_model, other_words, tmp_path):
     config = stage_config(cls, files, tiny_model, tmp_path, reference=other_words)
     with pytest.raises(ValueError, match="^reference: expected a model with the policy's tokenizer, found another in"):
         module.train(config)
 
 
 def test_a_value_model_starts_from_the_policy_where_the_reward_model_reads_other_tokens(
-    files,  # noqa: F811
+    files,
     tiny_model,
     other_words,
     tmp_path,
@@ -75,7 +75,7 @@ def test_rankings_are_centred_over_the_pairs_they_are_ranked_by(tiny_model):
 
 
 @pytest.mark.parametrize("ranked", [False, True])
-def test_ranks_make_a_ranking(ranked, files, tiny_model, tmp_path):  # noqa: F811
+def test_ranks_make_a_ranking(ranked, files, tiny_model, tmp_path):
     extra = {"completions": ["good .", "bad ."]} | ({"ranks": [0, 1]} if ranked else {})
     rows = [{"prompt": "the film was", "chosen": "good .", "rejected": "bad .", **extra}] * 16
     config = stage_config(RewardConfig, files, tiny_model, tmp_path, train_data=write_rows(tmp_path / "a.jsonl", rows))
@@ -87,7 +87,7 @@ def test_ranks_make_a_ranking(ranked, files, tiny_model, tmp_path):  # noqa: F81
 
 
 @pytest.mark.parametrize("evaluated", [False, True])
-def test_dpo_counts_a_reference_that_evaluation_keeps(evaluated, files, tiny_model, tmp_path):  # noqa: F811
+def test_dpo_counts_a_reference_that_evaluation_keeps(evaluated, files, tiny_model, tmp_path):
     options = {"eval_data": files["prompts"], "eval_steps": 6, "eval_reward": REWARD} if evaluated else {}
     dpo.train(stage_config(DPOConfig, files, tiny_model, tmp_path, **options))
     held = json.loads((tmp_path / "run.json").read_text())["static_bytes"]

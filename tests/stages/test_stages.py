@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import math
-import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,96 +12,24 @@ from rlhf_fast.config import (
     DPOConfig,
     GRPOConfig,
     PPOConfig,
-    ReinforceConfig,
     ReMaxConfig,
     RewardConfig,
     RLOOConfig,
     SFTConfig,
 )
 from rlhf_fast.data.encoding import encode_preferences, encode_prompts, encode_sft, load_rows, pad_id
-from rlhf_fast.lab.world import preference_rows, prompt_rows, sft_rows
 from rlhf_fast.lm.loading import load_policy
 from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.lm.passes import response_logits
 from rlhf_fast.lm.tokenizers import load_tokenizer
 from rlhf_fast.ops import grpo_advantages
-from rlhf_fast.stages import dpo, grpo, ppo, reinforce, remax, reward, rloo, sft
+from rlhf_fast.stages import dpo, grpo, ppo, remax, reward, sft
 from rlhf_fast.stages.kl import KLController
 from rlhf_fast.stages.online import Online
 from rlhf_fast.training import checkpoint
 from rlhf_fast.training.meter import Meter
 from rlhf_fast.training.metrics import read_metrics
-
-
-def write_rows(path: Path, rows: list[dict]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory) -> dict[str, str]:
-    directory = tmp_path_factory.mktemp("data")
-    rows = sft_rows(96, seed=0)
-    prompts, completions = [r["prompt"] for r in rows], [r["completion"] for r in rows]
-    pairs = preference_rows(prompts, list(zip(completions, completions[1:] + completions[:1], strict=True)), seed=0)
-    rankings = [
-        {"prompt": p, "completions": completions[i : i + 3], "ranks": [0, 1, 1]} for i, p in enumerate(prompts[:32])
-    ]
-    return {
-        "sft": write_rows(directory / "sft.jsonl", rows),
-        "pairs": write_rows(directory / "pairs.jsonl", pairs),
-        "rankings": write_rows(directory / "rankings.jsonl", rankings),
-        "prompts": write_rows(directory / "prompts.jsonl", prompt_rows(32, seed=1)),
-    }
-
-
-def shortness(prompts, completions):
-    """A reward a tiny model climbs in a few steps: few words, and among them 'good'."""
-    return [("good" in c.split()) - 0.1 * len(c.split()) for c in completions]
-
-
-REWARD = f"{__file__}:shortness"
-LENGTHS = {"max_prompt_length": 16, "max_response_length": 12}
-
-
-def stage_config(cls: type, files: dict[str, str], model: str, output: Path, **options):
-    fields = {f.name for f in dataclasses.fields(cls)}
-    data = {SFTConfig: "sft", RewardConfig: "pairs", DPOConfig: "pairs"}.get(cls, "prompts")
-    values = {"batch_size": 16, "steps": 4, "learning_rate": 2e-3, "lr_schedule": "constant", "reward": REWARD}
-    values = {k: v for k, v in (values | LENGTHS).items() if k in fields}
-    return cls(**{**values, "model": model, "output_dir": str(output), "train_data": files[data], **options})
-
-
-STAGES = {
-    "sft": (sft, SFTConfig),
-    "reward": (reward, RewardConfig),
-    "ppo": (ppo, PPOConfig),
-    "remax": (remax, ReMaxConfig),
-    "reinforce": (reinforce, ReinforceConfig),
-    "rloo": (rloo, RLOOConfig),
-    "grpo": (grpo, GRPOConfig),
-    "dpo": (dpo, DPOConfig),
-}
-
-
-def weights(directory: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    files = sorted(directory.glob("*.safetensors")) + sorted(directory.glob("value/*.safetensors"))
-    return {f"{path.parent.name}/{k}": v for path in files for k, v in load_file(path).items()}
-
-
-def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    assert a.keys() != set() and len(a) == len(b)
-    return max((x - y).abs().max().item() for x, y in zip(a.values(), b.values(), strict=True))
-
-
-def interrupted(whole: Path, cut: Path) -> Path:
-    """`cut`, with what an interruption after the last checkpoint of the run `whole` would have left behind."""
-    last = checkpoint.latest(whole)
-    shutil.copytree(last, cut / last.name)
-    shutil.copy(whole / "metrics.jsonl", cut)
-    return cut
+from tests.support.stages import STAGES, distance, interrupted, shortness, stage_config, weights, write_rows
 
 
 @pytest.mark.parametrize("name", STAGES)

@@ -4,8 +4,6 @@ import json
 
 import pytest
 import torch
-from test_sharing import numbers
-from test_stages import STAGES, distance, files, interrupted, stage_config, weights  # noqa: F401  (files is a fixture)
 
 from rlhf_fast.config import ReMaxConfig, SFTConfig
 from rlhf_fast.lab.variance import gradient_variance
@@ -17,10 +15,11 @@ from rlhf_fast.training.learner import Learner, take_step
 from rlhf_fast.training.metrics import read_metrics
 from rlhf_fast.training.tally import Tally
 from tests.support.models import random_policy, random_sequences
+from tests.support.stages import STAGES, distance, interrupted, numbers, stage_config, weights
 
 
 @pytest.mark.parametrize("name", ["sft", "ppo", "dpo"])
-def test_optimizer_in_backward_gives_the_same_bits_without_gradients(name, files, tiny_model, tmp_path):  # noqa: F811
+def test_optimizer_in_backward_gives_the_same_bits_without_gradients(name, files, tiny_model, tmp_path):
     module, cls = STAGES[name]
     for label, inside in (("ordinary", False), ("inside", True)):
         options = {"max_grad_norm": 0.0, "optimizer_in_backward": inside, "warmup_steps": 2, "weight_decay": 0.1}
@@ -59,7 +58,7 @@ def test_optimizer_in_backward_says_that_the_weights_are_spoilt(tiny_model):
         take_step(Tally(), {"grad_norm": learner})
 
 
-def test_adamw_8bit(files, tiny_model, tmp_path, monkeypatch):  # noqa: F811
+def test_adamw_8bit(files, tiny_model, tmp_path, monkeypatch):
     options = {"epochs": 3, "save_steps": 10, "learning_rate": 5e-3}
     for kind in ("adamw", "adamw_8bit"):
         sft.train(stage_config(SFTConfig, files, tiny_model, tmp_path / kind, optimizer=kind, **options))
@@ -83,7 +82,7 @@ def test_adamw_8bit(files, tiny_model, tmp_path, monkeypatch):  # noqa: F811
         sft.train(stage_config(SFTConfig, files, tiny_model, tmp_path / "none", optimizer="adamw_8bit"))
 
 
-def test_gradient_variance_refuses_to_train(files, tiny_model, tmp_path):  # noqa: F811
+def test_gradient_variance_refuses_to_train(files, tiny_model, tmp_path):
     config = stage_config(ReMaxConfig, files, tiny_model, tmp_path, optimizer_in_backward=True, max_grad_norm=0.0)
     with pytest.raises(ValueError, match="optimizer_in_backward: expected false"):
         gradient_variance(config, batches=2)

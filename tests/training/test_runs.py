@@ -8,16 +8,6 @@ from pathlib import Path
 
 import datasets
 import pytest
-from test_stages import (  # noqa: F401  (files is a fixture)
-    REWARD,
-    STAGES,
-    distance,
-    files,
-    interrupted,
-    shortness,
-    stage_config,
-    weights,
-)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_fast.config import DPOConfig, ReMaxConfig, RewardConfig, RLOOConfig, SFTConfig
@@ -26,6 +16,7 @@ from rlhf_fast.lm.loading import load_policy
 from rlhf_fast.stages import dpo, remax, reward, rloo, sft
 from rlhf_fast.training import checkpoint
 from rlhf_fast.training.metrics import read_metrics
+from tests.support.stages import REWARD, STAGES, distance, interrupted, shortness, stage_config, weights
 
 
 def run_json(directory) -> dict:
@@ -42,19 +33,19 @@ def run_json(directory) -> dict:
         ("train_data", lambda path: iter(load_rows(path, "sft")), "<list_iterator>"),
     ],
 )
-def test_paths_and_data_in_memory(field, value, described, files, tiny_model, tmp_path):  # noqa: F811
+def test_paths_and_data_in_memory(field, value, described, files, tiny_model, tmp_path):
     config = stage_config(SFTConfig, files, tiny_model, tmp_path / "out", save_steps=2)
     given = getattr(config, field)
     sft.train(dataclasses.replace(config, **{field: value(given)}))
     assert run_json(tmp_path / "out")["config"][field] == (described or given)
 
 
-def test_a_function_as_reward(files, tiny_model, tmp_path):  # noqa: F811
+def test_a_function_as_reward(files, tiny_model, tmp_path):
     rloo.train(stage_config(RLOOConfig, files, tiny_model, tmp_path, steps=1, reward=shortness))
     assert run_json(tmp_path)["config"]["reward"] == f"{shortness.__module__}:shortness"
 
 
-def test_output_directory_on_another_file_system(files, tiny_model, tmp_path, monkeypatch):  # noqa: F811
+def test_output_directory_on_another_file_system(files, tiny_model, tmp_path, monkeypatch):
     """A symlink to a folder into which nothing outside can be renamed."""
     other, replace = tmp_path / "other", os.replace
 
@@ -71,7 +62,7 @@ def test_output_directory_on_another_file_system(files, tiny_model, tmp_path, mo
     assert (other / "out" / "run.json").is_file() and sorted(os.listdir(tmp_path)) == ["other", "out"]
 
 
-def test_files_of_another_program_are_found_before_the_first_step(files, tiny_model, tmp_path):  # noqa: F811
+def test_files_of_another_program_are_found_before_the_first_step(files, tiny_model, tmp_path):
     AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path)
     before = sorted(os.listdir(tmp_path))
@@ -80,7 +71,7 @@ def test_files_of_another_program_are_found_before_the_first_step(files, tiny_mo
     assert sorted(os.listdir(tmp_path)) == before
 
 
-def test_a_reward_model_outlives_its_normalisation(files, tiny_model, tmp_path, monkeypatch):  # noqa: F811
+def test_a_reward_model_outlives_its_normalisation(files, tiny_model, tmp_path, monkeypatch):
     options = {"eval_data": files["pairs"], "normalize_samples": 8}
     config = stage_config(RewardConfig, files, tiny_model, tmp_path / "cut", **options)
     reward.train(dataclasses.replace(config, output_dir=str(tmp_path / "whole")))
@@ -110,7 +101,7 @@ def test_a_reward_model_outlives_its_normalisation(files, tiny_model, tmp_path, 
         ({"steps": 6, "lr_schedule": "linear"}, "lr_schedule: expected 'constant'"),
     ],
 )
-def test_another_config_cannot_resume(change, message, files, tiny_model, tmp_path):  # noqa: F811
+def test_another_config_cannot_resume(change, message, files, tiny_model, tmp_path):
     config = stage_config(ReMaxConfig, files, tiny_model, tmp_path, save_steps=2)
     remax.train(config)
     with pytest.raises(ValueError, match=message):
@@ -118,7 +109,7 @@ def test_another_config_cannot_resume(change, message, files, tiny_model, tmp_pa
     assert run_json(tmp_path)["config"]["resume"] is False  # the finished run is untouched
 
 
-def test_a_decaying_run_cannot_be_made_longer(files, tiny_model, tmp_path):  # noqa: F811
+def test_a_decaying_run_cannot_be_made_longer(files, tiny_model, tmp_path):
     config = stage_config(SFTConfig, files, tiny_model, tmp_path, save_steps=2, lr_schedule="linear")
     sft.train(config)
     with pytest.raises(ValueError, match="epochs: expected 1 as in the run to resume"):
@@ -126,7 +117,7 @@ def test_a_decaying_run_cannot_be_made_longer(files, tiny_model, tmp_path):  # n
 
 
 @pytest.mark.parametrize(("name", "longer"), [("sft", {"epochs": 2}), ("remax", {"steps": 6})])
-def test_a_constant_run_made_longer_is_the_longer_run(name, longer, files, tiny_model, tmp_path):  # noqa: F811
+def test_a_constant_run_made_longer_is_the_longer_run(name, longer, files, tiny_model, tmp_path):
     module, cls = STAGES[name]
     config = stage_config(cls, files, tiny_model, tmp_path / "cut", save_steps=2)
     module.train(config)
@@ -135,7 +126,7 @@ def test_a_constant_run_made_longer_is_the_longer_run(name, longer, files, tiny_
     assert distance(weights(tmp_path / "whole"), weights(tmp_path / "cut")) == 0
 
 
-def test_run_json_covers_the_whole_run(files, tiny_model, tmp_path):  # noqa: F811
+def test_run_json_covers_the_whole_run(files, tiny_model, tmp_path):
     config = stage_config(DPOConfig, files, tiny_model, tmp_path / "whole", save_steps=4, epochs=1)
     config = dataclasses.replace(config, eval_data=files["prompts"], eval_reward=REWARD, eval_steps=2)
     dpo.train(config)
@@ -151,7 +142,7 @@ def test_run_json_covers_the_whole_run(files, tiny_model, tmp_path):  # noqa: F8
         assert phases["evaluation"]["count"] == 4  # the one before the first step is timed, but is no step
 
 
-def test_nothing_to_resume_is_said(files, tiny_model, tmp_path, capsys):  # noqa: F811
+def test_nothing_to_resume_is_said(files, tiny_model, tmp_path, capsys):
     config = stage_config(SFTConfig, files, tiny_model, tmp_path)
     sft.train(config)
     assert "resume" not in capsys.readouterr().err
@@ -159,7 +150,7 @@ def test_nothing_to_resume_is_said(files, tiny_model, tmp_path, capsys):  # noqa
     assert f"SFT: no checkpoint to resume in {tmp_path}, starts anew\n" in capsys.readouterr().err
 
 
-def test_truncated_rows_are_said(files, tiny_model, tmp_path, capsys):  # noqa: F811
+def test_truncated_rows_are_said(files, tiny_model, tmp_path, capsys):
     sft.train(stage_config(SFTConfig, files, tiny_model, tmp_path / "a", max_length=4))
     assert "SFT: 96 of 96 rows are too long and were truncated\n" in capsys.readouterr().err
     rloo.train(stage_config(RLOOConfig, files, tiny_model, tmp_path / "b", steps=1, max_prompt_length=1))
@@ -168,7 +159,7 @@ def test_truncated_rows_are_said(files, tiny_model, tmp_path, capsys):  # noqa: 
     assert "truncated" not in capsys.readouterr().err
 
 
-def test_held_out_prompts_alone_are_evaluated_before_and_after(files, tiny_model, tmp_path):  # noqa: F811
+def test_held_out_prompts_alone_are_evaluated_before_and_after(files, tiny_model, tmp_path):
     config = stage_config(RLOOConfig, files, tiny_model, tmp_path, steps=3, eval_data=files["prompts"])
     rloo.train(config)
     evaluated = [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl") if "eval/reward" in row]

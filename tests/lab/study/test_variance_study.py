@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import yaml
-from test_stages import REWARD, files  # noqa: F401  (files is a fixture)
 
 from rlhf_fast import cli
 from rlhf_fast.lab.study import runs, two_armed
@@ -19,10 +18,11 @@ from rlhf_fast.lab.study.variance_seed import METHODS, PANELS, SeedRun, offsets,
 from rlhf_fast.lm.passes import response_logits, token_values
 from rlhf_fast.training.meter import Meter
 from rlhf_fast.training.metrics import read_metrics
+from tests.support.stages import REWARD
 
 
 @pytest.fixture(scope="module")
-def pipeline_file(files, tiny_model, tmp_path_factory):  # noqa: F811
+def pipeline_file(files, tiny_model, tmp_path_factory):
     """SFT, reward model and ReMax in a few steps."""
     lengths = {"max_prompt_length": 16, "max_response_length": 6}
     values = {
