@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+
 from rlhf_fast.kernels.maths import sigmoid, softplus
 
 BLOCK = 256

@@ -7,6 +7,7 @@ float64, combined by the last program to arrive.
 
 import triton
 import triton.language as tl
+
 from rlhf_fast.kernels.maths import (
     MAX_LOG_RATIO,
     bregman,

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+
 from rlhf_fast.kernels.maths import is_last, sigmoid, softplus, sum_partials
 
 BLOCK = 256

@@ -10,6 +10,7 @@ Left out: top-k and top-p, which arrive as -inf logits.
 
 import triton
 import triton.language as tl
+
 from rlhf_fast.kernels.maths import number
 from rlhf_fast.kernels.token_kl import _recentred
 from rlhf_fast.kernels.token_logprobs import _reduced, _row_results

@@ -10,6 +10,7 @@ are float32), rows split over programs.
 
 import triton
 import triton.language as tl
+
 from rlhf_fast.kernels.maths import LOG2E, bregman, expm1, log1p, number
 from rlhf_fast.kernels.token_logprobs import _bounded, _capped, _row_results
 

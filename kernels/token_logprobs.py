@@ -10,6 +10,7 @@ all but its first and last tile are read unmasked, 16 bytes at a time.
 
 import triton
 import triton.language as tl
+
 from rlhf_fast.kernels.maths import LOG2E, expm1, is_last, log1p, number, softplus, tanh
 
 ROWS = 4  # of a tile, which one lane holds: a lane's maximum moves at most once per tile

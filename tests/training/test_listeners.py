@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_stages import STAGES, files, stage_config  # noqa: F401  (files is a fixture)
 
 from rlhf_fast.training.listeners import Listener, TensorBoard
 from rlhf_fast.training.metrics import read_metrics
+from tests.support.stages import STAGES, stage_config
 
 
 class Recorder(Listener):
@@ -29,7 +29,7 @@ class Recorder(Listener):
 
 
 @pytest.mark.parametrize("name", list(STAGES))
-def test_every_stage_tells_its_listeners(name, files, tiny_model, tmp_path):  # noqa: F811
+def test_every_stage_tells_its_listeners(name, files, tiny_model, tmp_path):
     module, config_class = STAGES[name]
     config, recorder = stage_config(config_class, files, tiny_model, tmp_path), Recorder()
     module.train(config, listeners=[recorder])
@@ -45,7 +45,7 @@ def test_every_stage_tells_its_listeners(name, files, tiny_model, tmp_path):  # 
     )
 
 
-def test_a_run_that_fails_still_ends(files, tiny_model, tmp_path):  # noqa: F811
+def test_a_run_that_fails_still_ends(files, tiny_model, tmp_path):
     class Failing(Recorder):
         def log(self, step, row):
             raise RuntimeError("no more disk")
