@@ -95,8 +95,9 @@ def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
     if not hasattr(tensor, "__tensor_flatten__"):
         yield tensor
         return
-    for name in tensor.__tensor_flatten__()[0]:
-        yield from plain_tensors(getattr(tensor, name))
+    for part in (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]):
+        if isinstance(part, Tensor):  # DTensor names its mesh too
+            yield from plain_tensors(part)
 
 
 def _has_fake(args: tuple) -> bool:

@@ -1,0 +1,58 @@
+"""Models sharded by FSDP2 over two processes: every loss gives one process's gradients, as it enters by the root."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from rlhf_fast.training.memory import static_bytes
+from rlhf_fast.training.tensor_bytes import TensorBytes
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_gradients_of_two_processes_are_those_of_one(tmp_path):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    command = [sys.executable, "-m", "tests.support.sharded"]
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), "2", str(tmp_path / "meeting")],
+            env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    worst = dict(line.rsplit(": ", 1) for line in outputs[0][0].splitlines() if ": " in line)
+    assert worst.keys() == {"sft", "reinforce", "ppo", "ppo from logits", "log-probs", "joint", "scores", "values"}
+    assert all(float(difference) < 2e-6 for difference in worst.values()), worst
+
+
+class Wrapper(torch.Tensor):
+    """A tensor without memory of its own, as DTensor is."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, (2 * len(inner), *inner.shape[1:]), dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __tensor_flatten__(self):
+        return ["inner"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise AssertionError("nothing computes with it here")
+
+
+def test_bytes_of_a_wrapper_are_those_of_what_it_wraps():
+    inner = torch.ones(4, 8)
+    with TensorBytes(exclude=[Wrapper(inner)]) as counter:
+        inner.sum()  # left out, as the wrapper's own memory is
+        assert counter.peak == 4
+    module = torch.nn.Module()
+    module.register_buffer("weight", Wrapper(inner))
+    assert static_bytes({"": module})[""]["weights"] == inner.nbytes
