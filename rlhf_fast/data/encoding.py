@@ -1,4 +1,4 @@
-"""Rows in, token ids out: encoding the five kinds of training data, and making batches of them.
+"""Rows in, token ids out: encoding the kinds of training data, and making batches of them.
 
 - Prompt and completion are tokenized apart and joined, so no token straddles the border; BOS comes once, at the start,
   if the tokenizer adds one; every completion ends in EOS.
@@ -27,11 +27,13 @@ __all__ = [
     "PromptExample",
     "RankingExample",
     "SFTExample",
+    "UnpairedExample",
     "encode_preferences",
     "encode_prompts",
     "encode_rankings",
     "encode_sft",
     "encode_texts",
+    "encode_unpaired",
     "epoch_batches",
     "load_rows",
     "pad_id",
@@ -56,6 +58,13 @@ class RankingExample(NamedTuple):
     prompt_ids: list[int]
     completion_ids: list[list[int]]
     ranks: list[int]  # 0 is best
+
+
+class UnpairedExample(NamedTuple):
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    label: bool  # whether the completion is good
+    unrelated: tuple[list[int], list[int]]  # the prompt again, and the completion of a row with another prompt
 
 
 class PromptExample(NamedTuple):
@@ -128,6 +137,41 @@ def encode_rankings(
         examples.append(RankingExample(prompt, answers, [int(rank) for rank in row["ranks"]]))
         truncated += cut
     return Encoded(examples, truncated)
+
+
+def encode_unpaired(
+    rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, max_prompt_length: int
+) -> Encoded:
+    """Rows of kind unpaired -> Encoded of UnpairedExample.
+
+    The unrelated completion of a row is the completion of the next row with another prompt; after the last row comes
+    the first. Raises ValueError where all rows have one prompt.
+    """
+    others = [rows[n]["completion"] for n in _next_with_another_prompt(rows)]
+    lengths = tokenizer, max_length, max_prompt_length
+    own = _encode_answers(rows, [[row["completion"]] for row in rows], *lengths)
+    unrelated = _encode_answers(rows, [[completion] for completion in others], *lengths)
+    examples, truncated = [], 0
+    for row, (prompt, (ids,), cut), (other_prompt, (other_ids,), _) in zip(rows, own, unrelated, strict=True):
+        examples.append(UnpairedExample(prompt, ids, row["label"], (other_prompt, other_ids)))
+        truncated += cut
+    return Encoded(examples, truncated)
+
+
+def _next_with_another_prompt(rows: list[Row]) -> list[int]:
+    """Of every row the number of the next row, cyclically, with another prompt of the same form (text or messages)."""
+    n, found = len(rows), [-1] * len(rows)
+    for form in (True, False):
+        own = [i for i in range(n) if isinstance(rows[i]["prompt"], str) is form]
+        for place_in, i in reversed(
+            [*enumerate(own), *enumerate(own)]
+        ):  # twice around: the last rows look at the first
+            following = own[(place_in + 1) % len(own)]
+            found[i] = following if rows[following]["prompt"] != rows[i]["prompt"] else found[following]
+    if -1 in found:
+        where = place(rows[found.index(-1)], found.index(-1) + 1)
+        raise ValueError(f"{where}: prompt: expected rows with at least two different prompts, found one prompt alone")
+    return found
 
 
 def encode_prompts(rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_prompt_length: int) -> Encoded:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-KINDS = ("sft", "preference", "ranking", "prompt")
+KINDS = ("sft", "preference", "ranking", "unpaired", "prompt")
 
 
 class LocatedRow(dict):
@@ -32,6 +32,7 @@ def load_rows(source: str | Path | Iterable[Row], kind: str) -> list[Row]:
         sft         prompt + completion, or messages
         preference  prompt + chosen + rejected (+ margin, a finite number)
         ranking     prompt + completions + ranks (integers, 0 is best, at least two different ones)
+        unpaired    prompt + completion + label (true where the completion is good, false where it is bad)
         prompt      prompt
       A prompt is a string or a list of messages ({"role", "content"}) that does not end in an assistant turn; after
       such a prompt a completion is a string or a list holding one assistant message, otherwise it is a string.
@@ -130,6 +131,7 @@ def _check_row(row: Row, kind: str, where: str) -> None:
         "sft": ["completion"],
         "preference": ["chosen", "rejected"],
         "ranking": ["completions", "ranks"],
+        "unpaired": ["completion", "label"],
         "prompt": [],
     }[kind]
     missing = [name for name in ["prompt", *completions] if row.get(name) is None]
@@ -144,6 +146,10 @@ def _check_row(row: Row, kind: str, where: str) -> None:
     if kind == "ranking":
         _check_ranking(row, chat, where)
         return
+    if kind == "unpaired":
+        completions.remove("label")
+        if not isinstance(row["label"], bool):
+            raise ValueError(f"{where}: label: expected true or false, got {row['label']!r}")
     for name in completions:
         _check_completion(row[name], chat, f"{where}: {name}")
     if kind == "preference" and row.get("margin") is not None:
