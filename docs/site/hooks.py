@@ -40,4 +40,4 @@ def on_page_markdown(markdown, page, config, files):
         target = OUTSIDE.get(path, path.removeprefix("docs/"))
         return os.path.relpath(target, os.path.dirname(page.file.src_uri) or ".")
 
-    return LINK.sub(on_site, markdown)
+    return LINK.sub(on_site, markdown).replace(" ± ", "\u00a0±\u00a0")  # which else break over lines in tables
