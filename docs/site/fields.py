@@ -5,6 +5,7 @@ kept: Tensor | None  # [N], what was kept       becomes    kept: [N], what was k
 """
 
 import ast
+import re
 
 import griffe
 
@@ -14,10 +15,9 @@ class Fields(griffe.Extension):
         body = node.body if {"NamedTuple", "dataclass"} & _kinds(node) else []
         names = [line.target.id for line in body if isinstance(line, ast.AnnAssign)]
         values = [line.value for line in body if isinstance(line, ast.AnnAssign)]
-        fields = [
-            f"    {name}: {_help(value) or cls.members[name].source.partition('  # ')[2] or name.replace('_', ' ')}"
-            for name, value in zip(names, values, strict=True)
-        ]
+        helps = [_help(value, cls.module) for value in values]
+        comments = [cls.members[name].source.partition("  # ")[2] or name.replace("_", " ") for name in names]
+        fields = [f"    {name}: {help or comment}" for name, help, comment in zip(names, helps, comments, strict=True)]
         if fields:
             text = cls.docstring.value if cls.docstring else ""
             cls.docstring = griffe.Docstring("\n".join([text, "", "Attributes:", *fields]), parent=cls, parser="google")
@@ -29,11 +29,14 @@ def _kinds(node):
     return {mark.id for mark in marks if isinstance(mark, ast.Name)}
 
 
-def _help(value):
-    """What `arg` or `required` says, its bounds and its default; the text itself says what None means."""
-    if not isinstance(value, ast.Call) or getattr(value.func, "id", None) not in ("arg", "required"):
+def _help(value, module):
+    """The help of `arg` and the like, its bounds and its default; the help itself says what a default of None means."""
+    kind = getattr(value.func, "id", None) if isinstance(value, ast.Call) else None
+    if kind not in ("arg", "required", "random_seed"):
         return None
-    *default, text = value.args
-    bounds = [f"{keyword.arg} {ast.unparse(keyword.value)}".capitalize() + "." for keyword in value.keywords]
-    defaults = [f"Default: `{ast.unparse(value)}`." for value in default if ast.unparse(value) != "None"]
-    return " ".join([ast.literal_eval(text), *bounds, *defaults])
+    *default, text = map(ast.unparse, value.args)
+    default += ["0"] if kind == "random_seed" else []
+    constants = {name: eval(str(module[name].value)) for name in re.findall(r"\b_[A-Z_]+\b", text)}
+    text = eval(text, constants)  # a string, or an f-string of the module's constants
+    bounds = [f"{bound.arg} {ast.unparse(bound.value)}.".capitalize().replace("_", " ") for bound in value.keywords]
+    return " ".join([text, *bounds, *(f"Default: `{value}`." for value in default if value != "None")])
