@@ -11,14 +11,16 @@ from bench.exactness import AT_TARGET, ENTROPY, GRADIENT, LOGPROB, LOGPROB_GRADI
 from rlhf_fast.training.metrics import markdown_table
 
 NOTES = (
-    "Errors against float64 on the same inputs, relative where the truth is above 1, absolute below; where the target "
-    "is 25 nats ahead relative throughout (1: nothing is right; the gradient by logits is that at the target).",
-    "-: not offered. Not installed: see the extra `rivals`. A class name: that is what it raised.",
+    "Errors are against float64 on the same inputs. They are relative where the true value is above 1, and absolute "
+    "below. Where the target is 25 nats ahead, all errors are relative (1 means that nothing is right), and the "
+    "gradient by logits is the gradient at the target.",
+    "`-` means that the library does not offer it. The extra `rivals` installs the libraries that are not installed. "
+    "A class name is the error that the library raised.",
 )
 INTERPRETED = (
-    "Triton kernels ran in Triton's interpreter, made to round to bf16 as a GPU does, our CUDA C++ kernels compiled "
-    "for the CPU: their own arithmetic and order, but not a GPU's `exp2` (relative error 2e-7). The interpreter has no "
-    "libdevice: an `InterpreterError` is not the kernel's fault."
+    "Triton kernels ran in Triton's interpreter, which was made to round to bf16 as a GPU does. Our CUDA C++ kernels "
+    "were compiled for the CPU. Their arithmetic and order are those of a GPU; their `exp2` is not (relative error "
+    "2e-7). The interpreter has no libdevice, so an `InterpreterError` is not the kernel's fault."
 )
 
 

@@ -123,10 +123,10 @@ def markdown(run: dict[str, Any], chart: str) -> str:
     parts = [
         f"# {'GPU' if 'GPU' in run['machine'] else 'CPU'} operations",
         f"`{run['command']}`, {run['date']}: {machine}.",
-        "Medians of interleaved rounds. GB/s counts what has to be moved at least once; the ceiling moves as much with "
-        "plain torch (`sum`, on a GPU a copy, then `copy_` or `neg_`) in the same rounds, or makes the bare matmuls. "
-        "Temporary memory, results included, is the peak during one call above what was held before. Errors are "
-        "against float64, relative where entries are large.",
+        "Times are medians of interleaved rounds. GB/s counts the bytes that have to be moved at least once. The "
+        "ceiling moves as many bytes with plain torch in the same rounds (`sum`, on a GPU a copy, then `copy_` or "
+        "`neg_`), or makes the bare matmuls. Temporary memory is the peak during one call above the memory that was "
+        "held before; it includes the results. Errors are against float64, and relative where entries are large.",
         f"![Speed relative to eager PyTorch]({chart})",
         markdown_table(rows(run["cases"])),
     ]

@@ -68,16 +68,17 @@ def markdown(run: dict[str, Any]) -> str:
         "# Trainers",
         f"`{run['command']}`, {run['date']}: {machine}.",
         "; ".join(environments) + ".",
-        "The demo's model and the embedded world's data, fp32; same weights, batches, optimizer and lengths. Each "
-        "contender in its own process, warm-up left out, turns of some steps each in rounds; speeds are the medians of "
-        "the rounds' ratios. Peak memory is the process's, imports included. Settings and differences: "
-        "`bench/trainers/cases.py`.",
+        "All contenders train the demo's model on the embedded world's data in fp32, with the same weights, batches, "
+        "optimizer and lengths. Each contender has a process of its own. The contenders take turns of some steps in "
+        "rounds, and the warm-up is left out. Speeds are the medians of the rounds' ratios. Peak memory is that of "
+        "the process, imports included. `bench/trainers/cases.py` has the settings and the differences.",
         "## Bars",
         markdown_table(run["bars"]),
         "## Time and memory",
         markdown_table(rows(run["cases"])),
         "## The first step",
-        "Differences are relative to the rival's number; of a gradient, to its norm, all weights as one vector.",
+        "Differences are relative to the rival's number. A gradient is one vector of all weights, and its difference "
+        "is relative to its norm.",
         markdown_table(run["equalities"]),
     ]
     return "\n\n".join(parts) + "\n"

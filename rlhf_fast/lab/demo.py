@@ -19,8 +19,9 @@ from rlhf_fast.stages.init import init_model
 
 METHODS = ("ppo", "remax", "reinforce", "rloo")  # whose policies the gradient variance is measured on, at the end
 VARIANCE_NOTE = (
-    "Gradient variance: scores are shifted so that the SFT model's samples average 0, which makes no baseline nearly "
-    "the best one at the start. From then on the scores rise, and ReMax's greedy baseline rises with them."
+    "Gradient variance: scores are shifted so that the SFT model's samples average 0. Using no baseline is therefore "
+    "already close to optimal at the start. From then on the scores rise, and ReMax's greedy baseline rises with "
+    "them."
 )
 TRUE_REWARD = "rlhf_fast.world:true_reward"
 MODEL = {

@@ -15,8 +15,9 @@ _TITLES = {
     "reward": "Reward on held-out prompts",
 }
 _NOTES = {
-    "model": "t_gen: one decode; t_back: one forward and backward pass with its optimizer step, both REINFORCE's. "
-    "ReMax is the faster one where t_gen < t_back, with its greedy rows folded where f t_gen < t_back.",
+    "model": "t_gen is one decode. t_back is one forward and backward pass with its optimizer step. Both are "
+    "REINFORCE's. ReMax is faster than PPO where t_gen < t_back or, with its greedy rows folded into one decode, where "
+    "f t_gen < t_back.",
     "memory": "Static: weights, gradients and optimizer states; models that share weights count them once.",
 }
 
