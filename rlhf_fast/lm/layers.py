@@ -38,7 +38,7 @@ def fused(backbone: PreTrainedModel) -> Iterator[None]:
 
 
 def has_known_layers(backbone: PreTrainedModel) -> bool:
-    """By their parts' names; and nobody watches or has changed what would be passed over."""
+    """Whether every layer has the names of Llama's parts, and no hook or changed forward that `fused` would skip."""
     layers, norm = getattr(backbone, "layers", None), getattr(backbone, "norm", None)
     return (
         isinstance(layers, nn.ModuleList)

@@ -43,7 +43,7 @@ def mixes(hidden: Tensor, weight: Tensor) -> bool:
 
 
 def kept_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of a gradient that waits for its scale (a loss scaler's): float16 rounds to 0 what a mean leaves of it."""
+    """The dtype in which a gradient waits for a loss scaler's factor; float16 would round a mean's gradient to 0."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 

@@ -1,6 +1,6 @@
-"""What a transformer's layer does between its matmuls, a read each way instead of one for every step. Used by `layers`.
+"""The steps of a transformer's layer between its matmuls. All steps together read their input once in each direction.
 
-On a GPU these are plain PyTorch, as in the reference.
+`lm.layers` uses them. On a GPU they are plain PyTorch, as in the reference.
 """
 
 import torch

@@ -128,7 +128,10 @@ class _Moments:
         self.bytes[name] = max(self.bytes[name], self.counter.take_peak())
 
     def end(self) -> None:
-        """The backward pass does not leave a first layer whose input needs no gradient; of two it is the second too."""
+        """Fills in marks that no hook set: the backward pass never leaves a first layer whose input needs no gradient.
+
+        In a model of two layers the first layer is also the second layer from behind.
+        """
         for name in ("first layer", "gradients"):
             if not self.bytes[name]:
                 self.mark(name)
