@@ -2,7 +2,7 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
-#include "cpu/pointer.h"
+#include "pointer.h"
 
 namespace py = pybind11;
 

@@ -2,7 +2,7 @@
 #include <vector>
 
 #include "ops.h"
-#include "row.h"
+#include "storage.h"
 
 namespace rlhf::ISA {
 namespace {

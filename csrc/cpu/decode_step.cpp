@@ -1,5 +1,7 @@
 // Attention of one new token per row over its cached keys and values, the rotary embedding and the write to the cache
 // included.
+#include <vector>
+
 #include "ops.h"
 #include "row.h"
 
@@ -45,8 +47,8 @@ void attend(const In* heads, int64_t n, int64_t Q, int64_t K, int64_t D, const f
     const int team = team_size(n * K * (slot + 1) * D, threads);
 #pragma omp parallel num_threads(team)
     {
-        float* buffer = new float[S + 2 * D];
-        float *scores = buffer, *x = scores + S, *sum = x + D;
+        std::vector<float> buffer(S + 2 * D);
+        float *scores = buffer.data(), *x = scores + S, *sum = x + D;
 #pragma omp for collapse(2) schedule(static)
         for (int64_t row = 0; row < n; ++row)
             for (int64_t k = 0; k < K; ++k) {
@@ -81,7 +83,6 @@ void attend(const In* heads, int64_t n, int64_t Q, int64_t K, int64_t D, const f
                     for (int64_t i = 0; i < D; ++i) narrow(sum[i] / total, out[(row * Q + q) * D + i]);
                 }
             }
-        delete[] buffer;
     }
 }
 

@@ -6,7 +6,7 @@
 // row strides are in elements. The results do not depend on the number of threads.
 #include <array>
 
-#include "pointer.h"
+#include "../pointer.h"
 
 namespace rlhf::ISA {
 

@@ -1,5 +1,7 @@
 // Clipped policy, clipped value and REINFORCE losses: value, gradient and statistics in one pass.
 // Short float sums per block, double across blocks, rows combined in order: the same bits for any number of threads.
+#include <vector>
+
 #include "../math.h"
 #include "ops.h"
 
@@ -127,10 +129,10 @@ void ppo(Pointer logp, Pointer old_logp, Pointer advantages, bool per_token, Poi
          int64_t B, int64_t L, double clip_low, double clip_high, double dual_clip, double kl_coef, int estimator,
          double entropy_coef, int reduction, double denominator, Pointer grad_logp, Pointer grad_entropy, Pointer stats,
          int threads) {
-    PPOSums* rows = new PPOSums[B];
+    std::vector<PPOSums> rows(B);
     double total = 0;
     for (int64_t b = 0; b < B; ++b) total += rows[b].count = double(count_true(mask.as<uint8_t>() + b * L, L));
-    double* weights = new double[B];
+    std::vector<double> weights(B);
     const int team = team_size(4 * B * L, threads);  // five dozen instructions for every eight elements
 #pragma omp parallel for num_threads(team) schedule(static)
     for (int64_t b = 0; b < B; ++b) {
@@ -159,8 +161,6 @@ void ppo(Pointer logp, Pointer old_logp, Pointer advantages, bool per_token, Poi
     PPOSums all;
     for (int64_t b = 0; b < B; ++b) all.add(rows[b], weights[b]);
     all.write(stats.as<T>(), kl_coef, entropy_coef);
-    delete[] rows;
-    delete[] weights;
 }
 
 template <typename T>
@@ -168,7 +168,7 @@ void value_loss(Pointer values, Pointer old_values, Pointer returns, Pointer mas
                 double denominator, Pointer grad, Pointer stats, int threads) {
     const int64_t total = count_true(mask.as<uint8_t>(), n), blocks = (n + kTokens - 1) / kTokens;
     const double weight = token_weight(double(total), double(total), 1, kTokenMean, denominator);
-    double* partial = new double[2 * blocks];
+    std::vector<double> partial(2 * blocks);
     const int team = team_size(n, threads);
 #pragma omp parallel for num_threads(team) schedule(static)
     for (int64_t block = 0; block < blocks; ++block) {
@@ -193,7 +193,6 @@ void value_loss(Pointer values, Pointer old_values, Pointer returns, Pointer mas
         sum += partial[2 * block];
         clipped += partial[2 * block + 1];
     }
-    delete[] partial;
     stats.as<T>()[0] = T(weight * sum);
     stats.as<T>()[1] = T(total > 0 ? clipped / double(total) : 0);
 }
@@ -202,7 +201,7 @@ template <typename T>
 void reinforce(Pointer logp, Pointer advantages, bool per_token, Pointer mask, int64_t B, int64_t L, int reduction,
                double denominator, Pointer grad, Pointer loss, int threads) {
     const int64_t total = count_true(mask.as<uint8_t>(), B * L);
-    double* rows = new double[B];
+    std::vector<double> rows(B);
     const int team = team_size(B * L, threads);
 #pragma omp parallel for num_threads(team) schedule(static)
     for (int64_t b = 0; b < B; ++b) {
@@ -219,7 +218,6 @@ void reinforce(Pointer logp, Pointer advantages, bool per_token, Pointer mask, i
     }
     double sum = 0;
     for (int64_t b = 0; b < B; ++b) sum += rows[b];
-    delete[] rows;
     loss.as<T>()[0] = T(sum);
 }
 

@@ -1,12 +1,7 @@
-// Reading and writing a row of logits in blocks that stay in the L1 cache, and its online-softmax state in one pass
-// over memory.
+// The online-softmax state of a row of logits in one pass over memory, in blocks that stay in the L1 cache.
 #pragma once
-#include <type_traits>
-
 #include "lane_sums.h"
-#ifdef __F16C__
-#include <immintrin.h>
-#endif
+#include "storage.h"
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -18,86 +13,6 @@ constexpr int64_t kBlock = 4096;       // logits: a block of floats fits in the 
 constexpr int64_t kSegment = 1 << 15;  // columns of one thread: fixed, so that threads sharing a row keep its bits
 constexpr int64_t kGuess = 256;        // logits whose largest is the first shift
 constexpr int64_t kMasked = -100;      // the token id of a row that does not count
-
-struct bfloat16 {
-    uint16_t bits;
-};
-struct float16 {
-    uint16_t bits;
-};
-
-template <typename T>
-inline T from_bits(uint32_t bits) {
-    T x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
-inline uint32_t to_bits(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
-
-// The type the arithmetic runs in.
-template <typename In>
-struct ComputeOf {
-    using type = float;
-};
-template <>
-struct ComputeOf<double> {
-    using type = double;
-};
-template <typename In>
-using Compute = typename ComputeOf<In>::type;
-
-inline float widen(bfloat16 x) { return from_bits<float>(uint32_t(x.bits) << 16); }
-inline float widen(float x) { return x; }
-inline double widen(double x) { return x; }
-inline float widen(float16 x) {
-    const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13, sign = uint32_t(x.bits & 0x8000) << 16;
-    const float scaled = from_bits<float>(magnitude) * 0x1p112f;  // rebiases the exponent, denormals included
-    const uint32_t bits = magnitude >= 0x0f800000 ? magnitude | 0x7f800000 : to_bits(scaled);
-    return from_bits<float>(bits | sign);
-}
-
-// One rounding, to nearest even.
-inline void narrow(float x, float& out) { out = x; }
-inline void narrow(double x, double& out) { out = x; }
-inline void narrow(float x, bfloat16& out) {
-    const uint32_t bits = to_bits(x), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    out.bits = uint16_t(x != x ? 0x7fc0 : rounded);
-}
-inline void narrow(float x, float16& out) {
-    const uint32_t bits = to_bits(x), sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
-    // Below 2^-14 the result is denormal: adding 0.5 lets the float adder round at the right place.
-    const uint32_t small = to_bits(from_bits<float>(magnitude) + 0.5f) - 0x3f000000;
-    const uint32_t normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-    const uint32_t large = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
-    out.bits = uint16_t(sign | (magnitude < 0x38800000 ? small : magnitude < 0x47800000 ? normal : large));
-}
-
-template <typename In>
-inline void load(const In* from, Compute<In>* to, int64_t n) {
-    int64_t i = 0;
-#ifdef __F16C__
-    if constexpr (std::is_same_v<In, float16>)  // the compiler does not find these instructions by itself
-        for (; i + 8 <= n; i += 8)
-            _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
-#endif
-#pragma omp simd
-    for (int64_t k = i; k < n; ++k) to[k] = widen(from[k]);
-}
-
-template <typename In>
-inline void store(const Compute<In>* from, In* to, int64_t n) {
-    int64_t i = 0;
-#ifdef __F16C__
-    if constexpr (std::is_same_v<In, float16>)
-        for (; i + 8 <= n; i += 8) _mm_storeu_si128((__m128i*)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
-#endif
-#pragma omp simd
-    for (int64_t k = i; k < n; ++k) narrow(from[k], to[k]);
-}
 
 template <typename T>
 inline void cap(T* z, int64_t n, T softcap) {
@@ -219,21 +134,6 @@ inline int64_t first_bad_id(const int64_t* ids, int64_t N, int64_t V) {
     for (int64_t i = 0; i < N; ++i)
         if (ids[i] != kMasked && (ids[i] < 0 || ids[i] >= V)) return i;
     return -1;
-}
-
-// Calls function with a value of the storage type that the dtype code names.
-template <typename Function>
-inline auto with_storage(int dtype, Function function) {
-    switch (dtype) {
-        case 1:
-            return function(bfloat16());
-        case 2:
-            return function(float16());
-        case 3:
-            return function(double());
-        default:
-            return function(float());
-    }
 }
 
 }  // namespace

@@ -1,5 +1,7 @@
 // log p(token), entropy of p and KL(p || q) of p = softmax(logits / temperature) and q = softmax(ref_logits /
 // temperature), forward in one pass over both rows, backward in one read of both and one write.
+#include <vector>
+
 #include "ops.h"
 #include "pair_sums.h"
 
@@ -62,8 +64,8 @@ void forward(const Rows<In>& rows, int64_t N, Pointer logprobs, Pointer entropy,
         return;
     }
     // Fewer rows than threads: the segments of a row go to different threads and are merged in the same order.
-    Start* starts = new Start[N];
-    SoftmaxPair* states = new SoftmaxPair[N * segments];
+    std::vector<Start> starts(N);
+    std::vector<SoftmaxPair> states(N * segments);
 #pragma omp parallel num_threads(team)
     {
 #pragma omp for schedule(static)
@@ -84,8 +86,6 @@ void forward(const Rows<In>& rows, int64_t N, Pointer logprobs, Pointer entropy,
         }
         write<T>(logprobs, entropy, kl, ref_logprobs, stats, i, row);
     }
-    delete[] states;
-    delete[] starts;
 }
 
 // The row by value: members of a reference might be what g overwrites.

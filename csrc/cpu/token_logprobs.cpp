@@ -1,5 +1,7 @@
 // log p(token) and entropy of softmax(logits / temperature), forward in one pass over each row, backward in one read
 // and write.
+#include <vector>
+
 #include "ops.h"
 #include "row.h"
 
@@ -30,7 +32,7 @@ void forward(const In* logits, int64_t row_stride, const int64_t* ids, int64_t N
     }
     // Fewer rows than threads: the segments of a row go to different threads and are merged in the same order.
     const int64_t segments = segments_of(V);
-    Softmax* states = new Softmax[N * segments];
+    std::vector<Softmax> states(N * segments);
 #pragma omp parallel for num_threads(team) schedule(static)
     for (int64_t task = 0; task < N * segments; ++task) {
         const int64_t i = task / segments;
@@ -46,7 +48,6 @@ void forward(const In* logits, int64_t row_stride, const int64_t* ids, int64_t N
         }
         write<In>(logprobs, entropy, stats, i, row);
     }
-    delete[] states;
 }
 
 // g = 2^(d factor) (slope d + offset), d = z - shift

@@ -4,7 +4,7 @@
 //   scratch      kScratchBytes of device memory that no other stream uses, all 0 before the first launch
 // Launches only: nothing here waits for the device, so token ids out of range give NaN instead of a row number.
 #pragma once
-#include "../cpu/pointer.h"
+#include "../pointer.h"
 
 namespace rlhf::cuda {
 
