@@ -10,21 +10,13 @@ import pytest
 import torch
 from transformers import GenerationMixin
 
+import bench.cases
+import bench.measure
+import bench.report
+import bench.rollout
 import rlhf_fast
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module")
-def bench():
-    """`bench` is not installed. The root is on the path no longer than needed: it has a folder `kernels`."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT)
-        import bench.cases
-        import bench.measure
-        import bench.report
-        import bench.rollout
-    return bench
 
 
 def square(x):
@@ -46,7 +38,7 @@ class WrongGradient(torch.autograd.Function):
     [(lambda x: ((x * x).sum() * (1 + 1e-4),), 0), (lambda x: (WrongGradient.apply(x),), 1)],
     ids=["value", "gradient"],
 )
-def test_refuses_to_time_a_kernel_that_disagrees(bench, ours, result):
+def test_refuses_to_time_a_kernel_that_disagrees(ours, result):
     timed = []
     case = bench.case.Case(
         name="square",
@@ -65,7 +57,7 @@ def test_refuses_to_time_a_kernel_that_disagrees(bench, ours, result):
     )
 
 
-def test_every_operation_agrees_with_float64(bench):
+def test_every_operation_agrees_with_float64():
     cases = bench.cases.all_cases(quick=True)
     for bars, device in ((bench.report.CPU_BARS, "cpu"), (bench.report.GPU_BARS, "cuda")):
         assert {bar.case for bar in bars} <= {case.name for case in bench.cases.all_cases(quick=True, device=device)}
@@ -77,7 +69,7 @@ def test_every_operation_agrees_with_float64(bench):
         assert ours <= (4e-3 if "backward bf16" in case.name else 2e-6), case.name
 
 
-def test_libraries_take_part_where_installed(bench, monkeypatch):
+def test_libraries_take_part_where_installed(monkeypatch):
     """A library's log-probs become each case's first result, and gradients, as the others have them."""
     import bench.libraries as libraries
 
@@ -104,7 +96,7 @@ def test_libraries_take_part_where_installed(bench, monkeypatch):
             assert bench.measure.errors(case, inputs, competitors)["a library"] <= 2**-8
 
 
-def test_contenders_take_turns(bench):
+def test_contenders_take_turns():
     log = []
     contenders = {
         "a": bench.device.Contender(lambda: log.append("a"), lambda: log.append("restore a")),
@@ -118,12 +110,12 @@ def test_contenders_take_turns(bench):
     assert log[-9:] == a + b + b + a + a + b
 
 
-def test_temporary_memory_is_the_peak_of_one_call(bench):
+def test_temporary_memory_is_the_peak_of_one_call():
     contender = bench.device.Contender(lambda: torch.ones(2**23) + torch.ones(2**23))  # three of 32 MiB
     assert abs(bench.device.CPU().temporary_bytes(contender) - 96 * 2**20) < 2**20
 
 
-def test_bars(bench):
+def test_bars():
     result = {
         "seconds": {"rlhf_fast": {"median": 2.0}, "eager": {"median": 12.0}, "ceiling": {"median": 1.5}},
         "temporary_bytes": {"rlhf_fast": 50},
@@ -138,7 +130,7 @@ def test_bars(bench):
     assert not bar("x", "memory of the input", at_most=0.04).met(result)
 
 
-def test_spread_shows_a_busy_machine(bench):
+def test_spread_shows_a_busy_machine():
     seconds = {"rlhf_fast": {"p20": 1.0, "p80": 1.1}, "eager": {"p20": 2.0, "p80": 5.0}}
     assert bench.report.spread({"seconds": seconds}, ["rlhf_fast"]) == 1.1
     assert bench.report.spread({"seconds": seconds}, ["rlhf_fast", "eager"]) == 2.5
@@ -156,7 +148,7 @@ def test_command_line_writes_its_results(tmp_path):
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_gpu_that_is_not_there_is_an_error(bench, monkeypatch, capsys):
+def test_a_gpu_that_is_not_there_is_an_error(monkeypatch, capsys):
     import bench.__main__ as command
 
     monkeypatch.setattr(sys, "argv", ["bench", "ops", "--device", "cuda"])
@@ -166,7 +158,7 @@ def test_a_gpu_that_is_not_there_is_an_error(bench, monkeypatch, capsys):
     assert stop.value.code == 2 and "--device cuda: torch sees no GPU" in capsys.readouterr().err
 
 
-def test_rollout_bars_are_ratios_of_medians(bench):
+def test_rollout_bars_are_ratios_of_medians():
     rollout = bench.rollout
     seconds = {rollout.SAMPLED: 2.0, rollout.FOLDED: 2.4, rollout.THEIRS: 5.1, rollout.THEIRS_GREEDY: 4.0}
     times = {name: {"median": x, "p20": x, "p80": x} for name, x in seconds.items()}
@@ -178,7 +170,7 @@ def test_rollout_bars_are_ratios_of_medians(bench):
     assert [row["met"] for row in rollout.bar_rows({"seconds": times}, "cpu")] == ["NO", "yes", "yes"]
 
 
-def test_a_decode_that_differs_from_generate_is_not_timed(bench, monkeypatch):
+def test_a_decode_that_differs_from_generate_is_not_timed(monkeypatch):
     shape = bench.rollout.shapes("cpu", quick=True)[0]
     original = GenerationMixin.generate
     monkeypatch.setattr(GenerationMixin, "generate", lambda *args, **kwargs: original(*args, **kwargs).flip(0))

@@ -10,26 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
+import bench.exactness
+import bench.exactness_report
+import bench.rivals
+import bench.trials
 from rlhf_fast.ops import dispatch, reference
 
 ROOT = Path(__file__).resolve().parents[1]
 INF = math.inf
 
 
-@pytest.fixture(scope="module")
-def bench():
-    """`bench` is not installed. The root is on the path no longer than needed: it has a folder `kernels`."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT)
-        import bench.exactness
-        import bench.exactness_report
-        import bench.rivals
-        import bench.trials
-    return bench
-
-
 @pytest.fixture
-def by_name(bench):
+def by_name():
     def find(name, trials="logits"):
         trials = bench.trials.logits_trials() if trials == "logits" else bench.trials.hidden_trials()
         return next(trial for trial in trials if trial.name == name)
@@ -41,11 +33,11 @@ def named(family, name):
     return next(each for each in family if each.name == name)
 
 
-def implementation(bench, function, **fields):
+def implementation(function, **fields):
     return bench.rivals.Implementation(name="rlhf_fast", load=lambda: function, **fields)
 
 
-def test_truth_of_a_row_computed_by_hand(bench):
+def test_truth_of_a_row_computed_by_hand():
     inputs = bench.trials.Inputs(
         (torch.tensor([[0.0, math.log(3), -INF]]),), torch.tensor([0]), torch.tensor([2.0]), torch.tensor([4.0])
     )
@@ -59,7 +51,7 @@ def test_truth_of_a_row_computed_by_hand(bench):
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.3, "softcap": 2.0}], ids=["plain", "softcap"])
-def test_truth_of_hidden_states_is_autograd_s(bench, options):
+def test_truth_of_hidden_states_is_autograd_s(options):
     torch.manual_seed(0)
     hidden, weight, bias = (torch.randn(size, dtype=torch.float64) for size in ((5, 4), (7, 4), (7,)))
     bias[3] = -INF
@@ -75,7 +67,7 @@ def test_truth_of_hidden_states_is_autograd_s(bench, options):
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
 
 
-def test_truth_keeps_its_digits_where_the_target_is_far_ahead(bench):
+def test_truth_keeps_its_digits_where_the_target_is_far_ahead():
     inputs = bench.trials.Inputs(
         (torch.tensor([[40.0, 0.0]]),), torch.tensor([0]), torch.tensor([1.0]), torch.tensor([0.0])
     )
@@ -85,7 +77,7 @@ def test_truth_keeps_its_digits_where_the_target_is_far_ahead(bench):
     assert truth.gradient.tolist() == [pytest.approx([p, -p], rel=1e-12)]
 
 
-def few_rows(bench, trial, n=3):
+def few_rows(trial, n=3):
     """For Triton's interpreter, in which a row takes its time."""
 
     def make_inputs():
@@ -98,18 +90,18 @@ def few_rows(bench, trial, n=3):
 
 @pytest.mark.parametrize("inputs", ["logits", "hidden"])
 @pytest.mark.parametrize("name", ["rlhf_fast", "rlhf_fast, Triton", "rlhf_fast, CUDA C++"])
-def test_ours_is_within_its_tolerance(bench, name, inputs):
+def test_ours_is_within_its_tolerance(name, inputs):
     trials = bench.trials.logits_trials() if inputs == "logits" else bench.trials.hidden_trials()
     family = bench.rivals.FROM_LOGITS if inputs == "logits" else bench.rivals.FROM_HIDDEN
     if "Triton" in name:
-        trials = [few_rows(bench, trial) for trial in trials]
+        trials = [few_rows(trial) for trial in trials]
     results = bench.exactness.measure(trials, [named(family, name)])
     assert bench.exactness.failures(results) == []
     assert all(isinstance(result["errors"][name][x], float) for result in results for x in bench.exactness.QUANTITIES)
 
 
 @pytest.mark.parametrize("name, backend", [("rlhf_fast, Triton", "triton"), ("rlhf_fast, CUDA C++", "cuda")])
-def test_the_back_end_named_is_the_one_that_runs(bench, by_name, monkeypatch, name, backend):
+def test_the_back_end_named_is_the_one_that_runs(by_name, monkeypatch, name, backend):
     """Another one would give right numbers too."""
     implementation, calls = named(bench.rivals.FROM_HIDDEN, name), []
     with implementation.within():
@@ -119,7 +111,7 @@ def test_the_back_end_named_is_the_one_that_runs(bench, by_name, monkeypatch, na
     assert calls
 
 
-def test_what_others_get_wrong_is_found(bench, by_name):
+def test_what_others_get_wrong_is_found(by_name):
     eager, flash = (named(bench.rivals.FROM_LOGITS, name) for name in ("eager", "flash-attn's formula"))
     one = bench.exactness.errors(by_name("one -inf"), eager)
     assert one["log-prob"] < 1e-5 and one["entropy"] == one["gradient of both"] == "NaN"
@@ -131,14 +123,14 @@ def test_what_others_get_wrong_is_found(bench, by_name):
     assert ahead["log-prob"] == ahead["its gradient"] == 1 and ahead["gradient at the target"] == "0"
 
 
-def test_ours_fails_where_it_is_wrong(bench, by_name):
+def test_ours_fails_where_it_is_wrong(by_name):
     ours = bench.rivals.FROM_LOGITS[0].load()
 
     def off(logits, ids):
         logprobs, entropy = ours(logits, ids)
         return logprobs + 1e-4, entropy * math.nan
 
-    (result,) = bench.exactness.measure([by_name("V = 4999")], [implementation(bench, off)])
+    (result,) = bench.exactness.measure([by_name("V = 4999")], [implementation(off)])
     assert result["errors"]["rlhf_fast"]["entropy"] == "NaN"
     missed = bench.exactness.failures([result])
     assert [miss.partition(" is off by ")[0] for miss in missed] == [
@@ -149,22 +141,22 @@ def test_ours_fails_where_it_is_wrong(bench, by_name):
     assert "rlhf_fast: 25 nats ahead: the gradient at the target is 0" in bench.exactness.failures(results)
 
 
-def test_what_is_missing_or_raises_is_named(bench, by_name):
+def test_what_is_missing_or_raises_is_named(by_name):
     def crash(*args, **options):
         raise ZeroDivisionError
 
     trial, errors = by_name("temperature 0.1"), bench.exactness.errors
     absent = bench.rivals.Implementation(name="x", load=crash, requires=("no_such_module",))
     assert set(errors(trial, absent).values()) == {"not installed"}
-    assert set(errors(trial, implementation(bench, crash)).values()) == {"-"}, "it takes no temperature"
-    raising = implementation(bench, crash, takes=frozenset({"temperature"}))
+    assert set(errors(trial, implementation(crash)).values()) == {"-"}, "it takes no temperature"
+    raising = implementation(crash, takes=frozenset({"temperature"}))
     assert set(errors(trial, raising).values()) == {"ZeroDivisionError"}
     assert len(bench.exactness.failures(bench.exactness.measure([trial], [raising]))) == 4
     ours = dataclasses.replace(absent, name="rlhf_fast, Triton")
     assert bench.exactness.failures(bench.exactness.measure([trial], [ours])) == [], "what is not there is not wrong"
 
 
-def test_tables(bench):
+def test_tables():
     report = bench.exactness_report
     numbers = 0.0, 2.6e-7, 0.036, 1.0, 2.7e5, "NaN"
     assert [report.brief(x) for x in numbers] == ["0", "3e-7", "0.04", "1", "3e+5", "NaN"]

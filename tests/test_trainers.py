@@ -9,32 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.trainers import cases, compare, replay, report
 from rlhf_fast.lab.world import build_tokenizer
 from rlhf_fast.training.run import offline_batches
 
-ROOT = Path(__file__).resolve().parents[1]
+
+def case_of(method):
+    return next(case for case in cases.CASES if case.method == method)
 
 
-@pytest.fixture(scope="module")
-def trainers():
-    """`bench` is not installed. The root is on the path no longer than needed: it has a folder `kernels`."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT)
-        import bench.trainers.cases
-        import bench.trainers.compare
-        import bench.trainers.replay
-        import bench.trainers.report
-    return bench.trainers
-
-
-def case_of(trainers, method):
-    return next(case for case in trainers.cases.CASES if case.method == method)
-
-
-def test_numbers_are_equal_within_the_tolerance_and_no_further(trainers):
-    equality = trainers.cases.Equality
+def test_numbers_are_equal_within_the_tolerance_and_no_further():
+    equality = cases.Equality
     case = dataclasses.replace(
-        case_of(trainers, "sft"),
+        case_of("sft"),
         equalities=(
             equality("loss", "a", "b"),
             equality("per token", "sum", "mean", factor=1 / 40),
@@ -42,18 +29,18 @@ def test_numbers_are_equal_within_the_tolerance_and_no_further(trainers):
         ),
     )
     ours, theirs = {"a": 2.0, "sum": 80.0, "nothing": 0.0}, {"b": 2.00019, "mean": 2.0003, "almost": 9e-5}
-    rows = trainers.compare.equalities(case, ours, theirs)
+    rows = compare.equalities(case, ours, theirs)
     assert [row["met"] for row in rows] == ["yes", "NO", "yes"]
     assert rows[0]["relative difference"] == pytest.approx(0.00019 / 2.00019)
     assert rows[1]["ours"] == pytest.approx(2.0)
     with pytest.raises(KeyError, match="almost"):
-        trainers.compare.equalities(case, ours, {"b": 2.0, "mean": 2.0})
+        compare.equalities(case, ours, {"b": 2.0, "mean": 2.0})
 
 
-def test_gradients_of_one_norm_and_another_direction_are_not_equal(trainers):
+def test_gradients_of_one_norm_and_another_direction_are_not_equal():
     theirs = {"policy.a": torch.tensor([3.0, 0.0]), "policy.b": torch.tensor([[4.0]]), "value.a": torch.ones(4)}
     same = {name: x / 8 for name, x in theirs.items()}
-    rows = trainers.compare.gradient_equalities(same, theirs, factor=8.0)
+    rows = compare.gradient_equalities(same, theirs, factor=8.0)
     assert [(row["quantity"], row["met"]) for row in rows] == [
         ("gradient norm, policy", "yes"),
         ("gradient, policy: distance", "yes"),
@@ -62,14 +49,14 @@ def test_gradients_of_one_norm_and_another_direction_are_not_equal(trainers):
     ]
     assert rows[0]["theirs"] == 5.0
     turned = theirs | {"policy.a": torch.tensor([0.0, 3.0])}
-    norm, distance, *_ = trainers.compare.gradient_equalities(turned, theirs, factor=1.0)
+    norm, distance, *_ = compare.gradient_equalities(turned, theirs, factor=1.0)
     assert norm["met"] == "yes" and distance["met"] == "NO"
     assert distance["relative difference"] == pytest.approx(18**0.5 / 5)
     with pytest.raises(ValueError, match="gradients: .* on both sides, got on one only: value.a"):
-        trainers.compare.gradient_equalities({k: v for k, v in theirs.items() if k != "value.a"}, theirs, 1.0)
+        compare.gradient_equalities({k: v for k, v in theirs.items() if k != "value.a"}, theirs, 1.0)
 
 
-def test_who_begins_changes_from_round_to_round(trainers):
+def test_who_begins_changes_from_round_to_round():
     log = []
 
     class Fake:
@@ -82,7 +69,7 @@ def test_who_begins_changes_from_round_to_round(trainers):
         def hear(self):
             return {"seconds": float(len(log)), "cpu_seconds": 1.0}
 
-    samples = trainers.compare.take_turns({"a": Fake("a"), "b": Fake("b")}, rounds=3, steps=2)
+    samples = compare.take_turns({"a": Fake("a"), "b": Fake("b")}, rounds=3, steps=2)
     assert log == ["a", "b", "b", "a", "a", "b"]
     assert samples == {
         "seconds": {"a": [0.5, 2.0, 2.5], "b": [1.0, 1.5, 3.0]},
@@ -97,15 +84,15 @@ def interpreter(path: Path, trl: str) -> str:
     return str(path)
 
 
-def test_an_environment_without_the_rival_is_named(trainers, tmp_path):
-    absent = trainers.compare.why_absent
+def test_an_environment_without_the_rival_is_named(tmp_path):
+    absent = compare.why_absent
     assert absent(interpreter(tmp_path / "right", "1.16.0"), "TRL 1.16.0") == ""
     assert absent(None, "TRL 1.12.0") == "no environment with trl==1.12.0 was named"
     wrong = interpreter(tmp_path / "wrong", "1.15.0")
     assert absent(wrong, "TRL 1.16.0") == f"expected trl==1.16.0 in the environment of {wrong}, found 1.15.0"
 
 
-def result(trainers, **changes):
+def result(**changes):
     quantiles = {"median": 1.0, "p20": 0.9, "p80": 1.1}
     return {
         "trainer": "DPOTrainer",
@@ -123,9 +110,9 @@ def result(trainers, **changes):
     }
 
 
-def test_bars(trainers):
+def test_bars():
     def met(**changes):
-        return [row["met"] for row in trainers.report.bar_rows([result(trainers, **changes)])]
+        return [row["met"] for row in report.bar_rows([result(**changes)])]
 
     assert met() == ["yes", "yes", "yes"]
     assert met(speedup_seconds={"median": 1.29, "p20": 1.2, "p80": 1.4}) == ["NO", "yes", "yes"]
@@ -135,19 +122,19 @@ def test_bars(trainers):
     assert met(absent="no environment with trl==1.16.0 was named") == ["NO", "NO", "NO"]
 
 
-def test_completions_are_replayed_by_prompt_in_their_order(trainers, tmp_path):
+def test_completions_are_replayed_by_prompt_in_their_order(tmp_path):
     torch.save([([1, 2], [3]), ([4], [5]), ([1, 2], [6, 7])], tmp_path / "completions.pt")
-    completions = trainers.replay.Completions(str(tmp_path / "completions.pt"))
+    completions = replay.Completions(str(tmp_path / "completions.pt"))
     assert [completions.of(prompt) for prompt in ([1, 2], [1, 2], [4])] == [[3], [6, 7], [5]]
     with pytest.raises(KeyError):
         completions.of([9])
 
 
-def test_the_rival_gets_the_rows_of_our_first_batches_in_our_order(trainers):
+def test_the_rival_gets_the_rows_of_our_first_batches_in_our_order():
     tokenizer, steps = build_tokenizer(), 3
     for method in ("sft", "reward", "dpo", "rloo", "ppo"):
-        case = case_of(trainers, method)
-        ours, theirs = trainers.cases._rows(case, steps)
+        case = case_of(method)
+        ours, theirs = cases._rows(case, steps)
         per_step = case.batch_size // case.settings.get("group_size", 1)
         assert len(ours) == len(theirs) == steps * per_step
         order = [row for batch in offline_batches(len(ours), per_step, 1, seed=0) for row in batch]
@@ -167,10 +154,10 @@ def test_the_rival_gets_the_rows_of_our_first_batches_in_our_order(trainers):
                 assert tokenizer.decode(trained) == f"{row['completion']} <eos>"
 
 
-def test_two_contenders_in_processes_of_their_own(trainers, tiny_model, tmp_path, monkeypatch):
+def test_two_contenders_in_processes_of_their_own(tiny_model, tmp_path, monkeypatch):
     """Ours against itself: the same first step to the bit, one sample per turn, a peak of some hundred MiB each."""
-    case = dataclasses.replace(case_of(trainers, "sft"), batch_size=4, steps_per_turn=1, warmup=1)
-    write_specs = trainers.compare.write_specs
+    case = dataclasses.replace(case_of("sft"), batch_size=4, steps_per_turn=1, warmup=1)
+    write_specs = compare.write_specs
 
     def both_ours(*arguments):
         paths = write_specs(*arguments)
@@ -179,10 +166,10 @@ def test_two_contenders_in_processes_of_their_own(trainers, tiny_model, tmp_path
         paths["theirs"].write_text(json.dumps(spec))
         return paths
 
-    monkeypatch.setattr(trainers.compare, "write_specs", both_ours)
-    monkeypatch.setitem(trainers.compare.SCRIPTS, case.rival, "run_ours.py")
+    monkeypatch.setattr(compare, "write_specs", both_ours)
+    monkeypatch.setitem(compare.SCRIPTS, case.rival, "run_ours.py")
     python = interpreter(tmp_path / "python", "1.16.0")
-    found = trainers.compare.run(case, python, {"init": tiny_model}, 2, tmp_path / "sft")
+    found = compare.run(case, python, {"init": tiny_model}, 2, tmp_path / "sft")
     assert found["absent"] == ""
     assert {row["quantity"] for row in found["equalities"]} == {
         "loss", "gradient norm, policy", "gradient, policy: distance"
@@ -194,9 +181,9 @@ def test_two_contenders_in_processes_of_their_own(trainers, tiny_model, tmp_path
     assert found["environments"][case.rival]["torch"] == torch.__version__
 
 
-def test_a_contender_that_fails_says_why(trainers, tmp_path):
+def test_a_contender_that_fails_says_why(tmp_path):
     script = tmp_path / "fails.py"
     script.write_text("raise SystemExit('no such model')")
-    contender = trainers.compare.Contender(sys.executable, str(script), tmp_path / "spec.json")
+    contender = compare.Contender(sys.executable, str(script), tmp_path / "spec.json")
     with pytest.raises(RuntimeError, match=r"fails.py ended early \(exit code 1\):\nno such model"):
         contender.hear()
