@@ -10,9 +10,8 @@ Left out: top-k and top-p, which arrive as -inf logits.
 
 import triton
 import triton.language as tl
-from rlhf_fast.kernels.maths import number
-from rlhf_fast.kernels.token_kl import _recentred
-from rlhf_fast.kernels.token_logprobs import _reduced, _row_results
+from rlhf_fast.kernels.maths import LOG2E, number
+from rlhf_fast.kernels.softmax import recentred, reduced, row_results
 
 BLOCK = 4096
 CHUNK = 128  # blocks of a row that the second launch looks at together
@@ -38,7 +37,7 @@ def _block_states(
     row = (program // blocks).to(tl.int64)
     column = program % blocks * BLOCK + tl.arange(0, BLOCK)
     z = tl.load(logits + row * row_stride + column, mask=column < V, other=float("-inf")).to(F)
-    m, s, a = _reduced(z, 1.0, 0.0, number(scale, F))
+    m, s, a = reduced(z, 1.0, 0.0, number(scale, F))
     mine = states + program.to(tl.int64) * 3
     tl.store(mine, m)
     tl.store(mine + 1, s)
@@ -130,8 +129,8 @@ def _draw(
         weight += tl.sum(tl.where(start + each == block, weights, 0.0), 0)
         m = tl.where(start + each == block, float("-inf"), m)
         higher = tl.maximum(m_others, m)
-        _, s_others, a_others = _recentred(m_others, s_others, a_others, higher, factor, True)
-        _, s, a = _recentred(m, s, a, higher, factor, True)
+        _, s_others, a_others = recentred(m_others, s_others, a_others, higher, factor, True)
+        _, s, a = recentred(m, s, a, higher, factor, True)
         s_others += s
         a_others += a
         m_others = higher
@@ -146,12 +145,12 @@ def _draw(
     token = block * BLOCK + tl.maximum(tl.where(here < BLOCK, here, last_here), 0)
     z_token = tl.load(logits + token).to(F)
 
-    m, s, a = _reduced(tl.where(column == token, float("-inf"), z), 1.0, 0.0, factor)
-    m_others, s_others, a_others = _reduced(m_others, s_others, a_others, factor)
+    m, s, a = reduced(tl.where(column == token, float("-inf"), z), 1.0, 0.0, factor)
+    m_others, s_others, a_others = reduced(m_others, s_others, a_others, factor)
     higher = tl.maximum(m, m_others)
-    _, s, a = _recentred(m, s, a, higher, factor, True)
-    _, s_others, a_others = _recentred(m_others, s_others, a_others, higher, factor, True)
-    logprob, h, _, _ = _row_results(higher, s + s_others, a + a_others, z_token, scale)
+    _, s, a = recentred(m, s, a, higher, factor, True)
+    _, s_others, a_others = recentred(m_others, s_others, a_others, higher, factor, True)
+    logprob, h, _, _ = row_results(higher, s + s_others, a + a_others, z_token, scale)
     tl.store(tokens + row, token.to(tl.int64))
     tl.store(logprobs + row, logprob)
     tl.store(entropy + row, h)
@@ -166,7 +165,7 @@ def sample_tokens(
     compute,
 ):  # fmt: skip
     """states: [rows, blocks_of(V), 3] of the statistics' dtype, uninitialised. registers: as in ppo_loss."""
-    blocks, scale = blocks_of(V), 1.4426950408889634 / temperature
+    blocks, scale = blocks_of(V), LOG2E.value / temperature
     _block_states[(rows * blocks,)](
         logits, states, row_stride, V, blocks, scale, F=compute, BLOCK=BLOCK, num_warps=WARPS
     )

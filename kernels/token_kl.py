@@ -11,7 +11,7 @@ are float32), rows split over programs.
 import triton
 import triton.language as tl
 from rlhf_fast.kernels.maths import LOG2E, bregman, expm1, log1p, number
-from rlhf_fast.kernels.token_logprobs import _bounded, _capped, _row_results
+from rlhf_fast.kernels.softmax import bounded, capped, recentred, row_results
 
 COLUMNS = 2048
 BLOCK = 2048  # of the backward pass
@@ -21,22 +21,12 @@ WARPS = 8
 @triton.jit
 def _target(logits, target, V, cap, SOFTCAP: tl.constexpr, F: tl.constexpr):
     z = tl.load(logits + target, mask=(target >= 0) & (target < V), other=float("nan")).to(F)
-    return _capped(z, cap, SOFTCAP)
+    return capped(z, cap, SOFTCAP)
 
 
 @triton.jit
 def _finite(z):
     return tl.where((z > float("-inf")) & (z < float("inf")), z, 0.0)
-
-
-@triton.jit
-def _recentred(m, s, a, top, scale, CENTRED: tl.constexpr):
-    """The factor e of a move from m to top, and sums of e^x and (CENTRED) x e^x, base 2, about top."""
-    moved = (m - tl.where(top == float("-inf"), 0.0, top)) * scale
-    e = tl.exp2(moved)
-    if CENTRED:
-        a = tl.where(e == 0, 0.0, a + s * moved)
-    return e, s * e, a * e
 
 
 @triton.jit
@@ -88,13 +78,13 @@ def _token_kl(
         for start in range(0, V, COLUMNS):
             column = start + columns
             inside = (column < V) & (column != target)
-            z = _capped(tl.load(logits + column, mask=inside, other=0.0).to(F), cap, SOFTCAP)
-            ref = _capped(tl.load(ref_logits + column, mask=inside, other=0.0).to(F), cap, SOFTCAP)
+            z = capped(tl.load(logits + column, mask=inside, other=0.0).to(F), cap, SOFTCAP)
+            ref = capped(tl.load(ref_logits + column, mask=inside, other=0.0).to(F), cap, SOFTCAP)
             z = tl.where(inside, z, float("-inf"))
             ref = tl.where(inside, ref, float("-inf"))
             top = tl.maximum(m, z)
-            moved, s, a = _recentred(m, s, a, top, factor, True)
-            x = _bounded((z - tl.where(top == float("-inf"), 0.0, top)) * factor)
+            moved, s, a = recentred(m, s, a, top, factor, True)
+            x = bounded((z - tl.where(top == float("-inf"), 0.0, top)) * factor)
             e = tl.exp2(x)
             missing = (z > float("-inf")) & (ref == float("-inf"))
             endless = tl.where(missing, 1, endless)
@@ -106,20 +96,20 @@ def _token_kl(
             curve = tl.where(m == float("-inf"), 0.0, curve * moved) + tl.where(e == 0, 0.0, e * bregman(u))
             m = top
             top = tl.maximum(ref_m, ref)
-            _, ref_s, ref_outside = _recentred(ref_m, ref_s, ref_outside, top, factor, False)
-            ref_e = tl.exp2(_bounded((ref - tl.where(top == float("-inf"), 0.0, top)) * factor))
+            _, ref_s, ref_outside = recentred(ref_m, ref_s, ref_outside, top, factor, False)
+            ref_e = tl.exp2(bounded((ref - tl.where(top == float("-inf"), 0.0, top)) * factor))
             ref_s += ref_e
             ref_outside += tl.where(e == 0, ref_e, 0.0)
             ref_m = top
         top = tl.max(m, 0)
-        e, s, a = _recentred(m, s, a, top, factor, True)
+        e, s, a = recentred(m, s, a, top, factor, True)
         s_row = tl.sum(s, 0)
         u_row = tl.sum(tl.where(e == 0, 0.0, u_sum * e), 0)
         curve_row = tl.sum(tl.where(e == 0, 0.0, curve * e), 0)
-        logprob, h, shift, log_sum = _row_results(top, s_row, tl.sum(a, 0), z_target, scale)
+        logprob, h, shift, log_sum = row_results(top, s_row, tl.sum(a, 0), z_target, scale)
         ref_top = tl.max(ref_m, 0)
-        _, ref_s, ref_outside = _recentred(ref_m, ref_s, ref_outside, ref_top, factor, False)
-        ref_logprob, _, ref_shift, ref_log_sum = _row_results(ref_top, tl.sum(ref_s, 0), 0 * s_row, ref_target, scale)
+        _, ref_s, ref_outside = recentred(ref_m, ref_s, ref_outside, ref_top, factor, False)
+        ref_logprob, _, ref_shift, ref_log_sum = row_results(ref_top, tl.sum(ref_s, 0), 0 * s_row, ref_target, scale)
         outside = tl.sum(ref_outside, 0) * tl.exp((ref_top - ref_shift) * (scale / LOG2E)) / tl.exp(ref_log_sum)
         outside = tl.where(ref_top == float("-inf"), 0.0, outside) + tl.where(z_target > float("-inf"), 0.0, 1.0)
         missing = (z_target > float("-inf")) & (ref_target == float("-inf"))  # the target's own u is 0
@@ -153,7 +143,7 @@ def token_kl(
 ):  # fmt: skip
     _token_kl[(rows,)](
         logits, ref_logits, ids, logprobs, entropy, kl, ref_logprobs, stats, row_stride, ref_row_stride, V,
-        1.4426950408889634 / temperature, softcap, SOFTCAP=softcap != 0, F=compute, COLUMNS=COLUMNS, num_warps=WARPS,
+        LOG2E.value / temperature, softcap, SOFTCAP=softcap != 0, F=compute, COLUMNS=COLUMNS, num_warps=WARPS,
     )  # fmt: skip
 
 
@@ -207,9 +197,9 @@ def _token_kl_backward(
         centre = tl.load(stats + 4 * row + 2)
         whole = tl.floor(centre + 0.5)  # first, to bring logits far apart together before a difference rounds
         mean = tl.where(by_kl == 0, 0.0, tl.load(stats + 4 * row + 3))
-        z = _capped(tl.load(logits + row * row_stride + column, mask=inside, other=0.0).to(F), cap, SOFTCAP)
-        ref = _capped(tl.load(ref_logits + row * ref_row_stride + column, mask=inside, other=0.0).to(F), cap, SOFTCAP)
-        x = _bounded((z - shift) * base2)
+        z = capped(tl.load(logits + row * row_stride + column, mask=inside, other=0.0).to(F), cap, SOFTCAP)
+        ref = capped(tl.load(ref_logits + row * ref_row_stride + column, mask=inside, other=0.0).to(F), cap, SOFTCAP)
+        x = bounded((z - shift) * base2)
         p = tl.exp2(x) * tl.exp(-log_sum)
         u = (((ref - whole) - z) - (centre - whole)) * factor
         log_ratio = tl.where((p == 0) | (by_kl == 0), 0.0, mean - u)  # log p - log q - KL
@@ -232,7 +222,7 @@ def token_kl_backward(
     blocks = triton.cdiv(V, BLOCK)
     _token_kl_backward[(rows * blocks,)](
         logits, ref_logits, ids, logprobs, entropy, stats, grad_logprobs, grad_entropy, grad_kl, grad_logits,
-        row_stride, ref_row_stride, grad_row_stride, V, blocks, 1.4426950408889634 / temperature, softcap,
+        row_stride, ref_row_stride, grad_row_stride, V, blocks, LOG2E.value / temperature, softcap,
         SOFTCAP=softcap != 0, F=compute, BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
 

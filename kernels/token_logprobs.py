@@ -10,7 +10,8 @@ all but its first and last tile are read unmasked, 16 bytes at a time.
 
 import triton
 import triton.language as tl
-from rlhf_fast.kernels.maths import LOG2E, expm1, is_last, log1p, number, softplus, tanh
+from rlhf_fast.kernels.maths import LOG2E, expm1, is_last, number
+from rlhf_fast.kernels.softmax import add_tile, bounded, capped, reduced, row_results
 
 ROWS = 4  # of a tile, which one lane holds: a lane's maximum moves at most once per tile
 COLUMNS = 1024
@@ -27,73 +28,8 @@ def _aligned(offset, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def _capped(z, softcap, SOFTCAP: tl.constexpr):
-    return tanh(z / softcap) * softcap if SOFTCAP else z
-
-
-@triton.jit
-def _bounded(x):
-    """2^x is 0 at the bound: 0 * -inf would be NaN. Keeps NaN."""
-    if x.dtype == tl.float64:
-        return tl.where(x < -1100.0, -1100.0, x)
-    else:
-        return tl.where(x < -150.0, -150.0, x)
-
-
-@triton.jit
-def _add(z, m, s, a, scale):
-    """States [COLUMNS] after a tile of logits [ROWS, COLUMNS]; scale: log2(e) / temperature."""
-    top = tl.maximum(m, tl.max(z, 0))
-    shift = tl.where(top == float("-inf"), 0.0, top)
-    moved = (m - shift) * scale
-    e = tl.exp2(moved)
-    a = tl.where(e == 0, 0.0, e * (a + s * moved))  # moved is -inf where nothing has been summed
-    s = s * e
-    x = (z - shift[None, :]) * scale
-    x = _bounded(x)
-    e = tl.exp2(x)
-    return top, s + tl.sum(e, 0), a + tl.sum(e * x, 0)
-
-
-@triton.jit
-def _reduced(m, s, a, scale):
-    """One state of many."""
-    top = tl.max(m, 0)
-    x = (m - tl.where(top == float("-inf"), 0.0, top)) * scale
-    e = tl.exp2(x)
-    return top, tl.sum(s * e, 0), tl.sum(tl.where(e == 0, 0.0, e * (a + s * x)), 0)
-
-
-@triton.jit
-def _row_results(m, s, a, z, scale):
-    """(logprob, entropy, shift, log_sum) in float64, from the state of all columns but the target (a: base 2) and the
-    target's logit z."""
-    factor = number(scale, tl.float64) / LOG2E
-    m = m.to(tl.float64)
-    z = z.to(tl.float64)
-    s = s.to(tl.float64)
-    a = a.to(tl.float64) / LOG2E
-    lead = tl.where(s == 0, float("-inf"), (m - z) * factor + tl.log(tl.where(s == 0, 1.0, s)))
-    logprob = tl.where(s == 0, z - z, -softplus(lead))
-    logprob = tl.where(z == float("-inf"), float("-inf"), logprob)
-    shift = tl.maximum(m, z)
-    shift = tl.where(shift == float("-inf"), 0.0, shift)
-    x_others = tl.where(m == float("-inf"), 0.0, (m - shift) * factor)
-    x_target = tl.where(z == float("-inf"), 0.0, (z - shift) * factor)
-    w_others = tl.exp(x_others)
-    w_target = tl.where(z == float("-inf"), 0.0, tl.exp(x_target))
-    rest = s * w_others
-    total = rest + w_target
-    centred = (a + s * x_others) * w_others + x_target * w_target
-    log_sum = tl.where(total == 0, 0.0, tl.log(tl.where(total == 0, 1.0, total)))
-    log_sum = tl.where(w_target == 1, log1p(rest), log_sum)  # beside a target that weighs 1 the rest keeps its digits
-    h = log_sum - centred / tl.where(total == 0, 1.0, total)
-    return logprob, tl.where(h < 0, 0.0, h), shift, log_sum
-
-
-@triton.jit
 def _write_row(m, s, a, z, scale, logprobs, entropy, stats, row):
-    logprob, h, shift, log_sum = _row_results(m, s, a, z, scale)
+    logprob, h, shift, log_sum = row_results(m, s, a, z, scale)
     tl.store(logprobs + row, logprob)
     tl.store(entropy + row, h)
     tl.store(stats + 2 * row, shift)
@@ -147,18 +83,18 @@ def _token_logprobs(
             done = tl.multiple_of(done, ROWS * COLUMNS)
             left = first + done  # the tile's first column
             if (left >= 0) & (left + ROWS * COLUMNS <= V):
-                z = _capped(tl.load(logits + start + done + tile).to(F), cap, SOFTCAP)
+                z = capped(tl.load(logits + start + done + tile).to(F), cap, SOFTCAP)
             else:
                 inside = (left + tile >= 0) & (left + tile < V)
                 z = tl.load(logits + start + done + tile, mask=inside, other=0.0).to(F)
-                z = tl.where(inside, _capped(z, cap, SOFTCAP), float("-inf"))
+                z = tl.where(inside, capped(z, cap, SOFTCAP), float("-inf"))
             if (target >= left) & (target < left + ROWS * COLUMNS):
                 z = tl.where(left + tile == target, float("-inf"), z)
-            m, s, a = _add(z, m, s, a, factor)
-        m_row, s_row, a_row = _reduced(m, s, a, factor)
+            m, s, a = add_tile(z, m, s, a, factor)
+        m_row, s_row, a_row = reduced(m, s, a, factor)
         in_range = (target >= 0) & (target < V)
         z_target = tl.load(logits + offset + target, mask=in_range, other=float("nan")).to(F)
-        z_target = _capped(z_target, cap, SOFTCAP)
+        z_target = capped(z_target, cap, SOFTCAP)
         if SPLIT:
             mine = partial + (row * splits + split) * 3
             tl.store(mine, m_row)
@@ -171,7 +107,7 @@ def _token_logprobs(
                 m_all = tl.load(theirs, mask=there, other=float("-inf"), cache_modifier=".cg")
                 s_all = tl.load(theirs + 1, mask=there, other=0.0, cache_modifier=".cg")
                 a_all = tl.load(theirs + 2, mask=there, other=0.0, cache_modifier=".cg")
-                m_row, s_row, a_row = _reduced(m_all, s_all, a_all, factor)
+                m_row, s_row, a_row = reduced(m_all, s_all, a_all, factor)
                 _write_row(m_row, s_row, a_row, z_target, scale, logprobs, entropy, stats, row)
         else:
             _write_row(m_row, s_row, a_row, z_target, scale, logprobs, entropy, stats, row)
@@ -190,7 +126,7 @@ def token_logprobs(
     tiles = triton.cdiv(triton.cdiv(V + 16, ROWS * COLUMNS), splits)
     _token_logprobs[(splits * rows,)](
         logits, ids, logprobs, entropy, stats, partial, tickets, row_stride, V, splits, tiles,
-        1.4426950408889634 / temperature, softcap, SPLIT=splits > 1, SOFTCAP=softcap != 0,
+        LOG2E.value / temperature, softcap, SPLIT=splits > 1, SOFTCAP=softcap != 0,
         ALIGN=16 // logits.element_size(), F=compute, ROWS=ROWS,
         COLUMNS=COLUMNS, num_warps=WARPS,
     )  # fmt: skip
@@ -253,9 +189,8 @@ def _token_logprobs_backward(
             z = tl.load(logits + start + done + at).to(F)
         else:
             z = tl.load(logits + source + first + at, mask=inside, other=float("-inf")).to(F)
-        capped = _capped(z, cap, SOFTCAP)
-        x = (capped - shift) * base2
-        x = _bounded(x)
+        z = capped(z, cap, SOFTCAP)
+        x = bounded((z - shift) * base2)
         g = tl.exp2(x) * (slope * x + level)
         if (target >= first) & (target < first + BLOCK):
             logprob = tl.load(logprobs + row).to(tl.float64)
@@ -264,7 +199,7 @@ def _token_logprobs_backward(
             at_target = (-expm1(logprob) * by_logprob - at_target) * factor
             g = tl.where(first + at == target, at_target.to(F), g)
         if SOFTCAP:
-            t = capped / cap
+            t = z / cap
             g = g * (1 - t * t)
         if whole:
             tl.store(grad_logits + _aligned(goal, ALIGN) + done + at, g.to(grad_logits.dtype.element_ty))
@@ -280,7 +215,7 @@ def token_logprobs_backward(
     blocks = triton.cdiv(V + 16, BLOCK)
     _token_logprobs_backward[(rows * blocks,)](
         logits, ids, logprobs, entropy, stats, grad_logprobs, grad_entropy, grad_logits, row_stride, grad_row_stride, V,
-        blocks, 1.4426950408889634 / temperature, softcap, SOFTCAP=softcap != 0, ALIGN=16 // logits.element_size(),
+        blocks, LOG2E.value / temperature, softcap, SOFTCAP=softcap != 0, ALIGN=16 // logits.element_size(),
         F=compute, BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
 
