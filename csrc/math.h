@@ -204,6 +204,7 @@ RLHF_INLINE double target_gradient(double logprob, double entropy, double grad_l
 
 constexpr double kMaxLogRatio = 20;
 
+// The order is that of ESTIMATORS in rlhf_fast/ops/kl.py, because a kernel gets the index (tests/core/test_order.py).
 enum Estimator { kK1, kK2, kK3, kAbs };
 
 // These return the term's value and write the rest to references: a struct returned inside a loop would not vectorise.
@@ -270,6 +271,7 @@ RLHF_INLINE T value_term(T value, T old_value, T target, T clip, T& grad, T& cli
     return (a > b ? a : b) / 2;
 }
 
+// The order is that of REDUCTIONS in rlhf_fast/ops/policy_loss.py, because a kernel gets the index.
 enum Reduction { kTokenMean, kSequenceMean, kSequenceSum, kConstant };
 
 // The weight of each True token in the loss: a row's share of the batch's denominator (0 = derive it from the mask).

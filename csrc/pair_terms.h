@@ -54,6 +54,7 @@ struct PairTerm {
     T value, grad_chosen, grad_rejected;
 };
 
+// The order is that of LOSS_TYPES in rlhf_fast/ops/preference.py, because a kernel gets the index.
 enum DPOType {
     kSigmoid,
     kRobust,

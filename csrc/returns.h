@@ -55,6 +55,7 @@ struct GAEMap {
     }
 };
 
+// The order is that of REMAX_VARIANTS in rlhf_fast/ops/returns.py, because a kernel gets the index.
 enum RemaxVariant { kOfficial, kPaper, kVerl };
 
 // ---- moments

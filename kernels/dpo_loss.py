@@ -5,7 +5,8 @@ import triton.language as tl
 from rlhf_fast.kernels.maths import sigmoid, softplus
 
 BLOCK = 256
-SIGMOID, ROBUST, HINGE, IPO, EXO, NCA, APO_ZERO, APO_DOWN, SIGMOID_NORM, SPPO_HARD, DISCOPOP = (
+# The order of LOSS_TYPES in rlhf_fast/ops/preference.py.
+SIGMOID, ROBUST, HINGE, IPO, EXO_PAIR, NCA_PAIR, APO_ZERO, APO_DOWN, SIGMOID_NORM, SPPO_HARD, DISCOPOP = (
     tl.constexpr(i) for i in range(11)
 )
 
@@ -21,7 +22,7 @@ def _term(c, r, beta, eps, log_eps, log_rest, TYPE: tl.constexpr):
     if TYPE == IPO:
         error = c - r - 1 / (2 * beta)
         return error * error, 2 * error, -2 * error
-    elif TYPE == NCA:
+    elif TYPE == NCA_PAIR:
         a = c * beta
         b = r * beta
         value = softplus(-a) + (softplus(a) + softplus(b)) / 2
@@ -44,7 +45,7 @@ def _term(c, r, beta, eps, log_eps, log_rest, TYPE: tl.constexpr):
         elif TYPE == HINGE:
             value = tl.where(h < 1, 1 - h, h - h)
             by_h = tl.where(h < 1, -1.0, h * 0)
-        elif TYPE == EXO:
+        elif TYPE == EXO_PAIR:
             on_p = log_p - log_rest
             on_q = log_q - log_eps
             value = p * on_p + q * on_q

@@ -9,6 +9,7 @@ import triton.language as tl
 
 BLOCK = 1024
 WARPS = 8
+OFFICIAL, PAPER, VERL = (tl.constexpr(i) for i in range(3))  # the order of REMAX_VARIANTS in rlhf_fast/ops/returns.py
 
 
 @triton.jit
@@ -126,11 +127,11 @@ def _remax_returns(
         on = tl.load(mask + at, mask=t >= 0, other=0)
         kl = tl.load(logprobs + at, mask=on, other=0.0).to(tl.float64) - tl.load(ref + at, mask=on, other=0.0)
         weight = advantage + kl * 0
-        if VARIANT == 0:  # official: gamma^(L - t), gamma at the last True place
+        if VARIANT == OFFICIAL:  # gamma^(L - t), gamma at the last True place
             count = tl.cumsum(on.to(tl.float64), 0, reverse=True) + count_to_go
             count_to_go = tl.zeros([1], tl.float64) + _first(count, columns)
             weight = advantage * tl.exp(log_gamma * tl.maximum(count, 1.0))
-        if VARIANT == 2:  # verl: the KL of this place and all that follow
+        if VARIANT == VERL:  # the KL of this place and all that follow
             kl = tl.cumsum(kl, 0, reverse=True) + kl_to_go
             kl_to_go = tl.zeros([1], tl.float64) + _first(kl, columns)
         tl.store(weights + at, tl.where(on, weight - kl_coef * kl, 0.0), mask=t >= 0)

@@ -9,6 +9,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 MAX_LOG_RATIO = tl.constexpr(20.0)
+K1, K2, K3, ABS = (tl.constexpr(i) for i in range(4))  # the order of ESTIMATORS in rlhf_fast/ops/kl.py
 
 
 @triton.jit
@@ -65,12 +66,12 @@ def bregman(x):
 
 @triton.jit
 def kl_term(d, ESTIMATOR: tl.constexpr):
-    """KL estimate and its derivative by logp, from d = logp - ref_logp; ESTIMATOR counts k1, k2, k3, abs."""
-    if ESTIMATOR == 0:
+    """KL estimate and its derivative by logp, from d = logp - ref_logp."""
+    if ESTIMATOR == K1:
         return d, tl.full(d.shape, 1.0, d.dtype)
-    elif ESTIMATOR == 1:
+    elif ESTIMATOR == K2:
         return d * d / 2, d
-    elif ESTIMATOR == 2:
+    elif ESTIMATOR == K3:
         k3 = bregman(-d)
         return k3, d - k3
     else:

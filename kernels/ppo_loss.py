@@ -23,6 +23,8 @@ BLOCK = 512
 WARPS = 8
 REGISTERS = {"maxnreg": 128}  # NVIDIA: left to itself, ptxas spills a few bytes for occupancy that is of no use here
 COUNTED_BY_ALL = 1 << 18
+# The order of REDUCTIONS in rlhf_fast/ops/policy_loss.py.
+TOKEN_MEAN, SEQUENCE_MEAN, SEQUENCE_SUM, CONSTANT = (tl.constexpr(i) for i in range(4))
 PARTIALS = 8  # sums a row leaves: policy, kl, entropy, clipped, approx_kl, ratio, largest ratio, tokens
 
 
@@ -39,18 +41,17 @@ def _count(mask, tickets):
 
 @triton.jit
 def _weight(mask, row, T, n, total, normalizer, rows, REDUCTION: tl.constexpr, BLOCK: tl.constexpr):
-    """Of each True token of the row; the row's number of them. REDUCTION: token_mean, sequence_mean, sequence_sum,
-    constant."""
+    """The weight of each True token of the row in the loss, and the number of True tokens in the row."""
     row_count = count_true(mask + row * T, T, BLOCK)
     if normalizer is not None:
         whole = tl.load(normalizer).to(tl.float64)
-    elif REDUCTION != 0:
+    elif REDUCTION != TOKEN_MEAN:
         whole = rows.to(tl.float64)
     elif total is not None:
         whole = tl.load(total).to(tl.float64)
     else:
         whole = count_true(mask, n, BLOCK)
-    if REDUCTION == 1:
+    if REDUCTION == SEQUENCE_MEAN:
         whole *= tl.maximum(row_count, 1.0)
     return tl.where((whole == 0) | (row_count == 0), 0.0, 1 / tl.where(whole == 0, 1.0, whole)), row_count
 
@@ -167,11 +168,12 @@ def ppo_loss(
 ):  # fmt: skip
     """partial: [8, B] float64; B > 0. registers: REGISTERS, or nothing where the compiler does not know it."""
     B, T = logprobs.shape
+    total = _count(mask, tickets) if reduction == TOKEN_MEAN.value and normalizer is None else None
     _ppo_loss[(B,)](
         logprobs, old_logprobs, advantages, mask, ref, entropy, normalizer, grad_logprobs, grad_entropy, loss, stats,
-        partial, tickets, _count(mask, tickets) if reduction == 0 and normalizer is None else None, B, T, low, high,
-        dual_clip, kl_coef, entropy_coef, PER_TOKEN=advantages.dim() == 2, ESTIMATOR=estimator, REDUCTION=reduction,
-        BLOCK=BLOCK, num_warps=WARPS, **registers,
+        partial, tickets, total, B, T, low, high, dual_clip, kl_coef, entropy_coef,
+        PER_TOKEN=advantages.dim() == 2, ESTIMATOR=estimator, REDUCTION=reduction, BLOCK=BLOCK, num_warps=WARPS,
+        **registers,
     )  # fmt: skip
 
 
@@ -213,9 +215,9 @@ def _reinforce_loss(
 def reinforce_loss(logprobs, advantages, mask, normalizer, reduction, grad, loss, partial, tickets):
     """partial: [B] float64; B > 0."""
     B, T = logprobs.shape
+    total = _count(mask, tickets) if reduction == TOKEN_MEAN.value and normalizer is None else None
     _reinforce_loss[(B,)](
-        logprobs, advantages, mask, normalizer, grad, loss, partial, tickets,
-        _count(mask, tickets) if reduction == 0 and normalizer is None else None, B, T,
+        logprobs, advantages, mask, normalizer, grad, loss, partial, tickets, total, B, T,
         PER_TOKEN=advantages.dim() == 2, REDUCTION=reduction, BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
 
