@@ -1,4 +1,4 @@
-// How both modules take a Pointer: from a Python int.
+// Both Python modules take a Pointer as a Python int.
 #pragma once
 #include <pybind11/pybind11.h>
 

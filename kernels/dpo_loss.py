@@ -1,4 +1,4 @@
-"""Direct preference losses per pair, their rewards and gradients, in float64. csrc/math.h has the same terms."""
+"""Direct preference losses per pair, their rewards and gradients, in float64. csrc/pair_terms.h has the same terms."""
 
 import triton
 import triton.language as tl
@@ -13,7 +13,8 @@ SIGMOID, ROBUST, HINGE, IPO, EXO_PAIR, NCA_PAIR, APO_ZERO, APO_DOWN, SIGMOID_NOR
 
 @triton.jit
 def _term(c, r, beta, eps, log_eps, log_rest, TYPE: tl.constexpr):
-    """The loss of log-ratios c and r with its derivatives by both; eps is the label smoothing."""
+    """The loss of the log-ratios c and r, and its derivatives by c and r. eps is the label smoothing, log_eps its log,
+    log_rest the log of 1 - eps."""
     h = (c - r) * beta
     p = sigmoid(h)
     q = sigmoid(-h)
@@ -49,11 +50,11 @@ def _term(c, r, beta, eps, log_eps, log_rest, TYPE: tl.constexpr):
             on_p = log_p - log_rest
             on_q = log_q - log_eps
             value = p * on_p + q * on_q
-            by_h = p * q * (on_p - on_q)  # d p = p q, and the logs' own derivatives cancel
+            by_h = p * q * (on_p - on_q)  # dp/dh = p q; the derivatives of log_p and log_q cancel
         elif TYPE == DISCOPOP:
             mix = sigmoid(h * 20)
             rest = sigmoid(h * -20)
-            e_mix = tl.exp(-h - softplus(h * -20))  # e^-h alone overflows where mix is 0
+            e_mix = tl.exp(-h - softplus(h * -20))  # e^-h by itself overflows where mix is 0
             value = e_mix - log_p * rest
             by_h = e_mix * (rest * 20 - 1) + mix * rest * 20 * log_p - q * rest
         else:
@@ -121,7 +122,7 @@ def dpo_loss(
     chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, beta, loss_type, eps, log_eps,
     log_rest, losses, chosen_rewards, rejected_rewards, grad_chosen, grad_rejected,
 ):  # fmt: skip
-    """log_eps, log_rest: log(eps), log(1 - eps), which exo_pair alone reads."""
+    """log_eps: log(eps), log_rest: log(1 - eps); only exo_pair reads them."""
     B = chosen.numel()
     if B:
         _dpo_loss[(triton.cdiv(B, BLOCK),)](

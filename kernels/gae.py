@@ -1,7 +1,7 @@
-"""Recurrences over time, one program per row from its end: GAE, discounted returns, ReMax returns.
+"""Recurrences over time: GAE, discounted returns, ReMax returns. A program takes a row, from the row's end.
 
-Each step is an affine map of the state on its right, the identity where masked; a block of steps is composed by a
-parallel scan in float64, whatever gamma and lambda. Masked places are skipped over; the output there is 0.
+A step is an affine map of the state after it in time; a masked step is the identity, and its output is 0. A parallel
+scan in float64 composes a block of steps.
 """
 
 import triton
@@ -14,13 +14,13 @@ OFFICIAL, PAPER, VERL = (tl.constexpr(i) for i in range(3))  # the order of REMA
 
 @triton.jit
 def _after(a_slope, a_offset, b_slope, b_offset):
-    """x -> b(a(x))"""
+    """The map x -> b(a(x)) of two affine maps."""
     return b_slope * a_slope, b_slope * a_offset + b_offset
 
 
 @triton.jit
 def _after_with_value(ap, aq, ac, aw, au, bp, bq, bc, bw, bu):
-    """The same of the state (advantage, next value) -> (p advantage + q value + c, w value + u)."""
+    """b after a, two maps of the state (advantage, next value v) -> (p advantage + q v + c, w v + u)."""
     return bp * ap, bp * aq + bq * aw, bp * ac + bq * au + bc, bw * aw, bw * au + bu
 
 

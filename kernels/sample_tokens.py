@@ -1,11 +1,11 @@
 """One token per row by inverse CDF, or the first maximum, with its log-prob and the row's entropy.
 
-Two launches, no atomics. The first reads the logits once, a program per block of columns, and keeps the block's maximum
-and sums. In the second, a program per row finds the block that u falls into, reads that block again, finds the token
-where what is left of u falls, and merges the other blocks' states with that of the rest of this block: the target is
-left out of the sums, as in token_logprobs. Running sums are float64. A block's share of the probability is off by the
-rounding of its float32 sum, some 1e-7 of it; a token's share of its block by that of one exponential.
-Left out: top-k and top-p, which arrive as -inf logits.
+There are two launches and no atomics. The first launch reads the logits once, a program per block of columns, and keeps
+each block's maximum and sums. In the second launch a program takes a row. The program finds the block into which u
+falls, reads that block again, finds the token at which the rest of u falls, and merges the other blocks' states with
+the state of this block without the token: the sums leave the target out, as in token_logprobs. Running sums are
+float64. The relative error of a block's probability is that of its float32 sum, some 1e-7; the relative error of a
+token's share of its block is that of one exponential. The caller applies top-k and top-p as logits of -inf.
 """
 
 import triton
@@ -14,10 +14,10 @@ from rlhf_fast.kernels.maths import LOG2E, number
 from rlhf_fast.kernels.softmax import recentred, reduced, row_results
 
 BLOCK = 4096
-CHUNK = 128  # blocks of a row that the second launch looks at together
+CHUNK = 128  # blocks of a row that the second launch reads at a time
 WARPS = 8
 DRAW_WARPS = 16
-REGISTERS = {"maxnreg": 128}  # of _draw, on NVIDIA: left to itself, ptxas spills a few bytes
+REGISTERS = {"maxnreg": 128}  # of _draw on NVIDIA, because ptxas by itself spills a few bytes
 WIDE = True
 MULTIPLES_OF_16 = "row_stride", "V"
 
@@ -53,15 +53,15 @@ def _load_states(states, block, there):
 
 @triton.jit
 def _weights(m, s, top, factor, first_maximum):
-    """What states weigh beside a maximum `top`; where the first maximum is wanted, 1 at every maximum."""
+    """The weights of states beside a maximum `top`; for first_maximum, 1 at every maximum and 0 elsewhere."""
     e = tl.where(s == 0, 0.0, tl.exp2((m - top) * factor))
     return tl.where(first_maximum, tl.where(m == top, 1.0, 0.0), s.to(tl.float64) * e)
 
 
 @triton.jit
 def _first_beyond(weights, goal, COUNT: tl.constexpr):
-    """The first of COUNT places at which the running sum exceeds the goal, COUNT without one; the last that is not 0,
-    -1 without one."""
+    """(the first of COUNT places at which the running sum exceeds the goal, or COUNT if there is none; the last place
+    whose weight is not 0, or -1)"""
     place = tl.arange(0, COUNT)
     beyond = (tl.cumsum(weights, 0) > goal) & (weights > 0)
     return tl.min(tl.where(beyond, place, COUNT), 0), tl.max(tl.where(weights > 0, place, -1), 0)

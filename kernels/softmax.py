@@ -1,4 +1,4 @@
-"""The online softmax of token_logprobs, token_kl and sample_tokens, term by term the one of csrc/math.h.
+"""The online softmax of token_logprobs, token_kl and sample_tokens. csrc/math.h has the same state in base e.
 
 A state (m, s, a) of some logits z holds their maximum m and, over x = (z - m) log2(e) / temperature, the sums
 s = sum 2^x and a = sum x 2^x. The functions take scale = log2(e) / temperature.
@@ -11,12 +11,13 @@ from rlhf_fast.kernels.maths import LOG2E, log1p, number, softplus, tanh
 
 @triton.jit
 def capped(z, softcap, SOFTCAP: tl.constexpr):
+    """softcap tanh(z / softcap), or z without SOFTCAP."""
     return tanh(z / softcap) * softcap if SOFTCAP else z
 
 
 @triton.jit
 def bounded(x):
-    """2^x is 0 at the bound: 0 * -inf would be NaN. Keeps NaN."""
+    """x bounded from below, where 2^x is 0, because 0 * -inf is NaN. NaN stays NaN."""
     if x.dtype == tl.float64:
         return tl.where(x < -1100.0, -1100.0, x)
     else:
@@ -25,12 +26,12 @@ def bounded(x):
 
 @triton.jit
 def add_tile(z, m, s, a, scale):
-    """States [COLUMNS] after a tile of logits [ROWS, COLUMNS]; scale: log2(e) / temperature."""
+    """The states [COLUMNS] after a tile of logits z [ROWS, COLUMNS] is added to the states (m, s, a) [COLUMNS]."""
     top = tl.maximum(m, tl.max(z, 0))
     shift = tl.where(top == float("-inf"), 0.0, top)
     moved = (m - shift) * scale
     e = tl.exp2(moved)
-    a = tl.where(e == 0, 0.0, e * (a + s * moved))  # moved is -inf where nothing has been summed
+    a = tl.where(e == 0, 0.0, e * (a + s * moved))  # moved is -inf for an empty state
     s = s * e
     x = (z - shift[None, :]) * scale
     x = bounded(x)
@@ -40,7 +41,7 @@ def add_tile(z, m, s, a, scale):
 
 @triton.jit
 def recentred(m, s, a, top, scale, CENTRED: tl.constexpr):
-    """The factor e of a move from m to top, and sums of e^x and (CENTRED) x e^x, base 2, about top."""
+    """The state (m, s, a) moved to another maximum `top`: (factor, s, a). Without CENTRED, a is only scaled."""
     moved = (m - tl.where(top == float("-inf"), 0.0, top)) * scale
     e = tl.exp2(moved)
     if CENTRED:
@@ -50,7 +51,7 @@ def recentred(m, s, a, top, scale, CENTRED: tl.constexpr):
 
 @triton.jit
 def reduced(m, s, a, scale):
-    """One state of many."""
+    """One state merged from many."""
     top = tl.max(m, 0)
     x = (m - tl.where(top == float("-inf"), 0.0, top)) * scale
     e = tl.exp2(x)
@@ -59,8 +60,8 @@ def reduced(m, s, a, scale):
 
 @triton.jit
 def row_results(m, s, a, z, scale):
-    """(logprob, entropy, shift, log_sum) in float64, from the state of all columns but the target (a: base 2) and the
-    target's logit z."""
+    """(logprob, entropy, shift, log_sum) of a row in float64, from the state of all columns but the target and from the
+    target's logit z. shift is the row's largest logit, log_sum = log sum e^((logit - shift) / temperature)."""
     factor = number(scale, tl.float64) / LOG2E
     m = m.to(tl.float64)
     z = z.to(tl.float64)
@@ -79,6 +80,6 @@ def row_results(m, s, a, z, scale):
     total = rest + w_target
     centred = (a + s * x_others) * w_others + x_target * w_target
     log_sum = tl.where(total == 0, 0.0, tl.log(tl.where(total == 0, 1.0, total)))
-    log_sum = tl.where(w_target == 1, log1p(rest), log_sum)  # beside a target that weighs 1 the rest keeps its digits
+    log_sum = tl.where(w_target == 1, log1p(rest), log_sum)  # the rest keeps its digits beside a target of weight 1
     h = log_sum - centred / tl.where(total == 0, 1.0, total)
     return logprob, tl.where(h < 0, 0.0, h), shift, log_sum

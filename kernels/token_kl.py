@@ -1,11 +1,12 @@
-"""log p(token), entropy and KL(p || q) of the softmaxes of two rows of logits, forward in one read of both rows.
+"""log p(token), entropy and KL(p || q) of the softmaxes of two rows of logits. The forward pass reads both rows once.
 
-    u_j = x_ref_j - x_j less the same of the target      KL = log E_p[e^u] - E_p[u]
+    u_j = (x_ref_j - x_j) - (x_ref_t - x_t)      KL = log E_p[e^u] - E_p[u]
 
-with x = z / temperature, if p can give all that q can. Where they are close, log E_p[e^u] = log(1 + E_p[u] +
-E_p[e^u - 1 - u]) loses nothing, and what q has outside is taken off it; elsewhere it is the difference of both rows'
-log-sum-exps. The policy's state is as in token_logprobs, a lane's own. Left out: 16-byte loads (the linear head's rows
-are float32), rows split over programs.
+with x = z / temperature and t the target, if every token of q is possible under p. Where p and q are close, log
+E_p[e^u] = log(1 + E_p[u] + E_p[e^u - 1 - u]) loses no digits. If q gives some probability to tokens that are impossible
+under p, log(1 - that probability) is subtracted. Where p and q are not close, log E_p[e^u] is the difference of both
+rows' log-sum-exps. A lane keeps its own state, as in token_logprobs. The kernels have no 16-byte loads, because the
+linear head's rows are float32, and split no row over programs.
 """
 
 import triton
@@ -14,7 +15,7 @@ from rlhf_fast.kernels.maths import LOG2E, bregman, expm1, log1p, number
 from rlhf_fast.kernels.softmax import bounded, capped, recentred, row_results
 
 COLUMNS = 2048
-BLOCK = 2048  # of the backward pass
+BLOCK = 2048  # columns of a program of the backward pass
 WARPS = 8
 
 
@@ -70,11 +71,11 @@ def _token_kl(
         s = tl.zeros([COLUMNS], F)
         a = tl.zeros([COLUMNS], F)
         u_sum = tl.zeros([COLUMNS], F)
-        curve = tl.zeros([COLUMNS], F)  # of e^u - 1 - u
+        curve = tl.zeros([COLUMNS], F)  # weighted sum of e^u - 1 - u
         ref_m = tl.full([COLUMNS], float("-inf"), F)
         ref_s = tl.zeros([COLUMNS], F)
-        ref_outside = tl.zeros([COLUMNS], F)  # of what p cannot give
-        endless = tl.zeros([COLUMNS], tl.int32)  # p can give what q cannot: the KL is infinite
+        ref_outside = tl.zeros([COLUMNS], F)  # the reference's sum over tokens impossible under p
+        endless = tl.zeros([COLUMNS], tl.int32)  # 1: a token of p is impossible under q, the KL is infinite
         for start in range(0, V, COLUMNS):
             column = start + columns
             inside = (column < V) & (column != target)
@@ -91,7 +92,7 @@ def _token_kl(
             u = tl.where(missing, 0.0, ((ref - ref_origin) - (z - origin)) * (factor / LOG2E))
             s += e
             a += e * x
-            # An infinite sum stays one, or becomes NaN, and is not used.
+            # An infinite sum stays infinite or becomes NaN; the KL does not use it.
             u_sum = tl.where(m == float("-inf"), 0.0, u_sum * moved) + tl.where(e == 0, 0.0, e * u)
             curve = tl.where(m == float("-inf"), 0.0, curve * moved) + tl.where(e == 0, 0.0, e * bregman(u))
             m = top
@@ -124,7 +125,7 @@ def _token_kl(
         log_mean = tl.where(near, log_mean, direct)
         difference = log_mean - mean
         difference = tl.where(infinite, float("inf") + 0 * (log_sum + ref_log_sum), difference)
-        # The backward pass has the centre in the dtype of the statistics, and a mean that fits it.
+        # The backward pass gets the centre in the dtype of the statistics, and the mean about that rounded centre.
         kept = centre.to(F)
         mean = tl.where(infinite, float("-inf"), mean + (centre - kept.to(tl.float64)) * (scale / LOG2E))
         tl.store(logprobs + row, logprob)
@@ -195,7 +196,7 @@ def _token_kl_backward(
         shift = tl.load(stats + 4 * row)
         log_sum = tl.load(stats + 4 * row + 1)
         centre = tl.load(stats + 4 * row + 2)
-        whole = tl.floor(centre + 0.5)  # first, to bring logits far apart together before a difference rounds
+        whole = tl.floor(centre + 0.5)  # subtracted first: a large offset goes before a difference rounds
         mean = tl.where(by_kl == 0, 0.0, tl.load(stats + 4 * row + 3))
         z = capped(tl.load(logits + row * row_stride + column, mask=inside, other=0.0).to(F), cap, SOFTCAP)
         ref = capped(tl.load(ref_logits + row * ref_row_stride + column, mask=inside, other=0.0).to(F), cap, SOFTCAP)

@@ -1,11 +1,11 @@
-"""log p(token) and entropy of softmax(logits / temperature): forward in one read of the logits, backward in one read
-and write.
+"""log p(token) and entropy of softmax(logits / temperature). The forward pass reads the logits once; the backward pass
+reads and writes once.
 
-A lane keeps its own running maximum m and, over x = (z - m) / temperature, sums of e^x and x e^x, recentred when m
-moves: no program-wide reduction before the end of the row. The target is left out of the sums, so that a target far
-ahead keeps its log-probability's digits. Few rows are split over several programs, the last of which merges their
-states. Rows start wherever an odd V leaves them: columns are counted from the 16-byte boundary before the row, so that
-all but its first and last tile are read unmasked, 16 bytes at a time.
+A lane keeps its own softmax state (see kernels/softmax.py), so that a program reduces over its lanes only at the end of
+the row. The sums leave the target out, so that the log-prob of a target far ahead keeps its digits. Several programs
+share a row if there are few rows; the last program to finish merges their states. A row of an odd V starts at any
+address. Columns are therefore counted from the 16-byte boundary before the row, and all tiles but the first and the
+last are read unmasked, 16 bytes at a time.
 """
 
 import triton
@@ -13,9 +13,9 @@ import triton.language as tl
 from rlhf_fast.kernels.maths import LOG2E, expm1, is_last, number
 from rlhf_fast.kernels.softmax import add_tile, bounded, capped, reduced, row_results
 
-ROWS = 4  # of a tile, which one lane holds: a lane's maximum moves at most once per tile
+ROWS = 4  # rows of a tile; a lane holds a column of the tile, so that its maximum moves at most once per tile
 COLUMNS = 1024
-BLOCK = 2048  # of the backward pass
+BLOCK = 2048  # columns of a program of the backward pass
 WARPS = 4
 MOST_SPLITS = 64
 WIDE = True
@@ -23,7 +23,7 @@ WIDE = True
 
 @triton.jit
 def _aligned(offset, ALIGN: tl.constexpr):
-    """The last multiple of ALIGN not after the offset, and the compiler's knowledge of it."""
+    """The last multiple of ALIGN not after the offset, marked for the compiler as a multiple."""
     return tl.multiple_of(offset // ALIGN * ALIGN, ALIGN)
 
 
@@ -58,7 +58,7 @@ def _token_logprobs(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    row = (tl.program_id(0) // splits).to(tl.int64)  # one axis: the others end at 65,535
+    row = (tl.program_id(0) // splits).to(tl.int64)  # on one axis, because the other axes end at 65,535
     split = tl.program_id(0) % splits
     target = tl.load(ids + row)
     if target == -100:
@@ -70,7 +70,7 @@ def _token_logprobs(
     else:
         offset = row * row_stride
         start = _aligned(offset, ALIGN)
-        first = (start - offset).to(tl.int32)  # the column at the boundary, at most 0
+        first = (start - offset).to(tl.int32)  # the column at the 16-byte boundary, at most 0
         tile = (tl.arange(0, ROWS) * COLUMNS)[:, None] + tl.arange(0, COLUMNS)[None, :]
         factor = number(scale, F)
         cap = number(softcap, F)
@@ -114,7 +114,7 @@ def _token_logprobs(
 
 
 def splits_for(rows, V, processors):
-    """Programs per row, so that there are at least two for every processor, none with less than a tile."""
+    """Programs per row: at least two programs for every processor, at least a tile for every program."""
     tiles = triton.cdiv(V, ROWS * COLUMNS)
     return max(1, min(MOST_SPLITS, tiles, triton.cdiv(2 * processors, max(rows, 1))))
 
@@ -122,7 +122,7 @@ def splits_for(rows, V, processors):
 def token_logprobs(
     logits, row_stride, ids, rows, V, temperature, softcap, logprobs, entropy, stats, partial, tickets, splits, compute
 ):  # fmt: skip
-    """partial: [rows, splits, 3] of the statistics' dtype and tickets: [rows] int32, 0, or None where splits is 1."""
+    """partial: [rows, splits, 3] of the statistics' dtype; tickets: [rows] int32 of 0. None, None where splits is 1."""
     tiles = triton.cdiv(triton.cdiv(V + 16, ROWS * COLUMNS), splits)
     _token_logprobs[(splits * rows,)](
         logits, ids, logprobs, entropy, stats, partial, tickets, row_stride, V, splits, tiles,
@@ -163,7 +163,8 @@ def _token_logprobs_backward(
     first = (start - source).to(tl.int32) + done
     at = tl.arange(0, BLOCK)
     inside = (first + at >= 0) & (first + at < V)
-    # Where both rows lie alike on their 16 bytes, as they do in place, whole blocks are written 16 bytes at a time too.
+    # Where both rows have the same offset from a 16-byte boundary, as in place, whole blocks are written 16 bytes at a
+    # time too.
     alike = (goal - source) % ALIGN == 0
     whole = (first >= 0) & (first + BLOCK <= V) & alike
     if target == -100:
@@ -181,7 +182,7 @@ def _token_logprobs_backward(
         h = tl.load(entropy + row)
         shift = tl.load(stats + 2 * row)
         log_sum = tl.load(stats + 2 * row + 1)
-        # -p (gL + gH (log p + H)) / temperature, log p = x ln 2 - log_sum
+        # -p (gL + gH (log p + H)) / temperature, with log p = x ln 2 - log_sum
         share = -tl.exp(-log_sum) * factor
         slope = share * by_entropy / LOG2E
         level = share * (by_logprob + by_entropy * (h - log_sum))

@@ -1,5 +1,5 @@
-// Attention of one new token per row over its cached keys and values, the rotary embedding and the write to the cache
-// included.
+// Attention of one new token per row over the row's cached keys and values. The kernel applies the rotary embedding and
+// writes the new key and value to the cache.
 #include <vector>
 
 #include "ops.h"
@@ -8,7 +8,7 @@
 namespace rlhf::ISA {
 namespace {
 
-// x cos + (x's other half) sin, with the sign of the first half in sin; a plain copy where there are no tables.
+// x cos + (x's other half) sin, times scale. The sign of the first half is in sin. Without tables, x times scale.
 template <typename In>
 void rotated(const In* x, const float* cosine, const float* sine, int64_t D, float scale, float* out) {
     if (!cosine) {
@@ -23,7 +23,7 @@ void rotated(const In* x, const float* cosine, const float* sine, int64_t D, flo
     }
 }
 
-// n scores become weights; returns their sum.
+// Turns n scores into weights e^(score - largest score); returns the weights' sum.
 float weigh(float* scores, int64_t n, float softcap) {
     if (softcap != 0) cap(scores, n, softcap);
     float top = -kInf;

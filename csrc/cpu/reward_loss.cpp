@@ -1,5 +1,5 @@
-// Bradley-Terry losses of a reward model: pairs with margin and centring, and all pairs of K ranked answers. Serial: B
-// is small.
+// Bradley-Terry losses of a reward model: pairs with margin and centring, and all pairs of K ranked answers. The loops
+// run on one thread, because B is small.
 #include <vector>
 
 #include "../pair_terms.h"

@@ -9,9 +9,9 @@
 namespace rlhf::ISA {
 namespace {
 
-constexpr int64_t kBlock = 4096;       // logits: a block of floats fits in the L1 cache
-constexpr int64_t kSegment = 1 << 15;  // columns of one thread: fixed, so that threads sharing a row keep its bits
-constexpr int64_t kGuess = 256;        // logits whose largest is the first shift
+constexpr int64_t kBlock = 4096;       // logits of a block, which fits in the L1 cache as floats
+constexpr int64_t kSegment = 1 << 15;  // columns of a thread; fixed, so that the bits do not depend on the threads
+constexpr int64_t kGuess = 256;        // the largest of so many first logits is the first shift
 constexpr int64_t kMasked = -100;      // the token id of a row that does not count
 
 template <typename T>
@@ -27,7 +27,7 @@ inline Compute<In> logit(const In* row, int64_t i, double softcap) {
     return z;
 }
 
-// n logits ready to be summed: the row itself where nothing has to be done to them, else the buffer.
+// n logits ready to be summed: the row itself where the logits need no conversion and no softcap, else the buffer.
 template <typename In>
 inline const Compute<In>* block(const In* from, int64_t n, double softcap, Compute<In>* buffer) {
     if constexpr (sizeof(In) == sizeof(Compute<In>))
@@ -45,15 +45,16 @@ inline T max_of(const T* z, int64_t n) {
     return top;
 }
 
-// The shift for this largest logit. An integer, so that z - shift rounds off nothing of the large logits, unless the
-// temperature is so low that a shift up to 1 above the logit would leave little of its weight, or nothing.
+// The shift for the largest logit: the next integer, so that z - shift is exact for large logits. At a low temperature
+// the shift is the logit itself, because a shift up to 1 above the logit would leave little of the logit's weight.
 template <typename T>
 inline T shift_of(T top, double inv_temperature) {
     return inv_temperature < 16 ? std::ceil(top) : top;
 }
 
-// State of the columns [begin, end) without the target, memory read once. The shift is that of the first few logits,
-// which saves a search before every sum, and moves to that of a chunk whose sums show that it lies too low.
+// State of the columns [begin, end) without the target; memory is read once. The first few logits give the shift, so
+// that a sum needs no search for the largest logit first. A chunk whose sums show that the shift is too low moves the
+// shift.
 template <typename In>
 Softmax accumulate(const In* row, int64_t begin, int64_t end, int64_t target, double inv_temperature, double softcap) {
     using T = Compute<In>;
@@ -62,7 +63,7 @@ Softmax accumulate(const In* row, int64_t begin, int64_t end, int64_t target, do
     Softmax state;
     LaneSums sums;
     bool wide = sizeof(T) != sizeof(float);
-    // Without the target: beside one that leads by far nothing would be left of the others.
+    // The target does not set the shift, because beside a far larger target the others would vanish.
     const int64_t first = target >= begin && target < begin + kGuess ? target + 1 : begin;
     const int64_t guessed = minimum(kGuess, end - first);
     T shift = shift_of(max_of(block(row + first, guessed, softcap, buffer), guessed), inv_temperature);
@@ -76,7 +77,7 @@ Softmax accumulate(const In* row, int64_t begin, int64_t end, int64_t target, do
             shift = shift_of(top, inv_temperature);
             if (!wide && add_lines<false>(z, source, n, -shift, factor, sums)) return;
         }
-        wide = true;  // for the rest of the row: where one logit is -inf, others are
+        wide = true;  // for the rest of the row, because a row with one logit of -inf has more of them
         add_lines<true>(z, source, n, shift > T(-kInf) ? -shift : T(0), factor, sums);
     };
     const auto add_range = [&](int64_t from, int64_t to) {
@@ -98,7 +99,7 @@ Softmax accumulate(const In* row, int64_t begin, int64_t end, int64_t target, do
     return state;
 }
 
-// The same of one segment.
+// The state of one segment of a row, without the target.
 template <typename In>
 Softmax segment_state(const In* row, int64_t segment, int64_t V, int64_t target, double inv_temperature,
                       double softcap) {
@@ -116,8 +117,8 @@ RowOutputs row_outputs_of(const In* row, int64_t V, int64_t target, double inv_t
     return row_outputs(others, logit(row, target, softcap), inv_temperature);
 }
 
-// A new [N, V] tensor is memory not yet touched, and faulting it in 4 KiB at a time takes several times as long as
-// filling it. Asks for 2 MiB pages; only a hint.
+// Hints to the operating system to use pages of 2 MiB. Nobody has touched the memory of a new [N, V] tensor yet, and
+// its page faults, of 4 KiB each, take several times as long as filling the tensor.
 template <typename In>
 void prefer_huge_pages(In* first, int64_t count) {
 #ifdef MADV_HUGEPAGE
@@ -129,7 +130,7 @@ void prefer_huge_pages(In* first, int64_t count) {
 #endif
 }
 
-// The first row whose token id is neither in [0, V) nor masked, or -1.
+// The first row whose token id is neither in [0, V) nor kMasked, or -1.
 inline int64_t first_bad_id(const int64_t* ids, int64_t N, int64_t V) {
     for (int64_t i = 0; i < N; ++i)
         if (ids[i] != kMasked && (ids[i] < 0 || ids[i] >= V)) return i;

@@ -29,7 +29,7 @@ inline uint32_t to_bits(float x) {
     return bits;
 }
 
-// The type the arithmetic runs in.
+// The type in which the arithmetic runs.
 template <typename In>
 struct ComputeOf {
     using type = float;
@@ -51,7 +51,7 @@ inline float widen(float16 x) {
     return from_bits<float>(bits | sign);
 }
 
-// One rounding, to nearest even.
+// Rounds once, to the nearest even number.
 inline void narrow(float x, float& out) { out = x; }
 inline void narrow(double x, double& out) { out = x; }
 inline void narrow(float x, bfloat16& out) {
@@ -60,7 +60,7 @@ inline void narrow(float x, bfloat16& out) {
 }
 inline void narrow(float x, float16& out) {
     const uint32_t bits = to_bits(x), sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
-    // Below 2^-14 the result is denormal: adding 0.5 lets the float adder round at the right place.
+    // Below 2^-14 the result is denormal. Adding 0.5 makes the float adder round at the last bit of the denormal.
     const uint32_t small = to_bits(from_bits<float>(magnitude) + 0.5f) - 0x3f000000;
     const uint32_t normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
     const uint32_t large = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
@@ -71,7 +71,7 @@ template <typename In>
 inline void load(const In* from, Compute<In>* to, int64_t n) {
     int64_t i = 0;
 #ifdef __F16C__
-    if constexpr (std::is_same_v<In, float16>)  // the compiler does not find these instructions by itself
+    if constexpr (std::is_same_v<In, float16>)  // the compiler does not choose these instructions by itself
         for (; i + 8 <= n; i += 8)
             _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
 #endif
@@ -90,7 +90,7 @@ inline void store(const Compute<In>* from, In* to, int64_t n) {
     for (int64_t k = i; k < n; ++k) narrow(from[k], to[k]);
 }
 
-// Calls function with a value of the storage type that the dtype code names.
+// Calls the function with a value of the storage type that the dtype code names.
 template <typename Function>
 inline auto with_storage(int dtype, Function function) {
     switch (dtype) {

@@ -14,9 +14,12 @@ import torch
 
 @contextlib.contextmanager
 def triton_on_cpu() -> Iterator[None]:
-    """Triton's interpreter rounds to bfloat16, to nearest even as compiled kernels do; by itself it cuts off. And it
-    takes a fraction of its time: triton.language is prepared once a launch, not once more at every function called in
-    it, scans are done in doubling steps, as a GPU does them, and types are looked up rather than made anew."""
+    """Triton's interpreter rounds to bfloat16 as compiled kernels do, to the nearest even; by itself it truncates.
+
+    The interpreter also takes a fraction of its usual time, for three reasons: it prepares triton.language once a
+    launch instead of at every function call; it scans in doubling steps, as a GPU does; it looks types up instead of
+    making them anew.
+    """
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -61,8 +64,7 @@ def triton_on_cpu() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _types_looked_up(tl: ModuleType, interpreter: ModuleType) -> Iterator[None]:
-    """Of what the interpreter does per operator most is types: each is made once, and operands of one are not looked
-    into."""
+    """Each type is made once, and operands of the same type are not checked: types took most of the time."""
     block_types, shapes, make_block_type = {}, {}, tl.block_type.__init__
     look_up, convert = interpreter._get_np_dtype, interpreter.TritonSemantic.binary_op_type_checking_impl
     look_up_scalar = functools.cache(look_up)
