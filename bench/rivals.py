@@ -19,13 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import cuda_on_host, emulation
 from bench.case import EAGER, OURS, UPCAST
 from bench.cases import eager_token_logprobs
 from bench.linear_cases import TORCH_CHUNK
 from bench.measure import OURS_IN_CUDA
 from rlhf_fast import ops
 from rlhf_fast.ops import dispatch
+from tests.emulation import cuda_on_host
+from tests.emulation.cuda_on_cpu import cuda_on_cpu
+from tests.emulation.triton_on_cpu import triton_on_cpu
 
 Function = Callable[..., tuple[Tensor, Tensor | None]]
 FLASH_BLOCK = 16 * 1024
@@ -118,12 +120,12 @@ def flash_formula(logits: Tensor, ids: Tensor, *, temperature: float = 1.0) -> t
 def in_triton() -> Iterator[None]:
     if not dispatch.TRITON:
         raise RuntimeError("expected TRITON_INTERPRET=1 from before rlhf_fast was imported")
-    with emulation.triton_on_cpu(), ops.backend("triton"):
+    with triton_on_cpu(), ops.backend("triton"):
         yield
 
 
 def in_cuda() -> contextlib.AbstractContextManager:
-    return ops.backend("cuda") if torch.cuda.is_available() else emulation.cuda_on_cpu(cuda_on_host.load())
+    return ops.backend("cuda") if torch.cuda.is_available() else cuda_on_cpu(cuda_on_host.load())
 
 
 # Other libraries
@@ -208,7 +210,7 @@ _T, _SCALED, _LIGER = {"temperature"}, {"temperature", "softcap"}, ("liger_kerne
 
 
 def _row(name: str, load: Callable[[], Function], takes: set[str], *requires: str) -> Implementation:
-    within = emulation.triton_on_cpu if "triton" in requires else contextlib.nullcontext
+    within = triton_on_cpu if "triton" in requires else contextlib.nullcontext
     return Implementation(name=name, load=load, requires=requires, takes=frozenset(takes), within=within)
 
 

@@ -1,8 +1,8 @@
-// How both modules take a Pointer: from a Python int.
+// Both Python modules take a Pointer as a Python int.
 #pragma once
 #include <pybind11/pybind11.h>
 
-#include "cpu/pointer.h"
+#include "pointer.h"
 
 namespace py = pybind11;
 

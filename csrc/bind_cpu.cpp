@@ -1,4 +1,5 @@
-// Python module rlhf_fast._cpu: every kernel of cpu/ops.h under its own name, for the instruction set chosen at load.
+// Python module rlhf_fast._cpu: every kernel of cpu/ops.h under its own name. The module chooses the instruction set
+// when it is loaded.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

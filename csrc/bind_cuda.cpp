@@ -1,5 +1,5 @@
-// Python module rlhf_fast._cuda: the kernels of cuda/ops.h under their own names. Imports on a machine without a
-// driver.
+// Python module rlhf_fast._cuda: the kernels of cuda/ops.h under their own names. The module can be imported on a
+// machine without a driver.
 #include <pybind11/pybind11.h>
 
 #include "bind.h"

@@ -1,6 +1,7 @@
 // Scalar maths shared by the CPU and CUDA kernels: exponentials, the online-softmax state, every loss term with its
-// derivative. Templated on float and double, free of branches where it runs per token, so that loops over it vectorise.
-// All of it in rlhf::ISA: of a copy shared by two instruction sets the linker might keep the wrong one.
+// derivative. The functions are templates on float and double. A function that runs per token has no branches, so that
+// loops over it vectorise. Everything is in namespace rlhf::ISA, because the linker keeps a single copy of a shared
+// function and that copy might be compiled for an instruction set that the CPU lacks.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -32,19 +33,21 @@ RLHF_INLINE T clamp(T x, T low, T high) {
 
 // ---- exponentials
 
-// 2^kLowest is exactly 0. Clamp there before exp2_scaled, and wherever it meets a factor d: 0 * -inf is NaN.
+// 2^kLowest is exactly 0. An exponent d is clamped at kLowest before exp2_scaled, and before 2^d is multiplied by d,
+// because 0 * -inf is NaN.
 template <typename T>
 constexpr T kLowest = T(-1080);
 template <>
 inline constexpr float kLowest<float> = -127.0f;
 
-// 1.5 * 2^23: x + kRound + bias has the integer nearest to x, plus the bias, in its low mantissa bits.
+// 1.5 * 2^23. The low mantissa bits of x + kRound + bias are the integer nearest to x, plus the bias.
 constexpr float kRound = 12582912.0f;
 constexpr float kPowerRound = kRound + 127;
-// The bits of kRound: those of n + kPowerRound differ from them in the low 8 only, for n from -127 to 128.
+// The bits of kRound. The bits of n + kPowerRound differ from kPowerBits in the low 8 bits only, for n from -127 to
+// 128.
 constexpr uint32_t kPowerBits = 0x4b400000;
 
-// 2^n from n + kPowerRound: the exponent's bits. 0 for n = -127, infinity for n = 128.
+// 2^n from n + kPowerRound, by a shift into the bits of the exponent. 2^-127 becomes 0 and 2^128 infinity.
 RLHF_INLINE float power_of_2(float shifted) {
     uint32_t bits;
     memcpy(&bits, &shifted, sizeof bits);
@@ -53,7 +56,7 @@ RLHF_INLINE float power_of_2(float shifted) {
     return shifted;
 }
 
-// (2^f - 1) / f for |f| <= 1/2: a minimax polynomial, which leaves 2^f with a relative error of 9e-8.
+// (2^f - 1) / f for |f| <= 1/2, by a minimax polynomial. The relative error of 2^f is 9e-8.
 constexpr float kExp2Slope[5] = {1.3264659e-3f, 9.6715660e-3f, 5.5507344e-2f, 2.4022241e-1f, 6.9314698e-1f};
 RLHF_INLINE float exp2_slope(float f) {
     float q = kExp2Slope[0];
@@ -61,11 +64,12 @@ RLHF_INLINE float exp2_slope(float f) {
     return q;
 }
 
-// 2^(d * factor) for products from kLowest to 127. As few constants as possible: a loop over it is bound by registers.
+// 2^(d * factor) for products from kLowest to 127. The function has few constants, because registers limit a loop over
+// it.
 RLHF_INLINE double exp2_scaled(double d, double factor) { return std::exp2(d * factor); }
 RLHF_INLINE float exp2_scaled(float d, float factor) {
 #ifdef __CUDA_ARCH__
-    float power;  // one instruction, relative error 2^-22; results that would be denormal are 0
+    float power;  // one instruction with a relative error of 2^-22; a denormal result becomes 0
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(d * factor));
     return power;
 #else
@@ -75,8 +79,8 @@ RLHF_INLINE float exp2_scaled(float d, float factor) {
 #endif
 }
 
-// e^x, relative error 2e-7: x = n ln2 + r with ln2 in two parts, the first short enough for an exact n ln2. Half of
-// 2^n, which may be beyond the largest float, times 2 * 2^f.
+// e^x with a relative error of 2e-7. x = n ln2 + r, with ln2 in two parts; n times the first part is exact. The result
+// is 2^(n - 1) times 2 * 2^f, because 2^n may exceed the largest float.
 RLHF_INLINE double exp_of(double x) { return std::exp(x); }
 RLHF_INLINE float exp_of(float x) {
 #ifdef __CUDA_ARCH__
@@ -90,7 +94,7 @@ RLHF_INLINE float exp_of(float x) {
 #endif
 }
 
-// e^x - 1 - x for |x| < 1/2, of a float or a vector of floats.
+// e^x - 1 - x for |x| < 1/2. x is a float or a vector of floats.
 template <typename Floats>
 RLHF_INLINE void near_bregman(const Floats& x, Floats& value) {
     Floats p = 2.48416795e-5f * x + 1.99619571e-4f;
@@ -102,7 +106,7 @@ RLHF_INLINE void near_bregman(const Floats& x, Floats& value) {
     value = p * x * x;
 }
 
-// e^x - 1 - x without cancellation near 0: the k3 estimator, with derivative e^x - 1 = bregman(x) + x.
+// e^x - 1 - x without cancellation near 0. The k3 estimator is bregman(-d). The derivative is e^x - 1 = bregman(x) + x.
 RLHF_INLINE float bregman(float x) {
     float near;
     near_bregman(x, near);
@@ -142,12 +146,13 @@ RLHF_INLINE T sigmoid(T x) {
 
 // ---- online softmax
 
-// Sums over logits z of e^x and x e^x, x = (z - shift) / temperature. The shift is near the largest logit.
+// Sums of e^x (`sum`) and x e^x (`centred`) over logits z, with x = (z - shift) / temperature. The shift is near the
+// largest logit.
 struct Softmax {
     double shift = -kInf, sum = 0, centred = 0;
 
     RLHF_INLINE void move(double to, double inv_temperature) {
-        if (sum != 0 && to != shift) {  // the shift of an empty sum may be -inf, and the step below 0 * inf
+        if (sum != 0 && to != shift) {  // an empty sum may have shift -inf, and its step would be 0 * inf = NaN
             const double x = (shift - to) * inv_temperature, e = std::exp(x);
             centred = e == 0 ? 0 : e * (centred + sum * x);
             sum *= e;
@@ -163,11 +168,11 @@ struct Softmax {
     RLHF_INLINE double log_sum() const { return sum == 0 ? 0 : std::log(sum); }
 };
 
-// log p of a target z_t against the state of all the others. Exact where the target leads by so much that
-// z_t - logsumexp would round to 0: log p = -log(1 + e^x), x = log of the others' weight over the target's.
+// log p of the target, from its logit z_t and the state of all other tokens. log p = -log(1 + e^x), where x is the log
+// of the others' weight over the target's weight. This form keeps its digits where z_t - logsumexp would round to 0.
 RLHF_INLINE double target_logprob(const Softmax& others, double z_t, double inv_temperature) {
     if (z_t == -kInf) return others.sum == others.sum ? -kInf : others.sum;
-    if (!(z_t < kInf)) return z_t - z_t;  // NaN or +inf: no distribution
+    if (!(z_t < kInf)) return z_t - z_t;  // NaN: logits of NaN or +inf have no distribution
     if (others.sum == 0) return 0;
     return 0 - softplus((others.shift - z_t) * inv_temperature + std::log(others.sum));
 }
@@ -176,8 +181,8 @@ struct RowOutputs {
     double logprob, entropy, shift, log_sum;
 };
 
-// From the state of all the columns but the target. Beside a target that weighs 1 the others keep their digits: log(1 +
-// others), and so does the entropy of a token that is all but certain.
+// The row's outputs from the state of all columns but the target. Beside a target that weighs 1, log_sum is log1p of
+// the others' weight, so that the others, and the entropy of an almost certain token, keep their digits.
 RLHF_INLINE RowOutputs row_outputs(const Softmax& others, double z_t, double inv_temperature) {
     Softmax all = others, target;
     target.shift = z_t;
@@ -189,12 +194,12 @@ RLHF_INLINE RowOutputs row_outputs(const Softmax& others, double z_t, double inv
     all.centred += target.centred;
     const double log_sum = target.sum == 1 ? std::log1p(rest) : all.log_sum();
     const double entropy = all.sum == 0 ? 0 : log_sum - all.centred / all.sum;
-    // A row of nothing but -inf has no finite shift; 0 keeps the backward pass finite.
+    // A row whose logits are all -inf has no finite shift. A shift of 0 keeps the backward pass finite.
     return {target_logprob(others, z_t, inv_temperature), entropy < 0 ? 0 : entropy, all.sum == 0 ? 0.0 : all.shift,
             log_sum};
 }
 
-// The gradient at the target is gL (1 - p) - gH p (log p + H), with 1 - p = -expm1(log p) exact for p near 1.
+// The gradient at the target is gL (1 - p) - gH p (log p + H). 1 - p is -expm1(log p), which is exact for p near 1.
 RLHF_INLINE double target_gradient(double logprob, double entropy, double grad_logprob, double grad_entropy) {
     const double p = std::exp(logprob);
     return -grad_logprob * std::expm1(logprob) - (p == 0 ? 0.0 : grad_entropy * p * (logprob + entropy));
@@ -204,11 +209,13 @@ RLHF_INLINE double target_gradient(double logprob, double entropy, double grad_l
 
 constexpr double kMaxLogRatio = 20;
 
+// The order is that of ESTIMATORS in rlhf_fast/ops/kl.py, because a kernel gets the index (tests/core/test_order.py).
 enum Estimator { kK1, kK2, kK3, kAbs };
 
-// These return the term's value and write the rest to references: a struct returned inside a loop would not vectorise.
+// Each function below returns the term's value and writes the rest to references, because a loop over a function that
+// returns a struct does not vectorise.
 
-// KL estimate from d = logp - ref_logp (Schulman 2020, "Approximating KL divergence"), with its derivative by logp.
+// KL estimate from d = logp - ref_logp, and its derivative by logp (Schulman 2020, "Approximating KL divergence").
 template <typename T>
 RLHF_INLINE T kl_term(T d, int estimator, T& grad) {
     if (estimator == kK1) {
@@ -228,23 +235,23 @@ RLHF_INLINE T kl_term(T d, int estimator, T& grad) {
     return k3;
 }
 
-// r = e^x for the log-ratio clamped to +-kMaxLogRatio, and approx_kl = r - 1 - x.
+// The ratio r = e^x and approx_kl = r - 1 - x, where x is the log-ratio clamped to +-kMaxLogRatio.
 template <typename T>
 RLHF_INLINE T ratio_of(T log_ratio, T& approx_kl) {
     const T x = clamp(log_ratio, T(-kMaxLogRatio), T(kMaxLogRatio));
     approx_kl = bregman(x);
     return exp_of(x);
 }
-// The same for |log_ratio| < 1/2, where it takes no exponential.
+// ratio_of for |log_ratio| < 1/2, where the ratio needs no exponential.
 template <typename T>
 RLHF_INLINE T near_ratio_of(T log_ratio, T& approx_kl) {
     near_bregman(log_ratio, approx_kl);
     return T(1) + (log_ratio + approx_kl);
 }
 
-// max(-A r, -A clip(r, 1 - low, 1 + high)); for A < 0 at most -A dual_clip (infinity = off). The gradient is that of
-// the larger, all of -A r where they are equal because r lies within the bounds; a bound itself passes half of it, and
-// the clamp of the log-ratio what lies in its closed interval, as in torch.
+// The PPO term max(-A r, -A clip(r, 1 - low, 1 + high)). For A < 0 the dual clip bounds the term by -A dual_clip
+// (infinity = off). Ties pass the gradients that torch passes: all of the gradient of -A r where r lies within the
+// clip's bounds; half of it where the term equals the dual clip; all of it where the log-ratio equals +-kMaxLogRatio.
 template <bool kDual = true, typename T>
 RLHF_INLINE T ppo_term(T log_ratio, T r, T advantage, T low, T high, T dual_clip, T& grad, T& clipped) {
     const T limit = T(kMaxLogRatio), a = -advantage * r, b = -advantage * clamp(r, 1 - low, 1 + high);
@@ -259,7 +266,7 @@ RLHF_INLINE T ppo_term(T log_ratio, T r, T advantage, T low, T high, T dual_clip
     return value;
 }
 
-// 0.5 max((v - R)^2, (clamp(v, old - clip, old + clip) - R)^2)
+// The value loss's term 0.5 max((v - R)^2, (clamp(v, old - clip, old + clip) - R)^2). A NaN in old is kept.
 template <typename T>
 RLHF_INLINE T value_term(T value, T old_value, T target, T clip, T& grad, T& clipped) {
     const T near = clamp(value, old_value - clip, old_value + clip), v = old_value == old_value ? near : old_value;
@@ -270,16 +277,18 @@ RLHF_INLINE T value_term(T value, T old_value, T target, T clip, T& grad, T& cli
     return (a > b ? a : b) / 2;
 }
 
+// The order is that of REDUCTIONS in rlhf_fast/ops/policy_loss.py, because a kernel gets the index.
 enum Reduction { kTokenMean, kSequenceMean, kSequenceSum, kConstant };
 
-// The weight of each True token in the loss: a row's share of the batch's denominator (0 = derive it from the mask).
+// The weight of each True token of a row in the loss. A denominator of 0 is derived from the mask's counts.
 RLHF_INLINE double token_weight(double row_count, double total_count, double rows, int reduction, double denominator) {
     const double whole = denominator != 0 ? denominator : reduction == kTokenMean ? total_count : rows;
     if (row_count == 0 || whole == 0) return 0;
     return reduction == kSequenceMean ? 1 / (whole * row_count) : 1 / whole;
 }
 
-// Sums over True tokens of the PPO loss's terms, and over rows, where the parts of the loss are weighted.
+// Sums of the PPO loss's terms over True tokens. A row's sums of policy, kl and entropy are weighted when `add` adds
+// them to the batch's sums.
 struct PPOSums {
     double policy = 0, kl = 0, entropy = 0, clipped = 0, approx_kl = 0, ratio = 0, ratio_max = -kInf, count = 0;
 

@@ -1,23 +1,23 @@
-// Losses on pairs of answers: Bradley-Terry, DPO and its relatives, with their derivatives.
+// Losses on pairs of answers, with their derivatives: Bradley-Terry, DPO and DPO's variants.
 #pragma once
 #include "math.h"
 
 namespace rlhf::ISA {
 
-// -log sigmoid(x), the Bradley-Terry likelihood
+// -log sigmoid(x), the Bradley-Terry negative log-likelihood of a pair whose scores differ by x.
 template <typename T>
 RLHF_INLINE T bradley_terry(T x, T& grad) {
     grad = -sigmoid(-x);
     return softplus(-x);
 }
 
-// 1 for the right order, 1/2 for a tie
+// A pair's accuracy: 1 for the right order, 1/2 for a tie, 0 for the wrong order.
 RLHF_INLINE double order(double difference) { return difference > 0 ? 1 : difference == 0 ? 0.5 : 0; }
 
 struct RewardSums {
     double likelihood = 0, centre = 0, right = 0, difference = 0;
 
-    // Adds a pair; returns the gradients by both scores, times the number of pairs.
+    // Adds a pair. The gradients by both scores are those of a sum over pairs; the caller divides by their number.
     RLHF_INLINE void add(double chosen, double rejected, double margin, double center_coef, double& grad_chosen,
                          double& grad_rejected) {
         const double d = chosen - rejected, centre_of = chosen + rejected, by_centre = 2 * center_coef * centre_of;
@@ -44,7 +44,7 @@ struct RewardSums {
     }
 };
 
-// Answer i of a row is ranked above answer j; negative ranks are no answers.
+// Whether answer i of a row is ranked above answer j. A negative rank marks a place without an answer.
 RLHF_INLINE bool ranked_above(const int64_t* ranks, int64_t i, int64_t j) {
     return ranks[i] >= 0 && ranks[i] < ranks[j];
 }
@@ -54,6 +54,7 @@ struct PairTerm {
     T value, grad_chosen, grad_rejected;
 };
 
+// The order is that of LOSS_TYPES in rlhf_fast/ops/preference.py, because a kernel gets the index.
 enum DPOType {
     kSigmoid,
     kRobust,
@@ -68,12 +69,12 @@ enum DPOType {
     kDiscopop
 };
 
-// Loss of one pair from the log-ratios c, r = logp - ref_logp of the chosen and rejected answer, with derivatives by c
-// and r. eps is the label smoothing. kIPO and kSigmoidNorm get ratios already divided by the lengths.
+// Loss of one pair, with derivatives by c and r. c and r are the log-ratios logp - ref_logp of the chosen and rejected
+// answer. eps is the label smoothing. kIPO and kSigmoidNorm get log-ratios already divided by the lengths.
 template <typename T>
 RLHF_INLINE PairTerm<T> dpo_term(T c, T r, T beta, int type, T eps) {
     const T h = beta * (c - r), p = sigmoid(h), q = sigmoid(-h), log_p = log_sigmoid(h), log_q = log_sigmoid(-h);
-    T value = 0, by_h = 0;  // for the losses that depend on h alone
+    T value = 0, by_h = 0;  // set by the losses that depend on h alone
     switch (type) {
         case kSigmoid:
         case kSigmoidNorm:
@@ -95,7 +96,7 @@ RLHF_INLINE PairTerm<T> dpo_term(T c, T r, T beta, int type, T eps) {
         case kExoPair: {
             const T on_p = log_p - std::log1p(-eps), on_q = log_q - std::log(eps);
             value = p * on_p + q * on_q;
-            by_h = p * q * (on_p - on_q);  // d p = p q, and the logs' own derivatives cancel
+            by_h = p * q * (on_p - on_q);  // dp/dh = p q; the derivatives of log p and log q cancel
             break;
         }
         case kNcaPair: {
@@ -117,7 +118,7 @@ RLHF_INLINE PairTerm<T> dpo_term(T c, T r, T beta, int type, T eps) {
         }
         default: {  // kDiscopop, temperature 0.05
             const T tau = T(0.05), mix = sigmoid(h / tau), rest = sigmoid(-h / tau);
-            const T e_mix = std::exp(-h - softplus(-h / tau));  // e^-h alone overflows where mix is 0
+            const T e_mix = std::exp(-h - softplus(-h / tau));  // e^-h by itself overflows where mix is 0
             value = -log_p * rest + e_mix;
             by_h = e_mix * (rest / tau - 1) + mix * rest / tau * log_p - q * rest;
         }
@@ -125,7 +126,7 @@ RLHF_INLINE PairTerm<T> dpo_term(T c, T r, T beta, int type, T eps) {
     return {value, beta * by_h, -beta * by_h};
 }
 
-// From sums over tokens: where the loss averages over them, by the lengths, at least 1.
+// dpo_term of log-ratios summed over tokens. kIPO and kSigmoidNorm divide the sums by the lengths; a length of 0 is 1.
 RLHF_INLINE PairTerm<double> dpo_pair(double c, double r, double c_length, double r_length, double beta, int type,
                                       double eps) {
     const bool average = type == kIPO || type == kSigmoidNorm;

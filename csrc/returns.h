@@ -1,17 +1,18 @@
-// Returns and advantages: recurrences over time by themselves and as maps that compose, moments that merge.
+// Returns and advantages: recurrences over time, the same recurrences as maps that compose, and moments that merge.
 #pragma once
 #include "math.h"
 
 namespace rlhf::ISA {
 
-// ---- recurrences over time, from a row's end
+// ---- recurrences over time, from a row's last step to its first
 
-// x -> slope x + offset, the effect of a stretch of time on a sum to go. The default is that of a masked step.
+// The map x -> slope x + offset: a stretch of steps changes a sum to go by this map. The default is the map of a masked
+// step, the identity.
 struct Affine {
     double slope = 1, offset = 0;
 
     RLHF_INLINE double operator()(double x) const { return slope * x + offset; }
-    // This stretch, then the one before it in time.
+    // Applies this map, then the map of the stretch before it in time.
     RLHF_INLINE void then(const Affine& earlier) {
         offset = earlier(offset);
         slope *= earlier.slope;
@@ -27,11 +28,12 @@ struct GAEState {
     }
 };
 
-// The effect of a stretch of time on GAE's state: advantage -> slope advantage + by_value next_value + offset, and the
-// value of its first True step. The default is that of masked steps alone.
+// The map by which a stretch of steps changes GAE's state: advantage -> slope advantage + by_value next_value + offset,
+// next_value -> value, the value of the stretch's first True step. The default is the map of masked steps, the
+// identity.
 struct GAEMap {
     double slope = 1, by_value = 0, offset = 0, value = 0;
-    int64_t steps = 0;  // True ones
+    int64_t steps = 0;  // the number of True steps
 
     static RLHF_INLINE GAEMap of_step(double reward, double value, double gamma, double lam) {
         return {gamma * lam, gamma, reward - value, value, 1};
@@ -40,7 +42,7 @@ struct GAEMap {
         if (steps == 0) return state;
         return {slope * state.advantage + by_value * state.next_value + offset, value};
     }
-    // This stretch, then the one before it in time.
+    // Applies this map, then the map of the stretch before it in time.
     RLHF_INLINE void then(const GAEMap& earlier) {
         if (earlier.steps == 0) return;
         if (steps == 0) {
@@ -55,12 +57,13 @@ struct GAEMap {
     }
 };
 
+// The order is that of REMAX_VARIANTS in rlhf_fast/ops/returns.py, because a kernel gets the index.
 enum RemaxVariant { kOfficial, kPaper, kVerl };
 
 // ---- moments
 
-// Count, mean and sum of squared deviations; parts merge without losing digits to a large mean (Chan, Golub and
-// LeVeque 1979).
+// Count, mean and sum of squared deviations of some numbers. Merging two parts loses no digits to a large mean (Chan,
+// Golub and LeVeque 1979).
 struct Moments {
     double count = 0, mean = 0, squares = 0;
 
@@ -71,11 +74,11 @@ struct Moments {
         squares += other.squares + d * d * (count * other.count / n);
         count = n;
     }
-    // 1 / standard deviation, unbiased
+    // 1 / sqrt(variance + 1e-8), with the unbiased variance.
     RLHF_INLINE double whitening_scale() const { return 1 / std::sqrt((count > 1 ? squares / (count - 1) : 0) + 1e-8); }
 };
 
-// GRPO's: 1 / (standard deviation + 1e-4)
+// GRPO's factor: 1 / (standard deviation of the group + 1e-4).
 RLHF_INLINE double group_scale(double squares, int64_t group) {
     return 1 / (std::sqrt(squares / double(group - 1)) + 1e-4);
 }

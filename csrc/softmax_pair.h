@@ -1,4 +1,4 @@
-// The online state of two rows of logits side by side, from which their KL comes without cancellation. Shared by the
+// The online state of two rows of logits side by side. The state gives the rows' KL without cancellation. Shared by the
 // CPU and CUDA kernels.
 #pragma once
 #include "math.h"
@@ -9,13 +9,13 @@ namespace rlhf::ISA {
 //
 //     KL(p || q) = sum p (log p - log q) = log E_p[e^u] - E_p[u] = log(1 + E_p[u] + E_p[e^u - 1 - u]) - E_p[u]
 //
-// for any centre. The last form is accurate for distributions as close as they may be: errors of the weights
-// e^(z - shift) are the same in every mean, and e^u - 1 - u is a polynomial where u is small (`is_near`). Elsewhere
-// e^u may overflow, where z is very low or -inf, and comes from the reference's own sum.
+// for any centre. The last form is accurate however close p and q are, because every mean has the same errors of the
+// weights e^(z - shift), and because e^u - 1 - u is a polynomial where u is small (`is_near`). Where u is not small,
+// e^u may overflow (z is very low or -inf), so that the term e^u comes from the reference's own sum.
 struct SoftmaxPair {
     Softmax policy, reference;     // `reference.centred` is not kept
-    double cross = 0, excess = 0;  // over the policy's weights w: sums of w u; of w (e^u - 1 - u), or w (-1 - u) if far
-    double far = 0;                // the reference's sum over the tokens that are not near
+    double cross = 0, excess = 0;  // sums over the policy's weights w: w u; w (e^u - 1 - u), or w (-1 - u) if far
+    double far = 0;                // the reference's sum over the tokens whose u is not near 0
     bool unsupported = false;      // a token is possible under the policy and impossible under the reference
 
     RLHF_INLINE void move(double to, double reference_to, double inv_temperature) {
@@ -45,12 +45,12 @@ struct SoftmaxPair {
     // E_p[u]
     RLHF_INLINE double mean() const { return policy.sum == 0 ? 0 : cross / policy.sum; }
     RLHF_INLINE double kl(double centre, double inv_temperature) const {
-        if (policy.sum != policy.sum) return policy.sum;  // NaN: no distribution
+        if (policy.sum != policy.sum) return policy.sum;  // NaN: the policy has no distribution
         if (unsupported) return kInf;
         if (policy.sum == 0) return 0;
-        const double apart = (reference.shift - policy.shift - centre) * inv_temperature;  // of the two sums' scales
+        const double apart = (reference.shift - policy.shift - centre) * inv_temperature;  // log of the scales' ratio
         const double growth = (cross + excess + (far == 0 ? 0 : far * std::exp(apart))) / policy.sum;  // E_p[e^u] - 1
-        // Below 1/2 the terms of E_p[e^u] cancel, and it may be too large for a number.
+        // The terms of E_p[e^u] cancel where it is below 1/2, and a large E_p[e^u] may overflow.
         const bool direct = growth < -0.5 || growth == kInf;
         const double log_mean = direct ? std::log(reference.sum / policy.sum) + apart : std::log1p(growth);
         const double kl = log_mean - mean();
@@ -58,25 +58,25 @@ struct SoftmaxPair {
     }
 };
 
-// z_ref - z - centre, rounding off as little as float32 lets it: the integer first, so that logits with a large offset
-// between them are brought together before their difference is rounded.
+// z_ref - z - centre with the least rounding. The centre's integer part is subtracted first, so that two logits with a
+// large offset between them are close before their difference is rounded.
 template <typename T>
 struct Centre {
     T whole, rest;
 
     RLHF_INLINE explicit Centre(double centre) : whole(T(std::rint(centre))), rest(T(centre - std::rint(centre))) {}
-    template <typename Values>  // a T or a vector of them
+    template <typename Values>  // a T or a vector of Ts
     RLHF_INLINE void difference(const Values& z, const Values& z_ref, Values& u) const {
         u = ((z_ref - whole) - z) - rest;
     }
 };
 
-// Bounds u where a logit is -inf, for 0 * inf is NaN.
+// Bounds u, because a logit of -inf makes u infinite and 0 * inf is NaN.
 template <typename T>
 constexpr T kFarthest = T(1e30);
 template <typename T>
 RLHF_INLINE T bounded(T u) {
-    u = u > -kFarthest<T> ? u : -kFarthest<T>;  // NaN too, where both are -inf
+    u = u > -kFarthest<T> ? u : -kFarthest<T>;  // also bounds the NaN of two logits that are both -inf
     return u < kFarthest<T> ? u : kFarthest<T>;
 }
 
@@ -102,17 +102,17 @@ RLHF_INLINE SoftmaxPair pair_of(double z, double z_ref, double centre, double in
 
 struct PairOutputs {
     double logprob, entropy, kl, ref_logprob;
-    double shift, log_sum, centre, mean;  // what the gradient needs; the centre is a float
+    double shift, log_sum, centre, mean;  // read by the gradient; the centre fits a float
 };
 
-// From the state of all the columns but the target.
+// The row's outputs from the state of all columns but the target.
 RLHF_INLINE PairOutputs pair_outputs(SoftmaxPair others, double z_t, double z_ref_t, double centre,
                                      double inv_temperature) {
     const RowOutputs row = row_outputs(others.policy, z_t, inv_temperature);
     const double ref_logprob = target_logprob(others.reference, z_ref_t, inv_temperature);
     others.merge(pair_of(z_t, z_ref_t, centre, inv_temperature), inv_temperature);
     const double kl = others.kl(centre, inv_temperature), mean = others.unsupported ? kInf - kInf : others.mean();
-    // Of the gradient's p (mean - u), as little as possible is left to cancel.
+    // The gradient has the factor mean - u. The centre moves by the mean, so that little is left to cancel.
     const double on_mean = others.unsupported ? centre : float(centre + mean / inv_temperature);
     return {row.logprob, row.entropy, kl,      ref_logprob,
             row.shift,   row.log_sum, on_mean, mean + (centre - on_mean) * inv_temperature};
@@ -122,13 +122,13 @@ struct PairUpstream {
     double logprob, entropy, kl;
 };
 
-// Gradient of one row by its logits, from what the forward pass kept of it (a PairOutputs' last four). With H the
-// entropy,
+// Gradient of one row by its logits, from the last four numbers of the row's PairOutputs. With H the entropy,
 //     dz_j = gL (1[j = t] - p_j) - gH p_j (log p_j + H) + gK p_j (log p_j - log q_j - KL),
 // and log p_j - log q_j - KL = E_p[u] - u_j.
 template <typename T>
 struct PairGradient {
-    T shift, factor, lowest, slope, offset, by_u;  // p_j = 2^(d_j factor), d = z - shift, but for a factor of the three
+    // p_j is 2^(d_j factor), d = z - shift, times a factor that slope, offset and by_u contain.
+    T shift, factor, lowest, slope, offset, by_u;
     Centre<T> centre;
     double mean;
 
@@ -160,7 +160,7 @@ struct PairGradient {
     }
 };
 
-// By the logits before their soft cap; z is capped.
+// The gradient by the logits before their soft cap, from dz, the gradient by the capped logits z.
 template <typename T>
 RLHF_INLINE T through_softcap(T z, T dz, T softcap) {
     return softcap == 0 ? dz : dz * (1 - (z / softcap) * (z / softcap));

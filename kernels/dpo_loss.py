@@ -1,4 +1,4 @@
-"""Direct preference losses per pair, their rewards and gradients, in float64. csrc/math.h has the same terms."""
+"""Direct preference losses per pair, their rewards and gradients, in float64. csrc/pair_terms.h has the same terms."""
 
 import triton
 import triton.language as tl
@@ -6,14 +6,16 @@ import triton.language as tl
 from rlhf_fast.kernels.maths import sigmoid, softplus
 
 BLOCK = 256
-SIGMOID, ROBUST, HINGE, IPO, EXO, NCA, APO_ZERO, APO_DOWN, SIGMOID_NORM, SPPO_HARD, DISCOPOP = (
+# The order of LOSS_TYPES in rlhf_fast/ops/preference.py.
+SIGMOID, ROBUST, HINGE, IPO, EXO_PAIR, NCA_PAIR, APO_ZERO, APO_DOWN, SIGMOID_NORM, SPPO_HARD, DISCOPOP = (
     tl.constexpr(i) for i in range(11)
 )
 
 
 @triton.jit
 def _term(c, r, beta, eps, log_eps, log_rest, TYPE: tl.constexpr):
-    """The loss of log-ratios c and r with its derivatives by both; eps is the label smoothing."""
+    """The loss of the log-ratios c and r, and its derivatives by c and r. eps is the label smoothing, log_eps its log,
+    log_rest the log of 1 - eps."""
     h = (c - r) * beta
     p = sigmoid(h)
     q = sigmoid(-h)
@@ -22,7 +24,7 @@ def _term(c, r, beta, eps, log_eps, log_rest, TYPE: tl.constexpr):
     if TYPE == IPO:
         error = c - r - 1 / (2 * beta)
         return error * error, 2 * error, -2 * error
-    elif TYPE == NCA:
+    elif TYPE == NCA_PAIR:
         a = c * beta
         b = r * beta
         value = softplus(-a) + (softplus(a) + softplus(b)) / 2
@@ -45,15 +47,15 @@ def _term(c, r, beta, eps, log_eps, log_rest, TYPE: tl.constexpr):
         elif TYPE == HINGE:
             value = tl.where(h < 1, 1 - h, h - h)
             by_h = tl.where(h < 1, -1.0, h * 0)
-        elif TYPE == EXO:
+        elif TYPE == EXO_PAIR:
             on_p = log_p - log_rest
             on_q = log_q - log_eps
             value = p * on_p + q * on_q
-            by_h = p * q * (on_p - on_q)  # d p = p q, and the logs' own derivatives cancel
+            by_h = p * q * (on_p - on_q)  # dp/dh = p q; the derivatives of log_p and log_q cancel
         elif TYPE == DISCOPOP:
             mix = sigmoid(h * 20)
             rest = sigmoid(h * -20)
-            e_mix = tl.exp(-h - softplus(h * -20))  # e^-h alone overflows where mix is 0
+            e_mix = tl.exp(-h - softplus(h * -20))  # e^-h by itself overflows where mix is 0
             value = e_mix - log_p * rest
             by_h = e_mix * (rest * 20 - 1) + mix * rest * 20 * log_p - q * rest
         else:
@@ -121,7 +123,7 @@ def dpo_loss(
     chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, beta, loss_type, eps, log_eps,
     log_rest, losses, chosen_rewards, rejected_rewards, grad_chosen, grad_rejected,
 ):  # fmt: skip
-    """log_eps, log_rest: log(eps), log(1 - eps), which exo_pair alone reads."""
+    """log_eps: log(eps), log_rest: log(1 - eps); only exo_pair reads them."""
     B = chosen.numel()
     if B:
         _dpo_loss[(triton.cdiv(B, BLOCK),)](

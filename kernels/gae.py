@@ -1,7 +1,7 @@
-"""Recurrences over time, one program per row from its end: GAE, discounted returns, ReMax returns.
+"""Recurrences over time: GAE, discounted returns, ReMax returns. A program takes a row, from the row's end.
 
-Each step is an affine map of the state on its right, the identity where masked; a block of steps is composed by a
-parallel scan in float64, whatever gamma and lambda. Masked places are skipped over; the output there is 0.
+A step is an affine map of the state after it in time; a masked step is the identity, and its output is 0. A parallel
+scan in float64 composes a block of steps.
 """
 
 import triton
@@ -9,17 +9,18 @@ import triton.language as tl
 
 BLOCK = 1024
 WARPS = 8
+OFFICIAL, PAPER, VERL = (tl.constexpr(i) for i in range(3))  # the order of REMAX_VARIANTS in rlhf_fast/ops/returns.py
 
 
 @triton.jit
 def _after(a_slope, a_offset, b_slope, b_offset):
-    """x -> b(a(x))"""
+    """The map x -> b(a(x)) of two affine maps."""
     return b_slope * a_slope, b_slope * a_offset + b_offset
 
 
 @triton.jit
 def _after_with_value(ap, aq, ac, aw, au, bp, bq, bc, bw, bu):
-    """The same of the state (advantage, next value) -> (p advantage + q value + c, w value + u)."""
+    """b after a, two maps of the state (advantage, next value v) -> (p advantage + q v + c, w v + u)."""
     return bp * ap, bp * aq + bq * aw, bp * ac + bq * au + bc, bw * aw, bw * au + bu
 
 
@@ -126,11 +127,11 @@ def _remax_returns(
         on = tl.load(mask + at, mask=t >= 0, other=0)
         kl = tl.load(logprobs + at, mask=on, other=0.0).to(tl.float64) - tl.load(ref + at, mask=on, other=0.0)
         weight = advantage + kl * 0
-        if VARIANT == 0:  # official: gamma^(L - t), gamma at the last True place
+        if VARIANT == OFFICIAL:  # gamma^(L - t), gamma at the last True place
             count = tl.cumsum(on.to(tl.float64), 0, reverse=True) + count_to_go
             count_to_go = tl.zeros([1], tl.float64) + _first(count, columns)
             weight = advantage * tl.exp(log_gamma * tl.maximum(count, 1.0))
-        if VARIANT == 2:  # verl: the KL of this place and all that follow
+        if VARIANT == VERL:  # the KL of this place and all that follow
             kl = tl.cumsum(kl, 0, reverse=True) + kl_to_go
             kl_to_go = tl.zeros([1], tl.float64) + _first(kl, columns)
         tl.store(weights + at, tl.where(on, weight - kl_coef * kl, 0.0), mask=t >= 0)

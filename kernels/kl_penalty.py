@@ -1,4 +1,4 @@
-"""Per-token KL estimates, and rewards of RLHF: -kl_coef KL on every True place, the score on each row's last one."""
+"""Per-token KL estimates, and rewards: -kl_coef KL on every True place, plus the score on a row's last True place."""
 
 import triton
 import triton.language as tl

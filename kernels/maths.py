@@ -1,7 +1,7 @@
-"""Scalar maths of the Triton kernels: what csrc/math.h is to the C++ ones, term by term.
+"""Scalar maths of the Triton kernels, term by term that of csrc/math.h.
 
-Reductions over programs end in the last program to arrive: it adds the others' partial sums in a fixed order, so that
-same inputs give same bits, and sets the ticket back to 0 for the next launch.
+The last program to arrive ends a reduction over programs. It adds all partial sums in a fixed order, so that the same
+inputs give the same bits, and sets the ticket back to 0 for the next launch.
 """
 
 import triton
@@ -9,35 +9,38 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 MAX_LOG_RATIO = tl.constexpr(20.0)
+K1, K2, K3, ABS = (tl.constexpr(i) for i in range(4))  # the order of ESTIMATORS in rlhf_fast/ops/kl.py
 
 
 @triton.jit
 def log1p(y):
-    """log(1 + y), its small values kept, by Kahan's correction."""
+    """log(1 + y) by Kahan's correction, which keeps the digits of small values."""
     u = 1 + y
     return tl.where(u == 1, y, tl.log(u) * (y / tl.where(u == 1, 1.0, u - 1)))
 
 
 @triton.jit
 def softplus(x):
-    """log(1 + e^x), its small values kept."""
+    """log(1 + e^x); small values keep their digits."""
     return tl.maximum(x, 0.0) + log1p(tl.exp(-tl.abs(x)))
 
 
 @triton.jit
 def sigmoid(x):
+    """1 / (1 + e^-x)."""
     y = tl.exp(-tl.abs(x))
     return tl.where(x > 0, 1 / (1 + y), y / (1 + y))
 
 
 @triton.jit
 def expm1(x):
-    """In float64: the series below 1e-5 leaves 1e-15."""
+    """e^x - 1 in float64. The series below 1e-5 leaves a relative error of 1e-15."""
     return tl.where(tl.abs(x) < 1e-5, x * (1 + x / 2 * (1 + x / 3)), tl.exp(x) - 1)
 
 
 @triton.jit
 def tanh(x):
+    """tanh(x) by a polynomial below 0.625 in float32, elsewhere by e^2x."""
     y = tl.abs(x)
     y2 = y * y
     p = -5.70493396e-3
@@ -65,12 +68,12 @@ def bregman(x):
 
 @triton.jit
 def kl_term(d, ESTIMATOR: tl.constexpr):
-    """KL estimate and its derivative by logp, from d = logp - ref_logp; ESTIMATOR counts k1, k2, k3, abs."""
-    if ESTIMATOR == 0:
+    """The KL estimate and its derivative by logp, from d = logp - ref_logp."""
+    if ESTIMATOR == K1:
         return d, tl.full(d.shape, 1.0, d.dtype)
-    elif ESTIMATOR == 1:
+    elif ESTIMATOR == K2:
         return d * d / 2, d
-    elif ESTIMATOR == 2:
+    elif ESTIMATOR == K3:
         k3 = bregman(-d)
         return k3, d - k3
     else:
@@ -79,18 +82,19 @@ def kl_term(d, ESTIMATOR: tl.constexpr):
 
 @triton.jit
 def number(x, F: tl.constexpr):
-    """An option, passed in float64, in the dtype of the arithmetic: mixed with it as it is, all would be float64."""
+    """An option in the dtype of the arithmetic. Options arrive in float64, which would widen the arithmetic."""
     return tl.full([], x, F)
 
 
 @triton.jit
 def clamp(x, low, high):
-    """Keeps NaN."""
+    """x bounded by low and high. NaN stays NaN."""
     return tl.where(x < low, low, tl.where(x > high, high, x))
 
 
 @triton.jit
 def count_true(mask, n, BLOCK: tl.constexpr):
+    """The number of True places among n, in float64."""
     columns = tl.arange(0, BLOCK)
     count = tl.zeros([BLOCK], tl.int32)
     for start in range(0, n, BLOCK):
@@ -100,14 +104,14 @@ def count_true(mask, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def count_into(mask, n: tl.int64, total, BLOCK: tl.constexpr):
-    """Adds the True places of one block to the integer `total`; for masks too long for every program to count."""
+    """Adds one block's number of True places to the integer `total`, for masks too long for every program to count."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     tl.atomic_add(total, tl.sum(tl.load(mask + at, mask=at < n, other=0).to(tl.int32)), sem="relaxed")
 
 
 @triton.jit
 def is_last(ticket, programs):
-    """Whether this program is the last of so many to get here."""
+    """Whether this program is the last of `programs` programs to get here."""
     tl.debug_barrier()  # every thread's partial sums are on their way before the ticket is drawn
     last = tl.atomic_add(ticket, 1, sem="acq_rel") == programs - 1
     if last:
@@ -117,7 +121,7 @@ def is_last(ticket, programs):
 
 @triton.jit
 def sum_partials(partial, n, BLOCK: tl.constexpr):
-    """Sum of n float64 values other programs of this launch have written, past the L1 cache."""
+    """Sum of n float64 values that other programs of this launch wrote. The loads bypass the L1 cache."""
     columns = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float64)
     for start in range(0, n, BLOCK):

@@ -1,8 +1,8 @@
-"""Losses of policy and value function, value, gradient and statistics in one launch.
+"""Losses of policy and value function: value, gradient and statistics in one launch.
 
-A loss's weight per token needs the number of True tokens. Every program counts a short mask for itself; a long one
-(COUNTED_BY_ALL) is counted by a launch before. A lane's own sums are in the dtype of the inputs, from there on in
-float64, combined by the last program to arrive.
+The weight of a token needs the number of True tokens. Every program counts a short mask by itself; a launch before
+counts a mask of more than COUNTED_BY_ALL tokens. A lane sums in the dtype of the inputs. The lanes' sums are added in
+float64, and the last program to arrive combines the programs' sums.
 """
 
 import triton
@@ -22,13 +22,15 @@ from rlhf_fast.kernels.maths import (
 
 BLOCK = 512
 WARPS = 8
-REGISTERS = {"maxnreg": 128}  # NVIDIA: left to itself, ptxas spills a few bytes for occupancy that is of no use here
+REGISTERS = {"maxnreg": 128}  # on NVIDIA, because ptxas by itself spills a few bytes for an occupancy of no use here
 COUNTED_BY_ALL = 1 << 18
-PARTIALS = 8  # sums a row leaves: policy, kl, entropy, clipped, approx_kl, ratio, largest ratio, tokens
+# The order of REDUCTIONS in rlhf_fast/ops/policy_loss.py.
+TOKEN_MEAN, SEQUENCE_MEAN, SEQUENCE_SUM, CONSTANT = (tl.constexpr(i) for i in range(4))
+PARTIALS = 8  # sums of a row: policy, kl, entropy, clipped, approx_kl, ratio, largest ratio, tokens
 
 
 def _count(mask, tickets):
-    """None, or where the number of True tokens is: behind the ticket, 0 before the launch."""
+    """Starts a count of a long mask; returns where the count will be, behind the ticket. None for a short mask."""
     n = mask.numel()
     if n <= COUNTED_BY_ALL:
         return None
@@ -40,18 +42,17 @@ def _count(mask, tickets):
 
 @triton.jit
 def _weight(mask, row, T, n, total, normalizer, rows, REDUCTION: tl.constexpr, BLOCK: tl.constexpr):
-    """Of each True token of the row; the row's number of them. REDUCTION: token_mean, sequence_mean, sequence_sum,
-    constant."""
+    """The weight of each True token of the row in the loss, and the number of True tokens in the row."""
     row_count = count_true(mask + row * T, T, BLOCK)
     if normalizer is not None:
         whole = tl.load(normalizer).to(tl.float64)
-    elif REDUCTION != 0:
+    elif REDUCTION != TOKEN_MEAN:
         whole = rows.to(tl.float64)
     elif total is not None:
         whole = tl.load(total).to(tl.float64)
     else:
         whole = count_true(mask, n, BLOCK)
-    if REDUCTION == 1:
+    if REDUCTION == SEQUENCE_MEAN:
         whole *= tl.maximum(row_count, 1.0)
     return tl.where((whole == 0) | (row_count == 0), 0.0, 1 / tl.where(whole == 0, 1.0, whole)), row_count
 
@@ -166,13 +167,14 @@ def ppo_loss(
     logprobs, old_logprobs, advantages, mask, ref, entropy, normalizer, low, high, dual_clip, kl_coef, estimator,
     entropy_coef, reduction, grad_logprobs, grad_entropy, loss, stats, partial, tickets, registers,
 ):  # fmt: skip
-    """partial: [8, B] float64; B > 0. registers: REGISTERS, or nothing where the compiler does not know it."""
+    """partial: [8, B] float64; B > 0. registers: REGISTERS, or {} where the compiler does not know the option."""
     B, T = logprobs.shape
+    total = _count(mask, tickets) if reduction == TOKEN_MEAN.value and normalizer is None else None
     _ppo_loss[(B,)](
         logprobs, old_logprobs, advantages, mask, ref, entropy, normalizer, grad_logprobs, grad_entropy, loss, stats,
-        partial, tickets, _count(mask, tickets) if reduction == 0 and normalizer is None else None, B, T, low, high,
-        dual_clip, kl_coef, entropy_coef, PER_TOKEN=advantages.dim() == 2, ESTIMATOR=estimator, REDUCTION=reduction,
-        BLOCK=BLOCK, num_warps=WARPS, **registers,
+        partial, tickets, total, B, T, low, high, dual_clip, kl_coef, entropy_coef,
+        PER_TOKEN=advantages.dim() == 2, ESTIMATOR=estimator, REDUCTION=reduction, BLOCK=BLOCK, num_warps=WARPS,
+        **registers,
     )  # fmt: skip
 
 
@@ -214,9 +216,9 @@ def _reinforce_loss(
 def reinforce_loss(logprobs, advantages, mask, normalizer, reduction, grad, loss, partial, tickets):
     """partial: [B] float64; B > 0."""
     B, T = logprobs.shape
+    total = _count(mask, tickets) if reduction == TOKEN_MEAN.value and normalizer is None else None
     _reinforce_loss[(B,)](
-        logprobs, advantages, mask, normalizer, grad, loss, partial, tickets,
-        _count(mask, tickets) if reduction == 0 and normalizer is None else None, B, T,
+        logprobs, advantages, mask, normalizer, grad, loss, partial, tickets, total, B, T,
         PER_TOKEN=advantages.dim() == 2, REDUCTION=reduction, BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
 
@@ -250,7 +252,7 @@ def _ppo_value_loss(
     old = tl.load(old_values + at, mask=on, other=0.0)
     target = tl.load(returns + at, mask=on, other=0.0)
     near = clamp(value, old - number(clip, value.dtype), old + number(clip, value.dtype))
-    near = tl.where(old == old, near, old)  # a bound that is NaN does not get lost
+    near = tl.where(old == old, near, old)  # keeps a NaN in old
     free = (value - target) * (value - target)
     bounded = (near - target) * (near - target)
     by_free = value - target

@@ -6,12 +6,12 @@ import triton.language as tl
 from rlhf_fast.kernels.maths import is_last, sigmoid, softplus, sum_partials
 
 BLOCK = 256
-SQUARE = 16  # answers by answers a program compares at a time
+SQUARE = 16  # a program compares SQUARE x SQUARE answers at a time
 
 
 @triton.jit
 def _order(difference):
-    """1 for the right order, 1/2 for a tie"""
+    """A pair's accuracy: 1 for the right order, 1/2 for a tie, 0 for the wrong order."""
     return tl.where(difference > 0, 1.0, tl.where(difference == 0, 0.5, 0.0))
 
 
@@ -28,7 +28,7 @@ def _reward_loss(
     center_coef: tl.float64,
     BLOCK: tl.constexpr,
 ):
-    """One program: B is small."""
+    """One program takes all pairs, because B is small."""
     columns = tl.arange(0, BLOCK)
     likelihood = tl.zeros([BLOCK], tl.float64)
     centre = tl.zeros([BLOCK], tl.float64)
@@ -69,7 +69,7 @@ def reward_loss(chosen, rejected, margin, center_coef, grad_chosen, grad_rejecte
 
 @triton.jit
 def _count_pairs(ranks, total, K: tl.int64, SQUARE: tl.constexpr):
-    """Adds one row's pairs to the integer `total`."""
+    """Adds the number of a row's ranked pairs to the integer `total`."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, SQUARE)
     count = tl.zeros([SQUARE, SQUARE], tl.int32)
@@ -87,7 +87,7 @@ def _count_pairs(ranks, total, K: tl.int64, SQUARE: tl.constexpr):
 def _ranking_loss(
     scores, ranks, grad, loss, stats, partial, ticket, total, B: tl.int64, K: tl.int64, SQUARE: tl.constexpr
 ):
-    """One program per row. Answer i's gradient is that of the pairs it leads less that of those it trails."""
+    """One program per row. The gradient of an answer sums over the pairs that the answer leads or trails."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, SQUARE)
     pairs = tl.load(total).to(tl.float64)

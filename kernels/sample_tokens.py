@@ -1,25 +1,24 @@
 """One token per row by inverse CDF, or the first maximum, with its log-prob and the row's entropy.
 
-Two launches, no atomics. The first reads the logits once, a program per block of columns, and keeps the block's maximum
-and sums. In the second, a program per row finds the block that u falls into, reads that block again, finds the token
-where what is left of u falls, and merges the other blocks' states with that of the rest of this block: the target is
-left out of the sums, as in token_logprobs. Running sums are float64. A block's share of the probability is off by the
-rounding of its float32 sum, some 1e-7 of it; a token's share of its block by that of one exponential.
-Left out: top-k and top-p, which arrive as -inf logits.
+There are two launches and no atomics. The first launch reads the logits once, a program per block of columns, and keeps
+each block's maximum and sums. In the second launch a program takes a row. The program finds the block into which u
+falls, reads that block again, finds the token at which the rest of u falls, and merges the other blocks' states with
+the state of this block without the token: the sums leave the target out, as in token_logprobs. Running sums are
+float64. The relative error of a block's probability is that of its float32 sum, some 1e-7; the relative error of a
+token's share of its block is that of one exponential. The caller applies top-k and top-p as logits of -inf.
 """
 
 import triton
 import triton.language as tl
 
-from rlhf_fast.kernels.maths import number
-from rlhf_fast.kernels.token_kl import _recentred
-from rlhf_fast.kernels.token_logprobs import _reduced, _row_results
+from rlhf_fast.kernels.maths import LOG2E, number
+from rlhf_fast.kernels.softmax import recentred, reduced, row_results
 
 BLOCK = 4096
-CHUNK = 128  # blocks of a row that the second launch looks at together
+CHUNK = 128  # blocks of a row that the second launch reads at a time
 WARPS = 8
 DRAW_WARPS = 16
-REGISTERS = {"maxnreg": 128}  # of _draw, on NVIDIA: left to itself, ptxas spills a few bytes
+REGISTERS = {"maxnreg": 128}  # of _draw on NVIDIA, because ptxas by itself spills a few bytes
 WIDE = True
 MULTIPLES_OF_16 = "row_stride", "V"
 
@@ -39,7 +38,7 @@ def _block_states(
     row = (program // blocks).to(tl.int64)
     column = program % blocks * BLOCK + tl.arange(0, BLOCK)
     z = tl.load(logits + row * row_stride + column, mask=column < V, other=float("-inf")).to(F)
-    m, s, a = _reduced(z, 1.0, 0.0, number(scale, F))
+    m, s, a = reduced(z, 1.0, 0.0, number(scale, F))
     mine = states + program.to(tl.int64) * 3
     tl.store(mine, m)
     tl.store(mine + 1, s)
@@ -55,15 +54,15 @@ def _load_states(states, block, there):
 
 @triton.jit
 def _weights(m, s, top, factor, first_maximum):
-    """What states weigh beside a maximum `top`; where the first maximum is wanted, 1 at every maximum."""
+    """The weights of states beside a maximum `top`; for first_maximum, 1 at every maximum and 0 elsewhere."""
     e = tl.where(s == 0, 0.0, tl.exp2((m - top) * factor))
     return tl.where(first_maximum, tl.where(m == top, 1.0, 0.0), s.to(tl.float64) * e)
 
 
 @triton.jit
 def _first_beyond(weights, goal, COUNT: tl.constexpr):
-    """The first of COUNT places at which the running sum exceeds the goal, COUNT without one; the last that is not 0,
-    -1 without one."""
+    """(the first of COUNT places at which the running sum exceeds the goal, or COUNT if there is none; the last place
+    whose weight is not 0, or -1)"""
     place = tl.arange(0, COUNT)
     beyond = (tl.cumsum(weights, 0) > goal) & (weights > 0)
     return tl.min(tl.where(beyond, place, COUNT), 0), tl.max(tl.where(weights > 0, place, -1), 0)
@@ -131,8 +130,8 @@ def _draw(
         weight += tl.sum(tl.where(start + each == block, weights, 0.0), 0)
         m = tl.where(start + each == block, float("-inf"), m)
         higher = tl.maximum(m_others, m)
-        _, s_others, a_others = _recentred(m_others, s_others, a_others, higher, factor, True)
-        _, s, a = _recentred(m, s, a, higher, factor, True)
+        _, s_others, a_others = recentred(m_others, s_others, a_others, higher, factor, True)
+        _, s, a = recentred(m, s, a, higher, factor, True)
         s_others += s
         a_others += a
         m_others = higher
@@ -147,12 +146,12 @@ def _draw(
     token = block * BLOCK + tl.maximum(tl.where(here < BLOCK, here, last_here), 0)
     z_token = tl.load(logits + token).to(F)
 
-    m, s, a = _reduced(tl.where(column == token, float("-inf"), z), 1.0, 0.0, factor)
-    m_others, s_others, a_others = _reduced(m_others, s_others, a_others, factor)
+    m, s, a = reduced(tl.where(column == token, float("-inf"), z), 1.0, 0.0, factor)
+    m_others, s_others, a_others = reduced(m_others, s_others, a_others, factor)
     higher = tl.maximum(m, m_others)
-    _, s, a = _recentred(m, s, a, higher, factor, True)
-    _, s_others, a_others = _recentred(m_others, s_others, a_others, higher, factor, True)
-    logprob, h, _, _ = _row_results(higher, s + s_others, a + a_others, z_token, scale)
+    _, s, a = recentred(m, s, a, higher, factor, True)
+    _, s_others, a_others = recentred(m_others, s_others, a_others, higher, factor, True)
+    logprob, h, _, _ = row_results(higher, s + s_others, a + a_others, z_token, scale)
     tl.store(tokens + row, token.to(tl.int64))
     tl.store(logprobs + row, logprob)
     tl.store(entropy + row, h)
@@ -167,7 +166,7 @@ def sample_tokens(
     compute,
 ):  # fmt: skip
     """states: [rows, blocks_of(V), 3] of the statistics' dtype, uninitialised. registers: as in ppo_loss."""
-    blocks, scale = blocks_of(V), 1.4426950408889634 / temperature
+    blocks, scale = blocks_of(V), LOG2E.value / temperature
     _block_states[(rows * blocks,)](
         logits, states, row_stride, V, blocks, scale, F=compute, BLOCK=BLOCK, num_warps=WARPS
     )

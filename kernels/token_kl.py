@@ -1,43 +1,34 @@
-"""log p(token), entropy and KL(p || q) of the softmaxes of two rows of logits, forward in one read of both rows.
+"""log p(token), entropy and KL(p || q) of the softmaxes of two rows of logits. The forward pass reads both rows once.
 
-    u_j = x_ref_j - x_j less the same of the target      KL = log E_p[e^u] - E_p[u]
+    u_j = (x_ref_j - x_j) - (x_ref_t - x_t)      KL = log E_p[e^u] - E_p[u]
 
-with x = z / temperature, if p can give all that q can. Where they are close, log E_p[e^u] = log(1 + E_p[u] +
-E_p[e^u - 1 - u]) loses nothing, and what q has outside is taken off it; elsewhere it is the difference of both rows'
-log-sum-exps. The policy's state is as in token_logprobs, a lane's own. Left out: 16-byte loads (the linear head's rows
-are float32), rows split over programs.
+with x = z / temperature and t the target, if every token of q is possible under p. Where p and q are close, log
+E_p[e^u] = log(1 + E_p[u] + E_p[e^u - 1 - u]) loses no digits. If q gives some probability to tokens that are impossible
+under p, log(1 - that probability) is subtracted. Where p and q are not close, log E_p[e^u] is the difference of both
+rows' log-sum-exps. A lane keeps its own state, as in token_logprobs. The kernels have no 16-byte loads, because the
+linear head's rows are float32, and split no row over programs.
 """
 
 import triton
 import triton.language as tl
 
 from rlhf_fast.kernels.maths import LOG2E, bregman, expm1, log1p, number
-from rlhf_fast.kernels.token_logprobs import _bounded, _capped, _row_results
+from rlhf_fast.kernels.softmax import bounded, capped, recentred, row_results
 
 COLUMNS = 2048
-BLOCK = 2048  # of the backward pass
+BLOCK = 2048  # columns of a program of the backward pass
 WARPS = 8
 
 
 @triton.jit
 def _target(logits, target, V, cap, SOFTCAP: tl.constexpr, F: tl.constexpr):
     z = tl.load(logits + target, mask=(target >= 0) & (target < V), other=float("nan")).to(F)
-    return _capped(z, cap, SOFTCAP)
+    return capped(z, cap, SOFTCAP)
 
 
 @triton.jit
 def _finite(z):
     return tl.where((z > float("-inf")) & (z < float("inf")), z, 0.0)
-
-
-@triton.jit
-def _recentred(m, s, a, top, scale, CENTRED: tl.constexpr):
-    """The factor e of a move from m to top, and sums of e^x and (CENTRED) x e^x, base 2, about top."""
-    moved = (m - tl.where(top == float("-inf"), 0.0, top)) * scale
-    e = tl.exp2(moved)
-    if CENTRED:
-        a = tl.where(e == 0, 0.0, a + s * moved)
-    return e, s * e, a * e
 
 
 @triton.jit
@@ -81,46 +72,46 @@ def _token_kl(
         s = tl.zeros([COLUMNS], F)
         a = tl.zeros([COLUMNS], F)
         u_sum = tl.zeros([COLUMNS], F)
-        curve = tl.zeros([COLUMNS], F)  # of e^u - 1 - u
+        curve = tl.zeros([COLUMNS], F)  # weighted sum of e^u - 1 - u
         ref_m = tl.full([COLUMNS], float("-inf"), F)
         ref_s = tl.zeros([COLUMNS], F)
-        ref_outside = tl.zeros([COLUMNS], F)  # of what p cannot give
-        endless = tl.zeros([COLUMNS], tl.int32)  # p can give what q cannot: the KL is infinite
+        ref_outside = tl.zeros([COLUMNS], F)  # the reference's sum over tokens impossible under p
+        endless = tl.zeros([COLUMNS], tl.int32)  # 1: a token of p is impossible under q, the KL is infinite
         for start in range(0, V, COLUMNS):
             column = start + columns
             inside = (column < V) & (column != target)
-            z = _capped(tl.load(logits + column, mask=inside, other=0.0).to(F), cap, SOFTCAP)
-            ref = _capped(tl.load(ref_logits + column, mask=inside, other=0.0).to(F), cap, SOFTCAP)
+            z = capped(tl.load(logits + column, mask=inside, other=0.0).to(F), cap, SOFTCAP)
+            ref = capped(tl.load(ref_logits + column, mask=inside, other=0.0).to(F), cap, SOFTCAP)
             z = tl.where(inside, z, float("-inf"))
             ref = tl.where(inside, ref, float("-inf"))
             top = tl.maximum(m, z)
-            moved, s, a = _recentred(m, s, a, top, factor, True)
-            x = _bounded((z - tl.where(top == float("-inf"), 0.0, top)) * factor)
+            moved, s, a = recentred(m, s, a, top, factor, True)
+            x = bounded((z - tl.where(top == float("-inf"), 0.0, top)) * factor)
             e = tl.exp2(x)
             missing = (z > float("-inf")) & (ref == float("-inf"))
             endless = tl.where(missing, 1, endless)
             u = tl.where(missing, 0.0, ((ref - ref_origin) - (z - origin)) * (factor / LOG2E))
             s += e
             a += e * x
-            # An infinite sum stays one, or becomes NaN, and is not used.
+            # An infinite sum stays infinite or becomes NaN; the KL does not use it.
             u_sum = tl.where(m == float("-inf"), 0.0, u_sum * moved) + tl.where(e == 0, 0.0, e * u)
             curve = tl.where(m == float("-inf"), 0.0, curve * moved) + tl.where(e == 0, 0.0, e * bregman(u))
             m = top
             top = tl.maximum(ref_m, ref)
-            _, ref_s, ref_outside = _recentred(ref_m, ref_s, ref_outside, top, factor, False)
-            ref_e = tl.exp2(_bounded((ref - tl.where(top == float("-inf"), 0.0, top)) * factor))
+            _, ref_s, ref_outside = recentred(ref_m, ref_s, ref_outside, top, factor, False)
+            ref_e = tl.exp2(bounded((ref - tl.where(top == float("-inf"), 0.0, top)) * factor))
             ref_s += ref_e
             ref_outside += tl.where(e == 0, ref_e, 0.0)
             ref_m = top
         top = tl.max(m, 0)
-        e, s, a = _recentred(m, s, a, top, factor, True)
+        e, s, a = recentred(m, s, a, top, factor, True)
         s_row = tl.sum(s, 0)
         u_row = tl.sum(tl.where(e == 0, 0.0, u_sum * e), 0)
         curve_row = tl.sum(tl.where(e == 0, 0.0, curve * e), 0)
-        logprob, h, shift, log_sum = _row_results(top, s_row, tl.sum(a, 0), z_target, scale)
+        logprob, h, shift, log_sum = row_results(top, s_row, tl.sum(a, 0), z_target, scale)
         ref_top = tl.max(ref_m, 0)
-        _, ref_s, ref_outside = _recentred(ref_m, ref_s, ref_outside, ref_top, factor, False)
-        ref_logprob, _, ref_shift, ref_log_sum = _row_results(ref_top, tl.sum(ref_s, 0), 0 * s_row, ref_target, scale)
+        _, ref_s, ref_outside = recentred(ref_m, ref_s, ref_outside, ref_top, factor, False)
+        ref_logprob, _, ref_shift, ref_log_sum = row_results(ref_top, tl.sum(ref_s, 0), 0 * s_row, ref_target, scale)
         outside = tl.sum(ref_outside, 0) * tl.exp((ref_top - ref_shift) * (scale / LOG2E)) / tl.exp(ref_log_sum)
         outside = tl.where(ref_top == float("-inf"), 0.0, outside) + tl.where(z_target > float("-inf"), 0.0, 1.0)
         missing = (z_target > float("-inf")) & (ref_target == float("-inf"))  # the target's own u is 0
@@ -135,7 +126,7 @@ def _token_kl(
         log_mean = tl.where(near, log_mean, direct)
         difference = log_mean - mean
         difference = tl.where(infinite, float("inf") + 0 * (log_sum + ref_log_sum), difference)
-        # The backward pass has the centre in the dtype of the statistics, and a mean that fits it.
+        # The backward pass gets the centre in the dtype of the statistics, and the mean about that rounded centre.
         kept = centre.to(F)
         mean = tl.where(infinite, float("-inf"), mean + (centre - kept.to(tl.float64)) * (scale / LOG2E))
         tl.store(logprobs + row, logprob)
@@ -154,7 +145,7 @@ def token_kl(
 ):  # fmt: skip
     _token_kl[(rows,)](
         logits, ref_logits, ids, logprobs, entropy, kl, ref_logprobs, stats, row_stride, ref_row_stride, V,
-        1.4426950408889634 / temperature, softcap, SOFTCAP=softcap != 0, F=compute, COLUMNS=COLUMNS, num_warps=WARPS,
+        LOG2E.value / temperature, softcap, SOFTCAP=softcap != 0, F=compute, COLUMNS=COLUMNS, num_warps=WARPS,
     )  # fmt: skip
 
 
@@ -206,11 +197,11 @@ def _token_kl_backward(
         shift = tl.load(stats + 4 * row)
         log_sum = tl.load(stats + 4 * row + 1)
         centre = tl.load(stats + 4 * row + 2)
-        whole = tl.floor(centre + 0.5)  # first, to bring logits far apart together before a difference rounds
+        whole = tl.floor(centre + 0.5)  # subtracted first: a large offset goes before a difference rounds
         mean = tl.where(by_kl == 0, 0.0, tl.load(stats + 4 * row + 3))
-        z = _capped(tl.load(logits + row * row_stride + column, mask=inside, other=0.0).to(F), cap, SOFTCAP)
-        ref = _capped(tl.load(ref_logits + row * ref_row_stride + column, mask=inside, other=0.0).to(F), cap, SOFTCAP)
-        x = _bounded((z - shift) * base2)
+        z = capped(tl.load(logits + row * row_stride + column, mask=inside, other=0.0).to(F), cap, SOFTCAP)
+        ref = capped(tl.load(ref_logits + row * ref_row_stride + column, mask=inside, other=0.0).to(F), cap, SOFTCAP)
+        x = bounded((z - shift) * base2)
         p = tl.exp2(x) * tl.exp(-log_sum)
         u = (((ref - whole) - z) - (centre - whole)) * factor
         log_ratio = tl.where((p == 0) | (by_kl == 0), 0.0, mean - u)  # log p - log q - KL
@@ -233,7 +224,7 @@ def token_kl_backward(
     blocks = triton.cdiv(V, BLOCK)
     _token_kl_backward[(rows * blocks,)](
         logits, ref_logits, ids, logprobs, entropy, stats, grad_logprobs, grad_entropy, grad_kl, grad_logits,
-        row_stride, ref_row_stride, grad_row_stride, V, blocks, 1.4426950408889634 / temperature, softcap,
+        row_stride, ref_row_stride, grad_row_stride, V, blocks, LOG2E.value / temperature, softcap,
         SOFTCAP=softcap != 0, F=compute, BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
 

@@ -1,21 +1,22 @@
-"""log p(token) and entropy of softmax(logits / temperature): forward in one read of the logits, backward in one read
-and write.
+"""log p(token) and entropy of softmax(logits / temperature). The forward pass reads the logits once; the backward pass
+reads and writes once.
 
-A lane keeps its own running maximum m and, over x = (z - m) / temperature, sums of e^x and x e^x, recentred when m
-moves: no program-wide reduction before the end of the row. The target is left out of the sums, so that a target far
-ahead keeps its log-probability's digits. Few rows are split over several programs, the last of which merges their
-states. Rows start wherever an odd V leaves them: columns are counted from the 16-byte boundary before the row, so that
-all but its first and last tile are read unmasked, 16 bytes at a time.
+A lane keeps its own softmax state (see kernels/softmax.py), so that a program reduces over its lanes only at the end of
+the row. The sums leave the target out, so that the log-prob of a target far ahead keeps its digits. Several programs
+share a row if there are few rows; the last program to finish merges their states. A row of an odd V starts at any
+address. Columns are therefore counted from the 16-byte boundary before the row, and all tiles but the first and the
+last are read unmasked, 16 bytes at a time.
 """
 
 import triton
 import triton.language as tl
 
-from rlhf_fast.kernels.maths import LOG2E, expm1, is_last, log1p, number, softplus, tanh
+from rlhf_fast.kernels.maths import LOG2E, expm1, is_last, number
+from rlhf_fast.kernels.softmax import add_tile, bounded, capped, reduced, row_results
 
-ROWS = 4  # of a tile, which one lane holds: a lane's maximum moves at most once per tile
+ROWS = 4  # rows of a tile; a lane holds a column of the tile, so that its maximum moves at most once per tile
 COLUMNS = 1024
-BLOCK = 2048  # of the backward pass
+BLOCK = 2048  # columns of a program of the backward pass
 WARPS = 4
 MOST_SPLITS = 64
 WIDE = True
@@ -23,78 +24,13 @@ WIDE = True
 
 @triton.jit
 def _aligned(offset, ALIGN: tl.constexpr):
-    """The last multiple of ALIGN not after the offset, and the compiler's knowledge of it."""
+    """The last multiple of ALIGN not after the offset, marked for the compiler as a multiple."""
     return tl.multiple_of(offset // ALIGN * ALIGN, ALIGN)
 
 
 @triton.jit
-def _capped(z, softcap, SOFTCAP: tl.constexpr):
-    return tanh(z / softcap) * softcap if SOFTCAP else z
-
-
-@triton.jit
-def _bounded(x):
-    """2^x is 0 at the bound: 0 * -inf would be NaN. Keeps NaN."""
-    if x.dtype == tl.float64:
-        return tl.where(x < -1100.0, -1100.0, x)
-    else:
-        return tl.where(x < -150.0, -150.0, x)
-
-
-@triton.jit
-def _add(z, m, s, a, scale):
-    """States [COLUMNS] after a tile of logits [ROWS, COLUMNS]; scale: log2(e) / temperature."""
-    top = tl.maximum(m, tl.max(z, 0))
-    shift = tl.where(top == float("-inf"), 0.0, top)
-    moved = (m - shift) * scale
-    e = tl.exp2(moved)
-    a = tl.where(e == 0, 0.0, e * (a + s * moved))  # moved is -inf where nothing has been summed
-    s = s * e
-    x = (z - shift[None, :]) * scale
-    x = _bounded(x)
-    e = tl.exp2(x)
-    return top, s + tl.sum(e, 0), a + tl.sum(e * x, 0)
-
-
-@triton.jit
-def _reduced(m, s, a, scale):
-    """One state of many."""
-    top = tl.max(m, 0)
-    x = (m - tl.where(top == float("-inf"), 0.0, top)) * scale
-    e = tl.exp2(x)
-    return top, tl.sum(s * e, 0), tl.sum(tl.where(e == 0, 0.0, e * (a + s * x)), 0)
-
-
-@triton.jit
-def _row_results(m, s, a, z, scale):
-    """(logprob, entropy, shift, log_sum) in float64, from the state of all columns but the target (a: base 2) and the
-    target's logit z."""
-    factor = number(scale, tl.float64) / LOG2E
-    m = m.to(tl.float64)
-    z = z.to(tl.float64)
-    s = s.to(tl.float64)
-    a = a.to(tl.float64) / LOG2E
-    lead = tl.where(s == 0, float("-inf"), (m - z) * factor + tl.log(tl.where(s == 0, 1.0, s)))
-    logprob = tl.where(s == 0, z - z, -softplus(lead))
-    logprob = tl.where(z == float("-inf"), float("-inf"), logprob)
-    shift = tl.maximum(m, z)
-    shift = tl.where(shift == float("-inf"), 0.0, shift)
-    x_others = tl.where(m == float("-inf"), 0.0, (m - shift) * factor)
-    x_target = tl.where(z == float("-inf"), 0.0, (z - shift) * factor)
-    w_others = tl.exp(x_others)
-    w_target = tl.where(z == float("-inf"), 0.0, tl.exp(x_target))
-    rest = s * w_others
-    total = rest + w_target
-    centred = (a + s * x_others) * w_others + x_target * w_target
-    log_sum = tl.where(total == 0, 0.0, tl.log(tl.where(total == 0, 1.0, total)))
-    log_sum = tl.where(w_target == 1, log1p(rest), log_sum)  # beside a target that weighs 1 the rest keeps its digits
-    h = log_sum - centred / tl.where(total == 0, 1.0, total)
-    return logprob, tl.where(h < 0, 0.0, h), shift, log_sum
-
-
-@triton.jit
 def _write_row(m, s, a, z, scale, logprobs, entropy, stats, row):
-    logprob, h, shift, log_sum = _row_results(m, s, a, z, scale)
+    logprob, h, shift, log_sum = row_results(m, s, a, z, scale)
     tl.store(logprobs + row, logprob)
     tl.store(entropy + row, h)
     tl.store(stats + 2 * row, shift)
@@ -123,7 +59,7 @@ def _token_logprobs(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    row = (tl.program_id(0) // splits).to(tl.int64)  # one axis: the others end at 65,535
+    row = (tl.program_id(0) // splits).to(tl.int64)  # on one axis, because the other axes end at 65,535
     split = tl.program_id(0) % splits
     target = tl.load(ids + row)
     if target == -100:
@@ -135,7 +71,7 @@ def _token_logprobs(
     else:
         offset = row * row_stride
         start = _aligned(offset, ALIGN)
-        first = (start - offset).to(tl.int32)  # the column at the boundary, at most 0
+        first = (start - offset).to(tl.int32)  # the column at the 16-byte boundary, at most 0
         tile = (tl.arange(0, ROWS) * COLUMNS)[:, None] + tl.arange(0, COLUMNS)[None, :]
         factor = number(scale, F)
         cap = number(softcap, F)
@@ -148,18 +84,18 @@ def _token_logprobs(
             done = tl.multiple_of(done, ROWS * COLUMNS)
             left = first + done  # the tile's first column
             if (left >= 0) & (left + ROWS * COLUMNS <= V):
-                z = _capped(tl.load(logits + start + done + tile).to(F), cap, SOFTCAP)
+                z = capped(tl.load(logits + start + done + tile).to(F), cap, SOFTCAP)
             else:
                 inside = (left + tile >= 0) & (left + tile < V)
                 z = tl.load(logits + start + done + tile, mask=inside, other=0.0).to(F)
-                z = tl.where(inside, _capped(z, cap, SOFTCAP), float("-inf"))
+                z = tl.where(inside, capped(z, cap, SOFTCAP), float("-inf"))
             if (target >= left) & (target < left + ROWS * COLUMNS):
                 z = tl.where(left + tile == target, float("-inf"), z)
-            m, s, a = _add(z, m, s, a, factor)
-        m_row, s_row, a_row = _reduced(m, s, a, factor)
+            m, s, a = add_tile(z, m, s, a, factor)
+        m_row, s_row, a_row = reduced(m, s, a, factor)
         in_range = (target >= 0) & (target < V)
         z_target = tl.load(logits + offset + target, mask=in_range, other=float("nan")).to(F)
-        z_target = _capped(z_target, cap, SOFTCAP)
+        z_target = capped(z_target, cap, SOFTCAP)
         if SPLIT:
             mine = partial + (row * splits + split) * 3
             tl.store(mine, m_row)
@@ -172,14 +108,14 @@ def _token_logprobs(
                 m_all = tl.load(theirs, mask=there, other=float("-inf"), cache_modifier=".cg")
                 s_all = tl.load(theirs + 1, mask=there, other=0.0, cache_modifier=".cg")
                 a_all = tl.load(theirs + 2, mask=there, other=0.0, cache_modifier=".cg")
-                m_row, s_row, a_row = _reduced(m_all, s_all, a_all, factor)
+                m_row, s_row, a_row = reduced(m_all, s_all, a_all, factor)
                 _write_row(m_row, s_row, a_row, z_target, scale, logprobs, entropy, stats, row)
         else:
             _write_row(m_row, s_row, a_row, z_target, scale, logprobs, entropy, stats, row)
 
 
 def splits_for(rows, V, processors):
-    """Programs per row, so that there are at least two for every processor, none with less than a tile."""
+    """Programs per row: at least two programs for every processor, at least a tile for every program."""
     tiles = triton.cdiv(V, ROWS * COLUMNS)
     return max(1, min(MOST_SPLITS, tiles, triton.cdiv(2 * processors, max(rows, 1))))
 
@@ -187,11 +123,11 @@ def splits_for(rows, V, processors):
 def token_logprobs(
     logits, row_stride, ids, rows, V, temperature, softcap, logprobs, entropy, stats, partial, tickets, splits, compute
 ):  # fmt: skip
-    """partial: [rows, splits, 3] of the statistics' dtype and tickets: [rows] int32, 0, or None where splits is 1."""
+    """partial: [rows, splits, 3] of the statistics' dtype; tickets: [rows] int32 of 0. None, None where splits is 1."""
     tiles = triton.cdiv(triton.cdiv(V + 16, ROWS * COLUMNS), splits)
     _token_logprobs[(splits * rows,)](
         logits, ids, logprobs, entropy, stats, partial, tickets, row_stride, V, splits, tiles,
-        1.4426950408889634 / temperature, softcap, SPLIT=splits > 1, SOFTCAP=softcap != 0,
+        LOG2E.value / temperature, softcap, SPLIT=splits > 1, SOFTCAP=softcap != 0,
         ALIGN=16 // logits.element_size(), F=compute, ROWS=ROWS,
         COLUMNS=COLUMNS, num_warps=WARPS,
     )  # fmt: skip
@@ -228,7 +164,8 @@ def _token_logprobs_backward(
     first = (start - source).to(tl.int32) + done
     at = tl.arange(0, BLOCK)
     inside = (first + at >= 0) & (first + at < V)
-    # Where both rows lie alike on their 16 bytes, as they do in place, whole blocks are written 16 bytes at a time too.
+    # Where both rows have the same offset from a 16-byte boundary, as in place, whole blocks are written 16 bytes at a
+    # time too.
     alike = (goal - source) % ALIGN == 0
     whole = (first >= 0) & (first + BLOCK <= V) & alike
     if target == -100:
@@ -246,7 +183,7 @@ def _token_logprobs_backward(
         h = tl.load(entropy + row)
         shift = tl.load(stats + 2 * row)
         log_sum = tl.load(stats + 2 * row + 1)
-        # -p (gL + gH (log p + H)) / temperature, log p = x ln 2 - log_sum
+        # -p (gL + gH (log p + H)) / temperature, with log p = x ln 2 - log_sum
         share = -tl.exp(-log_sum) * factor
         slope = share * by_entropy / LOG2E
         level = share * (by_logprob + by_entropy * (h - log_sum))
@@ -254,9 +191,8 @@ def _token_logprobs_backward(
             z = tl.load(logits + start + done + at).to(F)
         else:
             z = tl.load(logits + source + first + at, mask=inside, other=float("-inf")).to(F)
-        capped = _capped(z, cap, SOFTCAP)
-        x = (capped - shift) * base2
-        x = _bounded(x)
+        z = capped(z, cap, SOFTCAP)
+        x = bounded((z - shift) * base2)
         g = tl.exp2(x) * (slope * x + level)
         if (target >= first) & (target < first + BLOCK):
             logprob = tl.load(logprobs + row).to(tl.float64)
@@ -265,7 +201,7 @@ def _token_logprobs_backward(
             at_target = (-expm1(logprob) * by_logprob - at_target) * factor
             g = tl.where(first + at == target, at_target.to(F), g)
         if SOFTCAP:
-            t = capped / cap
+            t = z / cap
             g = g * (1 - t * t)
         if whole:
             tl.store(grad_logits + _aligned(goal, ALIGN) + done + at, g.to(grad_logits.dtype.element_ty))
@@ -281,7 +217,7 @@ def token_logprobs_backward(
     blocks = triton.cdiv(V + 16, BLOCK)
     _token_logprobs_backward[(rows * blocks,)](
         logits, ids, logprobs, entropy, stats, grad_logprobs, grad_entropy, grad_logits, row_stride, grad_row_stride, V,
-        blocks, 1.4426950408889634 / temperature, softcap, SOFTCAP=softcap != 0, ALIGN=16 // logits.element_size(),
+        blocks, LOG2E.value / temperature, softcap, SOFTCAP=softcap != 0, ALIGN=16 // logits.element_size(),
         F=compute, BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
 

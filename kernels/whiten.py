@@ -1,4 +1,4 @@
-"""Normalised advantages: masked whitening in two launches, and the group baselines of RLOO and GRPO. In float64."""
+"""Normalised advantages in float64: masked whitening in two launches, and the group baselines of RLOO and GRPO."""
 
 import triton
 import triton.language as tl
@@ -10,7 +10,7 @@ BLOCK = 1024
 
 @triton.jit
 def _moments(x, mask, partial, moments, ticket, n: tl.int64, BLOCK: tl.constexpr):
-    """Mean and scale of the True places into moments[2]: each block's count, mean and squares, merged by the last."""
+    """Writes mean and scale of the True places to moments[2]. The last program merges the moments of all blocks."""
     block = tl.program_id(0).to(tl.int64)
     blocks = tl.num_programs(0)
     columns = tl.arange(0, BLOCK)
@@ -63,7 +63,8 @@ def whiten(x, mask, shift_mean, out, partial, moments, tickets):
 
 @triton.jit
 def _group_advantages(scores, out, size: tl.int64, STANDARDISE: tl.constexpr, BLOCK: tl.constexpr):
-    """One program per group. RLOO: the score less the mean of the others. GRPO: whitened within the group."""
+    """One program per group. RLOO: the score less the mean of the group's other scores. GRPO: the score less the
+    group's mean, over the group's standard deviation."""
     first = tl.program_id(0).to(tl.int64) * size
     columns = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float64)

@@ -1,13 +1,13 @@
-// RMS norm of the sum of two tensors, as a transformer's layers have it, and its gradients: one read each way.
+// RMS norm of the sum of two tensors, as in a transformer's layers, and its gradients. Each pass reads its inputs once.
 #include <vector>
 
 #include "ops.h"
-#include "row.h"
+#include "storage.h"
 
 namespace rlhf::ISA {
 namespace {
 
-constexpr int64_t kBlockRows = 64;  // whose weight gradients are summed before they meet the others': a fixed order
+constexpr int64_t kBlockRows = 64;  // rows whose weight gradients are summed first, so that the order is fixed
 
 template <typename In>
 void forward(const In* x, const In* delta, const In* weight, int64_t N, int64_t H, double epsilon, In* sum, In* out,
@@ -34,7 +34,7 @@ void forward(const In* x, const In* delta, const In* weight, int64_t N, int64_t 
     }
 }
 
-// With r the scale and y = w z r: dz = r w g - z r^3 mean(w g z), and dw = sum over rows of g z r.
+// y = w z r with r the scale and g the gradient by y: dz = r w g - z r^3 mean(w g z), dw = the sum over rows of g z r.
 template <typename In>
 void backward(const In* sum, const In* weight, const Compute<In>* scales, const In* grad_out, const In* grad_sum,
               int64_t N, int64_t H, In* grad_x, In* grad_weight, int team) {

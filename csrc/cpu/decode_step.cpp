@@ -1,12 +1,14 @@
-// Attention of one new token per row over its cached keys and values, the rotary embedding and the write to the cache
-// included.
+// Attention of one new token per row over the row's cached keys and values. The kernel applies the rotary embedding and
+// writes the new key and value to the cache.
+#include <vector>
+
 #include "ops.h"
 #include "row.h"
 
 namespace rlhf::ISA {
 namespace {
 
-// x cos + (x's other half) sin, with the sign of the first half in sin; a plain copy where there are no tables.
+// x cos + (x's other half) sin, times scale. The sign of the first half is in sin. Without tables, x times scale.
 template <typename In>
 void rotated(const In* x, const float* cosine, const float* sine, int64_t D, float scale, float* out) {
     if (!cosine) {
@@ -21,7 +23,7 @@ void rotated(const In* x, const float* cosine, const float* sine, int64_t D, flo
     }
 }
 
-// n scores become weights; returns their sum.
+// Turns n scores into weights e^(score - largest score); returns the weights' sum.
 float weigh(float* scores, int64_t n, float softcap) {
     if (softcap != 0) cap(scores, n, softcap);
     float top = -kInf;
@@ -45,8 +47,8 @@ void attend(const In* heads, int64_t n, int64_t Q, int64_t K, int64_t D, const f
     const int team = team_size(n * K * (slot + 1) * D, threads);
 #pragma omp parallel num_threads(team)
     {
-        float* buffer = new float[S + 2 * D];
-        float *scores = buffer, *x = scores + S, *sum = x + D;
+        std::vector<float> buffer(S + 2 * D);
+        float *scores = buffer.data(), *x = scores + S, *sum = x + D;
 #pragma omp for collapse(2) schedule(static)
         for (int64_t row = 0; row < n; ++row)
             for (int64_t k = 0; k < K; ++k) {
@@ -81,7 +83,6 @@ void attend(const In* heads, int64_t n, int64_t Q, int64_t K, int64_t D, const f
                     for (int64_t i = 0; i < D; ++i) narrow(sum[i] / total, out[(row * Q + q) * D + i]);
                 }
             }
-        delete[] buffer;
     }
 }
 

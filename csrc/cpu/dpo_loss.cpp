@@ -1,4 +1,4 @@
-// Direct preference losses per pair, their rewards and gradients. Arithmetic in double: B is small.
+// Direct preference losses per pair, their rewards and gradients. The arithmetic runs in double, because B is small.
 #include "../pair_terms.h"
 #include "ops.h"
 

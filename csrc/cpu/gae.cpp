@@ -1,5 +1,5 @@
-// Recurrences over time, one row at a time from its end: GAE, discounted returns, ReMax returns. State is kept in
-// double. Masked positions are skipped over: the state passes them unchanged and the output there is 0.
+// Recurrences over time, row by row from the row's end: GAE, discounted returns, ReMax returns. The state is in double.
+// A masked position leaves the state unchanged; its output is 0.
 #include "../returns.h"
 #include "ops.h"
 

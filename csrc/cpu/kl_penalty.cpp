@@ -1,5 +1,5 @@
-// Per-token KL estimates, and the rewards that carry them: -kl_coef * KL on every True position, the score on the last
-// one.
+// Per-token KL estimates, and the rewards made of them: -kl_coef * KL on every True position, plus the score on the
+// last True position of a row.
 #include "../math.h"
 #include "ops.h"
 

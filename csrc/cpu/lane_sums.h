@@ -1,23 +1,24 @@
-// The innermost loop of the log-probabilities: sums of exponentials, a register of partial sums side by side. Written
-// in the compiler's vectors rather than left to its vectoriser, for the loop is bound by registers: with every constant
-// in one, and each power of two formed after its polynomial, it runs a sixth faster.
+// The innermost loop of the log-probabilities: sums of exponentials in the lanes of vector registers. The loop is
+// written in the compiler's vectors, because registers limit it: with every constant in a register, and each power of
+// two formed after its polynomial, the loop is a sixth faster than the vectoriser's.
 #pragma once
 #include "../math.h"
 
 namespace rlhf::ISA {
 namespace {
 
-constexpr int64_t kChunk = 1024;  // columns summed in the compute type; from there on in double
-constexpr int kLine = 16;         // logits whose memory is asked for at a time
+constexpr int64_t kChunk = 1024;  // columns summed in the compute type; sums of chunks are added in double
+constexpr int kLine = 16;         // logits per prefetch
 #ifdef __AVX512F__
 constexpr int kLanes = 16;
 #else
 constexpr int kLanes = 8;
 #endif
-constexpr float kMostSum = 256;   // of a lane: bounds how far a logit lies above the shift
-constexpr int64_t kAhead = 4096;  // bytes from the logits being read to those being fetched
+constexpr float kMostSum = 256;   // a lane's largest sum, which bounds how far a logit lies above the shift
+constexpr int64_t kAhead = 4096;  // bytes from the logits that are read to the logits that are fetched
 
-// Asks for the line kAhead of the logits being read: the processor's own prefetching does not keep up with long loops.
+// Fetches the line kAhead bytes after the logits that are read, because the processor's own prefetching does not keep
+// up with long loops.
 template <typename In>
 inline void fetch(const In* from) {
     __builtin_prefetch(reinterpret_cast<const char*>(from) + kAhead);
@@ -30,7 +31,7 @@ struct VectorOf {
 };
 typedef uint32_t Bits __attribute__((vector_size(kLanes * sizeof(uint32_t))));
 
-// Sums of e = 2^(d factor) and of e d over d = z - shift.
+// Sums of e = 2^(d factor) and of e d, with d = z - shift.
 struct LaneSums {
     double sum[kLanes] = {}, centred[kLanes] = {};
 
@@ -44,9 +45,10 @@ struct LaneSums {
     }
 };
 
-// Adds n logits, a multiple of kLine, whose source is read kAhead. Without kWide d is not clamped at kLowest, which
-// saves an instruction in fifteen; then returns false and adds nothing if a power of two did not fit or a sum is so
-// large that a logit may lie far above the shift. -shift, for then the subtraction takes its logits from memory.
+// Adds n logits, a multiple of kLine, and fetches their source kAhead. Without kWide, d is not clamped at kLowest,
+// which saves an instruction in fifteen. The function then returns false and adds nothing if a power of two did not
+// fit, or if a sum is so large that a logit may lie far above the shift. The argument is -shift, because an addition
+// can take the logits from memory.
 template <bool kWide, typename In, typename T>
 __attribute__((noinline)) bool add_lines(const T* z, const In* source, int64_t n, T minus_shift, T factor,
                                          LaneSums& sums) {
@@ -58,7 +60,7 @@ __attribute__((noinline)) bool add_lines(const T* z, const In* source, int64_t n
            c2 = zero + T(kExp2Slope[2]), c3 = zero + T(kExp2Slope[3]), c4 = zero + T(kExp2Slope[4]);
     Bits range = {};
 #ifdef __AVX2__
-    if constexpr (sizeof(T) == sizeof(float))  // values the compiler cannot see are not read from memory in the loop
+    if constexpr (sizeof(T) == sizeof(float))  // values unknown to the compiler stay in registers
         asm("" : "+v"(minus_shifts), "+v"(factors), "+v"(round), "+v"(c0), "+v"(c1), "+v"(c2), "+v"(c3), "+v"(c4));
 #endif
     for (int64_t i = 0; i < n; i += kLine) {
@@ -72,7 +74,7 @@ __attribute__((noinline)) bool add_lines(const T* z, const In* source, int64_t n
                 if constexpr (!kWide) range |= (Bits)shifted;
                 Vector slope = (((c0 * f + c1) * f + c2) * f + c3) * f + c4;
 #ifdef __AVX2__
-                asm("" : "+v"(slope), "+v"(shifted));  // keeps what follows behind what precedes
+                asm("" : "+v"(slope), "+v"(shifted));  // forms the power after the polynomial
 #endif
                 const Vector power = (Vector)((Bits)shifted << 23);
                 e = (power * f) * slope + power;

@@ -1,17 +1,18 @@
-// Every CPU kernel's signature. No include guard: bind_cpu.cpp includes it once per instruction set, with ISA defined
-// to its name.
+// Every CPU kernel's signature. The file has no include guard, because bind_cpu.cpp includes it once per instruction
+// set, with ISA defined as the set's name.
 //
-// Pointers arrive as integers (0 = absent). dtype: 0 float32, 1 bfloat16, 2 float16, 3 float64; ops with a leading
-// dtype take 0 and 3 only and all their float pointers have it. Masks are one byte per element. Tensors are contiguous,
-// row strides are in elements. The results do not depend on the number of threads.
+// Pointers arrive as integers (0 = absent). dtype: 0 float32, 1 bfloat16, 2 float16, 3 float64. The losses, KL
+// penalties, returns and advantages take dtype 0 or 3, which all their float pointers have. Masks have one byte per
+// element. Tensors are contiguous; row strides are in elements. The results do not depend on the number of threads.
 #include <array>
 
-#include "pointer.h"
+#include "../pointer.h"
 
 namespace rlhf::ISA {
 
-// Returns -1 or the first row whose token id is outside [0, V) and not -100. stats[N,2] = shift near the max (after
-// softcap, before temperature), log of the sum of exp; the backward pass reads them.
+// Returns -1, or the first row whose token id is outside [0, V) and not -100. stats[N, 2], which the backward pass
+// reads: a shift near the row's largest logit (after the softcap, before the temperature), and the log of the sum of
+// e^((logit - shift) / temperature).
 int64_t token_logprobs(Pointer logits, int dtype, int64_t row_stride, Pointer ids, int64_t N, int64_t V,
                        double inv_temperature, double softcap, Pointer logprobs, Pointer entropy, Pointer stats,
                        int threads);
@@ -19,9 +20,9 @@ void token_logprobs_backward(Pointer logits, int dtype, int64_t row_stride, Poin
                              double inv_temperature, double softcap, Pointer logprobs, Pointer entropy, Pointer stats,
                              Pointer grad_logprobs, Pointer grad_entropy, Pointer grad_logits, int64_t grad_row_stride,
                              int threads);
-// The same of two tensors, ref_logits the reference's. stats[N,4] = shift and log of the sum as above, of the policy;
-// the policy's mean of ref_logit - logit, rounded; its mean of (ref_logit - logit - that) / temperature, NaN where
-// the KL is infinite.
+// token_logprobs of the policy's logits, and the KL to the reference's ref_logits. stats[N, 4]: the policy's shift and
+// log of the sum as above; a centre, the policy's mean of ref_logit - logit, rounded; the policy's mean of
+// (ref_logit - logit - centre) / temperature, NaN where the KL is infinite.
 int64_t token_kl(Pointer logits, int dtype, int64_t row_stride, Pointer ref_logits, int64_t ref_row_stride, Pointer ids,
                  int64_t N, int64_t V, double inv_temperature, double softcap, Pointer logprobs, Pointer entropy,
                  Pointer kl, Pointer ref_logprobs, Pointer stats, int threads);
@@ -29,34 +30,35 @@ void token_kl_backward(Pointer logits, int dtype, int64_t row_stride, Pointer re
                        Pointer ids, int64_t N, int64_t V, double inv_temperature, double softcap, Pointer logprobs,
                        Pointer entropy, Pointer stats, Pointer grad_logprobs, Pointer grad_entropy, Pointer grad_kl,
                        Pointer grad_logits, int64_t grad_row_stride, int threads);
-// Returns -1 or the first row without a distribution (NaN, +inf or nothing but -inf).
+// Returns -1, or the first row without a distribution: a row with NaN or +inf, or with no logit above -inf.
 int64_t sample_tokens(Pointer logits, int dtype, int64_t row_stride, int64_t N, int64_t V, double inv_temperature,
                       Pointer uniforms, Pointer greedy, Pointer tokens, Pointer logprobs, Pointer entropy, int threads);
 
-// One new token of each of n rows: heads [n, Q + 2 K, D] are its queries, keys and values. Keys and values go to slot
-// `slot` of cache [n, 2 K, S, D]; the queries attend to the slots from starts[row] (and the last `window`; 0: all) on.
-// cosines, sines: float [positions, D], absent for models without rotary embedding. All other floats have `dtype`, 0-2.
+// Attention of one new token of each of n rows. heads [n, Q + 2 K, D] holds the token's queries, keys and values. The
+// kernel writes keys and values to slot `slot` of cache [n, 2 K, S, D]. The queries attend to the slots from
+// starts[row] to `slot`, or to the last `window` of these (0: to all). cosines and sines are float [positions, D],
+// absent for models without rotary embedding. All other floats have dtype 0, 1 or 2.
 void decode_attention(int dtype, Pointer heads, int64_t n, int64_t Q, int64_t K, int64_t D, Pointer cosines,
                       Pointer sines, Pointer positions, Pointer starts, Pointer cache, int64_t S, int64_t slot,
                       int64_t window, double scale, double softcap, Pointer out, int threads);
 
-// sum [N, H] = x + delta, out = sum scale weight with scales [N] = 1 / sqrt(mean sum^2 + epsilon) in the compute type.
-// Without delta x is the sum and nothing is written to it; scales may be absent. The backward pass takes the gradients
-// by out and, where there is one, by sum; that by x is the one by delta too, that by the weight may be absent.
+// sum [N, H] = x + delta, out = sum scale weight, scales [N] = 1 / sqrt(mean(sum^2) + epsilon) in the compute type.
+// Without delta, x is the sum and `sum` is not written. scales may be absent. The backward pass takes the gradient by
+// out, and by sum if that gradient is present. grad_x is the gradient by x and by delta; grad_weight may be absent.
 void add_rms_norm(int dtype, Pointer x, Pointer delta, Pointer weight, int64_t N, int64_t H, double epsilon,
                   Pointer sum, Pointer out, Pointer scales, int threads);
 void add_rms_norm_backward(int dtype, Pointer sum, Pointer weight, Pointer scales, Pointer grad_out, Pointer grad_sum,
                            int64_t N, int64_t H, Pointer grad_x, Pointer grad_weight, int threads);
-// out = silu(gate) up, of n numbers.
+// out = silu(gate) up, for n numbers each.
 void swiglu(int dtype, Pointer gate, Pointer up, int64_t n, Pointer out, int threads);
 void swiglu_backward(int dtype, Pointer gate, Pointer up, Pointer grad_out, int64_t n, Pointer grad_gate,
                      Pointer grad_up, int threads);
 
-// Causal attention within rows whose N tokens stand side by side; slots[N] ascends and holds row * L + place in the
-// row. query [Q, N, D], key and value [K, N, D], a K-th of the query heads to each; strides: by head and token, of the
-// three in turn, the last dimension contiguous. cosines, sines: float [N, D] of the tokens' rotary embedding, whose
-// halves are rotated with each other, or absent. out and the gradients are [N, heads, D]; log_sums [Q, N] of e^score,
-// in the compute type, which the backward pass reads.
+// Causal attention within rows whose N tokens stand side by side. slots [N] ascends; it holds row * L + place in the
+// row. query is [Q, N, D], key and value are [K, N, D]; Q / K query heads share one key head. strides: by head and by
+// token, for query, key and value in turn; the last dimension is contiguous. cosines and sines, or absent: float [N, D]
+// of the tokens' rotary embedding, which rotates the halves of D with each other. out and the gradients are [N, heads,
+// D]. log_sums [Q, N]: the log of the sum of e^score in the compute type, which the backward pass reads.
 void packed_attention(int dtype, Pointer query, Pointer key, Pointer value, const std::array<int64_t, 6>& strides,
                       Pointer cosines, Pointer sines, Pointer slots, int64_t N, int64_t L, int64_t Q, int64_t K,
                       int64_t D, double scale, Pointer out, Pointer log_sums, int threads);

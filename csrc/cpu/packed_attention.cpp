@@ -1,7 +1,7 @@
 // Causal attention within rows of any length whose tokens stand side by side, and its gradients. A row's keys and
-// values are laid out once for the heads that share them, queries and keys turned by their rotary embedding; the rest
-// is products of small matrices with their sums in registers. A query has all its scores at a time, so the softmax
-// needs no second pass over the keys.
+// values are laid out once for all heads that share them. Queries and keys are rotated by their rotary embedding. The
+// rest is products of small matrices with their sums in registers. A query has all its scores at the same time, so that
+// the softmax needs no second pass over the keys.
 #include <algorithm>
 #include <vector>
 
@@ -11,14 +11,15 @@
 namespace rlhf::ISA {
 namespace {
 
-constexpr int kRows = 6;        // of a tile: with two vectors of columns its sums leave four registers of AVX2 free
-constexpr int kBlockRows = 48;  // queries whose scores the backward pass holds: whole tiles
+constexpr int kRows = 6;        // rows of a tile; the tile's sums, 6 x 2 vectors, leave four AVX2 registers free
+constexpr int kBlockRows = 48;  // queries whose scores the backward pass holds, a multiple of kRows
 constexpr int kWide = 2 * kLanes;
 
-// n rounded up to a multiple of the vector, which the compiler can see: a loop to there needs no rest.
+// n rounded up to a multiple of the vector's length. The compiler sees the multiple and emits no loop for a remainder.
 inline int64_t whole(int64_t n, int vector) { return (n + vector - 1) & -int64_t(vector); }
 
-// c [kRows, kVectors vectors] = a [kRows, K] b [K, as c], added to c where kAdd; kTransposed: a is stored [K, kRows].
+// c [kRows, kVectors vectors] = a [kRows, K] b [K, kVectors vectors]. kAdd: the product is added to c. kTransposed: a
+// is stored as [K, kRows].
 template <int kVectors, bool kTransposed, bool kAdd, typename T>
 inline void tile(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t K, T* c, int64_t ldc) {
     using Unaligned = typename VectorOf<T>::unaligned;
@@ -42,7 +43,7 @@ inline void tile(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t K, T*
         }
 }
 
-// The same for `columns` columns, rounded up to whole vectors.
+// The product of `tile` for any number of columns, rounded up to whole vectors.
 template <bool kTransposed, bool kAdd, typename T>
 void product(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t K, int64_t columns, T* c, int64_t ldc) {
     int64_t j = 0;
@@ -50,7 +51,7 @@ void product(const T* a, int64_t lda, const T* b, int64_t ldb, int64_t K, int64_
     if (j < columns) tile<1, kTransposed, kAdd>(a, lda, b + j, ldb, K, c + j, ldc);
 }
 
-// [heads, tokens, D], the last dimension contiguous.
+// A tensor [heads, tokens, D] whose last dimension is contiguous.
 template <typename In>
 struct Heads {
     In* first;
@@ -60,7 +61,7 @@ struct Heads {
     Heads from(int64_t head, int64_t token) const { return {at(head, token), by_head, by_token}; }
 };
 
-// to [n, width] = x of n tokens of one head, times scale.
+// to [n, width] = n tokens of one head of x, times scale.
 template <typename In, typename T>
 void load_rows(Heads<const In> x, int64_t n, int64_t D, T scale, T* to, int64_t width) {
     for (const In* from = x.first; n > 0; --n, from += x.by_token, to += width)
@@ -68,7 +69,7 @@ void load_rows(Heads<const In> x, int64_t n, int64_t D, T scale, T* to, int64_t 
         for (int64_t c = 0; c < D; ++c) to[c] = widen(from[c]) * scale;
 }
 
-// to [D, width] = x transposed.
+// to [D, width] = n tokens of one head of x, transposed.
 template <typename In, typename T>
 void load_columns(Heads<const In> x, int64_t n, int64_t D, T* to, int64_t width) {
     const In* from = x.first;
@@ -89,7 +90,7 @@ void store_rows(const T* from, int64_t width, int64_t n, int64_t D, Heads<In> x)
     for (int64_t i = 0; i < n; ++i) store(from + i * width, x.at(0, i), D);
 }
 
-// Rotary embedding of tokens: element i and i + D / 2 are a point turned by the token's angle. Absent where null.
+// Rotary embedding of tokens: elements i and i + D / 2 are a point that is turned by the token's angle. Null: none.
 struct Rotary {
     const float *cosines, *sines;  // [tokens, D]
 
@@ -98,7 +99,7 @@ struct Rotary {
     }
 };
 
-// x [n, width] of n tokens is turned, or for kBack multiplied by the transpose, which turns gradients back.
+// Turns x [n, width] of n tokens. kBack: multiplies by the rotation's transpose, which turns gradients back.
 template <bool kBack, typename T>
 void rotate(Rotary rotary, int64_t n, int64_t D, T* x, int64_t width) {
     if (!rotary.cosines) return;
@@ -114,15 +115,15 @@ void rotate(Rotary rotary, int64_t n, int64_t D, T* x, int64_t width) {
     }
 }
 
-// e^d for d <= 0, keeps NaN.
+// e^d for d <= 0. NaN stays NaN.
 template <typename T>
 RLHF_INLINE T weight_of(T d) {
     const T lowest = kLowest<T> / T(kLog2E);
     return exp2_scaled(d < lowest ? lowest : d, T(kLog2E));
 }
 
-// The first n of `end` scores become e^(score - top), the others 0; returns the sum. In whole vectors, which what lies
-// behind the scores has room for: rows are short, and what is left of a vector would cost as much as many.
+// Turns the first n of `end` scores into e^(score - top), the others into 0; returns the sum. The loop runs over whole
+// vectors, for which the memory behind the scores has room. Rows are short, so that a remainder loop would cost much.
 template <typename T>
 T weigh(T* scores, int64_t n, int64_t end, T top) {
     end = whole(end, kLanes);
@@ -136,7 +137,8 @@ T weigh(T* scores, int64_t n, int64_t end, T top) {
     return sum;
 }
 
-// The same with the log of the sum off. What was the gradient by the weights becomes that by the scores.
+// Turns the first n of `end` scores into weights e^(score - log_sum), the others into 0. Turns grad, the gradient by
+// the weights, into the gradient by the scores.
 template <typename T>
 void weigh_backward(T* scores, T* grad, int64_t n, int64_t end, T log_sum, T mean_grad) {
     end = whole(end, kLanes);
@@ -158,13 +160,13 @@ T dot(const T* x, const In* y, int64_t n) {
 }
 
 struct Sizes {
-    int64_t Q, K, D;  // heads of queries; heads of keys and values, a divisor; their numbers
+    int64_t Q, K, D;  // heads of queries; heads of keys and values, a divisor of Q; numbers of a head
 };
 
-// Where each row of tokens begins, and after the last one the number of tokens. Whatever slots hold, no row is longer
-// than L, for which the scratch memory is made.
+// The place at which each row of tokens begins, and at the end the number of tokens. No row is longer than L, whatever
+// slots hold, because the scratch memory has room for L tokens.
 std::vector<int64_t> starts_of(const int64_t* slots, int64_t N, int64_t L) {
-    // Counted first: push_back would leave a function that all instruction sets share.
+    // The rows are counted first, because push_back would leave a function that all instruction sets share.
     auto each = [&](auto found) {
         for (int64_t n = 0, start = 0, end = 0; n < N; ++n)
             if (n == 0 || slots[n] >= end || n - start == L) {
@@ -221,7 +223,7 @@ void attend(Heads<const In> query, Heads<const In> key, Heads<const In> value, R
     }
 }
 
-// With p the weights and g the gradient by them: grad_score = p (g - sum p g), where sum p g = grad_out . out.
+// grad_score = p (g - sum p g), with p the weights and g the gradient by the weights; sum p g = grad_out . out.
 template <typename In, typename T>
 void attend_backward(Heads<const In> query, Heads<const In> key, Heads<const In> value, Rotary rotary,
                      Heads<const In> out, const T* log_sums, Heads<const In> grad_out,
@@ -255,7 +257,7 @@ void attend_backward(Heads<const In> query, Heads<const In> key, Heads<const In>
                     load_rows(grad_out.from(head, begin + block), count, D, T(1), by_out, width);
                     for (int64_t i = 0; i < count; i += kRows) {
                         const int64_t rows = minimum<int64_t>(kRows, count - i), first = begin + block + i;
-                        const int64_t end = block + i + kRows;  // as far as the tiles of keys below reach
+                        const int64_t end = block + i + kRows;  // the tiles of keys below reach this far
                         product<false, false>(q + i * width, width, keys_t, keys, D, end, weights + i * keys, keys);
                         product<false, false>(by_out + i * width, width, values_t, keys, D, end, by_score + i * keys,
                                               keys);

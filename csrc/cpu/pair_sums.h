@@ -1,4 +1,4 @@
-// The sums of a SoftmaxPair over two rows of logits, in one pass over the memory of both.
+// The sums of a SoftmaxPair over two rows of logits, in one pass over both rows.
 #pragma once
 #include "../softmax_pair.h"
 #include "row.h"
@@ -6,7 +6,8 @@
 namespace rlhf::ISA {
 namespace {
 
-// exp2_scaled and bregman of math.h, lane by lane. By reference: a vector returned is a matter of the ABI.
+// exp2_scaled and bregman of math.h for vectors. Vectors are passed by reference, because the ABI of a returned vector
+// depends on the instruction set.
 template <typename T, typename Vector>
 inline __attribute__((always_inline)) void powers_of(const Vector& d, T factor, Vector& power) {
     if constexpr (sizeof(T) == sizeof(float)) {
@@ -37,8 +38,8 @@ inline double total(const Vector& lanes) {
     return sums[0];
 }
 
-// Adds n tokens, a multiple of kLanes and at most kChunk, to a state that has these shifts. Neither logit lies above
-// its shift. from and ref_from: the memory they come from, to be read kAhead.
+// Adds n tokens, a multiple of kLanes and at most kChunk, to a state that has these shifts. No logit lies above its
+// row's shift. from and ref_from: the memory of the logits, fetched kAhead.
 template <typename In, typename T>
 __attribute__((noinline)) void add_pairs(const T* z, const T* z_ref, const In* from, const In* ref_from, int64_t n,
                                          T shift, T ref_shift, Centre<T> centre, T inv_temperature,
@@ -60,7 +61,7 @@ __attribute__((noinline)) void add_pairs(const T* z, const T* z_ref, const In* f
         d_ref = lowest > d_ref ? lowest : d_ref;
         least = u < least ? u : least;
         u *= inv_temperature;
-        u = u > -farthest ? u : -farthest;  // NaN too, where both are -inf
+        u = u > -farthest ? u : -farthest;  // also bounds the NaN of two logits that are both -inf
         u = u < farthest ? u : farthest;
         Vector w, w_ref, e;
         powers_of(d, factor, w);
@@ -83,7 +84,7 @@ __attribute__((noinline)) void add_pairs(const T* z, const T* z_ref, const In* f
     for (int k = 0; k < kLanes; ++k) state.unsupported |= least[k] == T(-kInf);
 }
 
-// The column of the largest logit but the target's; the target's where the others are all -inf.
+// The column of the largest logit other than the target's; the target's column where all others are -inf.
 template <typename In>
 int64_t largest_other(const In* row, int64_t V, int64_t target) {
     using T = Compute<In>;
@@ -99,15 +100,15 @@ int64_t largest_other(const In* row, int64_t V, int64_t target) {
     };
     search(0, target);
     search(target + 1, V);
-    if (top > T(-kInf))  // from the beginning of its block, where the target is not
+    if (top > T(-kInf))  // searches from the start of the block, which does not contain the target
         while (widen(row[column]) != top) ++column;
     return column;
 }
 
-// What a search of both rows gives before the sums, for which it leaves them in the cache.
+// The result of a search of both rows before the sums. The search leaves the rows in the cache for the sums.
 struct Start {
-    double shift, ref_shift;  // near the largest logits but the target's, beside which nothing might be left of others
-    double centre;            // z_ref - z of the likeliest token: near its mean where p is sure of itself or close to q
+    double shift, ref_shift;  // near the largest logits without the target, beside which the others might vanish
+    double centre;            // z_ref - z of the likeliest token: near the mean where p is peaked or close to q
 };
 
 template <typename In>
@@ -122,7 +123,7 @@ Start start_of(const In* row, const In* ref_row, int64_t V, int64_t target, doub
     return {shift_at(row, other), shift_at(ref_row, ref_other), std::isfinite(centre) ? centre : 0};
 }
 
-// State of the columns [begin, end) without the target. The shifts as in `accumulate`.
+// State of the columns [begin, end) without the target, about the shifts and the centre of `start`.
 template <typename In>
 SoftmaxPair accumulate_pair(const In* row, const In* ref_row, int64_t begin, int64_t end, int64_t target, Start start,
                             double inv_temperature, double softcap) {

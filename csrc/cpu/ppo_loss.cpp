@@ -1,14 +1,16 @@
-// Clipped policy, clipped value and REINFORCE losses: value, gradient and statistics in one pass.
-// Short float sums per block, double across blocks, rows combined in order: the same bits for any number of threads.
+// Clipped policy, clipped value and REINFORCE losses: value, gradient and statistics in one pass. A block is summed in
+// float, blocks are added in double, rows in their order, so that the bits do not depend on the number of threads.
+#include <vector>
+
 #include "../math.h"
 #include "ops.h"
 
 namespace rlhf::ISA {
 namespace {
 
-constexpr int64_t kTokens = 256;  // a block's tokens
+constexpr int64_t kTokens = 256;  // tokens of a block
 
-// In bytes, which count to 255: 32 side by side.
+// The number of True bytes. 32 bytes side by side count to 255 each before they are added up.
 int64_t count_true(const uint8_t* mask, int64_t n) {
     constexpr int kBytes = 32;
     int64_t count = 0, i = 0;
@@ -23,18 +25,19 @@ int64_t count_true(const uint8_t* mask, int64_t n) {
     return count;
 }
 
-// As numbers: beside a float, a byte makes a loop take four registers of each.
+// The mask as 1 and 0 in T, because a loop over floats and bytes together would take four registers of each.
 template <typename T>
 void widen_mask(const uint8_t* mask, int64_t n, T* on) {
 #pragma omp simd
     for (int64_t k = 0; k < n; ++k) on[k] = mask[k] ? T(1) : T(0);
 }
 
-// Adds nothing and returns false if kNear and a log-ratio is not within 1/2: elsewhere the exponential can be left out.
+// Adds a block's terms to the sums. kNear: the ratios are computed without an exponential; if a log-ratio is 1/2 or
+// more, the function adds nothing and returns false.
 template <typename T, bool kNear, bool kDual>
 bool policy_block(const T* logp, const T* old_logp, const T* advantage, const T* mask, int64_t n, T low, T high,
                   T dual_clip, T weight, T* grad, PPOSums& sums) {
-    // Two loops, each with few enough values alive for the registers.
+    // Two loops, because the values of both together do not fit in the registers.
     T ratios[kTokens];
     T policy = 0, clipped = 0, approx_kl = 0, ratio = 0, ratio_max = T(-kInf), furthest = 0;
 #pragma omp simd reduction(+ : approx_kl, ratio) reduction(max : ratio_max, furthest)
@@ -127,11 +130,11 @@ void ppo(Pointer logp, Pointer old_logp, Pointer advantages, bool per_token, Poi
          int64_t B, int64_t L, double clip_low, double clip_high, double dual_clip, double kl_coef, int estimator,
          double entropy_coef, int reduction, double denominator, Pointer grad_logp, Pointer grad_entropy, Pointer stats,
          int threads) {
-    PPOSums* rows = new PPOSums[B];
+    std::vector<PPOSums> rows(B);
     double total = 0;
     for (int64_t b = 0; b < B; ++b) total += rows[b].count = double(count_true(mask.as<uint8_t>() + b * L, L));
-    double* weights = new double[B];
-    const int team = team_size(4 * B * L, threads);  // five dozen instructions for every eight elements
+    std::vector<double> weights(B);
+    const int team = team_size(4 * B * L, threads);  // 4: 60 instructions for 8 elements
 #pragma omp parallel for num_threads(team) schedule(static)
     for (int64_t b = 0; b < B; ++b) {
         PPOSums sums = rows[b];
@@ -159,8 +162,6 @@ void ppo(Pointer logp, Pointer old_logp, Pointer advantages, bool per_token, Poi
     PPOSums all;
     for (int64_t b = 0; b < B; ++b) all.add(rows[b], weights[b]);
     all.write(stats.as<T>(), kl_coef, entropy_coef);
-    delete[] rows;
-    delete[] weights;
 }
 
 template <typename T>
@@ -168,7 +169,7 @@ void value_loss(Pointer values, Pointer old_values, Pointer returns, Pointer mas
                 double denominator, Pointer grad, Pointer stats, int threads) {
     const int64_t total = count_true(mask.as<uint8_t>(), n), blocks = (n + kTokens - 1) / kTokens;
     const double weight = token_weight(double(total), double(total), 1, kTokenMean, denominator);
-    double* partial = new double[2 * blocks];
+    std::vector<double> partial(2 * blocks);
     const int team = team_size(n, threads);
 #pragma omp parallel for num_threads(team) schedule(static)
     for (int64_t block = 0; block < blocks; ++block) {
@@ -193,7 +194,6 @@ void value_loss(Pointer values, Pointer old_values, Pointer returns, Pointer mas
         sum += partial[2 * block];
         clipped += partial[2 * block + 1];
     }
-    delete[] partial;
     stats.as<T>()[0] = T(weight * sum);
     stats.as<T>()[1] = T(total > 0 ? clipped / double(total) : 0);
 }
@@ -202,7 +202,7 @@ template <typename T>
 void reinforce(Pointer logp, Pointer advantages, bool per_token, Pointer mask, int64_t B, int64_t L, int reduction,
                double denominator, Pointer grad, Pointer loss, int threads) {
     const int64_t total = count_true(mask.as<uint8_t>(), B * L);
-    double* rows = new double[B];
+    std::vector<double> rows(B);
     const int team = team_size(B * L, threads);
 #pragma omp parallel for num_threads(team) schedule(static)
     for (int64_t b = 0; b < B; ++b) {
@@ -219,7 +219,6 @@ void reinforce(Pointer logp, Pointer advantages, bool per_token, Pointer mask, i
     }
     double sum = 0;
     for (int64_t b = 0; b < B; ++b) sum += rows[b];
-    delete[] rows;
     loss.as<T>()[0] = T(sum);
 }
 

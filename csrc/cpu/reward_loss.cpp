@@ -1,5 +1,7 @@
-// Bradley-Terry losses of a reward model: pairs with margin and centring, and all pairs of K ranked answers. Serial: B
-// is small.
+// Bradley-Terry losses of a reward model: pairs with margin and centring, and all pairs of K ranked answers. The loops
+// run on one thread, because B is small.
+#include <vector>
+
 #include "../pair_terms.h"
 #include "ops.h"
 
@@ -28,7 +30,7 @@ void ranking(Pointer scores, Pointer ranks, int64_t B, int64_t K, Pointer grad, 
         for (int64_t i = 0; i < K; ++i)
             for (int64_t j = 0; j < K; ++j) count += ranked_above(ranks.as<int64_t>() + b * K, i, j);
     const double n = count > 0 ? count : 1;
-    double* row_grad = new double[K];
+    std::vector<double> row_grad(K);
     for (int64_t b = 0; b < B; ++b) {
         const T* score = scores.as<T>() + b * K;
         for (int64_t i = 0; i < K; ++i) row_grad[i] = 0;
@@ -45,7 +47,6 @@ void ranking(Pointer scores, Pointer ranks, int64_t B, int64_t K, Pointer grad, 
         if (grad)
             for (int64_t i = 0; i < K; ++i) grad.as<T>()[b * K + i] = T(row_grad[i]);
     }
-    delete[] row_grad;
     stats.as<T>()[0] = T(loss / n);
     stats.as<T>()[1] = T(right / n);
 }

@@ -1,12 +1,7 @@
-// Reading and writing a row of logits in blocks that stay in the L1 cache, and its online-softmax state in one pass
-// over memory.
+// The online-softmax state of a row of logits in one pass over memory, in blocks that stay in the L1 cache.
 #pragma once
-#include <type_traits>
-
 #include "lane_sums.h"
-#ifdef __F16C__
-#include <immintrin.h>
-#endif
+#include "storage.h"
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -14,90 +9,10 @@
 namespace rlhf::ISA {
 namespace {
 
-constexpr int64_t kBlock = 4096;       // logits: a block of floats fits in the L1 cache
-constexpr int64_t kSegment = 1 << 15;  // columns of one thread: fixed, so that threads sharing a row keep its bits
-constexpr int64_t kGuess = 256;        // logits whose largest is the first shift
+constexpr int64_t kBlock = 4096;       // logits of a block, which fits in the L1 cache as floats
+constexpr int64_t kSegment = 1 << 15;  // columns of a thread; fixed, so that the bits do not depend on the threads
+constexpr int64_t kGuess = 256;        // the largest of so many first logits is the first shift
 constexpr int64_t kMasked = -100;      // the token id of a row that does not count
-
-struct bfloat16 {
-    uint16_t bits;
-};
-struct float16 {
-    uint16_t bits;
-};
-
-template <typename T>
-inline T from_bits(uint32_t bits) {
-    T x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
-inline uint32_t to_bits(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
-
-// The type the arithmetic runs in.
-template <typename In>
-struct ComputeOf {
-    using type = float;
-};
-template <>
-struct ComputeOf<double> {
-    using type = double;
-};
-template <typename In>
-using Compute = typename ComputeOf<In>::type;
-
-inline float widen(bfloat16 x) { return from_bits<float>(uint32_t(x.bits) << 16); }
-inline float widen(float x) { return x; }
-inline double widen(double x) { return x; }
-inline float widen(float16 x) {
-    const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13, sign = uint32_t(x.bits & 0x8000) << 16;
-    const float scaled = from_bits<float>(magnitude) * 0x1p112f;  // rebiases the exponent, denormals included
-    const uint32_t bits = magnitude >= 0x0f800000 ? magnitude | 0x7f800000 : to_bits(scaled);
-    return from_bits<float>(bits | sign);
-}
-
-// One rounding, to nearest even.
-inline void narrow(float x, float& out) { out = x; }
-inline void narrow(double x, double& out) { out = x; }
-inline void narrow(float x, bfloat16& out) {
-    const uint32_t bits = to_bits(x), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    out.bits = uint16_t(x != x ? 0x7fc0 : rounded);
-}
-inline void narrow(float x, float16& out) {
-    const uint32_t bits = to_bits(x), sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
-    // Below 2^-14 the result is denormal: adding 0.5 lets the float adder round at the right place.
-    const uint32_t small = to_bits(from_bits<float>(magnitude) + 0.5f) - 0x3f000000;
-    const uint32_t normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-    const uint32_t large = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
-    out.bits = uint16_t(sign | (magnitude < 0x38800000 ? small : magnitude < 0x47800000 ? normal : large));
-}
-
-template <typename In>
-inline void load(const In* from, Compute<In>* to, int64_t n) {
-    int64_t i = 0;
-#ifdef __F16C__
-    if constexpr (std::is_same_v<In, float16>)  // the compiler does not find these instructions by itself
-        for (; i + 8 <= n; i += 8)
-            _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
-#endif
-#pragma omp simd
-    for (int64_t k = i; k < n; ++k) to[k] = widen(from[k]);
-}
-
-template <typename In>
-inline void store(const Compute<In>* from, In* to, int64_t n) {
-    int64_t i = 0;
-#ifdef __F16C__
-    if constexpr (std::is_same_v<In, float16>)
-        for (; i + 8 <= n; i += 8) _mm_storeu_si128((__m128i*)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
-#endif
-#pragma omp simd
-    for (int64_t k = i; k < n; ++k) narrow(from[k], to[k]);
-}
 
 template <typename T>
 inline void cap(T* z, int64_t n, T softcap) {
@@ -112,7 +27,7 @@ inline Compute<In> logit(const In* row, int64_t i, double softcap) {
     return z;
 }
 
-// n logits ready to be summed: the row itself where nothing has to be done to them, else the buffer.
+// n logits ready to be summed: the row itself where the logits need no conversion and no softcap, else the buffer.
 template <typename In>
 inline const Compute<In>* block(const In* from, int64_t n, double softcap, Compute<In>* buffer) {
     if constexpr (sizeof(In) == sizeof(Compute<In>))
@@ -130,15 +45,16 @@ inline T max_of(const T* z, int64_t n) {
     return top;
 }
 
-// The shift for this largest logit. An integer, so that z - shift rounds off nothing of the large logits, unless the
-// temperature is so low that a shift up to 1 above the logit would leave little of its weight, or nothing.
+// The shift for the largest logit: the next integer, so that z - shift is exact for large logits. At a low temperature
+// the shift is the logit itself, because a shift up to 1 above the logit would leave little of the logit's weight.
 template <typename T>
 inline T shift_of(T top, double inv_temperature) {
     return inv_temperature < 16 ? std::ceil(top) : top;
 }
 
-// State of the columns [begin, end) without the target, memory read once. The shift is that of the first few logits,
-// which saves a search before every sum, and moves to that of a chunk whose sums show that it lies too low.
+// State of the columns [begin, end) without the target; memory is read once. The first few logits give the shift, so
+// that a sum needs no search for the largest logit first. A chunk whose sums show that the shift is too low moves the
+// shift.
 template <typename In>
 Softmax accumulate(const In* row, int64_t begin, int64_t end, int64_t target, double inv_temperature, double softcap) {
     using T = Compute<In>;
@@ -147,7 +63,7 @@ Softmax accumulate(const In* row, int64_t begin, int64_t end, int64_t target, do
     Softmax state;
     LaneSums sums;
     bool wide = sizeof(T) != sizeof(float);
-    // Without the target: beside one that leads by far nothing would be left of the others.
+    // The target does not set the shift, because beside a far larger target the others would vanish.
     const int64_t first = target >= begin && target < begin + kGuess ? target + 1 : begin;
     const int64_t guessed = minimum(kGuess, end - first);
     T shift = shift_of(max_of(block(row + first, guessed, softcap, buffer), guessed), inv_temperature);
@@ -161,7 +77,7 @@ Softmax accumulate(const In* row, int64_t begin, int64_t end, int64_t target, do
             shift = shift_of(top, inv_temperature);
             if (!wide && add_lines<false>(z, source, n, -shift, factor, sums)) return;
         }
-        wide = true;  // for the rest of the row: where one logit is -inf, others are
+        wide = true;  // for the rest of the row, because a row with one logit of -inf has more of them
         add_lines<true>(z, source, n, shift > T(-kInf) ? -shift : T(0), factor, sums);
     };
     const auto add_range = [&](int64_t from, int64_t to) {
@@ -183,7 +99,7 @@ Softmax accumulate(const In* row, int64_t begin, int64_t end, int64_t target, do
     return state;
 }
 
-// The same of one segment.
+// The state of one segment of a row, without the target.
 template <typename In>
 Softmax segment_state(const In* row, int64_t segment, int64_t V, int64_t target, double inv_temperature,
                       double softcap) {
@@ -201,8 +117,8 @@ RowOutputs row_outputs_of(const In* row, int64_t V, int64_t target, double inv_t
     return row_outputs(others, logit(row, target, softcap), inv_temperature);
 }
 
-// A new [N, V] tensor is memory not yet touched, and faulting it in 4 KiB at a time takes several times as long as
-// filling it. Asks for 2 MiB pages; only a hint.
+// Hints to the operating system to use pages of 2 MiB. Nobody has touched the memory of a new [N, V] tensor yet, and
+// its page faults, of 4 KiB each, take several times as long as filling the tensor.
 template <typename In>
 void prefer_huge_pages(In* first, int64_t count) {
 #ifdef MADV_HUGEPAGE
@@ -214,26 +130,11 @@ void prefer_huge_pages(In* first, int64_t count) {
 #endif
 }
 
-// The first row whose token id is neither in [0, V) nor masked, or -1.
+// The first row whose token id is neither in [0, V) nor kMasked, or -1.
 inline int64_t first_bad_id(const int64_t* ids, int64_t N, int64_t V) {
     for (int64_t i = 0; i < N; ++i)
         if (ids[i] != kMasked && (ids[i] < 0 || ids[i] >= V)) return i;
     return -1;
-}
-
-// Calls function with a value of the storage type that the dtype code names.
-template <typename Function>
-inline auto with_storage(int dtype, Function function) {
-    switch (dtype) {
-        case 1:
-            return function(bfloat16());
-        case 2:
-            return function(float16());
-        case 3:
-            return function(double());
-        default:
-            return function(float());
-    }
 }
 
 }  // namespace

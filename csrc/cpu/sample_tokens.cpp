@@ -1,5 +1,7 @@
 // One token per row, by inverse CDF over the full softmax or the first argmax, with its log-prob and the row's entropy.
-// The log-prob has the bits that token_logprobs gives for the same row. Top-k and top-p arrive as -inf logits.
+// The log-prob has the bits of token_logprobs for the same row. The caller applies top-k and top-p as logits of -inf.
+#include <vector>
+
 #include "ops.h"
 #include "row.h"
 
@@ -17,7 +19,7 @@ Compute<In> row_max(const In* row, int64_t V) {
     return Compute<In>(top);
 }
 
-// weights = e^((z - m) / temperature) of one block; returns their sum.
+// Writes weights = e^((z - m) / temperature) of one block; returns the weights' sum.
 template <typename In>
 double weigh(const In* from, int64_t n, Compute<In> m, Compute<In> factor, Compute<In>* weights) {
     const Compute<In>* z = block(from, n, 0.0, weights);
@@ -33,8 +35,8 @@ double weigh(const In* from, int64_t n, Compute<In> m, Compute<In> factor, Compu
     return sum;
 }
 
-// First column whose running sum of weights exceeds uniform * total. Sums of blocks find the block; inside it, and
-// where rounding leaves the goal unmet, the last column with any weight stands in.
+// The first column whose running sum of weights exceeds uniform * total. The sums of blocks find the column's block. If
+// rounding leaves the goal unmet, the result is the last column with any weight.
 template <typename In>
 int64_t inverse_cdf(const In* row, int64_t V, Compute<In> m, double inv_temperature, double uniform,
                     double* block_sums) {
@@ -78,20 +80,19 @@ int64_t sample(const In* logits, int64_t row_stride, int64_t N, int64_t V, doubl
     const int team = team_size(N * V, threads);
 #pragma omp parallel num_threads(team) reduction(min : bad)
     {
-        double* block_sums = new double[(V + kBlock - 1) / kBlock];
+        std::vector<double> block_sums((V + kBlock - 1) / kBlock);
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < N; ++i) {
             const In* row = logits + i * row_stride;
             const Compute<In> m = row_max(row, V);
             tokens[i] = greedy && greedy[i] ? first_equal(row, V, m)
-                                            : inverse_cdf(row, V, m, inv_temperature, uniforms[i], block_sums);
+                                            : inverse_cdf(row, V, m, inv_temperature, uniforms[i], block_sums.data());
             const RowOutputs result = row_outputs_of(row, V, tokens[i], inv_temperature, 0.0);
             logprobs[i] = Compute<In>(result.logprob);
             entropy[i] = Compute<In>(result.entropy);
             const bool valid = result.entropy == result.entropy && result.logprob > -kInf;
             if (!valid && i < bad) bad = i;
         }
-        delete[] block_sums;
     }
     return bad == N ? -1 : bad;
 }

@@ -1,6 +1,6 @@
-// silu(gate) up, the middle of a gated MLP, and its gradients: one read of what goes in, nothing else kept.
+// silu(gate) up, the middle of a gated MLP, and its gradients. Each pass reads its inputs once and keeps nothing else.
 #include "ops.h"
-#include "row.h"
+#include "storage.h"
 
 namespace rlhf::ISA {
 namespace {

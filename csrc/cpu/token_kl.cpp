@@ -1,12 +1,14 @@
-// log p(token), entropy of p and KL(p || q) of p = softmax(logits / temperature) and q = softmax(ref_logits /
-// temperature), forward in one pass over both rows, backward in one read of both and one write.
+// log p(token), the entropy of p and KL(p || q), with p = softmax(logits / temperature) and q = softmax(ref_logits /
+// temperature). The forward pass passes over both rows once; the backward pass reads both rows once and writes one.
+#include <vector>
+
 #include "ops.h"
 #include "pair_sums.h"
 
 namespace rlhf::ISA {
 namespace {
 
-// Two tensors of one shape [N, V] and dtype, each with its own row stride, and the tokens of their rows.
+// Two tensors of the same shape [N, V] and dtype, each with its own row stride, and the token ids of the rows.
 template <typename In>
 struct Rows {
     const In *logits, *ref_logits;
@@ -61,9 +63,9 @@ void forward(const Rows<In>& rows, int64_t N, Pointer logprobs, Pointer entropy,
         }
         return;
     }
-    // Fewer rows than threads: the segments of a row go to different threads and are merged in the same order.
-    Start* starts = new Start[N];
-    SoftmaxPair* states = new SoftmaxPair[N * segments];
+    // With fewer rows than threads, different threads take the segments of a row; the order of merging is the same.
+    std::vector<Start> starts(N);
+    std::vector<SoftmaxPair> states(N * segments);
 #pragma omp parallel num_threads(team)
     {
 #pragma omp for schedule(static)
@@ -84,18 +86,16 @@ void forward(const Rows<In>& rows, int64_t N, Pointer logprobs, Pointer entropy,
         }
         write<T>(logprobs, entropy, kl, ref_logprobs, stats, i, row);
     }
-    delete[] states;
-    delete[] starts;
 }
 
-// The row by value: members of a reference might be what g overwrites.
+// The gradient is passed by value, because the compiler must assume that g overwrites the members of a reference.
 template <typename T>
 inline void gradients_of(const T* z, const T* z_ref, T* g, int64_t n, PairGradient<T> row) {
 #pragma omp simd
     for (int64_t k = 0; k < n; ++k) g[k] = row(z[k], z_ref[k]);
 }
 
-// Of the columns [begin, end) of one row. out may be the same memory as row.
+// Gradient of the columns [begin, end) of one row. out may be the same memory as row.
 template <typename In, typename T>
 void row_gradient(const In* row, const In* ref_row, In* out, int64_t begin, int64_t end, int64_t target,
                   double inv_temperature, double softcap, double logprob, double entropy, const T* stats,
@@ -103,7 +103,7 @@ void row_gradient(const In* row, const In* ref_row, In* out, int64_t begin, int6
     alignas(64) T buffer[kBlock], ref_buffer[kBlock], gradients[kBlock];
     const PairGradient<T> gradient(stats, entropy, by, inv_temperature);
     const bool has_target = target >= begin && target < end;
-    // Read before they may be overwritten.
+    // The target's logits are read before out may overwrite them.
     const T z_t = has_target ? logit(row, target, softcap) : T(0),
             z_ref_t = has_target ? logit(ref_row, target, softcap) : T(0);
     for (int64_t i = begin; i < end; i += kBlock) {

@@ -1,5 +1,7 @@
-// log p(token) and entropy of softmax(logits / temperature), forward in one pass over each row, backward in one read
-// and write.
+// log p(token) and entropy of softmax(logits / temperature). The forward pass passes over each row once; the backward
+// pass reads and writes each row once.
+#include <vector>
+
 #include "ops.h"
 #include "row.h"
 
@@ -28,9 +30,9 @@ void forward(const In* logits, int64_t row_stride, const int64_t* ids, int64_t N
         }
         return;
     }
-    // Fewer rows than threads: the segments of a row go to different threads and are merged in the same order.
+    // With fewer rows than threads, different threads take the segments of a row; the order of merging is the same.
     const int64_t segments = segments_of(V);
-    Softmax* states = new Softmax[N * segments];
+    std::vector<Softmax> states(N * segments);
 #pragma omp parallel for num_threads(team) schedule(static)
     for (int64_t task = 0; task < N * segments; ++task) {
         const int64_t i = task / segments;
@@ -46,10 +48,9 @@ void forward(const In* logits, int64_t row_stride, const int64_t* ids, int64_t N
         }
         write<In>(logprobs, entropy, stats, i, row);
     }
-    delete[] states;
 }
 
-// g = 2^(d factor) (slope d + offset), d = z - shift
+// g = 2^(d factor) (slope d + offset), with d = z - shift.
 template <typename T>
 inline __attribute__((always_inline)) void gradients(const T* z, T* g, int n, T shift, T factor, T slope, T offset) {
     const T lowest = kLowest<T> / factor;
@@ -61,8 +62,8 @@ inline __attribute__((always_inline)) void gradients(const T* z, T* g, int n, T 
     }
 }
 
-// Gradient of the columns [begin, end) of one row: dz_j = gL (1[j = t] - p_j) - gH p_j (log p_j + H), by the chain rule
-// through the temperature and the softcap. out may be the same memory as row.
+// Gradient of the columns [begin, end) of one row: dz_j = gL (1[j = t] - p_j) - gH p_j (log p_j + H), then the chain
+// rule through the temperature and the softcap. out may be the same memory as row.
 template <typename In>
 void row_gradient(const In* row, In* out, int64_t begin, int64_t end, int64_t target, double inv_temperature,
                   double softcap, double logprob, double entropy, double shift, double log_sum, double grad_logprob,
@@ -75,7 +76,7 @@ void row_gradient(const In* row, In* out, int64_t begin, int64_t end, int64_t ta
     const T slope = T(scale * grad_entropy * inv_temperature),
             offset = T(scale * (grad_logprob + grad_entropy * (entropy - log_sum)));
     const bool has_target = target >= begin && target < end;
-    const double z_t = has_target ? double(logit(row, target, softcap)) : 0;  // read before it may be overwritten
+    const double z_t = has_target ? double(logit(row, target, softcap)) : 0;  // read before out may overwrite it
     for (int64_t i = begin; i < end; i += kBlock) {
         const int64_t n = minimum(kBlock, end - i);
         const T* z = block(row + i, n, softcap, buffer);

@@ -1,4 +1,4 @@
-// Normalised advantages: masked whitening, and the group baselines of RLOO and GRPO. Sums on one thread, in double.
+// Normalised advantages: masked whitening, and the group baselines of RLOO and GRPO. One thread sums, in double.
 #include "../returns.h"
 #include "ops.h"
 

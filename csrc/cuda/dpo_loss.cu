@@ -1,4 +1,5 @@
-// Direct preference losses per pair, their rewards and gradients. A pair per thread, arithmetic in double: B is small.
+// Direct preference losses per pair, their rewards and gradients. A thread takes a pair. The arithmetic runs in double,
+// because B is small.
 #include "launch.cuh"
 
 namespace rlhf::cuda {
@@ -46,7 +47,7 @@ void launch_dpo(Pointer chosen, Pointer rejected, Pointer ref_chosen, Pointer re
                                    rejected_rewards.as<T>(),
                                    grad_chosen.as<T>(),
                                    grad_rejected.as<T>()};
-    constexpr int threads = 64;  // more multiprocessors for the usual few pairs
+    constexpr int threads = 64;  // small blocks spread the usual few pairs over more multiprocessors
     launch("dpo_loss", stream, dpo_pairs<T>, blocks_for(B, threads), threads, tensors, B, beta, loss_type,
            label_smoothing);
 }

@@ -1,19 +1,19 @@
-// Recurrences over time: GAE, discounted returns, ReMax returns. A block per row, from the row's end: each thread
-// composes a few steps into one map, a scan over the block composes those, and each thread walks its steps from the
-// state that reaches it. State in double. Masked steps are the identity, which skips them over; the output there is 0.
+// Recurrences over time: GAE, discounted returns, ReMax returns. A block takes a row, from the row's end. Each thread
+// composes a few steps into one map; a scan over the block composes the threads' maps; each thread then walks its steps
+// from the state before them. The state is in double. A masked step is the identity, and its output is 0.
 #include "launch.cuh"
 
 namespace rlhf::cuda {
 namespace {
 
-constexpr int kSteps = 4;  // consecutive ones of a thread
+constexpr int kSteps = 4;  // consecutive steps of a thread
 
 // Recurrence has
-//   State start(b)              behind a row's last step
-//   Token load(i)               what it reads of step i
-//   Map map(token)              of a True step
-//   step(State&, token)         the same step by itself
-//   write(i, on, token, state)  of the state at step i
+//   State start(b)              the state behind the last step of row b
+//   Token load(i)               reads the numbers of step i
+//   Map map(token)              the map of a True step
+//   step(State&, token)         applies a True step to the state
+//   write(i, on, token, state)  writes the outputs of step i
 template <typename Recurrence>
 __global__ void __launch_bounds__(kThreads) scan_rows(Recurrence recurrence, const uint8_t* mask, int64_t L) {
     using Map = typename Recurrence::Map;
@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kThreads) scan_rows(Recurrence recurrence, con
     const int64_t begin = blockIdx.x * L;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     auto state = recurrence.start(blockIdx.x);
-    int half = 0;  // of the shared memory: a block may still read what the stretch before wrote
+    int half = 0;  // of the shared memory, by turns: another thread may still read the half of the stretch before
     for (int64_t end = L; end > 0; end -= int64_t(blockDim.x) * kSteps, half ^= 1) {
         const int64_t last = end - 1 - int64_t(threadIdx.x) * kSteps;  // thread 0 has the last steps
         typename Recurrence::Token tokens[kSteps];
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kThreads) scan_rows(Recurrence recurrence, con
         for (int k = 0; k < kSteps; ++k)
             if (on[k]) mine.then(recurrence.map(tokens[k]));
 #pragma unroll
-        for (int width = 1; width < 32; width *= 2) {  // then all steps of the lanes up to this one
+        for (int width = 1; width < 32; width *= 2) {  // `mine` takes all steps of the lanes up to this one
             Map later = shuffle(mine, [=](unsigned word) { return __shfl_up_sync(kAll, word, width); });
             if (lane < width) continue;
             later.then(mine);
@@ -106,7 +106,7 @@ struct DiscountedRows {
     __device__ void write(int64_t i, bool on, Token, double state) const { out[i] = on ? T(state) : T(0); }
 };
 
-// The state is the discounted advantage of kOfficial, the KL to go of kVerl.
+// The state is the discounted advantage for kOfficial, and the KL to go for kVerl.
 template <typename T>
 struct RemaxRows {
     const T *scores, *greedy, *logp, *ref;

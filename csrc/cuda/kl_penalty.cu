@@ -1,11 +1,11 @@
-// Per-token KL estimates, and the rewards that carry them: -kl_coef * KL on every True position, the score on the last
-// one.
+// Per-token KL estimates, and the rewards made of them: -kl_coef * KL on every True position, plus the score on the
+// last True position of a row.
 #include "launch.cuh"
 
 namespace rlhf::cuda {
 namespace {
 
-constexpr int kPerThread = 4;  // tokens whose loads are in flight together
+constexpr int kPerThread = 4;  // tokens that a thread loads before it uses them
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)

@@ -1,5 +1,5 @@
-// What every CUDA kernel here shares: the maths in its own namespace, launches whose errors are exceptions, and sums
-// over a warp, a block and a grid in an order that depends on nothing but the sizes.
+// The base of all CUDA kernels: the maths in the namespace rlhf::cuda, launches whose errors are exceptions, and sums
+// over a warp, a block and a grid. The order of a sum depends on the sizes alone.
 #pragma once
 #define ISA cuda
 #include <stdexcept>
@@ -17,10 +17,10 @@ namespace {
 constexpr int kThreads = 256;
 constexpr unsigned kAll = 0xffffffffu;
 
-// What the blocks of a launch share. One per stream: launches in a stream take turns.
+// Memory that the blocks of a launch share. Each stream has its own, because the launches of a stream take turns.
 struct Scratch {
     unsigned arrived[kMaxBlocks];  // 0 between launches
-    double carried[4];             // from a first launch to the second
+    double carried[4];             // results that a first launch leaves for the second
     char partials[kMaxBlocks * 64];
 };
 static_assert(sizeof(Scratch) == kScratchBytes);
@@ -42,8 +42,8 @@ void launch(const char* what, Pointer stream, void (*kernel)(Parameters...), int
 
 inline int64_t blocks_for(int64_t elements, int64_t per_block) { return (elements + per_block - 1) / per_block; }
 
-// Blocks of a kernel that loops over its tasks and sums over the grid: one at least, to write what the sum of nothing
-// is.
+// The number of blocks of a kernel that loops over its tasks and sums over the grid. Without tasks there is one block,
+// which writes the result of an empty sum.
 inline int64_t bounded_blocks(int64_t tasks) { return clamp(tasks, int64_t(1), int64_t(kMaxBlocks)); }
 
 struct Add {
@@ -53,7 +53,7 @@ struct Add {
     }
 };
 
-// A value of any size from another lane: its words, each through the intrinsic.
+// A value of any size from another lane. The intrinsic shuffles the value word by word.
 template <typename State, typename Intrinsic>
 __device__ State shuffle(State mine, Intrinsic intrinsic) {
     constexpr int kWords = int(sizeof(State) / sizeof(unsigned));
@@ -66,13 +66,13 @@ __device__ State shuffle(State mine, Intrinsic intrinsic) {
     return mine;
 }
 
-// The same bits in every lane, for sums that commute.
+// The warp's sum, with the same bits in every lane, because each step adds the same two numbers in both lanes.
 __device__ inline double warp_sum(double x) {
     for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(kAll, x, step);
     return x;
 }
 
-// Combines one value per thread by a tree of fixed shape; every thread gets the result.
+// Combines one value per thread by a tree of fixed shape. Every thread gets the result.
 template <typename State, typename Combine>
 __device__ State block_reduce(State mine, Combine combine) {
     alignas(16) __shared__ char memory[32 * sizeof(State)];
@@ -80,7 +80,7 @@ __device__ State block_reduce(State mine, Combine combine) {
 #pragma unroll
     for (int step = 16; step > 0; step /= 2)
         combine(mine, shuffle(mine, [=](unsigned word) { return __shfl_down_sync(kAll, word, step); }));
-    __syncthreads();  // an earlier call's result may still be being read
+    __syncthreads();  // another thread may still read the result of an earlier call
     if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = mine;
     __syncthreads();
     State all = warps[0];
@@ -88,7 +88,8 @@ __device__ State block_reduce(State mine, Combine combine) {
     return all;
 }
 
-// Whether this block is the last of `expected` to arrive, and then sees what thread 0 of all the others wrote before.
+// Whether this block is the last of `expected` blocks to arrive. The last block sees all that thread 0 of every other
+// block wrote before.
 __device__ inline bool last_to_arrive(unsigned* arrived, unsigned expected) {
     __shared__ bool last;
     if (threadIdx.x == 0) {
@@ -101,8 +102,8 @@ __device__ inline bool last_to_arrive(unsigned* arrived, unsigned expected) {
     return last;
 }
 
-// Combines one value per thread of the whole grid, at most kMaxBlocks blocks, in a fixed order. True in the threads of
-// the block that has the result. A new State must be the sum of nothing.
+// Combines one value per thread of the whole grid in a fixed order. The grid has at most kMaxBlocks blocks. Returns
+// true in the threads of the block that has the result. A default State must be the empty sum.
 template <typename State, typename Combine>
 __device__ bool grid_reduce(State& sums, Combine combine, Scratch* scratch) {
     static_assert(sizeof(State) * kMaxBlocks <= sizeof(Scratch::partials));

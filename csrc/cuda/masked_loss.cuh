@@ -1,24 +1,25 @@
-// A loss over the True tokens of a mask, in one launch: terms, gradients and sums of a tile per block, and the last
-// block to finish adds up the blocks' sums. Which token weighs what needs a count of the mask first: every block counts
-// for itself what a few microseconds can count, a larger batch takes a launch before.
+// A loss over the True tokens of a mask, in one launch. A block computes terms, gradients and sums of a tile; the last
+// block to finish adds up the blocks' sums. The weight of a token needs a count of the mask first. Every block counts a
+// short mask, in a few microseconds; a launch before counts a longer mask.
 #pragma once
 #include "launch.cuh"
 
 namespace rlhf::cuda {
 namespace {
 
-constexpr int kPerThread = 4;  // tokens whose loads are in flight together
+constexpr int kPerThread = 4;  // tokens that a thread loads before it uses them
 constexpr int64_t kTile = kThreads * kPerThread;
 constexpr int64_t kCountedByEveryBlock = 1 << 17;
 
-// How many of 16 bytes are not 0.
+// The number of nonzero bytes among 16.
 __device__ inline int nonzero_bytes(ulonglong2 bytes) {
     const unsigned long long low = 0x7f7f7f7f7f7f7f7fULL;
-    // A byte's low bits carry into its top bit unless they are all 0.
+    // A byte's low 7 bits carry into its top bit unless they are all 0.
     return __popcll((((bytes.x & low) + low) | bytes.x) & ~low) + __popcll((((bytes.y & low) + low) | bytes.y) & ~low);
 }
 
-// This thread's share of the True bytes, 16 at a time between the first and the last aligned address.
+// This thread's share of the number of True bytes. Between the first and the last aligned address it reads 16 at a
+// time.
 __device__ inline int64_t count_share(const uint8_t* mask, int64_t n) {
     const int64_t head = minimum(int64_t(-uintptr_t(mask) % 16), n), lines = (n - head) / 16, tail = head + 16 * lines;
     int64_t count = 0;
@@ -36,14 +37,14 @@ __global__ void __launch_bounds__(kThreads) count_mask(const uint8_t* mask, int6
     if (grid_reduce(count, Add(), scratch) && threadIdx.x == 0) scratch->carried[0] = double(count);
 }
 
-// `rows` stretches of `length` tokens, the tokens of each of one weight.
+// A batch as `rows` stretches of `length` tokens. All tokens of a stretch have the same weight.
 struct Masked {
     const uint8_t* mask;
     int64_t rows, length;
     double batch_rows, denominator;
     const double* normalizer;
     int reduction;
-    bool counted;  // by a launch before
+    bool counted;  // a launch before has counted the mask
     Scratch* scratch;
 };
 
@@ -58,9 +59,9 @@ __device__ inline double weight_in(const Masked& batch, int64_t row) {
 }
 
 // Loss has
-//   Token load(i)                           what it reads of token i
-//   add(i, token, on, weight, Sums& sums)   its terms, and its gradients written
-//   write(sums)
+//   Token load(i)                           reads the numbers of token i
+//   add(i, token, on, weight, Sums& sums)   adds the token's terms and writes its gradients
+//   write(sums)                             writes the loss and the statistics
 template <typename Loss>
 __global__ void __launch_bounds__(kThreads) masked_loss(Loss loss, Masked batch) {
     const int64_t tiles = (batch.length + kTile - 1) / kTile, tasks = batch.rows * tiles;
@@ -90,7 +91,7 @@ __global__ void __launch_bounds__(kThreads) masked_loss(Loss loss, Masked batch)
 template <typename Loss>
 void launch_masked(const char* what, const Loss& loss, Pointer mask, int64_t B, int64_t T, int reduction,
                    double denominator, Pointer normalizer, Pointer scratch, Pointer stream) {
-    // Only the mean over each sequence weighs the rows differently.
+    // kSequenceMean alone gives the rows different weights.
     const bool by_row = reduction == kSequenceMean;
     Masked batch = {mask.as<const uint8_t>(),
                     by_row ? B : 1,

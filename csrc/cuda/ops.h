@@ -1,16 +1,17 @@
-// The CUDA kernels' signatures. Those of cpu/ops.h, and in place of the thread count the stream, as an integer; besides
-//   normalizer   a double on the device that replaces the denominator, or 0
-//   loss         also gets stats[0], so that it is a tensor of its own
+// The CUDA kernels' signatures. They are those of cpu/ops.h with the stream, as an integer, in place of the number of
+// threads, and with further arguments:
+//   normalizer   address of a double on the device that replaces the denominator, or 0
+//   loss         a tensor of its own for stats[0]
 //   scratch      kScratchBytes of device memory that no other stream uses, all 0 before the first launch
-// Launches only: nothing here waits for the device, so token ids out of range give NaN instead of a row number.
+// No function waits for the device. A token id out of range therefore gives NaN instead of a row number.
 #pragma once
-#include "../cpu/pointer.h"
+#include "../pointer.h"
 
 namespace rlhf::cuda {
 
-constexpr int kMaxBlocks = 4096;                                  // of a launch that sums over its blocks
-constexpr int kSampleTile = 4096;                                 // columns of which sample_tokens keeps a state
-constexpr int64_t kScratchBytes = int64_t(kMaxBlocks) * 68 + 32;  // a counter and a partial sum each
+constexpr int kMaxBlocks = 4096;                                  // blocks of a launch that sums over its blocks
+constexpr int kSampleTile = 4096;                                 // columns of which sample_tokens keeps one state
+constexpr int64_t kScratchBytes = int64_t(kMaxBlocks) * 68 + 32;  // a counter and a partial sum for each block
 
 void token_logprobs(Pointer logits, int dtype, int64_t row_stride, Pointer ids, int64_t N, int64_t V,
                     double inv_temperature, double softcap, Pointer logprobs, Pointer entropy, Pointer stats,
@@ -27,8 +28,8 @@ void token_kl_backward(Pointer logits, int dtype, int64_t row_stride, Pointer re
                        Pointer ids, int64_t N, int64_t V, double inv_temperature, double softcap, Pointer logprobs,
                        Pointer entropy, Pointer stats, Pointer grad_logprobs, Pointer grad_entropy, Pointer grad_kl,
                        Pointer grad_logits, int64_t grad_row_stride, Pointer stream);
-// states: 3 doubles for each row's every kSampleTile columns, uninitialised. A row without a distribution gets some
-// token, and NaN or -inf as its log-prob.
+// states: 3 doubles for every kSampleTile columns of each row, uninitialised. A row without a distribution gets an
+// arbitrary token, and NaN or -inf as its log-prob.
 void sample_tokens(Pointer logits, int dtype, int64_t row_stride, int64_t N, int64_t V, double inv_temperature,
                    Pointer uniforms, Pointer greedy, Pointer states, Pointer tokens, Pointer logprobs, Pointer entropy,
                    Pointer stream);

@@ -4,7 +4,7 @@
 namespace rlhf::cuda {
 namespace {
 
-// One advantage per token, or one per row of T.
+// One advantage per token, or one advantage per row of row_length tokens.
 template <typename T>
 struct Advantages {
     const T* values;

@@ -1,11 +1,11 @@
-// Bradley-Terry losses of a reward model: pairs with margin and centring, and all pairs of K ranked answers. Value,
-// gradient and statistics in one launch, a second one before it only where a batch has very many ranked pairs.
+// Bradley-Terry losses of a reward model: pairs with margin and centring, and all pairs of K ranked answers. One launch
+// gives value, gradient and statistics. A launch before it counts the ranked pairs of a batch that has very many.
 #include "launch.cuh"
 
 namespace rlhf::cuda {
 namespace {
 
-constexpr int64_t kCountedByEveryBlock = 1 << 17;  // comparisons
+constexpr int64_t kCountedByEveryBlock = 1 << 17;  // up to so many comparisons, every block counts the pairs
 
 template <typename T>
 struct RewardTensors {
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads)
     x.loss[0] = x.stats[0];
 }
 
-// Pairs whose better answer is one of this thread's, from `first` on in steps of `step`.
+// The number of pairs whose better answer is one of this thread's answers: `first`, `first + step` and so on.
 __device__ inline int64_t count_pairs(const int64_t* ranks, int64_t answers, int64_t K, int64_t first, int64_t step) {
     int64_t count = 0;
     for (int64_t answer = first; answer < answers; answer += step) {
@@ -55,7 +55,7 @@ struct RankingSums {
     }
 };
 
-// An answer per thread, with the pairs it is in.
+// A thread takes an answer with all the pairs that contain the answer.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     ranked_pairs(const T* scores, const int64_t* ranks, int64_t answers, int64_t K, bool counted, T* grad, T* loss,

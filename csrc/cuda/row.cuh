@@ -1,5 +1,5 @@
-// Rows of logits as threads read and write them: 16 bytes at a time between the first and the last aligned address (an
-// odd V leaves most rows unaligned), single elements before and after.
+// Rows of logits as threads read and write them: 16 bytes at a time between the first and the last aligned address,
+// single elements before and after. Most rows of an odd V start at an unaligned address.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t kMasked = -100;  // the token id of a row that does not count
 
-// The type the arithmetic runs in.
+// The type in which the arithmetic runs.
 template <typename In>
 struct ComputeOf {
     using type = float;
@@ -58,7 +58,8 @@ __device__ T capped(T z, T softcap) {
     return softcap == 0 ? z : softcap * tanh_of(z / softcap);
 }
 
-// kWidth logits from a column on, -inf beyond the row's end; 16 bytes at once where they lie on an aligned address.
+// Loads kWidth logits from a column on, -inf beyond the row's end. The load is one of 16 bytes where the address is
+// aligned.
 template <typename In>
 __device__ void load_columns(const In* row, int64_t column, int64_t V, Compute<In> softcap, Compute<In>* z) {
     using T = Compute<In>;
@@ -73,10 +74,10 @@ __device__ void load_columns(const In* row, int64_t column, int64_t V, Compute<I
     }
 }
 
-// n logits as head, lines of 16 bytes and tail.
+// n logits as a head of single logits, lines of 16 bytes and a tail of single logits.
 template <typename In>
 struct Lines {
-    int64_t head, lines, tail;  // tail: the column it starts at
+    int64_t head, lines, tail;  // logits of the head; number of lines; first column of the tail
 
     RLHF_INLINE Lines(const In* row, int64_t n)
         : head(minimum(int64_t(-uintptr_t(row) % 16 / sizeof(In)), n)),
@@ -84,7 +85,7 @@ struct Lines {
           tail(head + lines * kWidth<In>) {}
 };
 
-// Calls launch with a value of the type that the dtype code names.
+// Calls `launch` with a value of the type that the dtype code names.
 template <typename Launch>
 void with_logits(int dtype, Launch launch) {
     switch (dtype) {

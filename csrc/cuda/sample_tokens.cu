@@ -1,16 +1,16 @@
-// One token per row by inverse CDF, or the first maximum, with its log-prob and the row's entropy. Two launches. The
-// first reads the logits once, a block per tile of columns, and keeps each tile's state. In the second a block per row
-// finds the tile that u falls into, reads that tile again, finds the token where what is left of u falls, and merges
-// the other tiles' states with that of the rest of this one. Tiles are counted from column 0 and a thread's columns are
-// the same wherever the row starts: a row's token does not depend on the rows before it. Top-k and top-p arrive as -inf
-// logits.
+// One token per row by inverse CDF, or the first maximum, with its log-prob and the row's entropy, in two launches. The
+// first launch reads the logits once, a block per tile of columns, and keeps each tile's state. In the second launch a
+// block takes a row. The block finds the tile into which u falls, reads that tile again, finds the token at which the
+// rest of u falls, and merges the other tiles' states with the state of this tile without the token. Tiles are counted
+// from column 0, and a thread's columns are the same at whatever address the row starts, so that a row's token does not
+// depend on the rows before it. The caller applies top-k and top-p as logits of -inf.
 #include "softmax_sums.cuh"
 
 namespace rlhf::cuda {
 namespace {
 
 template <typename In>
-constexpr int kInFlight = kSampleTile / (kThreads * kWidth<In>);  // lines of 16 bytes of a thread
+constexpr int kInFlight = kSampleTile / (kThreads * kWidth<In>);  // lines of 16 bytes per thread
 
 template <typename In>
 __global__ void __launch_bounds__(kThreads) tile_states(const In* logits, int64_t row_stride, int64_t V,
@@ -29,16 +29,16 @@ __global__ void __launch_bounds__(kThreads) tile_states(const In* logits, int64_
     if (threadIdx.x == 0) states[blockIdx.x] = state;
 }
 
-// Sum of the values of the threads before this one, in their order, and of all.
+// The sum of the values of the threads before this thread, in the threads' order. `total` becomes the sum of all.
 __device__ inline double sum_before(double mine, double& total) {
     __shared__ double warps[kThreads / 32];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    double through = mine;  // of the warp's lanes up to this one
+    double through = mine;  // the sum of the warp's lanes up to this lane
     for (int step = 1; step < 32; step *= 2) {
         const double before = __shfl_up_sync(kAll, through, step);
         if (lane >= step) through += before;
     }
-    __syncthreads();  // an earlier call's sums may still be being read
+    __syncthreads();  // another thread may still read the sums of an earlier call
     if (lane == 31) warps[warp] = through;
     __syncthreads();
     double before = __shfl_up_sync(kAll, through, 1);
@@ -67,8 +67,8 @@ struct Place {
     double rest;
 };
 
-// The first of n weights at which their running sum exceeds u times their sum, and the part of that weight that lies
-// below; where rounding leaves the goal unmet, the last weight that is not 0.
+// The first of n weights at which the running sum exceeds the goal, u times the total, and the part of that weight
+// below the goal. If rounding leaves the goal unmet, the result is the last weight that is not 0.
 template <typename Weight>
 __device__ Place inverse_cdf(int64_t n, double u, Weight weight) {
     const int64_t share = (n + kThreads - 1) / kThreads, begin = minimum(int64_t(threadIdx.x) * share, n),
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const In* row = logits + i * row_stride;
     states += i * tiles;
     const T factor = T(inv_temperature * kLog2E), lowest = kLowest<T> / factor;
-    const bool first_maximum = greedy && greedy[i];  // found like a draw: every maximum weighs 1, and u is 0
+    const bool first_maximum = greedy && greedy[i];  // found like a draw in which every maximum weighs 1 and u is 0
     const double u = first_maximum ? 0 : uniforms[i];
     double top = -kInf;
     for (int64_t t = threadIdx.x; t < tiles; t += kThreads) top = maximum(states[t].shift, top);

@@ -1,11 +1,11 @@
-// A row's online-softmax state from those of a block's threads.
+// The online-softmax state of a row, merged from the states of a block's threads.
 #pragma once
 #include "row.cuh"
 
 namespace rlhf::cuda {
 namespace {
 
-// Sums of 2^(d factor) and d 2^(d factor), d = z - top.
+// Sums of 2^(d factor) and d 2^(d factor), with d = z - top.
 template <typename T>
 struct OnlineSums {
     T top = T(-kInf), sum = 0, centred = 0;
@@ -25,7 +25,7 @@ struct OnlineSums {
         for (int k = 0; k < kCount; ++k) highest = z[k] > highest ? z[k] : highest;
         if (highest > top) move(highest, factor);
         const T shift = top > T(-kInf) ? top : T(0), lowest = kLowest<T> / factor;
-        T new_sum = 0, new_centred = 0;  // short sums of their own keep digits
+        T new_sum = 0, new_centred = 0;  // short separate sums keep more digits
 #pragma unroll
         for (int k = 0; k < kCount; ++k) {
             const T d = z[k] - shift, clamped = d < lowest ? lowest : d, e = exp2_scaled(clamped, factor);
@@ -51,7 +51,8 @@ struct Sums {
     }
 };
 
-// The state of all the block's logits from those of its threads: all moved to one top first, so that the rest is sums.
+// Merges the threads' states into the state of all the block's logits. All states move to the same top first, so that
+// the rest is sums.
 template <typename T>
 __device__ Softmax merge_threads(OnlineSums<T> mine, T factor, double inv_temperature) {
     const T top = block_reduce(mine.top, Largest());
@@ -60,7 +61,7 @@ __device__ Softmax merge_threads(OnlineSums<T> mine, T factor, double inv_temper
     return {double(top), all.sum, all.centred * inv_temperature};
 }
 
-// The same of one state per thread.
+// Merges one Softmax per thread into the block's.
 __device__ inline Softmax merge_states(Softmax mine, double inv_temperature) {
     const double top = block_reduce(mine.shift, Largest());
     mine.move(top, inv_temperature);

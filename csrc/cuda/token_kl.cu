@@ -1,12 +1,12 @@
-// log p(token), entropy of p and KL(p || q) of p = softmax(logits / temperature) and q = softmax(ref_logits /
-// temperature): a block per row, both rows read once, 16 bytes at a time where they are aligned. Backward: a block per
-// stretch of a row, in place where asked. Left out: rows split over blocks.
+// log p(token), the entropy of p and KL(p || q), with p = softmax(logits / temperature) and q = softmax(ref_logits /
+// temperature). Forward, a block takes a row and reads both rows once, 16 bytes at a time where they are aligned.
+// Backward, a block takes a stretch of a row; the gradient may replace the logits. No row is split over blocks.
 #include "softmax_sums.cuh"
 
 namespace rlhf::cuda {
 namespace {
 
-constexpr int kInFlight = 2;  // lines of 16 bytes of either row that a thread loads before it uses them
+constexpr int kInFlight = 2;  // lines of 16 bytes of each row that a thread loads before it uses them
 
 RLHF_INLINE float near_excess(float u) {
     float excess;
@@ -15,7 +15,7 @@ RLHF_INLINE float near_excess(float u) {
 }
 RLHF_INLINE double near_excess(double u) { return bregman(u); }
 
-// A thread's part of a SoftmaxPair.
+// A thread's sums of a SoftmaxPair.
 template <typename T>
 struct PairSums {
     T top = T(-kInf), ref_top = T(-kInf), sum = 0, centred = 0, cross = 0, excess = 0, ref_sum = 0, far = 0;
@@ -107,7 +107,7 @@ __device__ SoftmaxPair merge_pairs(PairSums<T> mine, T factor, double inv_temper
     return pair;
 }
 
-// Two tensors of one shape [N, V] and dtype, each with its own row stride, and the tokens of their rows.
+// Two tensors of the same shape [N, V] and dtype, each with its own row stride, and the token ids of the rows.
 template <typename In>
 struct Rows {
     const In *logits, *ref_logits;
@@ -128,8 +128,9 @@ struct Likelier {
     }
 };
 
-// z_ref - z of the likeliest of the target and the row's first columns, of those that are finite: near enough to its
-// mean under p that float32 keeps the digits of a small KL, whatever offset lies between the rows.
+// z_ref - z of the likeliest token among the target and the row's first columns, where the difference is finite. The
+// centre is near the mean of z_ref - z under p, so that float32 keeps the digits of a small KL whatever the rows'
+// offset.
 template <typename In>
 __device__ double centre_of(const In* row, const In* ref_row, int64_t V, int64_t target, Compute<In> softcap) {
     using T = Compute<In>;
@@ -192,7 +193,7 @@ __global__ void __launch_bounds__(kThreads) forward(Rows<In> rows, Compute<In>* 
     stats[4 * i + 3] = T(out.mean);
 }
 
-// grad_logits may be the same memory as logits: every thread writes what it alone has read.
+// grad_logits may be the same memory as logits, because every thread writes only elements that no other thread reads.
 template <typename In>
 __global__ void __launch_bounds__(kThreads)
     backward(Rows<In> rows, int stretches, const Compute<In>* logprobs, const Compute<In>* entropy,

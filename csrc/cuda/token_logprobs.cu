@@ -1,18 +1,18 @@
-// log p(token) and entropy of softmax(logits / temperature): logits read once, 16 bytes at a time. A block per row, or
-// several where there are fewer rows than the device has room for; the last of them to finish merges. Backward: a block
-// per stretch of a row, in place where asked.
+// log p(token) and entropy of softmax(logits / temperature). Forward, a block takes a row and reads the logits once, 16
+// bytes at a time. With fewer rows than the device has room for, several blocks share a row, and the last block to
+// finish merges their states. Backward, a block takes a stretch of a row; the gradient may replace the logits.
 #include "softmax_sums.cuh"
 
 namespace rlhf::cuda {
 namespace {
 
 constexpr int kInFlight = 4;            // lines of 16 bytes that a thread loads before it uses them
-constexpr int64_t kFewestLines = 512;   // of a block that shares a row
-constexpr int kBlocksPerProcessor = 4;  // at 64 registers a thread; half that for double, whose values take two
+constexpr int64_t kFewestLines = 512;   // lines of a block that shares a row, at least
+constexpr int kBlocksPerProcessor = 4;  // at 64 registers a thread; half for double, whose values take two registers
 template <typename In>
 constexpr int kResident = sizeof(In) == 8 ? kBlocksPerProcessor / 2 : kBlocksPerProcessor;
 
-// This thread's share of one of `splits` parts of a row, without the target.
+// The sums of this thread's share of part `part` of `splits` parts of a row, without the target.
 template <typename In>
 __device__ OnlineSums<Compute<In>> accumulate(const In* row, int64_t V, int64_t target, int part, int splits,
                                               Compute<In> factor, Compute<In> softcap) {
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kThreads, kResident<In>)
     stats[2 * i + 1] = T(out.log_sum);
 }
 
-// dz_j = gL (1[j = t] - p_j) - gH p_j (log p_j + H), by the chain rule through the temperature and the softcap.
+// dz_j = gL (1[j = t] - p_j) - gH p_j (log p_j + H), then the chain rule through the temperature and the softcap.
 template <typename T>
 struct RowGradient {
     T factor, lowest, shift, slope, offset, softcap;
@@ -106,9 +106,9 @@ struct RowGradient {
     }
 };
 
-constexpr int64_t kStretch = kInFlight * kThreads;  // lines of a block
+constexpr int64_t kStretch = kInFlight * kThreads;  // lines of a block's stretch
 
-// grad_logits may be the same memory as logits: every thread writes what it alone has read.
+// grad_logits may be the same memory as logits, because every thread writes only elements that no other thread reads.
 template <typename In>
 __global__ void __launch_bounds__(kThreads, kResident<In>)
     backward(const In* logits, int64_t row_stride, const int64_t* ids, int64_t V, double inv_temperature,
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kThreads, kResident<In>)
         if (first >= at.head + end * kWidth<In>) continue;
         const bool has_target = from_here >= 0 && from_here < kWidth<In>;
         T target_logit = 0;
-        if (has_target) target_logit = widen(row[target]);  // before it may be overwritten
+        if (has_target) target_logit = widen(row[target]);  // read before out may overwrite it
 #pragma unroll
         for (int j = 0; j < kWidth<In>; ++j) z[k][j] = on ? gradient(z[k][j]) : T(0);
         store_16_bytes(z[k], out + first);
@@ -176,7 +176,7 @@ int multiprocessors() {
     return count;
 }
 
-// Blocks to a row: two waves of them on the device, none with too little to do.
+// Blocks per row: enough for two waves of blocks on the device, but some kFewestLines lines or more for each block.
 int splits_of(int64_t N, int64_t lines) {
     const int64_t wanted = blocks_for(int64_t(2) * kBlocksPerProcessor * multiprocessors(), N),
                   most = minimum(blocks_for(lines, kFewestLines), int64_t(kThreads));

@@ -1,13 +1,14 @@
-// Normalised advantages: masked whitening, and the group baselines of RLOO and GRPO. Sums in double, a fixed order.
+// Normalised advantages: masked whitening, and the group baselines of RLOO and GRPO. Sums run in double, in a fixed
+// order.
 #include "launch.cuh"
 
 namespace rlhf::cuda {
 namespace {
 
-constexpr int kPerThread = 4;  // elements whose loads are in flight together
+constexpr int kPerThread = 4;  // elements that a thread loads before it uses them
 constexpr int64_t kTile = kThreads * kPerThread;
 
-// Moments of a tile per block, each about its own mean; the last block merges them.
+// A block computes the moments of its tiles, each about its own mean. The last block merges the blocks' moments.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) moments_of(const T* x, const uint8_t* mask, int64_t n, Scratch* scratch) {
     Moments moments;
@@ -50,7 +51,7 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
-// A group per warp.
+// A warp takes a group.
 template <typename T, bool kLeaveOneOut>
 __global__ void __launch_bounds__(kThreads) group_rows(const T* scores, int64_t groups, int64_t group, T* out) {
     const int64_t g = blockIdx.x * int64_t(kThreads / 32) + threadIdx.x / 32;

@@ -24,6 +24,7 @@ from rlhf_fast.ops.dispatch import (
 )
 from rlhf_fast.ops.gradients import register_saved_gradients
 
+# Kernels get the index: the order is that of enum Estimator in csrc/math.h and of kernels/maths.py.
 ESTIMATORS = ("k1", "k2", "k3", "abs")
 
 LIBRARY.define(

@@ -36,6 +36,7 @@ from rlhf_fast.ops.gradients import register_saved_gradients
 from rlhf_fast.ops.kl import ESTIMATORS
 from rlhf_fast.ops.results import PPOLoss, ValueLoss
 
+# Kernels get the index: the order is that of enum Reduction in csrc/math.h and of kernels/ppo_loss.py.
 REDUCTIONS = ("token_mean", "sequence_mean", "sequence_sum", "constant")
 
 LIBRARY.define(

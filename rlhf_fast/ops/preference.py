@@ -20,6 +20,7 @@ from rlhf_fast.ops.dispatch import (
 from rlhf_fast.ops.gradients import register_saved_gradients
 from rlhf_fast.ops.results import DPOLoss, RankingLoss, RewardLoss
 
+# Kernels get the index: the order is that of enum DPOType in csrc/pair_terms.h and of kernels/dpo_loss.py.
 LOSS_TYPES = (
     "sigmoid",
     "robust",

@@ -13,6 +13,7 @@ from rlhf_fast.ops.checks import check_clip, check_dims, check_floats, check_mas
 from rlhf_fast.ops.dispatch import LIBRARY, _cpu, call, code, common_dtype, contiguous, has_kernel, kernel, threads
 from rlhf_fast.ops.results import GAE
 
+# Kernels get the index: the order is that of enum RemaxVariant in csrc/returns.h and of kernels/gae.py.
 REMAX_VARIANTS = ("official", "paper", "verl")
 
 LIBRARY.define("gae(Tensor rewards, Tensor values, Tensor mask, float gamma, float lam) -> (Tensor, Tensor)")

@@ -168,7 +168,9 @@ def test_unreadable_source(tmp_path):
     with pytest.raises(ValueError, match="splits: holds the splits train, test; give the directory of one"):
         load_rows(tmp_path / "splits", "sft")
     assert load_rows(tmp_path / "splits" / "test", "sft") == SFT_ROWS
-    with pytest.raises(ValueError, match="^kind: expected one of sft, preference, ranking, unpaired, prompt, got 'dpo'"):
+    with pytest.raises(
+        ValueError, match="^kind: expected one of sft, preference, ranking, unpaired, prompt, got 'dpo'"
+    ):
         load_rows(SFT_ROWS, "dpo")
     with pytest.raises(ValueError, match="^rows: no rows"):
         load_rows([], "sft")

@@ -4,7 +4,6 @@ Without a GPU Triton's are interpreted and CUDA's emulated.
 """
 
 import functools
-from pathlib import Path
 
 import hypothesis
 import pytest
@@ -12,13 +11,12 @@ import torch
 
 import rlhf_fast.ops
 from rlhf_fast.ops import dispatch
+from tests.emulation import cuda_on_host
+from tests.emulation.cuda_on_cpu import cuda_on_cpu
+from tests.emulation.triton_on_cpu import triton_on_cpu
 
 if dispatch.COMPILED:
     from rlhf_fast import _cpu
-
-with pytest.MonkeyPatch.context() as patch:  # `bench` is not installed; on the path, the root would show its `kernels`
-    patch.syspath_prepend(Path(__file__).resolve().parents[2])
-    from bench import cuda_on_host, emulation
 
 hypothesis.settings.register_profile("ops", database=None, deadline=None, max_examples=25)
 hypothesis.settings.load_profile("ops")
@@ -32,7 +30,7 @@ def seed():
 @pytest.fixture(scope="session")
 def emulated_cuda():
     """Context manager: inside, CPU tensors run the back end "cuda"."""
-    return functools.partial(emulation.cuda_on_cpu, cuda_on_host.load())
+    return functools.partial(cuda_on_cpu, cuda_on_host.load())
 
 
 @pytest.fixture(params=["reference", "cpu", "triton", "cuda"])
@@ -45,7 +43,7 @@ def kernels(request):
         with torch.device("cuda"), rlhf_fast.ops.backend(request.param):
             yield request.param
     elif request.param == "triton":
-        with emulation.triton_on_cpu(), rlhf_fast.ops.backend("triton"):
+        with triton_on_cpu(), rlhf_fast.ops.backend("triton"):
             yield "triton"
     else:
         with request.getfixturevalue("emulated_cuda")(), rlhf_fast.ops.backend("cpu"):

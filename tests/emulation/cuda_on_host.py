@@ -1,6 +1,7 @@
-"""csrc/cuda compiled for the CPU, with csrc/cuda_on_host in CUDA's place. Needs a C++ compiler and pybind11, no torch.
+"""Compiles csrc/cuda for the CPU, with the headers of include/ in place of CUDA's.
 
-`python -m bench.cuda_on_host` builds the module. RLHF_FAST_CXXFLAGS as for setup.py.
+`python -m tests.emulation.cuda_on_host` builds the module. It needs a C++ compiler and pybind11, but no torch.
+RLHF_FAST_CXXFLAGS adds flags, as for setup.py.
 """
 
 import fcntl
@@ -15,8 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
-ROOT = Path(__file__).resolve().parents[1]
-HEADERS = ROOT / "csrc/cuda_on_host"
+ROOT = Path(__file__).resolve().parents[2]
+HEADERS = Path(__file__).resolve().parent / "include"
 FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
 
 

@@ -1,5 +1,4 @@
-// A kernel's arguments: a tensor's address as Python passes it, the choice of type, the number of threads worth
-// starting.
+// How Python calls a kernel: a tensor's address is an int, a dtype is a code. Shared by the CPU and CUDA kernels.
 #pragma once
 #include <cstdint>
 
@@ -14,12 +13,13 @@ struct Pointer {
     __attribute__((always_inline)) explicit operator bool() const { return address != 0; }
 };
 
-// Waking threads, or waiting for one that is not running, costs more than some 100 microseconds of work.
+// The number of threads for so many elements: one below 2^17, because waking threads, or waiting for a thread that is
+// not running, costs as much as some 100 microseconds of work.
 __attribute__((always_inline)) inline int team_size(int64_t elements, int threads) {
     return elements < (1 << 17) ? 1 : threads;
 }
 
 }  // namespace rlhf
 
-// Runs FUNCTION<float>(...) or FUNCTION<double>(...) by the dtype code.
+// Runs FUNCTION<double>(...) for dtype code 3, else FUNCTION<float>(...).
 #define RLHF_BY_DTYPE(FUNCTION, ...) (dtype == 3 ? FUNCTION<double>(__VA_ARGS__) : FUNCTION<float>(__VA_ARGS__))

@@ -1,12 +1,8 @@
-"""A GPU's kernels on CPU tensors, for tests and `bench.exactness`, with no GPU and no nvcc: Triton's interpreted, those
-of csrc/cuda as `bench.cuda_on_host` compiles them.
-"""
+"""CPU tensors on Triton's kernels in Triton's interpreter, faster than by itself and rounding as a GPU does."""
 
 import contextlib
 import functools
-import importlib.util
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
@@ -14,33 +10,16 @@ from unittest.mock import patch
 
 import numpy
 import torch
-from torch import Tensor
-
-from rlhf_fast.ops import dispatch
-
-
-@contextlib.contextmanager
-def cuda_on_cpu(module: ModuleType) -> Iterator[Tensor]:
-    """CPU tensors run the back end "cuda" on the emulated kernels, all on one stream; yields their scratch memory."""
-    if importlib.util.find_spec("rlhf_fast._cuda") is None:
-        sys.modules["rlhf_fast._cuda"] = module  # which the back end imports
-    from rlhf_fast.ops.backends import cuda as cuda_backend
-
-    scratch = torch.zeros(module.scratch_bytes, dtype=torch.uint8)
-    with (
-        patch.object(cuda_backend, "_cuda", module),
-        patch.object(cuda_backend, "_current_stream", lambda device: contextlib.nullcontext(0)),
-        patch.object(cuda_backend, "_scratch", lambda device, stream: scratch),
-        patch.dict(dispatch.KERNELS["cpu"], dispatch.KERNELS["cuda"]),
-    ):
-        yield scratch
 
 
 @contextlib.contextmanager
 def triton_on_cpu() -> Iterator[None]:
-    """Triton's interpreter rounds to bfloat16, to nearest even as compiled kernels do; by itself it cuts off. And it
-    takes a fraction of its time: triton.language is prepared once a launch, not once more at every function called in
-    it, scans are done in doubling steps, as a GPU does them, and types are looked up rather than made anew."""
+    """Triton's interpreter rounds to bfloat16 as compiled kernels do, to the nearest even; by itself it truncates.
+
+    The interpreter also takes a fraction of its usual time, for three reasons: it prepares triton.language once a
+    launch instead of at every function call; it scans in doubling steps, as a GPU does; it looks types up instead of
+    making them anew.
+    """
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -85,8 +64,7 @@ def triton_on_cpu() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _types_looked_up(tl: ModuleType, interpreter: ModuleType) -> Iterator[None]:
-    """Of what the interpreter does per operator most is types: each is made once, and operands of one are not looked
-    into."""
+    """Each type is made once, and operands of the same type are not checked: types took most of the time."""
     block_types, shapes, make_block_type = {}, {}, tl.block_type.__init__
     look_up, convert = interpreter._get_np_dtype, interpreter.TritonSemantic.binary_op_type_checking_impl
     look_up_scalar = functools.cache(look_up)

@@ -1,7 +1,7 @@
-// The part of CUDA that csrc/cuda is written in, on a CPU: a C++ compiler builds the kernels with this header included
-// first, and they run on host memory. Blocks run one after another, a block's threads as fibers that give way at
-// barriers and shuffles; a barrier that not all of them reach is an abort. Left out: memory that is not coherent, races
-// between threads that no barrier orders, time.
+// The part of CUDA that csrc/cuda uses, on a CPU. A C++ compiler builds the kernels with this header included first,
+// and the kernels run on host memory. Blocks run one after another. A block's threads are fibers that give way at
+// barriers and shuffles; a barrier that not all threads reach aborts. The emulation does not show incoherent memory,
+// races between threads that no barrier orders, or time.
 #pragma once
 #if !defined(__x86_64__)
 #include <ucontext.h>
@@ -38,7 +38,7 @@ constexpr size_t kStack = (1 << 16) + 5 * 64;  // a power of 2 would map the top
 constexpr unsigned kMostThreads = 1024;
 
 template <typename T>
-struct Same {  // keeps a parameter out of the deduction of template arguments
+struct Same {  // excludes a parameter from the deduction of template arguments
     using type = T;
 };
 
@@ -46,7 +46,7 @@ struct Rendezvous {  // of a block's or a warp's threads
     long arrived = 0;
 };
 
-// Where a stack stands while another runs; `change(from, to)` leaves one for the other.
+// The state of a stack while another stack runs. `change(from, to)` leaves the first for the second.
 #if defined(__x86_64__)
 struct Context {
     void** top;  // of the stack: the registers that a call keeps, under its return address
@@ -60,7 +60,7 @@ __attribute__((naked, noinline)) inline void change(Context&, const Context&) {
     asm("push %rbp; push %rbx; push %r12; push %r13; push %r14; push %r15; mov %rsp, (%rdi); mov (%rsi), %rsp;"
         "pop %r15; pop %r14; pop %r13; pop %r12; pop %rbx; pop %rbp; ret");
 }
-#else  // with system calls in each change
+#else  // each change makes system calls
 struct Context {
     ucontext_t context;
 
@@ -82,7 +82,7 @@ struct Fiber {
 
 struct Warp {
     Rendezvous meeting;
-    unsigned words[2][32];  // by turns: a lane may still read those of the shuffle before
+    unsigned words[2][32];  // used by turns, because a lane may still read the words of the shuffle before
 };
 
 struct Machine {
@@ -208,7 +208,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
     return cudaSuccess;
 }
 
-// Odd launches run their blocks from the last to the first: no result may depend on the order.
+// Odd launches run their blocks from the last to the first, because no result may depend on the order.
 template <typename... Parameters>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                typename cuda_on_host::Same<Parameters>::type... arguments) {
@@ -226,7 +226,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     return cudaSuccess;
 }
 
-// Half types, through the bits of a float.
+// Half types, converted through the bits of a float.
 struct __nv_bfloat16 {
     uint16_t bits;
 };
