@@ -180,6 +180,15 @@ def code(x: Tensor) -> int:
     return _CODES[x.dtype]
 
 
+def has_address(x: Tensor) -> bool:
+    """Whether compiled code may read x at `x.data_ptr()`.
+
+    Only of torch's own two classes: a FakeTensor, a DTensor or any other subclass may hold its numbers elsewhere, or
+    nowhere, and its address is then one that no memory stands at.
+    """
+    return type(x) in (Tensor, Parameter)
+
+
 def pointer(x: Tensor | None) -> int:
     """The address the compiled core reads or writes; 0 for an absent tensor."""
     return 0 if x is None else x.data_ptr()

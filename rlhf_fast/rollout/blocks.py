@@ -201,7 +201,7 @@ def _norm(module: nn.Module) -> Function:
     compiled = cpu.rms_norm(weight, epsilon) if cpu.runs(weight) else None
 
     def norm(x: Tensor) -> Tensor:
-        if compiled is not None and x.dtype is weight.dtype and x.is_contiguous():
+        if compiled is not None and x.dtype is weight.dtype and cpu.runs(x) and x.is_contiguous():
             return compiled(x)
         return F.rms_norm(x.to(weight.dtype), weight.shape, weight, epsilon).to(x.dtype)  # torch warns of two dtypes
 

@@ -23,8 +23,8 @@ from rlhf_fast.rollout import blocks, cpu
 
 # Attention reads the cache in pieces of this many slots; on CUDA a graph is captured for each.
 _SLOTS = 64
-# Whether StaticDecoder was found to give a model's own logits.
-_agrees: "weakref.WeakKeyDictionary[PreTrainedModel, bool]" = weakref.WeakKeyDictionary()
+# Why StaticDecoder is not taken for a model; None where it was found to give the model's own logits.
+_refused: "weakref.WeakKeyDictionary[PreTrainedModel, str | None]" = weakref.WeakKeyDictionary()
 
 
 class Decoder(Protocol):
@@ -41,9 +41,9 @@ class Decoder(Protocol):
 def decoder(model: PreTrainedModel, new_tokens: int) -> Decoder:
     """A decoder with room for `new_tokens` tokens behind the prompt. The model must be in eval mode."""
     dtype = torch.get_autocast_dtype(model.device.type) if torch.is_autocast_enabled(model.device.type) else None
-    if model not in _agrees:
-        _agrees[model] = blocks.read(model) is not None and _same_logits(model)
-    parts = blocks.read(model, dtype) if _agrees[model] else None
+    if model not in _refused:
+        _refused[model] = _refusal(model)
+    parts = blocks.read(model, dtype) if _refused[model] is None else None
     return CacheDecoder(model) if parts is None else StaticDecoder(model, parts, new_tokens)
 
 
@@ -154,7 +154,8 @@ class StaticDecoder:
         self._values = [layer[:, K:, :S] for layer in mine]
         self._seen = {window: mask[..., window or 0 :][..., :S] for window, mask in self.masks.items()}
         self._compiled = None
-        if cpu.runs(self.cache) and (self.tables is None or self.tables[0].dtype is torch.float32):
+        tables = self.tables or ()
+        if cpu.runs(self.cache) and all(cpu.runs(table) and table.dtype is torch.float32 for table in tables):
             state = self.tables, self.position, self.starts
             layers = zip(self.parts.blocks, mine, strict=True)
             self._compiled = [
@@ -242,16 +243,27 @@ class _Graph:
         return self.logits
 
 
-def _same_logits(model: PreTrainedModel) -> bool:
-    """Whether two steps over ragged prompts give the logits of the model's own forward."""
+def _refusal(model: PreTrainedModel) -> str | None:
+    """Why our step cannot be used: None where two steps over ragged prompts give the logits of the model's forward."""
     ids = (torch.arange(8, device=model.device).view(2, 4) + 1) % model.config.get_text_config().vocab_size
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[0, :2] = False
-    mine, own = StaticDecoder(model, blocks.read(model), 2), CacheDecoder(model)
+
+    def last_logits(decoder: Decoder) -> Tensor:
+        decoder.prefill(ids, mask, 1)
+        for column in (0, 1):
+            logits = decoder.step(ids[:, column])
+        return logits
+
     with torch.autocast(model.device.type, enabled=False):
-        for each in (mine, own):
-            each.prefill(ids, mask, 1)
-        for token in (ids[:, 0], ids[:, 1]):
-            a, b = mine.step(token), own.step(token)
+        try:
+            parts = blocks.read(model)
+            if parts is None:
+                return "the layout of its layers is not known"
+            a = last_logits(StaticDecoder(model, parts, 2))
+        except Exception as error:  # weights of a class that our step cannot mix with plain tensors, for example
+            return f"a step over its weights raises {type(error).__name__}"
+        b = last_logits(CacheDecoder(model))
     tolerance = 1e-4 if a.dtype == torch.float32 else 3e-2
-    return torch.allclose(a.float(), b.float(), rtol=tolerance, atol=tolerance * b.abs().max().item())
+    same = torch.allclose(a.float(), b.float(), rtol=tolerance, atol=tolerance * b.abs().max().item())
+    return None if same else "its own forward gives other logits"

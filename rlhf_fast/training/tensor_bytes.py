@@ -52,9 +52,9 @@ class TensorBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         self._follow_all((args, kwargs))
-        if func.namespace == "rlhf_fast" and not _has_fake(args):
+        if func.namespace == "rlhf_fast" and all(dispatch.has_address(x) for x in args if isinstance(x, Tensor)):
             with self:  # the operator's own buffers
-                out = dispatch.run_kernel(func._opname, *args)
+                out = dispatch.run_kernel(func.name().split("::")[1], *args)
         else:
             out = func(*args, **(kwargs or {}))
         self._follow_all(out)
@@ -98,7 +98,3 @@ def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
     for part in (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]):
         if isinstance(part, Tensor):  # DTensor names its mesh too
             yield from plain_tensors(part)
-
-
-def _has_fake(args: tuple) -> bool:
-    return any(isinstance(x, torch._subclasses.FakeTensor) for x in args)
