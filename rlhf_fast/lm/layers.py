@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from rlhf_fast.ops.attention import packed_attention
 from rlhf_fast.ops.layers import add_rms_norm, swiglu
+from rlhf_fast.ops.private import has_hooks
 
 _LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -74,8 +75,7 @@ def _is_rms_norm(module: nn.Module) -> bool:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return "forward" not in vars(module) and not any(hooks)
+    return "forward" not in vars(module) and not has_hooks(module)
 
 
 def _layer(layer: nn.Module) -> Callable[..., Tensor]:

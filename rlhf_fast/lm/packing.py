@@ -20,13 +20,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AttentionInterface, PreTrainedModel
 
 from rlhf_fast.lm import layers
 from rlhf_fast.ops import reference
 from rlhf_fast.ops.attention import packed_attention
 from rlhf_fast.ops.dispatch import has_kernel
+from rlhf_fast.ops.private import is_fake
 
 _NAME = "rlhf_fast_packed"
 _packable: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
@@ -41,7 +41,7 @@ def real_hidden(
     The state of a row's token t, counted over its real tokens, is states[start + t]. ids_BL, mask_BL: padded anywhere;
     at least one real token a row. last=False leaves out every row's last token, which predicts nothing.
     """
-    if isinstance(mask_BL, FakeTensor):
+    if is_fake(mask_BL):
         return _planned(backbone, ids_BL[:, : max(1, mask_BL.shape[1] - (not last))])
     counts_B = mask_BL.sum(dim=1)
     lengths_B = (counts_B if last else counts_B - 1).clamp(min=1)
@@ -70,7 +70,7 @@ def _planned(backbone: PreTrainedModel, ids_BL: Tensor) -> tuple[Tensor, Tensor]
 
 def _padded(backbone: PreTrainedModel, ids_BL: Tensor) -> tuple[Tensor, Tensor]:
     # With no mask transformers warns of pad ids it finds, which padding on the right hides from every real token.
-    mask = None if isinstance(ids_BL, FakeTensor) else torch.ones_like(ids_BL)
+    mask = None if is_fake(ids_BL) else torch.ones_like(ids_BL)
     states_BLH = backbone(input_ids=ids_BL, attention_mask=mask, use_cache=False).last_hidden_state
     return states_BLH.flatten(0, 1), torch.arange(len(ids_BL), device=ids_BL.device) * ids_BL.shape[1]
 

@@ -5,10 +5,10 @@ from torch import Tensor
 
 from rlhf_fast.ops import reference
 from rlhf_fast.ops.checks import check_dims, check_floats, expect
-from rlhf_fast.ops.dispatch import LIBRARY, _cpu, call, code, common_dtype, has_kernel, kernel, threads
+from rlhf_fast.ops.dispatch import LIBRARY, _cpu, call, code, common_dtype, define, has_kernel, kernel, threads
 
-LIBRARY.define("rloo_advantages(Tensor scores, int group_size) -> Tensor")
-LIBRARY.define("grpo_advantages(Tensor scores, int group_size) -> Tensor")
+define("rloo_advantages(Tensor scores, int group_size) -> Tensor")
+define("grpo_advantages(Tensor scores, int group_size) -> Tensor")
 
 
 @torch.no_grad()

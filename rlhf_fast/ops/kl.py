@@ -17,6 +17,7 @@ from rlhf_fast.ops.dispatch import (
     code,
     common_dtype,
     contiguous,
+    define,
     has_kernel,
     kernel,
     pointer,
@@ -26,10 +27,11 @@ from rlhf_fast.ops.gradients import register_saved_gradients
 
 ESTIMATORS = ("k1", "k2", "k3", "abs")
 
-LIBRARY.define(
-    "kl_penalty(Tensor logprobs, Tensor ref_logprobs, str estimator, bool with_grad) -> (Tensor kl, Tensor grad)"
+define(
+    "kl_penalty(Tensor logprobs, Tensor ref_logprobs, str estimator, bool with_grad) "
+    "-> (Tensor kl, Tensor grad_logprobs)"
 )
-LIBRARY.define(
+define(
     "shape_rewards(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor mask, float kl_coef, str estimator, "
     "float clip) -> Tensor"
 )
@@ -123,7 +125,7 @@ def _kl_fake(logprobs: Tensor, ref_logprobs: Tensor, estimator: str, with_grad: 
     return logprobs.new_empty(logprobs.shape), logprobs.new_empty(logprobs.shape if with_grad else 0)
 
 
-register_saved_gradients("kl_penalty", {0: 1})
+register_saved_gradients("kl_penalty", "logprobs")
 
 
 @kernel("shape_rewards", "cpu")

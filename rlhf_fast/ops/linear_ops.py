@@ -6,7 +6,7 @@ Each returns its loss and, as its last outputs, the loss's gradients by hidden, 
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops.dispatch import LIBRARY, kernel
+from rlhf_fast.ops.dispatch import LIBRARY, define, kernel
 from rlhf_fast.ops.gradients import register_consumed_gradients
 from rlhf_fast.ops.heads import Head, full_precision, loss_in_forward
 from rlhf_fast.ops.linear import empty_gradients
@@ -15,17 +15,17 @@ from rlhf_fast.ops.reference import compute_dtype
 _GRADIENTS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids"
 _OPTIONS = "float temperature, float softcap, int memory_budget, bool with_hidden, bool with_weight, bool with_bias"
-LIBRARY.define(
+define(
     f"linear_weighted_loss({_HEAD}, Tensor weights, {_OPTIONS}) "
     f"-> (Tensor loss, Tensor logprobs, Tensor entropy, {_GRADIENTS})"
 )
-LIBRARY.define(
+define(
     f"linear_ppo_loss({_HEAD}, Tensor old_logprobs, Tensor advantages, Tensor mask, Tensor? ref_logprobs, "
     "Tensor? normalizer, float clip_low, float clip_high, float dual_clip, float kl_coef, str kl_estimator, "
     f"float entropy_coef, str reduction, {_OPTIONS}) "
     f"-> (Tensor loss, Tensor stats, Tensor logprobs, Tensor entropy, {_GRADIENTS})"
 )
-LIBRARY.define(
+define(
     f"linear_dpo_loss({_HEAD}, Tensor? ref_chosen, Tensor? ref_rejected, Tensor? chosen_lengths, "
     "Tensor? rejected_lengths, Tensor? normalizer, float beta, str loss_type, float label_smoothing, "
     f"{_OPTIONS}) -> (Tensor loss, Tensor losses, Tensor chosen_rewards, Tensor rejected_rewards, Tensor logps, "
@@ -77,7 +77,7 @@ def _weighted_fake(
     return hidden.new_empty((), dtype=dtype), *per_token, *empty_gradients(hidden, weight, bias, options[-3:], True)
 
 
-register_consumed_gradients("linear_weighted_loss", {0: 3, 1: 4, 2: 5})
+register_consumed_gradients("linear_weighted_loss", "hidden", "weight", "bias")
 
 
 @kernel("linear_ppo_loss", "cpu", "triton", "cuda")
@@ -137,7 +137,7 @@ def _ppo_fake(
     )
 
 
-register_consumed_gradients("linear_ppo_loss", {0: 4, 1: 5, 2: 6})
+register_consumed_gradients("linear_ppo_loss", "hidden", "weight", "bias")
 
 
 @kernel("linear_dpo_loss", "cpu", "triton", "cuda")
@@ -211,4 +211,4 @@ def _dpo_fake(
     )
 
 
-register_consumed_gradients("linear_dpo_loss", {0: 5, 1: 6, 2: 7})
+register_consumed_gradients("linear_dpo_loss", "hidden", "weight", "bias")

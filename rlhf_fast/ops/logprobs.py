@@ -8,20 +8,20 @@ from torch import Tensor
 
 from rlhf_fast.ops import reference
 from rlhf_fast.ops.checks import FLOATS, INTEGERS, check_device, check_positive, expect, is_readable
-from rlhf_fast.ops.dispatch import LIBRARY, _cpu, call, code, has_kernel, kernel, statistics_dtype, threads
+from rlhf_fast.ops.dispatch import LIBRARY, _cpu, call, code, define, has_kernel, kernel, statistics_dtype, threads
 from rlhf_fast.ops.gradients import no_second_derivative, register_autograd
 from rlhf_fast.ops.reference import IGNORED_ID
 from rlhf_fast.ops.results import TokenLogprobs
 
-LIBRARY.define(
+define(
     "token_logprobs(Tensor logits, Tensor token_ids, float temperature, float softcap, bool inplace_backward) "
     "-> (Tensor logprobs, Tensor entropy, Tensor stats)"
 )
-LIBRARY.define(
+define(
     "token_logprobs_backward(Tensor logits, Tensor token_ids, Tensor logprobs, Tensor entropy, Tensor stats, "
     "Tensor? grad_logprobs, Tensor? grad_entropy, float temperature, float softcap) -> Tensor"
 )
-LIBRARY.define(
+define(
     "token_logprobs_backward_(Tensor(a!) logits, Tensor token_ids, Tensor logprobs, Tensor entropy, Tensor stats, "
     "Tensor? grad_logprobs, Tensor? grad_entropy, float temperature, float softcap) -> ()"
 )
@@ -225,7 +225,13 @@ def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, outp
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _):
+def _backward(
+    ctx: torch.autograd.function.FunctionCtx,
+    needed: tuple[bool, ...],
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    _: None,
+) -> tuple[Tensor]:
     args = (*ctx.saved_tensors, grad_logprobs, grad_entropy, ctx.temperature, ctx.softcap)
     if not ctx.inplace:
         return (torch.ops.rlhf_fast.token_logprobs_backward(*args),)
@@ -234,5 +240,5 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad_logprobs: Tensor | 
     return (logits,)
 
 
-register_autograd("token_logprobs", _setup_context, _backward, differentiable=(0,))
+register_autograd("token_logprobs", _setup_context, _backward, differentiable=("logits",))
 no_second_derivative("token_logprobs_backward")

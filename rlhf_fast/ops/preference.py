@@ -12,6 +12,7 @@ from rlhf_fast.ops.dispatch import (
     code,
     common_dtype,
     contiguous,
+    define,
     has_kernel,
     kernel,
     pointer,
@@ -34,14 +35,12 @@ LOSS_TYPES = (
     "discopop",
 )
 
-LIBRARY.define(
+define(
     "reward_loss(Tensor chosen, Tensor rejected, Tensor? margin, float center_coef, bool with_grad) "
     "-> (Tensor loss, Tensor stats, Tensor grad_chosen, Tensor grad_rejected)"
 )
-LIBRARY.define(
-    "ranking_loss(Tensor scores, Tensor ranks, bool with_grad) -> (Tensor loss, Tensor stats, Tensor grad_scores)"
-)
-LIBRARY.define(
+define("ranking_loss(Tensor scores, Tensor ranks, bool with_grad) -> (Tensor loss, Tensor stats, Tensor grad_scores)")
+define(
     "dpo_loss(Tensor chosen, Tensor rejected, Tensor? ref_chosen, Tensor? ref_rejected, Tensor? chosen_lengths, "
     "Tensor? rejected_lengths, float beta, str loss_type, float label_smoothing, bool with_grad) "
     "-> (Tensor losses, Tensor chosen_rewards, Tensor rejected_rewards, Tensor grad_chosen, Tensor grad_rejected)"
@@ -259,7 +258,7 @@ def _reward_fake(
     return chosen.new_empty(()), chosen.new_empty(4), chosen.new_empty(shape), chosen.new_empty(shape)
 
 
-register_saved_gradients("reward_loss", {0: 2, 1: 3})
+register_saved_gradients("reward_loss", "chosen", "rejected")
 
 
 @kernel("ranking_loss", "cpu")
@@ -278,7 +277,7 @@ def _ranking_fake(scores: Tensor, ranks: Tensor, with_grad: bool) -> tuple[Tenso
     return scores.new_empty(()), scores.new_empty(2), scores.new_empty(scores.shape if with_grad else 0)
 
 
-register_saved_gradients("ranking_loss", {0: 2})
+register_saved_gradients("ranking_loss", "scores")
 
 
 @kernel("dpo_loss", "cpu")
@@ -309,4 +308,4 @@ def _dpo_fake(chosen: Tensor, *args: Tensor | float | str | None) -> tuple[Tenso
     return *per_pair, *(chosen.new_empty(chosen.shape if args[-1] else 0) for _ in range(2))
 
 
-register_saved_gradients("dpo_loss", {0: 3, 1: 4})
+register_saved_gradients("dpo_loss", "chosen", "rejected")

@@ -16,6 +16,7 @@ from rlhf_fast.ops.dispatch import (
     call,
     code,
     contiguous,
+    define,
     has_kernel,
     kernel,
     pointer,
@@ -26,7 +27,7 @@ from rlhf_fast.ops.logprobs import rows_contiguous, token_logprobs
 from rlhf_fast.ops.results import Sample
 from rlhf_fast.ops.truncation import kept_tokens, packed
 
-LIBRARY.define(
+define(
     "sample_tokens(Tensor logits, Tensor uniforms, Tensor? greedy_mask, float temperature) "
     "-> (Tensor tokens, Tensor logprobs, Tensor entropy)"
 )

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from rlhf_fast.ops import reference
 from rlhf_fast.ops.checks import check_like, expect
-from rlhf_fast.ops.dispatch import LIBRARY, _cpu, call, code, has_kernel, kernel, statistics_dtype, threads
+from rlhf_fast.ops.dispatch import LIBRARY, _cpu, call, code, define, has_kernel, kernel, statistics_dtype, threads
 from rlhf_fast.ops.gradients import no_second_derivative, register_autograd
 from rlhf_fast.ops.logprobs import check_ids, check_logits, check_overwritable, id_error, row_blocks, rows_contiguous
 from rlhf_fast.ops.results import TokenKL
 
-LIBRARY.define(
+define(
     "token_kl(Tensor logits, Tensor ref_logits, Tensor token_ids, float temperature, float softcap, "
     "bool inplace_backward) -> (Tensor logprobs, Tensor entropy, Tensor kl, Tensor ref_logprobs, Tensor stats)"
 )
@@ -22,8 +22,8 @@ _BACKWARD = (
     "Tensor ref_logits, Tensor token_ids, Tensor logprobs, Tensor entropy, Tensor stats, Tensor? grad_logprobs, "
     "Tensor? grad_entropy, Tensor? grad_kl, float temperature, float softcap"
 )
-LIBRARY.define(f"token_kl_backward(Tensor logits, {_BACKWARD}) -> Tensor")
-LIBRARY.define(f"token_kl_backward_(Tensor(a!) logits, {_BACKWARD}) -> ()")
+define(f"token_kl_backward(Tensor logits, {_BACKWARD}) -> Tensor")
+define(f"token_kl_backward_(Tensor(a!) logits, {_BACKWARD}) -> ()")
 
 
 def token_kl(
@@ -176,6 +176,7 @@ def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, outp
 
 def _backward(
     ctx: torch.autograd.function.FunctionCtx,
+    needed: tuple[bool, ...],
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
     grad_kl: Tensor | None,
@@ -189,5 +190,5 @@ def _backward(
     return (logits,)
 
 
-register_autograd("token_kl", _setup_context, _backward, differentiable=(0,))
+register_autograd("token_kl", _setup_context, _backward, differentiable=("logits",))
 no_second_derivative("token_kl_backward")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from rlhf_fast.ops.private import has_forward_hooks
 from rlhf_fast.rollout import cpu
 
 Function = Callable[[Tensor], Tensor]
@@ -229,7 +230,7 @@ def _linear(modules: Sequence[nn.Module], dtype: torch.dtype | None) -> Function
 def _weight(module: nn.Module) -> Tensor | None:
     """[out, in] of a plain layer, or of a small one with its LoRA adapter added; None for any other module."""
     base = getattr(module, "base_layer", module)
-    if type(base) not in (nn.Linear, Conv1D) or module._forward_hooks or module._forward_pre_hooks:
+    if type(base) not in (nn.Linear, Conv1D) or has_forward_hooks(module):
         return None
     weight = base.weight
     if base is not module:

@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlhf_fast.ops import dispatch
+from rlhf_fast.ops import dispatch, private
 
 
-class TensorBytes(TorchDispatchMode):
+class TensorBytes(private.TorchDispatchMode):
     """Context manager; `live` and `peak` are bytes of tensors made or first read inside.
 
     exclude: tensors whose storages are left out, such as weights that are accounted for elsewhere.
@@ -75,7 +74,7 @@ class TensorBytes(TorchDispatchMode):
             self._follow_storage(tensor.untyped_storage(), size)
 
     def _follow_storage(self, storage: torch.UntypedStorage, size: int | None) -> None:
-        key = storage._cdata
+        key = private.storage_key(storage)
         if key in self._held:
             return
         self._held[key] = storage.nbytes() if size is None else size
