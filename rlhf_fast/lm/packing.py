@@ -13,8 +13,7 @@ Shapes: B rows, L slots, N real tokens, H hidden; h heads of d.
 """
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from rlhf_fast.lm import layers
+from rlhf_fast.lm.private import attention_as, attention_of, checkpoints_activations
 from rlhf_fast.ops import reference
 from rlhf_fast.ops.attention import packed_attention
 from rlhf_fast.ops.dispatch import has_kernel
@@ -61,7 +61,7 @@ def real_hidden(
 
 def _planned(backbone: PreTrainedModel, ids_BL: Tensor) -> tuple[Tensor, Tensor]:
     """The same without values, for a plan of memory: rows are full, and packed as if they were not."""
-    if _checkpoints(backbone) or not _suits(backbone):
+    if checkpoints_activations(backbone) or not _suits(backbone):
         return _padded(backbone, ids_BL)
     slots_N, (B, L) = torch.arange(ids_BL.numel(), device=ids_BL.device), ids_BL.shape
     states_NH = _packed(backbone, ids_BL.flatten(), slots_N % L, slots_N.expand(B, 1, L, B * L))
@@ -78,7 +78,7 @@ def _padded(backbone: PreTrainedModel, ids_BL: Tensor) -> tuple[Tensor, Tensor]:
 def _packed(backbone: PreTrainedModel, ids_N: Tensor, positions_N: Tensor, layout: Tensor) -> Tensor:
     inputs = {"input_ids": ids_N[None], "position_ids": positions_N[None], "attention_mask": layout}
     known = _fusable.get(backbone, True) and has_kernel("add_rms_norm", ids_N) and layers.has_known_layers(backbone)
-    with _packed_attention(backbone), layers.fused(backbone) if known else nullcontext():
+    with attention_as(backbone.config, _NAME), layers.fused(backbone) if known else nullcontext():
         return backbone(**inputs, use_cache=False).last_hidden_state[0]
 
 
@@ -108,22 +108,8 @@ def _attention(
 AttentionInterface.register(_NAME, _attention)
 
 
-@contextmanager
-def _packed_attention(backbone: PreTrainedModel) -> Iterator[None]:
-    usual = backbone.config._attn_implementation
-    backbone.config._attn_implementation = _NAME
-    try:
-        yield
-    finally:
-        backbone.config._attn_implementation = usual
-
-
-def _checkpoints(backbone: PreTrainedModel) -> bool:
-    return any(getattr(module, "gradient_checkpointing", False) for module in backbone.modules())
-
-
 def _can_pack(backbone: PreTrainedModel) -> bool:
-    if _checkpoints(backbone):
+    if checkpoints_activations(backbone):
         return False
     if backbone not in _packable:
         suits = _suits(backbone)
@@ -137,7 +123,7 @@ def _suits(backbone: PreTrainedModel) -> bool:
     config = backbone.config
     limits = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
     return (
-        config._attn_implementation == "sdpa"
+        attention_of(config) == "sdpa"
         and not any(limits)
         and set(getattr(config, "layer_types", None) or ()) <= {"full_attention"}
         and "position_ids" in inspect.signature(backbone.forward).parameters

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from rlhf_fast.lm.passes import forward_inputs
+from rlhf_fast.lm.private import keys_and_values, repeat_rows, select_rows
 from rlhf_fast.lm.sequences import position_ids
 from rlhf_fast.rollout import blocks, cpu
 
@@ -57,7 +58,7 @@ class CacheDecoder:
         positions = position_ids(mask)
         logits = self._logits(ids, mask, positions)
         if copies > 1:
-            self.cache.batch_repeat_interleave(copies)
+            repeat_rows(self.cache, copies)
         self.mask = mask.repeat_interleave(copies, dim=0)
         self.position = positions[:, -1:].repeat_interleave(copies, dim=0)
         return logits.repeat_interleave(copies, dim=0)
@@ -68,7 +69,7 @@ class CacheDecoder:
         return self._logits(tokens[:, None], self.mask, self.position)
 
     def keep(self, rows: Tensor) -> Tensor:
-        self.cache.batch_select_indices(rows)
+        select_rows(self.cache, rows)
         self.mask, self.position = self.mask[rows], self.position[rows]
         return rows
 
@@ -91,11 +92,12 @@ class StaticDecoder:
         logits = self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
         self.rows, self.length, S = B * copies, P, P + self.new_tokens
-        first = cache.layers[0].keys
+        layers = keys_and_values(cache)
+        first = layers[0][0]
         shape = (len(parts.blocks), self.rows, 2 * parts.key_value_heads, S, parts.head_dim)
         self.cache = first.new_zeros(shape)  # uninitialised slots could hold NaN, which a mask does not hide
-        for layer, mine in zip(cache.layers, self.cache, strict=True):
-            both = torch.cat([layer.keys, layer.values], dim=1)
+        for layer, mine in zip(layers, self.cache, strict=True):
+            both = torch.cat(layer, dim=1)
             mine.view(B, copies, *shape[2:])[:, :, :, :P] = both[:, None]
         self.starts = (~mask).sum(dim=1).repeat_interleave(copies)
         self.slot = torch.full((1,), P, device=device)
