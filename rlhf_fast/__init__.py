@@ -28,6 +28,7 @@ __all__ = [
     "grpo_advantages",
     "kl_penalty",
     "linear_dpo_loss",
+    "linear_loss",
     "linear_ppo_loss",
     "linear_reinforce_loss",
     "linear_sft_loss",

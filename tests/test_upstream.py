@@ -1,4 +1,4 @@
-"""Every name of torch, transformers and peft that the package uses though they do not promise it: an upgrade fails here.
+"""Every name that the package uses of torch, transformers and peft and they do not promise: an upgrade fails here.
 
 The package itself goes on without most of them, only slower (`ops.private`, `lm.private`); that it computes the same
 numbers then is tested here too.

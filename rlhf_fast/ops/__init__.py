@@ -9,6 +9,7 @@ from rlhf_fast.ops.groups import grpo_advantages, rloo_advantages
 from rlhf_fast.ops.kl import kl_penalty, shape_rewards
 from rlhf_fast.ops.linear import linear_token_logprobs
 from rlhf_fast.ops.linear_kl import linear_token_kl
+from rlhf_fast.ops.linear_loss import linear_loss
 from rlhf_fast.ops.linear_losses import linear_dpo_loss, linear_ppo_loss, linear_reinforce_loss, linear_sft_loss
 from rlhf_fast.ops.logprobs import token_logprobs
 from rlhf_fast.ops.policy_loss import ppo_loss, ppo_value_loss, reinforce_loss
@@ -54,6 +55,7 @@ __all__ = [
     "grpo_advantages",
     "kl_penalty",
     "linear_dpo_loss",
+    "linear_loss",
     "linear_ppo_loss",
     "linear_reinforce_loss",
     "linear_sft_loss",

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rlhf_fast.ops.dispatch import LIBRARY, define, kernel
 from rlhf_fast.ops.gradients import register_consumed_gradients
-from rlhf_fast.ops.heads import Head, full_precision, loss_in_forward
+from rlhf_fast.ops.heads import Head, full_precision, loss_in_forward, pack_rows
 from rlhf_fast.ops.linear import empty_gradients
 from rlhf_fast.ops.reference import compute_dtype
 
@@ -179,24 +179,10 @@ def _dpo(
         by_logps_2B[pairs], by_logps_2B[B:][pairs] = by_chosen / whole, by_rejected / whole
         return by_logps_2B[sequence], None
 
-    logprobs, _ = loss_in_forward(head, _pair_packs(head.rows, B, T, head.chunk_rows), coefficients)
+    logprobs, _ = loss_in_forward(head, pack_rows(head.rows, B, T, head.chunk_rows), coefficients)
     logps_2B = logprobs.view(2 * B, T).sum(1)
     losses, chosen_rewards, rejected_rewards, _, _ = losses_of(logps_2B, slice(None), False)
     return losses.sum() / whole, losses, chosen_rewards, rejected_rewards, logps_2B, *head.gradients()
-
-
-def _pair_packs(rows: Tensor, B: int, T: int, most: int) -> list[Tensor]:
-    """The rows of consecutive pairs, as many whole pairs as fit into `most` rows or one that does not."""
-    if not len(rows):
-        return []
-    pair = rows // T % B
-    rows = rows[torch.argsort(pair, stable=True)]
-    packs = [0]
-    for count in torch.bincount(pair, minlength=B).tolist():
-        if packs[-1] and packs[-1] + count > most:
-            packs.append(0)
-        packs[-1] += count
-    return list(rows.split(packs))
 
 
 @torch.library.register_fake("rlhf_fast::linear_dpo_loss", lib=LIBRARY)
