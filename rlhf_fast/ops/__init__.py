@@ -7,8 +7,10 @@ of any strides, and returns float32 statistics; masks are bool, True = counts. E
 from rlhf_fast.ops.dispatch import CUDA, TRITON, backend
 from rlhf_fast.ops.groups import grpo_advantages, rloo_advantages
 from rlhf_fast.ops.kl import kl_penalty, shape_rewards
+from rlhf_fast.ops.kto import kto_loss
 from rlhf_fast.ops.linear import linear_token_logprobs
 from rlhf_fast.ops.linear_kl import linear_token_kl
+from rlhf_fast.ops.linear_kto import linear_kto_loss
 from rlhf_fast.ops.linear_loss import linear_loss
 from rlhf_fast.ops.linear_losses import linear_dpo_loss, linear_ppo_loss, linear_reinforce_loss, linear_sft_loss
 from rlhf_fast.ops.logprobs import token_logprobs
@@ -17,7 +19,9 @@ from rlhf_fast.ops.preference import dpo_loss, ranking_loss, reward_loss
 from rlhf_fast.ops.results import (
     GAE,
     DPOLoss,
+    KTOLoss,
     LinearDPOLoss,
+    LinearKTOLoss,
     LinearLoss,
     LinearPPOLoss,
     PPOLoss,
@@ -38,7 +42,9 @@ if CUDA:
 __all__ = [
     "GAE",
     "DPOLoss",
+    "KTOLoss",
     "LinearDPOLoss",
+    "LinearKTOLoss",
     "LinearLoss",
     "LinearPPOLoss",
     "PPOLoss",
@@ -54,7 +60,9 @@ __all__ = [
     "gae",
     "grpo_advantages",
     "kl_penalty",
+    "kto_loss",
     "linear_dpo_loss",
+    "linear_kto_loss",
     "linear_loss",
     "linear_ppo_loss",
     "linear_reinforce_loss",

@@ -12,24 +12,24 @@ from rlhf_fast.ops.heads import Head, full_precision, loss_in_forward, pack_rows
 from rlhf_fast.ops.linear import empty_gradients
 from rlhf_fast.ops.reference import compute_dtype
 
-_GRADIENTS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
-_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids"
-_OPTIONS = "float temperature, float softcap, int memory_budget, bool with_hidden, bool with_weight, bool with_bias"
+GRADIENTS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
+HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids"
+OPTIONS = "float temperature, float softcap, int memory_budget, bool with_hidden, bool with_weight, bool with_bias"
 define(
-    f"linear_weighted_loss({_HEAD}, Tensor weights, {_OPTIONS}) "
-    f"-> (Tensor loss, Tensor logprobs, Tensor entropy, {_GRADIENTS})"
+    f"linear_weighted_loss({HEAD}, Tensor weights, {OPTIONS}) "
+    f"-> (Tensor loss, Tensor logprobs, Tensor entropy, {GRADIENTS})"
 )
 define(
-    f"linear_ppo_loss({_HEAD}, Tensor old_logprobs, Tensor advantages, Tensor mask, Tensor? ref_logprobs, "
+    f"linear_ppo_loss({HEAD}, Tensor old_logprobs, Tensor advantages, Tensor mask, Tensor? ref_logprobs, "
     "Tensor? normalizer, float clip_low, float clip_high, float dual_clip, float kl_coef, str kl_estimator, "
-    f"float entropy_coef, str reduction, {_OPTIONS}) "
-    f"-> (Tensor loss, Tensor stats, Tensor logprobs, Tensor entropy, {_GRADIENTS})"
+    f"float entropy_coef, str reduction, {OPTIONS}) "
+    f"-> (Tensor loss, Tensor stats, Tensor logprobs, Tensor entropy, {GRADIENTS})"
 )
 define(
-    f"linear_dpo_loss({_HEAD}, Tensor? ref_chosen, Tensor? ref_rejected, Tensor? chosen_lengths, "
+    f"linear_dpo_loss({HEAD}, Tensor? ref_chosen, Tensor? ref_rejected, Tensor? chosen_lengths, "
     "Tensor? rejected_lengths, Tensor? normalizer, float beta, str loss_type, float label_smoothing, "
-    f"{_OPTIONS}) -> (Tensor loss, Tensor losses, Tensor chosen_rewards, Tensor rejected_rewards, Tensor logps, "
-    f"{_GRADIENTS})"
+    f"{OPTIONS}) -> (Tensor loss, Tensor losses, Tensor chosen_rewards, Tensor rejected_rewards, Tensor logps, "
+    f"{GRADIENTS})"
 )
 
 
@@ -47,7 +47,7 @@ def over(mask: Tensor, denominator: float | Tensor) -> Tensor:
     return mask.double() / denominator
 
 
-def _head(
+def head_of(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, options: tuple[float | int | bool, ...]
 ) -> Head:
     temperature, softcap, memory_budget, *wanted = options
@@ -61,7 +61,7 @@ def _weighted(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, weights: Tensor, *options: float
 ) -> tuple[Tensor, ...]:
     """loss = sum(weights * logprobs)"""
-    head = _head(hidden, weight, bias, token_ids, options)
+    head = head_of(hidden, weight, bias, token_ids, options)
     flat = weights.reshape(-1).to(head.dtype)
     logprobs, entropy = loss_in_forward(head, None, lambda rows, *_: (flat[rows], None))
     shape = token_ids.shape
@@ -101,7 +101,7 @@ def _ppo(
     reduction: str,
     *options: float,
 ) -> tuple[Tensor, ...]:
-    head = _head(hidden, weight, bias, token_ids, options)
+    head = head_of(hidden, weight, bias, token_ids, options)
     old, A, ref = (None if x is None else x.to(head.dtype) for x in (old_logprobs, advantages, ref_logprobs))
     A_BT = (A if A.dim() == 2 else A.unsqueeze(1)).expand_as(old)
     flat_old, flat_A, flat_ref = (None if x is None else x.reshape(-1) for x in (old, A_BT, ref))
@@ -157,7 +157,7 @@ def _dpo(
     label_smoothing: float,
     *options: float,
 ) -> tuple[Tensor, ...]:
-    head = _head(hidden, weight, bias, token_ids, options)
+    head = head_of(hidden, weight, bias, token_ids, options)
     B, T = token_ids.shape[0] // 2, token_ids.shape[1]
     constants = [
         None if x is None else x.to(head.dtype) for x in (ref_chosen, ref_rejected, chosen_lengths, rejected_lengths)
