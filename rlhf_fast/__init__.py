@@ -1,3 +1,4 @@
+# ruff: noqa: F403, F405  the names come from rlhf_fast.ops, at first use
 """RLHF post-training of language models on one machine: fast, right and measurable.
 
 `rlhf_fast.ppo_loss(...)`, `rlhf_fast.token_logprobs(...)` and the other operations of `rlhf_fast.ops` are importable
@@ -5,11 +6,14 @@ from here; they load torch at first use, so that `rlhf-fast --help` need not. Th
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rlhf_fast.ops import *  # what editors and type checkers see
 
 __version__ = "0.1.0"
 
-__all__ = [
+__all__ = [  # the one list of the public names: `rlhf_fast.ops` adds to it
     "GAE",
     "DPOLoss",
     "KTOLoss",

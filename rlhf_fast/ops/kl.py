@@ -112,7 +112,7 @@ def shape_rewards(
 @kernel("kl_penalty", "cpu")
 def _kl_cpu(logprobs: Tensor, ref_logprobs: Tensor, estimator: str, with_grad: bool) -> tuple[Tensor, Tensor]:
     logprobs, ref_logprobs = contiguous(logprobs, ref_logprobs)
-    kl, grad = _kl_fake(logprobs, ref_logprobs, estimator, with_grad)
+    kl, grad = kl_penalty_outputs(logprobs, ref_logprobs, estimator, with_grad)
     _cpu.kl_penalty(
         code(logprobs), logprobs.data_ptr(), ref_logprobs.data_ptr(), logprobs.numel(), ESTIMATORS.index(estimator),
         kl.data_ptr(), pointer(grad if with_grad else None), threads(logprobs),
@@ -121,7 +121,9 @@ def _kl_cpu(logprobs: Tensor, ref_logprobs: Tensor, estimator: str, with_grad: b
 
 
 @torch.library.register_fake("rlhf_fast::kl_penalty", lib=LIBRARY)
-def _kl_fake(logprobs: Tensor, ref_logprobs: Tensor, estimator: str, with_grad: bool) -> tuple[Tensor, Tensor]:
+def kl_penalty_outputs(
+    logprobs: Tensor, ref_logprobs: Tensor, estimator: str, with_grad: bool
+) -> tuple[Tensor, Tensor]:
     return logprobs.new_empty(logprobs.shape), logprobs.new_empty(logprobs.shape if with_grad else 0)
 
 

@@ -300,7 +300,7 @@ def _ppo_cpu(
 
 
 @torch.library.register_fake("rlhf_fast::ppo_loss", lib=LIBRARY)
-def _ppo_fake(logprobs: Tensor, *args: Tensor | float | str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def ppo_outputs(logprobs: Tensor, *args: Tensor | float | str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with_grad_logprobs, with_grad_entropy = args[-2:]
     return (
         logprobs.new_empty(()),
@@ -333,7 +333,7 @@ def _value_cpu(
 
 
 @torch.library.register_fake("rlhf_fast::ppo_value_loss", lib=LIBRARY)
-def _value_fake(values: Tensor, *args: Tensor | float | None) -> tuple[Tensor, Tensor, Tensor]:
+def ppo_value_outputs(values: Tensor, *args: Tensor | float | None) -> tuple[Tensor, Tensor, Tensor]:
     return values.new_empty(()), values.new_empty(2), values.new_empty(values.shape if args[-1] else 0)
 
 
@@ -355,7 +355,7 @@ def _reinforce_cpu(
 
 
 @torch.library.register_fake("rlhf_fast::reinforce_loss", lib=LIBRARY)
-def _reinforce_fake(logprobs: Tensor, *args: Tensor | str | bool | None) -> tuple[Tensor, Tensor]:
+def reinforce_outputs(logprobs: Tensor, *args: Tensor | str | bool | None) -> tuple[Tensor, Tensor]:
     return logprobs.new_empty(()), logprobs.new_empty(logprobs.shape if args[-1] else 0)
 
 

@@ -187,7 +187,7 @@ def _gae_cpu(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: f
 
 
 @torch.library.register_fake("rlhf_fast::gae", lib=LIBRARY)
-def _gae_fake(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+def gae_outputs(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     return rewards.new_empty(rewards.shape), rewards.new_empty(rewards.shape)
 
 
