@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from rlhf_fast.lm.fast_paths import not_taken
 from rlhf_fast.lm.passes import forward_inputs
 from rlhf_fast.lm.private import keys_and_values, repeat_rows, select_rows
 from rlhf_fast.lm.sequences import position_ids
@@ -43,7 +44,9 @@ def decoder(model: PreTrainedModel, new_tokens: int) -> Decoder:
     """A decoder with room for `new_tokens` tokens behind the prompt. The model must be in eval mode."""
     dtype = torch.get_autocast_dtype(model.device.type) if torch.is_autocast_enabled(model.device.type) else None
     if model not in _refused:
-        _refused[model] = _refusal(model)
+        _refused[model] = reason = _refusal(model)
+        if reason is not None:
+            not_taken("our own decoding steps are", model, reason, "transformers' forward runs with its own cache")
     parts = blocks.read(model, dtype) if _refused[model] is None else None
     return CacheDecoder(model) if parts is None else StaticDecoder(model, parts, new_tokens)
 

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from oracle import VALUE_TOLERANCE, error
 
 from rlhf_fast import dpo_loss, kto_loss, linear_kto_loss
+from tests.support.oracle import VALUE_TOLERANCE, error
 
 LOSS_TYPES = ("kto", "apo_zero_unpaired")
 
