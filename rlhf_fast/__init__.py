@@ -1,3 +1,4 @@
+# ruff: noqa: F403, F405  the names come from rlhf_fast.ops, at first use
 """RLHF post-training of language models on one machine: fast, right and measurable.
 
 `rlhf_fast.ppo_loss(...)`, `rlhf_fast.token_logprobs(...)` and the other operations of `rlhf_fast.ops` are importable
@@ -5,14 +6,19 @@ from here; they load torch at first use, so that `rlhf-fast --help` need not. Th
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rlhf_fast.ops import *  # what editors and type checkers see
 
 __version__ = "0.1.0"
 
-__all__ = [
+__all__ = [  # the one list of the public names: `rlhf_fast.ops` adds to it
     "GAE",
     "DPOLoss",
+    "KTOLoss",
     "LinearDPOLoss",
+    "LinearKTOLoss",
     "LinearLoss",
     "LinearPPOLoss",
     "PPOLoss",
@@ -27,7 +33,10 @@ __all__ = [
     "gae",
     "grpo_advantages",
     "kl_penalty",
+    "kto_loss",
     "linear_dpo_loss",
+    "linear_kto_loss",
+    "linear_loss",
     "linear_ppo_loss",
     "linear_reinforce_loss",
     "linear_sft_loss",

@@ -18,9 +18,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from rlhf_fast.config import StageConfig
+from rlhf_fast.lm.private import (
+    adapter_config,
+    has_adapter,
+    is_transposed,
+    mark_adapter,
+    original_of,
+    unmark_adapter,
+    with_saved_copy,
+    without_adapter,
+)
 
 if TYPE_CHECKING:
     import peft
@@ -66,10 +75,6 @@ def holds_score(path: str | os.PathLike) -> bool:
     return is_adapter(path) and "score" in (_read_config(path).get("modules_to_save") or [])
 
 
-def has_adapter(model: PreTrainedModel) -> bool:
-    return getattr(model, "_hf_peft_config_loaded", False)
-
-
 def put_on(model: PreTrainedModel, path: str | os.PathLike, lora: LoRA | None, *, trainable: bool) -> None:
     """Puts the adapter of directory `path` on its base `model`, or a new one where `path` is the base itself.
 
@@ -83,7 +88,7 @@ def put_on(model: PreTrainedModel, path: str | os.PathLike, lora: LoRA | None, *
         if lora is not None:
             _check_same(lora, config, path)
     else:
-        transposed = any(isinstance(module, Conv1D) for module in model.modules())  # GPT-2
+        transposed = any(map(is_transposed, model.modules()))  # GPT-2
         config = peft.LoraConfig(
             r=lora.rank, lora_alpha=lora.alpha, target_modules="all-linear", fan_in_fan_out=transposed
         )
@@ -94,12 +99,12 @@ def put_on(model: PreTrainedModel, path: str | os.PathLike, lora: LoRA | None, *
     with torch.random.fork_rng(devices=[]):  # the same adapter whatever else was drawn before
         torch.manual_seed(lora.seed if lora is not None else 0)
         peft.inject_adapter_in_model(config, model, _NAME)
-    model._hf_peft_config_loaded = True  # what transformers' own add_adapter sets; save_pretrained goes by it
+    mark_adapter(model)
     if is_adapter(path):
         weights = peft.load_peft_weights(str(path), device="cpu")
         weights = {name.removeprefix(_PREFIX): tensor for name, tensor in weights.items()}
         if scorer:  # an adapter of a language model knows no score head: the model's own stays
-            head = model.score.original_module.state_dict()
+            head = original_of(model.score).state_dict()
             weights = {f"score.{name}": tensor for name, tensor in head.items()} | weights
         lost = peft.set_peft_model_state_dict(model, weights, _NAME).unexpected_keys
         if lost := [name for name in lost if not name.startswith("score.")]:
@@ -111,12 +116,10 @@ def put_on(model: PreTrainedModel, path: str | os.PathLike, lora: LoRA | None, *
 
 def adopt(scorer: PreTrainedModel, policy: PreTrainedModel) -> None:
     """Makes `scorer`, whose trunk is the policy's own with its adapter, save that adapter and its score head."""
-    from peft.utils import ModulesToSaveWrapper
-
-    config = copy.deepcopy(policy.peft_config[_NAME])
+    config = copy.deepcopy(adapter_config(policy, _NAME))
     _for_class_of(scorer, config)
-    scorer.score = ModulesToSaveWrapper(scorer.score, _NAME)
-    scorer.peft_config, scorer._hf_peft_config_loaded = {_NAME: config}, True
+    scorer.score = with_saved_copy(scorer.score, _NAME)
+    mark_adapter(scorer, {_NAME: config})
 
 
 def stands_on(model: PreTrainedModel, path: str | os.PathLike) -> bool:
@@ -144,18 +147,10 @@ def merge(model: PreTrainedModel) -> None:
 
 
 def _take_off(model: PreTrainedModel, *, merge: bool) -> None:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import ModulesToSaveWrapper
-
     for name, module in list(model.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            if merge:
-                module.merge()
-            model.set_submodule(name, module.get_base_layer())
-        elif isinstance(module, ModulesToSaveWrapper):
-            model.set_submodule(name, module.modules_to_save[_NAME] if merge else module.original_module)
-    del model.peft_config
-    model._hf_peft_config_loaded = False
+        if (bare := without_adapter(module, _NAME, merge=merge)) is not None:
+            model.set_submodule(name, bare)
+    unmark_adapter(model)
 
 
 def _read_config(path: str | os.PathLike) -> dict[str, Any]:

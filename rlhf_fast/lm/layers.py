@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from rlhf_fast.ops.attention import packed_attention
 from rlhf_fast.ops.layers import add_rms_norm, swiglu
+from rlhf_fast.ops.private import has_hooks
 
 _LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -38,29 +39,38 @@ def fused(backbone: PreTrainedModel) -> Iterator[None]:
 
 
 def has_known_layers(backbone: PreTrainedModel) -> bool:
-    """Whether every layer has the names of Llama's parts, and no hook or changed forward that `fused` would skip."""
+    """Whether `fused` knows all parts of the layers, and may pass over the modules that they are."""
+    return refusal(backbone) is None
+
+
+def refusal(backbone: PreTrainedModel) -> str | None:
+    """Why the layers cannot be fused; None where they can."""
     layers, norm = getattr(backbone, "layers", None), getattr(backbone, "norm", None)
-    return (
-        isinstance(layers, nn.ModuleList)
-        and isinstance(norm, nn.Module)
-        and _is_rms_norm(norm)
-        and all(map(_is_known, layers))
-    )
+    if not isinstance(layers, nn.ModuleList) or not isinstance(norm, nn.Module) or not all(map(_has_parts, layers)):
+        return "its layers do not have the parts of Llama's"
+    norms, passed_over = [norm], []
+    for layer in layers:
+        attention = layer.self_attn
+        norms += [layer.input_layernorm, layer.post_attention_layernorm]
+        norms += [getattr(attention, name) for name in _children(attention) - _ATTENTION]
+        passed_over += [attention, layer.mlp]
+    if not all(map(_is_rms_norm, norms)):
+        return "its norms are not RMS norms with a weight alone"
+    if not all(map(_is_plain, norms + passed_over)) or any("forward" in vars(layer) for layer in layers):
+        return "a module in its layers has a hook or a forward of its own, which they would pass over"
+    if any(layer.self_attn.training and getattr(layer.self_attn, "attention_dropout", 0.0) for layer in layers):
+        return "its attention has dropout"
+    return None
 
 
-def _is_known(layer: nn.Module) -> bool:
-    if _children(layer) != _LAYER or "forward" in vars(layer):
+def _has_parts(layer: nn.Module) -> bool:
+    if _children(layer) != _LAYER:
         return False
     attention, mlp = layer.self_attn, layer.mlp
-    norms = [layer.input_layernorm, layer.post_attention_layernorm]
-    norms += [getattr(attention, name) for name in _children(attention) - _ATTENTION]
     return (
         _children(attention) - {"q_norm", "k_norm"} == _ATTENTION
         and _children(mlp) in (_MLP, _MLP - {"act_fn"})
-        and all(map(_is_rms_norm, norms))
-        and all(map(_is_plain, (attention, mlp)))
         and hasattr(attention, "scaling")
-        and not (attention.training and getattr(attention, "attention_dropout", 0.0))
     )
 
 
@@ -70,12 +80,11 @@ def _children(module: nn.Module) -> set[str]:
 
 def _is_rms_norm(module: nn.Module) -> bool:
     is_one = "RMSNorm" in type(module).__name__ and [name for name, _ in module.named_parameters()] == ["weight"]
-    return is_one and (hasattr(module, "variance_epsilon") or hasattr(module, "eps")) and _is_plain(module)
+    return is_one and (hasattr(module, "variance_epsilon") or hasattr(module, "eps"))
 
 
 def _is_plain(module: nn.Module) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return "forward" not in vars(module) and not any(hooks)
+    return "forward" not in vars(module) and not has_hooks(module)
 
 
 def _layer(layer: nn.Module) -> Callable[..., Tensor]:

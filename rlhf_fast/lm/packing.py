@@ -13,20 +13,21 @@ Shapes: B rows, L slots, N real tokens, H hidden; h heads of d.
 """
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AttentionInterface, PreTrainedModel
 
 from rlhf_fast.lm import layers
+from rlhf_fast.lm.fast_paths import not_taken
+from rlhf_fast.lm.private import attention_as, attention_of, checkpoints_activations
 from rlhf_fast.ops import reference
 from rlhf_fast.ops.attention import packed_attention
 from rlhf_fast.ops.dispatch import has_kernel
+from rlhf_fast.ops.private import is_fake
 
 _NAME = "rlhf_fast_packed"
 _packable: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
@@ -41,7 +42,7 @@ def real_hidden(
     The state of a row's token t, counted over its real tokens, is states[start + t]. ids_BL, mask_BL: padded anywhere;
     at least one real token a row. last=False leaves out every row's last token, which predicts nothing.
     """
-    if isinstance(mask_BL, FakeTensor):
+    if is_fake(mask_BL):
         return _planned(backbone, ids_BL[:, : max(1, mask_BL.shape[1] - (not last))])
     counts_B = mask_BL.sum(dim=1)
     lengths_B = (counts_B if last else counts_B - 1).clamp(min=1)
@@ -55,13 +56,13 @@ def real_hidden(
     gains = tokens < B * width or has_kernel("packed_attention", ids_BL)
     if gains and _can_pack(backbone):
         layout = slots_N.expand(B, 1, width, tokens)
-        return _packed(backbone, ids_N, positions_N, layout), starts_B
+        return _packed(backbone, ids_N, positions_N, layout, says=True), starts_B
     return _padded(backbone, ids_N.new_zeros(B * width).index_copy(0, slots_N, ids_N).view(B, width))
 
 
 def _planned(backbone: PreTrainedModel, ids_BL: Tensor) -> tuple[Tensor, Tensor]:
-    """The same without values, for a plan of memory: rows are full, and packed as if they were not."""
-    if _checkpoints(backbone) or not _suits(backbone):
+    """`real_hidden` of fake tensors, for a plan of memory: every row counts as full, and is packed like ragged rows."""
+    if checkpoints_activations(backbone) or _unsuited(backbone):
         return _padded(backbone, ids_BL)
     slots_N, (B, L) = torch.arange(ids_BL.numel(), device=ids_BL.device), ids_BL.shape
     states_NH = _packed(backbone, ids_BL.flatten(), slots_N % L, slots_N.expand(B, 1, L, B * L))
@@ -70,15 +71,21 @@ def _planned(backbone: PreTrainedModel, ids_BL: Tensor) -> tuple[Tensor, Tensor]
 
 def _padded(backbone: PreTrainedModel, ids_BL: Tensor) -> tuple[Tensor, Tensor]:
     # With no mask transformers warns of pad ids it finds, which padding on the right hides from every real token.
-    mask = None if isinstance(ids_BL, FakeTensor) else torch.ones_like(ids_BL)
+    mask = None if is_fake(ids_BL) else torch.ones_like(ids_BL)
     states_BLH = backbone(input_ids=ids_BL, attention_mask=mask, use_cache=False).last_hidden_state
     return states_BLH.flatten(0, 1), torch.arange(len(ids_BL), device=ids_BL.device) * ids_BL.shape[1]
 
 
-def _packed(backbone: PreTrainedModel, ids_N: Tensor, positions_N: Tensor, layout: Tensor) -> Tensor:
+def _packed(
+    backbone: PreTrainedModel, ids_N: Tensor, positions_N: Tensor, layout: Tensor, *, says: bool = False
+) -> Tensor:
+    """says: whether a model of unknown layers is worth a word, which it is where its rows are packed at all."""
     inputs = {"input_ids": ids_N[None], "position_ids": positions_N[None], "attention_mask": layout}
-    known = _fusable.get(backbone, True) and has_kernel("add_rms_norm", ids_N) and layers.has_known_layers(backbone)
-    with _packed_attention(backbone), layers.fused(backbone) if known else nullcontext():
+    wanted = _fusable.get(backbone, True) and has_kernel("add_rms_norm", ids_N)
+    known = wanted and layers.has_known_layers(backbone)
+    if says and wanted and not known:
+        _not_fused(backbone, layers.refusal(backbone))
+    with attention_as(backbone.config, _NAME), layers.fused(backbone) if known else nullcontext():
         return backbone(**inputs, use_cache=False).last_hidden_state[0]
 
 
@@ -108,45 +115,49 @@ def _attention(
 AttentionInterface.register(_NAME, _attention)
 
 
-@contextmanager
-def _packed_attention(backbone: PreTrainedModel) -> Iterator[None]:
-    usual = backbone.config._attn_implementation
-    backbone.config._attn_implementation = _NAME
-    try:
-        yield
-    finally:
-        backbone.config._attn_implementation = usual
-
-
-def _checkpoints(backbone: PreTrainedModel) -> bool:
-    return any(getattr(module, "gradient_checkpointing", False) for module in backbone.modules())
-
-
 def _can_pack(backbone: PreTrainedModel) -> bool:
-    if _checkpoints(backbone):
+    if checkpoints_activations(backbone):
+        _not_packed(backbone, "its layers run again in the backward pass, when the packed attention is gone")
         return False
     if backbone not in _packable:
-        suits = _suits(backbone)
-        _fusable[backbone] = suits and _agrees(backbone)
-        _packable[backbone] = _fusable[backbone] or (suits and _agrees(backbone))
+        unsuited = _unsuited(backbone)
+        reason = first = unsuited or _difference(backbone)
+        _fusable[backbone] = first is None
+        if unsuited is None and first is not None:
+            reason = _difference(backbone)  # with the layers of the model's own
+        _packable[backbone] = reason is None
+        if reason is not None:
+            _not_packed(backbone, reason)
+        elif first is not None:
+            _not_fused(backbone, first)
     return _packable[backbone]
 
 
-def _suits(backbone: PreTrainedModel) -> bool:
-    """Full attention by torch's kernel in every layer, and positions that can be given."""
+def _not_packed(backbone: PreTrainedModel, reason: str) -> None:
+    not_taken("packed passes are", backbone, reason, "rows are padded instead")
+
+
+def _not_fused(backbone: PreTrainedModel, reason: str | None) -> None:
+    not_taken("fused layers are", backbone, str(reason), "transformers' own layers run")
+
+
+def _unsuited(backbone: PreTrainedModel) -> str | None:
+    """Why a model cannot be packed, by its config; None where it has full attention by torch's kernel in every layer,
+    and positions that can be given."""
     config = backbone.config
+    if attention_of(config) != "sdpa":
+        return f"its attention is {attention_of(config)}, not torch's sdpa"
     limits = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
-    return (
-        config._attn_implementation == "sdpa"
-        and not any(limits)
-        and set(getattr(config, "layer_types", None) or ()) <= {"full_attention"}
-        and "position_ids" in inspect.signature(backbone.forward).parameters
-    )
+    if any(limits) or not set(getattr(config, "layer_types", None) or ()) <= {"full_attention"}:
+        return "not all of its layers have full attention"
+    if "position_ids" not in inspect.signature(backbone.forward).parameters:
+        return "its forward takes no positions"
+    return None
 
 
 @torch.no_grad()
-def _agrees(backbone: PreTrainedModel) -> bool:
-    """Whether two packed rows are what each of them is alone."""
+def _difference(backbone: PreTrainedModel) -> str | None:
+    """What is wrong with two packed rows; None where each is what it is alone."""
     device, training = backbone.device, backbone.training
     ids_N = torch.arange(1, 6, device=device) % backbone.get_input_embeddings().weight.shape[0]
     positions_N = torch.tensor([0, 1, 0, 1, 2], device=device)
@@ -156,9 +167,10 @@ def _agrees(backbone: PreTrainedModel) -> bool:
         with torch.autocast(device.type, enabled=False):
             alone = [backbone(input_ids=ids[None], use_cache=False).last_hidden_state[0] for ids in ids_N.split([2, 3])]
             packed = _packed(backbone, ids_N, positions_N, slots_N.expand(2, 1, 3, 5))
-    except Exception:  # whatever a model makes of such inputs: it is not one that can be packed
-        return False
+    except Exception as error:  # whatever a model makes of such inputs: it is not one that can be packed
+        return f"two rows side by side raise {type(error).__name__} in it"
     finally:
         backbone.train(training)
     tolerance = 1e-3 if packed.dtype == torch.float32 else 3e-2
-    return torch.allclose(packed, torch.cat(alone), rtol=tolerance, atol=tolerance)
+    same = torch.allclose(packed, torch.cat(alone), rtol=tolerance, atol=tolerance)
+    return None if same else "two rows side by side have other hidden states than each alone"

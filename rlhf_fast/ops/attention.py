@@ -10,14 +10,25 @@ from torch.autograd.function import FunctionCtx
 
 from rlhf_fast.ops import reference
 from rlhf_fast.ops.checks import FLOATS, check_device, check_dims, expect
-from rlhf_fast.ops.dispatch import LIBRARY, _cpu, call, code, contiguous, has_kernel, kernel, pointer, statistics_dtype
+from rlhf_fast.ops.dispatch import (
+    LIBRARY,
+    _cpu,
+    call,
+    code,
+    contiguous,
+    define,
+    has_kernel,
+    kernel,
+    pointer,
+    statistics_dtype,
+)
 from rlhf_fast.ops.gradients import no_second_derivative, register_autograd
 
-LIBRARY.define(
+define(
     "packed_attention(Tensor query, Tensor key, Tensor value, Tensor slots, Tensor? cosines, Tensor? sines, "
     "int length, float scale) -> (Tensor out, Tensor log_sums)"
 )
-LIBRARY.define(
+define(
     "packed_attention_backward(Tensor query, Tensor key, Tensor value, Tensor slots, Tensor? cosines, Tensor? sines, "
     "Tensor out, Tensor log_sums, Tensor grad_out, int length, float scale) "
     "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value)"
@@ -156,11 +167,13 @@ def _setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: FunctionCtx, grad_out: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: FunctionCtx, needed: tuple[bool, ...], grad_out: Tensor | None, _: None
+) -> tuple[Tensor | None, ...]:
     if grad_out is None:
         return None, None, None
     return torch.ops.rlhf_fast.packed_attention_backward(*ctx.saved_tensors, grad_out, *ctx.options)
 
 
-register_autograd("packed_attention", _setup_context, _backward, differentiable=(0, 1, 2))
+register_autograd("packed_attention", _setup_context, _backward, differentiable=("query", "key", "value"))
 no_second_derivative("packed_attention_backward")

@@ -7,7 +7,8 @@ import math
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+
+from rlhf_fast.ops.private import is_fake
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32)
@@ -15,7 +16,7 @@ INTEGERS = (torch.int64, torch.int32)
 
 def is_readable(x: Tensor) -> bool:
     """Whether its numbers are there, and asking for them waits for no device."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(x, FakeTensor)
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not is_fake(x)
 
 
 def expect(condition: bool, name: str, expected: str, got: object) -> None:

@@ -1,9 +1,9 @@
 """Which back end runs an operation, and the library that holds the operators.
 
-`TABLE` says for each device type which back end runs an operation; what is not in it runs `ops.reference`. The
-environment variable RLHF_FAST_BACKEND and the context manager `backend` override the table (tests, bench, bug reports);
-an operation that the named back end lacks runs the reference. Under TRITON_INTERPRET=1 the Triton kernels take CPU
-tensors too.
+`KERNELS` holds what each back end implements, and `OWN` says which back end a device type has; an operation that it
+lacks runs `ops.reference`. The environment variable RLHF_FAST_BACKEND and the context manager `backend` name another
+back end (tests, bench, bug reports); what that lacks runs the reference too. Under TRITON_INTERPRET=1 the Triton
+kernels take CPU tensors.
 
 A compiled core that is missing is replaced by the reference, with one warning. One that is there but does not load
 is an error: a broken build must not pass for a slow one.
@@ -13,12 +13,15 @@ import contextlib
 import functools
 import importlib.util
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+
+from rlhf_fast.ops import private
 
 LIBRARY = torch.library.Library("rlhf_fast", "DEF")
 
@@ -35,43 +38,26 @@ else:
         stacklevel=2,
     )
 
-OPERATIONS = (
-    "token_logprobs",
-    "token_kl",
-    "sample_tokens",
-    "kl_penalty",
-    "shape_rewards",
-    "gae",
-    "discounted_returns",
-    "whiten",
-    "remax_returns",
-    "rloo_advantages",
-    "grpo_advantages",
-    "ppo_loss",
-    "ppo_value_loss",
-    "reinforce_loss",
-    "reward_loss",
-    "ranking_loss",
-    "dpo_loss",
-    "linear_token_logprobs",
-    "linear_token_kl",
-    "linear_weighted_loss",
-    "linear_ppo_loss",
-    "linear_dpo_loss",
-)
-CPU_OPERATIONS = ("packed_attention", "add_rms_norm", "swiglu")
-"""What torch has no good kernel for on the CPU alone."""
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GPU_BUILD = torch.version.cuda is not None or torch.version.hip is not None
 TRITON = importlib.util.find_spec("triton") is not None and (GPU_BUILD or INTERPRETED)
 CUDA = importlib.util.find_spec("rlhf_fast._cuda") is not None and torch.version.cuda is not None
 
-TABLE: dict[str, dict[str, str]] = {
-    "cpu": dict.fromkeys(OPERATIONS + CPU_OPERATIONS, "cpu") if COMPILED else {},
-    "cuda": dict.fromkeys(OPERATIONS, "triton" if TRITON else "cuda") if TRITON or CUDA else {},
-}
+OWN = {"cpu": "cpu"} | ({"cuda": "triton" if TRITON else "cuda"} if TRITON or CUDA else {})
+"""By device type, the back end that runs where no override names another."""
 KERNELS: dict[str, dict[str, Callable]] = {name: {} for name in ("cpu", "triton", "cuda")}
-"""By back end and operator, its implementation; filled by `kernel`."""
+"""By back end and operator, its implementation; filled by `kernel`. What is not in it runs `ops.reference`."""
+ARGUMENTS: dict[str, tuple[str, ...]] = {}
+RESULTS: dict[str, tuple[str, ...]] = {}
+"""By operator, the names in its schema; filled by `define`."""
+
+
+def define(schema: str) -> None:
+    """Declare an operator, in torch's language of schemas: "name(Tensor x, float y) -> (Tensor a, Tensor b)"."""
+    LIBRARY.define(schema)
+    operator, arguments, results = re.fullmatch(r"(\w+)\((.*)\) -> (.*)", schema).groups()
+    ARGUMENTS[operator] = tuple(argument.split()[-1] for argument in arguments.split(", "))
+    RESULTS[operator] = tuple(result.split()[-1] for result in results.strip("()").split(", ") if result)
 
 
 def kernel(operator: str, *names: str) -> Callable[[Callable], Callable]:
@@ -95,14 +81,12 @@ _chosen_at_call: set[str] = set()
 
 def run_kernel(operator: str, first: Tensor, *args: object) -> object:
     """What torch's dispatcher calls: the operator on the back end chosen for the device of its first argument."""
-    device, op = first.device.type, operator.removesuffix("_").removesuffix("_backward")
-    return KERNELS[_overriding(op, device) or TABLE[device][op]][operator](first, *args)
+    device = first.device.type
+    return KERNELS[_chosen(operator, device) or OWN[device]][operator](first, *args)
 
 
 AUTOGRAD: dict[str, Callable] = {}
-"""By operator, what makes it differentiable; filled by `gradients.register_autograd`."""
-with torch.inference_mode(False):
-    _PLAIN = torch._C._dispatch_keys(torch.empty(0, device="cpu")).raw_repr()
+"""By operator, what makes it differentiable past the dispatcher; filled by `gradients.register_autograd`."""
 
 
 def call(operator: str, *args: object) -> object:
@@ -110,7 +94,7 @@ def call(operator: str, *args: object) -> object:
 
     Going through torch's dispatcher and back costs a Python operator 0.06 ms, a third of a small loss and its gradient.
     """
-    if torch.compiler.is_compiling() or not _is_plain(args):
+    if not private.BYPASS or torch.compiler.is_compiling() or not _is_plain(args):
         return getattr(torch.ops.rlhf_fast, operator)(*args)
     differentiable = AUTOGRAD.get(operator)
     return differentiable(None, *args) if differentiable else KERNELS["cpu"][operator](*args)
@@ -118,27 +102,21 @@ def call(operator: str, *args: object) -> object:
 
 def _is_plain(args: tuple) -> bool:
     """Ordinary CPU tensors, their own back end, and no mode, transform, trace or profiler that is to see the op."""
-    if (
-        _override not in (None, "cpu")
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._autograd._profiler_enabled()
-        or torch._C._get_tracing_state() is not None
-    ):
+    if _override not in (None, "cpu") or private.is_watched():
         return False
-    for x in args:
-        if isinstance(x, Tensor) and not (
-            type(x) in (Tensor, Parameter) and torch._C._dispatch_keys(x).raw_repr() == _PLAIN
-        ):
+    for x in args:  # noqa: SIM110  a generator costs as much as the tests
+        if isinstance(x, Tensor) and not private.is_plain_cpu(x):
             return False
     return True
 
 
-def _overriding(op: str, device: str) -> str | None:
-    """The back end named by the override, if it has the operation and runs on the device."""
-    on_device = _override == device or (_override == "triton" and (device == "cuda" or INTERPRETED))
-    return _override if on_device and op in KERNELS[_override] else None
+def _chosen(operator: str, device: str) -> str | None:
+    """The back end of `KERNELS` that runs the operator on a device; None: the reference."""
+    name = OWN.get(device)
+    if _override is not None:
+        runs = _override == device or (_override == "triton" and (device == "cuda" or INTERPRETED))
+        name = _override if runs else None
+    return name if name is not None and operator in KERNELS[name] else None
 
 
 def _known(name: str | None, source: str) -> str | None:
@@ -166,8 +144,7 @@ def backend(name: str) -> Iterator[None]:
 
 def has_kernel(op: str, tensor: Tensor) -> bool:
     """Whether a kernel, not the reference, runs this operation on this tensor."""
-    device = tensor.device.type
-    return op in TABLE.get(device, {}) if _override is None else _overriding(op, device) is not None
+    return _chosen(op, tensor.device.type) is not None
 
 
 # What every launch of a compiled kernel needs
@@ -178,6 +155,15 @@ _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 
 def code(x: Tensor) -> int:
     """The compiled core's number for a dtype."""
     return _CODES[x.dtype]
+
+
+def has_address(x: Tensor) -> bool:
+    """Whether compiled code may read x at `x.data_ptr()`.
+
+    Only of torch's own two classes: a FakeTensor, a DTensor or any other subclass may hold its numbers elsewhere, or
+    nowhere, and its address is then one that no memory stands at.
+    """
+    return type(x) in (Tensor, Parameter)
 
 
 def pointer(x: Tensor | None) -> int:

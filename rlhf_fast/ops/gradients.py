@@ -1,117 +1,155 @@
-"""Autograd of the operators: how it is attached, and the backward pass of those that made their gradient already."""
+"""Autograd of the operators: how it is attached, and the backward pass of those that made their gradient already.
+
+Inputs and results are spoken of by their names in the operator's schema; the gradient by the input `x` is the result
+`grad_x`.
+"""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 
-from rlhf_fast.ops.dispatch import AUTOGRAD, KERNELS, LIBRARY
+from rlhf_fast.ops import private
+from rlhf_fast.ops.dispatch import ARGUMENTS, AUTOGRAD, KERNELS, LIBRARY, RESULTS
 
 
-def register_autograd(name: str, setup_context: Callable, backward: Callable, differentiable: tuple[int, ...]) -> None:
+def register_autograd(name: str, setup_context: Callable, backward: Callable, differentiable: tuple[str, ...]) -> None:
     """`torch.library.register_autograd` without its fill-in of default arguments.
 
     That rebuilds the schema's argument list once per argument and call: 0.1 ms for the 16 arguments of `ppo_loss`, as
-    long as its kernel runs. Our schemas have no defaults to fill in. `differentiable`: the positions of the inputs that
-    can ask for a gradient; the others are constants. `backward` returns the gradients of those, in that order, and its
-    `ctx.needs_input_grad` starts with two entries of no interest. A keyset of None: called past the dispatcher.
-    """
-    op = getattr(torch.ops.rlhf_fast, name).default
+    long as its kernel runs. Our schemas have no defaults to fill in.
 
-    def call_kernel(keyset: torch._C.DispatchKeySet | None, args: tuple) -> tuple[Tensor, ...]:
-        if keyset is None:
-            return KERNELS["cpu"][name](*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+    differentiable: the inputs that can ask for a gradient; the others are constants.
+    setup_context(ctx, inputs, output): as in torch.
+    backward(ctx, needed, *grads): the gradients by the differentiable inputs, in that order; `needed` says of each
+    whether anybody asks for it.
+    """
+    op, positions = getattr(torch.ops.rlhf_fast, name).default, [ARGUMENTS[name].index(x) for x in differentiable]
+
+    def call_kernel(keyset: Any, args: tuple) -> tuple[Tensor, ...]:
+        return KERNELS["cpu"][name](*args) if keyset is None else private.call_below_autograd(op, keyset, args)
 
     class Operator(torch.autograd.Function):  # sees the differentiable inputs alone: every argument costs it time
         @staticmethod
-        def forward(
-            ctx: FunctionCtx, keyset: torch._C.DispatchKeySet | None, args: tuple, *_: Tensor | None
-        ) -> tuple[Tensor, ...]:
+        def forward(ctx: FunctionCtx, keyset: Any, args: tuple, *_: Tensor | None) -> tuple[Tensor, ...]:
             output = call_kernel(keyset, args)
             setup_context(ctx, args, output)
             return output
 
         @staticmethod
         def backward(ctx: FunctionCtx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-            return None, None, *backward(ctx, *grads)
+            needed = ctx.needs_input_grad[2:]  # the first two are the keyset and the tuple of arguments
+            return None, None, *backward(ctx, needed, *grads)
 
-    def autograd(keyset: torch._C.DispatchKeySet | None, *args: object) -> tuple[Tensor, ...]:
-        inputs = [args[i] for i in differentiable if args[i] is not None]
-        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+    def autograd(keyset: Any, *args: object) -> tuple[Tensor, ...]:
+        """Called by torch's dispatcher with its keyset, and by `dispatch.call` past it, with None."""
+        inputs = [args[i] for i in positions if args[i] is not None]
+        if private.has_tangents(inputs):
             raise NotImplementedError(f"{name}: forward-mode derivatives are not available; the reference has them")
         if torch.is_grad_enabled():
             for x in inputs:
                 if x.requires_grad:
-                    return Operator.apply(keyset, args, *(args[i] for i in differentiable))
+                    return Operator.apply(keyset, args, *(args[i] for i in positions))
         if keyset is not None:
             return call_kernel(keyset, args)
         with torch.no_grad():  # constants that ask for gradients get none, as below the dispatcher's autograd
             return call_kernel(None, args)
 
     Operator.__name__ = Operator.__qualname__ = f"rlhf_fast_{name}"
-    Operator._backward_cls.__name__ = f"rlhf_fast_{name}Backward"  # what grad_fn, profiles and anomalies show
-    LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
+    private.name_backward(Operator, f"rlhf_fast_{name}Backward")
+    if private.REDISPATCH:
+        LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
+    else:
+        _register_in_torch(name, setup_context, backward, positions)
     AUTOGRAD[name] = autograd
 
 
-def register_saved_gradients(name: str, inputs: dict[int, int]) -> None:
-    """Autograd for an operator that returns its result and then, as further outputs, d result / d input.
+def _register_in_torch(name: str, setup_context: Callable, backward: Callable, positions: list[int]) -> None:
+    """The slower registration, by public names alone."""
 
-    `inputs` maps the position of each differentiable input to that of the output holding its gradient; only the first
-    output is differentiable. The gradient is a constant of autograd's, so that `create_graph` is an error: a second
-    derivative would lack what goes through it.
+    def all_gradients(ctx: FunctionCtx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        gradients: list[Tensor | None] = [None] * len(ARGUMENTS[name])
+        for i, grad in zip(positions, backward(ctx, [ctx.needs_input_grad[i] for i in positions], *grads), strict=True):
+            gradients[i] = grad
+        return tuple(gradients)
+
+    def setup(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        setup_context(ctx, inputs, output)
+
+    torch.library.register_autograd(f"rlhf_fast::{name}", all_gradients, setup_context=setup, lib=LIBRARY)
+
+
+def register_saved_gradients(name: str, *inputs: str) -> None:
+    """Autograd for an operator that returns its result and then, as further outputs, `grad_<input>` of each input.
+
+    Only the first output is differentiable. The gradient is a constant of autograd's, so that `create_graph` is an
+    error: a second derivative would lack what goes through it.
     """
-    saved = tuple(inputs.values())
+    saved = [RESULTS[name].index(f"grad_{x}") for x in inputs]
 
     def setup_context(ctx: FunctionCtx, args: tuple, output: tuple[Tensor, ...]) -> None:
         ctx.save_for_backward(*(output[i] for i in saved))
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
-    def backward(ctx: FunctionCtx, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: FunctionCtx, needed: tuple[bool, ...], upstream: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * len(saved)
-        _refuse_graph(name)
-        grads, needed = ctx.saved_tensors, ctx.needs_input_grad
+        refuse_graph(name)
+        grads = ctx.saved_tensors
         if not _is_one(upstream):
             grads = [grad * upstream for grad in grads]
-        return tuple([grad if needed[i] else None for i, grad in enumerate(grads, start=2)])
+        return tuple([grad if need else None for grad, need in zip(grads, needed, strict=True)])
 
-    register_autograd(name, setup_context, backward, tuple(inputs))
+    register_autograd(name, setup_context, backward, inputs)
 
 
-def register_consumed_gradients(name: str, inputs: dict[int, int]) -> None:
-    """As `register_saved_gradients`, for gradients too large to keep twice: the backward pass hands them over.
-
-    An upstream gradient of 1 leaves them as they are, but for the dtype of the input; a second backward pass is an
-    error.
-    """
-    positions = tuple(inputs.values())
+def register_consumed_gradients(name: str, *inputs: str) -> None:
+    """As `register_saved_gradients`, for gradients too large to keep twice: the backward pass hands them over."""
+    arguments = [ARGUMENTS[name].index(x) for x in inputs]
+    results = [RESULTS[name].index(f"grad_{x}") for x in inputs]
 
     def setup_context(ctx: FunctionCtx, args: tuple, output: tuple[Tensor, ...]) -> None:
-        ctx.gradients = [output[i] for i in positions]
-        ctx.dtypes = [None if args[i] is None else args[i].dtype for i in inputs]
+        hold(ctx, [output[i] for i in results], [args[i] for i in arguments])
         ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
 
-    def backward(ctx: FunctionCtx, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        if ctx.gradients is None:
-            raise RuntimeError(f"{name}: the gradients were made in the forward pass and are gone after one backward")
-        if upstream is None:
-            return (None,) * len(positions)
-        _refuse_graph(name)
-        gradients, ctx.gradients = ctx.gradients, None
-        unscaled = _is_one(upstream)
-        return tuple(
-            (grad if unscaled else grad * upstream).to(dtype) if needed else None
-            for grad, dtype, needed in zip(gradients, ctx.dtypes, ctx.needs_input_grad[2:], strict=True)
-        )
+    def backward(
+        ctx: FunctionCtx, needed: tuple[bool, ...], upstream: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, ...]:
+        return hand_over(ctx, name, upstream, needed)
 
-    register_autograd(name, setup_context, backward, tuple(inputs))
+    register_autograd(name, setup_context, backward, inputs)
+
+
+def hold(ctx: FunctionCtx, gradients: list[Tensor], inputs: list[Tensor | None]) -> None:
+    """Keep the gradients by these inputs, made in the forward pass, for `hand_over`."""
+    ctx.gradients = gradients
+    ctx.dtypes = [None if x is None else x.dtype for x in inputs]
+    ctx.set_materialize_grads(False)
+
+
+def hand_over(
+    ctx: FunctionCtx, name: str, upstream: Tensor | None, needed: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """The gradients that `hold` kept, times the upstream gradient, in the dtypes of the inputs.
+
+    An upstream gradient of 1 leaves them as they are; a second backward pass is an error.
+    """
+    if ctx.gradients is None:
+        raise RuntimeError(f"{name}: the gradients were made in the forward pass and are gone after one backward")
+    if upstream is None:
+        return (None,) * len(ctx.gradients)
+    refuse_graph(name)
+    gradients, ctx.gradients = ctx.gradients, None
+    unscaled = _is_one(upstream)
+    return tuple(
+        (grad if unscaled else grad * upstream).to(dtype) if need else None
+        for grad, dtype, need in zip(gradients, ctx.dtypes, needed, strict=True)
+    )
 
 
 def _is_one(upstream: Tensor) -> bool:
@@ -123,7 +161,7 @@ def _is_one(upstream: Tensor) -> bool:
 _NO_SECOND = "{}: second derivatives are not available; the reference back end has them"
 
 
-def _refuse_graph(name: str) -> None:
+def refuse_graph(name: str) -> None:
     if torch.is_grad_enabled():  # in a backward pass: create_graph=True
         raise RuntimeError(_NO_SECOND.format(name))
 

@@ -5,10 +5,10 @@ from torch import Tensor
 
 from rlhf_fast.ops import reference
 from rlhf_fast.ops.checks import check_dims, check_floats, expect
-from rlhf_fast.ops.dispatch import LIBRARY, _cpu, call, code, common_dtype, has_kernel, kernel, threads
+from rlhf_fast.ops.dispatch import LIBRARY, _cpu, call, code, common_dtype, define, has_kernel, kernel, threads
 
-LIBRARY.define("rloo_advantages(Tensor scores, int group_size) -> Tensor")
-LIBRARY.define("grpo_advantages(Tensor scores, int group_size) -> Tensor")
+define("rloo_advantages(Tensor scores, int group_size) -> Tensor")
+define("grpo_advantages(Tensor scores, int group_size) -> Tensor")
 
 
 @torch.no_grad()
@@ -73,5 +73,5 @@ def _grpo_cpu(scores: Tensor, group_size: int) -> Tensor:
 
 @torch.library.register_fake("rlhf_fast::rloo_advantages", lib=LIBRARY)
 @torch.library.register_fake("rlhf_fast::grpo_advantages", lib=LIBRARY)
-def _fake(scores: Tensor, group_size: int) -> Tensor:
+def group_outputs(scores: Tensor, group_size: int) -> Tensor:
     return scores.new_empty(scores.shape)

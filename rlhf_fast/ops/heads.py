@@ -181,6 +181,7 @@ class Head:
         self.grad_hidden = self.hidden.new_zeros(shape, dtype=self.grad_dtypes[0]) if wanted[0] else None
         self.grad_weight = weight.new_zeros(weight.shape, dtype=self.dtype) if wanted[1] else None
         self.grad_bias = bias.new_zeros(len(bias), dtype=self.dtype) if wanted[2] and bias is not None else None
+        self.makes_gradients = any(x is not None for x in (self.grad_hidden, self.grad_weight, self.grad_bias))
 
     def chunks(self) -> Iterator[Chunk]:
         """The chunks of the tokens that count, forward pass done. Each overwrites the one before."""
@@ -232,6 +233,23 @@ class Head:
         return chunk.logits
 
 
+def pack_rows(tokens: Tensor, number: int, T: int, most: int) -> list[Tensor]:
+    """Counted tokens [n] of [B, T], ascending, in packs of whole items: as many as `most` tokens allow, at least one.
+
+    Rows i, number + i, ... are one item: a row of its own where number = B, a pair where number = B / 2.
+    """
+    if not len(tokens):
+        return []
+    item = tokens // T % number
+    tokens = tokens[torch.argsort(item, stable=True)]
+    packs = [0]
+    for count in torch.bincount(item, minlength=number).tolist():
+        if packs[-1] and packs[-1] + count > most:
+            packs.append(0)
+        packs[-1] += count
+    return list(tokens.split(packs))
+
+
 def loss_in_forward(
     head: Head,
     packs: list[Tensor] | None,
@@ -243,7 +261,7 @@ def loss_in_forward(
     pack of rows at once, which is a chunk where `packs` is None. A pack larger than a chunk takes a second pass.
     """
     logprobs, entropy = (head.hidden.new_zeros(len(head.ids), dtype=head.dtype) for _ in range(2))
-    if all(x is None for x in (head.grad_hidden, head.grad_weight, head.grad_bias)):  # an evaluation
+    if not head.makes_gradients:  # an evaluation
         for chunk in head.chunks():
             logprobs[chunk.rows], entropy[chunk.rows] = chunk.logprobs, chunk.entropy
         return logprobs, entropy

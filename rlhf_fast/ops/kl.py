@@ -17,6 +17,7 @@ from rlhf_fast.ops.dispatch import (
     code,
     common_dtype,
     contiguous,
+    define,
     has_kernel,
     kernel,
     pointer,
@@ -27,10 +28,11 @@ from rlhf_fast.ops.gradients import register_saved_gradients
 # Kernels get the index: the order is that of enum Estimator in csrc/math.h and of kernels/maths.py.
 ESTIMATORS = ("k1", "k2", "k3", "abs")
 
-LIBRARY.define(
-    "kl_penalty(Tensor logprobs, Tensor ref_logprobs, str estimator, bool with_grad) -> (Tensor kl, Tensor grad)"
+define(
+    "kl_penalty(Tensor logprobs, Tensor ref_logprobs, str estimator, bool with_grad) "
+    "-> (Tensor kl, Tensor grad_logprobs)"
 )
-LIBRARY.define(
+define(
     "shape_rewards(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor mask, float kl_coef, str estimator, "
     "float clip) -> Tensor"
 )
@@ -111,7 +113,7 @@ def shape_rewards(
 @kernel("kl_penalty", "cpu")
 def _kl_cpu(logprobs: Tensor, ref_logprobs: Tensor, estimator: str, with_grad: bool) -> tuple[Tensor, Tensor]:
     logprobs, ref_logprobs = contiguous(logprobs, ref_logprobs)
-    kl, grad = _kl_fake(logprobs, ref_logprobs, estimator, with_grad)
+    kl, grad = kl_penalty_outputs(logprobs, ref_logprobs, estimator, with_grad)
     _cpu.kl_penalty(
         code(logprobs), logprobs.data_ptr(), ref_logprobs.data_ptr(), logprobs.numel(), ESTIMATORS.index(estimator),
         kl.data_ptr(), pointer(grad if with_grad else None), threads(logprobs),
@@ -120,11 +122,13 @@ def _kl_cpu(logprobs: Tensor, ref_logprobs: Tensor, estimator: str, with_grad: b
 
 
 @torch.library.register_fake("rlhf_fast::kl_penalty", lib=LIBRARY)
-def _kl_fake(logprobs: Tensor, ref_logprobs: Tensor, estimator: str, with_grad: bool) -> tuple[Tensor, Tensor]:
+def kl_penalty_outputs(
+    logprobs: Tensor, ref_logprobs: Tensor, estimator: str, with_grad: bool
+) -> tuple[Tensor, Tensor]:
     return logprobs.new_empty(logprobs.shape), logprobs.new_empty(logprobs.shape if with_grad else 0)
 
 
-register_saved_gradients("kl_penalty", {0: 1})
+register_saved_gradients("kl_penalty", "logprobs")
 
 
 @kernel("shape_rewards", "cpu")

@@ -9,18 +9,27 @@ from torch.autograd.function import FunctionCtx
 
 from rlhf_fast.ops import reference
 from rlhf_fast.ops.checks import FLOATS, check_device, expect
-from rlhf_fast.ops.dispatch import LIBRARY, _cpu, call, code, contiguous, has_kernel, kernel, pointer, statistics_dtype
+from rlhf_fast.ops.dispatch import (
+    LIBRARY,
+    _cpu,
+    call,
+    code,
+    contiguous,
+    define,
+    has_kernel,
+    kernel,
+    pointer,
+    statistics_dtype,
+)
 from rlhf_fast.ops.gradients import no_second_derivative, register_autograd
 
-LIBRARY.define(
-    "add_rms_norm(Tensor x, Tensor? delta, Tensor weight, float epsilon) -> (Tensor out, Tensor sum, Tensor scales)"
-)
-LIBRARY.define(
+define("add_rms_norm(Tensor x, Tensor? delta, Tensor weight, float epsilon) -> (Tensor out, Tensor sum, Tensor scales)")
+define(
     "add_rms_norm_backward(Tensor sum, Tensor weight, Tensor scales, Tensor grad_out, Tensor? grad_sum, "
     "bool by_weight) -> (Tensor grad_x, Tensor grad_weight)"
 )
-LIBRARY.define("swiglu(Tensor gate, Tensor up) -> Tensor")
-LIBRARY.define("swiglu_backward(Tensor gate, Tensor up, Tensor grad_out) -> (Tensor grad_gate, Tensor grad_up)")
+define("swiglu(Tensor gate, Tensor up) -> Tensor")
+define("swiglu_backward(Tensor gate, Tensor up, Tensor grad_out) -> (Tensor grad_gate, Tensor grad_up)")
 
 
 def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -122,16 +131,16 @@ def _norm_setup(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]) -> 
 
 
 def _norm_backward(
-    ctx: FunctionCtx, grad_out: Tensor | None, grad_sum: Tensor | None, _: None
+    ctx: FunctionCtx, needed: tuple[bool, ...], grad_out: Tensor | None, grad_sum: Tensor | None, _: None
 ) -> tuple[Tensor | None, ...]:
-    *_, by_x, by_delta, by_weight = ctx.needs_input_grad
+    by_x, by_delta, by_weight = needed
     if grad_out is None:
         return grad_sum if by_x else None, grad_sum if by_delta else None, None
     grad_x, grad_weight = torch.ops.rlhf_fast.add_rms_norm_backward(*ctx.saved_tensors, grad_out, grad_sum, by_weight)
     return grad_x if by_x else None, grad_x if by_delta else None, grad_weight if by_weight else None
 
 
-register_autograd("add_rms_norm", _norm_setup, _norm_backward, differentiable=(0, 1, 2))
+register_autograd("add_rms_norm", _norm_setup, _norm_backward, differentiable=("x", "delta", "weight"))
 no_second_derivative("add_rms_norm_backward")
 
 
@@ -168,9 +177,9 @@ def _swiglu_setup(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor], output: Tenso
     ctx.save_for_backward(*inputs)
 
 
-def _swiglu_backward(ctx: FunctionCtx, grad_out: Tensor) -> tuple[Tensor, Tensor]:
+def _swiglu_backward(ctx: FunctionCtx, needed: tuple[bool, ...], grad_out: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ops.rlhf_fast.swiglu_backward(*ctx.saved_tensors, grad_out)
 
 
-register_autograd("swiglu", _swiglu_setup, _swiglu_backward, differentiable=(0, 1))
+register_autograd("swiglu", _swiglu_setup, _swiglu_backward, differentiable=("gate", "up"))
 no_second_derivative("swiglu_backward")

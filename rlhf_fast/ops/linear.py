@@ -10,19 +10,19 @@ from torch import Tensor
 
 from rlhf_fast.ops import reference
 from rlhf_fast.ops.checks import FLOATS, INTEGERS, check_device, check_positive, expect
-from rlhf_fast.ops.dispatch import LIBRARY, has_kernel, kernel
+from rlhf_fast.ops.dispatch import LIBRARY, define, has_kernel, kernel
 from rlhf_fast.ops.gradients import no_second_derivative, register_autograd
 from rlhf_fast.ops.heads import MEMORY_BUDGET, Head, full_precision, kept_dtype
 from rlhf_fast.ops.logprobs import check_ids
 from rlhf_fast.ops.reference import compute_dtype
 from rlhf_fast.ops.results import TokenLogprobs
 
-LIBRARY.define(
+define(
     "linear_token_logprobs(Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, float temperature, "
     "float softcap, int memory_budget, bool with_slope) "
     "-> (Tensor logprobs, Tensor entropy, Tensor slope)"
 )
-LIBRARY.define(
+define(
     "linear_token_logprobs_backward(Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, "
     "Tensor? grad_logprobs, Tensor? grad_entropy, float temperature, float softcap, int memory_budget, "
     "bool with_hidden, bool with_weight, bool with_bias) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
@@ -212,17 +212,20 @@ def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, outp
 
 
 def _backward(
-    ctx: torch.autograd.function.FunctionCtx, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _: None
+    ctx: torch.autograd.function.FunctionCtx,
+    needed: tuple[bool, ...],
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    _: None,
 ) -> tuple[Tensor | None, ...]:
     *inputs, slope = ctx.saved_tensors
     if ctx.with_slope and grad_entropy is None:
         return (None if grad_logprobs is None else (grad_logprobs.unsqueeze(-1) * slope).to(slope.dtype)), None, None
-    wanted = ctx.needs_input_grad[2:]
     grads = torch.ops.rlhf_fast.linear_token_logprobs_backward(
-        *inputs, grad_logprobs, grad_entropy, *ctx.options, *wanted
+        *inputs, grad_logprobs, grad_entropy, *ctx.options, *needed
     )
-    return tuple(g if want else None for g, want in zip(grads, wanted, strict=True))
+    return tuple(g if want else None for g, want in zip(grads, needed, strict=True))
 
 
-register_autograd("linear_token_logprobs", _setup_context, _backward, differentiable=(0, 1, 2))
+register_autograd("linear_token_logprobs", _setup_context, _backward, differentiable=("hidden", "weight", "bias"))
 no_second_derivative("linear_token_logprobs_backward")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf_fast.ops import reference
 from rlhf_fast.ops.checks import check_device, expect
-from rlhf_fast.ops.dispatch import LIBRARY, has_kernel, kernel
+from rlhf_fast.ops.dispatch import LIBRARY, define, has_kernel, kernel
 from rlhf_fast.ops.gradients import no_second_derivative, register_autograd
 from rlhf_fast.ops.heads import Head, Layer, full_precision, mixes
 from rlhf_fast.ops.linear import check_head, check_layer, empty_gradients
@@ -21,11 +21,11 @@ _INPUTS = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor ref_hidden, Tensor ref_weight, Tensor? ref_bias, "
     "Tensor token_ids"
 )
-LIBRARY.define(
+define(
     f"linear_token_kl({_INPUTS}, float temperature, float softcap, int memory_budget) "
     "-> (Tensor logprobs, Tensor entropy, Tensor kl, Tensor ref_logprobs)"
 )
-LIBRARY.define(
+define(
     f"linear_token_kl_backward({_INPUTS}, Tensor? grad_logprobs, Tensor? grad_entropy, Tensor? grad_kl, "
     "float temperature, float softcap, int memory_budget, bool with_hidden, bool with_weight, bool with_bias) "
     "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
@@ -187,17 +187,17 @@ def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, outp
 
 def _backward(
     ctx: torch.autograd.function.FunctionCtx,
+    needed: tuple[bool, ...],
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
     grad_kl: Tensor | None,
     _: None,
 ) -> tuple[Tensor | None, ...]:
-    wanted = ctx.needs_input_grad[2:]
     grads = torch.ops.rlhf_fast.linear_token_kl_backward(
-        *ctx.saved_tensors, grad_logprobs, grad_entropy, grad_kl, *ctx.options, *wanted
+        *ctx.saved_tensors, grad_logprobs, grad_entropy, grad_kl, *ctx.options, *needed
     )
-    return tuple(g if want else None for g, want in zip(grads, wanted, strict=True))
+    return tuple(g if want else None for g, want in zip(grads, needed, strict=True))
 
 
-register_autograd("linear_token_kl", _setup_context, _backward, differentiable=(0, 1, 2))
+register_autograd("linear_token_kl", _setup_context, _backward, differentiable=("hidden", "weight", "bias"))
 no_second_derivative("linear_token_kl_backward")

@@ -6,30 +6,30 @@ Each returns its loss and, as its last outputs, the loss's gradients by hidden, 
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops.dispatch import LIBRARY, kernel
+from rlhf_fast.ops.dispatch import LIBRARY, define, kernel
 from rlhf_fast.ops.gradients import register_consumed_gradients
-from rlhf_fast.ops.heads import Head, full_precision, loss_in_forward
+from rlhf_fast.ops.heads import Head, full_precision, loss_in_forward, pack_rows
 from rlhf_fast.ops.linear import empty_gradients
 from rlhf_fast.ops.reference import compute_dtype
 
-_GRADIENTS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
-_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids"
-_OPTIONS = "float temperature, float softcap, int memory_budget, bool with_hidden, bool with_weight, bool with_bias"
-LIBRARY.define(
-    f"linear_weighted_loss({_HEAD}, Tensor weights, {_OPTIONS}) "
-    f"-> (Tensor loss, Tensor logprobs, Tensor entropy, {_GRADIENTS})"
+GRADIENTS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
+HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids"
+OPTIONS = "float temperature, float softcap, int memory_budget, bool with_hidden, bool with_weight, bool with_bias"
+define(
+    f"linear_weighted_loss({HEAD}, Tensor weights, {OPTIONS}) "
+    f"-> (Tensor loss, Tensor logprobs, Tensor entropy, {GRADIENTS})"
 )
-LIBRARY.define(
-    f"linear_ppo_loss({_HEAD}, Tensor old_logprobs, Tensor advantages, Tensor mask, Tensor? ref_logprobs, "
+define(
+    f"linear_ppo_loss({HEAD}, Tensor old_logprobs, Tensor advantages, Tensor mask, Tensor? ref_logprobs, "
     "Tensor? normalizer, float clip_low, float clip_high, float dual_clip, float kl_coef, str kl_estimator, "
-    f"float entropy_coef, str reduction, {_OPTIONS}) "
-    f"-> (Tensor loss, Tensor stats, Tensor logprobs, Tensor entropy, {_GRADIENTS})"
+    f"float entropy_coef, str reduction, {OPTIONS}) "
+    f"-> (Tensor loss, Tensor stats, Tensor logprobs, Tensor entropy, {GRADIENTS})"
 )
-LIBRARY.define(
-    f"linear_dpo_loss({_HEAD}, Tensor? ref_chosen, Tensor? ref_rejected, Tensor? chosen_lengths, "
+define(
+    f"linear_dpo_loss({HEAD}, Tensor? ref_chosen, Tensor? ref_rejected, Tensor? chosen_lengths, "
     "Tensor? rejected_lengths, Tensor? normalizer, float beta, str loss_type, float label_smoothing, "
-    f"{_OPTIONS}) -> (Tensor loss, Tensor losses, Tensor chosen_rewards, Tensor rejected_rewards, Tensor logps, "
-    f"{_GRADIENTS})"
+    f"{OPTIONS}) -> (Tensor loss, Tensor losses, Tensor chosen_rewards, Tensor rejected_rewards, Tensor logps, "
+    f"{GRADIENTS})"
 )
 
 
@@ -47,7 +47,7 @@ def over(mask: Tensor, denominator: float | Tensor) -> Tensor:
     return mask.double() / denominator
 
 
-def _head(
+def head_of(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, options: tuple[float | int | bool, ...]
 ) -> Head:
     temperature, softcap, memory_budget, *wanted = options
@@ -61,7 +61,7 @@ def _weighted(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, weights: Tensor, *options: float
 ) -> tuple[Tensor, ...]:
     """loss = sum(weights * logprobs)"""
-    head = _head(hidden, weight, bias, token_ids, options)
+    head = head_of(hidden, weight, bias, token_ids, options)
     flat = weights.reshape(-1).to(head.dtype)
     logprobs, entropy = loss_in_forward(head, None, lambda rows, *_: (flat[rows], None))
     shape = token_ids.shape
@@ -77,7 +77,7 @@ def _weighted_fake(
     return hidden.new_empty((), dtype=dtype), *per_token, *empty_gradients(hidden, weight, bias, options[-3:], True)
 
 
-register_consumed_gradients("linear_weighted_loss", {0: 3, 1: 4, 2: 5})
+register_consumed_gradients("linear_weighted_loss", "hidden", "weight", "bias")
 
 
 @kernel("linear_ppo_loss", "cpu", "triton", "cuda")
@@ -101,7 +101,7 @@ def _ppo(
     reduction: str,
     *options: float,
 ) -> tuple[Tensor, ...]:
-    head = _head(hidden, weight, bias, token_ids, options)
+    head = head_of(hidden, weight, bias, token_ids, options)
     old, A, ref = (None if x is None else x.to(head.dtype) for x in (old_logprobs, advantages, ref_logprobs))
     A_BT = (A if A.dim() == 2 else A.unsqueeze(1)).expand_as(old)
     flat_old, flat_A, flat_ref = (None if x is None else x.reshape(-1) for x in (old, A_BT, ref))
@@ -137,7 +137,7 @@ def _ppo_fake(
     )
 
 
-register_consumed_gradients("linear_ppo_loss", {0: 4, 1: 5, 2: 6})
+register_consumed_gradients("linear_ppo_loss", "hidden", "weight", "bias")
 
 
 @kernel("linear_dpo_loss", "cpu", "triton", "cuda")
@@ -157,7 +157,7 @@ def _dpo(
     label_smoothing: float,
     *options: float,
 ) -> tuple[Tensor, ...]:
-    head = _head(hidden, weight, bias, token_ids, options)
+    head = head_of(hidden, weight, bias, token_ids, options)
     B, T = token_ids.shape[0] // 2, token_ids.shape[1]
     constants = [
         None if x is None else x.to(head.dtype) for x in (ref_chosen, ref_rejected, chosen_lengths, rejected_lengths)
@@ -179,24 +179,10 @@ def _dpo(
         by_logps_2B[pairs], by_logps_2B[B:][pairs] = by_chosen / whole, by_rejected / whole
         return by_logps_2B[sequence], None
 
-    logprobs, _ = loss_in_forward(head, _pair_packs(head.rows, B, T, head.chunk_rows), coefficients)
+    logprobs, _ = loss_in_forward(head, pack_rows(head.rows, B, T, head.chunk_rows), coefficients)
     logps_2B = logprobs.view(2 * B, T).sum(1)
     losses, chosen_rewards, rejected_rewards, _, _ = losses_of(logps_2B, slice(None), False)
     return losses.sum() / whole, losses, chosen_rewards, rejected_rewards, logps_2B, *head.gradients()
-
-
-def _pair_packs(rows: Tensor, B: int, T: int, most: int) -> list[Tensor]:
-    """The rows of consecutive pairs, as many whole pairs as fit into `most` rows or one that does not."""
-    if not len(rows):
-        return []
-    pair = rows // T % B
-    rows = rows[torch.argsort(pair, stable=True)]
-    packs = [0]
-    for count in torch.bincount(pair, minlength=B).tolist():
-        if packs[-1] and packs[-1] + count > most:
-            packs.append(0)
-        packs[-1] += count
-    return list(rows.split(packs))
 
 
 @torch.library.register_fake("rlhf_fast::linear_dpo_loss", lib=LIBRARY)
@@ -211,4 +197,4 @@ def _dpo_fake(
     )
 
 
-register_consumed_gradients("linear_dpo_loss", {0: 5, 1: 6, 2: 7})
+register_consumed_gradients("linear_dpo_loss", "hidden", "weight", "bias")

@@ -8,20 +8,32 @@ from torch import Tensor
 
 from rlhf_fast.ops import reference
 from rlhf_fast.ops.checks import FLOATS, INTEGERS, check_device, check_positive, expect, is_readable
-from rlhf_fast.ops.dispatch import LIBRARY, _cpu, call, code, has_kernel, kernel, statistics_dtype, threads
+from rlhf_fast.ops.dispatch import (
+    LIBRARY,
+    _cpu,
+    call,
+    code,
+    define,
+    has_kernel,
+    kernel,
+    pointer,
+    statistics_dtype,
+    threads,
+)
 from rlhf_fast.ops.gradients import no_second_derivative, register_autograd
 from rlhf_fast.ops.reference import IGNORED_ID
 from rlhf_fast.ops.results import TokenLogprobs
+from rlhf_fast.ops.row_blocks import gradient_kernels, over_rows, rows_contiguous
 
-LIBRARY.define(
+define(
     "token_logprobs(Tensor logits, Tensor token_ids, float temperature, float softcap, bool inplace_backward) "
     "-> (Tensor logprobs, Tensor entropy, Tensor stats)"
 )
-LIBRARY.define(
+define(
     "token_logprobs_backward(Tensor logits, Tensor token_ids, Tensor logprobs, Tensor entropy, Tensor stats, "
     "Tensor? grad_logprobs, Tensor? grad_entropy, float temperature, float softcap) -> Tensor"
 )
-LIBRARY.define(
+define(
     "token_logprobs_backward_(Tensor(a!) logits, Tensor token_ids, Tensor logprobs, Tensor entropy, Tensor stats, "
     "Tensor? grad_logprobs, Tensor? grad_entropy, float temperature, float softcap) -> ()"
 )
@@ -118,42 +130,25 @@ def id_error(token_ids: Tensor, row: int, vocabulary: int) -> ValueError:
     return ValueError(f"token_ids: expected ids in [0, {vocabulary}) or {IGNORED_ID}, got {got} at row {row}")
 
 
-def row_blocks(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """[..., V] each, as 2-D views with one row stride each: a single one unless one is cut like ``x[:, :-1]``."""
-    try:
-        return [tuple(x.view(-1, x.shape[-1]) for x in tensors)]
-    except RuntimeError:
-        return [block for parts in zip(*tensors, strict=True) for block in row_blocks(*parts)]
-
-
-def rows_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
-
-
 @kernel("token_logprobs", "cpu")
 def _forward_cpu(
     logits: Tensor, token_ids: Tensor, temperature: float, softcap: float, inplace_backward: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     logits, ids = rows_contiguous(logits), token_ids.contiguous()
-    dtype = statistics_dtype(logits)
-    logprobs, entropy = logits.new_empty(ids.shape, dtype=dtype), logits.new_empty(ids.shape, dtype=dtype)
-    stats = logits.new_empty((*ids.shape, 2), dtype=dtype)
-    size, row = dtype.itemsize, 0
-    for (z,) in row_blocks(logits):
+    outputs = token_logprobs_outputs(logits, ids, temperature, softcap, inplace_backward)
+    for row, (z,), (z_ids, *results) in over_rows((logits,), (ids, *outputs)):
         n, vocabulary = z.shape
         bad = _cpu.token_logprobs(
-            z.data_ptr(), code(z), z.stride(0), ids.data_ptr() + 8 * row, n, vocabulary, 1.0 / temperature, softcap,
-            logprobs.data_ptr() + size * row, entropy.data_ptr() + size * row, stats.data_ptr() + 2 * size * row,
-            threads(z),
+            z.data_ptr(), code(z), z.stride(0), z_ids.data_ptr(), n, vocabulary, 1.0 / temperature, softcap,
+            *map(pointer, results), threads(z),
         )  # fmt: skip
         if bad >= 0:
             raise id_error(ids, row + bad, vocabulary)
-        row += n
-    return logprobs, entropy, stats
+    return outputs
 
 
 @torch.library.register_fake("rlhf_fast::token_logprobs", lib=LIBRARY)
-def _forward_fake(
+def token_logprobs_outputs(
     logits: Tensor, token_ids: Tensor, temperature: float, softcap: float, inplace_backward: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = statistics_dtype(logits)
@@ -165,47 +160,15 @@ def _forward_fake(
     )
 
 
-def _backward_into(
-    grad: Tensor | None,
-    logits: Tensor,
-    token_ids: Tensor,
-    logprobs: Tensor,
-    entropy: Tensor,
-    stats: Tensor,
-    grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None,
-    temperature: float,
-    softcap: float,
+@gradient_kernels("token_logprobs_backward", "cpu")
+def _gradient_cpu(
+    grad: Tensor, z: Tensor, temperature: float, softcap: float, ids: Tensor, *per_row: Tensor | None
 ) -> None:
-    """Write the gradient into the contiguous tensor `grad`, or over the logits where it is None."""
-    ids = token_ids.contiguous()
-    upstream = [None if g is None else g.contiguous() for g in (grad_logprobs, grad_entropy)]
-    size, row = logprobs.dtype.itemsize, 0
-    for (z,) in row_blocks(logits):
-        n, vocabulary = z.shape
-        out = (z.data_ptr(), z.stride(0))
-        if grad is not None:
-            out = (grad.data_ptr() + grad.dtype.itemsize * row * vocabulary, vocabulary)
-        _cpu.token_logprobs_backward(
-            z.data_ptr(), code(z), z.stride(0), ids.data_ptr() + 8 * row, n, vocabulary, 1.0 / temperature, softcap,
-            logprobs.data_ptr() + size * row, entropy.data_ptr() + size * row, stats.data_ptr() + 2 * size * row,
-            *(0 if g is None else g.data_ptr() + size * row for g in upstream),
-            *out, threads(z),
-        )  # fmt: skip
-        row += n
-
-
-@kernel("token_logprobs_backward", "cpu")
-def _backward_cpu(logits: Tensor, *args: Tensor | float | None) -> Tensor:
-    grad = torch.empty(logits.shape, dtype=logits.dtype)
-    _backward_into(grad, rows_contiguous(logits), *args)
-    return grad
-
-
-@kernel("token_logprobs_backward_", "cpu")
-def _backward_cpu_(logits: Tensor, *args: Tensor | float | None) -> None:
-    _backward_into(None, logits, *args)
-    torch.autograd.graph.increment_version(logits)
+    """per_row: logprobs, entropy, stats, the gradients by the first two."""
+    _cpu.token_logprobs_backward(
+        z.data_ptr(), code(z), z.stride(0), ids.data_ptr(), *z.shape, 1.0 / temperature, softcap,
+        *map(pointer, per_row), grad.data_ptr(), grad.stride(0), threads(z),
+    )  # fmt: skip
 
 
 @torch.library.register_fake("rlhf_fast::token_logprobs_backward", lib=LIBRARY)
@@ -225,7 +188,13 @@ def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, outp
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, _):
+def _backward(
+    ctx: torch.autograd.function.FunctionCtx,
+    needed: tuple[bool, ...],
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    _: None,
+) -> tuple[Tensor]:
     args = (*ctx.saved_tensors, grad_logprobs, grad_entropy, ctx.temperature, ctx.softcap)
     if not ctx.inplace:
         return (torch.ops.rlhf_fast.token_logprobs_backward(*args),)
@@ -234,5 +203,5 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, grad_logprobs: Tensor | 
     return (logits,)
 
 
-register_autograd("token_logprobs", _setup_context, _backward, differentiable=(0,))
+register_autograd("token_logprobs", _setup_context, _backward, differentiable=("logits",))
 no_second_derivative("token_logprobs_backward")

@@ -27,6 +27,7 @@ from rlhf_fast.ops.dispatch import (
     code,
     common_dtype,
     contiguous,
+    define,
     has_kernel,
     kernel,
     pointer,
@@ -39,17 +40,17 @@ from rlhf_fast.ops.results import PPOLoss, ValueLoss
 # Kernels get the index: the order is that of enum Reduction in csrc/math.h and of kernels/ppo_loss.py.
 REDUCTIONS = ("token_mean", "sequence_mean", "sequence_sum", "constant")
 
-LIBRARY.define(
+define(
     "ppo_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor mask, Tensor? ref_logprobs, "
     "Tensor? entropy, Tensor? normalizer, float clip_low, float clip_high, float dual_clip, float kl_coef, "
     "str kl_estimator, float entropy_coef, str reduction, bool with_grad_logprobs, bool with_grad_entropy) "
     "-> (Tensor loss, Tensor stats, Tensor grad_logprobs, Tensor grad_entropy)"
 )
-LIBRARY.define(
+define(
     "ppo_value_loss(Tensor values, Tensor old_values, Tensor returns, Tensor mask, Tensor? normalizer, float clip, "
     "bool with_grad) -> (Tensor loss, Tensor stats, Tensor grad_values)"
 )
-LIBRARY.define(
+define(
     "reinforce_loss(Tensor logprobs, Tensor advantages, Tensor mask, Tensor? normalizer, str reduction, "
     "bool with_grad) -> (Tensor loss, Tensor grad_logprobs)"
 )
@@ -300,7 +301,7 @@ def _ppo_cpu(
 
 
 @torch.library.register_fake("rlhf_fast::ppo_loss", lib=LIBRARY)
-def _ppo_fake(logprobs: Tensor, *args: Tensor | float | str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def ppo_outputs(logprobs: Tensor, *args: Tensor | float | str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with_grad_logprobs, with_grad_entropy = args[-2:]
     return (
         logprobs.new_empty(()),
@@ -310,7 +311,7 @@ def _ppo_fake(logprobs: Tensor, *args: Tensor | float | str | None) -> tuple[Ten
     )
 
 
-register_saved_gradients("ppo_loss", {0: 2, 5: 3})
+register_saved_gradients("ppo_loss", "logprobs", "entropy")
 
 
 @kernel("ppo_value_loss", "cpu")
@@ -333,11 +334,11 @@ def _value_cpu(
 
 
 @torch.library.register_fake("rlhf_fast::ppo_value_loss", lib=LIBRARY)
-def _value_fake(values: Tensor, *args: Tensor | float | None) -> tuple[Tensor, Tensor, Tensor]:
+def ppo_value_outputs(values: Tensor, *args: Tensor | float | None) -> tuple[Tensor, Tensor, Tensor]:
     return values.new_empty(()), values.new_empty(2), values.new_empty(values.shape if args[-1] else 0)
 
 
-register_saved_gradients("ppo_value_loss", {0: 2})
+register_saved_gradients("ppo_value_loss", "values")
 
 
 @kernel("reinforce_loss", "cpu")
@@ -355,8 +356,8 @@ def _reinforce_cpu(
 
 
 @torch.library.register_fake("rlhf_fast::reinforce_loss", lib=LIBRARY)
-def _reinforce_fake(logprobs: Tensor, *args: Tensor | str | bool | None) -> tuple[Tensor, Tensor]:
+def reinforce_outputs(logprobs: Tensor, *args: Tensor | str | bool | None) -> tuple[Tensor, Tensor]:
     return logprobs.new_empty(()), logprobs.new_empty(logprobs.shape if args[-1] else 0)
 
 
-register_saved_gradients("reinforce_loss", {0: 1})
+register_saved_gradients("reinforce_loss", "logprobs")

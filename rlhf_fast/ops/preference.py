@@ -12,6 +12,7 @@ from rlhf_fast.ops.dispatch import (
     code,
     common_dtype,
     contiguous,
+    define,
     has_kernel,
     kernel,
     pointer,
@@ -35,14 +36,12 @@ LOSS_TYPES = (
     "discopop",
 )
 
-LIBRARY.define(
+define(
     "reward_loss(Tensor chosen, Tensor rejected, Tensor? margin, float center_coef, bool with_grad) "
     "-> (Tensor loss, Tensor stats, Tensor grad_chosen, Tensor grad_rejected)"
 )
-LIBRARY.define(
-    "ranking_loss(Tensor scores, Tensor ranks, bool with_grad) -> (Tensor loss, Tensor stats, Tensor grad_scores)"
-)
-LIBRARY.define(
+define("ranking_loss(Tensor scores, Tensor ranks, bool with_grad) -> (Tensor loss, Tensor stats, Tensor grad_scores)")
+define(
     "dpo_loss(Tensor chosen, Tensor rejected, Tensor? ref_chosen, Tensor? ref_rejected, Tensor? chosen_lengths, "
     "Tensor? rejected_lengths, float beta, str loss_type, float label_smoothing, bool with_grad) "
     "-> (Tensor losses, Tensor chosen_rewards, Tensor rejected_rewards, Tensor grad_chosen, Tensor grad_rejected)"
@@ -244,7 +243,7 @@ def _reward_cpu(
     chosen: Tensor, rejected: Tensor, margin: Tensor | None, center_coef: float, with_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     chosen, rejected, margin = contiguous(chosen, rejected, margin)
-    _, stats, grad_chosen, grad_rejected = _reward_fake(chosen, rejected, margin, center_coef, with_grad)
+    _, stats, grad_chosen, grad_rejected = reward_outputs(chosen, rejected, margin, center_coef, with_grad)
     _cpu.reward_loss(
         code(chosen), chosen.data_ptr(), rejected.data_ptr(), pointer(margin), chosen.shape[0], center_coef,
         pointer(grad_chosen), pointer(grad_rejected), stats.data_ptr(), threads(chosen),
@@ -253,20 +252,20 @@ def _reward_cpu(
 
 
 @torch.library.register_fake("rlhf_fast::reward_loss", lib=LIBRARY)
-def _reward_fake(
+def reward_outputs(
     chosen: Tensor, rejected: Tensor, margin: Tensor | None, center_coef: float, with_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = chosen.shape if with_grad else 0
     return chosen.new_empty(()), chosen.new_empty(4), chosen.new_empty(shape), chosen.new_empty(shape)
 
 
-register_saved_gradients("reward_loss", {0: 2, 1: 3})
+register_saved_gradients("reward_loss", "chosen", "rejected")
 
 
 @kernel("ranking_loss", "cpu")
 def _ranking_cpu(scores: Tensor, ranks: Tensor, with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
     scores, ranks = contiguous(scores, ranks)
-    _, stats, grad = _ranking_fake(scores, ranks, with_grad)
+    _, stats, grad = ranking_outputs(scores, ranks, with_grad)
     _cpu.ranking_loss(
         code(scores), scores.data_ptr(), ranks.data_ptr(), *scores.shape, pointer(grad), stats.data_ptr(),
         threads(scores),
@@ -275,11 +274,11 @@ def _ranking_cpu(scores: Tensor, ranks: Tensor, with_grad: bool) -> tuple[Tensor
 
 
 @torch.library.register_fake("rlhf_fast::ranking_loss", lib=LIBRARY)
-def _ranking_fake(scores: Tensor, ranks: Tensor, with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+def ranking_outputs(scores: Tensor, ranks: Tensor, with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
     return scores.new_empty(()), scores.new_empty(2), scores.new_empty(scores.shape if with_grad else 0)
 
 
-register_saved_gradients("ranking_loss", {0: 2})
+register_saved_gradients("ranking_loss", "scores")
 
 
 @kernel("dpo_loss", "cpu")
@@ -296,7 +295,7 @@ def _dpo_cpu(
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = contiguous(chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths)
-    outputs = _dpo_fake(chosen, with_grad)
+    outputs = dpo_outputs(chosen, with_grad)
     _cpu.dpo_loss(
         code(chosen), *map(pointer, inputs), chosen.shape[0], beta, LOSS_TYPES.index(loss_type), label_smoothing,
         *map(pointer, outputs), threads(chosen),
@@ -305,9 +304,9 @@ def _dpo_cpu(
 
 
 @torch.library.register_fake("rlhf_fast::dpo_loss", lib=LIBRARY)
-def _dpo_fake(chosen: Tensor, *args: Tensor | float | str | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def dpo_outputs(chosen: Tensor, *args: Tensor | float | str | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     per_pair = [chosen.new_empty(chosen.shape) for _ in range(3)]
     return *per_pair, *(chosen.new_empty(chosen.shape if args[-1] else 0) for _ in range(2))
 
 
-register_saved_gradients("dpo_loss", {0: 3, 1: 4})
+register_saved_gradients("dpo_loss", "chosen", "rejected")

@@ -103,6 +103,11 @@ class DPOLoss(NamedTuple):
     rejected_rewards: Tensor  # [B]
 
 
+class KTOLoss(NamedTuple):
+    losses: Tensor  # [B], differentiable
+    rewards: Tensor  # [B], implicit: beta times the log-prob's gain over the reference
+
+
 class LinearDPOLoss(NamedTuple):
     loss: Tensor  # 0-dim, mean of losses
     losses: Tensor  # [B]
@@ -110,3 +115,10 @@ class LinearDPOLoss(NamedTuple):
     rejected_rewards: Tensor  # [B]
     chosen_logps: Tensor  # [B], of whole completions
     rejected_logps: Tensor  # [B]
+
+
+class LinearKTOLoss(NamedTuple):
+    loss: Tensor  # 0-dim, mean of losses
+    losses: Tensor  # [B]
+    rewards: Tensor  # [B], as KTOLoss has them
+    logps: Tensor  # [B], of whole answers

@@ -10,16 +10,27 @@ from torch import Tensor
 
 from rlhf_fast.ops import reference
 from rlhf_fast.ops.checks import check_clip, check_dims, check_floats, check_mask, check_option, check_per_row, expect
-from rlhf_fast.ops.dispatch import LIBRARY, _cpu, call, code, common_dtype, contiguous, has_kernel, kernel, threads
+from rlhf_fast.ops.dispatch import (
+    LIBRARY,
+    _cpu,
+    call,
+    code,
+    common_dtype,
+    contiguous,
+    define,
+    has_kernel,
+    kernel,
+    threads,
+)
 from rlhf_fast.ops.results import GAE
 
 # Kernels get the index: the order is that of enum RemaxVariant in csrc/returns.h and of kernels/gae.py.
 REMAX_VARIANTS = ("official", "paper", "verl")
 
-LIBRARY.define("gae(Tensor rewards, Tensor values, Tensor mask, float gamma, float lam) -> (Tensor, Tensor)")
-LIBRARY.define("discounted_returns(Tensor rewards, Tensor mask, float gamma) -> Tensor")
-LIBRARY.define("whiten(Tensor x, Tensor mask, bool shift_mean) -> Tensor")
-LIBRARY.define(
+define("gae(Tensor rewards, Tensor values, Tensor mask, float gamma, float lam) -> (Tensor, Tensor)")
+define("discounted_returns(Tensor rewards, Tensor mask, float gamma) -> Tensor")
+define("whiten(Tensor x, Tensor mask, bool shift_mean) -> Tensor")
+define(
     "remax_returns(Tensor scores, Tensor greedy_scores, Tensor logprobs, Tensor ref_logprobs, Tensor mask, "
     "float kl_coef, float gamma, float clip, str variant) -> Tensor"
 )
@@ -177,7 +188,7 @@ def _gae_cpu(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: f
 
 
 @torch.library.register_fake("rlhf_fast::gae", lib=LIBRARY)
-def _gae_fake(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+def gae_outputs(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     return rewards.new_empty(rewards.shape), rewards.new_empty(rewards.shape)
 
 

@@ -16,17 +16,19 @@ from rlhf_fast.ops.dispatch import (
     call,
     code,
     contiguous,
+    define,
     has_kernel,
     kernel,
     pointer,
     statistics_dtype,
     threads,
 )
-from rlhf_fast.ops.logprobs import rows_contiguous, token_logprobs
+from rlhf_fast.ops.logprobs import token_logprobs
 from rlhf_fast.ops.results import Sample
+from rlhf_fast.ops.row_blocks import rows_contiguous
 from rlhf_fast.ops.truncation import kept_tokens, packed
 
-LIBRARY.define(
+define(
     "sample_tokens(Tensor logits, Tensor uniforms, Tensor? greedy_mask, float temperature) "
     "-> (Tensor tokens, Tensor logprobs, Tensor entropy)"
 )
@@ -137,7 +139,7 @@ def _sample_cpu(
     logits = rows_contiguous(logits)
     n, vocabulary = logits.shape
     greedy, uniforms = contiguous(greedy_mask, uniforms)
-    tokens, logprobs, entropy = _sample_fake(logits, uniforms, greedy_mask, temperature)
+    tokens, logprobs, entropy = sample_outputs(logits, uniforms, greedy_mask, temperature)
     bad = _cpu.sample_tokens(
         logits.data_ptr(), code(logits), logits.stride(0), n, vocabulary, 1.0 / temperature, uniforms.data_ptr(),
         pointer(greedy), tokens.data_ptr(), logprobs.data_ptr(), entropy.data_ptr(), threads(logits),
@@ -148,7 +150,7 @@ def _sample_cpu(
 
 
 @torch.library.register_fake("rlhf_fast::sample_tokens", lib=LIBRARY)
-def _sample_fake(
+def sample_outputs(
     logits: Tensor, uniforms: Tensor, greedy_mask: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, dtype = logits.shape[0], statistics_dtype(logits)

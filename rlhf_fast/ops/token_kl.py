@@ -9,12 +9,24 @@ from torch import Tensor
 
 from rlhf_fast.ops import reference
 from rlhf_fast.ops.checks import check_like, expect
-from rlhf_fast.ops.dispatch import LIBRARY, _cpu, call, code, has_kernel, kernel, statistics_dtype, threads
+from rlhf_fast.ops.dispatch import (
+    LIBRARY,
+    _cpu,
+    call,
+    code,
+    define,
+    has_kernel,
+    kernel,
+    pointer,
+    statistics_dtype,
+    threads,
+)
 from rlhf_fast.ops.gradients import no_second_derivative, register_autograd
-from rlhf_fast.ops.logprobs import check_ids, check_logits, check_overwritable, id_error, row_blocks, rows_contiguous
+from rlhf_fast.ops.logprobs import check_ids, check_logits, check_overwritable, id_error
 from rlhf_fast.ops.results import TokenKL
+from rlhf_fast.ops.row_blocks import gradient_kernels, over_rows, rows_contiguous
 
-LIBRARY.define(
+define(
     "token_kl(Tensor logits, Tensor ref_logits, Tensor token_ids, float temperature, float softcap, "
     "bool inplace_backward) -> (Tensor logprobs, Tensor entropy, Tensor kl, Tensor ref_logprobs, Tensor stats)"
 )
@@ -22,8 +34,8 @@ _BACKWARD = (
     "Tensor ref_logits, Tensor token_ids, Tensor logprobs, Tensor entropy, Tensor stats, Tensor? grad_logprobs, "
     "Tensor? grad_entropy, Tensor? grad_kl, float temperature, float softcap"
 )
-LIBRARY.define(f"token_kl_backward(Tensor logits, {_BACKWARD}) -> Tensor")
-LIBRARY.define(f"token_kl_backward_(Tensor(a!) logits, {_BACKWARD}) -> ()")
+define(f"token_kl_backward(Tensor logits, {_BACKWARD}) -> Tensor")
+define(f"token_kl_backward_(Tensor(a!) logits, {_BACKWARD}) -> ()")
 
 
 def token_kl(
@@ -87,23 +99,21 @@ def _forward_cpu(
     logits: Tensor, ref_logits: Tensor, token_ids: Tensor, temperature: float, softcap: float, inplace_backward: bool
 ) -> tuple[Tensor, ...]:
     ids = token_ids.contiguous()
-    *results, stats = _forward_fake(logits, ref_logits, ids, temperature, softcap, inplace_backward)
-    size, row = stats.dtype.itemsize, 0
-    for z, z_ref in row_blocks(rows_contiguous(logits), rows_contiguous(ref_logits)):
+    outputs = token_kl_outputs(logits, ref_logits, ids, temperature, softcap, inplace_backward)
+    both = rows_contiguous(logits), rows_contiguous(ref_logits)
+    for row, (z, z_ref), (z_ids, *results) in over_rows(both, (ids, *outputs)):
         n, vocabulary = z.shape
         bad = _cpu.token_kl(
-            z.data_ptr(), code(z), z.stride(0), z_ref.data_ptr(), z_ref.stride(0), ids.data_ptr() + 8 * row, n,
-            vocabulary, 1.0 / temperature, softcap, *(x.data_ptr() + size * row for x in results),
-            stats.data_ptr() + 4 * size * row, threads(z),
+            z.data_ptr(), code(z), z.stride(0), z_ref.data_ptr(), z_ref.stride(0), z_ids.data_ptr(), n, vocabulary,
+            1.0 / temperature, softcap, *map(pointer, results), threads(z),
         )  # fmt: skip
         if bad >= 0:
             raise id_error(ids, row + bad, vocabulary)
-        row += n
-    return *results, stats
+    return outputs
 
 
 @torch.library.register_fake("rlhf_fast::token_kl", lib=LIBRARY)
-def _forward_fake(
+def token_kl_outputs(
     logits: Tensor, ref_logits: Tensor, token_ids: Tensor, temperature: float, softcap: float, inplace_backward: bool
 ) -> tuple[Tensor, ...]:
     dtype, shape = statistics_dtype(logits), token_ids.shape
@@ -111,49 +121,15 @@ def _forward_fake(
     return *results, logits.new_empty((*shape, 4), dtype=dtype)
 
 
-def _backward_into(
-    grad: Tensor | None,
-    logits: Tensor,
-    ref_logits: Tensor,
-    token_ids: Tensor,
-    logprobs: Tensor,
-    entropy: Tensor,
-    stats: Tensor,
-    grad_logprobs: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_kl: Tensor | None,
-    temperature: float,
-    softcap: float,
+@gradient_kernels("token_kl_backward", "cpu", references=1)
+def _gradient_cpu(
+    grad: Tensor, z: Tensor, z_ref: Tensor, temperature: float, softcap: float, ids: Tensor, *per_row: Tensor | None
 ) -> None:
-    """Write the gradient into the contiguous tensor `grad`, or over the logits where it is None."""
-    ids = token_ids.contiguous()
-    upstream = [None if g is None else g.contiguous() for g in (grad_logprobs, grad_entropy, grad_kl)]
-    size, row = logprobs.dtype.itemsize, 0
-    for z, z_ref in row_blocks(logits, rows_contiguous(ref_logits)):
-        n, vocabulary = z.shape
-        out = (z.data_ptr(), z.stride(0))
-        if grad is not None:
-            out = (grad.data_ptr() + grad.dtype.itemsize * row * vocabulary, vocabulary)
-        _cpu.token_kl_backward(
-            z.data_ptr(), code(z), z.stride(0), z_ref.data_ptr(), z_ref.stride(0), ids.data_ptr() + 8 * row, n,
-            vocabulary, 1.0 / temperature, softcap, logprobs.data_ptr() + size * row, entropy.data_ptr() + size * row,
-            stats.data_ptr() + 4 * size * row, *(0 if g is None else g.data_ptr() + size * row for g in upstream),
-            *out, threads(z),
-        )  # fmt: skip
-        row += n
-
-
-@kernel("token_kl_backward", "cpu")
-def _backward_cpu(logits: Tensor, *args: Tensor | float | None) -> Tensor:
-    grad = torch.empty(logits.shape, dtype=logits.dtype)
-    _backward_into(grad, rows_contiguous(logits), *args)
-    return grad
-
-
-@kernel("token_kl_backward_", "cpu")
-def _backward_cpu_(logits: Tensor, *args: Tensor | float | None) -> None:
-    _backward_into(None, logits, *args)
-    torch.autograd.graph.increment_version(logits)
+    """per_row: logprobs, entropy, stats, the gradients by the first three."""
+    _cpu.token_kl_backward(
+        z.data_ptr(), code(z), z.stride(0), z_ref.data_ptr(), z_ref.stride(0), ids.data_ptr(), *z.shape,
+        1.0 / temperature, softcap, *map(pointer, per_row), grad.data_ptr(), grad.stride(0), threads(z),
+    )  # fmt: skip
 
 
 @torch.library.register_fake("rlhf_fast::token_kl_backward", lib=LIBRARY)
@@ -176,6 +152,7 @@ def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, outp
 
 def _backward(
     ctx: torch.autograd.function.FunctionCtx,
+    needed: tuple[bool, ...],
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
     grad_kl: Tensor | None,
@@ -189,5 +166,5 @@ def _backward(
     return (logits,)
 
 
-register_autograd("token_kl", _setup_context, _backward, differentiable=(0,))
+register_autograd("token_kl", _setup_context, _backward, differentiable=("logits",))
 no_second_derivative("token_kl_backward")

@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
 from rlhf_fast.lm.objectives import kept_logits
 from rlhf_fast.lm.passes import response_hidden, sequence_scores, token_values
 from rlhf_fast.lm.sequences import Sequences
+from rlhf_fast.ops.private import FakeTensorMode
 from rlhf_fast.ops.truncation import kept_tokens, packed
 from rlhf_fast.plan.shapes import Shape, layer_count, layers_of, make_fake, period
 from rlhf_fast.rollout import blocks

@@ -105,11 +105,9 @@ def make_fake(model: PreTrainedModel) -> None:
     """Moves a model from the meta device to fake tensors of the FakeTensorMode that is on; ties stay ties."""
     made: dict[Tensor, Tensor] = {}
     for module in model.modules():
-        for held in (module._parameters, module._buffers):
-            for name, old in held.items():
-                if old is None:
-                    continue
-                if old not in made:
-                    new = torch.empty(old.shape, dtype=old.dtype)
-                    made[old] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-                held[name] = made[old]
+        own = dict(recurse=False, remove_duplicate=False)
+        for name, old in [*module.named_parameters(**own), *module.named_buffers(**own)]:
+            if old not in made:
+                new = torch.empty(old.shape, dtype=old.dtype)
+                made[old] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+            setattr(module, name, made[old])

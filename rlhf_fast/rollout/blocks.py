@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from rlhf_fast.lm.private import attention_of, is_transposed, lora_deltas, plain_base, rotary_of
+from rlhf_fast.ops.private import has_forward_hooks
 from rlhf_fast.rollout import cpu
 
 Function = Callable[[Tensor], Tensor]
@@ -91,13 +92,7 @@ def read(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Blocks | N
 def _llama(base: nn.Module, config: object, dtype: torch.dtype | None) -> tuple | None:
     if (getattr(config, "rope_parameters", None) or {}).get("rope_type") not in _FIXED_ROPE:
         return None
-    rotary = base.rotary_emb
-    eager = config._attn_implementation == "eager"
-
-    def rope(positions: Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = rotary(base.embed_tokens.weight[:1], positions[None])
-        return cos[0], sin[0]
-
+    rope, eager = rotary_of(base), attention_of(config) == "eager"
     blocks = []
     for layer in base.layers:
         attention, mlp = layer.self_attn, layer.mlp
@@ -201,7 +196,7 @@ def _norm(module: nn.Module) -> Function:
     compiled = cpu.rms_norm(weight, epsilon) if cpu.runs(weight) else None
 
     def norm(x: Tensor) -> Tensor:
-        if compiled is not None and x.dtype is weight.dtype and x.is_contiguous():
+        if compiled is not None and x.dtype is weight.dtype and cpu.runs(x) and x.is_contiguous():
             return compiled(x)
         return F.rms_norm(x.to(weight.dtype), weight.shape, weight, epsilon).to(x.dtype)  # torch warns of two dtypes
 
@@ -218,7 +213,7 @@ def _linear(modules: Sequence[nn.Module], dtype: torch.dtype | None) -> Function
         if len(modules) == 1:
             return modules[0]
         return lambda x: torch.cat([m(x) for m in modules], dim=-1)
-    biases = [getattr(module, "base_layer", module).bias for module in modules]
+    biases = [plain_base(module).bias for module in modules]
     has_bias = any(bias is not None for bias in biases)
     weight = (torch.cat(weights) if len(weights) > 1 else weights[0]).to(dtype or weights[0].dtype)
     zeros = (b if b is not None else w.new_zeros(len(w)) for b, w in zip(biases, weights, strict=True))
@@ -228,13 +223,13 @@ def _linear(modules: Sequence[nn.Module], dtype: torch.dtype | None) -> Function
 
 def _weight(module: nn.Module) -> Tensor | None:
     """[out, in] of a plain layer, or of a small one with its LoRA adapter added; None for any other module."""
-    base = getattr(module, "base_layer", module)
-    if type(base) not in (nn.Linear, Conv1D) or module._forward_hooks or module._forward_pre_hooks:
+    base = plain_base(module)
+    if base is None or has_forward_hooks(module):
         return None
     weight = base.weight
     if base is not module:
-        is_lora = hasattr(module, "lora_A") and not (module.disable_adapters or module.merged or module.lora_variant)
-        if not is_lora or weight.nbytes > _MOST_COPIED:
+        deltas = None if weight.nbytes > _MOST_COPIED else lora_deltas(module)
+        if deltas is None:
             return None
-        weight = sum((module.get_delta_weight(a) for a in module.active_adapters if a in module.lora_A), weight)
-    return weight.t() if type(base) is Conv1D else weight
+        weight = sum(deltas, weight)
+    return weight.t() if is_transposed(base) else weight

@@ -4,21 +4,22 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
-from rlhf_fast.ops.dispatch import COMPILED, _cpu, code, pointer
+from rlhf_fast.ops.dispatch import COMPILED, _cpu, code, has_address, pointer
 
 _HALF_OR_FLOAT = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def runs(x: Tensor) -> bool:
-    """Whether these kernels take tensors like x; fake ones have no address."""
-    fake = isinstance(x, FakeTensor)
-    return COMPILED and not fake and x.device.type == "cpu" and x.dtype in _HALF_OR_FLOAT
+    """Whether these kernels take x: a plain tensor, because they read its address, on the CPU, of a dtype they know."""
+    return COMPILED and has_address(x) and x.device.type == "cpu" and x.dtype in _HALF_OR_FLOAT
 
 
 def rms_norm(weight: Tensor, epsilon: float) -> Callable[[Tensor], Tensor]:
-    """x -> x / sqrt(mean(x^2) + epsilon) * weight over the last dimension, for contiguous x of weight's dtype."""
+    """x -> x / sqrt(mean(x^2) + epsilon) * weight over the last dimension, for contiguous x of weight's dtype.
+
+    The caller asks `runs` of weight and of every x.
+    """
     dtype, H, address = code(weight), weight.numel(), weight.data_ptr()
 
     def norm(x: Tensor, weight: Tensor = weight) -> Tensor:  # the default keeps the address alive
@@ -44,14 +45,19 @@ def attention(
     heads: [n, (Q + 2 K) D] of the cache's dtype, queries, keys, values.
     cache: [n, 2 K, S, D] contiguous. tables: cos and sin [positions, D] of the rotary embedding, contiguous, sin
     negative in its first half. positions: [n] int64, changed in place from step to step. starts: [n] int64, the first
-    slot each row sees. scaling, softcap and window: the layer's, as in `blocks.Block`.
+    slot each row sees. scaling, softcap and window: the layer's, as in `blocks.Block`. The caller asks `runs` of the
+    cache. Raises TypeError where a layer's projections make heads that are no plain tensor.
     """
+    if not all(map(has_address, (cache, positions, starts, *(tables or ())))):
+        raise TypeError("attention: expected plain tensors for the cache, the tables, the positions and the starts")
     (n, both, S, D), threads = cache.shape, torch.get_num_threads()
     cos, sin = tables or (None, None)
     dtype, softcap, window = code(cache), softcap or 0.0, window or 0
     fixed = pointer(cos), pointer(sin), positions.data_ptr(), starts.data_ptr(), cache.data_ptr(), S
 
     def attend(heads: Tensor, slot: int, owners: object = (tables, positions, starts, cache)) -> Tensor:
+        if not has_address(heads):
+            raise TypeError(f"attention: expected a plain tensor of heads, got {type(heads).__name__}")
         Q = heads.numel() // (n * D) - both
         out = heads.new_empty(n, Q * D)
         _cpu.decode_attention(

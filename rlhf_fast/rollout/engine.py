@@ -17,14 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from rlhf_fast.lm.fast_paths import not_taken
 from rlhf_fast.lm.passes import forward_inputs
+from rlhf_fast.lm.private import keys_and_values, repeat_rows, select_rows
 from rlhf_fast.lm.sequences import position_ids
 from rlhf_fast.rollout import blocks, cpu
 
 # Attention reads the cache in pieces of this many slots; on CUDA a graph is captured for each.
 _SLOTS = 64
-# Whether StaticDecoder was found to give a model's own logits.
-_agrees: "weakref.WeakKeyDictionary[PreTrainedModel, bool]" = weakref.WeakKeyDictionary()
+# Why StaticDecoder is not taken for a model; None where it was found to give the model's own logits.
+_refused: "weakref.WeakKeyDictionary[PreTrainedModel, str | None]" = weakref.WeakKeyDictionary()
 
 
 class Decoder(Protocol):
@@ -41,9 +43,11 @@ class Decoder(Protocol):
 def decoder(model: PreTrainedModel, new_tokens: int) -> Decoder:
     """A decoder with room for `new_tokens` tokens behind the prompt. The model must be in eval mode."""
     dtype = torch.get_autocast_dtype(model.device.type) if torch.is_autocast_enabled(model.device.type) else None
-    if model not in _agrees:
-        _agrees[model] = blocks.read(model) is not None and _same_logits(model)
-    parts = blocks.read(model, dtype) if _agrees[model] else None
+    if model not in _refused:
+        _refused[model] = reason = _refusal(model)
+        if reason is not None:
+            not_taken("our own decoding steps are", model, reason, "transformers' forward runs with its own cache")
+    parts = blocks.read(model, dtype) if _refused[model] is None else None
     return CacheDecoder(model) if parts is None else StaticDecoder(model, parts, new_tokens)
 
 
@@ -57,7 +61,7 @@ class CacheDecoder:
         positions = position_ids(mask)
         logits = self._logits(ids, mask, positions)
         if copies > 1:
-            self.cache.batch_repeat_interleave(copies)
+            repeat_rows(self.cache, copies)
         self.mask = mask.repeat_interleave(copies, dim=0)
         self.position = positions[:, -1:].repeat_interleave(copies, dim=0)
         return logits.repeat_interleave(copies, dim=0)
@@ -68,7 +72,7 @@ class CacheDecoder:
         return self._logits(tokens[:, None], self.mask, self.position)
 
     def keep(self, rows: Tensor) -> Tensor:
-        self.cache.batch_select_indices(rows)
+        select_rows(self.cache, rows)
         self.mask, self.position = self.mask[rows], self.position[rows]
         return rows
 
@@ -91,11 +95,12 @@ class StaticDecoder:
         logits = self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
         self.rows, self.length, S = B * copies, P, P + self.new_tokens
-        first = cache.layers[0].keys
+        layers = keys_and_values(cache)
+        first = layers[0][0]
         shape = (len(parts.blocks), self.rows, 2 * parts.key_value_heads, S, parts.head_dim)
         self.cache = first.new_zeros(shape)  # uninitialised slots could hold NaN, which a mask does not hide
-        for layer, mine in zip(cache.layers, self.cache, strict=True):
-            both = torch.cat([layer.keys, layer.values], dim=1)
+        for layer, mine in zip(layers, self.cache, strict=True):
+            both = torch.cat(layer, dim=1)
             mine.view(B, copies, *shape[2:])[:, :, :, :P] = both[:, None]
         self.starts = (~mask).sum(dim=1).repeat_interleave(copies)
         self.slot = torch.full((1,), P, device=device)
@@ -154,7 +159,8 @@ class StaticDecoder:
         self._values = [layer[:, K:, :S] for layer in mine]
         self._seen = {window: mask[..., window or 0 :][..., :S] for window, mask in self.masks.items()}
         self._compiled = None
-        if cpu.runs(self.cache) and (self.tables is None or self.tables[0].dtype is torch.float32):
+        tables = self.tables or ()
+        if cpu.runs(self.cache) and all(cpu.runs(table) and table.dtype is torch.float32 for table in tables):
             state = self.tables, self.position, self.starts
             layers = zip(self.parts.blocks, mine, strict=True)
             self._compiled = [
@@ -242,16 +248,27 @@ class _Graph:
         return self.logits
 
 
-def _same_logits(model: PreTrainedModel) -> bool:
-    """Whether two steps over ragged prompts give the logits of the model's own forward."""
+def _refusal(model: PreTrainedModel) -> str | None:
+    """Why our step cannot be used: None where two steps over ragged prompts give the logits of the model's forward."""
     ids = (torch.arange(8, device=model.device).view(2, 4) + 1) % model.config.get_text_config().vocab_size
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[0, :2] = False
-    mine, own = StaticDecoder(model, blocks.read(model), 2), CacheDecoder(model)
+
+    def last_logits(decoder: Decoder) -> Tensor:
+        decoder.prefill(ids, mask, 1)
+        for column in (0, 1):
+            logits = decoder.step(ids[:, column])
+        return logits
+
     with torch.autocast(model.device.type, enabled=False):
-        for each in (mine, own):
-            each.prefill(ids, mask, 1)
-        for token in (ids[:, 0], ids[:, 1]):
-            a, b = mine.step(token), own.step(token)
+        try:
+            parts = blocks.read(model)
+            if parts is None:
+                return "the layout of its layers is not known"
+            a = last_logits(StaticDecoder(model, parts, 2))
+        except Exception as error:  # weights of a class that our step cannot mix with plain tensors, for example
+            return f"a step over its weights raises {type(error).__name__}"
+        b = last_logits(CacheDecoder(model))
     tolerance = 1e-4 if a.dtype == torch.float32 else 3e-2
-    return torch.allclose(a.float(), b.float(), rtol=tolerance, atol=tolerance * b.abs().max().item())
+    same = torch.allclose(a.float(), b.float(), rtol=tolerance, atol=tolerance * b.abs().max().item())
+    return None if same else "its own forward gives other logits"

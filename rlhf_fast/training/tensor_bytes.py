@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlhf_fast.ops import dispatch
+from rlhf_fast.ops import dispatch, private
 
 
-class TensorBytes(TorchDispatchMode):
+class TensorBytes(private.TorchDispatchMode):
     """Context manager; `live` and `peak` are bytes of tensors made or first read inside.
 
     exclude: tensors whose storages are left out, such as weights that are accounted for elsewhere.
@@ -52,9 +51,9 @@ class TensorBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         self._follow_all((args, kwargs))
-        if func.namespace == "rlhf_fast" and not _has_fake(args):
+        if func.namespace == "rlhf_fast" and all(dispatch.has_address(x) for x in args if isinstance(x, Tensor)):
             with self:  # the operator's own buffers
-                out = dispatch.run_kernel(func._opname, *args)
+                out = dispatch.run_kernel(func.name().split("::")[1], *args)
         else:
             out = func(*args, **(kwargs or {}))
         self._follow_all(out)
@@ -75,7 +74,7 @@ class TensorBytes(TorchDispatchMode):
             self._follow_storage(tensor.untyped_storage(), size)
 
     def _follow_storage(self, storage: torch.UntypedStorage, size: int | None) -> None:
-        key = storage._cdata
+        key = private.storage_key(storage)
         if key in self._held:
             return
         self._held[key] = storage.nbytes() if size is None else size
@@ -98,7 +97,3 @@ def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
     for part in (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]):
         if isinstance(part, Tensor):  # DTensor names its mesh too
             yield from plain_tensors(part)
-
-
-def _has_fake(args: tuple) -> bool:
-    return any(isinstance(x, torch._subclasses.FakeTensor) for x in args)

@@ -49,6 +49,11 @@ def losses(options):
         ),
         "dpo": through("linear_dpo_loss", first, masked, *refs, beta=0.05),
         "dpo, sigmoid_norm": through("linear_dpo_loss", first, masked, *refs, loss_type="sigmoid_norm", normalizer=5.0),
+        "kto": through("linear_kto_loss", first, masked, refs[0].repeat(2), mask[:, 0], torch.tensor(0.4), beta=0.05),
+        "kto, everything": through(
+            "linear_kto_loss", first, masked, refs[1].repeat(2), mask[:, 1], None, loss_type="apo_zero_unpaired",
+            beta=0.02, desirable_weight=0.3, undesirable_weight=1.7, normalizer=5.0,
+        ),
         "dpo, ipo": through("linear_dpo_loss", first, masked, None, None, loss_type="ipo", reference_free=True),
     }  # fmt: skip
 

@@ -75,6 +75,11 @@ def samples():
              1.0, 0.0, 1 << 20, True, True, False)
             for x in [torch.randn(4, T, 6)]
         ],
+        "linear_kto_loss": [
+            (leaf(x), leaf(w), leaf(c), ids, b, b > 0, n, None, 0.1, "kto", 1.0, 2.0, 0.7, 3.0, 1 << 20, *[True] * 3),
+            (leaf(x), w, None, ids, b, b > 0, n, n, 0.1, "apo_zero_unpaired", 1.0, 1.0, 1.0, 0.0, 1 << 20, True, False,
+             False),
+        ],
         "sample_tokens": [
             (torch.randn(B, V), torch.rand(B, dtype=torch.float64), None, 1.0),
             (torch.randn(V, B).t(), torch.rand(B, dtype=torch.float64), mask(B), 0.5),
@@ -116,6 +121,10 @@ def samples():
         "reinforce_loss": [(leaf(f), b, mask(B, T), None, "sequence_sum", True)],
         "reward_loss": [(leaf(b), leaf(b), None, 0.0, True), (leaf(b), b, b, 0.1, True), (b, b, None, 0.0, False)],
         "ranking_loss": [(leaf(f), torch.randint(-1, 3, (B, T)), True)],
+        "kto_loss": [
+            (leaf(b), b.flip(0), b > 0, n, 0.1, "kto", 1.0, 2.0, True),
+            (b, b.flip(0), b > 0, n, 0.1, "apo_zero_unpaired", 1.0, 1.0, False),
+        ],
         "dpo_loss": [
             (leaf(b), leaf(b), b, b, None, None, 0.1, "sigmoid", 0.0, True),
             (leaf(b), leaf(b), None, None, b.exp(), b.exp(), 0.1, "ipo", 0.0, True),
@@ -125,7 +134,7 @@ def samples():
 
 SAVED_GRADIENTS = [
     "kl_penalty", "ppo_loss", "ppo_value_loss", "reinforce_loss", "reward_loss", "ranking_loss", "dpo_loss",
-    "linear_sft_loss", "linear_reinforce_loss", "linear_ppo_loss", "linear_dpo_loss",
+    "kto_loss", "linear_sft_loss", "linear_reinforce_loss", "linear_ppo_loss", "linear_dpo_loss", "linear_kto_loss",
 ]  # fmt: skip
 
 
@@ -164,6 +173,9 @@ def public_calls():
             head(x), w, (x > 0).long(), x.detach(), x.detach().cos(), x > -1, normalizer=n, entropy_coef=0.1
         )[:1],
         "linear_dpo_loss": lambda x: ops.linear_dpo_loss(head(x), w, (x > 0).long(), *x.detach()[:, 0].chunk(2))[:1],
+        "linear_kto_loss": lambda x: ops.linear_kto_loss(
+            head(x), w, (x > 0).long(), x.detach()[:, 0], x[:, 0] > 0, n, undesirable_weight=2.0
+        )[:1],
         "kl_penalty": lambda x: (ops.kl_penalty(x, x.sin(), "k3"),),
         "shape_rewards": lambda x: (x * ops.shape_rewards(x[:, 0], x, x.cos(), x > 0, kl_coef=0.1),),
         "gae": lambda x: (x * ops.gae(x, x.cos(), x > 0).advantages,),
@@ -177,6 +189,7 @@ def public_calls():
         "reward_loss": lambda x: ops.reward_loss(x[0], x[1], center_coef=0.1),
         "ranking_loss": lambda x: ops.ranking_loss(x, torch.arange(x.shape[1]).expand_as(x)),
         "dpo_loss": lambda x: ops.dpo_loss(x[0], x[1], x[2], x[3]),
+        "kto_loss": lambda x: ops.kto_loss(x[0], x.detach()[1], x[2] > 0, n, undesirable_weight=2.0),
     }
 
 

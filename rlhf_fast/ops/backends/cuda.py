@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import _cuda
-from rlhf_fast.ops import groups, kl, logprobs, policy_loss, preference, returns, sampling
-from rlhf_fast.ops.dispatch import code, contiguous, kernel, pointer, statistics_dtype
-from rlhf_fast.ops.token_kl import _forward_fake as _kl_forward_fake
+from rlhf_fast.ops import groups, kl, policy_loss, preference, returns, sampling
+from rlhf_fast.ops.dispatch import code, contiguous, kernel, pointer
+from rlhf_fast.ops.logprobs import token_logprobs_outputs
+from rlhf_fast.ops.row_blocks import gradient_kernels, over_rows, rows_contiguous
+from rlhf_fast.ops.token_kl import token_kl_outputs
 
 _scratches: dict[tuple[torch.device, int], Tensor] = {}
 
@@ -60,129 +62,59 @@ def _normalizer(normalizer: Tensor | None, like: Tensor) -> tuple[float, Tensor 
 def _token_logprobs(
     logits: Tensor, token_ids: Tensor, temperature: float, softcap: float, inplace_backward: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    logits, ids = logprobs.rows_contiguous(logits), token_ids.contiguous()
-    outputs = logprobs._forward_fake(logits, ids, temperature, softcap, inplace_backward)
-    row = 0
-    for (z,) in logprobs.row_blocks(logits):
-        at = (x.data_ptr() + x.dtype.itemsize * row * width for x, width in zip(outputs, (1, 1, 2), strict=True))
+    logits, ids = rows_contiguous(logits), token_ids.contiguous()
+    outputs = token_logprobs_outputs(logits, ids, temperature, softcap, inplace_backward)
+    for _, (z,), (z_ids, *results) in over_rows((logits,), (ids, *outputs)):
         _launch(
-            "token_logprobs", z, z.data_ptr(), code(z), z.stride(0), ids.data_ptr() + 8 * row, *z.shape,
-            1.0 / temperature, softcap, *at, scratch=True,
+            "token_logprobs", z, z.data_ptr(), code(z), z.stride(0), z_ids.data_ptr(), *z.shape, 1.0 / temperature,
+            softcap, *map(pointer, results), scratch=True,
         )  # fmt: skip
-        row += z.shape[0]
     return outputs
 
 
-def _backward_into(
-    grad: Tensor | None,
-    logits: Tensor,
-    token_ids: Tensor,
-    logprob: Tensor,
-    entropy: Tensor,
-    stats: Tensor,
-    grad_logprob: Tensor | None,
-    grad_entropy: Tensor | None,
-    temperature: float,
-    softcap: float,
+@gradient_kernels("token_logprobs_backward", "cuda")
+def _token_logprobs_gradient(
+    grad: Tensor, z: Tensor, temperature: float, softcap: float, ids: Tensor, *per_row: Tensor | None
 ) -> None:
-    """Write the gradient into the contiguous tensor `grad`, or over the logits where it is None."""
-    ids, *upstream = contiguous(token_ids, grad_logprob, grad_entropy)
-    size, row = statistics_dtype(logits).itemsize, 0
-    for (z,) in logprobs.row_blocks(logits):
-        n, vocabulary = z.shape
-        out = (z.data_ptr(), z.stride(0))
-        if grad is not None:
-            out = (grad.data_ptr() + grad.dtype.itemsize * row * vocabulary, vocabulary)
-        _launch(
-            "token_logprobs_backward", z, z.data_ptr(), code(z), z.stride(0), ids.data_ptr() + 8 * row, n, vocabulary,
-            1.0 / temperature, softcap, logprob.data_ptr() + size * row, entropy.data_ptr() + size * row,
-            stats.data_ptr() + 2 * size * row, *(0 if g is None else g.data_ptr() + size * row for g in upstream), *out,
-        )  # fmt: skip
-        row += n
-
-
-@kernel("token_logprobs_backward", "cuda")
-def _token_logprobs_backward(logits: Tensor, *args: Tensor | float | None) -> Tensor:
-    grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    _backward_into(grad, logprobs.rows_contiguous(logits), *args)
-    return grad
-
-
-@kernel("token_logprobs_backward_", "cuda")
-def _token_logprobs_backward_(logits: Tensor, *args: Tensor | float | None) -> None:
-    _backward_into(None, logits, *args)
-    torch.autograd.graph.increment_version(logits)
+    """per_row: logprobs, entropy, stats, the gradients by the first two."""
+    _launch(
+        "token_logprobs_backward", z, z.data_ptr(), code(z), z.stride(0), ids.data_ptr(), *z.shape, 1.0 / temperature,
+        softcap, *map(pointer, per_row), grad.data_ptr(), grad.stride(0),
+    )  # fmt: skip
 
 
 @kernel("token_kl", "cuda")
 def _token_kl(
     logits: Tensor, ref_logits: Tensor, token_ids: Tensor, temperature: float, softcap: float, inplace_backward: bool
 ) -> tuple[Tensor, ...]:
-    logits, ref_logits = logprobs.rows_contiguous(logits), logprobs.rows_contiguous(ref_logits)
-    ids = token_ids.contiguous()
-    outputs = _kl_forward_fake(logits, ref_logits, ids, temperature, softcap, inplace_backward)
-    row = 0
-    for z, z_ref in logprobs.row_blocks(logits, ref_logits):
-        at = (x.data_ptr() + x.dtype.itemsize * row * width for x, width in zip(outputs, (1, 1, 1, 1, 4), strict=True))
+    both, ids = (rows_contiguous(logits), rows_contiguous(ref_logits)), token_ids.contiguous()
+    outputs = token_kl_outputs(*both, ids, temperature, softcap, inplace_backward)
+    for _, (z, z_ref), (z_ids, *results) in over_rows(both, (ids, *outputs)):
         _launch(
-            "token_kl", z, z.data_ptr(), code(z), z.stride(0), z_ref.data_ptr(), z_ref.stride(0),
-            ids.data_ptr() + 8 * row, *z.shape, 1.0 / temperature, softcap, *at,
+            "token_kl", z, z.data_ptr(), code(z), z.stride(0), z_ref.data_ptr(), z_ref.stride(0), z_ids.data_ptr(),
+            *z.shape, 1.0 / temperature, softcap, *map(pointer, results),
         )  # fmt: skip
-        row += z.shape[0]
     return outputs
 
 
-def _kl_backward_into(
-    grad: Tensor | None,
-    logits: Tensor,
-    ref_logits: Tensor,
-    token_ids: Tensor,
-    logprob: Tensor,
-    entropy: Tensor,
-    stats: Tensor,
-    grad_logprob: Tensor | None,
-    grad_entropy: Tensor | None,
-    grad_kl: Tensor | None,
-    temperature: float,
-    softcap: float,
+@gradient_kernels("token_kl_backward", "cuda", references=1)
+def _token_kl_gradient(
+    grad: Tensor, z: Tensor, z_ref: Tensor, temperature: float, softcap: float, ids: Tensor, *per_row: Tensor | None
 ) -> None:
-    """Write the gradient into the contiguous tensor `grad`, or over the logits where it is None."""
-    ids, *upstream = contiguous(token_ids, grad_logprob, grad_entropy, grad_kl)
-    size, row = statistics_dtype(logits).itemsize, 0
-    for z, z_ref in logprobs.row_blocks(logits, logprobs.rows_contiguous(ref_logits)):
-        n, vocabulary = z.shape
-        out = (z.data_ptr(), z.stride(0))
-        if grad is not None:
-            out = (grad.data_ptr() + grad.dtype.itemsize * row * vocabulary, vocabulary)
-        _launch(
-            "token_kl_backward", z, z.data_ptr(), code(z), z.stride(0), z_ref.data_ptr(), z_ref.stride(0),
-            ids.data_ptr() + 8 * row, n, vocabulary, 1.0 / temperature, softcap, logprob.data_ptr() + size * row,
-            entropy.data_ptr() + size * row, stats.data_ptr() + 4 * size * row,
-            *(0 if g is None else g.data_ptr() + size * row for g in upstream), *out,
-        )  # fmt: skip
-        row += n
-
-
-@kernel("token_kl_backward", "cuda")
-def _token_kl_backward(logits: Tensor, *args: Tensor | float | None) -> Tensor:
-    grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    _kl_backward_into(grad, logprobs.rows_contiguous(logits), *args)
-    return grad
-
-
-@kernel("token_kl_backward_", "cuda")
-def _token_kl_backward_(logits: Tensor, *args: Tensor | float | None) -> None:
-    _kl_backward_into(None, logits, *args)
-    torch.autograd.graph.increment_version(logits)
+    """per_row: logprobs, entropy, stats, the gradients by the first three."""
+    _launch(
+        "token_kl_backward", z, z.data_ptr(), code(z), z.stride(0), z_ref.data_ptr(), z_ref.stride(0), ids.data_ptr(),
+        *z.shape, 1.0 / temperature, softcap, *map(pointer, per_row), grad.data_ptr(), grad.stride(0),
+    )  # fmt: skip
 
 
 @kernel("sample_tokens", "cuda")
 def _sample_tokens(
     logits: Tensor, uniforms: Tensor, greedy_mask: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    logits = logprobs.rows_contiguous(logits)
+    logits = rows_contiguous(logits)
     uniforms, greedy = contiguous(uniforms, greedy_mask)
-    outputs, (n, vocabulary) = sampling._sample_fake(logits, uniforms, greedy, temperature), logits.shape
+    outputs, (n, vocabulary) = sampling.sample_outputs(logits, uniforms, greedy, temperature), logits.shape
     states = uniforms.new_empty(n, -(-vocabulary // _cuda.sample_tile), 3)
     _launch(
         "sample_tokens", logits, logits.data_ptr(), code(logits), logits.stride(0), n, vocabulary, 1.0 / temperature,
@@ -194,7 +126,7 @@ def _sample_tokens(
 @kernel("kl_penalty", "cuda")
 def _kl_penalty(logp: Tensor, ref: Tensor, estimator: str, with_grad: bool) -> tuple[Tensor, Tensor]:
     logp, ref = contiguous(logp, ref)
-    outputs = kl._kl_fake(logp, ref, estimator, with_grad)
+    outputs = kl.kl_penalty_outputs(logp, ref, estimator, with_grad)
     _launch(
         "kl_penalty", logp, code(logp), logp.data_ptr(), ref.data_ptr(), logp.numel(), kl.ESTIMATORS.index(estimator),
         *map(pointer, outputs),
@@ -218,7 +150,7 @@ def _shape_rewards(
 @kernel("gae", "cuda")
 def _gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     tensors = contiguous(rewards, values, mask)
-    outputs = returns._gae_fake(rewards, values, mask, gamma, lam)
+    outputs = returns.gae_outputs(rewards, values, mask, gamma, lam)
     _launch("gae", rewards, code(rewards), *map(pointer, tensors), *rewards.shape, gamma, lam, *map(pointer, outputs))
     return outputs
 
@@ -272,7 +204,7 @@ def _grpo_advantages(scores: Tensor, group_size: int) -> Tensor:
 
 def _group_advantages(name: str, scores: Tensor, group_size: int) -> Tensor:
     scores = scores.contiguous()
-    out = groups._fake(scores, group_size)
+    out = groups.group_outputs(scores, group_size)
     _launch(name, scores, code(scores), scores.data_ptr(), scores.shape[0], group_size, out.data_ptr())
     return out
 
@@ -296,7 +228,7 @@ def _ppo_loss(
     *with_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logp, old_logp, advantages, mask, ref, entropy = contiguous(logp, old_logp, advantages, mask, ref, entropy)
-    loss, stats, *grads = policy_loss._ppo_fake(logp, *with_grads)
+    loss, stats, *grads = policy_loss.ppo_outputs(logp, *with_grads)
     denominator, normalizer = _normalizer(normalizer, logp)
     _launch(
         "ppo_loss", logp, code(logp), logp.data_ptr(), old_logp.data_ptr(), advantages.data_ptr(),
@@ -318,7 +250,7 @@ def _ppo_value_loss(
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     tensors = contiguous(values, old_values, targets, mask)
-    loss, stats, grad = policy_loss._value_fake(tensors[0], with_grad)
+    loss, stats, grad = policy_loss.ppo_value_outputs(tensors[0], with_grad)
     denominator, normalizer = _normalizer(normalizer, values)
     _launch(
         "ppo_value_loss", values, code(values), *map(pointer, tensors), values.numel(), clip, denominator,
@@ -332,7 +264,7 @@ def _reinforce_loss(
     logp: Tensor, advantages: Tensor, mask: Tensor, normalizer: Tensor | None, reduction: str, with_grad: bool
 ) -> tuple[Tensor, Tensor]:
     logp, advantages, mask = contiguous(logp, advantages, mask)
-    loss, grad = policy_loss._reinforce_fake(logp, with_grad)
+    loss, grad = policy_loss.reinforce_outputs(logp, with_grad)
     denominator, normalizer = _normalizer(normalizer, logp)
     _launch(
         "reinforce_loss", logp, code(logp), logp.data_ptr(), advantages.data_ptr(), advantages.dim() == 2,
@@ -347,7 +279,7 @@ def _reward_loss(
     chosen: Tensor, rejected: Tensor, margin: Tensor | None, center_coef: float, with_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tensors = contiguous(chosen, rejected, margin)
-    loss, stats, *grads = preference._reward_fake(chosen, rejected, margin, center_coef, with_grad)
+    loss, stats, *grads = preference.reward_outputs(chosen, rejected, margin, center_coef, with_grad)
     _launch(
         "reward_loss", chosen, code(chosen), *map(pointer, tensors), chosen.shape[0], center_coef,
         *map(pointer, (*grads, loss, stats)), scratch=True,
@@ -358,7 +290,7 @@ def _reward_loss(
 @kernel("ranking_loss", "cuda")
 def _ranking_loss(scores: Tensor, ranks: Tensor, with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
     tensors = contiguous(scores, ranks)
-    loss, stats, grad = preference._ranking_fake(scores, ranks, with_grad)
+    loss, stats, grad = preference.ranking_outputs(scores, ranks, with_grad)
     _launch(
         "ranking_loss", scores, code(scores), *map(pointer, tensors), *scores.shape,
         *map(pointer, (grad, loss, stats)), scratch=True,
@@ -380,7 +312,7 @@ def _dpo_loss(
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tensors = contiguous(chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths)
-    outputs = preference._dpo_fake(chosen, with_grad)
+    outputs = preference.dpo_outputs(chosen, with_grad)
     _launch(
         "dpo_loss", chosen, code(chosen), *map(pointer, tensors), chosen.shape[0], beta,
         preference.LOSS_TYPES.index(loss_type), label_smoothing, *map(pointer, outputs),

@@ -16,9 +16,9 @@ from rlhf_fast.kernels import ppo_loss as policy
 from rlhf_fast.kernels import reward_loss as reward
 from rlhf_fast.kernels import whiten as normalised
 from rlhf_fast.ops.dispatch import contiguous, kernel, on_device
-from rlhf_fast.ops.kl import ESTIMATORS, _kl_fake
-from rlhf_fast.ops.policy_loss import REDUCTIONS, _ppo_fake, _reinforce_fake, _value_fake
-from rlhf_fast.ops.preference import LOSS_TYPES, _dpo_fake, _ranking_fake, _reward_fake
+from rlhf_fast.ops.kl import ESTIMATORS, kl_penalty_outputs
+from rlhf_fast.ops.policy_loss import REDUCTIONS, ppo_outputs, ppo_value_outputs, reinforce_outputs
+from rlhf_fast.ops.preference import LOSS_TYPES, dpo_outputs, ranking_outputs, reward_outputs
 from rlhf_fast.ops.returns import REMAX_VARIANTS
 
 
@@ -54,7 +54,7 @@ def _log(x: float) -> float:
 @on_device
 def _kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str, with_grad: bool) -> tuple[Tensor, Tensor]:
     logprobs, ref_logprobs = contiguous(logprobs, ref_logprobs)
-    out, grad = _kl_fake(logprobs, ref_logprobs, estimator, with_grad)
+    out, grad = kl_penalty_outputs(logprobs, ref_logprobs, estimator, with_grad)
     kl.kl_penalty(logprobs, ref_logprobs, ESTIMATORS.index(estimator), out, _present(grad))
     return out, grad
 
@@ -163,7 +163,7 @@ def _ppo_loss(
     with_grad_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inputs = contiguous(logprobs, old_logprobs, advantages, mask, ref_logprobs, entropy)
-    outputs = _ppo_fake(logprobs, with_grad_logprobs, with_grad_entropy)
+    outputs = ppo_outputs(logprobs, with_grad_logprobs, with_grad_entropy)
     if logprobs.numel() == 0:
         return tuple(x.zero_() for x in outputs)
     loss, stats, grad_logprobs, grad_entropy = outputs
@@ -188,7 +188,7 @@ def _ppo_value_loss(
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = contiguous(values, old_values, returns, mask)
-    outputs = _value_fake(values, with_grad)
+    outputs = ppo_value_outputs(values, with_grad)
     if values.numel() == 0:
         return tuple(x.zero_() for x in outputs)
     loss, stats, grad = outputs
@@ -206,7 +206,7 @@ def _reinforce_loss(
     logprobs: Tensor, advantages: Tensor, mask: Tensor, normalizer: Tensor | None, reduction: str, with_grad: bool
 ) -> tuple[Tensor, Tensor]:
     inputs = contiguous(logprobs, advantages, mask)
-    outputs = _reinforce_fake(logprobs, with_grad)
+    outputs = reinforce_outputs(logprobs, with_grad)
     if logprobs.numel() == 0:
         return tuple(x.zero_() for x in outputs)
     loss, grad = outputs
@@ -223,7 +223,7 @@ def _reward_loss(
     chosen: Tensor, rejected: Tensor, margin: Tensor | None, center_coef: float, with_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     chosen, rejected, margin = contiguous(chosen, rejected, margin)
-    outputs = loss, stats, grad_chosen, grad_rejected = _reward_fake(chosen, rejected, margin, center_coef, with_grad)
+    outputs = loss, stats, grad_chosen, grad_rejected = reward_outputs(chosen, rejected, margin, center_coef, with_grad)
     gradients = _present(grad_chosen), _present(grad_rejected)
     reward.reward_loss(chosen, rejected, margin, center_coef, *gradients, loss, stats)
     return outputs
@@ -233,7 +233,7 @@ def _reward_loss(
 @on_device
 def _ranking_loss(scores: Tensor, ranks: Tensor, with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
     scores, ranks = contiguous(scores, ranks)
-    outputs = loss, stats, grad = _ranking_fake(scores, ranks, with_grad)
+    outputs = loss, stats, grad = ranking_outputs(scores, ranks, with_grad)
     if scores.numel() == 0:
         return tuple(x.zero_() for x in outputs)
     partial = _partial(scores, 2, len(scores))
@@ -256,7 +256,7 @@ def _dpo_loss(
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = contiguous(chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths)
-    *values, grad_chosen, grad_rejected = outputs = _dpo_fake(chosen, with_grad)
+    *values, grad_chosen, grad_rejected = outputs = dpo_outputs(chosen, with_grad)
     eps = label_smoothing
     dpo.dpo_loss(
         *inputs, beta, LOSS_TYPES.index(loss_type), eps, _log(eps), _log(1 - eps), *values, _present(grad_chosen),

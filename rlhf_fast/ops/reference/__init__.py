@@ -10,7 +10,7 @@ and select with `where`, so that whatever sits at a masked place (NaN included) 
 from rlhf_fast.ops.reference.attention import packed_attention
 from rlhf_fast.ops.reference.dtypes import at_least_fp32, mean_over, no_autocast
 from rlhf_fast.ops.reference.layers import add_rms_norm, rotary, swiglu
-from rlhf_fast.ops.reference.preference import dpo_loss, ranking_loss, reward_loss
+from rlhf_fast.ops.reference.preference import dpo_loss, kto_loss, ranking_loss, reward_loss
 from rlhf_fast.ops.reference.rows import (
     IGNORED_ID,
     compute_dtype,
@@ -50,6 +50,7 @@ __all__ = [
     "gae",
     "grpo_advantages",
     "kl_penalty",
+    "kto_loss",
     "linear_logits",
     "linear_token_kl",
     "linear_token_logprobs",

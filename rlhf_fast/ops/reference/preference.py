@@ -1,4 +1,4 @@
-"""From scores or log-probs of pairs and rankings: reward-model losses, DPO and its relatives."""
+"""From scores or log-probs of answers, pairs and rankings: reward-model losses, DPO and its relatives, KTO."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf_fast.ops.reference.dtypes import at_least_fp32
-from rlhf_fast.ops.results import DPOLoss, RankingLoss, RewardLoss
+from rlhf_fast.ops.results import DPOLoss, KTOLoss, RankingLoss, RewardLoss
 
 DISCOPOP_TAU = 0.05
 
@@ -93,3 +93,22 @@ def pair_losses(chosen: Tensor, rejected: Tensor, beta: float, loss_type: str, s
             share = h / DISCOPOP_TAU  # as log-odds; its product with e^-h is taken in logs, where e^-h may overflow
             return -torch.sigmoid(-share) * F.logsigmoid(h) + torch.exp(F.logsigmoid(share) - h)
     raise ValueError(f"unknown loss_type {loss_type!r}")
+
+
+def kto_loss(
+    logps_B: Tensor,
+    ref_logps_B: Tensor,
+    labels_B: Tensor,
+    kl: float | Tensor,
+    *,
+    beta: float = 0.1,
+    loss_type: str = "kto",
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> KTOLoss:
+    """lambda_y - v(x, y) of KTO (arXiv 2402.01306, section 4.1): v = lambda_D s(r - z) or lambda_U s(z - r)."""
+    r = beta * (at_least_fp32(logps_B) - at_least_fp32(ref_logps_B).detach())
+    z = beta * torch.as_tensor(kl, dtype=r.dtype, device=r.device).detach().clamp(min=0) if loss_type == "kto" else 0.0
+    good = desirable_weight * (1 - torch.sigmoid(r - z))
+    bad = undesirable_weight * (1 - torch.sigmoid(z - r))
+    return KTOLoss(torch.where(labels_B, good, bad), r.detach())
