@@ -1,6 +1,7 @@
 """Config dataclasses as command-line flags and YAML files, by jsonargparse.
 
-A field `kl_coef: float = field(default=0.05, metadata={"help": ...})` is the flag --kl-coef and the YAML key kl_coef.
+A field `kl_coef: float = arg(0.05, "Weight of the KL penalty.", at_least=0)` is the flag --kl-coef and the YAML key
+kl_coef.
 Every mistake is a ValueError of one line that names the key, where it stands, what was expected and the nearest name.
 """
 
@@ -15,6 +16,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser
 
+from rlhf_fast.config.fields import bounds_of
 from rlhf_fast.config.stages import StageConfig
 
 Config = TypeVar("Config")
@@ -193,6 +195,8 @@ def _help(field: dataclasses.Field, hint: Any) -> str:
     text, default = field.metadata["help"], _default(field)
     if get_origin(hint) is Literal:
         text += f" {_type_name(hint)}"
+    if bounds := bounds_of(field, int if int in (hint, *get_args(hint)) else float):
+        text += f" {bounds}"
     if default is not None and default != {}:
         shown = " ".join(map(str, default)) if isinstance(default, list) else default
         text += f" [{str(shown).lower() if hint is bool else shown}]"

@@ -10,6 +10,7 @@ from rich.console import Console
 from rlhf_fast.config import StageConfig
 from rlhf_fast.data.files import write_text
 from rlhf_fast.lm.loading import default_device
+from rlhf_fast.methods import STAGES
 from rlhf_fast.plan.config import PlanConfig
 from rlhf_fast.plan.gpus import CONTEXT, FRAGMENTATION, GIB, MEMORY, needed, parse_memory
 from rlhf_fast.plan.phases import Planner
@@ -48,7 +49,7 @@ def plan_of(method: str, config: StageConfig) -> PlanConfig:
         response = given["max_length"] - prompt
     else:
         response = given["max_response_length"]
-    if method == "ppo":
+    if "value" in STAGES[method].roles:
         values["critic"] = "shared" if given.get("critic") == "shared" else given["value_model"] or "same"
     if "reward" in given:
         is_function = ":" in given["reward"] and not Path(given["reward"]).is_dir()
@@ -91,7 +92,7 @@ def gpu_memory(plan: PlanConfig) -> dict[str, int]:
 def largest_batch(planner: Planner, memory: int) -> int:
     """The largest batch_size, micro_batch_size as given, that fits `memory` bytes; 0 where none does."""
     plan = planner.plan
-    unit = plan.minibatches * (plan.group_size if plan.method in ("rloo", "grpo") else 1)
+    unit = plan.minibatches * plan.stage.samples_of(plan)
 
     def fits(units: int) -> bool:
         phases = planner.phases("cuda", batch=units * unit).values()

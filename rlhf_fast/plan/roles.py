@@ -14,8 +14,6 @@ from rlhf_fast.lm.adapters import base_path
 from rlhf_fast.plan.config import PlanConfig
 from rlhf_fast.plan.shapes import DTYPES, Head, Shape, layers_of, period, read_config
 
-ONLINE = ("ppo", "remax", "reinforce", "rloo", "grpo")
-
 
 class Counts(NamedTuple):
     """Of parameters."""
@@ -48,7 +46,7 @@ class StaticBytes(NamedTuple):
 
 
 def roles_of(plan: PlanConfig) -> dict[str, Role]:
-    """Role -> model, trained ones first."""
+    """Role -> model, as the table of training stages lists them: trained ones first."""
     configs: dict[str, PreTrainedConfig] = {}
     counted: dict[tuple, Counts] = {}
 
@@ -65,16 +63,13 @@ def roles_of(plan: PlanConfig) -> dict[str, Role]:
         own = counts.trainable if on_base else counts.all
         return Role(shape, counts, own, counts.trainable if trained else 0, frozen=not trained)
 
-    if plan.method == "sft":
-        return {"policy": role("policy", None, trained=True)}
-    if plan.method == "reward":
-        return {"reward": role("score", None, trained=True)}
-    roles = {"policy": role("policy", None, trained=True)}
-    has_reward = plan.method in ONLINE and plan.reward != "none"
-    if plan.method == "ppo" and plan.critic == "shared":
+    main, *others = plan.stage.roles
+    roles = {main: role("score" if main == "reward" else "policy", None, trained=True)}
+    has_reward = "reward" in others and plan.reward != "none"
+    if plan.shared_critic:
         width = roles["policy"].shape.config.get_text_config().hidden_size
         roles["value"] = roles["policy"]._replace(own=width, trained=width)
-    elif plan.method == "ppo":
+    elif "value" in others:
         source = plan.critic if plan.critic != "same" else plan.reward if has_reward else None
         roles["value"] = role("score", source, trained=True, on_base=plan.share_base)
         sizes = [roles[name].shape.config.get_text_config().vocab_size for name in ("policy", "value")]
@@ -82,9 +77,10 @@ def roles_of(plan: PlanConfig) -> dict[str, Role]:
             raise ValueError(f"critic: expected the policy's vocabulary of {sizes[0]} tokens, got {sizes[1]}")
     if has_reward:
         roles["reward"] = role("score", plan.reward, trained=False, on_base=plan.share_base)
-    roles["reference"] = role("policy", plan.reference, trained=False)
-    if plan.lora_rank and base_path(plan.reference or plan.model) == base_path(plan.model):
-        roles["reference"] = roles["reference"]._replace(own=0)  # the policy's base, adapters off
+    if "reference" in others:
+        roles["reference"] = role("policy", plan.reference, trained=False)
+        if plan.lora_rank and base_path(plan.reference or plan.model) == base_path(plan.model):
+            roles["reference"] = roles["reference"]._replace(own=0)  # the policy's base, adapters off
     return roles
 
 
