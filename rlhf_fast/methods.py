@@ -25,15 +25,15 @@ class Stage(NamedTuple):
     online: bool = False  # samples from its policy; otherwise learns from rows alone
     color: str = ""
     marker: str = ""
-    samples: int | Literal["group_size"] = 1  # per prompt and round; "group_size": the config's
+    samples: int | Literal["group_size"] = 1  # per prompt and round; "group_size": what the config says
     greedy: bool = False  # decodes a greedy completion besides, which is scored but not trained on
     minibatches: bool = False  # goes over a rollout in minibatches, whose rows are copies
     one_piece: bool = False  # its passes take prompt and completion as one sequence of which some tokens count
     sequences: int = 1  # that one row of a batch brings into a pass: a pair brings two
 
-    def samples_of(self, config: Any) -> int:
-        """Samples per prompt under `config`, any object that has the attribute `group_size` where the stage has."""
-        return config.group_size if self.samples == "group_size" else self.samples
+    def samples_of(self, group_size: int) -> int:
+        """Samples per prompt, under a config whose `group_size` is this; it does not count where a stage has none."""
+        return group_size if self.samples == "group_size" else self.samples
 
     @property
     def needs_reward(self) -> bool:
@@ -44,7 +44,7 @@ class Stage(NamedTuple):
 ANSWERS = {"prompt": (), "sft": ("completion",), "preference": ("chosen", "rejected")}
 """Kind of rows, as `data.rows` checks them -> the columns of text that a row has beside its prompt."""
 
-BEFORE_METHODS = {
+FIRST_STAGES = {
     "sft": Stage(
         title="SFT",
         help="supervised fine-tuning",
@@ -141,7 +141,7 @@ METHODS = {
 }
 """Methods, which start from an SFT model and are compared with each other: command -> row. A report lists them so."""
 
-STAGES = BEFORE_METHODS | METHODS
+STAGES = FIRST_STAGES | METHODS
 
 
 def section(command: str) -> str:

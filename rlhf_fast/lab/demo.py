@@ -14,10 +14,11 @@ from rlhf_fast.data.files import write_json
 from rlhf_fast.data.rows import write_rows
 from rlhf_fast.lab.variance import gradient_variance
 from rlhf_fast.lab.world import build_tokenizer, prompt_rows, sft_rows
+from rlhf_fast.methods import METHODS
 from rlhf_fast.report import pipeline
 from rlhf_fast.stages.init import init_model
 
-METHODS = ("ppo", "remax", "reinforce", "rloo")  # whose policies the gradient variance is measured on, at the end
+MEASURED = ("ppo", "remax", "reinforce", "rloo")  # methods on whose policies the gradient variance is measured
 VARIANCE_NOTE = (
     "Gradient variance: scores are shifted so that the SFT model's samples average 0, which makes no baseline nearly "
     "the best one at the start. From then on the scores rise, and ReMax's greedy baseline rises with them."
@@ -49,7 +50,7 @@ def run(config: DemoConfig) -> None:
     )
     variance = {
         where: gradient_variance(dataclasses.replace(remax, model=str(out / model)), batches=max(4, 16 // shorten))
-        for where, model in {"SFT model": "sft", **{f"after {pipeline.NAMES[m]}": m for m in METHODS}}.items()
+        for where, model in {"SFT model": "sft", **{f"after {METHODS[m].title}": m for m in MEASURED}}.items()
     }
     write_json(out / "variance.json", variance)
     pipeline.write_report(plan, variance=variance, notes=(VARIANCE_NOTE,))

@@ -92,7 +92,7 @@ def gpu_memory(plan: PlanConfig) -> dict[str, int]:
 def largest_batch(planner: Planner, memory: int) -> int:
     """The largest batch_size, micro_batch_size as given, that fits `memory` bytes; 0 where none does."""
     plan = planner.plan
-    unit = plan.minibatches * plan.stage.samples_of(plan)
+    unit = plan.minibatches * plan.stage.samples_of(plan.group_size)
 
     def fits(units: int) -> bool:
         phases = planner.phases("cuda", batch=units * unit).values()

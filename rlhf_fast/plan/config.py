@@ -67,7 +67,7 @@ class PlanConfig:
         check_fields(self)
         if self.batch_size % self.minibatches:
             raise ValueError(f"minibatches: expected a divisor of batch_size={self.batch_size}, got {self.minibatches}")
-        samples = self.stage.samples_of(self)
+        samples = self.stage.samples_of(self.group_size)
         if self.batch_size % samples and self.stage.samples == "group_size":
             raise ValueError(f"group_size: expected a divisor of batch_size={self.batch_size}, got {samples}")
         if self.batch_size % samples:

@@ -137,7 +137,7 @@ def _rows(plan: PlanConfig) -> list[dict[str, str]]:
         return " ".join(f"w{i}" for i in torch.randint(2, 10, (count,), generator=generator).tolist())
 
     rows = []
-    for i in range(plan.batch_size // plan.stage.samples_of(plan)):
+    for i in range(plan.batch_size // plan.stage.samples_of(plan.group_size)):
         row = {"prompt": words(plan.prompt_length - i % 2)}
         rows.append(row | {name: words(plan.response_length - 1) for name in ANSWERS[plan.stage.rows]})
     return rows

@@ -46,7 +46,7 @@ class Planner:
         self.trained_lengths = Lengths(1, length - 1) if self.stage.one_piece else self.lengths
         self.truncated = self.stage.online and plan.truncated
         self.fused = plan.fused_head and not self.truncated
-        self.samples = self.stage.samples_of(plan)
+        self.samples = self.stage.samples_of(plan.group_size)
         self.rows_per_prompt = self.samples + self.stage.greedy
         # what is kept on the weights until the optimizer's step; otherwise `static` holds it, split or in CPU memory
         self.keeps_gradients = not (plan.optimizer_in_backward or plan.offload_optimizer or plan.zero >= 2)
