@@ -11,6 +11,7 @@ installed = {path.name.partition("-")[0] for path in site.iterdir()}
 assert installed == {"rlhf_fast", "bin"}, f"the wheel installs {installed}"
 assert not list(site.glob("rlhf_fast/*.so")), "the wheel has a compiled core"
 assert (site / "rlhf_fast" / "kernels" / "__init__.py").is_file()
+assert (site / "rlhf_fast" / "report" / "report.html.jinja").is_file(), "the wheel lacks the report's template"
 
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")

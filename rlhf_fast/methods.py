@@ -20,7 +20,7 @@ class Stage(NamedTuple):
     help: str  # in the overview of `rlhf-fast --help`
     config: str
     train: str
-    rows: str  # the kind of rows in train_data, a key of `ANSWERS`
+    rows: str  # the kind of rows in train_data, one of `data.rows.KINDS`
     roles: tuple[str, ...]  # the models it holds, of policy, value, reward and reference; the first is trained
     online: bool = False  # samples from its policy; otherwise learns from rows alone
     color: str = ""
@@ -40,9 +40,6 @@ class Stage(NamedTuple):
         """Whether its config has `reward`: a reward model, or a function in its place."""
         return "reward" in self.roles[1:]
 
-
-ANSWERS = {"prompt": (), "sft": ("completion",), "preference": ("chosen", "rejected")}
-"""Kind of rows, as `data.rows` checks them -> the columns of text that a row has beside its prompt."""
 
 FIRST_STAGES = {
     "sft": Stage(

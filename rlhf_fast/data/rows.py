@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-KINDS = ("sft", "preference", "ranking", "prompt")
+COLUMNS = {
+    "sft": ("completion",),
+    "preference": ("chosen", "rejected"),
+    "ranking": ("completions", "ranks"),
+    "prompt": (),
+}
+"""Kind of rows -> the columns that a row has beside its prompt."""
+KINDS = tuple(COLUMNS)
 
 
 class LocatedRow(dict):
@@ -126,12 +133,7 @@ def _check_row(row: Row, kind: str, where: str) -> None:
         if roles[0] == "assistant":
             raise ValueError(f"{where}: messages: begins with an assistant turn, which needs one to follow")
         return
-    completions = {
-        "sft": ["completion"],
-        "preference": ["chosen", "rejected"],
-        "ranking": ["completions", "ranks"],
-        "prompt": [],
-    }[kind]
+    completions = COLUMNS[kind]
     missing = [name for name in ["prompt", *completions] if row.get(name) is None]
     if missing:
         columns = ", ".join(["prompt", *completions]) + (" (or messages)" if kind == "sft" else "")

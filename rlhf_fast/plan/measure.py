@@ -16,9 +16,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_fast.config import StageConfig
+from rlhf_fast.data.rows import COLUMNS
 from rlhf_fast.lm.adapters import LoRA
 from rlhf_fast.lm.loading import load_scorer
-from rlhf_fast.methods import ANSWERS, load
+from rlhf_fast.methods import load
 from rlhf_fast.plan.config import PlanConfig
 from rlhf_fast.plan.phases import Planner
 from rlhf_fast.plan.shapes import Shape
@@ -139,5 +140,5 @@ def _rows(plan: PlanConfig) -> list[dict[str, str]]:
     rows = []
     for i in range(plan.batch_size // plan.stage.samples_of(plan.group_size)):
         row = {"prompt": words(plan.prompt_length - i % 2)}
-        rows.append(row | {name: words(plan.response_length - 1) for name in ANSWERS[plan.stage.rows]})
+        rows.append(row | {name: words(plan.response_length - 1) for name in COLUMNS[plan.stage.rows]})
     return rows
