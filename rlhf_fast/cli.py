@@ -61,7 +61,7 @@ COMMANDS = {
     "study variance": Command(
         "lab.study.config:VarianceStudyConfig",
         "lab.study.variance:run",
-        "gradient variance of REINFORCE, ReMax, RLOO, a value",
+        "gradient variance of REINFORCE, ReMax, RLOO and a value model",
     ),
     "plan": Command(
         "plan.config:PlanConfig", "plan.command:run", "memory of a run before it is started, by role and phase"
@@ -74,7 +74,7 @@ COMMANDS = {
     "bandit neural": Command(
         "lab.bandit.config:NeuralBanditConfig",
         "lab.bandit.command:neural",
-        "the same with networks for rewards and policies",
+        "DPO against RMB-PO with networks for rewards and policies",
     ),
 }
 

@@ -11,9 +11,9 @@ from typing import Any, Literal, NamedTuple
 
 
 class Stage(NamedTuple):
-    """A training stage, which is `train(config)`.
+    """A training stage, which is the function `train` of one object of the class `config`.
 
-    The last six fields are what the planner and `compare` re-tell of the stage's passes through its models.
+    The last five fields describe the stage's passes through its models, for the planner and `compare`.
     """
 
     title: str  # in tables, plots and reports
@@ -21,15 +21,15 @@ class Stage(NamedTuple):
     config: str
     train: str
     rows: str  # the kind of rows in train_data, one of `data.rows.KINDS`
-    roles: tuple[str, ...]  # the models it holds, of policy, value, reward and reference; the first is trained
-    online: bool = False  # samples from its policy; otherwise learns from rows alone
-    color: str = ""
+    roles: tuple[str, ...]  # its models, some of policy, value, reward and reference; the first is trained
+    online: bool = False  # it samples from its policy; an offline stage learns from the rows of train_data alone
+    color: str = ""  # of a method, in plots
     marker: str = ""
-    samples: int | Literal["group_size"] = 1  # per prompt and round; "group_size": what the config says
-    greedy: bool = False  # decodes a greedy completion besides, which is scored but not trained on
-    minibatches: bool = False  # goes over a rollout in minibatches, whose rows are copies
-    one_piece: bool = False  # its passes take prompt and completion as one sequence of which some tokens count
-    sequences: int = 1  # that one row of a batch brings into a pass: a pair brings two
+    samples: int | Literal["group_size"] = 1  # of a prompt in a round; "group_size": what the config says
+    greedy: bool = False  # a greedy completion of each prompt is decoded and scored too, but not trained on
+    minibatches: bool = False  # a rollout is passed over in minibatches, which are copies of its rows
+    one_piece: bool = False  # prompt and completion go through the model as one sequence, in which some tokens count
+    sequences: int = 1  # in a pass, of one row of a batch; a pair has two
 
     def samples_of(self, group_size: int) -> int:
         """Samples per prompt, under a config whose `group_size` is this; it does not count where a stage has none."""
@@ -136,7 +136,7 @@ METHODS = {
         sequences=2,
     ),
 }
-"""Methods, which start from an SFT model and are compared with each other: command -> row. A report lists them so."""
+"""Methods, which start from an SFT model and are compared with each other: command -> row."""
 
 STAGES = FIRST_STAGES | METHODS
 

@@ -35,7 +35,10 @@ class _Formatter(argparse.HelpFormatter):
 
 
 def make_parser(config_class: type, prog: str) -> ArgumentParser:
-    """A parser of the fields of `config_class`, grouped by the class that declares them; nothing is required yet."""
+    """A parser of the fields of `config_class`, grouped by the class that declares them.
+
+    It requires no field, because a field may come from the YAML file; `parse` says which are missing.
+    """
     parser = ArgumentParser(
         prog=prog,
         usage=f"{prog} [--config FILE] [flags]",
@@ -127,7 +130,10 @@ def check_file(config_class: type, file: str) -> None:
 
 
 def check_values(config_class: type, values: dict[str, Any], where: str) -> dict[str, Any]:
-    """The values in the types of their fields ("1e-3", a string in YAML 1.1, as a float)."""
+    """The values in the types of their fields: "1e-3" as a float, because YAML 1.1 reads it as a string.
+
+    Raises ValueError, which `where` opens, for an unknown key and for a value of a wrong type.
+    """
     names = [field.name for field in dataclasses.fields(config_class)]
     hints = get_type_hints(config_class)
     for key, value in values.items():
@@ -151,7 +157,7 @@ def _build(config_class: type[Config], values: dict[str, Any], *, flag_names: bo
 
 
 def _type_name(hint: Any) -> str:
-    """int, float, a|b|c (choices), list of str ...; None as a choice goes without saying."""
+    """The type as `--help` and messages name it: int, float, a|b|c (choices), list of str; None is left out."""
     if get_origin(hint) is Literal:
         return "|".join(str(choice) for choice in get_args(hint))
     if get_origin(hint) in (Union, UnionType):
@@ -162,7 +168,7 @@ def _type_name(hint: Any) -> str:
 
 
 def _one_line(error: Exception, config_class: type) -> str:
-    """jsonargparse explains over several lines; of a wrong type we say it as the rest of the package does."""
+    """The error in one line; a wrong type in the words of this package, because jsonargparse's take several lines."""
     message = " ".join(str(error).split())
     wrong = re.match(r'Parser key "([\w.]+)": .*?(?:Got|Given) value: (.*)', message)
     if not wrong:

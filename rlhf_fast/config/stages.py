@@ -115,8 +115,8 @@ class RewardConfig(OfflineData, StageConfig):
     train_data: str = required("Rows with prompt+chosen+rejected(+margin), or prompt+completions+ranks.")
     eval_data: str | None = arg(None, "Held-out rows of the same format; pair accuracy is reported.")
     center_coef: float = arg(0.0, "Weight of mean((r_chosen + r_rejected)^2), which keeps scores near 0.", at_least=0)
-    normalize_samples: int = arg(256, "Samples of the SFT model whose mean score is shifted to 0; 0 leaves it.")
-    max_response_length: int = arg(64, "Longest of those samples in tokens.", at_least=1)
+    normalize_samples: int = arg(256, "Samples of the SFT model whose mean score is shifted to 0; 0: no shift.")
+    max_response_length: int = arg(64, "Longest of these samples, in tokens.", at_least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,17 +147,17 @@ class OnlineConfig(MethodConfig):
         None, "Completions per forward pass; default: as many as the batch allows.", at_least=1
     )
     temperature: float = arg(1.0, "Sampling temperature; also applied in every training pass.", above=0)
-    top_k: int = arg(0, "Draw from the k likeliest tokens, in evaluations too; 0: from all.", at_least=0)
+    top_k: int = arg(0, "Draw from the k likeliest tokens, in evaluations too; 0: from all tokens.", at_least=0)
     top_p: float = arg(
         1.0,
-        "Draw from the likeliest tokens that hold this probability, in evaluations too; 1: all.",
+        "Draw from the likeliest tokens that hold this probability, in evaluations too; 1: from all tokens.",
         above=0,
         at_most=1,
     )
     fused_head: bool = arg(
         True,
-        f"{_FUSED_HEAD} So do top_k and top_p, "
-        "whatever this says: their training passes see the very tokens that were drawn from, V / 8 bytes a place.",
+        f"{_FUSED_HEAD} With top_k or top_p losses always come from logits, "
+        "because a training pass then needs the set that each token was drawn from (V / 8 bytes a token).",
     )
     kl_coef: float = arg(0.05, "Weight of the per-token KL penalty in the reward (k1 estimate).", at_least=0)
     kl_target: float | None = arg(
@@ -236,7 +236,7 @@ class ReMaxConfig(OnlineConfig):
     variant: RemaxVariant = arg("official", "Per-token weights: the authors' code, the paper, or verl's form.")
     gamma: float = arg(1.0, "Discount of the official variant (its scripts use 0.99).", at_least=0, at_most=1)
     score_clip: float = arg(
-        5.0, "The score difference is clipped to +- this (official, paper); 0 does not.", at_least=0
+        5.0, "The score difference is clipped to +- this (official, paper); 0 turns clipping off.", at_least=0
     )
 
 

@@ -3,7 +3,7 @@
 Film reviews from a grammar, a Llama-shaped model of a hundred thousand weights, SFT, preference pairs sampled from
 the SFT model and labelled by Bradley-Terry on the known true reward, a reward model, then five methods from the same
 start on the same prompts. Nothing is downloaded. The report says what each method cost in time and memory and what it
-bought in true reward and KL, on prompts none of them saw.
+bought in true reward and KL, on prompts that no method saw.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ from rlhf_fast.stages.init import init_model
 
 MEASURED = ("ppo", "remax", "reinforce", "rloo")  # methods on whose policies the gradient variance is measured
 VARIANCE_NOTE = (
-    "Gradient variance: scores are shifted so that the SFT model's samples average 0, which makes no baseline nearly "
-    "the best one at the start. From then on the scores rise, and ReMax's greedy baseline rises with them."
+    "Gradient variance: scores are shifted so that the SFT model's samples average 0. Using no baseline is therefore "
+    "close to optimal at the start. From then on the scores rise, and ReMax's greedy baseline rises with them."
 )
 TRUE_REWARD = "rlhf_fast.world:true_reward"
 MODEL = {

@@ -46,7 +46,9 @@ class PlanConfig:
     gradient_checkpointing: bool = arg(False, "Recompute activations in backward to save memory.")
     fused_head: bool = arg(True, "Take losses from hidden states, in chunks; false takes them from [B, T, V] logits.")
     top_k: int = arg(
-        0, "Rollouts draw from the k likeliest tokens; 0: from all. As top_p, it goes through the logits.", at_least=0
+        0,
+        "Rollouts draw from the k likeliest tokens; 0: from all. With top_k or top_p losses come from logits.",
+        at_least=0,
     )
     top_p: float = arg(
         1.0, "Rollouts draw from the likeliest tokens that hold this probability; 1: from all.", above=0, at_most=1
@@ -57,10 +59,11 @@ class PlanConfig:
     zero: Literal[0, 1, 2, 3] = arg(
         0, "ZeRO stage over the GPUs: optimizer (1), gradients (2; FSDP grad_op), weights (3; FSDP full) are split."
     )
-    frozen_zero: Literal[0, 3] | None = arg(None, "The same for frozen models; default: 3 with zero 3, else 0.")
+    frozen_zero: Literal[0, 3] | None = arg(None, "ZeRO stage of the frozen models; default: 3 with zero 3, else 0.")
     memory: str | None = arg(None, "Memory of a GPU of your own: bytes, or with a unit as in 24GiB.")
     device: Literal["auto", "cpu", "cuda"] = arg(
-        "auto", "Whose buffers to plan with; auto: what this machine has. Verdicts on GPUs are always CUDA's."
+        "auto",
+        "Device whose buffers are planned; auto: this machine's. Verdicts on GPUs always count CUDA's.",
     )
 
     def __post_init__(self) -> None:
@@ -91,5 +94,5 @@ class PlanConfig:
 
     @property
     def truncated(self) -> bool:
-        """Rollouts keep the sets they draw from."""
+        """Rollouts keep the sets of tokens that they draw from."""
         return bool(self.top_k or self.top_p < 1)

@@ -17,7 +17,7 @@ from rlhf_fast.plan.roles import Role, roles_of, static_bytes, zero_stage
 from rlhf_fast.plan.shapes import Shape
 
 _SIMULATED: dict[tuple, Curve] = {}
-"""In this process: several methods planned for one model have most passes in common."""
+"""Kept for the process, because several methods planned for one model have most passes in common."""
 
 
 class Phase(NamedTuple):
@@ -25,7 +25,7 @@ class Phase(NamedTuple):
     drew from, and "pass" for what it adds."""
 
     parts: dict[str, int]
-    how: str  # the pass's bytes come about
+    how: str  # where the pass's bytes come from
 
     @property
     def peak_bytes(self) -> int:
@@ -42,13 +42,13 @@ class Planner:
         self.main = self.trained[0]
         length = plan.prompt_length + plan.response_length
         self.lengths = Lengths(plan.prompt_length, plan.response_length)
-        # of a row that is one piece the first token is the prompt, and what is not trained on is masked
+        # a row in one piece has a prompt of one token, because every other token is predicted (and some are masked)
         self.trained_lengths = Lengths(1, length - 1) if self.stage.one_piece else self.lengths
         self.truncated = self.stage.online and plan.truncated
         self.fused = plan.fused_head and not self.truncated
         self.samples = self.stage.samples_of(plan.group_size)
         self.rows_per_prompt = self.samples + self.stage.greedy
-        # what is kept on the weights until the optimizer's step; otherwise `static` holds it, split or in CPU memory
+        # gradients wait on the weights for the optimizer's step; otherwise `static` has them, split or in CPU memory
         self.keeps_gradients = not (plan.optimizer_in_backward or plan.offload_optimizer or plan.zero >= 2)
         self.curves: dict[object, Curve] = {}
 
@@ -99,7 +99,11 @@ class Planner:
         return {name: size for name, size in parts.items() if size}
 
     def _weights(self, name: str, role: Role, at_work: bool) -> int:
-        """ZeRO 3 gathers the layers at work. An offloaded model is away, in its own phase but for those layers."""
+        """Bytes of a role's weights on the GPU.
+
+        ZeRO 3 gathers the layers at work. An offloaded model is there in its own phase only, and with ZeRO 3 only those
+        layers of it are.
+        """
         plan, sharded = self.plan, zero_stage(role, self.plan) == 3
         if role.frozen and not at_work and (plan.offload or not self.stage.online):  # an offline method drops it
             return 0
@@ -190,7 +194,7 @@ class Planner:
         text = role.shape.config.get_text_config()
         V, H, dtype = text.vocab_size, text.hidden_size, role.shape.dtype
         hidden = torch.bfloat16 if role.shape.autocast else dtype
-        if not self.fused:  # two of a mask's bytes each, on the way to it
+        if not self.fused:  # the logits; truncated sampling makes two masks besides, of a byte for each
             return rows * lengths.response * V * (hidden.itemsize + 2 * self.truncated)
         mixed = device == "cuda" and hidden == dtype == torch.bfloat16
         with torch.device("meta"):

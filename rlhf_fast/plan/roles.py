@@ -16,7 +16,7 @@ from rlhf_fast.plan.shapes import DTYPES, Head, Shape, layers_of, period, read_c
 
 
 class Counts(NamedTuple):
-    """Of parameters."""
+    """Numbers of parameters of a model."""
 
     all: int
     trainable: int  # adapters and score head under LoRA
@@ -40,6 +40,8 @@ class Role(NamedTuple):
 
 
 class StaticBytes(NamedTuple):
+    """Bytes that a role holds as long as the run lasts."""
+
     weights: int
     gradients: int
     optimizer: int
@@ -108,14 +110,14 @@ def bytes_per_trained(plan: PlanConfig) -> tuple[float, float]:
 
 
 def zero_stage(role: Role, plan: PlanConfig) -> int:
-    """A frozen model has only weights to split."""
+    """The ZeRO stage of a role; of a frozen model only the weights can be split."""
     if not role.frozen:
         return plan.zero
     return (3 if plan.zero == 3 else 0) if plan.frozen_zero is None else plan.frozen_zero
 
 
 def static_bytes(role: Role, plan: PlanConfig) -> StaticBytes:
-    """Per GPU, on the GPU or (offloaded) in CPU memory."""
+    """Bytes of a role per GPU; they lie on the GPU or, where they are offloaded, in CPU memory."""
     zero = zero_stage(role, plan)
     gradient, optimizer = bytes_per_trained(plan)
     return StaticBytes(

@@ -15,7 +15,7 @@ class BanditConfig:
     ratios: list[float] = arg([0.5, 2.0, 5.0, 10.0], "m/n of RMB-PO+, each a method of its own.")
     beta: float = arg(0.01, "Strength of the KL to the uniform policy.", above=0)
     seeds: int = arg(60, "Runs, each with data and starts of its own that all methods share.", at_least=2)
-    first_seed: int = arg(2021, "The first of them.", at_least=1)
+    first_seed: int = arg(2021, "The first seed; the others follow it.", at_least=1)
     pref_states: bool = arg(True, "RMB-PO+ trains on the preferences' states too, as the published code does.")
     sizes: list[int] = arg([10, 20, 40], "n of the plot of the gap against n; [] for none.")
 

@@ -15,7 +15,8 @@ class CompareConfig:
     """
 
     model: str = arg(
-        "demo", "demo, 10M (8.4M weights), 60M (58M), opt-1.3b, llama-2-7b (random weights but demo), or a checkpoint."
+        "demo",
+        "demo, 10M (8.4M weights), 60M (58M), opt-1.3b or llama-2-7b (random weights but for demo), or a checkpoint.",
     )
     output_dir: str = required("Directory for compare.json, compare.md, plots and a folder per run.")
     methods: list[str] = arg(list(METHODS), "Methods to compare.")
@@ -37,12 +38,12 @@ class CompareConfig:
     group_size: int = arg(4, "Samples per prompt of RLOO and GRPO.", at_least=1)
     bf16: bool = arg(False, "Run forward and backward passes in bfloat16 autocast.")
     gradient_checkpointing: bool = arg(False, "Recompute activations in backward to save memory.")
-    memory: str | None = arg(None, "Say the largest batch that fits (24GiB); on a GPU also the most a run may take.")
+    memory: str | None = arg(None, "Report the largest batch that fits (24GiB); on a GPU a run may take no more.")
     reward: str | None = arg(None, "Reward model of a checkpoint of your own, or a Python function.")
     reward_adapter: str | None = arg(None, "LoRA reward model on its base, for lora_rank.")
-    small_critic: str | None = arg(None, "Smaller model with its tokenizer, for the small critic.")
-    train_data: str | None = arg(None, "Prompts for it.")
-    pairs: str | None = arg(None, "Preference pairs for it, for DPO.")
+    small_critic: str | None = arg(None, "Smaller model with the same tokenizer, for the small critic.")
+    train_data: str | None = arg(None, "Prompts to train a checkpoint of your own on.")
+    pairs: str | None = arg(None, "Preference pairs to train a checkpoint of your own on, for offline methods.")
     options: dict[str, dict[str, Any]] = arg(
         {}, "Further keys of the stages' configs, by method, or for all of them under `common`."
     )

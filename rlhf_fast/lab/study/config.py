@@ -21,7 +21,7 @@ class ExactStudyConfig:
     steps: int = arg(300, "Optimizer steps of offline methods, rollouts of online ones.", at_least=1)
     eval_every: int = arg(5, "Steps between two points of a run.", at_least=1)
     batch_size: int = arg(64, "Pairs per step, or completions per rollout.")
-    learning_rate: float = arg(0.03, "Adam, every method's.", above=0)
+    learning_rate: float = arg(0.03, "Learning rate of Adam, the same for every method.", above=0)
 
     def __post_init__(self) -> None:
         check_fields(self)
