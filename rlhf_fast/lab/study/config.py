@@ -1,5 +1,6 @@
 """The configs of the studies; as in `rlhf_fast.config`, only values and checks of them."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +25,9 @@ class ExactStudyConfig:
     learning_rate: float = arg(0.03, "Learning rate of Adam, the same for every method.", above=0)
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if (least := field.metadata.get("at_least")) is not None:
+                check(self, field.name, lambda v, least=least: v >= least, f"at least {least}")
         check_fields(self)
         if self.batch_size < 4 or self.batch_size % 4:
             raise ValueError(f"batch_size: expected a multiple of 4 (RLOO's groups), got {self.batch_size}")
