@@ -10,7 +10,7 @@ site = Path(sys.argv[1])
 installed = {path.name.partition("-")[0] for path in site.iterdir()}
 assert installed == {"rlhf_fast", "bin"}, f"the wheel installs {installed}"
 assert not list(site.glob("rlhf_fast/*.so")), "the wheel has a compiled core"
-for file in ("kernels/__init__.py", "py.typed", "_cpu.pyi", "_cuda.pyi"):
+for file in ("kernels/__init__.py", "py.typed", "_cpu.pyi", "_cuda.pyi", "report/report.html.jinja"):
     assert (site / "rlhf_fast" / file).is_file(), f"the wheel has no {file}"
 
 with warnings.catch_warnings(record=True) as caught:

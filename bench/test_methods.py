@@ -5,7 +5,6 @@ meter stand in the extra info. A rollout whose log-probs are not those of traini
 timed. `rlhf-fast compare` has other models, LoRA, the reward reached and plots.
 """
 
-import importlib
 import json
 import statistics
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 from bench.trainers import cases
 from rlhf_fast.data.rows import write_rows
 from rlhf_fast.lab.world import preference_rows, prompt_rows, sft_rows
-from rlhf_fast.report.pipeline import METHODS
+from rlhf_fast.methods import METHODS, load
 
 STEPS = 5
 CASES = {
@@ -37,7 +36,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def data(method: str, rows: int) -> list[dict[str, object]]:
     """Prompts or pairs for STEPS steps."""
     prompts = prompt_rows(STEPS * rows, seed=2)
-    if method != "dpo":
+    if METHODS[method].online:
         return prompts
     endings = [row["completion"] for row in sft_rows(len(prompts) + 1, seed=1)]
     return preference_rows([row["prompt"] for row in prompts], list(zip(endings, endings[1:], strict=False)), 0)
@@ -48,18 +47,18 @@ def test_method(benchmark, models, name, tmp_path, request):
     method, own = CASES[name]
     rows = 8 if request.config.getoption("quick") else 64
     options = {"model": models["sft"], "train_data": str(tmp_path / "data.jsonl"), "max_prompt_length": 18, **own}
-    if method == "dpo":
-        rows //= 2  # two completions a pair
+    if not METHODS[method].online:
+        rows //= METHODS[method].sequences  # two completions a pair
         options |= {"max_length": 64}
     else:
         options |= {"reward": models["reward"], "max_response_length": 40, "steps": STEPS}
     write_rows(options["train_data"], data(method, rows))
-    train = importlib.import_module(f"rlhf_fast.stages.{method}").train
+    train, config_class = load(METHODS[method].train), load(METHODS[method].config)
     outputs: list[Path] = []
 
     def fresh() -> tuple[tuple, dict]:
         outputs.append(tmp_path / str(len(outputs)))
-        return (METHODS[method](output_dir=str(outputs[-1]), batch_size=rows, **options),), {}
+        return (config_class(output_dir=str(outputs[-1]), batch_size=rows, **options),), {}
 
     benchmark.group = f"{STEPS} steps"
     benchmark.pedantic(train, setup=fresh, rounds=3)

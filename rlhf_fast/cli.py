@@ -1,19 +1,24 @@
-"""The `rlhf-fast` command: one sub-command per stage, its flags and YAML keys the fields of the stage's config.
+"""The `rlhf-fast` command: one sub-command per stage, whose flags and YAML keys are the fields of the stage's config.
 
-Exit codes: 0 done, 2 the config is wrong, 1 the stage failed, 130 interrupted. torch is imported when a stage runs.
+The training stages are those of the table in `rlhf_fast.methods`. Exit codes: 0 done, 2 the config is wrong, 1 the
+stage failed, 130 interrupted. torch is imported when a stage runs.
 """
 
-import importlib
 import sys
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import rlhf_fast
+from rlhf_fast.methods import METHODS, STAGES, load
 
 
 class Command(NamedTuple):
     config: str  # package.module:dataclass
     run: str  # package.module:function of the config
     help: str
+
+
+def _stage(name: str) -> Command:
+    return Command(STAGES[name].config, STAGES[name].train, STAGES[name].help)
 
 
 COMMANDS = {
@@ -24,15 +29,10 @@ COMMANDS = {
         "config:PipelineConfig", "report.pipeline:run", "SFT, reward model and every method, with a report"
     ),
     "init": Command("config:InitConfig", "stages.init:init", "train a tokenizer and make a model from a config"),
-    "sft": Command("config:SFTConfig", "stages.sft:train", "supervised fine-tuning"),
+    "sft": _stage("sft"),
     "pairs": Command("config:PairsConfig", "stages.pairs:sample", "sample preference pairs and label them by a reward"),
-    "reward": Command("config:RewardConfig", "stages.reward:train", "reward model from preferences"),
-    "ppo": Command("config:PPOConfig", "stages.ppo:train", "PPO with a value model"),
-    "remax": Command("config:ReMaxConfig", "stages.remax:train", "REINFORCE with a greedy baseline"),
-    "reinforce": Command("config:ReinforceConfig", "stages.reinforce:train", "REINFORCE without a baseline"),
-    "rloo": Command("config:RLOOConfig", "stages.rloo:train", "REINFORCE with a leave-one-out baseline"),
-    "grpo": Command("config:GRPOConfig", "stages.grpo:train", "clipped updates on scores whitened within groups"),
-    "dpo": Command("config:DPOConfig", "stages.dpo:train", "direct preference optimisation"),
+    "reward": _stage("reward"),
+    **{name: _stage(name) for name in METHODS},
     "compare": Command(
         "lab.compare.config:CompareConfig", "lab.compare.command:run", "methods side by side: time, memory, reward"
     ),
@@ -61,7 +61,7 @@ COMMANDS = {
     "study variance": Command(
         "lab.study.config:VarianceStudyConfig",
         "lab.study.variance:run",
-        "gradient variance of REINFORCE, ReMax, RLOO, a value",
+        "gradient variance of REINFORCE, ReMax, RLOO and a value model",
     ),
     "plan": Command(
         "plan.config:PlanConfig", "plan.command:run", "memory of a run before it is started, by role and phase"
@@ -74,7 +74,7 @@ COMMANDS = {
     "bandit neural": Command(
         "lab.bandit.config:NeuralBanditConfig",
         "lab.bandit.command:neural",
-        "the same with networks for rewards and policies",
+        "DPO against RMB-PO with networks for rewards and policies",
     ),
 }
 
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     command = COMMANDS[name]
     debug, dry_run = "--debug" in arguments, "--dry-run" in arguments
     try:
-        parsed = parse(_load(command.config), arguments, f"rlhf-fast {name}")
+        parsed = parse(load(command.config), arguments, f"rlhf-fast {name}")
     except ValueError as error:
         if debug:
             raise
@@ -113,9 +113,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         if dry_run:
-            _load("plan.command:dry_run")(name, parsed)
+            load("plan.command:dry_run")(name, parsed)
             return 0
-        _load(command.run)(parsed)
+        load(command.run)(parsed)
     except (ValueError, OSError) as error:
         if debug:
             raise
@@ -126,11 +126,6 @@ def main(argv: list[str] | None = None) -> int:
     if written:
         print(f"{name}: wrote {written}")
     return 0
-
-
-def _load(target: str) -> Any:
-    module, name = target.split(":")
-    return getattr(importlib.import_module(f"rlhf_fast.{module}"), name)
 
 
 def _fail(message: str, code: int) -> int:

@@ -173,17 +173,24 @@ def test_help_has_one_line_per_field(name, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main([*name.split(), "--help"])
     lines = capsys.readouterr().out.splitlines()
-    config = cli._load(cli.COMMANDS[name].config)
+    config = cli.load(cli.COMMANDS[name].config)
     for field in dataclasses.fields(config):
         flag = "--" + field.name.replace("_", "-")
         (line,) = [line for line in lines if re.match(rf"  {flag.replace('--', '--(?:.no-.)?')} ", line)]
         assert field.metadata["help"] in line
         if isinstance(field.default, int | float | str) and not isinstance(field.default, bool):
             assert line.endswith(f"[{field.default}]")
-    assert callable(cli._load(cli.COMMANDS[name].run))
+    assert callable(cli.load(cli.COMMANDS[name].run))
 
 
-OFFLINE = "what a method takes that learns from preference pairs alone"
+GROUPS = [
+    "required",
+    "options",
+    "what a stage takes that passes over the rows of train_data",
+    "what every method takes: its policy starts from a reference and is evaluated on held-out prompts",
+    "what every training stage takes",
+    "general",
+]
 
 
 def test_help_shows_choices_and_groups(monkeypatch, capsys):
@@ -192,8 +199,7 @@ def test_help_shows_choices_and_groups(monkeypatch, capsys):
         cli.main(["dpo", "--help"])
     text = capsys.readouterr().out
     assert "constant|linear|cosine [linear]" in text and "--[no-]bf16 " in text
-    groups = re.findall(r"^(\S.*):$", text, flags=re.MULTILINE)
-    assert groups == ["required", "options", OFFLINE, "what every training stage takes", "general"]
+    assert re.findall(r"^(\S.*):$", text, flags=re.MULTILINE) == GROUPS
     first = text.index("--model STR"), text.index("--train-data STR"), text.index("--beta FLOAT")
     assert list(first) == sorted(first)
 

@@ -1,14 +1,14 @@
 """The configs: one frozen dataclass per stage, which is the Python argument, the flags and the YAML file at once."""
 
+from rlhf_fast.config.commands import DemoConfig, InitConfig, PairsConfig, PipelineConfig
 from rlhf_fast.config.stages import (
-    DemoConfig,
+    ClippedConfig,
     DPOConfig,
     GRPOConfig,
-    InitConfig,
+    MethodConfig,
     OfflineConfig,
+    OfflineData,
     OnlineConfig,
-    PairsConfig,
-    PipelineConfig,
     PPOConfig,
     ReinforceConfig,
     ReMaxConfig,
@@ -19,11 +19,14 @@ from rlhf_fast.config.stages import (
 )
 
 __all__ = [
+    "ClippedConfig",
     "DPOConfig",
     "DemoConfig",
     "GRPOConfig",
     "InitConfig",
+    "MethodConfig",
     "OfflineConfig",
+    "OfflineData",
     "OnlineConfig",
     "PPOConfig",
     "PairsConfig",

@@ -1,6 +1,7 @@
 """Config dataclasses as command-line flags and YAML files, by jsonargparse.
 
-A field `kl_coef: float = field(default=0.05, metadata={"help": ...})` is the flag --kl-coef and the YAML key kl_coef.
+A field `kl_coef: float = arg(0.05, "Weight of the KL penalty.", at_least=0)` is the flag --kl-coef and the YAML key
+kl_coef.
 Every mistake is a ValueError of one line that names the key, where it stands, what was expected and the nearest name.
 """
 
@@ -15,6 +16,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser
 
+from rlhf_fast.config.fields import bounds_of
 from rlhf_fast.config.stages import StageConfig
 
 Config = TypeVar("Config")
@@ -33,7 +35,10 @@ class _Formatter(argparse.HelpFormatter):
 
 
 def make_parser(config_class: type, prog: str) -> ArgumentParser:
-    """A parser of the fields of `config_class`, grouped by the class that declares them; nothing is required yet."""
+    """A parser of the fields of `config_class`, grouped by the class that declares them.
+
+    It requires no field, because a field may come from the YAML file; `parse` says which are missing.
+    """
     parser = ArgumentParser(
         prog=prog,
         usage=f"{prog} [--config FILE] [flags]",
@@ -125,7 +130,10 @@ def check_file(config_class: type, file: str) -> None:
 
 
 def check_values(config_class: type, values: dict[str, Any], where: str) -> dict[str, Any]:
-    """The values in the types of their fields ("1e-3", a string in YAML 1.1, as a float)."""
+    """The values in the types of their fields: "1e-3" as a float, because YAML 1.1 reads it as a string.
+
+    Raises ValueError, which `where` opens, for an unknown key and for a value of a wrong type.
+    """
     names = [field.name for field in dataclasses.fields(config_class)]
     hints = get_type_hints(config_class)
     for key, value in values.items():
@@ -149,7 +157,7 @@ def _build(config_class: type[Config], values: dict[str, Any], *, flag_names: bo
 
 
 def _type_name(hint: Any) -> str:
-    """int, float, a|b|c (choices), list of str ...; None as a choice goes without saying."""
+    """The type as `--help` and messages name it: int, float, a|b|c (choices), list of str; None is left out."""
     if get_origin(hint) is Literal:
         return "|".join(str(choice) for choice in get_args(hint))
     if get_origin(hint) in (Union, UnionType):
@@ -160,7 +168,7 @@ def _type_name(hint: Any) -> str:
 
 
 def _one_line(error: Exception, config_class: type) -> str:
-    """jsonargparse explains over several lines; of a wrong type we say it as the rest of the package does."""
+    """The error in one line; a wrong type in the words of this package, because jsonargparse's take several lines."""
     message = " ".join(str(error).split())
     wrong = re.match(r'Parser key "([\w.]+)": .*?(?:Got|Given) value: (.*)', message)
     if not wrong:
@@ -193,6 +201,8 @@ def _help(field: dataclasses.Field, hint: Any) -> str:
     text, default = field.metadata["help"], _default(field)
     if get_origin(hint) is Literal:
         text += f" {_type_name(hint)}"
+    if bounds := bounds_of(field, int if int in (hint, *get_args(hint)) else float):
+        text += f" {bounds}"
     if default is not None and default != {}:
         shown = " ".join(map(str, default)) if isinstance(default, list) else default
         text += f" [{str(shown).lower() if hint is bool else shown}]"

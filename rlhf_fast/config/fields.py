@@ -1,17 +1,49 @@
-"""Fields of the config dataclasses: how they are declared, what their type hints demand, how JSON describes them."""
+"""Fields of the config dataclasses: how they are declared and bounded, how they are checked, how JSON describes them.
 
+A field says everything about itself in one place: type, default, help and bounds.
+
+    batch_size: int = arg(16, "Rows per optimizer step.", at_least=1)
+    top_p: float = arg(1.0, "Draw from the likeliest tokens that hold this probability.", above=0, at_most=1)
+
+`check_fields` then refuses 0 with "batch_size: expected an integer >= 1, got 0", and `--help` shows the bound.
+"""
+
+import copy
 import dataclasses
+import operator
 import os
 from collections.abc import Callable
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 _PLAIN = {bool: "true or false", int: "an integer", float: "a number"}
+_HOLDS: dict[str, Callable[[Any, Any], bool]] = {
+    "at_least": operator.ge,
+    "above": operator.gt,
+    "at_most": operator.le,
+    "below": operator.lt,
+}
+_LARGEST_SEED = 2**63 - 1  # torch's generators take 64 bits with a sign
 
 
-def arg(default: Any, help: str) -> Any:
-    """A field with a default; `help` is what its flag says."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def arg(
+    default: Any,
+    help: str,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A field with a default. help: what its flag says. The bounds are those of a number; None is always allowed.
+
+    A default that is a list or a dict is copied for every config, so that no two configs share it.
+    """
+    bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
+    metadata = {"help": help} | {name: bound for name, bound in bounds.items() if bound is not None}
+    if isinstance(default, list | dict):
+        return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def required(help: str) -> Any:
@@ -19,20 +51,26 @@ def required(help: str) -> Any:
     return dataclasses.field(metadata={"help": help})
 
 
+def random_seed(help: str) -> Any:
+    """A field for the seed of a random generator, 0 by default."""
+    return arg(0, help, at_least=0, at_most=_LARGEST_SEED)
+
+
 def check(config: Any, name: str, holds: Callable[[Any], bool], expected: str) -> None:
-    """Raises ValueError naming the field unless it is absent, None, or `holds`."""
-    value = getattr(config, name, None)
+    """Raises ValueError naming the field unless its value is None or `holds`; for whatever no bound can say."""
+    value = getattr(config, name)
     if value is not None and not holds(value):
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
-def check_types(config: Any) -> None:
-    """Raises ValueError for a choice that there is not, and where a number, or true or false, is something else.
+def check_fields(config: Any) -> None:
+    """Raises ValueError, naming the field, for an unknown choice, for a wrong type and for a number out of its bounds.
 
     Text is not looked at: in Python a path may be a `Path`, data may be rows, and a reward a function.
     """
-    for name, hint in get_type_hints(type(config)).items():
-        value = getattr(config, name)
+    hints = get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        name, hint, value = field.name, hints[field.name], getattr(config, field.name)
         options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
         if value is None and NoneType in options:
             continue
@@ -42,6 +80,23 @@ def check_types(config: Any) -> None:
                 raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}, got {value!r}")
         elif options[0] in _PLAIN and not _is_a(options[0], value):
             raise ValueError(f"{name}: expected {_PLAIN[options[0]]}, got {value!r}")
+        elif not all(holds(value, field.metadata[bound]) for bound, holds in _HOLDS.items() if bound in field.metadata):
+            raise ValueError(f"{name}: expected {_PLAIN[options[0]]} {bounds_of(field, options[0])}, got {value!r}")
+
+
+def bounds_of(field: dataclasses.Field, kind: type) -> str:
+    """The field's bounds as messages and `--help` say them: ">= 1", "> 0", "in (0, 1]", "from 0 to 2^63 - 1", or ""."""
+    at_least, above, at_most, below = (field.metadata.get(bound) for bound in _HOLDS)
+    low, high = (at_least, at_most) if kind is int else (None, None)
+    if low is not None and high is not None:
+        return f"from {low} to {'2^63 - 1' if high == _LARGEST_SEED else high}"
+    one_side = {">=": at_least, ">": above, "<=": at_most, "<": below}
+    given = [f"{sign} {bound:g}" for sign, bound in one_side.items() if bound is not None]
+    if len(given) < 2:
+        return "".join(given)
+    left = f"({above:g}" if at_least is None else f"[{at_least:g}"
+    right = f"{below:g})" if at_most is None else f"{at_most:g}]"
+    return f"in {left}, {right}"
 
 
 def _is_a(kind: type, value: Any) -> bool:

@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-KINDS = ("sft", "preference", "ranking", "unpaired", "prompt")
+COLUMNS = {
+    "sft": ("completion",),
+    "preference": ("chosen", "rejected"),
+    "ranking": ("completions", "ranks"),
+    "unpaired": ("completion", "label"),
+    "prompt": (),
+}
+"""Kind of rows -> the columns that a row has beside its prompt."""
+KINDS = tuple(COLUMNS)
 
 
 class LocatedRow(dict):
@@ -127,13 +135,7 @@ def _check_row(row: Row, kind: str, where: str) -> None:
         if roles[0] == "assistant":
             raise ValueError(f"{where}: messages: begins with an assistant turn, which needs one to follow")
         return
-    completions = {
-        "sft": ["completion"],
-        "preference": ["chosen", "rejected"],
-        "ranking": ["completions", "ranks"],
-        "unpaired": ["completion", "label"],
-        "prompt": [],
-    }[kind]
+    completions = COLUMNS[kind]
     missing = [name for name in ["prompt", *completions] if row.get(name) is None]
     if missing:
         columns = ", ".join(["prompt", *completions]) + (" (or messages)" if kind == "sft" else "")
@@ -146,12 +148,11 @@ def _check_row(row: Row, kind: str, where: str) -> None:
     if kind == "ranking":
         _check_ranking(row, chat, where)
         return
-    if kind == "unpaired":
-        completions.remove("label")
-        if not isinstance(row["label"], bool):
-            raise ValueError(f"{where}: label: expected true or false, got {row['label']!r}")
+    if kind == "unpaired" and not isinstance(row["label"], bool):
+        raise ValueError(f"{where}: label: expected true or false, got {row['label']!r}")
     for name in completions:
-        _check_completion(row[name], chat, f"{where}: {name}")
+        if name != "label":
+            _check_completion(row[name], chat, f"{where}: {name}")
     if kind == "preference" and row.get("margin") is not None:
         margin = row["margin"]
         if isinstance(margin, bool) or not isinstance(margin, Real) or not math.isfinite(margin):

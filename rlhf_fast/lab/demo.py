@@ -3,7 +3,7 @@
 Film reviews from a grammar, a Llama-shaped model of a hundred thousand weights, SFT, preference pairs sampled from
 the SFT model and labelled by Bradley-Terry on the known true reward, a reward model, then five methods from the same
 start on the same prompts. Nothing is downloaded. The report says what each method cost in time and memory and what it
-bought in true reward and KL, on prompts none of them saw.
+bought in true reward and KL, on prompts that no method saw.
 """
 
 import dataclasses
@@ -14,10 +14,11 @@ from rlhf_fast.data.files import write_json
 from rlhf_fast.data.rows import write_rows
 from rlhf_fast.lab.variance import gradient_variance
 from rlhf_fast.lab.world import build_tokenizer, prompt_rows, sft_rows
+from rlhf_fast.methods import METHODS
 from rlhf_fast.report import pipeline
 from rlhf_fast.stages.init import init_model
 
-METHODS = ("ppo", "remax", "reinforce", "rloo")  # whose policies the gradient variance is measured on, at the end
+MEASURED = ("ppo", "remax", "reinforce", "rloo")  # methods on whose policies the gradient variance is measured
 VARIANCE_NOTE = (
     "Gradient variance: scores are shifted so that the SFT model's samples average 0. Using no baseline is therefore "
     "already close to optimal at the start. From then on the scores rise, and ReMax's greedy baseline rises with "
@@ -50,7 +51,7 @@ def run(config: DemoConfig) -> None:
     )
     variance = {
         where: gradient_variance(dataclasses.replace(remax, model=str(out / model)), batches=max(4, 16 // shorten))
-        for where, model in {"SFT model": "sft", **{f"after {pipeline.NAMES[m]}": m for m in METHODS}}.items()
+        for where, model in {"SFT model": "sft", **{f"after {METHODS[m].title}": m for m in MEASURED}}.items()
     }
     write_json(out / "variance.json", variance)
     pipeline.write_report(plan, variance=variance, notes=(VARIANCE_NOTE,))

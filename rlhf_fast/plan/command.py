@@ -10,6 +10,7 @@ from rich.console import Console
 from rlhf_fast.config import StageConfig
 from rlhf_fast.data.files import write_text
 from rlhf_fast.lm.loading import default_device
+from rlhf_fast.methods import STAGES
 from rlhf_fast.plan.config import PlanConfig
 from rlhf_fast.plan.gpus import CONTEXT, FRAGMENTATION, GIB, MEMORY, needed, parse_memory
 from rlhf_fast.plan.phases import Planner
@@ -48,7 +49,7 @@ def plan_of(method: str, config: StageConfig) -> PlanConfig:
         response = given["max_length"] - prompt
     else:
         response = given["max_response_length"]
-    if method == "ppo":
+    if "value" in STAGES[method].roles:
         values["critic"] = "shared" if given.get("critic") == "shared" else given["value_model"] or "same"
     if "reward" in given:
         is_function = ":" in given["reward"] and not Path(given["reward"]).is_dir()
@@ -57,6 +58,7 @@ def plan_of(method: str, config: StageConfig) -> PlanConfig:
 
 
 def make_report(planner: Planner) -> dict[str, Any]:
+    """The plan as its JSON file holds it: parameters and static bytes by role, peaks by phase, which GPUs it fits."""
     plan, roles = planner.plan, planner.roles
     device = default_device().type if plan.device == "auto" else plan.device
     phases = planner.phases(device)
@@ -84,14 +86,14 @@ def make_report(planner: Planner) -> dict[str, Any]:
 
 
 def gpu_memory(plan: PlanConfig) -> dict[str, int]:
-    """GPU -> bytes; with `memory` the user's own comes first."""
+    """GPU -> bytes of memory; a GPU that `plan.memory` describes comes first."""
     return ({f"your {plan.memory}": parse_memory(plan.memory)} if plan.memory else {}) | MEMORY
 
 
 def largest_batch(planner: Planner, memory: int) -> int:
-    """The largest batch_size, micro_batch_size as given, that fits `memory` bytes; 0 where none does."""
+    """The largest batch_size that fits `memory` bytes, with micro_batch_size as given; 0 where none fits."""
     plan = planner.plan
-    unit = plan.minibatches * (plan.group_size if plan.method in ("rloo", "grpo") else 1)
+    unit = plan.minibatches * plan.stage.samples_of(plan.group_size)
 
     def fits(units: int) -> bool:
         phases = planner.phases("cuda", batch=units * unit).values()
@@ -109,6 +111,7 @@ def largest_batch(planner: Planner, memory: int) -> int:
 
 
 def show(planner: Planner, report: dict[str, Any]) -> None:
+    """Print the report as three tables, and the arithmetic behind it where the plan is to be explained."""
     plan = planner.plan
     rows = f"{plan.batch_size} rows of {plan.prompt_length} + {plan.response_length} tokens"
     split = f", ZeRO {plan.zero} over {plan.gpus} GPUs (per GPU)" if plan.gpus > 1 else ""

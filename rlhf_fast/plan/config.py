@@ -1,12 +1,16 @@
 """The planner's config; as in `rlhf_fast.config`, only values and checks of them."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from rlhf_fast.config.fields import arg, check, required
+from rlhf_fast.config.fields import arg, check_fields, required
 from rlhf_fast.config.stages import Optimizer
+from rlhf_fast.methods import STAGES, Stage
 
-Method = Literal["sft", "reward", "dpo", "ppo", "remax", "reinforce", "rloo", "grpo"]
+if TYPE_CHECKING:
+    Method = str
+else:
+    Method = Literal[tuple(STAGES)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,16 +22,20 @@ class PlanConfig:
     out: str | None = arg(None, "JSON file to write the plan to.")
     explain: bool = arg(False, "Show the arithmetic behind every figure.")
     measure: bool = arg(False, "Also run the real stage on this CPU, random weights and tokens, and compare.")
-    batch_size: int = arg(8, "Rows (reward, dpo: pairs) per GPU and optimizer step; rollouts decode them all at once.")
-    micro_batch_size: int | None = arg(None, "Rows (pairs) per forward pass; default: the whole batch.")
-    prompt_length: int = arg(256, "Tokens of a prompt.")
-    response_length: int = arg(256, "Tokens of a response.")
-    group_size: int = arg(4, "Samples per prompt of rloo and grpo; batch_size counts samples.")
-    minibatches: int = arg(1, "Optimizer steps per pass over a batch (ppo, grpo).")
+    batch_size: int = arg(
+        8, "Rows (reward, dpo: pairs) per GPU and optimizer step; rollouts decode them all at once.", at_least=1
+    )
+    micro_batch_size: int | None = arg(None, "Rows (pairs) per forward pass; default: the whole batch.", at_least=1)
+    prompt_length: int = arg(256, "Tokens of a prompt.", at_least=1)
+    response_length: int = arg(256, "Tokens of a response.", at_least=1)
+    group_size: int = arg(4, "Samples per prompt of rloo and grpo; batch_size counts samples.", at_least=1)
+    minibatches: int = arg(1, "Optimizer steps per pass over a batch (ppo, grpo).", at_least=1)
     critic: str = arg("same", "Value model of ppo: `same` as the reward model, `shared` trunk, or its config.")
     reward: str | None = arg(None, "Reward model's config, or `none` for a Python function; default: as the model.")
     reference: str | None = arg(None, "Reference model's config; default: as the model.")
-    lora_rank: int = arg(0, "Train LoRA adapters of this rank on all linear layers but the head; 0: all weights.")
+    lora_rank: int = arg(
+        0, "Train LoRA adapters of this rank on all linear layers but the head; 0: all weights.", at_least=0
+    )
     share_base: bool = arg(False, "Reward and value model as adapters on the policy's base; needs lora_rank.")
     optimizer: Optimizer = arg("adamw", "AdamW, or with states of one byte (bitsandbytes).")
     optimizer_in_backward: bool = arg(False, "Step each weight in backward and free its gradient.")
@@ -37,47 +45,54 @@ class PlanConfig:
     bf16: bool = arg(False, "Run forward and backward passes in bfloat16 autocast over fp32 weights.")
     gradient_checkpointing: bool = arg(False, "Recompute activations in backward to save memory.")
     fused_head: bool = arg(True, "Take losses from hidden states, in chunks; false takes them from [B, T, V] logits.")
-    top_k: int = arg(0, "Rollouts draw from the k likeliest tokens; 0: from all. As top_p, it goes through the logits.")
-    top_p: float = arg(1.0, "Rollouts draw from the likeliest tokens that hold this probability; 1: from all.")
+    top_k: int = arg(
+        0,
+        "Rollouts draw from the k likeliest tokens; 0: from all. With top_k or top_p losses come from logits.",
+        at_least=0,
+    )
+    top_p: float = arg(
+        1.0, "Rollouts draw from the likeliest tokens that hold this probability; 1: from all.", above=0, at_most=1
+    )
     offload: bool = arg(False, "Reference and reward model wait in CPU memory for their phase.")
     offload_optimizer: bool = arg(False, "Optimizer states and gradients live in CPU memory (ZeRO-Offload).")
-    gpus: int = arg(1, "GPUs that share the run.")
+    gpus: int = arg(1, "GPUs that share the run.", at_least=1)
     zero: Literal[0, 1, 2, 3] = arg(
         0, "ZeRO stage over the GPUs: optimizer (1), gradients (2; FSDP grad_op), weights (3; FSDP full) are split."
     )
-    frozen_zero: Literal[0, 3] | None = arg(None, "The same for frozen models; default: 3 with zero 3, else 0.")
+    frozen_zero: Literal[0, 3] | None = arg(None, "ZeRO stage of the frozen models; default: 3 with zero 3, else 0.")
     memory: str | None = arg(None, "Memory of a GPU of your own: bytes, or with a unit as in 24GiB.")
     device: Literal["auto", "cpu", "cuda"] = arg(
-        "auto", "Whose buffers to plan with; auto: what this machine has. Verdicts on GPUs are always CUDA's."
+        "auto",
+        "Device whose buffers are planned; auto: this machine's. Verdicts on GPUs always count CUDA's.",
     )
 
     def __post_init__(self) -> None:
-        names = (
-            "batch_size",
-            "micro_batch_size",
-            "prompt_length",
-            "response_length",
-            "group_size",
-            "minibatches",
-            "gpus",
-        )
-        for name in names:
-            check(self, name, lambda v: v >= 1, "an integer >= 1")
-        check(self, "lora_rank", lambda v: v >= 0, "an integer >= 0")
-        check(self, "top_k", lambda v: v >= 0, "an integer >= 0")
-        check(self, "top_p", lambda v: 0 < v <= 1, "a number in (0, 1]")
+        check_fields(self)
         if self.batch_size % self.minibatches:
             raise ValueError(f"minibatches: expected a divisor of batch_size={self.batch_size}, got {self.minibatches}")
-        if self.method in ("rloo", "grpo") and self.batch_size % self.group_size:
-            raise ValueError(f"group_size: expected a divisor of batch_size={self.batch_size}, got {self.group_size}")
+        samples = self.stage.samples_of(self.group_size)
+        if self.batch_size % samples and self.stage.samples == "group_size":
+            raise ValueError(f"group_size: expected a divisor of batch_size={self.batch_size}, got {samples}")
+        if self.batch_size % samples:
+            raise ValueError(f"batch_size: expected a multiple of {samples} samples per prompt, got {self.batch_size}")
         if self.share_base and not self.lora_rank:
             raise ValueError("lora_rank: expected > 0 with share_base, since a shared base is frozen; got 0")
-        if self.critic == "shared" and self.method == "ppo" and self.truncated:
+        if self.shared_critic and self.truncated:
             raise ValueError("critic: expected a model of its own beside top_k or top_p, which go through the logits")
         if self.bf16 and self.dtype == "bf16":
             raise ValueError("bf16: expected autocast over fp32 weights, got it with dtype=bf16, which needs none")
 
     @property
+    def stage(self) -> Stage:
+        """The method's row in the table of training stages."""
+        return STAGES[self.method]
+
+    @property
+    def shared_critic(self) -> bool:
+        """The value model is a head on the policy's trunk."""
+        return "value" in self.stage.roles and self.critic == "shared"
+
+    @property
     def truncated(self) -> bool:
-        """Rollouts keep the sets they draw from."""
+        """Rollouts keep the sets of tokens that they draw from."""
         return bool(self.top_k or self.top_p < 1)

@@ -8,7 +8,6 @@ path), no end of sequence in the samples. Needs the memory and the time that the
 import copy
 import json
 import tempfile
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,11 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rlhf_fast import config as configs
 from rlhf_fast.config import StageConfig
+from rlhf_fast.data.rows import COLUMNS
 from rlhf_fast.lm.adapters import LoRA
 from rlhf_fast.lm.loading import load_scorer
+from rlhf_fast.methods import load
 from rlhf_fast.plan.config import PlanConfig
 from rlhf_fast.plan.phases import Planner
 from rlhf_fast.plan.shapes import Shape
@@ -27,16 +27,6 @@ from rlhf_fast.training import checkpoint
 from rlhf_fast.training.metrics import print_table
 from rlhf_fast.training.tensor_bytes import TensorBytes
 
-CONFIGS = {
-    "sft": configs.SFTConfig,
-    "reward": configs.RewardConfig,
-    "dpo": configs.DPOConfig,
-    "ppo": configs.PPOConfig,
-    "remax": configs.ReMaxConfig,
-    "reinforce": configs.ReinforceConfig,
-    "rloo": configs.RLOOConfig,
-    "grpo": configs.GRPOConfig,
-}
 SAME = (
     "batch_size",
     "micro_batch_size",
@@ -78,17 +68,17 @@ def measure(planner: Planner) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as directory:
         config = _prepare(planner, Path(directory))
         with TensorBytes():
-            import_module(f"rlhf_fast.stages.{plan.method}").train(config)
+            load(plan.stage.train)(config)
         run = json.loads((Path(config.output_dir) / "run.json").read_text())
     return {name: phase["peak_bytes"] for name, phase in run["phases"].items() if isinstance(phase, dict)}
 
 
 def _prepare(planner: Planner, directory: Path) -> StageConfig:
     """Models, data and the stage's config, in `directory`."""
-    plan, config_class = planner.plan, CONFIGS[planner.plan.method]
+    plan, config_class = planner.plan, load(planner.stage.config)
     vocabulary = min(role.shape.config.get_text_config().vocab_size for role in planner.roles.values())
     # a sampled end would shorten the rollout: where there is one, the end is a token no model has
-    end = vocabulary if planner.online else 1
+    end = vocabulary if planner.stage.online else 1
     tokenizer = _tokenizer(vocabulary, end)
     for name, role in planner.roles.items():
         shape = role.shape._replace(head="policy") if name == planner.main else role.shape
@@ -102,10 +92,10 @@ def _prepare(planner: Planner, directory: Path) -> StageConfig:
     length = plan.prompt_length + plan.response_length
     values = {name: getattr(plan, name) for name in SAME}
     values |= {"max_prompt_length": plan.prompt_length, "steps": 2, "normalize_samples": 0}
-    values |= {"epochs": 1 if planner.online else 2}
+    values |= {"epochs": 1 if planner.stage.online else 2}
     values |= {"max_length": length, "max_response_length": plan.response_length}
     values |= {"reward": str(directory / "reward") if "reward" in planner.roles else f"{__name__}:no_reward"}
-    if planner.shared_critic:
+    if plan.shared_critic:
         values |= {"critic": "shared"}
     elif not plan.share_base:
         values |= {"value_model": str(directory / "value")}
@@ -147,10 +137,8 @@ def _rows(plan: PlanConfig) -> list[dict[str, str]]:
     def words(count: int) -> str:
         return " ".join(f"w{i}" for i in torch.randint(2, 10, (count,), generator=generator).tolist())
 
-    prompts = plan.batch_size // (plan.group_size if plan.method in ("rloo", "grpo") else 1)
     rows = []
-    for i in range(prompts):
+    for i in range(plan.batch_size // plan.stage.samples_of(plan.group_size)):
         row = {"prompt": words(plan.prompt_length - i % 2)}
-        answers = ("completion",) if plan.method == "sft" else ("chosen", "rejected")
-        rows.append(row | {name: words(plan.response_length - 1) for name in answers})
+        rows.append(row | {name: words(plan.response_length - 1) for name in COLUMNS[plan.stage.rows]})
     return rows

@@ -1,4 +1,7 @@
-"""The peak of every phase: the models resident in it, and the pass that runs in it."""
+"""The peak of every phase: the models resident in it, and the pass that runs in it.
+
+Which phases a method has, and how many rows a pass takes, follows from its row in the table of training stages.
+"""
 
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -10,11 +13,11 @@ from rlhf_fast.ops import backend
 from rlhf_fast.ops.heads import MEMORY_BUDGET, Layer, working_bytes
 from rlhf_fast.plan.config import PlanConfig
 from rlhf_fast.plan.passes import Curve, Lengths, Run, inference, rollout, set_bytes, simulate, training
-from rlhf_fast.plan.roles import ONLINE, Role, roles_of, static_bytes, zero_stage
+from rlhf_fast.plan.roles import Role, roles_of, static_bytes, zero_stage
 from rlhf_fast.plan.shapes import Shape
 
 _SIMULATED: dict[tuple, Curve] = {}
-"""In this process: several methods planned for one model have most passes in common."""
+"""Kept for the process, because several methods planned for one model have most passes in common."""
 
 
 class Phase(NamedTuple):
@@ -22,7 +25,7 @@ class Phase(NamedTuple):
     drew from, and "pass" for what it adds."""
 
     parts: dict[str, int]
-    how: str  # the pass's bytes come about
+    how: str  # where the pass's bytes come from
 
     @property
     def peak_bytes(self) -> int:
@@ -33,20 +36,19 @@ class Planner:
     """The curves of one configuration, from which the phases of any batch size follow by arithmetic."""
 
     def __init__(self, plan: PlanConfig) -> None:
-        self.plan, self.roles = plan, roles_of(plan)
+        self.plan, self.stage, self.roles = plan, plan.stage, roles_of(plan)
         self.static = {name: static_bytes(role, plan) for name, role in self.roles.items()}
-        self.online = plan.method in ONLINE
         self.trained = [name for name, role in self.roles.items() if role.trained]
         self.main = self.trained[0]
-        self.shared_critic = self.plan.method == "ppo" and self.plan.critic == "shared"
         length = plan.prompt_length + plan.response_length
         self.lengths = Lengths(plan.prompt_length, plan.response_length)
-        # SFT's rows are one piece: the first token is the prompt, what is not trained on is masked
-        self.trained_lengths = Lengths(1, length - 1) if plan.method == "sft" else self.lengths
-        self.truncated = self.online and plan.truncated
+        # a row in one piece has a prompt of one token, because every other token is predicted (and some are masked)
+        self.trained_lengths = Lengths(1, length - 1) if self.stage.one_piece else self.lengths
+        self.truncated = self.stage.online and plan.truncated
         self.fused = plan.fused_head and not self.truncated
-        self.rows_per_prompt = {"rloo": plan.group_size, "grpo": plan.group_size, "remax": 2}.get(plan.method, 1)
-        # what is kept on the weights until the optimizer's step; otherwise `static` holds it, split or in CPU memory
+        self.samples = self.stage.samples_of(plan.group_size)
+        self.rows_per_prompt = self.samples + self.stage.greedy
+        # gradients wait on the weights for the optimizer's step; otherwise `static` has them, split or in CPU memory
         self.keeps_gradients = not (plan.optimizer_in_backward or plan.offload_optimizer or plan.zero >= 2)
         self.curves: dict[object, Curve] = {}
 
@@ -57,17 +59,16 @@ class Planner:
         rows = min(micro or self.plan.micro_batch_size or batch, batch)
         micro, later = min(rows, step), rows < step
         result = {}
-        if self.online:
+        if self.stage.online:
             result["rollout"] = self._rollout(batch)
             scored_by_model = "reward" in self.roles
             result["scoring"] = self._frozen("reward", rows, device) if scored_by_model else self._idle()
-            result["reference"] = self._frozen("reference", rows, device)
-        if self.plan.method == "dpo":
-            result["reference"] = self._frozen("reference", 2 * rows, device)
+        if "reference" in self.roles:
+            result["reference"] = self._frozen("reference", self.stage.sequences * rows, device)
         if "value" in self.roles:
             result["value"] = self._inference("value", rows, device)
         result["policy_update"] = self._update(self.main, micro, later, device)
-        if "value" in self.roles and not self.shared_critic:
+        if "value" in self.roles and not self.plan.shared_critic:
             result["value_update"] = self._update("value", micro, later, device)
         gradients = {} if self.plan.offload_optimizer else {n: self.static[n].gradients for n in self.trained}
         result["optimizer"] = Phase(
@@ -81,9 +82,9 @@ class Planner:
     def _kept(self, phase: str, batch: int, step: int) -> int:
         """Bytes of the sets that a truncated rollout drew from, at a phase's peak."""
         rows = batch
-        if phase in ("rollout", "scoring", "reference") and self.plan.method == "remax":
-            rows = 2 * batch  # the greedy rows' as well
-        elif phase in ("policy_update", "value_update", "optimizer") and self.plan.method in ("ppo", "grpo"):
+        if phase in ("rollout", "scoring", "reference"):
+            rows = batch // self.samples * self.rows_per_prompt  # the greedy rows' as well
+        elif phase in ("policy_update", "value_update", "optimizer") and self.stage.minibatches:
             rows = batch + step  # a copy of the minibatch's
         return rows * self.plan.response_length * set_bytes(self.roles["policy"].shape.config)
 
@@ -92,15 +93,19 @@ class Planner:
         parts = {}
         for name, role in self.roles.items():
             parts[f"{name} weights"] = self._weights(name, role, at_work == name)
-            first_phase = self.plan.method == "dpo" and at_work == "reference"  # before any optimizer step
+            first_phase = not self.stage.online and at_work == "reference"  # before any optimizer step
             if not first_phase and not self.plan.offload_optimizer:
                 parts[f"{name} optimizer"] = self.static[name].optimizer
         return {name: size for name, size in parts.items() if size}
 
     def _weights(self, name: str, role: Role, at_work: bool) -> int:
-        """ZeRO 3 gathers the layers at work. An offloaded model is away, in its own phase but for those layers."""
+        """Bytes of a role's weights on the GPU.
+
+        ZeRO 3 gathers the layers at work. An offloaded model is there in its own phase only, and with ZeRO 3 only those
+        layers of it are.
+        """
         plan, sharded = self.plan, zero_stage(role, self.plan) == 3
-        if role.frozen and not at_work and (plan.offload or plan.method == "dpo"):  # dpo drops it
+        if role.frozen and not at_work and (plan.offload or not self.stage.online):  # an offline method drops it
             return 0
         gathered = role.gathered_bytes if role.own and at_work and sharded else 0
         if role.frozen and plan.offload and sharded:
@@ -108,7 +113,7 @@ class Planner:
         return self.static[name].weights + (gathered if plan.gpus > 1 else 0)
 
     def _rollout(self, batch: int) -> Phase:
-        prompts = batch if self.plan.method == "remax" else batch // self.rows_per_prompt
+        prompts = batch // self.samples
         at = self._rolled_out(prompts)
         part = max(at["prefill"], at["decode"])
         rows = prompts * self.rows_per_prompt
@@ -122,7 +127,7 @@ class Planner:
         return Phase(self._resident(None), "")
 
     def _frozen(self, name: str, rows: int, device: str) -> Phase:
-        casts = self._rolled_out(rows)["casts"] if self.online and self.plan.bf16 else 0
+        casts = self._rolled_out(rows)["casts"] if self.stage.online and self.plan.bf16 else 0
         phase = self._inference(name, rows, device)
         return Phase(phase.parts | ({"policy bfloat16 weights": casts} if casts else {}), phase.how)
 
@@ -143,7 +148,7 @@ class Planner:
     def _update(self, name: str, micro: int, later: bool, device: str) -> Phase:
         role = self.roles[name]
         loss = {"policy": "tokens", "value": "values", "reward": "scores"}[name]
-        rows = 2 * micro if self.plan.method in ("dpo", "reward") else micro
+        rows = self.stage.sequences * micro
         run = training(
             role.shape,
             self.trained_lengths,
@@ -152,7 +157,7 @@ class Planner:
             truncated=self.truncated,
             keep=self.keeps_gradients,
             repeats=2 if later else 1,
-            critic=self.shared_critic,
+            critic=self.plan.shared_critic,
         )
         at = self._curve(("training", name, later), role.shape, run, rows, device)
         after = max(at["second layer"], at["first layer"], at["gradients"])
@@ -189,7 +194,7 @@ class Planner:
         text = role.shape.config.get_text_config()
         V, H, dtype = text.vocab_size, text.hidden_size, role.shape.dtype
         hidden = torch.bfloat16 if role.shape.autocast else dtype
-        if not self.fused:  # two of a mask's bytes each, on the way to it
+        if not self.fused:  # the logits; truncated sampling makes two masks besides, of a byte for each
             return rows * lengths.response * V * (hidden.itemsize + 2 * self.truncated)
         mixed = device == "cuda" and hidden == dtype == torch.bfloat16
         with torch.device("meta"):

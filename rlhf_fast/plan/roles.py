@@ -14,11 +14,9 @@ from rlhf_fast.lm.adapters import base_path
 from rlhf_fast.plan.config import PlanConfig
 from rlhf_fast.plan.shapes import DTYPES, Head, Shape, layers_of, period, read_config
 
-ONLINE = ("ppo", "remax", "reinforce", "rloo", "grpo")
-
 
 class Counts(NamedTuple):
-    """Of parameters."""
+    """Numbers of parameters of a model."""
 
     all: int
     trainable: int  # adapters and score head under LoRA
@@ -42,13 +40,15 @@ class Role(NamedTuple):
 
 
 class StaticBytes(NamedTuple):
+    """Bytes that a role holds as long as the run lasts."""
+
     weights: int
     gradients: int
     optimizer: int
 
 
 def roles_of(plan: PlanConfig) -> dict[str, Role]:
-    """Role -> model, trained ones first."""
+    """Role -> model, as the table of training stages lists them: trained ones first."""
     configs: dict[str, PreTrainedConfig] = {}
     counted: dict[tuple, Counts] = {}
 
@@ -65,16 +65,13 @@ def roles_of(plan: PlanConfig) -> dict[str, Role]:
         own = counts.trainable if on_base else counts.all
         return Role(shape, counts, own, counts.trainable if trained else 0, frozen=not trained)
 
-    if plan.method == "sft":
-        return {"policy": role("policy", None, trained=True)}
-    if plan.method == "reward":
-        return {"reward": role("score", None, trained=True)}
-    roles = {"policy": role("policy", None, trained=True)}
-    has_reward = plan.method in ONLINE and plan.reward != "none"
-    if plan.method == "ppo" and plan.critic == "shared":
+    main, *others = plan.stage.roles
+    roles = {main: role("score" if main == "reward" else "policy", None, trained=True)}
+    has_reward = "reward" in others and plan.reward != "none"
+    if plan.shared_critic:
         width = roles["policy"].shape.config.get_text_config().hidden_size
         roles["value"] = roles["policy"]._replace(own=width, trained=width)
-    elif plan.method == "ppo":
+    elif "value" in others:
         source = plan.critic if plan.critic != "same" else plan.reward if has_reward else None
         roles["value"] = role("score", source, trained=True, on_base=plan.share_base)
         sizes = [roles[name].shape.config.get_text_config().vocab_size for name in ("policy", "value")]
@@ -82,9 +79,10 @@ def roles_of(plan: PlanConfig) -> dict[str, Role]:
             raise ValueError(f"critic: expected the policy's vocabulary of {sizes[0]} tokens, got {sizes[1]}")
     if has_reward:
         roles["reward"] = role("score", plan.reward, trained=False, on_base=plan.share_base)
-    roles["reference"] = role("policy", plan.reference, trained=False)
-    if plan.lora_rank and base_path(plan.reference or plan.model) == base_path(plan.model):
-        roles["reference"] = roles["reference"]._replace(own=0)  # the policy's base, adapters off
+    if "reference" in others:
+        roles["reference"] = role("policy", plan.reference, trained=False)
+        if plan.lora_rank and base_path(plan.reference or plan.model) == base_path(plan.model):
+            roles["reference"] = roles["reference"]._replace(own=0)  # the policy's base, adapters off
     return roles
 
 
@@ -112,14 +110,14 @@ def bytes_per_trained(plan: PlanConfig) -> tuple[float, float]:
 
 
 def zero_stage(role: Role, plan: PlanConfig) -> int:
-    """A frozen model has only weights to split."""
+    """The ZeRO stage of a role; of a frozen model only the weights can be split."""
     if not role.frozen:
         return plan.zero
     return (3 if plan.zero == 3 else 0) if plan.frozen_zero is None else plan.frozen_zero
 
 
 def static_bytes(role: Role, plan: PlanConfig) -> StaticBytes:
-    """Per GPU, on the GPU or (offloaded) in CPU memory."""
+    """Bytes of a role per GPU; they lie on the GPU or, where they are offloaded, in CPU memory."""
     zero = zero_stage(role, plan)
     gradient, optimizer = bytes_per_trained(plan)
     return StaticBytes(

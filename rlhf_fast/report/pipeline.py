@@ -7,24 +7,16 @@ what one config section leaves out is filled in from the stages before it.
 import dataclasses
 import json
 from collections.abc import Collection
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from rlhf_fast import config as configs
 from rlhf_fast.config import PipelineConfig
 from rlhf_fast.config.arguments import from_dict
+from rlhf_fast.methods import METHODS, STAGES, load, section
 from rlhf_fast.training.metrics import print_table
 
-NAMES = {"ppo": "PPO", "remax": "ReMax", "reinforce": "REINFORCE", "rloo": "RLOO", "grpo": "GRPO", "dpo": "DPO"}
-METHODS = {
-    "ppo": configs.PPOConfig,
-    "remax": configs.ReMaxConfig,
-    "reinforce": configs.ReinforceConfig,
-    "rloo": configs.RLOOConfig,
-    "grpo": configs.GRPOConfig,
-    "dpo": configs.DPOConfig,
-}
+BEFORE_METHODS = ("sft", "pairs", "reward")  # the stages that make what every method starts from
 
 
 def run(config: PipelineConfig) -> None:
@@ -38,8 +30,7 @@ def run_stages(config: PipelineConfig, names: Collection[str] | None = None) -> 
     from its checkpoint."""
     for name, stage_config in make_plan(config).items():
         if (names is None or name in names) and not (config.resume and _finished(name, stage_config)):
-            module = import_module(f"rlhf_fast.stages.{name}")
-            (module.sample if name == "pairs" else module.train)(stage_config)
+            load("stages.pairs:sample" if name == "pairs" else STAGES[name].train)(stage_config)
 
 
 def make_plan(config: PipelineConfig) -> dict[str, Any]:
@@ -47,8 +38,9 @@ def make_plan(config: PipelineConfig) -> dict[str, Any]:
     for method in config.methods:
         if method not in METHODS:
             raise ValueError(f"methods: expected some of {sorted(METHODS)}, got {method!r}")
+    classes = {method: load(METHODS[method].config) for method in config.methods}
     for key in config.common:
-        if not any(key in _fields(METHODS[method]) for method in config.methods):
+        if not any(key in _fields(cls) for cls in classes.values()):
             raise ValueError(f"common: unknown key {key!r}; none of the methods {config.methods} has it")
     out = Path(config.output_dir)
     start, pairs_file, eval_pairs = str(out / "sft"), str(out / "pairs.jsonl.gz"), str(out / "pairs_eval.jsonl.gz")
@@ -56,7 +48,7 @@ def make_plan(config: PipelineConfig) -> dict[str, Any]:
     def stage(cls: type, name: str, given: dict[str, Any], **defaults: Any) -> Any:
         defaults |= {"output_dir": str(out / name), "seed": config.seed, "resume": config.resume}
         values = {k: v for k, v in defaults.items() if k in _fields(cls) and v is not None} | given
-        return from_dict(cls, values, f"section {name!r}")
+        return from_dict(cls, values, f"section {section(name)!r}")
 
     plan: dict[str, Any] = {"sft": stage(configs.SFTConfig, "sft", config.sft, model=config.model)}
     preferences: dict[str, str] = {}
@@ -67,11 +59,11 @@ def make_plan(config: PipelineConfig) -> dict[str, Any]:
         preferences = {"train_data": plan["pairs"].output}
         held_out = {"eval_data": plan["pairs"].eval_output}
     plan["reward"] = stage(configs.RewardConfig, "reward", config.reward, model=start, **preferences, **held_out)
-    for method in config.methods:
-        cls = METHODS[method]
-        given = {k: v for k, v in config.common.items() if k in _fields(cls)} | getattr(config, method)
-        if method == "dpo":  # `common` names prompts; DPO trains on the reward model's pairs unless told otherwise
-            given["train_data"] = config.dpo.get("train_data", plan["reward"].train_data)
+    for method, cls in classes.items():
+        own = getattr(config, section(method))
+        given = {k: v for k, v in config.common.items() if k in _fields(cls)} | own
+        if not METHODS[method].online:  # `common` names prompts; the reward model's rows are those to learn from
+            given["train_data"] = own.get("train_data", plan["reward"].train_data)
         plan[method] = stage(cls, method, given, model=start, reward=str(out / "reward"))
     return plan
 
@@ -91,7 +83,7 @@ def write_report(
     methods = [m for m in config.methods if plan[m].eval_data]
     if not methods:
         return
-    runs = [report.load_run(NAMES[m], out / m) for m in methods]
+    runs = [report.load_run(METHODS[m].title, out / m) for m in methods]
     before = json.loads((out / methods[0] / "samples_before.json").read_text())
     reward_name = reward_name_of(plan[methods[0]].eval_reward)
     labels = {"reward_name": reward_name, "gradient_variance": variance}

@@ -1,7 +1,6 @@
 """The figures of a report: what each method bought in reward and KL, and what it cost in time and memory.
 
 Each function takes finished runs and returns a matplotlib Figure; none of them touches global matplotlib state.
-Colours are Okabe and Ito's, which colour-blind readers can tell apart, one per method everywhere; markers differ too.
 """
 
 from __future__ import annotations
@@ -17,15 +16,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-COLORS = {
-    "PPO": "#0072B2",
-    "ReMax": "#D55E00",
-    "REINFORCE": "#CC79A7",
-    "RLOO": "#009E73",
-    "GRPO": "#882255",
-    "DPO": "#E69F00",
-}
-MARKERS = {"PPO": "o", "ReMax": "s", "REINFORCE": "^", "RLOO": "D", "GRPO": "X", "DPO": "v"}
+from rlhf_fast.report.styles import styles_of
+
 START_COLOR = "#333333"
 # In the order in which a step runs them; other phases follow in grey-blue.
 PHASE_COLORS = {
@@ -71,10 +63,6 @@ class MethodRun:
     def __post_init__(self) -> None:
         if not self.evaluations:
             raise ValueError(f"history: expected rows with eval/reward in the run of {self.name}, got none")
-
-    @property
-    def color(self) -> str:
-        return COLORS.get(self.name, "#56B4E9")
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
@@ -150,16 +138,18 @@ def band(
 def reward_kl(runs: Sequence[MethodRun], reward_name: str) -> Figure:
     """Held-out reward against KL to the start, a point per evaluation: up and to the left is better."""
     figure, axes = _figure(6.4, 4.8)
+    styles = styles_of(run.name for run in runs)
     for run in runs:
+        color, marker = styles[run.name]
         x, y = _series(run, "eval/kl"), _series(run, "eval/reward")
-        axes.plot(x, y, color=run.color, marker=MARKERS.get(run.name, "P"), markersize=4, linewidth=1.2, label=run.name)
+        axes.plot(x, y, color=color, marker=marker, markersize=4, linewidth=1.2, label=run.name)
         axes.errorbar(
             x[-1:],
             y[-1:],
             xerr=[run.final.get("eval/kl_se", 0.0)],
             yerr=[run.final.get("eval/reward_se", 0.0)],
-            color=run.color,
-            marker=MARKERS.get(run.name, "P"),
+            color=color,
+            marker=marker,
             markersize=9,
             markeredgecolor="white",
             capsize=3,
@@ -176,10 +166,12 @@ def reward_kl(runs: Sequence[MethodRun], reward_name: str) -> Figure:
 def reward_time(runs: Sequence[MethodRun], reward_name: str) -> Figure:
     """Held-out reward against training seconds; bands are +- one standard error over prompts."""
     figure, axes = _figure(6.4, 4.8)
+    styles = styles_of(run.name for run in runs)
     for run in runs:
+        color, marker = styles[run.name]
         x, y, error = (_series(run, key) for key in ("time/total", "eval/reward", "eval/reward_se"))
-        axes.plot(x, y, color=run.color, marker=MARKERS.get(run.name, "P"), markersize=4, linewidth=1.2, label=run.name)
-        band(axes, x, y, error, run.color, 0.12)
+        axes.plot(x, y, color=color, marker=marker, markersize=4, linewidth=1.2, label=run.name)
+        band(axes, x, y, error, color, 0.12)
     _mark_start(axes, runs, "time/total")
     axes.set_xlabel("training time, evaluation not counted (s)")
     axes.set_ylabel(f"{reward_name} on held-out prompts")
@@ -233,11 +225,13 @@ def peak_memory(runs: Sequence[MethodRun]) -> Figure:
     """Peak memory of each phase; a dot per method, side by side where they coincide."""
     phases = _ordered({phase: 0 for run in runs for phase in run.peak_bytes}, PHASE_COLORS)
     figure, axes = _figure(6.4, 1.7 + 0.5 * len(phases))
+    styles = styles_of(run.name for run in runs)
     for i, run in enumerate(runs):
+        color, marker = styles[run.name]
         shift = 0.6 * ((i + 0.5) / len(runs) - 0.5)
         y = [phases.index(phase) + shift for phase in run.peak_bytes]
         x = [peak / MIB for peak in run.peak_bytes.values()]
-        axes.plot(x, y, color=run.color, marker=MARKERS.get(run.name, "P"), linestyle="", label=run.name)
+        axes.plot(x, y, color=color, marker=marker, linestyle="", label=run.name)
     axes.set_yticks(range(len(phases)), [phase.replace("_", " ") for phase in phases])
     for boundary in range(1, len(phases)):
         axes.axhline(boundary - 0.5, color="#E6E6E6", linewidth=0.8)
@@ -254,11 +248,11 @@ def variance(measured: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Figur
     """Total variance of the policy gradient by method, at each policy where it was measured."""
     figure, axes = _figure(6.4, 3.4)
     methods = list(dict.fromkeys(method for at in measured.values() for method in at))
-    width = 0.7 / len(methods)
+    styles, width = styles_of(methods), 0.7 / len(methods)
     for i, method in enumerate(methods):
         x = [j + (i - (len(methods) - 1) / 2) * width for j in range(len(measured))]
         heights = [at[method]["variance"] for at in measured.values()]
-        bars = axes.bar(x, heights, width * 0.94, color=COLORS.get(method, "#56B4E9"), label=method)
+        bars = axes.bar(x, heights, width * 0.94, color=styles[method].color, label=method)
         axes.bar_label(bars, [f"{height:.3g}" for height in heights], padding=2)
     axes.set_xticks(range(len(measured)), [where.replace(" ", "\n", 1) for where in measured])
     axes.grid(axis="x", visible=False)

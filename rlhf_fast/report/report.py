@@ -1,7 +1,7 @@
 """A comparison of methods as one self-contained HTML file, and the same numbers as JSON and PNG.
 
-The HTML loads nothing from elsewhere: figures are inlined as SVG. Left out: statistics over seeds; every figure is of
-one run per method, its errors are over held-out prompts.
+The HTML is `report.html.jinja`, filled in. It loads nothing from elsewhere: figures are inlined as SVG. Left out:
+statistics over seeds. Every figure is of one run per method, and its errors are over held-out prompts.
 """
 
 import base64
@@ -18,6 +18,7 @@ import matplotlib
 
 from rlhf_fast.data.files import write_text
 from rlhf_fast.report.plots import START_COLOR, MethodRun, make_plots
+from rlhf_fast.report.styles import styles_of
 from rlhf_fast.training.metrics import format_value, read_metrics
 
 CAPTIONS = {
@@ -34,6 +35,7 @@ _QUALITY = (
     "nats per token."
 )
 _COST = "Time without evaluation. Model memory: weights, gradients and optimizer state; peak: the largest of any phase."
+_TEMPLATE = "report.html.jinja"  # beside this file
 _SHOWN = 5  # prompts with everyone's completion
 _EVALUATION = (
     "step",
@@ -76,6 +78,7 @@ def write_report(
     for run in runs:
         if samples and [row["prompt"] for row in run.samples] != [row["prompt"] for row in samples]:
             raise ValueError(f"samples: expected the prompts of {run.name}'s samples in the same order")
+    styles = styles_of(run.name for run in runs)
     report = {
         "title": title,
         "notes": list(notes),
@@ -83,7 +86,7 @@ def write_report(
         "cost": cost_table(runs),
         "methods": {
             run.name: {
-                "color": run.color,
+                "color": styles[run.name].color,
                 "evaluations": [{k: row[k] for k in _EVALUATION if k in row} for row in run.evaluations],
                 "seconds_per_step": run.seconds_per_step,
                 "static_bytes": run.static_bytes,
@@ -97,7 +100,7 @@ def write_report(
     figures = {
         name: _svg_uri(figure) for name, figure in make_plots(runs, gradient_variance, reward_name=reward_name).items()
     }
-    html = _TEMPLATE.render(
+    html = _template().render(
         **report,
         tables=[
             ("What each method bought", report["quality"], _QUALITY),
@@ -106,7 +109,7 @@ def write_report(
         figures=figures,
         captions={name: caption.format(reward=reward_name) for name, caption in CAPTIONS.items()},
         reward_name=reward_name,
-        colors={run.name: run.color for run in runs} | {"SFT": START_COLOR},
+        colors={name: style.color for name, style in styles.items()} | {"SFT": START_COLOR},
     )
     write_text(Path(path).with_suffix(".json"), json.dumps(_finite(report), indent=1, allow_nan=False) + "\n")
     write_text(path, html)
@@ -203,6 +206,19 @@ def _svg_uri(figure: Any) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+def _template() -> jinja2.Template:
+    loader = jinja2.PackageLoader("rlhf_fast.report", package_path="")
+    environment = jinja2.Environment(
+        loader=loader,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.globals["show"] = format_value
+    return environment.get_template(_TEMPLATE)
+
+
 def _finite(value: Any) -> Any:
     """JSON has no NaN and no infinity: null."""
     if isinstance(value, Mapping):
@@ -210,99 +226,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-_ENVIRONMENT = jinja2.Environment(
-    autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-)
-_ENVIRONMENT.globals["show"] = format_value
-_TEMPLATE = _ENVIRONMENT.from_string("""{% macro dot(method) %}
-<span class="dot" style="background: {{ colors[method] }}"></span>
-{%- endmacro %}
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>
-:root { color-scheme: light; --ink: #1a1a1a; --soft: #5f6368; --line: #e3e3e3; }
-body { margin: 0 auto; padding: 2rem 1.1rem 4rem; max-width: 68rem; color: var(--ink); background: #fff;
-       font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .8rem; text-wrap: balance; }
-h2 { font-size: 1.2rem; margin: 2.6rem 0 .8rem; }
-p { max-width: 44rem; margin: .5rem 0; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .4rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th { font-weight: 600; font-size: .85rem; color: var(--soft); vertical-align: bottom; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
-.dot { display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .5em; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(28rem, 100%), 1fr)); gap: 2rem 2.5rem; }
-figure { margin: 0; }
-img { width: 100%; height: auto; display: block; }
-figcaption, .soft { color: var(--soft); font-size: .88rem; }
-.samples td { white-space: normal; text-align: left; vertical-align: top; }
-.samples td:first-child { white-space: nowrap; }
-.samples td:last-child { text-align: right; padding-right: 0; white-space: nowrap; }
-.samples { width: 100%; margin: .2rem 0 1.8rem; }
-@media (max-width: 40rem) {
-  .samples tr { display: grid; grid-template-columns: 1fr auto; border-bottom: 1px solid var(--line); }
-  .samples td { border: 0; padding: .3rem 0; }
-  .samples td:nth-child(2) { grid-row: 2; grid-column: 1 / -1; padding-top: 0; }
-}
-.prompt { font-weight: 600; max-width: none; }
-</style>
-</head>
-<body>
-<h1>{{ title }}</h1>
-{% for note in notes %}
-<p>{{ note }}</p>
-{% endfor %}
-{% for heading, table, explanation in tables %}
-<h2>{{ heading }}</h2>
-<div class="scroll">
-<table>
-<thead><tr>
-{% for column in table[0] %}
-<th scope="col">{{ column|replace(" bytes", " memory")|replace(" seconds", " time") }}</th>
-{% endfor %}
-</tr></thead>
-<tbody>
-{% for row in table %}
-<tr>
-{% for column, value in row.items() %}
-<td>{% if column == "method" %}{{ dot(value) }}{% endif %}{{ show(column, value) }}</td>
-{% endfor %}
-</tr>
-{% endfor %}
-</tbody>
-</table>
-</div>
-<p class="soft">{{ explanation }}</p>
-{% endfor %}
-<h2>In pictures</h2>
-<div class="figures">
-{% for name, uri in figures.items() %}
-<figure id="{{ name }}">
-<img src="{{ uri }}" alt="{{ captions[name] }}"><figcaption>{{ captions[name] }}</figcaption>
-</figure>
-{% endfor %}
-</div>
-{% if samples %}
-<h2>Completions before and after</h2>
-<p class="soft">Held-out prompts, from the lowest to the highest reward of the SFT model's completion; the number is the
-{{ reward_name }}.</p>
-{% for sample in samples %}
-<p class="prompt">{{ sample.prompt }} …</p>
-<table class="samples"><tbody>
-{% for row in sample.completions %}
-<tr><td>{{ dot(row.method) }}{{ row.method }}</td><td>{{ row.completion }}</td>
-<td>{{ "%.3f"|format(row.reward) }}</td></tr>
-{% endfor %}
-</tbody></table>
-{% endfor %}
-{% endif %}
-</body>
-</html>
-""")

@@ -3,22 +3,13 @@
 import dataclasses
 import json
 import shutil
+from importlib import import_module
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-from rlhf_fast.config import (
-    DPOConfig,
-    GRPOConfig,
-    PPOConfig,
-    ReinforceConfig,
-    ReMaxConfig,
-    RewardConfig,
-    RLOOConfig,
-    SFTConfig,
-)
-from rlhf_fast.stages import dpo, grpo, ppo, reinforce, remax, reward, rloo, sft
+from rlhf_fast import methods
 from rlhf_fast.training import checkpoint
 from rlhf_fast.training.metrics import read_metrics
 
@@ -35,28 +26,24 @@ def shortness(prompts, completions):
 
 
 REWARD = f"{__file__}:shortness"
+_FILES = {"sft": "sft", "preference": "pairs", "prompt": "prompts"}  # kind of rows -> file
 LENGTHS = {"max_prompt_length": 16, "max_response_length": 12}
 
 
 def stage_config(cls: type, files: dict[str, str], model: str, output: Path, **options):
     """A config of class `cls`: four steps of 16 rows out of `files`, unless `options` say otherwise."""
     fields = {f.name for f in dataclasses.fields(cls)}
-    data = {SFTConfig: "sft", RewardConfig: "pairs", DPOConfig: "pairs"}.get(cls, "prompts")
+    data = _FILES[next(row.rows for row in methods.STAGES.values() if issubclass(cls, methods.load(row.config)))]
     values = {"batch_size": 16, "steps": 4, "learning_rate": 2e-3, "lr_schedule": "constant", "reward": REWARD}
     values = {k: v for k, v in (values | LENGTHS).items() if k in fields}
     return cls(**{**values, "model": model, "output_dir": str(output), "train_data": files[data], **options})
 
 
 STAGES = {
-    "sft": (sft, SFTConfig),
-    "reward": (reward, RewardConfig),
-    "ppo": (ppo, PPOConfig),
-    "remax": (remax, ReMaxConfig),
-    "reinforce": (reinforce, ReinforceConfig),
-    "rloo": (rloo, RLOOConfig),
-    "grpo": (grpo, GRPOConfig),
-    "dpo": (dpo, DPOConfig),
+    name: (import_module(f"rlhf_fast.{row.train.partition(':')[0]}"), methods.load(row.config))
+    for name, row in methods.STAGES.items()
 }
+"""Command -> module and config class of every training stage."""
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:

@@ -1,9 +1,9 @@
 """The bandits' configs; as in `rlhf_fast.config`, only values and checks of them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-from rlhf_fast.config.fields import arg, check, required
+from rlhf_fast.config.fields import arg, check, check_fields, required
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,23 +11,16 @@ class BanditConfig:
     """What both bandits take."""
 
     out: str = required("JSON file of the results; the plots go beside it.")
-    n: int = arg(20, "Preferences.")
-    ratios: list[float] = field(
-        default_factory=lambda: [0.5, 2.0, 5.0, 10.0], metadata={"help": "m/n of RMB-PO+, each a method of its own."}
-    )
-    beta: float = arg(0.01, "Strength of the KL to the uniform policy.")
-    seeds: int = arg(60, "Runs, each with data and starts of its own that all methods share.")
-    first_seed: int = arg(2021, "The first of them.")
+    n: int = arg(20, "Preferences.", at_least=1)
+    ratios: list[float] = arg([0.5, 2.0, 5.0, 10.0], "m/n of RMB-PO+, each a method of its own.")
+    beta: float = arg(0.01, "Strength of the KL to the uniform policy.", above=0)
+    seeds: int = arg(60, "Runs, each with data and starts of its own that all methods share.", at_least=2)
+    first_seed: int = arg(2021, "The first seed; the others follow it.", at_least=1)
     pref_states: bool = arg(True, "RMB-PO+ trains on the preferences' states too, as the published code does.")
-    sizes: list[int] = field(
-        default_factory=lambda: [10, 20, 40], metadata={"help": "n of the plot of the gap against n; [] for none."}
-    )
+    sizes: list[int] = arg([10, 20, 40], "n of the plot of the gap against n; [] for none.")
 
     def __post_init__(self) -> None:
-        for name in ("n", "first_seed"):
-            check(self, name, lambda v: v >= 1, "an integer >= 1")
-        check(self, "seeds", lambda v: v >= 2, "an integer >= 2")
-        check(self, "beta", lambda v: v > 0, "a number > 0")
+        check_fields(self)
         for name in ("ratios", "sizes"):
             check(self, name, lambda v: all(x > 0 for x in v) and len(set(v)) == len(v), "distinct numbers > 0")
         if not self.pref_states:
@@ -59,9 +52,9 @@ class NeuralBanditConfig(BanditConfig):
     reward: Literal["additive", "contextual"] = arg(
         "additive", "The true reward: as published, the same action best in every state, or one that depends on it."
     )
-    n: int = arg(50, "Preferences.")
-    seeds: int = arg(50, "Runs, each with networks and data of its own that all methods share.")
-    sizes: list[int] = field(default_factory=list, metadata={"help": "n of the plot of the gap against n."})
+    n: int = arg(50, "Preferences.", at_least=1)
+    seeds: int = arg(50, "Runs, each with networks and data of its own that all methods share.", at_least=2)
+    sizes: list[int] = arg([], "n of the plot of the gap against n.")
 
 
 def seeds_of(config: BanditConfig) -> range:

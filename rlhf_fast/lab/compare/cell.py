@@ -14,7 +14,7 @@ import torch
 from rlhf_fast.config.arguments import from_dict
 from rlhf_fast.data.files import write_json
 from rlhf_fast.lm.loading import default_device
-from rlhf_fast.report.pipeline import METHODS
+from rlhf_fast.methods import METHODS, load
 from rlhf_fast.training.memory import current_bytes
 
 
@@ -26,12 +26,12 @@ def main(method: str, config_file: str, result_file: str) -> None:
         torch.cuda.set_per_process_memory_fraction(
             min(1.0, memory / torch.cuda.get_device_properties(device).total_memory)
         )
-    stage = importlib.import_module(f"rlhf_fast.stages.{method}")
+    train, config_class = load(METHODS[method].train), load(METHODS[method].config)
     if given["lora_rank"]:
         importlib.import_module("peft")  # part of the process's own memory
     result = {"ran": True, "baseline_bytes": current_bytes(device)}
     try:
-        stage.train(from_dict(METHODS[method], given, config_file))
+        train(from_dict(config_class, given, config_file))
     except torch.OutOfMemoryError as error:
         result |= {"ran": False, "error": str(error).partition("\n")[0]}
     write_json(Path(result_file), result)

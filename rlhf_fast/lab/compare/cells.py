@@ -10,7 +10,7 @@ from rlhf_fast.data.files import write_text
 from rlhf_fast.data.rows import read_rows
 from rlhf_fast.lab.compare.config import CompareConfig
 from rlhf_fast.lab.compare.start import LORA_RATE, Start
-from rlhf_fast.report.pipeline import METHODS, NAMES
+from rlhf_fast.methods import METHODS, load
 
 CRITICS = {"same": "", "small": ", small critic", "shared": ", shared trunk"}
 
@@ -24,24 +24,25 @@ class Cell(NamedTuple):
 
 
 def cells_of(config: CompareConfig, start: Start) -> list[Cell]:
-    """Every method, PPO once per critic; again with LoRA where `lora_rank` asks for it; all that once per seed."""
+    """Every method, and a method with a value model once per critic; all of them again with LoRA where `lora_rank` asks
+    for it; and all that once per seed."""
     cells = []
     for seed in config.seeds:
         for rank in (0, config.lora_rank) if config.lora_rank else (0,):
             for method in config.methods:
-                for critic in config.critics if method == "ppo" else (None,):
+                for critic in config.critics if "value" in METHODS[method].roles else (None,):
                     if critic == "small" and (rank or start.small_critic is None):
                         continue  # with LoRA a critic on the base costs next to nothing
                     key = "-".join(x for x in (method, critic, f"lora{rank}" if rank else "", f"seed{seed}") if x)
-                    name = NAMES[method] + CRITICS.get(critic, "") + (f", LoRA {rank}" if rank else "")
+                    name = METHODS[method].title + CRITICS.get(critic, "") + (f", LoRA {rank}" if rank else "")
                     cells.append(Cell(name, key, method, seed, _options(config, start, method, critic, rank, seed)))
     return cells
 
 
-def first_rows(pairs: str | None, rows: int, config: CompareConfig) -> str:
-    """DPO's data: as many pairs as its steps take."""
+def first_rows(method: str, pairs: str | None, rows: int, config: CompareConfig) -> str:
+    """The data of an offline method: as many pairs as its steps take."""
     if pairs is None:
-        raise ValueError("pairs: expected preference pairs for the method dpo, got none")
+        raise ValueError(f"pairs: expected preference pairs for the method {method}, got none")
     path = Path(config.output_dir) / f"pairs-{rows}.jsonl"
     found = [json.dumps(row) for _, row in itertools.islice(read_rows(pairs), rows)]
     if len(found) < rows:
@@ -53,16 +54,16 @@ def first_rows(pairs: str | None, rows: int, config: CompareConfig) -> str:
 def _options(
     config: CompareConfig, start: Start, method: str, critic: str | None, rank: int, seed: int
 ) -> dict[str, Any]:
-    fields = {f.name for f in dataclasses.fields(METHODS[method])}
-    offline = method == "dpo"
+    row = METHODS[method]
+    fields = {f.name for f in dataclasses.fields(load(row.config))}
     lengths = {"prompt_length": config.prompt_length, "response_length": config.response_length}
     lengths |= {k: v for k, v in start.options.get("common", {}).items() if k in lengths}
-    # DPO's batch is pairs: half as many make the same number of completions
-    batch = config.batch_size // 2 if offline else config.batch_size
+    batch = config.batch_size // row.sequences  # half as many pairs make the same number of completions
+    pairs = config.steps * batch * row.sequences // 2
     options = {
         "model": start.model,
         "reward": start.reward_adapter or start.reward if rank else start.reward,
-        "train_data": first_rows(start.pairs, config.steps * batch, config) if offline else start.prompts,
+        "train_data": start.prompts if row.online else first_rows(method, start.pairs, pairs, config),
         "seed": seed,
         "steps": config.steps,
         "batch_size": batch,

@@ -14,10 +14,10 @@ from rlhf_fast.lab.compare.figures import figures_of, median_over_seeds, time_mo
 from rlhf_fast.lab.compare.plots import write_plots
 from rlhf_fast.lab.compare.start import prepare
 from rlhf_fast.lab.compare.tables import markdown, show
+from rlhf_fast.methods import METHODS, load
 from rlhf_fast.plan.command import largest_batch, plan_of
 from rlhf_fast.plan.gpus import parse_memory
 from rlhf_fast.plan.phases import Planner
-from rlhf_fast.report.pipeline import METHODS
 
 
 def run(config: CompareConfig) -> None:
@@ -67,5 +67,5 @@ def _run_cell(cell: Cell, directory: Path, memory: int | None) -> None:
 
 
 def _largest_batch(cell: Cell, memory: int) -> int:
-    config = from_dict(METHODS[cell.method], cell.options | {"output_dir": "unused"}, cell.name)
+    config = from_dict(load(METHODS[cell.method].config), cell.options | {"output_dir": "unused"}, cell.name)
     return largest_batch(Planner(plan_of(cell.method, config)), memory)

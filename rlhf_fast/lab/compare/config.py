@@ -1,9 +1,10 @@
 """The comparison's config; as in `rlhf_fast.config`, only values and checks of them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from rlhf_fast.config.fields import arg, check, required
+from rlhf_fast.config.fields import arg, check, check_fields, required
+from rlhf_fast.methods import METHODS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,46 +15,48 @@ class CompareConfig:
     """
 
     model: str = arg(
-        "demo", "demo, 10M (8.4M weights), 60M (58M), opt-1.3b, llama-2-7b (random weights but demo), or a checkpoint."
+        "demo",
+        "demo, 10M (8.4M weights), 60M (58M), opt-1.3b or llama-2-7b (random weights but for demo), or a checkpoint.",
     )
     output_dir: str = required("Directory for compare.json, compare.md, plots and a folder per run.")
-    methods: list[str] = field(
-        default_factory=lambda: ["ppo", "remax", "reinforce", "rloo", "grpo", "dpo"],
-        metadata={"help": "Methods to compare."},
+    methods: list[str] = arg(list(METHODS), "Methods to compare.")
+    critics: list[str] = arg(
+        ["same", "small", "shared"],
+        "PPO's value models: as large as the reward model, small, or a head on the policy's trunk.",
     )
-    critics: list[str] = field(
-        default_factory=lambda: ["same", "small", "shared"],
-        metadata={"help": "PPO's value models: as large as the reward model, small, or a head on the policy's trunk."},
+    lora_rank: int = arg(
+        0, "Also compare with LoRA of this rank, all roles on one base; 0: only full training.", at_least=0
     )
-    lora_rank: int = arg(0, "Also compare with LoRA of this rank, all roles on one base; 0: only full training.")
-    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds; tables hold medians over them."})
-    steps: int = arg(6, "Rollout + update rounds of a run; the first two are not timed.")
-    batch_size: int = arg(32, "Completions per round; DPO takes half as many pairs.")
-    micro_batch_size: int | None = arg(None, "Completions (DPO: pairs) per forward pass; default: the whole batch.")
-    prompt_length: int = arg(64, "Longest prompt in tokens; the random-weight models' are all this long.")
-    response_length: int = arg(64, "Longest completion in tokens.")
-    group_size: int = arg(4, "Samples per prompt of RLOO and GRPO.")
+    seeds: list[int] = arg([0], "Seeds; tables hold medians over them.")
+    steps: int = arg(6, "Rollout + update rounds of a run; the first two are not timed.", at_least=1)
+    batch_size: int = arg(32, "Completions per round; DPO takes half as many pairs.", at_least=1)
+    micro_batch_size: int | None = arg(
+        None, "Completions (DPO: pairs) per forward pass; default: the whole batch.", at_least=1
+    )
+    prompt_length: int = arg(64, "Longest prompt in tokens; the random-weight models' are all this long.", at_least=1)
+    response_length: int = arg(64, "Longest completion in tokens.", at_least=1)
+    group_size: int = arg(4, "Samples per prompt of RLOO and GRPO.", at_least=1)
     bf16: bool = arg(False, "Run forward and backward passes in bfloat16 autocast.")
     gradient_checkpointing: bool = arg(False, "Recompute activations in backward to save memory.")
-    memory: str | None = arg(None, "Say the largest batch that fits (24GiB); on a GPU also the most a run may take.")
+    memory: str | None = arg(None, "Report the largest batch that fits (24GiB); on a GPU a run may take no more.")
     reward: str | None = arg(None, "Reward model of a checkpoint of your own, or a Python function.")
     reward_adapter: str | None = arg(None, "LoRA reward model on its base, for lora_rank.")
-    small_critic: str | None = arg(None, "Smaller model with its tokenizer, for the small critic.")
-    train_data: str | None = arg(None, "Prompts for it.")
-    pairs: str | None = arg(None, "Preference pairs for it, for DPO.")
-    options: dict[str, dict[str, Any]] = field(
-        default_factory=dict,
-        metadata={"help": "Further keys of the stages' configs, by method, or for all of them under `common`."},
+    small_critic: str | None = arg(None, "Smaller model with the same tokenizer, for the small critic.")
+    train_data: str | None = arg(None, "Prompts to train a checkpoint of your own on.")
+    pairs: str | None = arg(None, "Preference pairs to train a checkpoint of your own on, for offline methods.")
+    options: dict[str, dict[str, Any]] = arg(
+        {}, "Further keys of the stages' configs, by method, or for all of them under `common`."
     )
     resume: bool = arg(False, "Skip the runs that finished.")
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("methods", "critics", "seeds"):
             check(self, name, bool, "at least one")
         check(self, "critics", lambda v: set(v) <= {"same", "small", "shared"}, "some of same, small, shared")
-        for name in ("steps", "batch_size", "micro_batch_size", "prompt_length", "response_length", "group_size"):
-            check(self, name, lambda v: v >= 1, "an integer >= 1")
-        check(self, "lora_rank", lambda v: v >= 0, "an integer >= 0")
+        for name in self.methods:
+            if name not in METHODS:
+                raise ValueError(f"methods: expected some of {', '.join(METHODS)}, got {name!r}")
         for section in self.options:
             if section != "common" and section not in self.methods:
                 raise ValueError(f"options: expected sections common, {', '.join(self.methods)}, got {section!r}")

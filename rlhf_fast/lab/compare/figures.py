@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_fast.lab.compare.cells import Cell
+from rlhf_fast.methods import METHODS
 from rlhf_fast.training.metrics import read_metrics
 
 WARM_UP = 2  # steps
@@ -38,7 +39,7 @@ def figures_of(cell: Cell, directory: Path) -> dict[str, Any]:
             if key.startswith("memory/") and key != "memory/evaluation":
                 peaks[key[7:]] = max(peaks.get(key[7:], 0), int(value) - result["baseline_bytes"])
     static = sum(sum(role.values()) for role in run["static_bytes"].values())
-    completions = run["config"]["batch_size"] * (2 if cell.method == "dpo" else 1)
+    completions = run["config"]["batch_size"] * METHODS[cell.method].sequences
     return about | {
         "ran": True,
         "step_seconds": step,
@@ -49,23 +50,28 @@ def figures_of(cell: Cell, directory: Path) -> dict[str, Any]:
         "static_bytes": run["static_bytes"],
         "activation_bytes": max(peaks.values()) - static,
         "parameters": run["parameters"],
-        "reward": _reward(history, run),
+        "reward": _reward(history, _prompts_per_step(cell.method, run["config"])),
         "environment": run["environment"],
     }
 
 
-def _reward(history: list[dict[str, Any]], run: dict[str, Any]) -> dict[str, Any] | None:
+def _prompts_per_step(method: str, config: dict[str, Any]) -> int:
+    """Prompts of a step, or pairs of an offline method."""
+    return config["batch_size"] // METHODS[method].samples_of(config.get("group_size", 1))
+
+
+def _reward(history: list[dict[str, Any]], prompts_per_step: int) -> dict[str, Any] | None:
     """Held-out reward over the run, where it was evaluated."""
     points = [row for row in history if "eval/reward" in row]
     if not points:
         return None
     first, last = points[0], points[-1]
-    gain, prompts = last["eval/reward"] - first["eval/reward"], _prompts(last["step"], run)
+    gain, prompts = last["eval/reward"] - first["eval/reward"], last["step"] * prompts_per_step
     return {
         "curve": [
             {
                 "seconds": row["time/total"],
-                "prompts": _prompts(row["step"], run),
+                "prompts": row["step"] * prompts_per_step,
                 "reward": row["eval/reward"],
                 "reward_se": row["eval/reward_se"],
                 "kl": row["eval/kl"],
@@ -76,11 +82,6 @@ def _reward(history: list[dict[str, Any]], run: dict[str, Any]) -> dict[str, Any
         "gain_per_minute": gain / (last["time/total"] / 60),
         "gain_per_1000_prompts": gain / prompts * 1000,
     }
-
-
-def _prompts(step: int, run: dict[str, Any]) -> int:
-    config = run["config"]
-    return step * config["batch_size"] // config.get("group_size", 1)
 
 
 def time_model(results: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -9,7 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from rlhf_fast.report.plots import COLORS, MARKERS, MIB, PHASE_COLORS, ROLE_COLORS, STYLE, band
+from rlhf_fast.report.plots import MIB, PHASE_COLORS, ROLE_COLORS, STYLE, band
+from rlhf_fast.report.styles import styles_of
 
 _ACTIVATIONS = "#BBBBBB"
 _DASHES = {"small critic": "--", "shared trunk": ":"}
@@ -56,6 +57,7 @@ def memory(rows: Sequence[Mapping[str, Any]]) -> Figure:
 def reward(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Held-out reward against training seconds and against prompts; bands are +- one standard error over prompts."""
     figure = Figure(figsize=(10.5, 4.8))
+    styles = styles_of(row["name"].partition(", ")[0] for row in rows)
     for axes, key, label in zip(
         figure.subplots(1, 2, sharey=True),
         ("seconds", "prompts"),
@@ -64,13 +66,14 @@ def reward(rows: Sequence[Mapping[str, Any]]) -> Figure:
     ):
         for row in rows:
             name, *variant = row["name"].split(", ")
+            color, marker = styles[name]
             curve = row["reward"]["curve"]
             x, y, error = ([point[k] for point in curve] for k in (key, "reward", "reward_se"))
-            style = {"color": COLORS[name], "linestyle": _DASHES.get(variant[0] if variant else "", "-")}
+            style = {"color": color, "linestyle": _DASHES.get(variant[0] if variant else "", "-")}
             if variant and variant[-1].startswith("LoRA"):
                 style["alpha"] = 0.55
-            axes.plot(x, y, marker=MARKERS[name], markersize=4, linewidth=1.3, label=row["name"], **style)
-            band(axes, x, y, error, COLORS[name], 0.08)
+            axes.plot(x, y, marker=marker, markersize=4, linewidth=1.3, label=row["name"], **style)
+            band(axes, x, y, error, color, 0.08)
         axes.set_xlabel(label)
     figure.axes[0].set_ylabel("reward on held-out prompts")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)

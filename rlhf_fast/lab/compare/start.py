@@ -20,6 +20,7 @@ from rlhf_fast.lab.world import build_tokenizer, sft_rows
 from rlhf_fast.lm.adapters import LoRA
 from rlhf_fast.lm.loading import load_scorer
 from rlhf_fast.lm.tokenizers import load_tokenizer
+from rlhf_fast.methods import METHODS, section
 from rlhf_fast.report import pipeline
 from rlhf_fast.stages import reward as reward_stage
 from rlhf_fast.stages.init import init_model
@@ -112,13 +113,13 @@ def _demo(out: Path, config: CompareConfig) -> Start:
         if not (out / name / "config.json").is_file():
             init_model(model, tokenizer, out / name, seed)
     stages = pipeline.make_plan(plan)
-    pipeline.run_stages(plan, ("sft", "pairs", "reward"))
+    pipeline.run_stages(plan, pipeline.BEFORE_METHODS)
     adapter = str(out / f"reward_lora{config.lora_rank}") if config.lora_rank else None
     if adapter and not Path(adapter, "run.json").is_file():
         lora = {"output_dir": adapter, "lora_rank": config.lora_rank, "resume": False}
         lora |= {"learning_rate": LORA_RATE * stages["reward"].learning_rate}
         reward_stage.train(dataclasses.replace(stages["reward"], **lora))
-    options = {name: getattr(plan, name) for name in ("ppo", "remax", "reinforce", "rloo", "grpo", "dpo")}
+    options = {method: getattr(plan, section(method)) for method in METHODS}
     lengths = {"prompt_length": 18, "response_length": 40}
     common = {k: v for k, v in plan.common.items() if k not in ("train_data", "steps", "batch_size")}
     return Start(

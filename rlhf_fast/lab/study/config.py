@@ -1,9 +1,10 @@
 """The configs of the studies; as in `rlhf_fast.config`, only values and checks of them."""
 
-from dataclasses import dataclass, field
+import dataclasses
+from dataclasses import dataclass
 from typing import Literal
 
-from rlhf_fast.config.fields import arg, check
+from rlhf_fast.config.fields import arg, check, check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,26 +12,25 @@ class ExactStudyConfig:
     """Every method on a language model whose completions can all be enumerated, against the exact frontier."""
 
     out: str = arg("study_exact", "Directory for exact.json and exact.png.")
-    seeds: int = arg(8, "Seeds of preferences, reward models and rollouts; the world is one and the same.")
+    seeds: int = arg(8, "Seeds of preferences, reward models and rollouts; the world is one and the same.", at_least=2)
     world_seed: int = arg(0, "Seed of the reference policy and the true reward.")
-    vocab_size: int = arg(8, "Tokens in the vocabulary.")
-    length: int = arg(4, "Tokens in a completion.")
+    vocab_size: int = arg(8, "Tokens in the vocabulary.", at_least=2)
+    length: int = arg(4, "Tokens in a completion.", at_least=1)
     pairs: int = arg(
-        2048, "Preference pairs, sampled from the reference, labelled by Bradley-Terry on the true reward."
+        2048, "Preference pairs, sampled from the reference, labelled by Bradley-Terry on the true reward.", at_least=10
     )
-    steps: int = arg(300, "Optimizer steps of offline methods, rollouts of online ones.")
-    eval_every: int = arg(5, "Steps between two points of a run.")
+    steps: int = arg(300, "Optimizer steps of offline methods, rollouts of online ones.", at_least=1)
+    eval_every: int = arg(5, "Steps between two points of a run.", at_least=1)
     batch_size: int = arg(64, "Pairs per step, or completions per rollout.")
-    learning_rate: float = arg(0.03, "Adam, every method's.")
+    learning_rate: float = arg(0.03, "Learning rate of Adam, the same for every method.", above=0)
 
     def __post_init__(self) -> None:
-        for name, least in {"seeds": 2, "vocab_size": 2, "length": 1, "pairs": 10, "steps": 1, "eval_every": 1}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        for field in dataclasses.fields(self):
+            if (least := field.metadata.get("at_least")) is not None:
+                check(self, field.name, lambda v, least=least: v >= least, f"at least {least}")
+        check_fields(self)
         if self.batch_size < 4 or self.batch_size % 4:
             raise ValueError(f"batch_size: expected a multiple of 4 (RLOO's groups), got {self.batch_size}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate: expected a number > 0, got {self.learning_rate}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,21 +42,19 @@ class TrainedStudyConfig:
         None, "YAML of `rlhf-fast pipeline` whose models, data and rewards are studied; default: the embedded world."
     )
     seeds: int = arg(3, "Seeds; each has an SFT model, pairs, a reward model and rollouts of its own.")
-    workers: int = arg(2, "Runs at a time, each in a process of its own.")
+    workers: int = arg(2, "Runs at a time, each in a process of its own.", at_least=1)
     quick: bool = arg(False, "Embedded world: a tenth of the steps, which shows that everything runs, no more.")
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check(self, "seeds", lambda v: v >= 2, "an integer >= 2, for a standard error")
-        check(self, "workers", lambda v: v >= 1, "an integer >= 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MethodsStudyConfig(TrainedStudyConfig):
     """A study that sets methods side by side."""
 
-    methods: list[str] = field(
-        default_factory=list, metadata={"help": "Only these, as the tables name them; default: all."}
-    )
+    methods: list[str] = arg([], "Only these, as the tables name them; default: all.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +64,7 @@ class FrontierConfig(MethodsStudyConfig):
     strengths: Literal["all", "main"] = arg(
         "all", "Every strength of a method, or its main one only, whose evaluations over training span a frontier too."
     )
-    kl_to: float = arg(8.0, "Envelopes are compared from KL 0 to this, in nats per completion.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self, "kl_to", lambda v: v > 0, "a number > 0")
+    kl_to: float = arg(8.0, "Envelopes are compared from KL 0 to this, in nats per completion.", above=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +81,7 @@ class ConvergenceConfig(MethodsStudyConfig):
 class TemperatureConfig(MethodsStudyConfig):
     """Win rate against the held-out rows' own completions over the sampling temperature."""
 
-    temperatures: list[float] = field(
-        default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0], metadata={"help": "Sampling temperatures; 0 is greedy."}
-    )
+    temperatures: list[float] = arg([0.0, 0.25, 0.5, 0.75, 1.0], "Sampling temperatures; 0 is greedy.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,10 +111,7 @@ class ShiftConfig(MethodsStudyConfig):
 class VarianceStudyConfig(TrainedStudyConfig):
     """Gradient norm and variance of REINFORCE, ReMax, RLOO and a learned value over training; the two-armed bandit."""
 
-    policies: int = arg(8, "Policies measured along the ReMax run, the SFT model first and the trained one last.")
-    batches: int = arg(8, "Gradients of each estimator on each policy, whose variance is taken.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("policies", "batches"):
-            check(self, name, lambda v: v >= 2, "an integer >= 2")
+    policies: int = arg(
+        8, "Policies measured along the ReMax run, the SFT model first and the trained one last.", at_least=2
+    )
+    batches: int = arg(8, "Gradients of each estimator on each policy, whose variance is taken.", at_least=2)

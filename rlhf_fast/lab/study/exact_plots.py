@@ -6,14 +6,15 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from rlhf_fast.lab.study.plots import STUDY_COLORS
-from rlhf_fast.report.plots import MARKERS, STYLE, band
+from rlhf_fast.lab.study.plots import STUDY_STYLES
+from rlhf_fast.report.plots import STYLE, band
+from rlhf_fast.report.styles import Style, styles_of
 
-_COLORS = STUDY_COLORS | {
-    "DPO ipo": "#B8860B",
-    "DPO hinge": "#8B6B00",
-    "RM optimum": "#555555",
-    "Best-of-N-GT": "#6655BB",
+_STYLES = STUDY_STYLES | {
+    "DPO ipo": Style("#B8860B", "."),
+    "DPO hinge": Style("#8B6B00", "."),
+    "RM optimum": Style("#555555", "."),
+    "Best-of-N-GT": Style("#6655BB", "."),
 }
 _DASHED = ("PPO-GT", "Best-of-N-GT", "DPO ipo", "DPO hinge", "RM optimum")
 
@@ -29,13 +30,15 @@ def write_plot(path: Path, record: dict[str, Any]) -> None:
             axes.set_xlabel("KL to the reference (nats), exact")
             axes.set_xlim(0, record["area_to"])
         left.set_ylabel("expected true reward, exact")
+        styles = styles_of(record["methods"], _STYLES)
         for name, method in record["methods"].items():
-            style = {"color": _COLORS[name], "linestyle": "--" if name in _DASHED else "-"}
+            color, marker = styles[name]
+            style = {"color": color, "linestyle": "--" if name in _DASHED else "-"}
             right.plot(best["kl"], method["envelope"]["mean"], linewidth=1.4, label=name, **style)
-            band(right, best["kl"], method["envelope"]["mean"], method["envelope"]["se"], _COLORS[name])
+            band(right, best["kl"], method["envelope"]["mean"], method["envelope"]["se"], color)
             cloud = [p for run in record["runs"] if run["method"] == name and run["seed"] == 0 for p in run["points"]]
             _, kls, rewards = zip(*cloud, strict=True)
-            left.plot(kls, rewards, MARKERS.get(name, "."), color=_COLORS[name], markersize=3, alpha=0.7)
+            left.plot(kls, rewards, marker, color=color, markersize=3, alpha=0.7)
         left.set_title("policies during training, one seed", fontsize=11)
         right.set_title("upper envelopes, mean over seeds", fontsize=11)
         figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=5)

@@ -15,13 +15,20 @@ from rlhf_fast.config import OfflineConfig, OnlineConfig, PipelineConfig
 from rlhf_fast.data.encoding import load_rows
 from rlhf_fast.lab.study.best_of import BestOfConfig
 from rlhf_fast.lab.study.unlikelihood import UnlikelihoodConfig
+from rlhf_fast.methods import METHODS
 from rlhf_fast.report import pipeline
 
 KL_TARGETS = (1.0, 3.0, 9.0)  # nats per completion
 BETAS = (0.1, 0.3, 1.0)
 ALPHAS = (0.05, 0.3, 1.0)
 POINTS = 6  # evaluations of a run after its start
-ONLINE = {"PPO": "ppo", "PPO-GT": "ppo", "ReMax": "remax", "REINFORCE": "reinforce", "RLOO": "rloo"}
+STUDIED = ("ppo", "remax", "reinforce", "rloo", "dpo")  # of the pipeline's methods
+ONLINE = {
+    name: method
+    for method in STUDIED
+    if METHODS[method].online
+    for name in (METHODS[method].title, *["PPO-GT"] * (method == "ppo"))  # PPO-GT: PPO on the true reward
+}
 Strengths = Mapping[str, tuple[float | None, ...]]  # by method
 STRENGTHS: Strengths = {
     **dict.fromkeys(ONLINE, KL_TARGETS),
@@ -61,7 +68,7 @@ class Cell(NamedTuple):
 
 def cells_of(start: PipelineConfig, wanted: Strengths) -> list[Cell]:
     """What trains every method at its strengths, in directories within the start's, whose stages have run."""
-    stages = pipeline.make_plan(dataclasses.replace(start, methods=[*dict.fromkeys(ONLINE.values()), "dpo"]))
+    stages = pipeline.make_plan(dataclasses.replace(start, methods=list(STUDIED)))
     pairs = len(load_rows(stages["dpo"].train_data, "preference"))
     return [_cell(start, stages, pairs, method, one) for method, strengths in wanted.items() for one in strengths]
 
@@ -88,11 +95,11 @@ def _cell(start: PipelineConfig, stages: Mapping[str, Any], pairs: int, method: 
         if method == "PPO-GT":  # its rewards have the true reward's scale, not the learned one's
             scale = start.pairs.get("scale", 1.0)
             values |= {"reward": _true_reward(base), "kl_coef": base.kl_coef / scale}
-        target, config = f"stages.{ONLINE[method]}:train", dataclasses.replace(base, **values)
+        target, config = METHODS[ONLINE[method]].train, dataclasses.replace(base, **values)
     else:
         values["eval_steps"] = math.ceil(pairs // base.batch_size * base.epochs / POINTS)
         if method == "DPO":
-            target, config = "stages.dpo:train", dataclasses.replace(base, beta=strength, **values)
+            target, config = METHODS["dpo"].train, dataclasses.replace(base, beta=strength, **values)
         else:
             own = {field.name for field in dataclasses.fields(OfflineConfig)}
             values = {name: getattr(base, name) for name in own} | values | {"alpha": strength or 0.0}

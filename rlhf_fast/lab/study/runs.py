@@ -6,7 +6,6 @@ log.txt beside its results.
 """
 
 import dataclasses
-import importlib
 import json
 import multiprocessing
 import os
@@ -25,7 +24,9 @@ from rlhf_fast.data.files import write_json
 from rlhf_fast.lab import demo
 from rlhf_fast.lab.study.config import MethodsStudyConfig, TrainedStudyConfig
 from rlhf_fast.lab.study.methods import Cell, Strengths, cells_of
-from rlhf_fast.lab.study.start import BEFORE_METHODS, pipeline_of, prepare
+from rlhf_fast.lab.study.start import pipeline_of, prepare
+from rlhf_fast.methods import load
+from rlhf_fast.report import pipeline
 
 
 class Job(NamedTuple):
@@ -139,13 +140,12 @@ def _note(start: PipelineConfig) -> Path:
 
 def _settings(start: PipelineConfig) -> dict[str, Any]:
     """What the stages before the methods depend on."""
-    return {name: getattr(start, name) for name in ("model", "seed", *BEFORE_METHODS)}
+    return {name: getattr(start, name) for name in ("model", "seed", *pipeline.BEFORE_METHODS)}
 
 
 def _train(argument: tuple[str, Any]) -> None:
     target, config = argument
-    module, name = target.split(":")
-    getattr(importlib.import_module(f"rlhf_fast.{module}"), name)(config)
+    load(target)(config)
 
 
 def is_made_with(path: Path, config: dict[str, Any]) -> bool:

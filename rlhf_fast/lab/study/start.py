@@ -17,8 +17,6 @@ from rlhf_fast.lab.world import build_tokenizer
 from rlhf_fast.report import pipeline
 from rlhf_fast.stages.init import init_model
 
-BEFORE_METHODS = ("sft", "pairs", "reward")
-
 
 def pipeline_of(config_file: str | None, out: str | Path, seed: int, *, shorten: int = 1) -> PipelineConfig:
     """The pipeline of one seed: that of the YAML file, or the embedded world's with its steps divided by `shorten`.
@@ -42,7 +40,7 @@ def prepare(config: PipelineConfig, *, embedded: bool) -> None:
     """
     if embedded and not (Path(config.model) / "config.json").is_file():
         init_model(demo.MODEL, build_tokenizer(), Path(config.model), config.seed)
-    pipeline.run_stages(config, BEFORE_METHODS)
+    pipeline.run_stages(config, pipeline.BEFORE_METHODS)
 
 
 def _sections(config: PipelineConfig, data: Path) -> dict[str, dict]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from rlhf_fast.config import OfflineConfig
-from rlhf_fast.config.fields import arg, check
+from rlhf_fast.config.fields import arg
 from rlhf_fast.data.encoding import encode_preferences, load_rows, pad_id
 from rlhf_fast.lm.loading import default_device
 from rlhf_fast.lm.objectives import Objectives
@@ -28,11 +28,7 @@ from rlhf_fast.training.tally import Tally
 class UnlikelihoodConfig(OfflineConfig):
     """Unlikelihood training on preference pairs, or fine-tuning on the preferred ones."""
 
-    alpha: float = arg(0.0, "Weight of the rejected completions' log-probs.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self, "alpha", lambda v: v >= 0, "a number >= 0")
+    alpha: float = arg(0.0, "Weight of the rejected completions' log-probs.", at_least=0)
 
 
 def train(config: UnlikelihoodConfig, *, listeners: Sequence[Listener] = ()) -> None:

@@ -57,7 +57,7 @@ def test_reward_by_minute_and_by_prompt(tmp_path):
 
     memory = {"memory/rollout": 101 * MIB}
     steps = [_step(1, 1) | memory, _step(1, 1) | {"time/total": 30.0} | evaluation(0.7)]
-    cell = _write(tmp_path / "a", steps, config={"group_size": 4}, evaluations=[evaluation(0.5)])
+    cell = _write(tmp_path / "a", steps, method="rloo", config={"group_size": 4}, evaluations=[evaluation(0.5)])
     reward = figures_of(cell, tmp_path / "a")["reward"]
     assert reward["gain"] == pytest.approx(0.2)
     assert reward["gain_per_minute"] == pytest.approx(0.4)

@@ -1,0 +1,99 @@
+"""The configs of the commands around the training stages: init, pairs, pipeline and demo."""
+
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from rlhf_fast.config.fields import arg, check, check_fields, random_seed, required
+from rlhf_fast.methods import METHODS, section
+
+Class = TypeVar("Class", bound=type)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """A tokenizer trained on text columns and a model with random weights, as one checkpoint directory."""
+
+    model_config: str = required("JSON file with a transformers model config; needs model_type.")
+    data: list[str] = required("JSONL(.gz), Parquet or `datasets` directories to train BPE on.")
+    text_columns: list[str] = required("Columns of text, or of messages, to train it on.")
+    output_dir: str = required("Checkpoint directory to write.")
+    vocab_size: int = arg(4096, "Tokens, the special ones included.")
+    seed: int = random_seed("Seed of the weights.")
+    max_rows: int | None = arg(None, "Use only the first so many rows of each file.", at_least=1)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("data", "text_columns"):
+            check(self, name, bool, "at least one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsConfig:
+    """Preference pairs: two samples of a model per prompt, labelled by Bradley-Terry on a reward."""
+
+    model: str = required("Checkpoint directory or hub name to sample from.")
+    prompts: str = required("Rows with a prompt column.")
+    reward: str = required("Reward-model directory, or a function `package.module:name` or `file.py:name`.")
+    output: str = required("JSONL file (.jsonl or .jsonl.gz) to write: prompt, chosen, rejected.")
+    scale: float = arg(1.0, "P(a preferred) = sigmoid(scale * (reward(a) - reward(b))).", at_least=0)
+    eval_output: str | None = arg(None, "Second file, for the pairs of the last eval_rows prompts.")
+    eval_rows: int = arg(0, "Prompts whose pairs are held out into eval_output.", at_least=0)
+    max_rows: int | None = arg(None, "Use only the first so many prompts.", at_least=1)
+    batch_size: int = arg(64, "Prompts sampled at once.", at_least=1)
+    max_prompt_length: int = arg(256, "Longest prompt in tokens; longer ones lose their left end.", at_least=1)
+    max_response_length: int = arg(64, "Longest completion in tokens.", at_least=1)
+    temperature: float = arg(1.0, "Sampling temperature.", above=0)
+    seed: int = random_seed("Seed of sampling and labelling.")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("output", "eval_output"):
+            check(self, name, lambda v: str(v).endswith((".jsonl", ".jsonl.gz")), "a .jsonl or .jsonl.gz file")
+        if bool(self.eval_rows) != bool(self.eval_output):
+            raise ValueError(f"eval_rows: expected both it and eval_output, or neither, got {self.eval_rows}")
+
+
+def _with_a_section_per_method(cls: Class) -> Class:
+    """Declares a field for every row of the table of methods, behind those that the class declares itself."""
+    for command, method in METHODS.items():
+        cls.__annotations__[section(command)] = dict[str, Any]
+        setattr(cls, section(command), arg({}, f"Keys of {method.config.partition(':')[2]}."))
+    return cls
+
+
+@dataclass(frozen=True, kw_only=True)
+@_with_a_section_per_method
+class PipelineConfig:
+    """SFT -> reward model -> every named method from the same start on the same prompts, then a report.
+
+    The sections hold the stages' own keys; `model`, `output_dir`, `reward` and `seed` are filled in where left out.
+    """
+
+    model: str = required("Checkpoint directory or hub name SFT starts from.")
+    output_dir: str = required("Each stage writes to a folder of its own in here; report.html ties them together.")
+    methods: list[str] = arg(["ppo", "remax", "reinforce", "rloo", "dpo"], "Methods to run after the reward model.")
+    seed: int = random_seed("Seed of every stage that does not set its own.")
+    title: str = arg("RLHF pipeline", "Title of the report.")
+    resume: bool = arg(False, "Skip stages that finished; continue the one that was cut off.")
+    common: dict[str, Any] = arg({}, "Keys for every method that has them; a method's own section wins.")
+    sft: dict[str, Any] = arg({}, "Keys of SFTConfig.")
+    pairs: dict[str, Any] = arg(
+        {}, "Keys of PairsConfig; where given, its pairs feed the reward model and the offline methods."
+    )
+    reward: dict[str, Any] = arg({}, "Keys of RewardConfig.")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """The whole pipeline on a small world the project makes itself: no download, minutes on a laptop CPU."""
+
+    output_dir: str = arg("demo_out", "Where models, metrics and report.html go.")
+    seed: int = random_seed("Seed of data, models and sampling; same seed, same bits.")
+    quick: bool = arg(False, "A tenth of the steps: shows that everything runs, proves nothing.")
+    resume: bool = arg(False, "Skip what an earlier, interrupted demo in output_dir finished.")
+
+    def __post_init__(self) -> None:
+        check_fields(self)

@@ -1,0 +1,152 @@
+"""The table of training stages: what the package has to know about a stage by its name stands here, in one row.
+
+The command line, the pipeline, the planner, `compare`, the studies and the plots read it. To add a method: its config
+class in `config/stages.py`, its module in `stages/`, its row here; then tests, docs and the changelog. This module
+imports nothing of the package, so that every other one may import it: a row names classes and functions by strings of
+the form "package.module:name", and `load` imports them when they are used.
+"""
+
+from importlib import import_module
+from typing import Any, Literal, NamedTuple
+
+
+class Stage(NamedTuple):
+    """A training stage, which is the function `train` of one object of the class `config`.
+
+    The last five fields describe the stage's passes through its models, for the planner and `compare`.
+    """
+
+    title: str  # in tables, plots and reports
+    help: str  # in the overview of `rlhf-fast --help`
+    config: str
+    train: str
+    rows: str  # the kind of rows in train_data, one of `data.rows.KINDS`
+    roles: tuple[str, ...]  # its models, some of policy, value, reward and reference; the first is trained
+    online: bool = False  # it samples from its policy; an offline stage learns from the rows of train_data alone
+    color: str = ""  # of a method, in plots
+    marker: str = ""
+    samples: int | Literal["group_size"] = 1  # of a prompt in a round; "group_size": what the config says
+    greedy: bool = False  # a greedy completion of each prompt is decoded and scored too, but not trained on
+    minibatches: bool = False  # a rollout is passed over in minibatches, which are copies of its rows
+    one_piece: bool = False  # prompt and completion go through the model as one sequence, in which some tokens count
+    sequences: int = 1  # in a pass, of one row of a batch; a pair has two
+
+    def samples_of(self, group_size: int) -> int:
+        """Samples per prompt, under a config whose `group_size` is this; it does not count where a stage has none."""
+        return group_size if self.samples == "group_size" else self.samples
+
+    @property
+    def needs_reward(self) -> bool:
+        """Whether its config has `reward`: a reward model, or a function in its place."""
+        return "reward" in self.roles[1:]
+
+
+FIRST_STAGES = {
+    "sft": Stage(
+        title="SFT",
+        help="supervised fine-tuning",
+        config="config:SFTConfig",
+        train="stages.sft:train",
+        rows="sft",
+        roles=("policy",),
+        one_piece=True,
+    ),
+    "reward": Stage(
+        title="Reward model",
+        help="reward model from preferences",
+        config="config:RewardConfig",
+        train="stages.reward:train",
+        rows="preference",
+        roles=("reward",),
+        sequences=2,
+    ),
+}
+"""Stages that make what the methods start from: command -> row."""
+
+METHODS = {
+    "ppo": Stage(
+        title="PPO",
+        help="PPO with a value model",
+        config="config:PPOConfig",
+        train="stages.ppo:train",
+        rows="prompt",
+        roles=("policy", "value", "reward", "reference"),
+        online=True,
+        color="#0072B2",
+        marker="o",
+        minibatches=True,
+    ),
+    "remax": Stage(
+        title="ReMax",
+        help="REINFORCE with a greedy baseline",
+        config="config:ReMaxConfig",
+        train="stages.remax:train",
+        rows="prompt",
+        roles=("policy", "reward", "reference"),
+        online=True,
+        color="#D55E00",
+        marker="s",
+        greedy=True,
+    ),
+    "reinforce": Stage(
+        title="REINFORCE",
+        help="REINFORCE without a baseline",
+        config="config:ReinforceConfig",
+        train="stages.reinforce:train",
+        rows="prompt",
+        roles=("policy", "reward", "reference"),
+        online=True,
+        color="#CC79A7",
+        marker="^",
+    ),
+    "rloo": Stage(
+        title="RLOO",
+        help="REINFORCE with a leave-one-out baseline",
+        config="config:RLOOConfig",
+        train="stages.rloo:train",
+        rows="prompt",
+        roles=("policy", "reward", "reference"),
+        online=True,
+        color="#009E73",
+        marker="D",
+        samples="group_size",
+    ),
+    "grpo": Stage(
+        title="GRPO",
+        help="clipped updates on scores whitened within groups",
+        config="config:GRPOConfig",
+        train="stages.grpo:train",
+        rows="prompt",
+        roles=("policy", "reward", "reference"),
+        online=True,
+        color="#882255",
+        marker="X",
+        samples="group_size",
+        minibatches=True,
+    ),
+    "dpo": Stage(
+        title="DPO",
+        help="direct preference optimisation",
+        config="config:DPOConfig",
+        train="stages.dpo:train",
+        rows="preference",
+        roles=("policy", "reference"),
+        color="#E69F00",
+        marker="v",
+        sequences=2,
+    ),
+}
+"""Methods, which start from an SFT model and are compared with each other: command -> row."""
+
+STAGES = FIRST_STAGES | METHODS
+
+
+def section(command: str) -> str:
+    """The key of a method's section in a pipeline's config: `online-dpo` is a command, `online_dpo` a field."""
+    return command.replace("-", "_")
+
+
+def load(target: str) -> Any:
+    """What "package.module:name" names within rlhf_fast, such as "stages.ppo:train"."""
+    module, name = target.split(":")
+    return getattr(import_module(f"rlhf_fast.{module}"), name)
