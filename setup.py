@@ -151,7 +151,6 @@ class NinjaBuild(build_ext):
 setup(
     packages=[*find_packages(include=["rlhf_fast*"]), "rlhf_fast.kernels"],
     package_dir={"rlhf_fast.kernels": "kernels"},
-    package_data={"rlhf_fast": ["py.typed", "*.pyi"]},
     ext_modules=[Extension("rlhf_fast._cpu", sources=[]), Extension("rlhf_fast._cuda", sources=[])],
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -53,7 +53,7 @@ class StageConfig:
     max_grad_norm: float = arg(1.0, "Gradient norm is clipped to this; 0 turns clipping off.", at_least=0)
     lr_schedule: LRSchedule = arg("linear", "Learning rate after warm-up: constant, or linear/cosine decay to 0.")
     warmup_steps: int = arg(0, "Optimizer steps of linear warm-up.", at_least=0)
-    optimizer: Optimizer = arg("adamw", "AdamW, or with states of one byte (bitsandbytes).")
+    optimizer: Optimizer = arg("adamw", "AdamW, or AdamW with states of one byte (bitsandbytes).")
     optimizer_in_backward: bool = arg(
         False, "Step each weight in backward and free its gradient; needs max_grad_norm 0, one micro-batch per step."
     )
@@ -164,7 +164,7 @@ class OnlineConfig(MethodConfig):
         None, "Adapt kl_coef towards this KL per completion in nats; default: fixed.", above=0
     )
     kl_horizon: float = arg(
-        10_000, "Completions over which a KL 20 % or more off kl_target moves kl_coef by 20 %.", above=0
+        10_000, "kl_coef moves by 20 % over so many completions while the KL is 20 % or more off kl_target.", above=0
     )
     share_base: bool = arg(
         False, "Reward (and value) model as adapters on the policy's base: one frozen model for all; needs lora_rank."
@@ -172,7 +172,7 @@ class OnlineConfig(MethodConfig):
     offload: bool = arg(False, "Reference and reward model wait in CPU memory for their phase; no effect on a CPU.")
     missing_eos_penalty: float = arg(0.0, "Subtracted from the score of a completion that never ends.")
     max_logprob_drift: float | None = arg(
-        None, "Fail when decode- and training-time log-probs differ by more; default: 0.01, or 0.5 in bf16."
+        None, "Fail where the log-probs of decoding and of training differ by more; default: 0.01, or 0.5 in bf16."
     )
 
     def __post_init__(self) -> None:

@@ -4,9 +4,9 @@ The real tokens of all rows stand side by side in one row, so that every layer w
 not look across rows (`ops.packed_attention`). Transformers hands a mask with four dimensions through to the attention
 function as it is; ours says which slots of [B, L] the tokens belong to.
 
-Which models allow it is tried out on the model, and so is which of them also allow their layers in few operations
-(`layers`). The others, and those that checkpoint their activations (they run their layers again when this attention is
-gone), get rows padded on the right.
+A trial on the model at hand decides whether its rows are packed, and whether its layers run in few operations
+(`layers`). Rows of the other models are padded on the right. So are rows of models that checkpoint their activations,
+because they run their layers again when this attention is gone.
 
 Left out: caches.
 Shapes: B rows, L slots, N real tokens, H hidden; h heads of d.

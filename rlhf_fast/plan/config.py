@@ -37,7 +37,7 @@ class PlanConfig:
         0, "Train LoRA adapters of this rank on all linear layers but the head; 0: all weights.", at_least=0
     )
     share_base: bool = arg(False, "Reward and value model as adapters on the policy's base; needs lora_rank.")
-    optimizer: Optimizer = arg("adamw", "AdamW, or with states of one byte (bitsandbytes).")
+    optimizer: Optimizer = arg("adamw", "AdamW, or AdamW with states of one byte (bitsandbytes).")
     optimizer_in_backward: bool = arg(False, "Step each weight in backward and free its gradient.")
     dtype: Literal["fp32", "bf16"] = arg(
         "fp32", "Weights and gradients; bf16 keeps fp32 master weights with the optimizer (16 bytes a parameter too)."

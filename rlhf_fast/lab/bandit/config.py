@@ -38,7 +38,7 @@ class LinearBanditConfig(BanditConfig):
         "faithful", "The published optimisers and step counts, or the global optimum of every objective."
     )
     setting: Literal["matched", "mismatched"] = arg(
-        "matched", "The policy's features: the reward's, or these with sine and cosine swapped."
+        "matched", "The policy's features: the reward's features, or the same with sine and cosine swapped."
     )
 
 
@@ -50,7 +50,7 @@ class NeuralBanditConfig(BanditConfig):
     """
 
     reward: Literal["additive", "contextual"] = arg(
-        "additive", "The true reward: as published, the same action best in every state, or one that depends on it."
+        "additive", "The true reward: additive as published (the same action is best in every state), or contextual."
     )
     n: int = arg(50, "Preferences.", at_least=1)
     seeds: int = arg(50, "Runs, each with networks and data of its own that all methods share.", at_least=2)

@@ -40,7 +40,7 @@ class CompareConfig:
     gradient_checkpointing: bool = arg(False, "Recompute activations in backward to save memory.")
     memory: str | None = arg(None, "Report the largest batch that fits (24GiB); on a GPU a run may take no more.")
     reward: str | None = arg(None, "Reward model of a checkpoint of your own, or a Python function.")
-    reward_adapter: str | None = arg(None, "LoRA reward model on its base, for lora_rank.")
+    reward_adapter: str | None = arg(None, "LoRA reward model on the base of your checkpoint; lora_rank needs it.")
     small_critic: str | None = arg(None, "Smaller model with the same tokenizer, for the small critic.")
     train_data: str | None = arg(None, "Prompts to train a checkpoint of your own on.")
     pairs: str | None = arg(None, "Preference pairs to train a checkpoint of your own on, for offline methods.")

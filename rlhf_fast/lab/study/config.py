@@ -12,7 +12,7 @@ class ExactStudyConfig:
     """Every method on a language model whose completions can all be enumerated, against the exact frontier."""
 
     out: str = arg("study_exact", "Directory for exact.json and exact.png.")
-    seeds: int = arg(8, "Seeds of preferences, reward models and rollouts; the world is one and the same.", at_least=2)
+    seeds: int = arg(8, "Seeds of preferences, reward models and rollouts; all share one world.", at_least=2)
     world_seed: int = arg(0, "Seed of the reference policy and the true reward.")
     vocab_size: int = arg(8, "Tokens in the vocabulary.", at_least=2)
     length: int = arg(4, "Tokens in a completion.", at_least=1)
@@ -43,7 +43,7 @@ class TrainedStudyConfig:
     )
     seeds: int = arg(3, "Seeds; each has an SFT model, pairs, a reward model and rollouts of its own.")
     workers: int = arg(2, "Runs at a time, each in a process of its own.", at_least=1)
-    quick: bool = arg(False, "Embedded world: a tenth of the steps, which shows that everything runs, no more.")
+    quick: bool = arg(False, "Embedded world: a tenth of the steps; shows that everything runs, proves nothing.")
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -62,7 +62,7 @@ class FrontierConfig(MethodsStudyConfig):
     """True reward against KL to the SFT model: every method at several strengths, points over training, envelopes."""
 
     strengths: Literal["all", "main"] = arg(
-        "all", "Every strength of a method, or its main one only, whose evaluations over training span a frontier too."
+        "all", "Every strength of a method, or its main strength only; evaluations over training span a frontier too."
     )
     kl_to: float = arg(8.0, "Envelopes are compared from KL 0 to this, in nats per completion.", above=0)
 
@@ -95,7 +95,7 @@ class TemperatureConfig(MethodsStudyConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ShiftConfig(MethodsStudyConfig):
-    """The trained policies on prompts of another domain than their training's."""
+    """The trained policies on prompts of another domain than the domain of their training."""
 
     shift_data: str | None = arg(
         None, "Rows with prompt and completion of the other domain; the embedded world has one of its own."
