@@ -124,6 +124,18 @@ METHODS = {
         samples="group_size",
         minibatches=True,
     ),
+    "online-dpo": Stage(
+        title="Online DPO",
+        help="DPO on pairs that the policy samples and the reward labels",
+        config="config:OnlineDPOConfig",
+        train="stages.online_dpo:train",
+        rows="prompt",
+        roles=("policy", "reward", "reference"),
+        online=True,
+        color="#56B4E9",
+        marker="P",
+        samples=2,
+    ),
     "dpo": Stage(
         title="DPO",
         help="direct preference optimisation",
@@ -134,6 +146,16 @@ METHODS = {
         color="#E69F00",
         marker="v",
         sequences=2,
+    ),
+    "kto": Stage(
+        title="KTO",
+        help="preference optimisation from completions labelled good or bad",
+        config="config:KTOConfig",
+        train="stages.kto:train",
+        rows="unpaired",
+        roles=("policy", "reference"),
+        color="#999933",
+        marker="<",
     ),
 }
 """Methods, which start from an SFT model and are compared with each other: command -> row."""

@@ -39,7 +39,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTo
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Files of the world's rows: 96 for SFT, 96 pairs, 32 rankings, 32 prompts."""
+    """Files of the world's rows: 96 for SFT, 96 pairs, 96 labelled completions, 32 rankings, 32 prompts."""
     directory = tmp_path_factory.mktemp("data")
     rows = sft_rows(96, seed=0)
     prompts, completions = [r["prompt"] for r in rows], [r["completion"] for r in rows]
@@ -47,9 +47,15 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     rankings = [
         {"prompt": p, "completions": completions[i : i + 3], "ranks": [0, 1, 1]} for i, p in enumerate(prompts[:32])
     ]
+    labelled = [
+        {"prompt": pair["prompt"], "completion": pair[name], "label": name == "chosen"}
+        for i, pair in enumerate(pairs)
+        for name in [("chosen", "rejected")[i % 3 == 0]]
+    ]
     return {
         "sft": write_rows(directory / "sft.jsonl", rows),
         "pairs": write_rows(directory / "pairs.jsonl", pairs),
+        "unpaired": write_rows(directory / "unpaired.jsonl", labelled),
         "rankings": write_rows(directory / "rankings.jsonl", rankings),
         "prompts": write_rows(directory / "prompts.jsonl", prompt_rows(32, seed=1)),
     }

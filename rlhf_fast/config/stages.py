@@ -15,7 +15,7 @@ gives another default or another help text keeps its place, and repeats its boun
 from dataclasses import dataclass
 from typing import Literal
 
-from rlhf_fast.config.fields import arg, check_fields, random_seed, required
+from rlhf_fast.config.fields import arg, check, check_fields, random_seed, required
 
 LRSchedule = Literal["constant", "linear", "cosine"]
 Optimizer = Literal["adamw", "adamw_8bit"]
@@ -34,7 +34,11 @@ DPOLossType = Literal[
     "sppo_hard",
     "discopop",
 ]
+KTOLossType = Literal["kto", "apo_zero_unpaired"]
 _FUSED_HEAD = "Take losses from hidden states, in chunks; false takes them from [B, T, V] logits."
+
+_BETA = "Strength of the implicit KL constraint."
+_LABEL_SMOOTHING = "Probability that a label is flipped (cDPO, robust)."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,6 +279,38 @@ def _check_groups(config: RLOOConfig | GRPOConfig) -> None:
         raise ValueError(f"group_size: expected >= 2 and a divisor of batch_size, got {config.group_size}")
 
 
+def _check_label_smoothing(config: "DPOConfig | OnlineDPOConfig") -> None:
+    e = config.label_smoothing
+    fits, expected = {
+        "sigmoid": (0 <= e <= 1, "a number in [0, 1]"),
+        "robust": (0 <= e < 0.5, "a number in [0, 0.5)"),
+        "exo_pair": (0 < e < 1, "a number in (0, 1)"),
+    }.get(config.loss_type, (e == 0, "0, as it has none,"))
+    if not fits:
+        raise ValueError(f"label_smoothing: expected {expected} for loss_type {config.loss_type}, got {e}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineDPOConfig(OnlineConfig):
+    """Online DPO: the reward labels two samples of the policy, DPO learns from the pair (arXiv 2402.04792)."""
+
+    batch_size: int = arg(32, "Sampled completions per round, two of each prompt.", at_least=1)
+    beta: float = arg(0.1, _BETA, above=0)
+    loss_type: DPOLossType = arg("sigmoid", "Loss on the log-ratio difference, named as in TRL.")
+    label_smoothing: float = arg(0.0, _LABEL_SMOOTHING)
+    kl_coef: float = arg(
+        0.0,
+        "A completion's score is less this times its KL to the reference, before the scores are compared.",
+        at_least=0,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_label_smoothing(self)
+        for name in ("batch_size", "micro_batch_size"):
+            check(self, name, lambda v: v % 2 == 0, "an even number, since two completions make a pair")
+
+
 @dataclass(frozen=True, kw_only=True)
 class OfflineConfig(OfflineData, MethodConfig):
     """What a method takes that learns from the rows of train_data alone."""
@@ -290,18 +326,24 @@ class DPOConfig(OfflineConfig):
     """Direct preference optimisation (arXiv 2305.18290): no reward model, no sampling."""
 
     train_data: str = required("Rows with prompt+chosen+rejected.")
-    beta: float = arg(0.1, "Strength of the implicit KL constraint.", above=0)
+    beta: float = arg(0.1, _BETA, above=0)
     loss_type: DPOLossType = arg("sigmoid", "Loss on the log-ratio difference, named as in TRL.")
-    label_smoothing: float = arg(0.0, "Probability that a label is flipped (cDPO, robust).")
+    label_smoothing: float = arg(0.0, _LABEL_SMOOTHING)
     eval_pairs: str | None = arg(None, "Held-out pairs; their loss and accuracy are reported after every epoch.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        e = self.label_smoothing
-        fits, expected = {
-            "sigmoid": (0 <= e <= 1, "a number in [0, 1]"),
-            "robust": (0 <= e < 0.5, "a number in [0, 0.5)"),
-            "exo_pair": (0 < e < 1, "a number in (0, 1)"),
-        }.get(self.loss_type, (e == 0, "0, as it has none,"))
-        if not fits:
-            raise ValueError(f"label_smoothing: expected {expected} for loss_type {self.loss_type}, got {e}")
+        _check_label_smoothing(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KTOConfig(OfflineConfig):
+    """KTO: preference optimisation from single completions, labelled good or bad (arXiv 2402.01306)."""
+
+    train_data: str = required("Rows with prompt+completion+label, or pairs: prompt+chosen+rejected.")
+    batch_size: int = arg(16, "Rows per optimizer step.", at_least=1)
+    beta: float = arg(0.1, _BETA, above=0)
+    loss_type: KTOLossType = arg("kto", "Loss, named as in TRL; apo_zero_unpaired has no KL estimate.")
+    desirable_weight: float = arg(1.0, "Weight of good rows.", at_least=0)
+    undesirable_weight: float = arg(1.0, "Weight of bad rows; even out unequal numbers by it.", at_least=0)
+    eval_rows: str | None = arg(None, "Held-out rows; their loss is reported after every epoch.")

@@ -62,6 +62,24 @@ def load_rows(source: str | Path | Iterable[Row], kind: str) -> list[Row]:
     return rows
 
 
+def load_unpaired(source: str | Path | Iterable[Row]) -> list[Row]:
+    """Rows of kind unpaired; where the first row has `chosen`, rows of kind preference, of which each makes two.
+
+    The chosen completion gets the label true, the rejected completion false.
+    """
+    if not isinstance(source, (str, Path)):
+        source = list(source)
+    _, first = next(iter(read_rows(source)), ("", {}))
+    if not (isinstance(first, dict) and first.get("chosen") is not None):
+        return load_rows(source, "unpaired")
+    rows = []
+    for pair in load_rows(source, "preference"):
+        for name, label in (("chosen", True), ("rejected", False)):
+            rows.append(LocatedRow(prompt=pair["prompt"], completion=pair[name], label=label))
+            rows[-1].where = pair.where
+    return rows
+
+
 def read_rows(source: str | Path | Iterable[Row]) -> Iterator[tuple[str, Any]]:
     """Yields (where it stands, row) from anything `load_rows` takes, without looking at the columns."""
     if not isinstance(source, (str, Path)):

@@ -23,11 +23,14 @@ from rlhf_fast.lm.passes import response_hidden, response_logits
 from rlhf_fast.lm.sequences import Sequences
 from rlhf_fast.ops import (
     LinearDPOLoss,
+    LinearKTOLoss,
     LinearLoss,
     LinearPPOLoss,
     TokenLogprobs,
     dpo_loss,
+    kto_loss,
     linear_dpo_loss,
+    linear_kto_loss,
     linear_ppo_loss,
     linear_reinforce_loss,
     linear_sft_loss,
@@ -122,17 +125,43 @@ class Objectives:
 
     @one_pass
     def dpo(
-        self, pairs: Sequences, ref_logps: tuple[Tensor, Tensor], normalizer: float, **options: Any
+        self,
+        pairs: Sequences,
+        ref_logps: tuple[Tensor, Tensor],
+        normalizer: float,
+        *,
+        kept: Tensor | None = None,
+        **options: Any,
     ) -> LinearDPOLoss:
         """`dpo_loss` of B pairs, sum over B / normalizer; rows are the B chosen answers, then the B rejected ones."""
         ids = _response_ids(pairs)
-        if self.head is None:
-            chosen, rejected = self._trained_logprobs(pairs, ids).logprobs.sum(dim=1).chunk(2)
+        if self.head is None or kept is not None:
+            chosen, rejected = self._trained_logprobs(pairs, ids, kept).logprobs.sum(dim=1).chunk(2)
             out = dpo_loss(chosen, rejected, *ref_logps, **options)
             loss = out.losses.sum() / normalizer
             return LinearDPOLoss(loss, out.losses.detach(), *out[1:], chosen.detach(), rejected.detach())
         return linear_dpo_loss(
             *self._layer(pairs), ids, *ref_logps, normalizer=normalizer, **options, **self._options()
+        )
+
+    @one_pass
+    def kto(
+        self,
+        sequences: Sequences,
+        ref_logps: Tensor,
+        labels: Tensor,
+        kl: Tensor | None,
+        normalizer: float,
+        **options: Any,
+    ) -> LinearKTOLoss:
+        """`kto_loss` of B completions, sum over B / normalizer; labels [B] bool, True = good."""
+        ids = _response_ids(sequences)
+        if self.head is None:
+            logps = self._trained_logprobs(sequences, ids).logprobs.sum(dim=1)
+            out = kto_loss(logps, ref_logps, labels, kl, **options)
+            return LinearKTOLoss(out.losses.sum() / normalizer, out.losses.detach(), out.rewards, logps.detach())
+        return linear_kto_loss(
+            *self._layer(sequences), ids, ref_logps, labels, kl, normalizer=normalizer, **options, **self._options()
         )
 
     @one_pass

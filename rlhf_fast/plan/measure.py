@@ -130,7 +130,7 @@ def _save_model(shape: Shape, directory: Path, tokenizer: PreTrainedTokenizerFas
     checkpoint.save(directory, models={"": shape.instantiate(config)}, tokenizer=tokenizer)
 
 
-def _rows(plan: PlanConfig) -> list[dict[str, str]]:
+def _rows(plan: PlanConfig) -> list[dict[str, Any]]:
     """One batch; the last token of an answer is its end, which the stages add."""
     generator = torch.Generator().manual_seed(0)
 
@@ -140,5 +140,6 @@ def _rows(plan: PlanConfig) -> list[dict[str, str]]:
     rows = []
     for i in range(plan.batch_size // plan.stage.samples_of(plan.group_size)):
         row = {"prompt": words(plan.prompt_length - i % 2)}
-        rows.append(row | {name: words(plan.response_length - 1) for name in COLUMNS[plan.stage.rows]})
+        row |= {name: words(plan.response_length - 1) for name in COLUMNS[plan.stage.rows]}
+        rows.append(row | ({"label": i % 2 == 0} if "label" in row else {}))
     return rows

@@ -6,7 +6,7 @@ are evaluated after every epoch.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,8 +26,8 @@ from rlhf_fast.training.tally import Tally
 class Loss(Protocol):
     """The loss of a micro-batch, a part of its batch's mean, and what it adds to the step's numbers."""
 
-    def __call__(self, rows: list[int], total: int, tally: Tally) -> Tensor:
-        """rows: indices of examples. total: the whole batch's denominator."""
+    def __call__(self, rows: list[int], whole: Any, tally: Tally) -> Tensor:
+        """rows: indices of examples. whole: what `Offline.whole` made of the batch, such as its number of rows."""
 
 
 class Offline:
@@ -35,7 +35,7 @@ class Offline:
 
     batches: the indices of the rows of every step, an equal number of steps in each epoch.
     role: what the trained model is called in run.json.
-    weigh: the denominator of a batch from its rows; default: their number.
+    whole: what the losses of the micro-batches take from their whole batch, made of its rows; default: their number.
     held_out: evaluates the held-out rows and returns their metrics; called after every epoch.
     frozen, evaluator, show, listeners: as in `Run`.
     """
@@ -49,14 +49,14 @@ class Offline:
         batches: list[list[int]],
         *,
         role: str = "policy",
-        weigh: Callable[[list[int]], int] = len,
+        whole: Callable[[list[int]], Any] = len,
         held_out: Callable[[Run], dict[str, float]] | None = None,
         frozen: dict[str, PreTrainedModel | None] | None = None,
         evaluator: Evaluator | None = None,
         show: tuple[str, ...] = ("loss",),
         listeners: Sequence[Listener] = (),
     ) -> None:
-        self.config, self.batches, self.weigh, self.held_out = config, batches, weigh, held_out
+        self.config, self.batches, self.whole, self.held_out = config, batches, whole, held_out
         self.learner = Learner(model, config, len(batches))
         self.run = Run(
             config,
@@ -83,11 +83,11 @@ class Offline:
         run, learner, steps_per_epoch = self.run, self.learner, len(self.batches) // self.config.epochs
         for step in run.steps():
             batch, tally = self.batches[step - 1], Tally()
-            total = self.weigh(batch)
+            whole = self.whole(batch)
             for rows in micro_batches(len(batch), self.config.micro_batch_size):
                 with run.meter.phase("policy_update"):
                     with learner.autocast():
-                        part = loss(batch[rows], total, tally)
+                        part = loss(batch[rows], whole, tally)
                     part.backward()
                 del part
             with run.meter.phase("optimizer"):

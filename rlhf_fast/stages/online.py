@@ -175,6 +175,11 @@ class Online:
         """
         tally.raise_to(_DRIFT, (logprobs.detach() - rollout.logprobs).abs().max())
 
+    def note_mean_drift(self, tally: Tally, logps: Tensor, rollout: Rollout) -> None:
+        """`note_drift` where only the summed log-probs [B] of whole completions are known: their mean over tokens."""
+        decoded_B, tokens_B = rollout.logprobs.sum(dim=1), rollout.response_mask.sum(dim=1)
+        tally.raise_to(_DRIFT, ((logps.detach() - decoded_B) / tokens_B).abs().max())
+
     def check_drift(self, metrics: dict[str, float]) -> None:
         """RuntimeError where the drift among a step's metrics is past config.max_logprob_drift."""
         if _DRIFT in metrics and not metrics[_DRIFT] <= self.drift_bound:

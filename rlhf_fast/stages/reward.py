@@ -77,7 +77,7 @@ def train(config: RewardConfig, *, listeners: Sequence[Listener] = ()) -> None:
         tokenizer,
         batches,
         role="reward",
-        weigh=lambda rows: sum(_pairs(examples[i]) for i in rows),
+        whole=lambda rows: sum(_pairs(examples[i]) for i in rows),
         held_out=look if held_out else None,
         show=("loss", "accuracy"),
         listeners=listeners,

@@ -50,7 +50,7 @@ def train(config: SFTConfig, *, listeners: Sequence[Listener] = ()) -> None:
         policy,
         tokenizer,
         batches,
-        weigh=lambda rows: sum(trained_tokens(data.examples[i]) for i in rows),
+        whole=lambda rows: sum(trained_tokens(data.examples[i]) for i in rows),
         held_out=(lambda run: {"eval/loss": held_out_loss(objectives, held_out, pad, config)}) if held_out else None,
         listeners=listeners,
     )

@@ -25,8 +25,13 @@ def shortness(prompts, completions):
     return [("good" in c.split()) - 0.1 * len(c.split()) for c in completions]
 
 
+def constant(prompts, completions):
+    """A reward that prefers nothing."""
+    return [0.0] * len(completions)
+
+
 REWARD = f"{__file__}:shortness"
-_FILES = {"sft": "sft", "preference": "pairs", "prompt": "prompts"}  # kind of rows -> file
+_FILES = {"sft": "sft", "preference": "pairs", "unpaired": "unpaired", "prompt": "prompts"}  # kind of rows -> file
 LENGTHS = {"max_prompt_length": 16, "max_response_length": 12}
 
 

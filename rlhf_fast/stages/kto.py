@@ -1,0 +1,141 @@
+"""KTO (arXiv 2402.01306): preference optimisation from single completions that are labelled good or bad.
+
+    r = beta (log pi(y|x) - log pi_ref(y|x)),  z = beta max(0, KL),  loss = weight_y (1 - sigmoid(+-(r - z)))
+
+KL is the mean of log pi(y'|x) - log pi_ref(y'|x) over the batch, y' the completion of a row with another prompt. It is
+of the whole batch, so micro-batches change nothing. The reference's log-probs are computed once for all rows; the
+reference model is then dropped. A row of a preference pair counts as two rows, one good and one bad.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.config import KTOConfig
+from rlhf_fast.data.encoding import UnpairedExample, encode_unpaired, pad_id, pad_left, pad_right
+from rlhf_fast.data.rows import load_unpaired
+from rlhf_fast.lm.limits import check_rows
+from rlhf_fast.lm.loading import default_device
+from rlhf_fast.lm.objectives import Objectives
+from rlhf_fast.lm.sequences import Sequences
+from rlhf_fast.lm.tokenizers import check_tokenizer, load_tokenizer
+from rlhf_fast.stages.offline import Offline, summed_logprobs
+from rlhf_fast.training.batches import micro_batches, offline_batches
+from rlhf_fast.training.evaluation import make_evaluator
+from rlhf_fast.training.learner import autocast
+from rlhf_fast.training.listeners import Listener
+from rlhf_fast.training.resume import load_policy_and_reference
+from rlhf_fast.training.run import Run
+from rlhf_fast.training.tally import Tally
+
+
+class Whole(NamedTuple):
+    """What a micro-batch takes from its batch."""
+
+    rows: int
+    good: int  # rows with label true
+    kl: Tensor | None  # 0-dim, in nats; None where the loss does not use it
+
+
+def train(config: KTOConfig, *, listeners: Sequence[Listener] = ()) -> None:
+    """Train `config.model` on labelled completions; the result goes to `config.output_dir`."""
+    device = default_device()
+    tokenizer = load_tokenizer(config.model)
+    if config.reference is not None:
+        check_tokenizer(config.reference, tokenizer, "reference")
+    lengths = tokenizer, config.max_length, config.max_prompt_length
+    data = encode_unpaired(load_unpaired(config.train_data), *lengths)
+    held_out = encode_unpaired(load_unpaired(config.eval_rows), *lengths).examples if config.eval_rows else []
+    batches = offline_batches(len(data.examples), config.batch_size, config.epochs, config.seed)
+    examples, pad, size = [*data.examples, *held_out], pad_id(tokenizer), config.micro_batch_size or config.batch_size
+    policy, reference = load_policy_and_reference(config, device)
+    reference.to(device)
+    whole_rows = [prompt + ids for e in examples for prompt, ids in ((e.prompt_ids, e.completion_ids), e.unrelated)]
+    check_rows(policy, tokenizer, whole_rows, "max_length")
+    check_rows(reference, tokenizer, whole_rows, "max_length", role="reference")
+    objectives = Objectives(policy, fused=config.fused_head)
+    evaluator = make_evaluator(config, tokenizer, device, reference, None)
+    with_kl = config.loss_type == "kto"
+    refs = unrelated_refs = torch.empty(0)  # the reference's log-probs of all examples, and of unrelated completions
+
+    def logps(of: Objectives, rows: list[int], unrelated: bool) -> Tensor:
+        chosen = [[examples[i] for i in rows[part]] for part in micro_batches(len(rows), size)]
+        parts = (sequences(some, pad, device, unrelated=unrelated) for some in chosen)
+        return torch.cat(summed_logprobs(of, parts, config.bf16))
+
+    def look_at(rows: list[int]) -> Whole:
+        good = sum(examples[i].label for i in rows)
+        if not with_kl:
+            return Whole(len(rows), good, None)
+        return Whole(len(rows), good, (logps(objectives, rows, True) - unrelated_refs[rows]).mean())
+
+    def look_at_batch(rows: list[int]) -> Whole:
+        with stage.run.meter.phase("kl"):
+            return look_at(rows)
+
+    def loss(rows: list[int], whole: Whole, tally: Tally) -> Tensor:
+        some = [examples[i] for i in rows]
+        labels = torch.tensor([e.label for e in some], device=device)
+        out = objectives.kto(
+            sequences(some, pad, device),
+            refs[rows],
+            labels,
+            whole.kl,
+            whole.rows,
+            beta=config.beta,
+            loss_type=config.loss_type,
+            desirable_weight=config.desirable_weight,
+            undesirable_weight=config.undesirable_weight,
+        )
+        tally.add("loss", out.loss)
+        for name, mine, count in (("good", labels, whole.good), ("bad", ~labels, whole.rows - whole.good)):
+            if count:  # of the batch
+                tally.add(f"rewards/{name}", out.rewards.where(mine, 0.0).sum().double() / count)
+                tally.add(f"logps/{name}", out.logps.where(mine, 0.0).sum().double() / count)
+        if whole.kl is not None:
+            tally.add("kl", whole.kl.double() * len(rows) / whole.rows)
+        return out.loss
+
+    @torch.no_grad()
+    def evaluate(run: Run) -> dict[str, float]:
+        tally, rows = Tally(), list(range(len(data.examples), len(examples)))
+        with autocast(device, config.bf16):
+            whole = look_at(rows)
+            for part in micro_batches(len(rows), size):
+                loss(rows[part], whole, tally)
+        metrics = {"eval/loss": tally.read()["loss"]}
+        run.note(**metrics)
+        return metrics
+
+    stage = Offline(
+        config,
+        "KTO",
+        policy,
+        tokenizer,
+        batches,
+        whole=look_at_batch,
+        held_out=evaluate if held_out else None,
+        frozen={"reference": reference if evaluator is not None else None},
+        evaluator=evaluator,
+        show=("loss", "rewards/good", "rewards/bad"),
+        listeners=listeners,
+    )
+    with stage.training(len(data.examples), data.truncated) as run:
+        with run.meter.phase("reference"):
+            frozen, everything = Objectives(reference, fused=config.fused_head), list(range(len(examples)))
+            refs = logps(frozen, everything, False)
+            if with_kl:
+                unrelated_refs = logps(frozen, everything, True)
+            del frozen
+        if evaluator is None:
+            del reference
+        stage.steps(loss)
+
+
+def sequences(examples: list[UnpairedExample], pad: int, device: torch.device, *, unrelated: bool = False) -> Sequences:
+    """The prompts with their own completions, or with the unrelated ones."""
+    rows = [e.unrelated if unrelated else (e.prompt_ids, e.completion_ids) for e in examples]
+    prompts, completions = (list(column) for column in zip(*rows, strict=True))
+    return Sequences(*pad_left(prompts, pad), *pad_right(completions, pad)).to(device)

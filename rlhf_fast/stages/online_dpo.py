@@ -1,0 +1,85 @@
+"""Online DPO (arXiv 2402.04792): DPO on pairs that the policy samples itself and that a reward labels.
+
+Each prompt gets two samples. The sample with the higher score is chosen, the other rejected; with kl_coef the score is
+less kl_coef times the completion's KL to the reference, as RLOO's is. Two equal scores say nothing, so their pair is
+left out. One optimizer step per rollout; the denominator is the number of pairs with a preference.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rlhf_fast.config import OnlineDPOConfig
+from rlhf_fast.ops import kl_penalty
+from rlhf_fast.rollout.generate import Rollout
+from rlhf_fast.stages.online import Experience, Online
+from rlhf_fast.training.batches import micro_batches
+from rlhf_fast.training.learner import take_step
+from rlhf_fast.training.listeners import Listener
+from rlhf_fast.training.run import Run
+from rlhf_fast.training.tally import Tally
+
+
+def train(config: OnlineDPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
+    """Train `config.model` by online DPO; the result goes to `config.output_dir`."""
+    online = Online(config, "online DPO", samples=2)
+
+    def update(run: Run, experience: Experience) -> dict[str, float]:
+        rollout = experience.rollout
+        kl_BT = kl_penalty(rollout.logprobs, experience.ref_logprobs, "k1")
+        kl_B = torch.where(rollout.response_mask, kl_BT, 0.0).sum(dim=1)
+        chosen, rejected = preferred(experience.scores - online.kl.coef * kl_B)
+        refs_B = torch.where(rollout.response_mask, experience.ref_logprobs, 0.0).sum(dim=1)
+        return step(online, run, rollout, refs_B, chosen, rejected)
+
+    online.run(update, listeners=listeners)
+
+
+def preferred(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of the chosen and of the rejected samples, from scores [2 P] of which two in turn belong to a prompt."""
+    pairs_P2 = scores.view(-1, 2)
+    best_P = pairs_P2.argmax(dim=1)
+    first_P = torch.arange(0, len(scores), 2, device=scores.device)
+    decided = pairs_P2[:, 0] != pairs_P2[:, 1]
+    return (first_P + best_P)[decided], (first_P + 1 - best_P)[decided]
+
+
+def step(
+    online: Online,
+    run: Run,
+    rollout: Rollout,
+    refs_B: Tensor,
+    chosen: Tensor,
+    rejected: Tensor,
+) -> dict[str, float]:
+    """One optimizer step on `dpo_loss` of the rows `chosen` and `rejected`; refs_B: the reference's log-probs."""
+    config, tally, pairs = online.config, Tally(), len(chosen)
+    size = None if config.micro_batch_size is None else config.micro_batch_size // 2
+    tally.add("pairs", pairs)
+    for rows in micro_batches(pairs, size) if pairs else []:
+        index = torch.cat([chosen[rows], rejected[rows]])
+        part = rollout.rows(index)
+        lengths = part.response_mask.sum(dim=1)
+        with run.meter.phase("policy_update"):
+            with online.learner.autocast():
+                out = online.objectives.dpo(
+                    part.sequences,
+                    refs_B[index].chunk(2),
+                    pairs,
+                    kept=part.kept,
+                    beta=config.beta,
+                    loss_type=config.loss_type,
+                    label_smoothing=config.label_smoothing,
+                    chosen_lengths=lengths[: len(index) // 2],
+                    rejected_lengths=lengths[len(index) // 2 :],
+                )
+            out.loss.backward()
+        margins = out.chosen_rewards - out.rejected_rewards
+        tally.add("loss/policy_avg", out.loss)
+        tally.add("rewards/margins", margins.mean().double() * len(margins) / pairs)
+        tally.add("rewards/accuracies", (margins > 0).float().mean().double() * len(margins) / pairs)
+        logps = torch.cat([out.chosen_logps, out.rejected_logps])
+        online.note_mean_drift(tally, logps, part)
+    with run.meter.phase("optimizer"):
+        return take_step(tally, {"grad_norm": online.learner}, online.check_drift)
