@@ -7,6 +7,7 @@ import pytest
 
 import rlhf_fast.ops
 from rlhf_fast import cli, config
+from rlhf_fast.methods import STAGES
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -29,11 +30,11 @@ def test_the_readme_is_one_story():
 
 def test_every_command_is_one_of_the_command_line(capsys):
     cli.main(["--help"])
-    known = re.findall(r"^  (\w+(?: \w+)?)  +\S|^  (study \w+) ", capsys.readouterr().out, re.MULTILINE)
+    known = re.findall(r"^  ([\w-]+(?: \w+)?)  +\S|^  (study \w+) ", capsys.readouterr().out, re.MULTILINE)
     known = {first or second for first, second in known}
     assert {"demo", "ppo", "study frontier"} <= known
     for page in PAGES:
-        for first, second in re.findall(r"\brlhf-fast +([a-z]\w*)(?: +([a-z]\w*))?", page.read_text()):
+        for first, second in re.findall(r"\brlhf-fast +([a-z][\w-]*)(?: +([a-z]\w*))?", page.read_text()):
             assert {first, f"{first} {second}"} & known or first in ("study", "bandit"), (page.name, first, second)
 
 
@@ -46,5 +47,8 @@ def test_links_lead_to_files(page):
 def test_the_reference_lists_every_operation_and_config():
     operations = set(re.findall(r"^::: rlhf_fast\.ops\.(?:\w+\.)?(\w+)$", (ROOT / "docs/api/ops.md").read_text(), re.M))
     assert operations == set(rlhf_fast.ops.__all__)
-    configs = set(re.findall(r"^::: rlhf_fast\.config\.(\w+)$", (ROOT / "docs/api/config.md").read_text(), re.M))
+    page = (ROOT / "docs/api/config.md").read_text()
+    configs = set(re.findall(r"^::: rlhf_fast\.config\.(\w+)$", page, re.M))
+    assert "<!-- the configs in rlhf_fast/methods.py -->" in page
+    configs |= {stage.config.removeprefix("config:") for stage in STAGES.values()}
     assert configs == set(config.__all__)

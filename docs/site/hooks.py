@@ -2,8 +2,11 @@
 
 Such files keep their place in the repository, where readers of the repository expect them. Links are written for the
 repository too, as `../CONTRIBUTING.md`. This hook turns them into links between pages of the site.
+
+In the API reference it lists the training stages and their configs, as the table of stages has them.
 """
 
+import importlib.util
 import os
 import re
 from pathlib import Path
@@ -26,6 +29,23 @@ SOURCE = {page: path for path, page in OUTSIDE.items()}
 LINK = re.compile(r"(?<=\]\()(?!\w+:)([^)#\s]+)")
 
 
+def _stages():
+    """The table of stages. Its module imports nothing of the package, so it can be read without torch."""
+    spec = importlib.util.spec_from_file_location("methods", ROOT / "rlhf_fast/methods.py")
+    methods = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(methods)
+    return methods.STAGES.values()
+
+
+def _reference(markdown):
+    modules = ["rlhf_fast." + stage.train.replace(":train", "") for stage in _stages()]
+    entries = [f"::: {module}\n    options:\n      heading_level: 2\n      members: [train]\n" for module in modules]
+    configs = ["::: rlhf_fast." + stage.config.replace(":", ".") for stage in _stages()]
+    return markdown.replace("<!-- the stages in rlhf_fast/methods.py -->", "\n".join(entries)).replace(
+        "<!-- the configs in rlhf_fast/methods.py -->", "\n".join(configs)
+    )
+
+
 def on_files(files, config):
     for path, page in OUTSIDE.items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / path)))
@@ -40,4 +60,5 @@ def on_page_markdown(markdown, page, config, files):
         target = OUTSIDE.get(path, path.removeprefix("docs/"))
         return os.path.relpath(target, os.path.dirname(page.file.src_uri) or ".")
 
-    return LINK.sub(on_site, markdown).replace(" ± ", "\u00a0±\u00a0")  # which else break over lines in tables
+    spaced = LINK.sub(on_site, markdown).replace(" ± ", "\u00a0±\u00a0")  # a table must not break there
+    return _reference(spaced)

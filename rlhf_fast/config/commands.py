@@ -6,6 +6,13 @@ from typing import Any, TypeVar
 from rlhf_fast.config.fields import arg, check, check_fields, random_seed, required
 from rlhf_fast.methods import METHODS, section
 
+__all__ = [
+    "DemoConfig",
+    "InitConfig",
+    "PairsConfig",
+    "PipelineConfig",
+]
+
 Class = TypeVar("Class", bound=type)
 
 

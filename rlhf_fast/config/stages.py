@@ -17,6 +17,25 @@ from typing import Literal
 
 from rlhf_fast.config.fields import arg, check, check_fields, random_seed, required
 
+__all__ = [
+    "ClippedConfig",
+    "DPOConfig",
+    "GRPOConfig",
+    "KTOConfig",
+    "MethodConfig",
+    "OfflineConfig",
+    "OfflineData",
+    "OnlineConfig",
+    "OnlineDPOConfig",
+    "PPOConfig",
+    "RLOOConfig",
+    "ReMaxConfig",
+    "ReinforceConfig",
+    "RewardConfig",
+    "SFTConfig",
+    "StageConfig",
+]
+
 LRSchedule = Literal["constant", "linear", "cosine"]
 Optimizer = Literal["adamw", "adamw_8bit"]
 Critic = Literal["model", "shared"]
