@@ -1,7 +1,7 @@
-"""Causal attention within rows of any length that stand side by side, without their padding. Used by `packing`.
+"""Causal attention within rows of any length that stand side by side without padding. `rlhf_fast.lm.packing` uses it.
 
-On a GPU this is torch's own kernel on rows spread out, as in the reference. Leaves out dropout, windows and caps, and
-rotary embeddings of a part of the head or of neighbours.
+On a GPU the rows are spread out and torch's own kernel runs, as in the reference. Leaves out dropout, sliding windows,
+soft caps, and rotary embeddings that turn a part of the head only, or neighbouring elements together.
 """
 
 import torch
@@ -56,7 +56,7 @@ def packed_attention(
         query: [h, N, d], float32, bfloat16, float16 or float64; key: [k, N, d] of that dtype, h a multiple of k; value:
             as key, or with another last dimension, which runs the reference; gradients flow to all three.
         slots: [N] int64, row * length + place in the row of every token: ascending, every row from its place 0 on and
-            without gaps. Not checked, as that would read it.
+            without gaps. Not checked, because a check would read the tensor.
         scale: by default d ** -0.5.
         rotary: cosines and sines [N, d] of the tokens' angles, float32, by which query and key are turned first
             (elements i and i + d / 2 together; arXiv 2104.09864 as in Llama); no gradients flow to them.

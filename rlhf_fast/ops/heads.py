@@ -1,10 +1,14 @@
-"""The last linear layer a chunk of tokens at a time: logits into a reused buffer, a pass over them, their gradients.
+"""The last linear layer of a language model, one chunk of tokens at a time.
 
-Nothing here holds [N, V]: chunks are sized by a memory budget. Only rows that count reach a matmul. Logits are float32
-(float64 for float64 input) whatever the input, and so are the sums of the gradients; a half-precision weight is widened
-a tile at a time. On a GPU bfloat16 goes into the matmuls as it is, the logits and sums that come out are float32 still,
-and the gradient by the logits is rounded once on its way in. Leaves out what the gradients are of: that is
-`rlhf_fast.ops.linear`.
+A chunk's logits go into a buffer, a kernel passes over them, and their gradient goes into the sums of the gradients by
+hidden states, weight and bias. The next chunk takes the buffer over, so that nothing holds [N, V]; a memory budget
+sizes the chunks. Masked tokens reach no matmul.
+
+Logits and sums are float32 (float64 for float64 input) whatever the input, because a sum over tokens in half precision
+loses digits. A half-precision weight is widened one tile at a time. On a GPU the matmuls read bfloat16 as it is and
+write float32; the gradient by the logits is rounded to bfloat16 once, before its matmuls.
+
+Leaves out the losses: they are in `rlhf_fast.ops.linear*`.
 
 Shapes: N tokens, n of them counted, C in a chunk, H hidden, V vocabulary.
 """
@@ -21,13 +25,13 @@ from rlhf_fast.ops.reference import IGNORED_ID, no_autocast
 MEMORY_BUDGET = {"cpu": 128 << 20, "cuda": 2 << 30}
 """Bytes of working memory by device type, beyond inputs and gradients, where the caller names none."""
 FEWEST_ROWS = 32
-"""Rows of a chunk however small the budget: below this a matmul is a slow way to read the weight."""
+"""The fewest rows of a chunk, however small the budget: fewer take as long, because a matmul reads the whole weight."""
 TILE_BYTES = 16 << 20
-"""A widened tile of a half-precision weight."""
+"""The size of one tile of a half-precision weight, once widened."""
 
 
 def full_precision(kernel: Callable) -> Callable:
-    """Autocast off inside: the logits are float32 for a reason."""
+    """Decorator: turns autocast off, which would round the logits to half precision."""
 
     @functools.wraps(kernel)
     def call(hidden: Tensor, *args: object) -> object:
@@ -38,17 +42,23 @@ def full_precision(kernel: Callable) -> Callable:
 
 
 def mixes(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether the device multiplies bfloat16 into float32. (float16 would lose a gradient's small entries.)"""
+    """Whether matmuls read bfloat16 and write float32. Not float16: it cannot hold a gradient's small entries."""
     return hidden.is_cuda and hidden.dtype == weight.dtype == torch.bfloat16
 
 
 def kept_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a gradient waits for a loss scaler's factor; float16 would round a mean's gradient to 0."""
+    """The dtype that keeps a gradient until the backward pass multiplies it, by a loss scaler's factor for example.
+
+    For float16 that is float32: a mean over 20,000 tokens makes entries that float16 would round to 0.
+    """
     return torch.float32 if dtype == torch.float16 else dtype
 
 
 class Gradients(NamedTuple):
-    """By hidden [..., H], weight [V, H] and bias [V], in their dtypes (or `kept_dtype`); empty where not asked for."""
+    """Gradients by hidden [..., H], weight [V, H] and bias [V], in their dtypes (or `kept_dtype`).
+
+    A gradient that nobody asked for is an empty tensor.
+    """
 
     hidden: Tensor
     weight: Tensor
@@ -66,9 +76,10 @@ class Chunk(NamedTuple):
 
 
 class Layer:
-    """A weight and bias, the weight widened to the compute dtype a tile at a time, and the buffer of their logits.
+    """A weight and a bias, and the buffer of their logits.
 
-    `mixed`: bfloat16 goes into the matmuls as it is. `operands` is the dtype that they take.
+    The weight is widened to the compute dtype one tile at a time. mixed: matmuls read bfloat16 as it is. `operands` is
+    the dtype that matmuls read.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, mixed: bool = False) -> None:
@@ -96,7 +107,7 @@ class Layer:
         return logits
 
     def operand(self, grad_logits: Tensor) -> Tensor:
-        """As it goes into a matmul."""
+        """The gradient in the dtype that matmuls read."""
         return self.rounded[: len(grad_logits)].copy_(grad_logits) if self.mixed else grad_logits
 
     def times_weight(self, grad_logits: Tensor) -> Tensor:
@@ -119,7 +130,7 @@ class Layer:
 
 
 def chunk_rows(n: int, layers: list[Layer], budget: int) -> int:
-    """Rows of a chunk of n tokens, for chunks of equal size whose logits fit the budget."""
+    """Rows per chunk: n tokens make chunks of one size, and the layers' logits of a chunk fit the budget in bytes."""
     budget -= sum(layer.tile_bytes for layer in layers)
     most = max(FEWEST_ROWS, budget // sum(layer.row_bytes for layer in layers))
     return -(-n // -(-n // most)) if n else 1
@@ -128,7 +139,7 @@ def chunk_rows(n: int, layers: list[Layer], budget: int) -> int:
 def working_bytes(
     tokens: int, n: int, hidden: torch.dtype, layer: Layer, budget: int, wanted: tuple[bool, bool]
 ) -> int:
-    """Bytes a loss from hidden states adds at its peak, its results and gradients included.
+    """Bytes that a loss from hidden states adds to memory at its peak, its results and gradients included.
 
     tokens: all of them; n: those that count. hidden: their dtype. wanted: gradients by hidden and by weight.
     """
@@ -146,8 +157,8 @@ def working_bytes(
 class Head:
     """The layer on the tokens whose id is not -100, with the sums of its gradients.
 
-    `beside`: another layer, of the same compute dtype, whose logits of the same tokens are needed at the same time.
-    `scaled_later`: what multiplies the gradients is not known yet.
+    beside: another layer, of the same compute dtype, whose logits of the same tokens share the budget.
+    scaled_later: the backward pass will multiply the gradients, so that they stay in `kept_dtype` until then.
     """
 
     def __init__(
@@ -184,7 +195,7 @@ class Head:
         self.makes_gradients = any(x is not None for x in (self.grad_hidden, self.grad_weight, self.grad_bias))
 
     def chunks(self) -> Iterator[Chunk]:
-        """The chunks of the tokens that count, forward pass done. Each overwrites the one before."""
+        """Every chunk of the counted tokens with its logits and log-probs. The next chunk overwrites the logits."""
         for part in self.rows.split(self.chunk_rows):
             yield self.forward(part)
 
@@ -203,7 +214,7 @@ class Head:
         self.add_gradients(chunk.rows, chunk.hidden, self._grad_logits(chunk, grad_logprobs, grad_entropy))
 
     def add_gradients(self, rows: Tensor, hidden: Tensor, grad_logits: Tensor) -> None:
-        """From the gradient by the logits of a chunk; each row once."""
+        """Add what the gradient by a chunk's logits gives. A row comes once: its gradient by hidden is overwritten."""
         if self.grad_bias is not None:
             self.grad_bias += grad_logits.sum(0)
         operand = self.layer.operand(grad_logits)
@@ -255,10 +266,10 @@ def loss_in_forward(
     packs: list[Tensor] | None,
     coefficients: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]],
 ) -> tuple[Tensor, Tensor]:
-    """Gradients into `head` while its logits are there, so that none are computed twice; (logprobs, entropy) [N].
+    """Add a loss's gradients to `head`, each pack's while its logits are there; returns (logprobs, entropy) [N].
 
-    `coefficients(rows, logprobs, entropy)`, all [n], gives (d loss / d logprobs, d loss / d entropy or None). It sees a
-    pack of rows at once, which is a chunk where `packs` is None. A pack larger than a chunk takes a second pass.
+    coefficients(rows, logprobs, entropy), all [n], gives (d loss / d logprobs, d loss / d entropy or None) of one pack.
+    packs: the rows of each; None: every chunk is one. A pack larger than a chunk has its logits computed twice.
     """
     logprobs, entropy = (head.hidden.new_zeros(len(head.ids), dtype=head.dtype) for _ in range(2))
     if not head.makes_gradients:  # an evaluation

@@ -27,6 +27,7 @@ from rlhf_fast.ops.gradients import register_saved_gradients
 
 # Kernels get the index: the order is that of enum Estimator in csrc/math.h and of kernels/maths.py.
 ESTIMATORS = ("k1", "k2", "k3", "abs")
+"""The kernels know an estimator by its place here: `Estimator` in csrc/math.h."""
 
 define(
     "kl_penalty(Tensor logprobs, Tensor ref_logprobs, str estimator, bool with_grad) "

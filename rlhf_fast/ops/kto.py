@@ -77,7 +77,7 @@ def check_kto_arguments(
     desirable_weight: float,
     undesirable_weight: float,
 ) -> float | Tensor:
-    """The estimate of the KL, 0 where the loss does not use it."""
+    """Check the arguments; returns the estimate of the KL, 0 where the loss does not use it."""
     check_option("loss_type", loss_type, KTO_LOSS_TYPES)
     check_positive("beta", beta)
     expect(desirable_weight >= 0, "desirable_weight", "a number >= 0", desirable_weight)

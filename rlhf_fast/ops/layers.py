@@ -1,6 +1,8 @@
-"""The steps of a transformer's layer between its matmuls. All steps together read their input once in each direction.
+"""What a transformer's layer does between its matmuls: residual and RMS norm, and the gated middle of the MLP.
 
-`lm.layers` uses them. On a GPU they are plain PyTorch, as in the reference.
+Each is one kernel that reads its inputs once in the forward and once in the backward pass, where plain PyTorch reads
+them for every step of the formula. `rlhf_fast.lm.layers` uses them. On a GPU they are plain PyTorch, as in the
+reference.
 """
 
 import torch
@@ -35,8 +37,8 @@ define("swiglu_backward(Tensor gate, Tensor up, Tensor grad_out) -> (Tensor grad
 def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """sum = x + delta, and sum / sqrt(mean(sum^2) + epsilon) * weight over the last dimension (arXiv 1910.07467).
 
-    Plain PyTorch: `F.rms_norm(x + delta, weight.shape, weight, epsilon)`. This keeps the sum and a number a row for the
-    backward pass, and rounds half precision once.
+    Plain PyTorch: `F.rms_norm(x + delta, weight.shape, weight, epsilon)`. This keeps the sum and one number per row for
+    the backward pass, and rounds half precision once.
 
     Args:
         x: [..., H], float32, bfloat16, float16 or float64. delta: the same, or None for a sum that is x itself.

@@ -1,8 +1,9 @@
 """The last linear layer fused with what follows it: log-probs, and losses whose gradient is taken in the forward pass.
 
-A loss whose coefficient per token is known once the token's row is (SFT, REINFORCE, ReMax, PPO, DPO by pairs) needs
-three products with the weight, 6 N H V flops, and computes no logits twice; `linear_token_logprobs` with a loss of your
-own needs four. Neither ever holds [N, V]. Leaves out the chunking itself: `rlhf_fast.ops.heads`.
+`linear_token_logprobs` with any loss behind it takes four products with the weight, 8 N H V flops, because the backward
+pass computes the logits again. The losses (`linear_ppo_loss`, ..., and `linear_loss` for one of your own) take three,
+6 N H V flops: they compute a chunk's gradient while its logits are there. Neither ever holds [N, V]. Leaves out the
+chunking: `rlhf_fast.ops.heads`.
 """
 
 import torch
@@ -44,7 +45,7 @@ def linear_token_logprobs(
     Plain PyTorch: ``token_logprobs(hidden @ weight.t() + bias, token_ids)``, which holds the logits and, in the
     backward pass, their gradient. This computes them twice instead, a chunk at a time. With a frozen weight and bias
     (LoRA) it keeps d logprobs / d hidden, as large as `hidden`, and computes them once; a gradient into `entropy` then
-    costs the second time. Where the loss is one of the `linear_*_loss` functions, those are faster.
+    costs the second time. Where a `linear_*_loss` function has the loss, or `linear_loss` can take it, that is faster.
 
     Args:
         hidden: [..., H]; weight: [V, H], may be the tied embedding; bias: [V]. float32, bfloat16, float16 or float64.
@@ -84,7 +85,7 @@ def check_head(
     softcap: float | None,
     memory_budget: int | None,
 ) -> int:
-    """The memory budget in bytes, once everything fits."""
+    """Check the arguments that all fused heads share; returns the memory budget in bytes."""
     check_layer(hidden, weight, bias)
     expect(token_ids.dtype in INTEGERS, "token_ids", "dtype int64 or int32", token_ids.dtype)
     expected = f"shape {list(hidden.shape[:-1])} as the rows of hidden {list(hidden.shape)}"
@@ -100,7 +101,7 @@ def check_head(
 
 
 def check_layer(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
-    """The prefix of the arguments' names tells one layer from another."""
+    """Check one layer and its input. prefix: of the arguments' names in errors, such as "ref_" for a reference."""
     named = {f"{prefix}hidden": hidden, f"{prefix}weight": weight, f"{prefix}bias": bias}
     for name, x in named.items():
         if x is None:

@@ -94,7 +94,7 @@ def _check_reference(
 
 
 def _chunks(head: Head, layer: Layer, ref_hidden: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """(rows, hidden, ids, logits, ref_logits, then what `token_kl` returns) of each chunk, over the one before."""
+    """(rows, hidden, ids, logits, ref_logits, the results of `token_kl`) of each chunk, which overwrites the last."""
     ref_hidden = ref_hidden.reshape(-1, ref_hidden.shape[-1])
     for rows in head.rows.split(head.chunk_rows):
         hidden, ids, logits = head.gather(rows)

@@ -1,8 +1,9 @@
 """SFT, REINFORCE, PPO and DPO losses straight from hidden states, the gradient taken in the forward pass.
 
-A token's gradient needs its own row of logits and a coefficient, which each loss knows once the row's log-prob is
-known; so the chunk's gradient is made while its logits are still there, and the backward pass only scales it.
-Masked places reach no matmul. Denominators come from the mask or are passed in, never from a chunk.
+The gradient by a token's logits is a function of these logits times one coefficient, and each of these losses knows the
+coefficient once it knows the log-probs of the token (or of the pair). So a chunk's gradient is computed while its
+logits are there, and the backward pass only multiplies it by the upstream gradient. Masked places reach no matmul. A
+denominator counts the whole batch, or is passed in; it never counts a chunk.
 """
 
 import torch
@@ -34,8 +35,8 @@ def linear_sft_loss(
 ) -> LinearLoss:
     """Negative log-likelihood of tokens from hidden states: loss = -sum of log p(token) / number of counted tokens.
 
-    Plain PyTorch: ``cross_entropy((hidden @ weight.t() + bias).float(), token_ids)``. As all of these losses it makes
-    its gradient in the forward pass and hands it over in the backward pass, of which there can be one.
+    Plain PyTorch: ``cross_entropy((hidden @ weight.t() + bias).float(), token_ids)``. Like all of these losses it
+    computes its gradient in the forward pass and hands it over in the backward pass; a second one is an error.
 
     Args:
         hidden, weight, token_ids, bias, temperature, softcap, memory_budget: as in `linear_token_logprobs`; gradients

@@ -34,7 +34,7 @@ define(
 
 
 def token_weights(mask: Tensor, reduction: str, normalizer: float | Tensor | None) -> Tensor:
-    """What a reduction multiplies each token by, [B, T] float64; 0 where masked."""
+    """The factor of each token's loss under a reduction, [B, T] float64, 0 where masked; token_mean: 1 / tokens."""
     if normalizer is None:
         normalizer = mask.shape[0] if reduction.startswith("sequence") else mask.sum()
     weights = over(mask, normalizer)
@@ -42,6 +42,7 @@ def token_weights(mask: Tensor, reduction: str, normalizer: float | Tensor | Non
 
 
 def over(mask: Tensor, denominator: float | Tensor) -> Tensor:
+    """mask / denominator in float64. A tensor that holds 0, of a batch in which nothing counts, gives no NaN."""
     if isinstance(denominator, Tensor):
         denominator = denominator.double().clamp(min=torch.finfo(torch.float64).tiny)
     return mask.double() / denominator

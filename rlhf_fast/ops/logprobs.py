@@ -110,7 +110,7 @@ def check_overwritable(logits: Tensor) -> None:
         raise ValueError(
             f"inplace_backward: expected logits with a contiguous last dimension, got strides {logits.stride()}"
         )
-    reach = 0  # of the dimensions so far, those with the smallest strides first
+    reach = 0  # of the dimensions looked at so far; those with the smallest strides come first
     for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
         if size > 1 and stride <= reach:
             raise ValueError(f"inplace_backward: expected rows that do not overlap, got strides {logits.stride()}")

@@ -39,6 +39,7 @@ from rlhf_fast.ops.results import PPOLoss, ValueLoss
 
 # Kernels get the index: the order is that of enum Reduction in csrc/math.h and of kernels/ppo_loss.py.
 REDUCTIONS = ("token_mean", "sequence_mean", "sequence_sum", "constant")
+"""The kernels know a reduction by its place here: `Reduction` in csrc/math.h."""
 
 define(
     "ppo_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor mask, Tensor? ref_logprobs, "
@@ -216,7 +217,7 @@ def check_ppo_options(
     ref_logprobs: Tensor | None,
     kl_coef: float,
 ) -> tuple[float, float]:
-    """The bounds (low, high)."""
+    """Check the options of PPO's objective; returns the bounds (low, high)."""
     low, high = clip if isinstance(clip, (tuple, list)) else (clip, clip)
     expect(0 <= low < 1 and high >= 0, "clip", "bounds 0 <= low < 1 and high >= 0", clip)
     expect(dual_clip is None or dual_clip > 1, "dual_clip", "a number > 1 or None", dual_clip)
@@ -228,7 +229,7 @@ def check_ppo_options(
 def check_tokens(
     first: str, like: Tensor, advantages: Tensor, mask: Tensor, reduction: str, normalizer: float | Tensor | None
 ) -> None:
-    """`like`, the tensor named `first`, is [B, T] and all else fits it."""
+    """Check that `like`, the argument named `first`, is [B, T], and that the others fit it."""
     check_dims(first, like, "BT")
     if isinstance(advantages, Tensor) and advantages.dim() == 1:
         check_per_row("advantages", advantages, first, like)
@@ -253,7 +254,7 @@ def check_normalizer(normalizer: float | Tensor | None) -> None:
 
 
 def as_tensor(normalizer: float | Tensor | None) -> Tensor | None:
-    """As a tensor, so that its value is data and a new one does not recompile."""
+    """The normalizer as a tensor, whose value torch.compile takes for data; a new Python number would compile anew."""
     if normalizer is None or isinstance(normalizer, Tensor):
         return normalizer
     return (
@@ -262,7 +263,7 @@ def as_tensor(normalizer: float | Tensor | None) -> Tensor | None:
 
 
 def _denominator(normalizer: Tensor | None) -> float:
-    """As the compiled core takes it; 0 lets it count for itself."""
+    """The number that the compiled core takes; 0 tells it to count the tokens or rows itself."""
     return 0.0 if normalizer is None else float(normalizer)
 
 

@@ -35,6 +35,7 @@ LOSS_TYPES = (
     "sppo_hard",
     "discopop",
 )
+"""The kernels know a loss by its place here: `DPOType` in csrc/pair_terms.h."""
 
 define(
     "reward_loss(Tensor chosen, Tensor rejected, Tensor? margin, float center_coef, bool with_grad) "
@@ -193,7 +194,7 @@ def check_dpo_arguments(
     label_smoothing: float,
     reference_free: bool,
 ) -> tuple[tuple[Tensor | None, Tensor | None], tuple[Tensor | None, Tensor | None]]:
-    """The reference log-probs and the lengths, None where the loss does not use them."""
+    """Check the arguments; returns the two reference log-probs and the two lengths, None where the loss uses none."""
     check_option("loss_type", loss_type, LOSS_TYPES)
     check_positive("beta", beta)
     _check_smoothing(loss_type, label_smoothing)

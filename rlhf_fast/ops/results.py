@@ -30,7 +30,7 @@ class Sample(NamedTuple):
     logprobs: Tensor  # [N], under the distribution that was drawn from
     entropy: Tensor  # [N], of that distribution, nats
     full_logprobs: Tensor  # [N], under the softmax over the whole vocabulary, at the temperature
-    kept: Tensor | None  # [N, ceil(V / 8)] uint8, what top_k and top_p left to draw from (bits); None: all
+    kept: Tensor | None  # [N, ceil(V / 8)] uint8, the tokens that top_k and top_p kept, as bits; None: all
 
 
 class GAE(NamedTuple):
@@ -94,7 +94,7 @@ class RewardLoss(NamedTuple):
 
 class RankingLoss(NamedTuple):
     loss: Tensor  # 0-dim, mean over the pairs of answers with different ranks
-    accuracy: Tensor  # 0-dim, share of them in the right order, ties half
+    accuracy: Tensor  # 0-dim, share of these pairs in the right order, ties half
 
 
 class DPOLoss(NamedTuple):

@@ -26,6 +26,7 @@ from rlhf_fast.ops.results import GAE
 
 # Kernels get the index: the order is that of enum RemaxVariant in csrc/returns.h and of kernels/gae.py.
 REMAX_VARIANTS = ("official", "paper", "verl")
+"""The kernels know a variant by its place here: `RemaxVariant` in csrc/returns.h."""
 
 define("gae(Tensor rewards, Tensor values, Tensor mask, float gamma, float lam) -> (Tensor, Tensor)")
 define("discounted_returns(Tensor rewards, Tensor mask, float gamma) -> Tensor")

@@ -73,7 +73,7 @@ def sample_tokens(
         [N] float32 (float64 for float64 logits), of the distribution that was drawn from: with top_k or top_p the
         truncated, renormalised one. full_logprobs: [N], of the full softmax; without truncation the same tensor.
         kept: [N, ceil(V / 8)] uint8, the tokens that could be drawn, token j bit j % 8 of byte j // 8; None without
-        truncation. A training pass that is to see the distribution of the sampler has logits outside it at -inf.
+        truncation. To train on the distribution that was drawn from, set the logits of all other tokens to -inf.
 
     Raises:
         ValueError: logits not [N, V] or not floating point; temperature <= 0; greedy_mask not bool [N]; top_k < 0;

@@ -1,7 +1,8 @@
-"""Which tokens top-k and top-p keep, and such sets as bits.
+"""Which tokens top-k and top-p keep, and how such a set is stored: one bit per token of the vocabulary.
 
-A set is kept as bits because training needs the very one a token was drawn from: logits computed again, in another
-order or by a policy that has moved, would put tokens near the threshold on its other side, the drawn one among them.
+The set is stored because training needs the one that the token was drawn from, and cannot compute it again: logits
+summed in another order, or of a policy that has moved, put tokens near the threshold on its other side, and the drawn
+token may be among them.
 """
 
 from collections.abc import Callable
@@ -13,14 +14,14 @@ from torch import Tensor
 from rlhf_fast.ops.checks import is_readable
 from rlhf_fast.ops.reference import at_least_fp32
 
-_FIRST_LOOK = 256  # tokens, which hold most of p in most rows
+_FIRST_LOOK = 256  # tokens: most rows have most of their probability in fewer
 
 
 def kept_tokens(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
     """[N, V] bool: the logits of each row that are at least its threshold, so that ties stay together.
 
-    The threshold is the top_k-th largest logit (0: the smallest), then, of what that keeps, the last that the smallest
-    set of probability top_p needs.
+    top_k keeps the logits that are at least the top_k-th largest (0: all). Of these top_p keeps the largest until their
+    probability reaches top_p; the threshold is the last of them.
     """
     vocabulary, largest = logits.shape[-1], None
     kept = torch.ones_like(logits, dtype=torch.bool)
@@ -43,9 +44,10 @@ def kept_tokens(logits: Tensor, temperature: float, top_k: int, top_p: float) ->
 
 
 def _largest(logits: Tensor, enough: Callable[[Tensor], bool]) -> Tensor:
-    """The largest logits of each row in order: `enough` on the CPU, all where asking would wait for a device.
+    """The largest logits of each row, in descending order: 256 of them, 2048, ... until `enough` says so.
 
-    All, too, where there is nothing to ask about: under `torch.compile` and of fake tensors.
+    All of them where `enough` cannot be asked: on a GPU that would wait for the device, and under `torch.compile` or of
+    fake tensors there is no number to ask about.
     """
     vocabulary, count = logits.shape[-1], _FIRST_LOOK
     if not is_readable(logits):

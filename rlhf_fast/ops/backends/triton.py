@@ -42,7 +42,7 @@ def _partial(x: Tensor, *shape: int) -> Tensor:
 
 
 def _present(x: Tensor) -> Tensor | None:
-    """A gradient the caller wants; an operator returns an empty tensor for one it does not."""
+    """None for an empty tensor, which stands for a gradient that nobody asked for."""
     return x if x.numel() else None
 
 
@@ -138,7 +138,7 @@ def _grpo(scores: Tensor, group_size: int) -> Tensor:
 
 
 def _normalizer(normalizer: Tensor | None, like: Tensor) -> Tensor | None:
-    """On the device, without waiting for it."""
+    """The denominator on the device of `like`, sent there without a wait."""
     return None if normalizer is None else normalizer.to(like.device, torch.float64, non_blocking=True)
 
 

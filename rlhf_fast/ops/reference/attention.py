@@ -30,7 +30,7 @@ def packed_attention(
 
 
 def _spread(x_hNd: Tensor, slots_N: Tensor, B: int, L: int) -> Tensor:
-    """[B, h, L, d], 0 in between."""
+    """[h, N, d] as [B, h, L, d], with 0 at the padding."""
     x_Nhd = x_hNd.transpose(0, 1)
     padded = x_Nhd.new_zeros(B * L, *x_Nhd.shape[1:]).index_copy(0, slots_N, x_Nhd)
     return padded.view(B, L, *x_Nhd.shape[1:]).transpose(1, 2)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
+    """x in float32, or float64 where it is that."""
     return x if x.dtype == torch.float64 else x.float()
 
 

@@ -6,11 +6,13 @@ from torch import Tensor
 
 
 def add_rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """(x + delta, its RMS norm times weight) (arXiv 1910.07467)."""
     total = x if delta is None else x + delta
     return total, F.rms_norm(total, weight.shape, weight, epsilon)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) up (arXiv 2002.05202)."""
     return F.silu(gate) * up
 
 

@@ -15,6 +15,7 @@ DISCOPOP_TAU = 0.05
 def reward_loss(
     chosen_scores_B: Tensor, rejected_scores_B: Tensor, *, margin: Tensor | None = None, center_coef: float = 0.0
 ) -> RewardLoss:
+    """-log sigmoid(chosen - rejected - margin), mean over pairs, and the centring term (arXiv 2305.18290, eq. 2)."""
     chosen, rejected = at_least_fp32(chosen_scores_B), at_least_fp32(rejected_scores_B)
     n = max(chosen.shape[0], 1)
     difference = chosen - rejected
@@ -30,6 +31,7 @@ def wins(difference: Tensor) -> Tensor:
 
 
 def ranking_loss(scores_BK: Tensor, ranks_BK: Tensor) -> RankingLoss:
+    """-log sigmoid(s_i - s_j), mean over all pairs with rank_i < rank_j (arXiv 2203.02155, eq. 1)."""
     scores = at_least_fp32(scores_BK)
     present = ranks_BK >= 0
     better = present[:, :, None] & present[:, None, :] & (ranks_BK[:, :, None] < ranks_BK[:, None, :])
@@ -53,6 +55,7 @@ def dpo_loss(
     rejected_lengths: Tensor | None = None,
     reference_free: bool = False,
 ) -> DPOLoss:
+    """`pair_losses` of the log-ratios to the reference, and the implicit rewards beta times these."""
     chosen, rejected = at_least_fp32(chosen_logps_B), at_least_fp32(rejected_logps_B)
     if not reference_free:
         chosen = chosen - at_least_fp32(ref_chosen_logps_B).detach()

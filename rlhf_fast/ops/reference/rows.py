@@ -14,6 +14,7 @@ IGNORED_ID = -100
 
 
 def scaled_logits(logits: Tensor, temperature: float, softcap: float | None) -> Tensor:
+    """softcap tanh(logits / softcap) / temperature, at least float32."""
     z = at_least_fp32(logits)
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
@@ -41,10 +42,12 @@ def token_logprobs(
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 if a tensor is, else float32."""
     return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
 def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """hidden weight^T + bias in this dtype, whatever autocast says."""
     with no_autocast(hidden):
         return F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
@@ -58,6 +61,7 @@ def linear_token_logprobs(
     temperature: float = 1.0,
     softcap: float | None = None,
 ) -> TokenLogprobs:
+    """`token_logprobs` of the logits of a last layer."""
     logits = linear_logits(hidden, weight, bias, compute_dtype(hidden, weight, bias))
     return token_logprobs(logits, token_ids, temperature=temperature, softcap=softcap)
 
@@ -94,6 +98,7 @@ def linear_token_kl(
     temperature: float = 1.0,
     softcap: float | None = None,
 ) -> TokenKL:
+    """`token_kl` of the logits of two last layers, the reference a constant."""
     dtype = compute_dtype(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
     logits = linear_logits(hidden, weight, bias, dtype)
     with torch.no_grad():

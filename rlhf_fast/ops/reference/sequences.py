@@ -11,10 +11,12 @@ MAX_LOG_RATIO = 20.0
 
 
 def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k1") -> Tensor:
+    """Per-token estimate of KL(policy || reference); the names are those of `kl_of_log_ratio`."""
     return kl_of_log_ratio(at_least_fp32(logprobs) - at_least_fp32(ref_logprobs), estimator)
 
 
 def kl_of_log_ratio(d: Tensor, estimator: str) -> Tensor:
+    """k1 = d, k2 = d^2 / 2, k3 = e^-d - 1 + d, abs = |d|, of d = logprobs - ref_logprobs (Schulman 2020)."""
     if estimator == "k1":
         return d
     if estimator == "k2":
@@ -35,6 +37,7 @@ def shape_rewards(
     estimator: str = "k1",
     clip: float | None = None,
 ) -> Tensor:
+    """r_t = -kl_coef KL_t, plus the clipped score at the last True place (arXiv 2203.02155, eq. 2)."""
     kl_BT = kl_penalty(logprobs_BT, ref_logprobs_BT, estimator)
     score_B = at_least_fp32(scores_B)
     if clip is not None:
@@ -50,6 +53,7 @@ def count_from_end(mask_BT: Tensor) -> Tensor:
 
 @torch.no_grad()
 def gae(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, *, gamma: float = 1.0, lam: float = 0.95) -> GAE:
+    """A_t = delta_t + gamma lam A_{t+1} from the last True place back (arXiv 1506.02438, eq. 16)."""
     r, v = at_least_fp32(rewards_BT), at_least_fp32(values_BT)
     advantages = torch.zeros_like(r)
     next_value = next_advantage = r.new_zeros(r.shape[0])
@@ -65,6 +69,7 @@ def gae(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, *, gamma: float 
 
 @torch.no_grad()
 def discounted_returns(rewards_BT: Tensor, mask_BT: Tensor, *, gamma: float = 1.0) -> Tensor:
+    """G_t = r_t + gamma G_{t+1} from the last True place back."""
     r = at_least_fp32(rewards_BT)
     returns = torch.zeros_like(r)
     running = r.new_zeros(r.shape[0])
@@ -76,6 +81,7 @@ def discounted_returns(rewards_BT: Tensor, mask_BT: Tensor, *, gamma: float = 1.
 
 @torch.no_grad()
 def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
+    """(x - mean) / sqrt(variance + 1e-8) over the True places, the variance unbiased."""
     x = torch.where(mask, at_least_fp32(x), 0.0)
     n = mask.sum()
     mean = x.sum() / n.clamp(min=1)
@@ -97,6 +103,7 @@ def remax_returns(
     clip: float | None = None,
     variant: str = "official",
 ) -> Tensor:
+    """The weights of `rlhf_fast.ops.remax_returns`, variant by variant (arXiv 2310.10505)."""
     advantage_B = at_least_fp32(scores_B) - at_least_fp32(greedy_scores_B)
     if clip is not None:
         advantage_B = advantage_B.clamp(-clip, clip)
@@ -111,6 +118,7 @@ def remax_returns(
 
 @torch.no_grad()
 def rloo_advantages(scores_B: Tensor, group_size: int) -> Tensor:
+    """Each score less the mean of the others in its group (arXiv 2402.14740, section 2.3)."""
     groups = at_least_fp32(scores_B).view(-1, group_size)
     others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
     return (groups - others).view(-1)
@@ -118,6 +126,7 @@ def rloo_advantages(scores_B: Tensor, group_size: int) -> Tensor:
 
 @torch.no_grad()
 def grpo_advantages(scores_B: Tensor, group_size: int) -> Tensor:
+    """(score - mean) / (std + 1e-4) within each group (arXiv 2402.03300, section 4.1.2)."""
     groups = at_least_fp32(scores_B).view(-1, group_size)
     centred = groups - groups.mean(1, keepdim=True)
     std = (centred.square().sum(1, keepdim=True) / (group_size - 1)).sqrt()
@@ -125,6 +134,7 @@ def grpo_advantages(scores_B: Tensor, group_size: int) -> Tensor:
 
 
 def reduce_tokens(x_BT: Tensor, mask_BT: Tensor, reduction: str, normalizer: float | Tensor | None) -> Tensor:
+    """The sum over the True places, over the denominator that the reduction names."""
     x_BT = torch.where(mask_BT, x_BT, 0.0)
     if reduction == "sequence_mean":
         x_BT = x_BT / mask_BT.sum(1, keepdim=True).clamp(min=1)
@@ -155,6 +165,7 @@ def ppo_loss(
     reduction: str = "token_mean",
     normalizer: float | Tensor | None = None,
 ) -> PPOLoss:
+    """max(-A r, -A clamp(r, 1 - low, 1 + high)), reduced, with its bonus terms (arXiv 1707.06347, eq. 7)."""
     low, high = clip if isinstance(clip, tuple) else (clip, clip)
     A_BT = at_least_fp32(advantages).detach()
     A_BT = torch.where(mask_BT, A_BT if A_BT.dim() == 2 else A_BT[:, None], 0.0)
@@ -201,6 +212,7 @@ def ppo_value_loss(
     clip: float = 0.2,
     normalizer: float | Tensor | None = None,
 ) -> ValueLoss:
+    """0.5 max((V - R)^2, (V_clipped - R)^2), mean over the True places (arXiv 2005.12729, section 3)."""
     v, v_old, R = (torch.where(mask, at_least_fp32(x), 0.0) for x in (values, old_values.detach(), returns.detach()))
     unclipped = (v - R).square()
     clipped = (v.clamp(v_old - clip, v_old + clip) - R).square()
@@ -217,6 +229,7 @@ def reinforce_loss(
     reduction: str = "token_mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
+    """-A log p, reduced (arXiv 2310.10505, Algorithm 1)."""
     A_BT = at_least_fp32(advantages).detach()
     A_BT = torch.where(mask_BT, A_BT if A_BT.dim() == 2 else A_BT[:, None], 0.0)
     logprobs_BT = torch.where(mask_BT, at_least_fp32(logprobs_BT), 0.0)
