@@ -28,7 +28,7 @@ def linear_loss(
     hidden: Tensor,
     weight: Tensor,
     token_ids: Tensor,
-    losses: Losses,
+    coefficients: Losses,
     *,
     pack: str = "token",
     normalizer: float | Tensor | None = None,
@@ -37,11 +37,11 @@ def linear_loss(
     softcap: float | None = None,
     memory_budget: int | None = None,
 ) -> LinearLoss:
-    """A loss of your own of log-probs and entropies, from hidden states: loss = sum of `losses` / normalizer.
+    """A loss of your own of log-probs and entropies, from hidden states: loss = sum of the items' losses / normalizer.
 
-    Three products with the weight, two where weight and bias are frozen, and never [N, V] logits: `losses` is called
-    on one pack of the batch after another, and autograd's gradient of its result goes into the logits of the pack while
-    they are there. `linear_token_logprobs` with the same loss behind it needs four products.
+    Three products with the weight, two where weight and bias are frozen, and never [N, V] logits: `coefficients` is
+    called on one pack of the batch after another, and autograd's gradient of its result goes into the logits of the
+    pack while they are there. `linear_token_logprobs` with the same loss behind it needs four products.
 
     GSPO (arXiv 2507.18071, eq. 5 and 7), the ratio of whole sequences clipped::
 
@@ -57,8 +57,9 @@ def linear_loss(
     Args:
         hidden, weight, token_ids, bias, temperature, softcap, memory_budget: as in `linear_token_logprobs`; gradients
             flow to hidden, weight and bias.
-        losses: function of (logprobs, entropy, index) that returns the loss of each item of a pack, not yet summed or
-            averaged. What else it reads is a constant. Nothing says how many items a pack has.
+        coefficients: function of (logprobs, entropy, index) that returns the loss of each item of a pack, not yet
+            summed or averaged. The losses' derivatives by log-probs and entropies, which autograd takes, are the
+            coefficients of the tokens. What else the function reads is a constant. A pack has any number of items.
         pack: what an item is, and so what the function sees at once:
             "token"  counted tokens: logprobs, entropy [n]; index [n], their places in token_ids.flatten(); returns [n]
             "row"    whole rows of token_ids [B, T]: logprobs, entropy [b, T]; index [b]; returns [b]
@@ -75,9 +76,10 @@ def linear_loss(
 
     Raises:
         ValueError: as `linear_token_logprobs`; an unknown pack; token_ids that are not [B, T], or for pairs an odd
-            number of rows; normalizer <= 0; losses of another shape than one number per item.
-        RuntimeError: under torch.compile, which would need `losses` as an operator: call it eagerly; a second backward
-            pass, as the gradients are handed over in the first.
+            number of rows; normalizer <= 0; coefficients that return another shape than one
+            number per item.
+        RuntimeError: under torch.compile, which would need `coefficients` as an operator: call it eagerly; a second
+            backward pass, as the gradients are handed over in the first.
     """
     if torch.compiler.is_compiling():
         raise RuntimeError(
@@ -90,7 +92,7 @@ def linear_loss(
         expect(len(token_ids) % 2 == 0, "token_ids", "an even number of rows, chosen then rejected", [*token_ids.shape])
     budget = check_head(hidden, weight, bias, token_ids, temperature, softcap, memory_budget)
     check_normalizer(normalizer)
-    items = _Items(losses, pack, token_ids)
+    items = _Items(coefficients, pack, token_ids)
     scale = over(torch.ones((), dtype=torch.bool), items.normalizer() if normalizer is None else normalizer)
     if not has_kernel("linear_weighted_loss", hidden):
         return _plain(items, scale, hidden, weight, bias, token_ids, temperature, softcap)
@@ -134,7 +136,12 @@ class _Items:
             seen = (x.new_zeros(shape).view(-1).index_copy(0, places, x).view(shape) for x in (logprobs, entropy))
         losses = self.losses(*seen, index)
         got = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-        expect(got == [len(index)], "losses", f"a function that returns shape [{len(index)}], one per {self.pack}", got)
+        expect(
+            got == [len(index)],
+            "coefficients",
+            f"a function that returns shape [{len(index)}], one per {self.pack}",
+            got,
+        )
         return index, losses
 
 

@@ -233,7 +233,7 @@ def test_errors():
     ids = torch.zeros(3, 5, dtype=torch.int64)
     mean = lambda logprobs, entropy, index: logprobs.mean()  # noqa: E731
     with pytest.raises(
-        ValueError, match=r"losses: expected a function that returns shape \[15\], one per token, got \[\]"
+        ValueError, match=r"coefficients: expected a function that returns shape \[15\], one per token, got \[\]"
     ):
         linear_loss(hidden, weight, ids, mean)
     with pytest.raises(ValueError, match=r"returns shape \[3\], one per row, got \[3, 5\]"):
