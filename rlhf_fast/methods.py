@@ -27,6 +27,7 @@ class Stage(NamedTuple):
     marker: str = ""
     samples: int | Literal["group_size"] = 1  # of a prompt in a round; "group_size": what the config says
     greedy: bool = False  # a greedy completion of each prompt is decoded and scored too, but not trained on
+    kl_pass: bool = False  # before an update the policy, without gradients, reads completions of other rows
     minibatches: bool = False  # a rollout is passed over in minibatches, which are copies of its rows
     one_piece: bool = False  # prompt and completion go through the model as one sequence, in which some tokens count
     sequences: int = 1  # in a pass, of one row of a batch; a pair has two
@@ -156,6 +157,7 @@ METHODS = {
         roles=("policy", "reference"),
         color="#999933",
         marker="<",
+        kl_pass=True,
     ),
 }
 """Methods, which start from an SFT model and are compared with each other: command -> row."""

@@ -10,11 +10,12 @@ from rich.console import Console
 from rlhf_fast.config import StageConfig
 from rlhf_fast.data.files import write_text
 from rlhf_fast.lm.loading import default_device
-from rlhf_fast.methods import STAGES
+from rlhf_fast.methods import METHODS, STAGES
 from rlhf_fast.plan.config import PlanConfig
 from rlhf_fast.plan.gpus import CONTEXT, FRAGMENTATION, GIB, MEMORY, needed, parse_memory
 from rlhf_fast.plan.phases import Planner
 from rlhf_fast.plan.roles import bytes_per_trained
+from rlhf_fast.training.evaluation import EVAL_ROWS
 from rlhf_fast.training.metrics import print_table
 
 KINDS = "weights", "optimizer", "gradients", "kept", "pass"  # the last words of the parts of a phase
@@ -54,6 +55,8 @@ def plan_of(method: str, config: StageConfig) -> PlanConfig:
     if "reward" in given:
         is_function = ":" in given["reward"] and not Path(given["reward"]).is_dir()
         values["reward"] = "none" if is_function else None if given.get("share_base") else given["reward"]
+    if method in METHODS and given["eval_data"] is not None:
+        values["eval_rows"] = EVAL_ROWS  # at least as many prompts as are there
     return PlanConfig(**values | {"method": method, "prompt_length": prompt, "response_length": response})
 
 

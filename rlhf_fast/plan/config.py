@@ -26,6 +26,7 @@ class PlanConfig:
         8, "Rows (reward, dpo: pairs) per GPU and optimizer step; rollouts decode them all at once.", at_least=1
     )
     micro_batch_size: int | None = arg(None, "Rows (pairs) per forward pass; default: the whole batch.", at_least=1)
+    eval_rows: int = arg(0, "Held-out prompts of an evaluation, 64 of them at once; 0: no evaluation.", at_least=0)
     prompt_length: int = arg(256, "Tokens of a prompt.", at_least=1)
     response_length: int = arg(256, "Tokens of a response.", at_least=1)
     group_size: int = arg(4, "Samples per prompt of rloo and grpo; batch_size counts samples.", at_least=1)

@@ -6,6 +6,7 @@ path), no end of sequence in the samples. Needs the memory and the time that the
 """
 
 import copy
+import itertools
 import json
 import tempfile
 from pathlib import Path
@@ -87,7 +88,11 @@ def _prepare(planner: Planner, directory: Path) -> StageConfig:
         adapted = load_scorer(directory / planner.main, lora=LoRA(plan.lora_rank, 16.0, 0))
         checkpoint.save(directory / "reward", models={"": adapted}, tokenizer=tokenizer)
     data = directory / "data.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in _rows(plan)))
+    rows = _rows(plan)
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held_out = directory / "held_out.jsonl"
+    prompts = itertools.islice(itertools.cycle(rows), plan.eval_rows)
+    held_out.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in prompts))
     names = config_class.__dataclass_fields__
     length = plan.prompt_length + plan.response_length
     values = {name: getattr(plan, name) for name in SAME}
@@ -95,6 +100,10 @@ def _prepare(planner: Planner, directory: Path) -> StageConfig:
     values |= {"epochs": 1 if planner.stage.online else 2}
     values |= {"max_length": length, "max_response_length": plan.response_length}
     values |= {"reward": str(directory / "reward") if "reward" in planner.roles else f"{__name__}:no_reward"}
+    if plan.eval_rows:
+        values |= {"eval_data": str(held_out)}
+        if not planner.stage.online:
+            values |= {"eval_reward": f"{__name__}:no_reward"}
     if plan.shared_critic:
         values |= {"critic": "shared"}
     elif not plan.share_base:

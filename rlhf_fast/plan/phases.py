@@ -15,7 +15,9 @@ from rlhf_fast.plan.config import PlanConfig
 from rlhf_fast.plan.passes import Curve, Lengths, Run, inference, rollout, set_bytes, simulate, training
 from rlhf_fast.plan.roles import Role, roles_of, static_bytes, zero_stage
 from rlhf_fast.plan.shapes import Shape
+from rlhf_fast.training.evaluation import EVAL_ROWS
 
+_SPEAKERS = ("policy", "reference")  # roles whose passes end in log-probs, not in scores
 _SIMULATED: dict[tuple, Curve] = {}
 """Kept for the process, because several methods planned for one model have most passes in common."""
 
@@ -56,8 +58,8 @@ class Planner:
         """Phase -> parts of its peak, for `batch` rows (default: the config's) on `device` (cpu or cuda)."""
         batch = batch or self.plan.batch_size
         step = batch // self.plan.minibatches  # rows of an optimizer step
-        rows = min(micro or self.plan.micro_batch_size or batch, batch)
-        micro, later = min(rows, step), rows < step
+        micro = micro or self.plan.micro_batch_size
+        rows = min(micro or batch, batch)
         result = {}
         if self.stage.online:
             result["rollout"] = self._rollout(batch)
@@ -67,9 +69,11 @@ class Planner:
             result["reference"] = self._frozen("reference", self.stage.sequences * rows, device)
         if "value" in self.roles:
             result["value"] = self._inference("value", rows, device)
-        result["policy_update"] = self._update(self.main, micro, later, device)
+        if self.stage.kl_pass:
+            result["kl"] = self._inference("policy", rows, device)
+        result["policy_update"] = self._update(self.main, min(rows, step), rows < step, device)
         if "value" in self.roles and not self.plan.shared_critic:
-            result["value_update"] = self._update("value", micro, later, device)
+            result["value_update"] = self._update("value", min(rows, step), rows < step, device)
         gradients = {} if self.plan.offload_optimizer else {n: self.static[n].gradients for n in self.trained}
         result["optimizer"] = Phase(
             self._resident(None) | {f"{n} gradients": size for n, size in gradients.items()}, ""
@@ -77,6 +81,8 @@ class Planner:
         if self.truncated:
             for name, phase in result.items():
                 phase.parts["kept"] = self._kept(name, batch, step)
+        if self.plan.eval_rows:
+            result["evaluation"] = self._evaluation(device, micro)
         return result
 
     def _kept(self, phase: str, batch: int, step: int) -> int:
@@ -88,13 +94,15 @@ class Planner:
             rows = batch + step  # a copy of the minibatch's
         return rows * self.plan.response_length * set_bytes(self.roles["policy"].shape.config)
 
-    def _resident(self, at_work: str | None) -> dict[str, int]:
-        """Weights and optimizer states on the GPU while the role `at_work` runs."""
+    def _resident(self, at_work: str | None, *, stepped: bool = True) -> dict[str, int]:
+        """Weights and optimizer states on the GPU while the role `at_work` runs.
+
+        stepped: an optimizer step has been taken, so that the states are there.
+        """
         parts = {}
         for name, role in self.roles.items():
             parts[f"{name} weights"] = self._weights(name, role, at_work == name)
-            first_phase = not self.stage.online and at_work == "reference"  # before any optimizer step
-            if not first_phase and not self.plan.offload_optimizer:
+            if stepped and not self.plan.offload_optimizer:
                 parts[f"{name} optimizer"] = self.static[name].optimizer
         return {name: size for name, size in parts.items() if size}
 
@@ -105,7 +113,8 @@ class Planner:
         layers of it are.
         """
         plan, sharded = self.plan, zero_stage(role, self.plan) == 3
-        if role.frozen and not at_work and (plan.offload or not self.stage.online):  # an offline method drops it
+        dropped = not self.stage.online and not plan.eval_rows  # by an offline method, once its log-probs are known
+        if role.frozen and not at_work and (plan.offload or dropped):
             return 0
         gathered = role.gathered_bytes if role.own and at_work and sharded else 0
         if role.frozen and plan.offload and sharded:
@@ -131,19 +140,43 @@ class Planner:
         phase = self._inference(name, rows, device)
         return Phase(phase.parts | ({"policy bfloat16 weights": casts} if casts else {}), phase.how)
 
-    def _inference(self, name: str, rows: int, device: str) -> Phase:
-        role = self.roles[name]
-        shape = role.shape._replace(head="policy" if name == "reference" else "score", checkpointing=False)
+    def _trunk(self, name: str, rows: int, device: str) -> dict[str, int]:
+        """A pass of a role's trunk without gradients: its peak, "activations", and the hidden states, "loss"."""
+        shape = self.roles[name].shape._replace(head="policy" if name in _SPEAKERS else "score", checkpointing=False)
         shape = shape._replace(trained=shape.trained and shape.autocast)  # else it makes no difference
         key = ("inference", id(shape.config), shape[3:])
-        at = self._curve(key, shape, inference(shape, self.lengths), rows, device)
+        return self._curve(key, shape, inference(shape, self.lengths), rows, device)
+
+    def _inference(self, name: str, rows: int, device: str) -> Phase:
+        at = self._trunk(name, rows, device)
         head = at["loss"]
         text = f"{rows} rows: trunk {at['activations']:,}"
-        if name == "reference":
-            working = self._head_bytes(role, rows, device, wanted=(False, False))
+        if name in _SPEAKERS:
+            working = self._head_bytes(self.roles[name], rows, device, wanted=(False, False))
             head += working
             text += f"; hidden states {at['loss']:,} + head {working:,}"
-        return Phase(self._resident(name) | {"pass": max(at["activations"], head)}, text)
+        stepped = self.stage.online or name != "reference"  # an offline method begins with the reference
+        return Phase(self._resident(name, stepped=stepped) | {"pass": max(at["activations"], head)}, text)
+
+    def _evaluation(self, device: str, micro: int | None) -> Phase:
+        """The largest of: sampling the prompts, the exact KL of a micro-batch, and the reward model's pass."""
+        prompts = min(self.plan.eval_rows, EVAL_ROWS)
+        rows = min(micro or prompts, prompts)
+        sampled = self._rolled_out(prompts, rows_per_prompt=1)
+        policy, reference = (self._trunk(name, rows, device) for name in _SPEAKERS)
+        heads = [self._head_bytes(self.roles[name], rows, device, wanted=(False, False)) for name in _SPEAKERS]
+        states = policy["loss"] + reference["loss"]
+        # The two layers share the budget for logits, so that both take as much as the larger head does alone.
+        both = max(policy["activations"], policy["loss"] + reference["activations"], states + self._both(heads))
+        parts = {"sampling": max(sampled["prefill"], sampled["decode"]), "KL": both}
+        if "reward" in self.roles:
+            parts["reward"] = self._trunk("reward", rows, device)["activations"]
+        casts = {"policy bfloat16 weights": sampled["casts"]} if self.plan.bf16 else {}
+        text = f"{prompts} prompts, {rows} rows at once: " + ", ".join(f"{name} {n:,}" for name, n in parts.items())
+        return Phase(self._resident("reference") | {"pass": max(parts.values())} | casts, text)
+
+    def _both(self, heads: list[int]) -> int:
+        return max(heads) if self.fused else sum(heads)
 
     def _update(self, name: str, micro: int, later: bool, device: str) -> Phase:
         role = self.roles[name]
@@ -201,10 +234,12 @@ class Planner:
             layer = Layer(nn.Parameter(torch.empty(V, H, dtype=dtype)), None, torch.float32, mixed)
         return working_bytes(rows * lengths.response, n, hidden, layer, MEMORY_BUDGET[device], wanted)
 
-    def _rolled_out(self, prompts: int) -> dict[str, int]:
+    def _rolled_out(self, prompts: int, rows_per_prompt: int | None = None) -> dict[str, int]:
+        """Sampling so many prompts; by default with as many rows each as a round of the method has."""
         shape = self.roles["policy"].shape._replace(checkpointing=False)
-        run = rollout(shape, self.lengths, self.rows_per_prompt, self.plan.top_k, self.plan.top_p)
-        return self._curve("rollout", shape, run, prompts)
+        copies = rows_per_prompt or self.rows_per_prompt
+        run = rollout(shape, self.lengths, copies, self.plan.top_k, self.plan.top_p)
+        return self._curve(("rollout", copies), shape, run, prompts)
 
     def _curve(self, key: object, shape: Shape, run: Run, rows: int, device: str = "cpu") -> dict[str, int]:
         """A pass at `rows` rows, simulated at the first number asked for. device: whose attention it runs."""
