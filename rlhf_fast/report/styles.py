@@ -18,19 +18,17 @@ class Style(NamedTuple):
 
 
 STYLES = {method.title: Style(method.color, method.marker) for method in METHODS.values()}
-_COLORS = ("#56B4E9", "#117733", "#999933", "#AA4499", "#661100", "#6699CC", "#888888", "#DDCC77")
-_MARKERS = ("P", "*", "p", "h", "<", ">", "d", "H")
+_COLORS = ("#117733", "#AA4499", "#661100", "#6699CC", "#888888", "#DDCC77", "#88CCEE", "#332288")
+_MARKERS = ("*", "p", "h", ">", "d", "H", "8", "1")
 
 
 def styles_of(names: Iterable[str], known: Mapping[str, Style] = STYLES) -> dict[str, Style]:
     """Name -> style, for all names of one figure.
 
     Names that are not `known` take further colours and markers in turn, in the order of `names`, and leave out those
-    that another name of the figure has; behind the last one the first follows.
+    of the known names; behind the last one the first follows.
     """
-    names = list(dict.fromkeys(names))
-    taken = [known[name] for name in names if name in known]
-    colors = [color for color in _COLORS if color not in {style.color for style in taken}]
-    markers = [marker for marker in _MARKERS if marker not in {style.marker for style in taken}]
-    further = zip(cycle(colors or _COLORS), cycle(markers or _MARKERS), strict=True)
-    return {name: known[name] if name in known else Style(*next(further)) for name in names}
+    taken = {part for style in known.values() for part in style}
+    colors, markers = ([x for x in further if x not in taken] or further for further in (_COLORS, _MARKERS))
+    further = zip(cycle(colors), cycle(markers), strict=True)
+    return {name: known[name] if name in known else Style(*next(further)) for name in dict.fromkeys(names)}

@@ -12,23 +12,23 @@ RATE = {"mean": 0.5, "se": 0.01}
 NAMES = ("PPO", "New", "Newer")
 
 
-def test_unknown_names_take_what_no_other_name_of_the_figure_has():
+def test_unknown_names_take_what_no_known_name_has():
     styles = styles_of(["New", "PPO", "Newer", "New"])
     assert list(styles) == ["New", "PPO", "Newer"]
-    assert styles == {"New": Style("#56B4E9", "P"), "PPO": Style("#0072B2", "o"), "Newer": Style("#117733", "*")}
-    known = STYLES | {"Taken": Style("#56B4E9", "P")}
-    assert styles_of(["Taken", "New"], known)["New"] == Style("#117733", "*")
+    assert styles == {"New": Style("#117733", "*"), "PPO": Style("#0072B2", "o"), "Newer": Style("#AA4499", "p")}
+    known = STYLES | {"Taken": Style("#117733", "*")}
+    assert styles_of(["Taken", "New"], known)["New"] == styles_of(["New"], known)["New"] == Style("#AA4499", "p")
     many = styles_of(f"new {i}" for i in range(9))
     assert len(set(many.values())) == 8 and many["new 8"] == many["new 0"]
     assert styles_of([]) == {}
 
 
 def test_known_names_keep_their_style_whoever_is_beside_them():
-    assert {name: style.color for name, style in styles_of(STYLES).items()} == {
-        "PPO": "#0072B2", "ReMax": "#D55E00", "REINFORCE": "#CC79A7", "RLOO": "#009E73", "GRPO": "#882255",
-        "DPO": "#E69F00",
+    expected = {
+        "PPO": Style("#0072B2", "o"), "ReMax": Style("#D55E00", "s"), "REINFORCE": Style("#CC79A7", "^"),
+        "RLOO": Style("#009E73", "D"), "GRPO": Style("#882255", "X"), "DPO": Style("#E69F00", "v"),
     }  # fmt: skip
-    assert "".join(style.marker for style in STYLES.values()) == "os^DXv"
+    assert styles_of(expected) == expected
     assert all(styles_of(["New", name])[name] == style for name, style in STYLES.items())
 
 
@@ -40,7 +40,7 @@ def test_compared_runs():
     point = {"seconds": 1.0, "prompts": 2, "reward": 0.5, "reward_se": 0.1}
     names = ("PPO", "PPO, small critic", "New", "New, LoRA 4", "Newer")
     figure = compare_plots.reward([{"name": name, "reward": {"curve": [point]}} for name in names])
-    assert list(colors(figure.axes[0]).values()) == ["#0072B2", "#0072B2", "#56B4E9", "#56B4E9", "#117733"]
+    assert list(colors(figure.axes[0]).values()) == ["#0072B2", "#0072B2", "#117733", "#117733", "#AA4499"]
 
 
 def test_a_report():
@@ -49,7 +49,7 @@ def test_a_report():
         [MethodRun(name=name, history=[evaluation]) for name in NAMES], {"SFT": {"New": {"variance": 1}}}
     )
     for name in ("reward_kl", "reward_time", "peak_memory"):
-        assert [colors(figures[name].axes[0])[of] for of in NAMES] == ["#0072B2", "#56B4E9", "#117733"]
+        assert [colors(figures[name].axes[0])[of] for of in NAMES] == ["#0072B2", "#117733", "#AA4499"]
 
 
 @pytest.mark.parametrize("figure_of", [plots.frontier_figure, plots.temperature_figure, plots.convergence_figure])
@@ -61,7 +61,7 @@ def test_studies(figure_of):
         method = {"win_rate": [RATE, RATE], "step": [0, 5], "seconds": [RATE, RATE]}
     runs = [{"method": name, "points": [[0, 0.0, 0.5], [1, 1.5, 0.7]]} for name in NAMES]
     record = {"reward_name": "r", "kl": [1.0, 2.0], "methods": dict.fromkeys(NAMES, method), "runs": runs}
-    assert list(colors(figure_of(record).axes[-1]).values())[:3] == ["#0072B2", "#56B4E9", "#117733"]
+    assert list(colors(figure_of(record).axes[-1]).values())[:3] == ["#0072B2", "#117733", "#AA4499"]
 
 
 def test_a_shift_shows_every_method_but_the_start_and_the_rows():
@@ -75,7 +75,7 @@ def test_gradient_variances():
     panel = {"ReMax": measured, "value model": measured, "New": measured}
     figure = variance_plots.training_figure({"rounds": [0, 60], "panels": {"plain": panel, "constant": panel}})
     shown = colors(figure.axes[0])
-    assert shown == {"ReMax": "#D55E00", "value model": "#0072B2", "New": "#56B4E9"}
+    assert shown == {"ReMax": "#D55E00", "value model": "#0072B2", "New": "#117733"}
     case = {
         "p": [0.1, 0.9],
         "variance": dict.fromkeys(("RLOO, k = 2", "New"), [1, 2]),
@@ -84,7 +84,7 @@ def test_gradient_variances():
         "r2": 1,
     }
     figure = variance_plots.bandit_figure({"two_armed": [case, case]})
-    assert colors(figure.axes[0]) == {"RLOO, k = 2": "#88CCAA", "New": "#56B4E9"}
+    assert colors(figure.axes[0]) == {"RLOO, k = 2": "#88CCAA", "New": "#117733"}
 
 
 def test_the_exact_study(tmp_path):

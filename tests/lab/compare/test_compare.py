@@ -35,12 +35,13 @@ def test_cells_have_the_same_budget(start, tmp_path):
     config = CompareConfig(output_dir=str(tmp_path), steps=3, batch_size=4, lora_rank=2, options={"ppo": {"epochs": 2}})
     cells = {cell.name: cell for cell in cells_of(config, start)}
     assert list(cells) == [
-        "PPO", "PPO, small critic", "PPO, shared trunk", "ReMax", "REINFORCE", "RLOO", "GRPO", "DPO",
+        "PPO", "PPO, small critic", "PPO, shared trunk", "ReMax", "REINFORCE", "RLOO", "GRPO", "Online DPO",
+        "DPO", "KTO",
         "PPO, LoRA 2", "PPO, shared trunk, LoRA 2", "ReMax, LoRA 2", "REINFORCE, LoRA 2", "RLOO, LoRA 2",
-        "GRPO, LoRA 2", "DPO, LoRA 2",
+        "GRPO, LoRA 2", "Online DPO, LoRA 2", "DPO, LoRA 2", "KTO, LoRA 2",
     ]  # fmt: skip
     for name, cell in cells.items():
-        assert cell.options["batch_size"] == (2 if "DPO" in name else 4)  # two completions a pair
+        assert cell.options["batch_size"] == (2 if name.startswith("DPO") else 4)  # two completions a pair
         assert cell.options.get("steps", 3) == 3  # the token budget is ours, not the start's
         assert cell.options.get("kl_coef", 0.3) == 0.3
         assert cell.options["learning_rate"] == pytest.approx(0.2 if "LoRA" in name else 0.02)
@@ -50,7 +51,8 @@ def test_cells_have_the_same_budget(start, tmp_path):
     assert cells["PPO, small critic"].options["value_model"] == "small"
     assert cells["PPO, shared trunk, LoRA 2"].options["critic"] == "shared"
     assert cells["PPO, LoRA 2"].options["share_base"] and cells["PPO, LoRA 2"].options["reward"] == "adapter"
-    assert len(Path(cells["DPO"].options["train_data"]).read_text().splitlines()) == 3 * 2
+    for name in ("DPO", "KTO"):  # a pair makes two rows of KTO
+        assert len(Path(cells[name].options["train_data"]).read_text().splitlines()) == 3 * 2
 
 
 def test_config_errors(start, tmp_path):
