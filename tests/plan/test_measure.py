@@ -46,6 +46,13 @@ def test_three_shapes_by_five_methods(method, shape, shapes):
         ("ppo", "small", {"optimizer_in_backward": True}),
         ("dpo", "gpt2", {"lora_rank": 4}),
         ("ppo", "grouped", {"lora_rank": 4, "share_base": True}),
+        ("kto", "small", {}),
+        ("kto", "gpt2", {"micro_batch_size": 2}),
+        ("online-dpo", "small", {}),
+        ("ppo", "small", {"eval_rows": 6, "micro_batch_size": 2}),
+        ("reinforce", "gpt2", {"eval_rows": 3, "fused_head": False}),
+        ("dpo", "small", {"eval_rows": 12, "micro_batch_size": 4}),
+        ("kto", "grouped", {"eval_rows": 5}),
     ],
 )
 def test_options(method, shape, options, shapes):
