@@ -12,17 +12,14 @@ Shapes: N tokens side by side, H hidden; h heads of d.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlhf_fast.lm.private import Part
 from rlhf_fast.ops.attention import packed_attention
 from rlhf_fast.ops.layers import add_rms_norm, swiglu
 from rlhf_fast.ops.private import has_hooks
-
-# A module whose parts are found by their names. The types of nn.Module say nothing about the parts.
-Part = Any
 
 _LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}

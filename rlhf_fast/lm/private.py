@@ -17,6 +17,9 @@ except ImportError:  # layers of this class are then called as modules
     Conv1D = None
 
 
+Part = Any
+"""A module whose parts are looked up by their names. The types of nn.Module say nothing about these parts."""
+
 # Which attention runs
 
 
@@ -68,13 +71,13 @@ def is_transposed(module: nn.Module) -> bool:
     return Conv1D is not None and isinstance(module, Conv1D)
 
 
-def plain_base(module: nn.Module) -> nn.Module | None:
+def plain_base(module: Part) -> Part | None:
     """The linear layer that `module` is, or that the adapter `module` wraps; None for any other class of layer."""
     base = getattr(module, "base_layer", module)
     return base if type(base) is nn.Linear or (Conv1D is not None and type(base) is Conv1D) else None
 
 
-def lora_deltas(module: Any) -> list[Tensor] | None:
+def lora_deltas(module: Part) -> list[Tensor] | None:
     """What each active LoRA adapter on a layer adds to the layer's weight; None where the layer does anything else."""
     try:
         if module.disable_adapters or module.merged or module.lora_variant:
@@ -134,7 +137,7 @@ def without_adapter(module: nn.Module, name: str, *, merge: bool) -> nn.Module |
     return None
 
 
-def original_of(module: Any) -> nn.Module:
+def original_of(module: Part) -> nn.Module:
     """The module as it was before `with_saved_copy`."""
     return module.original_module
 
@@ -142,7 +145,7 @@ def original_of(module: Any) -> nn.Module:
 # Parts of a model by their names
 
 
-def score_head(model: PreTrainedModel) -> Any:
+def score_head(model: PreTrainedModel) -> Part:
     """The `score` head of a classifier: a linear layer [1, H], or peft's wrapper around the layer."""
     return model.score
 
@@ -150,7 +153,7 @@ def score_head(model: PreTrainedModel) -> Any:
 Rotary = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-def rotary_of(base: Any) -> Rotary:
+def rotary_of(base: Part) -> Rotary:
     """The rotary embedding of a decoder of Llama's kind, as a function: positions [S] -> cosines and sines [S, D]."""
     rotary, weight = base.rotary_emb, base.embed_tokens.weight
 
