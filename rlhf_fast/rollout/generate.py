@@ -1,7 +1,7 @@
 """Sampling from a policy in-process: one prefill, one decode loop over a KV cache, for all rows of a prompt at once.
 
 Each prompt is prefilled once. Its cache is then copied for its sampled rows and, for ReMax, for one greedy row. All
-rows decode together, so that the greedy baseline costs few steps of its own. Finished rows leave the batch. The
+rows decode together, so that the greedy baseline needs few steps of its own. Finished rows leave the batch. The
 log-probs of decoding are kept. They are the old policy's, so no second pass is needed.
 
 Tokens are drawn from the softmax at `temperature`, as the training passes compute it. With top_k or top_p they are
