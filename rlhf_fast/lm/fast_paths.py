@@ -1,4 +1,4 @@
-"""Says once that a fast path is not taken for a model, and why. Nothing else than the speed would show it."""
+"""Says once that a fast path is not taken for a model, and why, because otherwise only the speed would show it."""
 
 import warnings
 
@@ -8,9 +8,9 @@ _said: set[tuple[str, str, str]] = set()
 
 
 def not_taken(path: str, model: nn.Module, reason: str, instead: str) -> None:
-    """A warning, once per path, class of model and reason: users of the library and of the command line both see it.
+    """Warns once per path, class of model and reason. Users of the library and of the command line see the warning.
 
-    path: with its verb, "packed passes are".
+    path: the path with its verb, such as "packed passes are". instead: what happens, such as "rows are padded instead".
     """
     name = type(model).__name__
     if (path, name, reason) not in _said:

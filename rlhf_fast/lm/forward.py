@@ -1,9 +1,9 @@
 """The one way into a model: every loss, score, value and log-prob pass runs inside `within`.
 
 A wrapper such as FSDP2 makes a model's parameters whole while a forward method of the model's root runs, and at no
-other time. A pass that reached for the backbone or for the head's weight from outside would meet shards. `within` runs
-a pass as a forward method of the root where the model was opened by `enter_by`, and calls the pass plainly elsewhere.
-Inside, every weight is a plain tensor: a pass may read the weight and must not keep it.
+other time. A pass that reached for the backbone or for the head's weight from outside would find shards. `within` runs
+a pass as a forward method of the root where `enter_by` has opened the model. For every other model `within` calls the
+pass plainly. Inside `within` every weight is a plain tensor. A pass may read a weight and must not keep it.
 
     enter_by(model, torch.distributed.fsdp.register_fsdp_forward_method)
     loss = within(model, objective, batch)
@@ -24,20 +24,20 @@ _entered: ContextVar[tuple[nn.Module, ...]] = ContextVar("_entered", default=())
 
 
 def within(model: nn.Module, passes: Callable[..., Result], *args: Any, **options: Any) -> Result:
-    """`passes(*args, **options)` as a forward of the root `model`; a plain call inside another pass of that model."""
+    """`passes(*args, **options)` as a forward of the root `model`; a plain call inside another pass of `model`."""
     entry = getattr(model, _ENTRY, None)
     if entry is None or any(entered is model for entered in _entered.get()):
         return passes(*args, **options)
     before = _entered.set((*_entered.get(), model))
     try:
-        # One argument that is no tensor: a wrapper would cast tensors among the arguments to its parameters' dtype.
+        # The arguments are hidden in one function, because a wrapper would cast tensors to its parameters' dtype.
         return entry(partial(passes, *args, **options))
     finally:
         _entered.reset(before)
 
 
 def one_pass(function: Callable[..., Result]) -> Callable[..., Result]:
-    """The pass `function(model, ...)` run `within` that model; a method's model is the `model` of its object."""
+    """A decorator: `function(model, ...)` runs `within` its model. A method runs `within` the `model` of its object."""
 
     @wraps(function)
     def run(owner: Any, *args: Any, **options: Any) -> Result:
@@ -48,13 +48,16 @@ def one_pass(function: Callable[..., Result]) -> Callable[..., Result]:
 
 
 def enter_by(model: nn.Module, register: Callable[[nn.Module, str], None]) -> None:
-    """Gives the root `model` the forward method that `within` calls; `register(model, name)` tells the wrapper."""
+    """Gives the root `model` the forward method that `within` calls.
+
+    register: called as `register(model, name)`; tells the wrapper the name of the new forward method.
+    """
     setattr(model, _ENTRY, MethodType(_run, model))
     register(model, _ENTRY)
 
 
 def call(model: nn.Module, **inputs: Any) -> Any:
-    """`model(**inputs)` inside `within`. A wrapped root's hooks have run by then and must not run twice."""
+    """`model(**inputs)` inside `within`. A wrapped root's hooks have run before and must not run twice."""
     return model(**inputs) if getattr(model, _ENTRY, None) is None else model.forward(**inputs)
 
 

@@ -1,11 +1,12 @@
 """Decoder layers of Llama's kind in few operations, in place of transformers' own forward while rows are packed.
 
-A layer there is some thirty small operations around seven matmuls, each of which reads and keeps tensors; here norms,
-the gated middle of the MLP and the rotary embedding are one each (`ops.layers`, `ops.attention`). The projections are
-called as the modules they are, so adapters, biases and quantised weights stay what they are.
+In transformers a layer is some thirty small operations around seven matmuls, and each operation reads and keeps
+tensors. Here a norm is one operation, and so is the gated middle of the MLP; attention applies the rotary embedding
+itself (`ops.layers`, `ops.attention`). The projections are called as modules, so adapters, biases and quantised weights
+keep working.
 
-What looks like such a layer need not compute the same: whoever uses this compares with the model's own forward
-(`packing` does). Left out: caches, dropout, activation checkpointing, GPUs.
+A layer may have these parts and still compute something else. The caller therefore compares with the model's own
+forward, as `packing` does. Left out: caches, dropout, activation checkpointing, GPUs.
 Shapes: N tokens side by side, H hidden; h heads of d.
 """
 
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlhf_fast.lm.private import Part
 from rlhf_fast.ops.attention import packed_attention
 from rlhf_fast.ops.layers import add_rms_norm, swiglu
 from rlhf_fast.ops.private import has_hooks
@@ -27,8 +29,12 @@ _SILU = {"SiLU", "SiLUActivation"}
 
 @contextmanager
 def fused(backbone: PreTrainedModel) -> Iterator[None]:
-    """Within, the layers of a backbone that `has_known_layers` run as here; they take packed rows alone."""
-    replaced = {layer: _layer(layer) for layer in backbone.layers} | {backbone.norm: _norm(backbone.norm)}
+    """Inside, the layers of `backbone` run by this module's forward, which takes packed rows alone.
+
+    The backbone must be one that `has_known_layers`.
+    """
+    layers, norm = _parts(backbone)
+    replaced = {layer: _layer(layer) for layer in layers} | {norm: _norm(norm)}
     for module, forward in replaced.items():
         module.forward = forward
     try:
@@ -39,7 +45,7 @@ def fused(backbone: PreTrainedModel) -> Iterator[None]:
 
 
 def has_known_layers(backbone: PreTrainedModel) -> bool:
-    """Whether `fused` knows all parts of the layers, and may pass over the modules that they are."""
+    """Whether `fused` knows all parts of the layers, and may pass over these parts' own forwards."""
     return refusal(backbone) is None
 
 
@@ -48,9 +54,10 @@ def refusal(backbone: PreTrainedModel) -> str | None:
     layers, norm = getattr(backbone, "layers", None), getattr(backbone, "norm", None)
     if not isinstance(layers, nn.ModuleList) or not isinstance(norm, nn.Module) or not all(map(_has_parts, layers)):
         return "its layers do not have the parts of Llama's"
-    norms, passed_over = [norm], []
-    for layer in layers:
-        attention = layer.self_attn
+    norms: list[Part] = [norm]
+    passed_over: list[Part] = []
+    attentions: list[Part] = [layer.self_attn for layer in layers]
+    for layer, attention in zip(layers, attentions, strict=True):
         norms += [layer.input_layernorm, layer.post_attention_layernorm]
         norms += [getattr(attention, name) for name in _children(attention) - _ATTENTION]
         passed_over += [attention, layer.mlp]
@@ -58,12 +65,17 @@ def refusal(backbone: PreTrainedModel) -> str | None:
         return "its norms are not RMS norms with a weight alone"
     if not all(map(_is_plain, norms + passed_over)) or any("forward" in vars(layer) for layer in layers):
         return "a module in its layers has a hook or a forward of its own, which they would pass over"
-    if any(layer.self_attn.training and getattr(layer.self_attn, "attention_dropout", 0.0) for layer in layers):
+    if any(attention.training and getattr(attention, "attention_dropout", 0.0) for attention in attentions):
         return "its attention has dropout"
     return None
 
 
-def _has_parts(layer: nn.Module) -> bool:
+def _parts(backbone: Part) -> tuple[list[Part], Part]:
+    """The layers and the last norm."""
+    return list(backbone.layers), backbone.norm
+
+
+def _has_parts(layer: Part) -> bool:
     if _children(layer) != _LAYER:
         return False
     attention, mlp = layer.self_attn, layer.mlp
@@ -87,27 +99,31 @@ def _is_plain(module: nn.Module) -> bool:
     return "forward" not in vars(module) and not has_hooks(module)
 
 
-def _layer(layer: nn.Module) -> Callable[..., Tensor]:
+def _layer(layer: Part) -> Callable[..., Tensor]:
     attention, mlp = layer.self_attn, layer.mlp
     gated = swiglu if type(mlp.act_fn).__name__ in _SILU else lambda gate, up: mlp.act_fn(gate) * up
 
     def forward(
-        hidden_states: Tensor, attention_mask: Tensor, position_embeddings: tuple[Tensor, Tensor], **_: object
+        hidden_states: Tensor, attention_mask: Tensor, position_embeddings: tuple[Tensor, Tensor], **unread: object
     ) -> Tensor:
-        """[1, N, H], the layout [B, 1, L, N] of `packing`, cosines and sines [1, N, d]."""
+        """hidden_states: [1, N, H]. attention_mask: the layout [B, 1, L, N] of `packing`.
+        position_embeddings: cosines and sines [1, N, d]."""
         x_NH, (rows, _, length, N) = hidden_states[0], attention_mask.shape
         normed_NH = _normed(layer.input_layernorm, x_NH)
+        cos, sin = position_embeddings
         projections = (getattr(attention, f"{name}_proj")(normed_NH).view(N, -1, attention.head_dim) for name in "qkv")
         query, key, value = projections
         if hasattr(attention, "q_norm"):
             query, key = _normed(attention.q_norm, query), _normed(attention.k_norm, key)
         heads = packed_attention(
-            *(x.transpose(0, 1) for x in (query, key, value)),
+            query.transpose(0, 1),
+            key.transpose(0, 1),
+            value.transpose(0, 1),
             attention_mask[0, 0, 0],
             rows,
             length,
             scale=attention.scaling,
-            rotary=tuple(table[0].float() for table in position_embeddings),
+            rotary=(cos[0].float(), sin[0].float()),
         )
         delta_NH = attention.o_proj(heads.flatten(1)).to(x_NH.dtype)
         norm = layer.post_attention_layernorm
@@ -118,13 +134,13 @@ def _layer(layer: nn.Module) -> Callable[..., Tensor]:
     return forward
 
 
-def _norm(module: nn.Module) -> Callable[[Tensor], Tensor]:
+def _norm(module: Part) -> Callable[[Tensor], Tensor]:
     return lambda x: _normed(module, x)
 
 
-def _normed(module: nn.Module, x: Tensor) -> Tensor:
+def _normed(module: Part, x: Tensor) -> Tensor:
     return add_rms_norm(x, None, module.weight.to(x.dtype), _epsilon(module))[1]
 
 
-def _epsilon(norm: nn.Module) -> float:
-    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+def _epsilon(norm: Part) -> float:
+    return norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps

@@ -1,8 +1,8 @@
 """Whether a model has a position for every token it is going to see, and an embedding for its id.
 
-Found out here, before the first step: a model with a table of positions fails with an index somewhere inside
-otherwise, and one with rotary positions computes on, beyond the lengths it was made for.
-Left out: cutting rows to fit, which is `data`'s.
+The stages check this before the first step. Otherwise a model with a table of positions would fail somewhere inside
+with an index error, and a model with rotary positions would compute on, beyond the lengths that it was made for.
+Left out: cutting rows to fit, which `data` does.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,10 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
-    """The longest sequence the model was made for, with its rotary embedding's scaling; None where there is no end."""
+    """The longest sequence in tokens that the model was made for, with the scaling of its rotary embedding.
+
+    None where the length has no limit, or where the config names none.
+    """
     text = config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
     if not isinstance(positions, int):
@@ -30,14 +33,14 @@ def check_rows(
     role: str = "model",
     response: int = 0,
 ) -> None:
-    """ValueError unless `model` can read these token ids, each row with `response` tokens more.
+    """ValueError unless `model` can read these token ids, and `response` further tokens behind each row.
 
-    lengths: the arguments that bound the rows' length. role: what the model is.
+    lengths: names of the arguments that bound the rows' length. role: what the model is. Both are for the message.
     """
     if not any(rows):
         return
     last = max(max(row) for row in rows if row)
-    embeddings = model.get_input_embeddings().weight.shape[0]
+    embeddings = model.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportIndexIssue]
     if last >= embeddings:
         raise ValueError(
             f"{role}: expected an embedding for every token of the data, got {embeddings} in {model.name_or_path} and "

@@ -1,11 +1,11 @@
 """Policies, reward and value models: loading them, and saving them again.
 
 A policy is an `AutoModelForCausalLM`. Reward and value models are `AutoModelForSequenceClassification` with one label,
-whose `score` head `passes` applies: transformers looks for the pad id to find the last token, which is wrong as soon
-as pad == eos, padding is on the left, or there is no pad token.
+whose `score` head `passes` applies. transformers' own forward looks for the pad id to find the last token, which is
+wrong where pad == eos, where padding is on the left, and where there is no pad token.
 
-A directory with a peft adapter is a model too, its base with the adapter on. With `lora` the adapter is what is
-trained; otherwise it is merged into the weights. `shared` names a model whose frozen base the new one stands on.
+A directory with a peft adapter is a model too: the adapter's base with the adapter on. With `lora` the adapter is
+trained; otherwise it is merged into the weights. `shared` is a model whose frozen base the new model stands on.
 
 Left out on purpose: devices, autocast and gradients, which belong to the caller.
 """
@@ -32,19 +32,25 @@ from transformers import (
 from rlhf_fast.lm import adapters
 from rlhf_fast.lm.adapters import LoRA
 from rlhf_fast.lm.paths import existing
+from rlhf_fast.lm.private import score_head
 
-# transformers keeps no config.json beside an adapter, where the score offset would stand
+# Holds the score offset of an adapter, because transformers writes no config.json beside an adapter.
 _ADAPTER_SCORE = "score.json"
 
 
 def default_device() -> torch.device:
+    """CUDA where there is a GPU, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def load_policy(
     path: str | Path, *, trainable: bool = True, lora: LoRA | None = None, shared: PreTrainedModel | None = None
 ) -> PreTrainedModel:
-    """The causal language model at `path` in fp32, dropout off; frozen unless `trainable`."""
+    """The causal language model at `path` in fp32, with dropout off; frozen unless `trainable`.
+
+    lora: the adapter to train. shared: a model whose base the new model stands on.
+    Raises ValueError where `path` holds no language model, or a model with missing weights.
+    """
     base = adapters.base_path(path)
     if shared is None:
         config = AutoConfig.from_pretrained(existing(base))
@@ -65,11 +71,12 @@ def load_scorer(
     lora: LoRA | None = None,
     shared: PreTrainedModel | None = None,
 ) -> PreTrainedModel:
-    """The sequence classifier with one label at `path`, or one made from the language model there.
+    """The sequence classifier with one label at `path`, or a classifier made from the language model at `path`.
 
-    A new `score` head is drawn from N(0, 1/(H+1)) (`normal`, for reward models; arXiv 2009.01325) or set to 0
-    (`zero`, for value models, so that the first values are 0); with None there has to be one. shared: a causal language
-    model.
+    head: a new `score` head is drawn from N(0, 1/(H+1)) (`normal`, for reward models; arXiv 2009.01325) or is 0
+        (`zero`, for value models, so that the first values are 0). With None, `path` must have a head.
+    shared: a causal language model whose base the classifier stands on. The other arguments are `load_policy`'s.
+    Raises ValueError where the model has several labels, missing weights or no head.
     """
     argument = "reward" if head is None else "model"
     base = adapters.base_path(path)
@@ -92,41 +99,46 @@ def load_scorer(
     _check_complete(argument, base, model, [name for name in missing if name not in new])
     if not is_classifier:
         with torch.no_grad():
-            std = 1 / math.sqrt(model.score.in_features + 1) if head == "normal" else 0.0
-            nn.init.normal_(model.score.weight, std=std)
-            if model.score.bias is not None:
-                model.score.bias.zero_()
+            score = score_head(model)
+            std = 1 / math.sqrt(score.in_features + 1) if head == "normal" else 0.0
+            nn.init.normal_(score.weight, std=std)
+            if score.bias is not None:
+                score.bias.zero_()
     if Path(path, _ADAPTER_SCORE).is_file():
         set_score_offset(model, json.loads(Path(path, _ADAPTER_SCORE).read_text())["score_offset"])
     return _prepare(model, path, trainable, lora, shared is not None)
 
 
 def value_head_on(policy: PreTrainedModel, saved: Path | None) -> PreTrainedModel:
-    """A value model whose trunk is the policy's own, adapter included; its head is 0, or that of directory `saved`."""
+    """A value model whose trunk is the policy's own, adapter included.
+
+    saved: a directory with the head of a value model; None sets the head to 0.
+    """
     model = _scorer_on(policy)
-    for parameter in model.score.parameters():
+    head = score_head(model)
+    for parameter in head.parameters():
         nn.init.zeros_(parameter)
     if saved is not None:
-        model.score.load_state_dict(load_scorer(saved, trainable=False).score.state_dict())
+        head.load_state_dict(score_head(load_scorer(saved, trainable=False)).state_dict())
     if adapters.has_adapter(policy):
         adapters.adopt(model, policy)
     return model.train(policy.training)
 
 
 def save_model(model: PreTrainedModel, directory: Path) -> None:
-    """`save_pretrained`; of a model with an adapter this is the adapter alone, in peft's format."""
+    """`save_pretrained`. Of a model with an adapter it saves the adapter alone, in peft's format."""
     model.save_pretrained(directory)
     if adapters.has_adapter(model) and hasattr(model.config, "score_offset"):
         (directory / _ADAPTER_SCORE).write_text(json.dumps({"score_offset": model.config.score_offset}) + "\n")
 
 
 def set_score_offset(model: PreTrainedModel, offset: float) -> None:
-    """Scores are reported less `offset` from now on; kept in config.json as `score_offset`."""
+    """Subtracts `offset` from the scores of `model` from now on; config.json keeps it as `score_offset`."""
     model.config.score_offset = float(offset)
 
 
 def _scorer_on(language_model: PreTrainedModel) -> PreTrainedModel:
-    """The classifier of this architecture on the very trunk of `language_model`; its head is not initialised."""
+    """The classifier of this architecture on the trunk of `language_model` itself; its head is not initialised."""
     config = copy.deepcopy(language_model.config)
     config.num_labels = 1
     with torch.device("meta"):
@@ -147,8 +159,8 @@ def _prepare(
         if lora is None and not shared:
             adapters.merge(model)
             model.requires_grad_(trainable)
-    # Dropout would make the decode-time and training-time log-probs differ; it is off in every pass. The modules are
-    # changed rather than eval() called because transformers checkpoints activations in train mode only.
+    # Dropout would make the decode-time and training-time log-probs differ, so dropout is off in every pass. eval()
+    # would turn it off too, but transformers checkpoints activations in train mode only.
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -167,7 +179,7 @@ def _kind(config: PreTrainedConfig) -> str:
 
 
 def _load(kind: type, path: str, **options: int) -> tuple[PreTrainedModel, list[str]]:
-    """The model at `path` in fp32, and the names of its weights that were not there and are random now."""
+    """The model at `path` in fp32, and the names of the weights that the files lack and that are random now."""
     with _quiet_loading():
         model, found = kind.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **options)
     return model, sorted(found["missing_keys"])
@@ -181,7 +193,7 @@ def _check_complete(argument: str, path: str, model: PreTrainedModel, missing: l
 
 @contextmanager
 def _quiet_loading() -> Iterator[None]:
-    """No bar for every file, and no report of missing weights, which we make one of ourselves."""
+    """Inside, transformers shows no progress bars and does not report missing weights; `_check_complete` does."""
     level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

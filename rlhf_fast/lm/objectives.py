@@ -1,11 +1,12 @@
 """A policy's log-probs and losses on sequences: from its hidden states, a chunk at a time, or from its logits.
 
-Both ways give the same numbers. The first never holds [B, T, V] and is the default; it needs logits that are the output
-embedding of the last hidden state (with or without a soft cap), which is tried out once on the model at hand.
+Both ways give the same numbers. The way by hidden states never holds [B, T, V] and is the default. It needs a model
+whose logits are the output embedding of the last hidden state, with or without a soft cap; `output_head` tries this out
+on the model at hand.
 
-Tokens drawn with top-k or top-p are trained on the sets they were drawn from (`kept`, of `sample_tokens`), the same in
-every pass: log p = z_t - log sum_{kept} e^z, of the policy that drew, the one in training and the reference alike, so
-that equal models have ratio 1 and KL 0. Each position has a set of its own, which goes through the logits.
+A token drawn with top-k or top-p is trained on the set that it was drawn from (`kept`, of `sample_tokens`):
+log p = z_t - log sum_{kept} e^z. The policy that drew, the policy in training and the reference all use this set, so
+that equal models have ratio 1 and KL 0. Each position has a set of its own, so such tokens go by the logits.
 
 Shapes: B rows, T response tokens, H hidden, V vocabulary.
 """
@@ -54,11 +55,10 @@ class OutputHead(NamedTuple):
 class Objectives:
     """The losses of one model.
 
-    temperature: logits are divided by it, as they were in sampling. fused: from hidden states, where `output_head`
-    finds that this is what the model computes.
-
-    kept, where a method takes it: [B, T, ceil(V / 8)] uint8, the tokens that could be drawn (bits, as in
-    `sample_tokens`), or None for all.
+    temperature: logits are divided by it, as in sampling. fused: losses are computed from hidden states where
+        `output_head` finds a head, else from logits.
+    Many methods take `kept`, the tokens that could be drawn: [B, T, ceil(V / 8)] uint8 (bits, as in `sample_tokens`),
+    or None for all tokens.
     """
 
     def __init__(self, model: PreTrainedModel, *, temperature: float = 1.0, fused: bool = True) -> None:
@@ -108,8 +108,8 @@ class Objectives:
     ) -> LinearPPOLoss:
         """`ppo_loss` of the response tokens, with its options.
 
-        hidden: the `response_hidden` of these sequences, where something else needs it too; only with a `head`, and
-            not beside `kept`.
+        hidden: the `response_hidden` of these sequences, where the caller has computed it for something else too. It is
+            read only with a `head` and without `kept`.
         """
         if self.head is None or kept is not None:
             out = self._trained_logprobs(sequences, _response_ids(sequences), kept)
@@ -133,7 +133,10 @@ class Objectives:
         kept: Tensor | None = None,
         **options: Any,
     ) -> LinearDPOLoss:
-        """`dpo_loss` of B pairs, sum over B / normalizer; rows are the B chosen answers, then the B rejected ones."""
+        """`dpo_loss` of B pairs, with its options: the sum over pairs divided by normalizer.
+
+        pairs: 2 B rows, first the B chosen answers, then the B rejected answers. ref_logps: [B] each.
+        """
         ids = _response_ids(pairs)
         if self.head is None or kept is not None:
             chosen, rejected = self._trained_logprobs(pairs, ids, kept).logprobs.sum(dim=1).chunk(2)
@@ -154,7 +157,10 @@ class Objectives:
         normalizer: float,
         **options: Any,
     ) -> LinearKTOLoss:
-        """`kto_loss` of B completions, sum over B / normalizer; labels [B] bool, True = good."""
+        """`kto_loss` of B completions, with its options: the sum over completions divided by normalizer.
+
+        ref_logps: [B]. labels: [B] bool, True = good. kl: 0-dim in nats, or None where the loss uses none.
+        """
         ids = _response_ids(sequences)
         if self.head is None:
             logps = self._trained_logprobs(sequences, ids).logprobs.sum(dim=1)
@@ -183,22 +189,24 @@ class Objectives:
         return linear_token_kl(*own, *other, ids, ref_bias=theirs.layer.bias, **self._options()).kl
 
     def _trained_logprobs(self, sequences: Sequences, token_ids: Tensor, kept: Tensor | None = None) -> TokenLogprobs:
-        """Backward writes the gradient over the logits, which nothing else here holds."""
+        """Log-probs whose backward writes the gradient over the logits. Nothing else reads these logits."""
         logits_BTV = kept_logits(self.model, sequences, kept)
         return token_logprobs(logits_BTV, token_ids, temperature=self.temperature, inplace_backward=True)
 
     def _layer(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
+        assert self.head is not None  # callers go by the logits where there is no head
         return response_hidden(self.model, sequences), self.head.layer.weight
 
     def _options(self) -> dict[str, Any]:
+        assert self.head is not None  # as in `_layer`
         return {"bias": self.head.layer.bias, "temperature": self.temperature, "softcap": self.head.softcap}
 
 
 def kept_logits(model: PreTrainedModel, sequences: Sequences, kept: Tensor | None) -> Tensor:
-    """`response_logits`, -inf outside the `kept` tokens (None: all are)."""
+    """`response_logits` [B, T, V], -inf outside the `kept` tokens; None keeps all tokens."""
     logits_BTV = response_logits(model, sequences)
     if kept is not None:
-        with torch.no_grad():  # the gradient by a logit at -inf is 0 without autograd's knowing of the fill
+        with torch.no_grad():  # autograd need not know of the fill: the gradient of a logit at -inf is 0 anyway
             logits_BTV.masked_fill_(~unpacked(kept, logits_BTV.shape[-1]), -math.inf)
     return logits_BTV
 
@@ -208,8 +216,8 @@ def kept_logits(model: PreTrainedModel, sequences: Sequences, kept: Tensor | Non
 def output_head(model: PreTrainedModel) -> OutputHead | None:
     """The layer whose product with the last hidden state is the model's logits; None where there is no such layer.
 
-    Some architectures scale or otherwise change one or the other (Cohere, Granite, MPT), so the claim is tested on two
-    tokens rather than taken from the class.
+    Some architectures also scale the hidden state or the logits (Cohere, Granite, MPT). The product is therefore
+    compared with the model's own logits on two tokens.
     """
     layer = model.get_output_embeddings()
     if not isinstance(layer, nn.Linear) or model.base_model is model:

@@ -1,12 +1,12 @@
 """One pass of a causal model over rows of any length, without their padding.
 
-The real tokens of all rows stand side by side in one row, so that every layer works on them alone; only attention must
-not look across rows (`ops.packed_attention`). Transformers hands a mask with four dimensions through to the attention
-function as it is; ours says which slots of [B, L] the tokens belong to.
+The real tokens of all rows stand side by side in one row, so that no layer works on padding. Attention must not look
+across rows; `ops.packed_attention` does not. transformers hands a mask with four dimensions through to the attention
+function unchanged. Our mask says which slots of [B, L] the tokens belong to.
 
 A trial on the model at hand decides whether its rows are packed, and whether its layers run in few operations
-(`layers`). Rows of the other models are padded on the right. So are rows of models that checkpoint their activations,
-because they run their layers again when this attention is gone.
+(`layers`). Rows of other models are padded on the right. So are rows of a model that checkpoints its activations,
+because such a model runs its layers again in the backward pass, when this attention is gone.
 
 Left out: caches.
 Shapes: B rows, L slots, N real tokens, H hidden; h heads of d.
@@ -79,7 +79,7 @@ def _padded(backbone: PreTrainedModel, ids_BL: Tensor) -> tuple[Tensor, Tensor]:
 def _packed(
     backbone: PreTrainedModel, ids_N: Tensor, positions_N: Tensor, layout: Tensor, *, says: bool = False
 ) -> Tensor:
-    """says: whether a model of unknown layers is worth a word, which it is where its rows are packed at all."""
+    """The last hidden states [N, H] of packed tokens. says: warn where the model's layers cannot be fused."""
     inputs = {"input_ids": ids_N[None], "position_ids": positions_N[None], "attention_mask": layout}
     wanted = _fusable.get(backbone, True) and has_kernel("add_rms_norm", ids_N)
     known = wanted and layers.has_known_layers(backbone)
@@ -102,14 +102,15 @@ def _attention(
     if options.get("position_bias") is not None:
         raise ValueError("attention: expected no position bias where rows are packed")
     rows, _, length, _ = attention_mask.shape
-    packed = query[0], key[0], value[0], attention_mask[0, 0, 0], rows, length
+    heads, layout = (query[0], key[0], value[0]), (attention_mask[0, 0, 0], rows, length)
     if dropout:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return reference.packed_attention(*packed, scale=scale, dropout=dropout)[None], None
+        return reference.packed_attention(*heads, *layout, scale=scale, dropout=dropout)[None], None
     device = query.device.type
-    if torch.is_autocast_enabled(device):  # torch casts what goes into its own attention, not into an operator
-        packed = *(x.to(torch.get_autocast_dtype(device)) for x in packed[:3]), *packed[3:]
-    return packed_attention(*packed, scale=scaling)[None], None
+    if torch.is_autocast_enabled(device):  # autocast casts the inputs of torch's attention, but not of our operator
+        dtype = torch.get_autocast_dtype(device)
+        heads = heads[0].to(dtype), heads[1].to(dtype), heads[2].to(dtype)
+    return packed_attention(*heads, *layout, scale=scaling)[None], None
 
 
 AttentionInterface.register(_NAME, _attention)
@@ -124,7 +125,7 @@ def _can_pack(backbone: PreTrainedModel) -> bool:
         reason = first = unsuited or _difference(backbone)
         _fusable[backbone] = first is None
         if unsuited is None and first is not None:
-            reason = _difference(backbone)  # with the layers of the model's own
+            reason = _difference(backbone)  # now with the model's own layers
         _packable[backbone] = reason is None
         if reason is not None:
             _not_packed(backbone, reason)
@@ -142,8 +143,8 @@ def _not_fused(backbone: PreTrainedModel, reason: str | None) -> None:
 
 
 def _unsuited(backbone: PreTrainedModel) -> str | None:
-    """Why a model cannot be packed, by its config; None where it has full attention by torch's kernel in every layer,
-    and positions that can be given."""
+    """Why the config of a model rules packing out; None where every layer has full attention by torch's kernel, and
+    the forward takes positions."""
     config = backbone.config
     if attention_of(config) != "sdpa":
         return f"its attention is {attention_of(config)}, not torch's sdpa"
@@ -157,9 +158,10 @@ def _unsuited(backbone: PreTrainedModel) -> str | None:
 
 @torch.no_grad()
 def _difference(backbone: PreTrainedModel) -> str | None:
-    """What is wrong with two packed rows; None where each is what it is alone."""
+    """What is wrong with two packed rows; None where each row has the hidden states that it has alone."""
     device, training = backbone.device, backbone.training
-    ids_N = torch.arange(1, 6, device=device) % backbone.get_input_embeddings().weight.shape[0]
+    vocabulary = backbone.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportIndexIssue]
+    ids_N = torch.arange(1, 6, device=device) % vocabulary
     positions_N = torch.tensor([0, 1, 0, 1, 2], device=device)
     slots_N = torch.tensor([0, 1, 3, 4, 5], device=device)
     backbone.eval()
@@ -167,7 +169,7 @@ def _difference(backbone: PreTrainedModel) -> str | None:
         with torch.autocast(device.type, enabled=False):
             alone = [backbone(input_ids=ids[None], use_cache=False).last_hidden_state[0] for ids in ids_N.split([2, 3])]
             packed = _packed(backbone, ids_N, positions_N, slots_N.expand(2, 1, 3, 5))
-    except Exception as error:  # whatever a model makes of such inputs: it is not one that can be packed
+    except Exception as error:  # whatever the model does not bear about such inputs, it cannot be packed
         return f"two rows side by side raise {type(error).__name__} in it"
     finally:
         backbone.train(training)

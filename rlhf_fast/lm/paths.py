@@ -4,13 +4,14 @@ import functools
 import os
 from pathlib import Path
 
-from transformers.utils import cached_file
+from transformers.utils import cached_file  # pyright: ignore[reportPrivateImportUsage]
 
 
 def existing(path: str | Path, argument: str = "model") -> str:
-    """`path` itself, which `argument` named; ValueError where there is no such thing.
+    """`path` as text. Raises ValueError where it is neither a directory nor a name on the hub.
 
-    A local path that is not there must not be looked for on the hub, which takes minutes to fail.
+    argument: the name that the message gives `path`. A path that is plainly local is not looked for on the hub, because
+    the hub takes minutes to fail.
     """
     text = str(path)
     local = isinstance(path, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or os.sep in text[-1:]

@@ -1,7 +1,7 @@
-"""Every name of transformers and peft that the package uses and they do not promise, here alone.
+"""Every name of transformers and peft that the package uses and that they do not promise. They stand here alone.
 
-Where one is missing, what it was for is done the slower way (rows padded, layers called as they are) or, of an adapter
-that could not be saved right, is an error. tests/test_upstream.py names each, so that an upgrade fails there.
+Where a name is missing, the package takes a slower way: rows are padded, layers are called as modules. An adapter that
+could not be saved right is an error. tests/test_upstream.py tests every name, so that an upgrade fails there.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,9 +13,12 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 try:
     from transformers.pytorch_utils import Conv1D
-except ImportError:  # its layers are called as they are
+except ImportError:  # layers of this class are then called as modules
     Conv1D = None
 
+
+Part = Any
+"""A module whose parts are looked up by their names. The types of nn.Module say nothing about these parts."""
 
 # Which attention runs
 
@@ -27,7 +30,7 @@ def attention_of(config: PreTrainedConfig) -> str | None:
 
 @contextmanager
 def attention_as(config: PreTrainedConfig, name: str) -> Iterator[None]:
-    """Within, models of this config call the attention function registered under this name."""
+    """Inside, models of this config call the attention function that is registered under this name."""
     usual = config._attn_implementation
     config._attn_implementation = name
     try:
@@ -45,17 +48,18 @@ def checkpoints_activations(model: nn.Module) -> bool:
 
 
 def keys_and_values(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
-    """Of each layer, [B, K, S, D] both."""
-    return [(layer.keys, layer.values) for layer in cache.layers]
+    """The keys and values of each layer, [B, K, S, D] both: K key/value heads, S slots, D head size."""
+    layers: list[Any] = [*cache.layers]
+    return [(layer.keys, layer.values) for layer in layers]
 
 
 def repeat_rows(cache: DynamicCache, copies: int) -> None:
-    """Each row `copies` times, in place, copies side by side."""
+    """Repeats each row `copies` times in place; the copies of a row stand side by side."""
     cache.batch_repeat_interleave(copies)
 
 
 def select_rows(cache: DynamicCache, rows: Tensor) -> None:
-    """These rows alone, in place."""
+    """Keeps these rows alone, in place. rows: [n] int64."""
     cache.batch_select_indices(rows)
 
 
@@ -63,18 +67,18 @@ def select_rows(cache: DynamicCache, rows: Tensor) -> None:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether a linear layer keeps its weight as [in, out]: GPT-2's."""
+    """Whether a linear layer keeps its weight as [in, out], as the layers of GPT-2 do."""
     return Conv1D is not None and isinstance(module, Conv1D)
 
 
-def plain_base(module: nn.Module) -> nn.Module | None:
-    """The linear layer that `module` is, or that an adapter on it wraps; None for any other class of layer."""
+def plain_base(module: Part) -> Part | None:
+    """The linear layer that `module` is, or that the adapter `module` wraps; None for any other class of layer."""
     base = getattr(module, "base_layer", module)
     return base if type(base) is nn.Linear or (Conv1D is not None and type(base) is Conv1D) else None
 
 
-def lora_deltas(module: nn.Module) -> list[Tensor] | None:
-    """What each active LoRA adapter on a layer adds to its weight; None where the layer does anything else besides."""
+def lora_deltas(module: Part) -> list[Tensor] | None:
+    """What each active LoRA adapter on a layer adds to the layer's weight; None where the layer does anything else."""
     try:
         if module.disable_adapters or module.merged or module.lora_variant:
             return None
@@ -87,34 +91,40 @@ def lora_deltas(module: nn.Module) -> list[Tensor] | None:
 
 
 def has_adapter(model: PreTrainedModel) -> bool:
+    """Whether `mark_adapter` has marked the model."""
     return getattr(model, "_hf_peft_config_loaded", False)
 
 
 def mark_adapter(model: PreTrainedModel, configs: dict[str, Any] | None = None) -> None:
-    """As transformers' own `add_adapter` does: `save_pretrained` then saves the adapter alone."""
+    """Marks the model as transformers' own `add_adapter` does: `save_pretrained` then saves the adapter alone.
+
+    configs: adapter's name -> peft's config; None where peft has already set them.
+    """
     if configs is not None:
         model.peft_config = configs
     model._hf_peft_config_loaded = True
 
 
 def unmark_adapter(model: PreTrainedModel) -> None:
+    """Undoes `mark_adapter`: `save_pretrained` saves the whole model again."""
     del model.peft_config
     model._hf_peft_config_loaded = False
 
 
 def adapter_config(model: PreTrainedModel, name: str) -> Any:
+    """peft's config of the model's adapter of this name."""
     return model.peft_config[name]
 
 
 def with_saved_copy(module: nn.Module, name: str) -> nn.Module:
-    """A module that is trained and saved with the adapter of this name, its original kept beside it."""
+    """A copy of `module` that is trained and saved with the adapter of this name; the original stays beside it."""
     from peft.utils import ModulesToSaveWrapper
 
     return ModulesToSaveWrapper(module, name)
 
 
 def without_adapter(module: nn.Module, name: str, *, merge: bool) -> nn.Module | None:
-    """What a layer becomes when its adapter is taken off (merge: added into its weight); None where it has none."""
+    """The layer without its adapter; None where the layer has none. merge: the adapter is added into the weight."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
 
@@ -127,16 +137,24 @@ def without_adapter(module: nn.Module, name: str, *, merge: bool) -> nn.Module |
     return None
 
 
-def original_of(module: nn.Module) -> nn.Module:
+def original_of(module: Part) -> nn.Module:
     """The module as it was before `with_saved_copy`."""
     return module.original_module
+
+
+# Parts of a model by their names
+
+
+def score_head(model: PreTrainedModel) -> Part:
+    """The `score` head of a classifier: a linear layer [1, H], or peft's wrapper around the layer."""
+    return model.score
 
 
 Rotary = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-def rotary_of(base: nn.Module) -> Rotary:
-    """positions [S] -> cosines and sines [S, D] of the rotary embedding of a decoder of Llama's kind."""
+def rotary_of(base: Part) -> Rotary:
+    """The rotary embedding of a decoder of Llama's kind, as a function: positions [S] -> cosines and sines [S, D]."""
     rotary, weight = base.rotary_emb, base.embed_tokens.weight
 
     def tables(positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,8 @@ from rlhf_fast.lm.sequences import Sequences
 class Scores:
     """The passes of a model with a scalar head.
 
-    root: the model whose forward the passes enter by. A value head on the policy's trunk names the policy; every other
-        model is its own root.
+    root: the model by whose forward the passes enter. For a value head on the policy's trunk this is the policy. Every
+        other model is its own root.
     Shapes: B rows, T response tokens, H hidden.
     """
 

@@ -13,10 +13,10 @@ from rlhf_fast.lm.paths import existing
 
 
 def load_tokenizer(path: str | Path, argument: str = "model") -> PreTrainedTokenizerBase:
-    """The tokenizer at `path`, which `argument` named. A pad token that the model has no embedding for is taken off:
-    what is filled with is never looked at, but it is looked up.
+    """The tokenizer of the model at `path`. argument: the name that messages give `path`.
 
-    Raises ValueError where EOS, which then fills, has none either.
+    A pad token without an embedding in the model is taken off, because the model looks up padding too, although no
+    mask lets it count. EOS then takes its place. Raises ValueError where EOS has no embedding either.
     """
     tokenizer = AutoTokenizer.from_pretrained(existing(path, argument))
     base = adapters.base_path(path)
@@ -34,9 +34,9 @@ def load_tokenizer(path: str | Path, argument: str = "model") -> PreTrainedToken
 
 
 def check_tokenizer(path: str | Path, tokenizer: PreTrainedTokenizerBase, argument: str) -> None:
-    """ValueError unless the model at `path` reads the token ids of `tokenizer`, the policy's.
+    """ValueError unless the model at `path` reads the token ids of the policy's `tokenizer`.
 
-    A directory without a tokenizer cannot be checked.
+    A directory without a tokenizer is not checked.
     """
     if Path(existing(path, argument)).is_dir() and not Path(path, "tokenizer_config.json").is_file():
         return

@@ -1,1 +1,1 @@
-"""Sampling: prompts to completions with their log-probs. Knows tokens and models, neither text nor rewards."""
+"""Sampling: prompts to completions with their log-probs. It knows tokens and models, but neither text nor rewards."""

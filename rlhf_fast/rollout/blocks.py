@@ -1,12 +1,13 @@
 """A transformers decoder taken apart into the few functions that a one-token step calls.
 
-transformers' forward does the same arithmetic behind masks, caches, output classes and hooks that cost a small model
-more than the arithmetic. Here the query, key and value projections become one matmul, gate and up another, RMS norms
-one call, small LoRA adapters are added to their weights. Three layouts are known: Llama's (Qwen, Mistral, Gemma, ...),
-GPT-2's and OPT's.
+transformers' forward does the same arithmetic behind masks, caches, output classes and hooks, which cost a small model
+more time than the arithmetic. Here the query, key and value projections become one matmul, and gate and up become
+another. An RMS norm is one call. A small LoRA adapter is added to its weight. Three layouts are known: Llama's (Qwen,
+Mistral, Gemma, ...), GPT-2's and OPT's.
 
-What looks like one of these need not compute the same: whoever uses `read` has to compare with the model's own forward
-(`engine.decoder` does). Modules that are not plain layers (adapters, quantised weights) are called as they are.
+A model may have one of these layouts and still compute something else. The caller of `read` therefore compares with the
+model's own forward, as `engine.decoder` does. Modules that are not plain layers (large adapters, quantised weights) are
+called as modules.
 
 Shapes: n rows, H hidden, D head size, K key/value heads, Q query heads.
 """
@@ -16,26 +17,28 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from rlhf_fast.lm.private import attention_of, is_transposed, lora_deltas, plain_base, rotary_of
+from rlhf_fast.lm.private import Part, attention_of, is_transposed, lora_deltas, plain_base, rotary_of
 from rlhf_fast.ops.private import has_forward_hooks
 from rlhf_fast.rollout import cpu
 
 Function = Callable[[Tensor], Tensor]
 
-# Projections side by side, and weights with their adapter added, are copies. Past this many bytes the matmul outweighs
-# what the copy saves.
+# Projections side by side are copies of their weights, and so is a weight with its adapter added. For a weight of more
+# bytes than this the matmul takes so long that a copy saves nothing.
 _MOST_COPIED = 1 << 20
-# Tables of these rotary embeddings do not depend on how long the sequence has become.
+# Rotary embeddings whose tables do not depend on how long the sequence has become.
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
 
 
 class Block(NamedTuple):
+    """One layer of a decoder."""
+
     attention_norm: Function
     qkv: Function  # [n, H] -> [n, (Q + 2 K) D], the heads of q, then k, then v
-    q_norm: Function | None  # per head
+    q_norm: Function | None  # of each head
     k_norm: Function | None
     attention_out: Function
     attention_post_norm: Function | None
@@ -43,8 +46,8 @@ class Block(NamedTuple):
     mlp: Function
     mlp_post_norm: Function | None
     scaling: float
-    softcap: float | None  # of attention scores
-    window: int | None  # tokens a sliding-window layer sees, itself included
+    softcap: float | None  # of the attention scores
+    window: int | None  # tokens that a token of a sliding-window layer sees, the token itself included
 
 
 class Blocks(NamedTuple):
@@ -60,16 +63,18 @@ class Blocks(NamedTuple):
 
 
 def read(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Blocks | None:
-    """The model's blocks, matrices as `dtype` (of autocast; None leaves them); None where its layout is unknown.
+    """The model's blocks; None where the layout is unknown.
 
-    The blocks hold copies of some of the weights: read anew whenever the weights have changed.
+    dtype: what matrices are cast to, as by autocast; None leaves them.
+    The blocks hold copies of some weights, so call `read` again whenever the weights have changed.
     """
     base, config = model.base_model, model.config.get_text_config()
+    head: Part = model.get_output_embeddings()
     try:
         if config.model_type == "gpt2":
             parts = _gpt2(base, dtype)
         elif config.model_type == "opt":
-            parts = _opt(base.decoder, dtype)
+            parts = _opt(base, dtype)
         else:
             parts = _llama(base, config, dtype)
     except AttributeError:  # a layer without the parts of the layout
@@ -81,7 +86,7 @@ def read(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Blocks | N
     return Blocks(
         embed,
         blocks,
-        _logits(norm, _linear([model.get_output_embeddings()], dtype), config),
+        _logits(norm, _linear([head], dtype), config),
         rope,
         heads,
         getattr(config, "num_key_value_heads", None) or heads,
@@ -89,7 +94,7 @@ def read(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Blocks | N
     )
 
 
-def _llama(base: nn.Module, config: object, dtype: torch.dtype | None) -> tuple | None:
+def _llama(base: Part, config: PreTrainedConfig, dtype: torch.dtype | None) -> tuple | None:
     if (getattr(config, "rope_parameters", None) or {}).get("rope_type") not in _FIXED_ROPE:
         return None
     rope, eager = rotary_of(base), attention_of(config) == "eager"
@@ -99,7 +104,7 @@ def _llama(base: nn.Module, config: object, dtype: torch.dtype | None) -> tuple 
         if hasattr(attention, "q_norm") and attention.q_norm.weight.shape != (attention.head_dim,):  # OLMo 2: all heads
             return None
         gate_up, act, down = _linear([mlp.gate_proj, mlp.up_proj], dtype), mlp.act_fn, _linear([mlp.down_proj], dtype)
-        four_norms = hasattr(layer, "pre_feedforward_layernorm")  # Gemma 2: a norm behind each half as well
+        four_norms = hasattr(layer, "pre_feedforward_layernorm")  # Gemma 2 has a norm behind each half too
         blocks.append(
             Block(
                 _norm(layer.input_layernorm),
@@ -119,7 +124,7 @@ def _llama(base: nn.Module, config: object, dtype: torch.dtype | None) -> tuple 
     return lambda tokens, positions: base.embed_tokens(tokens), blocks, _norm(base.norm), rope
 
 
-def _gpt2(base: nn.Module, dtype: torch.dtype | None) -> tuple:
+def _gpt2(base: Part, dtype: torch.dtype | None) -> tuple:
     blocks = []
     for layer in base.h:
         attention, mlp = layer.attn, layer.mlp
@@ -136,8 +141,9 @@ def _gpt2(base: nn.Module, dtype: torch.dtype | None) -> tuple:
     return lambda tokens, positions: base.wte(tokens) + base.wpe(positions), blocks, base.ln_f, None
 
 
-def _opt(decoder: nn.Module, dtype: torch.dtype | None) -> tuple | None:
-    if decoder.final_layer_norm is None or decoder.project_in is not None:  # the 350M model's layout
+def _opt(base: Part, dtype: torch.dtype | None) -> tuple | None:
+    decoder = base.decoder
+    if decoder.final_layer_norm is None or decoder.project_in is not None:  # the 350M model has another layout
         return None
     table = decoder.embed_positions
     blocks = []
@@ -185,8 +191,8 @@ def _logits(norm: Function, head: Function, config: object) -> Function:
     return lambda x: softcap * torch.tanh(head(norm(x)) / softcap)
 
 
-def _norm(module: nn.Module) -> Function:
-    """An RMS norm in one call; its weight is read off its output, since some models store it less 1."""
+def _norm(module: Part) -> Function:
+    """An RMS norm in one call. The weight is read off the norm's output, because some models store it less 1."""
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if epsilon is None or "RMSNorm" not in type(module).__name__:
         return module
@@ -203,17 +209,17 @@ def _norm(module: nn.Module) -> Function:
     return norm
 
 
-def _linear(modules: Sequence[nn.Module], dtype: torch.dtype | None) -> Function:
-    """The outputs of linear layers of one input, side by side."""
-    weights = [_weight(module) for module in modules]
-    plain = all(weight is not None for weight in weights)
+def _linear(modules: Sequence[Part], dtype: torch.dtype | None) -> Function:
+    """The outputs of several linear layers on the same input, side by side."""
+    weights = [weight for weight in map(_weight, modules) if weight is not None]
+    plain = len(weights) == len(modules)
     if plain and len(weights) > 1 and dtype is None:
         plain = sum(weight.nbytes for weight in weights) <= _MOST_COPIED
     if not plain:
         if len(modules) == 1:
             return modules[0]
         return lambda x: torch.cat([m(x) for m in modules], dim=-1)
-    biases = [plain_base(module).bias for module in modules]
+    biases = [plain_base(module).bias for module in modules]  # pyright: ignore[reportOptionalMemberAccess]
     has_bias = any(bias is not None for bias in biases)
     weight = (torch.cat(weights) if len(weights) > 1 else weights[0]).to(dtype or weights[0].dtype)
     zeros = (b if b is not None else w.new_zeros(len(w)) for b, w in zip(biases, weights, strict=True))
@@ -221,8 +227,8 @@ def _linear(modules: Sequence[nn.Module], dtype: torch.dtype | None) -> Function
     return lambda x: F.linear(x, weight, bias)
 
 
-def _weight(module: nn.Module) -> Tensor | None:
-    """[out, in] of a plain layer, or of a small one with its LoRA adapter added; None for any other module."""
+def _weight(module: Part) -> Tensor | None:
+    """The weight [out, in] of a plain layer, or of a small layer with its LoRA adapter added; None for the rest."""
     base = plain_base(module)
     if base is None or has_forward_hooks(module):
         return None

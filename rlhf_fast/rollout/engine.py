@@ -1,8 +1,8 @@
 """Decoders: a prompt goes in once, then one token per row and step; rows can be dropped between steps.
 
-`StaticDecoder` runs `blocks` over a preallocated cache, with every index a tensor, so that a CUDA device replays the
-step as a graph. `CacheDecoder` calls transformers' forward with its own growing cache: slower, for any model that has
-one. `decoder` picks the first where it gives the model's own logits.
+`StaticDecoder` runs `blocks` over a preallocated cache. Every index is a tensor, so that a CUDA device can replay the
+step as a graph. `CacheDecoder` calls transformers' forward with transformers' growing cache; it is slower, and takes
+any model with a cache. `decoder` picks `StaticDecoder` where it gives the model's own logits.
 
 Shapes: B prompts of P tokens, R rows, n rows still decoding, S cache slots, L layers, D head size, K key/value heads,
 G query heads per key/value head, V vocabulary.
@@ -23,25 +23,33 @@ from rlhf_fast.lm.private import keys_and_values, repeat_rows, select_rows
 from rlhf_fast.lm.sequences import position_ids
 from rlhf_fast.rollout import blocks, cpu
 
-# Attention reads the cache in pieces of this many slots; on CUDA a graph is captured for each.
+# Attention reads the cache in pieces of this many slots; on CUDA a graph is captured for each number of pieces.
 _SLOTS = 64
-# Why StaticDecoder is not taken for a model; None where it was found to give the model's own logits.
+# Model -> why StaticDecoder is not taken; None where a trial gave the model's own logits.
 _refused: "weakref.WeakKeyDictionary[PreTrainedModel, str | None]" = weakref.WeakKeyDictionary()
 
 
 class Decoder(Protocol):
+    """One generation: `prefill` once, then `step` for every token, with `keep` between steps."""
+
     def prefill(self, ids: Tensor, mask: Tensor, copies: int) -> Tensor:
-        """Logits [B * copies, V] behind left-padded prompts [B, P], each with `copies` consecutive rows."""
+        """Logits [B * copies, V] behind left-padded prompts [B, P]; each prompt has `copies` consecutive rows."""
+        ...
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Logits [n, V] behind one more token [n] of each row."""
+        """Logits [n, V] behind one more token [n] int64 of each row."""
+        ...
 
     def keep(self, rows: Tensor) -> Tensor:
-        """Drop all rows but these (ascending, [m] of n); returns the order [m] in which they go on."""
+        """Drops all rows but `rows` ([m] of n, ascending); returns the order [m] in which these rows go on."""
+        ...
 
 
 def decoder(model: PreTrainedModel, new_tokens: int) -> Decoder:
-    """A decoder with room for `new_tokens` tokens behind the prompt. The model must be in eval mode."""
+    """A decoder with room for `new_tokens` tokens behind the prompt. The model must be in eval mode.
+
+    Warns once where a model has to take `CacheDecoder`.
+    """
     dtype = torch.get_autocast_dtype(model.device.type) if torch.is_autocast_enabled(model.device.type) else None
     if model not in _refused:
         _refused[model] = reason = _refusal(model)
@@ -52,7 +60,7 @@ def decoder(model: PreTrainedModel, new_tokens: int) -> Decoder:
 
 
 class CacheDecoder:
-    """transformers' forward and DynamicCache."""
+    """transformers' forward and DynamicCache. The methods are those of `Decoder`."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.cache = model, DynamicCache(config=model.config)
@@ -82,7 +90,10 @@ class CacheDecoder:
 
 
 class StaticDecoder:
-    """Our own step over a cache [L, R, 2 K, S, D] that is allocated once; keys first, then values."""
+    """Our own step over a cache [L, R, 2 K, S, D] that is allocated once: keys first, then values.
+
+    The methods are those of `Decoder`.
+    """
 
     def __init__(self, model: PreTrainedModel, parts: blocks.Blocks, new_tokens: int) -> None:
         self.model, self.parts, self.new_tokens = model, parts, new_tokens
@@ -90,7 +101,7 @@ class StaticDecoder:
     def prefill(self, ids: Tensor, mask: Tensor, copies: int) -> Tensor:
         (B, P), device, parts = ids.shape, ids.device, self.parts
         positions = position_ids(mask)
-        cache = DynamicCache()  # keeps every key: the sliding windows are in our masks
+        cache = DynamicCache()  # keeps every key, because our masks have the sliding windows
         inputs = forward_inputs(self.model, ids, mask, positions)
         logits = self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
@@ -98,7 +109,7 @@ class StaticDecoder:
         layers = keys_and_values(cache)
         first = layers[0][0]
         shape = (len(parts.blocks), self.rows, 2 * parts.key_value_heads, S, parts.head_dim)
-        self.cache = first.new_zeros(shape)  # uninitialised slots could hold NaN, which a mask does not hide
+        self.cache = first.new_zeros(shape)  # uninitialised slots could hold NaN, and a mask does not hide NaN
         for layer, mine in zip(layers, self.cache, strict=True):
             both = torch.cat(layer, dim=1)
             mine.view(B, copies, *shape[2:])[:, :, :, :P] = both[:, None]
@@ -121,7 +132,7 @@ class StaticDecoder:
         return self._step(tokens) if self._graph is None else self._graph(self._step, tokens)
 
     def keep(self, rows: Tensor) -> Tensor:
-        """The last rows move to the places of the dropped ones, so that few move."""
+        """The last rows move to the places of the dropped rows, so that few rows move."""
         n = len(rows)
         stays = rows[rows < n]
         moved = rows[rows >= n]
@@ -136,8 +147,10 @@ class StaticDecoder:
         return order
 
     def _mask(self, mask: Tensor, copies: int, S: int, window: int | None) -> Tensor:
-        """Added to scores, [R, 1, 1, window + S]: 0 where the next token may look, -inf elsewhere. A sliding window
-        keeps `window` columns in front, so that the column that leaves it always exists."""
+        """What is added to scores, [R, 1, 1, window + S]: 0 where the next token may look, -inf elsewhere.
+
+        A sliding window has `window` further columns in front, so that the column that leaves the window always exists.
+        """
         B, P = mask.shape
         pad = window or 0
         visible = F.pad(mask, (pad, S - P))
@@ -149,7 +162,7 @@ class StaticDecoder:
         )[:, None, None]
 
     def _look(self, slots: int) -> None:
-        """Make the views that steps use until the cache's next piece is needed or rows are dropped."""
+        """Makes the views that steps use until they need the cache's next piece or until rows are dropped."""
         prompt = self.cache.shape[3] - self.new_tokens
         pieces = -(-(slots - prompt) // _SLOTS)
         self._readable = S = min(self.cache.shape[3], prompt + max(1, pieces) * _SLOTS)
@@ -172,16 +185,18 @@ class StaticDecoder:
     def _step(self, tokens: Tensor) -> Tensor:
         parts, n = self.parts, self.rows
         Q, K, D = parts.query_heads, parts.key_value_heads, parts.head_dim
-        attention = self._attention() if self._compiled is None else None
+        compiled = self._compiled
+        attention = self._attention() if compiled is None else None
         x = parts.embed(tokens, self.position)
         for layer, block in enumerate(parts.blocks):
             heads = block.qkv(block.attention_norm(x)).view(n, Q + 2 * K, D)
-            if block.q_norm is not None:
+            if block.q_norm is not None and block.k_norm is not None:
                 q, k, v = heads.split([Q, K, K], dim=1)
                 heads = torch.cat([block.q_norm(q), block.k_norm(k), v], dim=1)
-            if attention is None:
-                mixed = self._compiled[layer](heads.to(self.cache.dtype).contiguous(), self.length - 1)
+            if compiled is not None:
+                mixed = compiled[layer](heads.to(self.cache.dtype).contiguous(), self.length - 1)
             else:
+                assert attention is not None
                 mixed = attention(layer, block, heads)
             y = block.attention_out(mixed)
             x = x + (y if block.attention_post_norm is None else block.attention_post_norm(y))
@@ -192,7 +207,7 @@ class StaticDecoder:
         return parts.logits(x)
 
     def _attention(self) -> Callable[[int, blocks.Block, Tensor], Tensor]:
-        """Attention of this step in plain PyTorch, after what all layers share of it."""
+        """Attention of this step in plain PyTorch. Masks and rotary tables, which all layers share, are made first."""
         parts, n = self.parts, self.rows
         Q, K, D = parts.query_heads, parts.key_value_heads, parts.head_dim
         for window, mask in self.masks.items():
@@ -214,12 +229,12 @@ class StaticDecoder:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of [n, heads, D]; the sign of the rotated half is in `sin`."""
+    """The rotary embedding of x [n, heads, D]; `sin` holds the sign of the rotated half."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, block: blocks.Block) -> Tensor:
-    """q [n, K, G, D] over [n, K, S, D]: the query heads of a key/value head go as so many queries of one."""
+    """q [n, K, G, D] over [n, K, S, D]: the G query heads of a key/value head are passed as G queries of one head."""
     if block.softcap is None:
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=block.scaling)
     scores = torch.tanh(q @ keys.transpose(2, 3) * (block.scaling / block.softcap)) * block.softcap
@@ -227,9 +242,10 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, block: blocks
 
 
 class _Graph:
-    """A step captured once and replayed: one launch instead of a dozen per layer.
+    """A step that is captured once and then replayed: one launch instead of a dozen per layer.
 
-    It must not hold the step, which holds the decoder: the cycle would keep the cache until Python looks for cycles.
+    The graph must not hold the step, because the step holds the decoder, and the cycle would keep the cache until
+    Python looks for cycles.
     """
 
     def __init__(self, rows: int, device: torch.device) -> None:
@@ -239,7 +255,7 @@ class _Graph:
     def __call__(self, step: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
         self.tokens.copy_(tokens)
         if self.graph is None:
-            logits = step(self.tokens)  # sets up cuBLAS; capture itself runs nothing
+            logits = step(self.tokens)  # sets up cuBLAS and makes these logits, because a capture runs nothing
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.logits = step(self.tokens)
@@ -249,7 +265,7 @@ class _Graph:
 
 
 def _refusal(model: PreTrainedModel) -> str | None:
-    """Why our step cannot be used: None where two steps over ragged prompts give the logits of the model's forward."""
+    """Why our step cannot be used; None where two steps over ragged prompts give the logits of the model's forward."""
     ids = (torch.arange(8, device=model.device).view(2, 4) + 1) % model.config.get_text_config().vocab_size
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[0, :2] = False
@@ -266,7 +282,7 @@ def _refusal(model: PreTrainedModel) -> str | None:
             if parts is None:
                 return "the layout of its layers is not known"
             a = last_logits(StaticDecoder(model, parts, 2))
-        except Exception as error:  # weights of a class that our step cannot mix with plain tensors, for example
+        except Exception as error:  # for example weights of a class that our step cannot mix with plain tensors
             return f"a step over its weights raises {type(error).__name__}"
         b = last_logits(CacheDecoder(model))
     tolerance = 1e-4 if a.dtype == torch.float32 else 3e-2

@@ -1,19 +1,20 @@
 """Sampling from a policy in-process: one prefill, one decode loop over a KV cache, for all rows of a prompt at once.
 
-Each prompt is prefilled once; its cache is expanded to its sampled rows and, for ReMax, one greedy row, and all decode
-together, so that the greedy baseline rides along in steps that are paid for anyway. Finished rows leave the batch. The
-log-probs met while decoding are kept: they are the old policy's, and no second pass is needed.
+Each prompt is prefilled once. Its cache is then copied for its sampled rows and, for ReMax, for one greedy row. All
+rows decode together, so that the greedy baseline needs few steps of its own. Finished rows leave the batch. The
+log-probs of decoding are kept. They are the old policy's, so no second pass is needed.
 
-Sampling is from the softmax at `temperature`, which is what the training passes compute; with top_k or top_p from what
-they keep of it, and the tokens kept are part of the rollout, for the training passes to compute the same. A row's
-random numbers depend on the seed, its prompt and its number among the prompt's samples, so that the same seed gives the
-same tokens whatever else is in the batch (up to a draw that falls within rounding of a token's boundary).
+Tokens are drawn from the softmax at `temperature`, as the training passes compute it. With top_k or top_p they are
+drawn from the tokens that top_k and top_p keep; the rollout holds the kept tokens, so that the training passes use the
+same sets. A row's random numbers depend on the seed, on its prompt and on its number among the prompt's samples. The
+same seed therefore gives the same tokens whatever else is in the batch, unless a draw falls within rounding of the
+boundary between two tokens.
 Left out on purpose: text, rewards, and any decoding trick that changes the distribution.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,9 +26,9 @@ from rlhf_fast.ops.results import Sample
 from rlhf_fast.rollout.engine import Decoder, decoder
 from rlhf_fast.rollout.uniforms import prompt_keys, row_uniforms
 
-# Rows leave the batch together, when an eighth of them is done: moving the others costs a fraction of a step.
+# Rows leave the batch when an eighth of them is done, because moving the other rows costs a fraction of a step.
 _LEAVE_AT = 8
-# On a GPU the host looks for finished rows only this often; every look waits for the device.
+# On a GPU the host looks for finished rows once in this many steps, because every look waits for the device.
 _LOOK_EVERY = 16
 
 
@@ -40,33 +41,37 @@ class Rollout(NamedTuple):
     response_mask: Tensor  # [B, T] bool, True up to and including the EOS
     logprobs: Tensor  # [B, T] fp32, of the chosen tokens at the sampling temperature
     entropy: Tensor  # [B, T] fp32
-    finished: Tensor  # [B] bool, an EOS came before the length limit
-    # [B, T, ceil(V / 8)] uint8, what top_k and top_p left to draw from (bits); None: all, or not wanted
+    finished: Tensor  # [B] bool, True where an EOS came before the length limit
+    # [B, T, ceil(V / 8)] uint8, the tokens that top_k and top_p kept (bits); None: all tokens, or not wanted
     kept: Tensor | None = None
 
     @property
     def sequences(self) -> Sequences:
+        """Prompts and responses as the passes of `lm` take them."""
         return Sequences(*self[:4])
 
     def rows(self, index: slice | Tensor) -> "Rollout":
-        return Rollout(*(None if x is None else x[index] for x in self))
+        """These rows alone."""
+        return Rollout(*(None if x is None else x[index] for x in self))  # pyright: ignore[reportArgumentType]
 
 
 class Generation(NamedTuple):
-    sampled: Rollout  # [B * samples] rows, a prompt's samples consecutive
-    greedy: Rollout | None  # [B] rows
+    """The completions of B prompts."""
+
+    sampled: Rollout  # B * samples rows; the samples of a prompt are consecutive
+    greedy: Rollout | None  # B rows
 
 
 class _Stretch(NamedTuple):
     """Steps during which the same rows decoded."""
 
-    rows: Tensor  # [n], where in the output each row of the batch goes
+    rows: Tensor  # [n], the row of the output for each row of the batch
     steps: list[Sample]  # each [n]
 
 
 @contextmanager
 def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Eval mode: in train mode a model that checkpoints its activations silently drops the KV cache."""
+    """Eval mode, because in train mode a model that checkpoints its activations silently drops the KV cache."""
     training = model.training
     model.eval()
     try:
@@ -93,14 +98,17 @@ def generate(
     seed: int = 0,
     with_kept: bool = True,
 ) -> Generation:
-    """Sample `samples` completions per prompt and, with `greedy`, the most likely-token one, in one decode.
+    """Samples `samples` completions per prompt and, with `greedy`, decodes a greedy completion too, in one decode.
 
-    prompt_ids, prompt_mask: [B, P], left-padded.
+    A greedy completion takes the most likely token at every step.
+    prompt_ids, prompt_mask: [B, P] int64 and bool, left-padded.
+    eos_ids: the tokens that end a completion. pad_id: what fills the places behind the end.
     temperature, top_k, top_p: as in `sample_tokens`.
-    greedy_max_new_tokens: greedy rows end here when their EOS has not come (ReMax-fast, arXiv 2310.10505 v4).
+    greedy_max_new_tokens: the length limit of greedy rows (ReMax-fast, arXiv 2310.10505 v4).
     seed: the same seed, prompt and number of the sample give the same tokens; equal prompts are told apart by their
         order.
-    with_kept: with top_k or top_p the rollout holds the sets it drew from, which training needs.
+    with_kept: with top_k or top_p the rollout holds the sets that it drew from, because training needs them.
+    Raises ValueError for prompts that are not left-padded, for no row at all, and for lengths below 1.
     """
     if not prompt_mask[:, -1].all() or (prompt_mask[:, :-1] & ~prompt_mask[:, 1:]).any():
         raise ValueError("prompt_mask: expected left-padded prompts, got a False behind a prompt's first token")
@@ -150,9 +158,12 @@ def _decode(
     limit: Tensor,
     eos: list[int],
     with_kept: bool,
-    **options: float,
+    **options: Any,
 ) -> list[_Stretch]:
-    """Decode until every row has met an EOS or its limit. Per-row arguments follow the rows of the batch."""
+    """Decodes until every row has met an EOS or its limit.
+
+    uniforms [R, T], greedy [R] bool, limit [R]: one entry for each row of the batch. options: as in `sample_tokens`.
+    """
     rows = torch.arange(len(uniforms), device=ids_BP.device)
     eos_ids = torch.tensor(eos, device=ids_BP.device)
     last = uniforms.shape[1] - 1
@@ -181,8 +192,10 @@ def _decode(
     return stretches
 
 
-def _assemble(stretches: list[_Stretch], limit: Tensor, eos: Tensor, pad_id: int) -> tuple[Tensor | None, ...]:
-    """What a Rollout has behind its prompt, without what came behind a row's end."""
+def _assemble(
+    stretches: list[_Stretch], limit: Tensor, eos: Tensor, pad_id: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """The fields of a Rollout behind its prompt. Tokens behind a row's end are masked."""
     first = stretches[0].steps[0]
     R, T = len(stretches[0].rows), sum(len(s.steps) for s in stretches)
     names = ["tokens", "logprobs", "entropy"] + ["kept"] * (first.kept is not None)
@@ -199,12 +212,15 @@ def _assemble(stretches: list[_Stretch], limit: Tensor, eos: Tensor, pad_id: int
     mask = (place < limit[:, None]) & ~ended_before
     width = int(mask.sum(dim=1).max())
     columns = (ids.where(mask, pad_id), mask, logprobs.where(mask, 0.0), entropy.where(mask, 0.0))
-    kept = kept[0][:, :width].contiguous() if kept else None
-    return *(x[:, :width].contiguous() for x in columns), ends.any(dim=1), kept
+    ids, mask, logprobs, entropy = (x[:, :width].contiguous() for x in columns)
+    return ids, mask, logprobs, entropy, ends.any(dim=1), kept[0][:, :width].contiguous() if kept else None
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that end a completion: the tokenizer's EOS and whatever the model's generation config adds."""
+    """The ids that end a completion: the tokenizer's EOS and the EOS of the model's generation config.
+
+    Raises ValueError where neither has an EOS.
+    """
     ids = model.generation_config.eos_token_id if model.generation_config is not None else None
     ids = list(ids) if isinstance(ids, (list, tuple)) else [ids]
     ids = sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})

@@ -1,6 +1,6 @@
-"""Samplers: prompts in, completions with their log-probs out. The socket for other engines than ours.
+"""Samplers: prompts in, completions with their log-probs out. Another engine than ours is another `Sampler`.
 
-Left out on purpose: text and rewards, and which prompts a round takes.
+Left out on purpose: text and rewards, and the choice of a round's prompts.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from rlhf_fast.rollout.generate import Generation, eos_token_ids, generate
 
 
 class Sampler(Protocol):
-    """What the stages ask of an engine. B prompts give B * samples sampled rows and, with `greedy`, B greedy rows."""
+    """What stages ask of an engine. B prompts give B * samples sampled rows and, with `greedy`, B greedy rows."""
 
     def __call__(
         self,
@@ -24,7 +24,8 @@ class Sampler(Protocol):
         greedy: bool = False,
         with_kept: bool = True,
     ) -> Generation:
-        """Completions of the prompts' token ids; arguments as in `generate`."""
+        """Completions of prompts, lists of token ids without padding. The arguments are those of `generate`."""
+        ...
 
 
 class LocalSampler:
@@ -62,6 +63,7 @@ class LocalSampler:
         greedy: bool = False,
         with_kept: bool = True,
     ) -> Generation:
+        """As in `Sampler`."""
         pad = pad_id(self.tokenizer)
         ids, mask = (x.to(self.model.device) for x in pad_left(list(prompts), pad))
         return generate(

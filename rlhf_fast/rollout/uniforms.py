@@ -1,7 +1,7 @@
 """Random numbers that belong to a row, not to a place in a batch: U[0, 1) from (seed, prompt, sample, step).
 
-A counter-based generator (SplitMix64: Steele, Lea, Flood 2014) in int64 tensor arithmetic, which wraps around. The same
-on every device, whatever rows share the batch and however they are ordered.
+The generator counts (SplitMix64: Steele, Lea, Flood 2014) in int64 tensors, whose arithmetic wraps around. Its numbers
+are the same on every device, whatever rows share the batch and however the rows are ordered.
 """
 
 import torch
@@ -11,14 +11,14 @@ _GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**6
 
 
 def row_uniforms(seed: int, keys: Tensor, steps: int) -> Tensor:
-    """[R, steps] float64 in [0, 1) for the rows of `keys` [R] int64."""
+    """Random numbers [R, steps] float64 in [0, 1) for rows with `keys` [R] int64."""
     counters = torch.arange(1, steps + 1, device=keys.device) * _GOLDEN
     bits = _mix(_mix(keys ^ _mix(torch.full_like(keys, seed)))[:, None] + counters)
     return _shift(bits, 11).double() * 2.0**-53
 
 
 def prompt_keys(ids: Tensor, mask: Tensor) -> Tensor:
-    """[B] int64: a hash of each prompt's tokens, wherever its padding is; equal prompts are numbered apart."""
+    """Keys [B] int64: a hash of each prompt's tokens, wherever its padding stands. Equal prompts get different keys."""
     place = mask.long().cumsum(dim=1)  # counted from the prompt's first token
     hashes = torch.where(mask, _mix(ids * _FIRST + place * _GOLDEN), 0).sum(dim=1)
     same_before = torch.tril(hashes[:, None] == hashes, diagonal=-1).sum(dim=1)
@@ -32,5 +32,5 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift; int64's own keeps the sign."""
+    """Logical right shift, because the shift of int64 keeps the sign."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)

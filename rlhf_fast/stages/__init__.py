@@ -1,1 +1,1 @@
-"""The stages: each module has `train(config)`, reads a checkpoint directory and data, writes a checkpoint directory."""
+"""The stages. Each module of a training stage has `train(config)`: a checkpoint and data in, a checkpoint out."""

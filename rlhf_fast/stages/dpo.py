@@ -1,6 +1,6 @@
 """Direct preference optimisation (arXiv 2305.18290): no reward model, no sampling.
 
-The reference's log-probs are computed once for all pairs, held-out ones too, and reused in every epoch; the reference
+The reference's log-probs are computed once for all pairs, held-out pairs too, and reused in every epoch. The reference
 model is then dropped. Chosen and rejected answers of a pair go through the policy in one forward pass.
 """
 
@@ -36,7 +36,7 @@ from rlhf_fast.training.tally import Tally
 
 
 def train(config: DPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
-    """Train `config.model` on preference pairs; the result goes to `config.output_dir`."""
+    """Trains `config.model` on preference pairs; the result goes to `config.output_dir`."""
     device = default_device()
     tokenizer = load_tokenizer(config.model)
     if config.reference is not None:
@@ -46,7 +46,7 @@ def train(config: DPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
     batches = offline_batches(len(data.examples), config.batch_size, config.epochs, config.seed)
     examples, pad, size = [*data.examples, *held_out], pad_id(tokenizer), config.micro_batch_size or config.batch_size
     policy, reference = load_policy_and_reference(config, device)
-    reference.to(device)
+    reference.to(device)  # pyright: ignore[reportArgumentType]
     rows = [e.prompt_ids + ids for e in examples for ids in (e.chosen_ids, e.rejected_ids)]
     check_rows(policy, tokenizer, rows, "max_length")
     check_rows(reference, tokenizer, rows, "max_length", role="reference")
@@ -55,7 +55,7 @@ def train(config: DPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
     refs = torch.empty(2, 0)  # the reference's log-probs of the chosen and rejected answers of all examples
 
     def loss(rows: list[int], total: int, tally: Tally) -> Tensor:
-        """Tallies the means over the micro-batch, weighted by its share of `total` pairs."""
+        """Tallies the means over the micro-batch, weighted by the micro-batch's share of `total` pairs."""
         pairs = pair_sequences([examples[i] for i in rows], pad, device)
         chosen_lengths, rejected_lengths = pairs.response_mask.sum(dim=1).chunk(2)
         out = objectives.dpo(
@@ -120,7 +120,7 @@ def _encode(path: str, tokenizer: PreTrainedTokenizerBase, config: DPOConfig) ->
 
 
 def pair_sequences(batch: list[PreferenceExample], pad: int, device: torch.device) -> Sequences:
-    """[2B, ...]: the prompts with their chosen answers, then again with the rejected ones."""
+    """2 B rows: the prompts with their chosen answers, then the prompts with their rejected answers."""
     prompts = pad_left([e.prompt_ids for e in batch] * 2, pad)
     responses = pad_right([e.chosen_ids for e in batch] + [e.rejected_ids for e in batch], pad)
     return Sequences(*prompts, *responses).to(device)

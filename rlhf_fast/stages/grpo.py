@@ -3,8 +3,8 @@
     loss = -1/B sum_i 1/|o_i| sum_t {min(rho A_i, clip(rho, 1 - eps, 1 + eps) A_i) - beta KL_t},
     KL_t = e^(log ref - log pi) - 1 - (log ref - log pi)   (k3)
 
-The KL to the reference is a term of the loss, not of the reward, and every completion weighs the same whatever its
-length. Left out: the iterative variant, which trains the reward model on the way.
+The KL to the reference is a term of the loss, not of the reward. Every completion weighs the same, whatever its length.
+Left out: the iterative variant, which also trains the reward model.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ from rlhf_fast.training.tally import Tally
 
 
 def train(config: GRPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
-    """Train `config.model` by GRPO; the result goes to `config.output_dir`."""
+    """Trains `config.model` by GRPO; the result goes to `config.output_dir`."""
     updates = config.epochs * config.minibatches
     online = Online(config, "GRPO", samples=config.group_size, updates_per_round=updates)
 
@@ -38,9 +38,12 @@ def train(config: GRPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
 
 
 def minibatch_update(
-    run: Run, online: Online, rollout: Rollout, targets: tuple[Tensor, Tensor], untouched: bool
+    run: Run, online: Online[GRPOConfig], rollout: Rollout, targets: tuple[Tensor, ...], untouched: bool
 ) -> dict[str, float]:
-    """One optimizer step on the clipped loss with its KL term; the denominator is the minibatch's completions."""
+    """One optimizer step on the clipped loss with its KL term; the denominator is the number of completions.
+
+    targets: advantages [B] and the reference's log-probs [B, T]. untouched: as in `several_epochs`.
+    """
     config, (advantages_B, ref_logprobs_BT) = online.config, targets
     completions = len(advantages_B)
     tally = Tally()

@@ -1,7 +1,7 @@
 """Starting from nothing: a byte-level BPE tokenizer trained on the data, and a model with random weights from a config.
 
 `train_bpe` and `init_model` are the two steps; `init` does both from files, as the command line does.
-Left out: loading published tokenizers and models, which `transformers` does (a stage takes their directory or name).
+Left out: loading published tokenizers and models. A stage takes their directory or name, and `transformers` loads them.
 """
 
 import json
@@ -23,7 +23,10 @@ _BYTES = 256
 
 
 def init(config: InitConfig) -> None:
-    """Trains the tokenizer on the text columns, builds the model and writes both to output_dir."""
+    """Trains the tokenizer on the text columns, builds the model and writes both to output_dir.
+
+    Raises ValueError where model_config is not JSON, and where a row lacks a text column.
+    """
     path = Path(config.model_config)
     try:
         model_config = json.loads(path.read_text(encoding="utf-8"))
@@ -61,9 +64,9 @@ def train_bpe(
 ) -> PreTrainedTokenizerFast:
     """Byte-level BPE (Sennrich et al. 2016, over bytes as in GPT-2): any text round-trips, nothing is unknown.
 
-    The special tokens take the first ids, pad first, then the 256 bytes and the merges. With bos_token the tokenizer
-    puts it in front by itself. Fewer tokens than vocab_size come out where the texts do not hold enough pairs.
-    Raises ValueError if vocab_size has no room for the bytes and the special tokens.
+    The special tokens take the first ids, pad before the others; then come the 256 bytes and the merges. With bos_token
+    the tokenizer puts BOS in front of every text. The vocabulary is smaller than vocab_size where the texts hold too
+    few pairs. Raises ValueError if vocab_size has no room for the bytes and the special tokens.
     """
     special = [token for token in (pad_token, eos_token, bos_token, *extra_special_tokens) if token is not None]
     least = _BYTES + len(special)
@@ -90,7 +93,7 @@ def train_bpe(
         bos_token=bos_token,
         additional_special_tokens=list(extra_special_tokens),
         chat_template=chat_template,
-        clean_up_tokenization_spaces=False,  # would take the space out of "a ." when decoding
+        clean_up_tokenization_spaces=False,  # True would take the space out of "a ." when decoding
         padding_side="left",
     )
 
@@ -100,14 +103,15 @@ def init_model(
 ) -> PreTrainedModel:
     """Builds a causal LM with random weights from a transformers config and saves it with its tokenizer.
 
-    config: `model_type` and the model's own keys, `{"model_type": "llama", "hidden_size": 128, ...}`. The vocabulary
-    size and the ids of EOS, pad and BOS are the tokenizer's. The directory appears complete or not at all.
-    Raises ValueError for an unknown model_type or key (transformers would keep the default and say nothing).
+    config: `model_type` and the model's own keys, such as `{"model_type": "llama", "hidden_size": 128}`. The vocabulary
+        size and the ids of EOS, pad and BOS come from the tokenizer.
+    The directory appears complete or not at all. Raises ValueError for an unknown model_type, and for an unknown key,
+    because transformers would keep the default and say nothing.
     """
     if not isinstance(config, dict) or "model_type" not in config:
         raise ValueError("model_config: expected an object with model_type, such as llama or gpt2")
     keys = {key: value for key, value in config.items() if key != "model_type"}
-    default = AutoConfig.for_model(config["model_type"])  # a ValueError listing the model types if there is none
+    default = AutoConfig.for_model(config["model_type"])  # an unknown type is a ValueError that lists the types
     unknown = [key for key in keys if not hasattr(default, key)]
     if unknown:
         raise ValueError(f"model_config: {config['model_type']} has no {', '.join(unknown)}")

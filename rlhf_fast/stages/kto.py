@@ -2,9 +2,9 @@
 
     r = beta (log pi(y|x) - log pi_ref(y|x)),  z = beta max(0, KL),  loss = weight_y (1 - sigmoid(+-(r - z)))
 
-KL is the mean of log pi(y'|x) - log pi_ref(y'|x) over the batch, y' the completion of a row with another prompt. It is
-of the whole batch, so micro-batches change nothing. The reference's log-probs are computed once for all rows; the
-reference model is then dropped. A row of a preference pair counts as two rows, one good and one bad.
+KL is the mean of log pi(y'|x) - log pi_ref(y'|x) over the batch, where y' is the completion of a row with another
+prompt. The mean is over the whole batch, so micro-batches change nothing. The reference's log-probs are computed once
+for all rows, and the reference model is then dropped. A preference pair counts as two rows, a good and a bad row.
 """
 
 from collections.abc import Sequence
@@ -32,15 +32,15 @@ from rlhf_fast.training.tally import Tally
 
 
 class Whole(NamedTuple):
-    """What a micro-batch takes from its batch."""
+    """The numbers of a whole batch that the loss of its micro-batches needs."""
 
     rows: int
     good: int  # rows with label true
-    kl: Tensor | None  # 0-dim, in nats; None where the loss does not use it
+    kl: Tensor | None  # 0-dim, in nats; None where the loss uses no KL
 
 
 def train(config: KTOConfig, *, listeners: Sequence[Listener] = ()) -> None:
-    """Train `config.model` on labelled completions; the result goes to `config.output_dir`."""
+    """Trains `config.model` on labelled completions; the result goes to `config.output_dir`."""
     device = default_device()
     tokenizer = load_tokenizer(config.model)
     if config.reference is not None:
@@ -51,7 +51,7 @@ def train(config: KTOConfig, *, listeners: Sequence[Listener] = ()) -> None:
     batches = offline_batches(len(data.examples), config.batch_size, config.epochs, config.seed)
     examples, pad, size = [*data.examples, *held_out], pad_id(tokenizer), config.micro_batch_size or config.batch_size
     policy, reference = load_policy_and_reference(config, device)
-    reference.to(device)
+    reference.to(device)  # pyright: ignore[reportArgumentType]
     whole_rows = [prompt + ids for e in examples for prompt, ids in ((e.prompt_ids, e.completion_ids), e.unrelated)]
     check_rows(policy, tokenizer, whole_rows, "max_length")
     check_rows(reference, tokenizer, whole_rows, "max_length", role="reference")
@@ -91,7 +91,7 @@ def train(config: KTOConfig, *, listeners: Sequence[Listener] = ()) -> None:
         )
         tally.add("loss", out.loss)
         for name, mine, count in (("good", labels, whole.good), ("bad", ~labels, whole.rows - whole.good)):
-            if count:  # of the batch
+            if count:  # a batch may lack good rows, or bad rows
                 tally.add(f"rewards/{name}", out.rewards.where(mine, 0.0).sum().double() / count)
                 tally.add(f"logps/{name}", out.logps.where(mine, 0.0).sum().double() / count)
         if whole.kl is not None:
@@ -135,7 +135,7 @@ def train(config: KTOConfig, *, listeners: Sequence[Listener] = ()) -> None:
 
 
 def sequences(examples: list[UnpairedExample], pad: int, device: torch.device, *, unrelated: bool = False) -> Sequences:
-    """The prompts with their own completions, or with the unrelated ones."""
+    """The prompts with their own completions, or with their unrelated completions."""
     rows = [e.unrelated if unrelated else (e.prompt_ids, e.completion_ids) for e in examples]
     prompts, completions = (list(column) for column in zip(*rows, strict=True))
     return Sequences(*pad_left(prompts, pad), *pad_right(completions, pad)).to(device)

@@ -1,7 +1,7 @@
-"""The loop of every offline stage: shuffled batches of rows, one optimizer step for each.
+"""The loop of every offline stage: shuffled batches of rows, one optimizer step for each batch.
 
-A step takes its batch a micro-batch at a time. The stage says what a micro-batch's loss is. The stage's held-out rows
-are evaluated after every epoch.
+A step takes its batch a micro-batch at a time. The stage gives a function for a micro-batch's loss. The stage's
+held-out rows are evaluated after every epoch.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_fast.config import StageConfig
+from rlhf_fast.config import OfflineConfig, RewardConfig, SFTConfig
 from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.lm.sequences import Sequences
 from rlhf_fast.training.batches import micro_batches
@@ -24,25 +24,27 @@ from rlhf_fast.training.tally import Tally
 
 
 class Loss(Protocol):
-    """The loss of a micro-batch, a part of its batch's mean, and what it adds to the step's numbers."""
+    """The loss of a micro-batch, which is the micro-batch's part of its batch's mean."""
 
-    def __call__(self, rows: list[int], whole: Any, tally: Tally) -> Tensor:
-        """rows: indices of examples. whole: what `Offline.whole` made of the batch, such as its number of rows."""
+    def __call__(self, rows: list[int], whole: Any, tally: Tally, /) -> Tensor:
+        """rows: indices of examples. whole: what `Offline.whole` made of the batch, such as its number of rows.
+        tally: gets the step's numbers."""
+        ...
 
 
 class Offline:
     """One offline stage: the model it trains, its batches, and the loop.
 
     batches: the indices of the rows of every step, an equal number of steps in each epoch.
-    role: what the trained model is called in run.json.
-    whole: what the losses of the micro-batches take from their whole batch, made of its rows; default: their number.
+    role: the name of the trained model in run.json.
+    whole: makes of a batch's rows what the losses of its micro-batches need; default: the number of rows.
     held_out: evaluates the held-out rows and returns their metrics; called after every epoch.
     frozen, evaluator, show, listeners: as in `Run`.
     """
 
     def __init__(
         self,
-        config: StageConfig,
+        config: SFTConfig | RewardConfig | OfflineConfig,
         name: str,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
@@ -72,14 +74,17 @@ class Offline:
 
     @contextmanager
     def training(self, rows: int, truncated: int) -> Iterator[Run]:
-        """The run over so many rows. The stage calls `steps` inside, and may do more before and after the steps."""
+        """The run over `rows` rows, of which `truncated` lost tokens. The stage calls `steps` inside.
+
+        The stage may do more inside, before and after the steps. The trained model is written at the end.
+        """
         with self.run as run:
             run.note(rows=rows, truncated_rows=truncated)
             yield run
             run.finish()
 
     def steps(self, loss: Loss) -> None:
-        """Every step of every epoch."""
+        """Takes every step of every epoch."""
         run, learner, steps_per_epoch = self.run, self.learner, len(self.batches) // self.config.epochs
         for step in run.steps():
             batch, tally = self.batches[step - 1], Tally()
@@ -101,6 +106,6 @@ class Offline:
 
 @torch.no_grad()
 def summed_logprobs(objectives: Objectives, parts: Iterable[Sequences], bf16: bool) -> list[Tensor]:
-    """Of every part the log-probs [B] of its B responses, summed over their tokens."""
+    """The log-probs [B] of the B responses of every part, summed over the tokens of a response."""
     with autocast(objectives.model.device, bf16):
         return [objectives.logprobs(part).logprobs.sum(dim=1) for part in parts]

@@ -1,12 +1,12 @@
-"""What the online methods share: the models, rollouts, scores, reference log-probs, and the loop over rounds.
+"""What all online methods share: the models, rollouts, scores, reference log-probs, and the loop over rounds.
 
-A round is: sample a batch of completions; score them; take the reference's log-probs; let the method turn these into an
-update. Old-policy log-probs come from decoding itself. Every first training pass over a rollout is compared with them,
-and the run stops when they disagree: a silent mismatch would bias every ratio and gradient.
+A round samples a batch of completions, scores them and takes the reference's log-probs. The method then makes an update
+of them. The old policy's log-probs come from decoding. The first training pass over a rollout is compared with these
+log-probs, and the run stops where they disagree, because a silent mismatch would bias every ratio and gradient.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ class Experience(NamedTuple):
     """One round's data: B completions, T response tokens."""
 
     rollout: Rollout
-    scores: Tensor  # [B], missing-EOS penalty taken off
+    scores: Tensor  # [B], less the penalty for a missing EOS
     greedy_scores: Tensor | None  # [B], ReMax's baseline
     ref_logprobs: Tensor  # [B, T]
 
@@ -45,17 +45,21 @@ class Experience(NamedTuple):
 _DRIFT = "val/logprob_drift"
 
 
-class Online:
+Config = TypeVar("Config", bound=OnlineConfig)
+
+
+class Online(Generic[Config]):
     """Models, prompts and reward of an online method, and the loop over rounds.
 
     samples: completions per prompt. greedy: also decode each prompt's greedy completion, in the same batch.
-    greedy_length: tokens of a greedy completion at most; default: as many as of a sampled one.
-    updates_per_round: optimizer steps the method takes on each rollout.
+    greedy_length: tokens of a greedy completion at most; default: the limit of sampled completions.
+    updates_per_round: optimizer steps that the method takes on each rollout.
+    Raises ValueError where there are fewer prompts than a round takes, and where a model cannot read a row.
     """
 
     def __init__(
         self,
-        config: OnlineConfig,
+        config: Config,
         name: str,
         *,
         samples: int = 1,
@@ -106,9 +110,10 @@ class Online:
         self.evaluator = make_evaluator(config, self.tokenizer, self.device, self.reference, self.reward)
         self.updates = config.steps * updates_per_round
         self.learner = Learner(self.policy, config, self.updates)
-        self.drift_bound = config.max_logprob_drift
-        if self.drift_bound is None:  # seen on small models: 1e-6 to 1e-5 in fp32, 0.03 to 0.06 in bf16
-            self.drift_bound = 0.5 if config.bf16 else 0.01
+        bound = config.max_logprob_drift
+        if bound is None:  # the drift of small models is 1e-6 to 1e-5 in fp32, 0.03 to 0.06 in bf16
+            bound = 0.5 if config.bf16 else 0.01
+        self.drift_bound = bound
         self.kl = KLController(config.kl_coef, config.kl_target, config.kl_horizon)
 
     def run(
@@ -118,7 +123,11 @@ class Online:
         learners: dict[str, Learner] | None = None,
         listeners: Sequence[Listener] = (),
     ) -> None:
-        """Collect and update for config.steps rounds; `learners` are trained models besides the policy."""
+        """Collects and updates for config.steps rounds.
+
+        update: takes the optimizer steps of a round and returns the metrics. learners: role -> trained model besides
+            the policy.
+        """
         with Run(
             self.config,
             self.name,
@@ -139,7 +148,7 @@ class Online:
                 metrics = {**self._describe(experience), **update(run, experience)}
                 metrics |= {"lr": self.learner.lr, "episode": step * self.config.batch_size}
                 self.kl.update(metrics["objective/kl"], self.config.batch_size)
-                del experience  # else it is there, kept sets and all, while the next one is sampled
+                del experience  # else it would take memory while the next round is sampled
                 run.end_step(step, metrics)
             run.finish()
 
@@ -148,7 +157,7 @@ class Online:
         check_prompts(self.prompts, self.config.max_response_length, self.tokenizer, **models)
 
     def collect(self, meter: Meter, step: int) -> Experience:
-        """Sample, score and take the reference's log-probs for round `step`."""
+        """Samples, scores and takes the reference's log-probs for round `step`."""
         prompts = self._round_prompts(step)
         seed = seed_everything(self.config.seed, step)
         with autocast(self.device, self.config.bf16), torch.no_grad():
@@ -171,12 +180,15 @@ class Online:
     def note_drift(self, tally: Tally, logprobs: Tensor, rollout: Rollout) -> None:
         """Tallies the largest |training-time - decode-time| log-prob of a micro-batch, for `check_drift`.
 
-        Call before the first optimizer step on a rollout, while both log-probs come from the same weights.
+        Call it before the first optimizer step on a rollout, while both log-probs come from the same weights.
         """
         tally.raise_to(_DRIFT, (logprobs.detach() - rollout.logprobs).abs().max())
 
     def note_mean_drift(self, tally: Tally, logps: Tensor, rollout: Rollout) -> None:
-        """`note_drift` where only the summed log-probs [B] of whole completions are known: their mean over tokens."""
+        """`note_drift` of the mean over a completion's tokens, where only summed log-probs [B] are known.
+
+        logps: [B], summed over the tokens of each completion.
+        """
         decoded_B, tokens_B = rollout.logprobs.sum(dim=1), rollout.response_mask.sum(dim=1)
         tally.raise_to(_DRIFT, ((logps.detach() - decoded_B) / tokens_B).abs().max())
 
@@ -198,7 +210,7 @@ class Online:
         return [self.prompts[i] for i in batches[index]]
 
     def _describe(self, experience: Experience) -> dict[str, float]:
-        """What the rollout itself says, as the means over its completions."""
+        """The metrics of a rollout: means over its completions."""
         rollout, mask, tally = experience.rollout, experience.rollout.response_mask, Tally()
         kl_B = kl_penalty(rollout.logprobs, experience.ref_logprobs, "k1").where(mask, 0.0).sum(dim=1)
         tally.add("objective/kl", kl_B.mean())

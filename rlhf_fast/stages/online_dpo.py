@@ -1,8 +1,8 @@
 """Online DPO (arXiv 2402.04792): DPO on pairs that the policy samples itself and that a reward labels.
 
-Each prompt gets two samples. The sample with the higher score is chosen, the other rejected; with kl_coef the score is
-less kl_coef times the completion's KL to the reference, as RLOO's is. Two equal scores say nothing, so their pair is
-left out. One optimizer step per rollout; the denominator is the number of pairs with a preference.
+Each prompt gets two samples. The sample with the higher score is chosen, the other is rejected. As in RLOO, kl_coef
+times the completion's KL to the reference is taken off the score. Two equal scores tell no preference, so their pair is
+left out. A rollout gets one optimizer step; the denominator is the number of pairs with a preference.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from rlhf_fast.training.tally import Tally
 
 
 def train(config: OnlineDPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
-    """Train `config.model` by online DPO; the result goes to `config.output_dir`."""
+    """Trains `config.model` by online DPO; the result goes to `config.output_dir`."""
     online = Online(config, "online DPO", samples=2)
 
     def update(run: Run, experience: Experience) -> dict[str, float]:
@@ -37,7 +37,7 @@ def train(config: OnlineDPOConfig, *, listeners: Sequence[Listener] = ()) -> Non
 
 
 def preferred(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of the chosen and of the rejected samples, from scores [2 P] of which two in turn belong to a prompt."""
+    """The rows of the chosen and of the rejected samples, int64. scores: [2 P], two consecutive scores per prompt."""
     pairs_P2 = scores.view(-1, 2)
     best_P = pairs_P2.argmax(dim=1)
     first_P = torch.arange(0, len(scores), 2, device=scores.device)
@@ -46,14 +46,17 @@ def preferred(scores: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def step(
-    online: Online,
+    online: Online[OnlineDPOConfig],
     run: Run,
     rollout: Rollout,
     refs_B: Tensor,
     chosen: Tensor,
     rejected: Tensor,
 ) -> dict[str, float]:
-    """One optimizer step on `dpo_loss` of the rows `chosen` and `rejected`; refs_B: the reference's log-probs."""
+    """One optimizer step on `dpo_loss` of the rows `chosen` and `rejected`.
+
+    refs_B: the reference's log-probs, summed over each completion.
+    """
     config, tally, pairs = online.config, Tally(), len(chosen)
     size = None if config.micro_batch_size is None else config.micro_batch_size // 2
     tally.add("pairs", pairs)

@@ -1,6 +1,7 @@
 """Preference pairs from a model's own samples, labelled by Bradley-Terry on a reward.
 
-P(a preferred over b) = sigmoid(scale * (reward(a) - reward(b))), a draw per pair: the labels are as noisy as people's.
+P(a preferred over b) = sigmoid(scale * (reward(a) - reward(b))). Each label is drawn, so labels are noisy, as people's
+labels are.
 """
 
 import torch
@@ -17,10 +18,14 @@ from rlhf_fast.training.rewards import Reward, decode_responses
 
 
 def sample(config: PairsConfig) -> None:
-    """Write a {prompt, chosen, rejected} row per prompt to `config.output`; equal or empty completions are left out."""
+    """Writes a {prompt, chosen, rejected} row per prompt to `config.output`.
+
+    Rows of the last config.eval_rows prompts go to config.eval_output instead. A prompt with equal completions or with
+    an empty completion is left out.
+    """
     device = default_device()
     tokenizer = load_tokenizer(config.model)
-    policy = load_policy(config.model, trainable=False).to(device)
+    policy = load_policy(config.model, trainable=False).to(device)  # pyright: ignore[reportArgumentType]
     reward = Reward(config.reward, tokenizer, device, max_prompt_length=config.max_prompt_length)
     rows = load_rows(config.prompts, "prompt")[: config.max_rows]
     prompts = encode_prompts(rows, tokenizer, config.max_prompt_length).examples

@@ -1,9 +1,9 @@
 """PPO for language models (Schulman et al. 2017; Ziegler et al. 2019; Stiennon et al. 2020).
 
-Four models: policy, value, reward, reference. With LoRA the reference is the policy's base, with `share_base` all four
-stand on that one, and with `critic: shared` the value model is a head on the policy's own trunk. The reward is the
-score on the EOS token less the KL penalty on every token; advantages are GAE's, whitened over the rollout; several
-epochs of minibatches with clipped policy and value losses.
+There are four models: policy, value, reward, reference. With LoRA the reference is the policy's base. With `share_base`
+all four models stand on this base. With `critic: shared` the value model is a head on the policy's trunk. The reward is
+the score at the last token, less the KL penalty at every token. Advantages are GAE's (arXiv 1506.02438), whitened over
+the rollout. Several epochs of minibatches follow, with clipped policy and value losses.
 """
 
 from collections.abc import Sequence
@@ -18,6 +18,7 @@ from rlhf_fast.lm.adapters import lora_of
 from rlhf_fast.lm.forward import within
 from rlhf_fast.lm.loading import load_scorer, value_head_on
 from rlhf_fast.lm.passes import response_hidden
+from rlhf_fast.lm.private import score_head
 from rlhf_fast.lm.scores import Scores
 from rlhf_fast.lm.tokenizers import check_tokenizer
 from rlhf_fast.ops import LinearPPOLoss, ValueLoss, gae, ppo_value_loss, shape_rewards, whiten
@@ -33,15 +34,15 @@ from rlhf_fast.training.tally import Tally
 
 
 class Targets(NamedTuple):
-    """What a rollout is trained towards, all [B, T] fp32 and fixed over its epochs."""
+    """The targets of a rollout, [B, T] fp32 each and fixed over its epochs."""
 
     advantages: Tensor  # whitened
     returns: Tensor
-    values: Tensor  # of the value model that saw the rollout first
+    values: Tensor  # from the value model before its first step on the rollout
 
 
 def train(config: PPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
-    """Train `config.model` by PPO; the policy goes to `config.output_dir`, the value model to its folder `value`."""
+    """Trains `config.model` by PPO; the policy goes to `config.output_dir`, the value model to its folder `value`."""
     online = Online(config, "PPO", updates_per_round=config.epochs * config.minibatches)
     critic = load_critic(online)
 
@@ -52,8 +53,11 @@ def train(config: PPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
     online.run(update, learners={"value": critic}, listeners=listeners)
 
 
-def load_critic(online: Online) -> Learner:
-    """The value model: of its own, on the policy's base (share_base), or a head on the policy's trunk."""
+def load_critic(online: Online[PPOConfig]) -> Learner:
+    """The value model and its learner: a model of its own, on the policy's base (share_base), or a head on the policy.
+
+    Raises ValueError where `critic: shared` meets a policy whose logits do not come from its hidden states.
+    """
     config, resumed = online.config, resume_directory(online.config)
     saved = resumed / "value" if resumed else None
     if config.critic == "shared":
@@ -64,18 +68,20 @@ def load_critic(online: Online) -> Learner:
         path = saved or config.value_model or value_start(online)
         check_tokenizer(path, online.tokenizer, "value_model")
         shared = online.policy if config.share_base else None
-        model = load_scorer(path, head="zero", lora=lora_of(config), shared=shared).to(online.device)
+        model = load_scorer(path, head="zero", lora=lora_of(config), shared=shared)
+        model.to(online.device)  # pyright: ignore[reportArgumentType]
         online.check_lengths(value_model=model)
-    trained = model.score.parameters() if config.critic == "shared" else None
+    trained = score_head(model).parameters() if config.critic == "shared" else None
     return Learner(model, config, online.updates, learning_rate=config.value_learning_rate, parameters=trained)
 
 
 def value_start(online: Online) -> str:
-    """What a value model starts from unless the config says: the reward model where it reads the policy's tokens."""
+    """The model that a value model starts from by default: the reward model where it reads the policy's tokens."""
     return online.config.reward if online.reward.reader is not None else online.config.model
 
 
-def advantages_and_returns(run: Run, online: Online, critic: Learner, experience: Experience) -> Targets:
+def advantages_and_returns(run: Run, online: Online[PPOConfig], critic: Learner, experience: Experience) -> Targets:
+    """The targets of a rollout: values of the value model, rewards less the KL penalty, and GAE."""
     config, rollout, mask = online.config, experience.rollout, experience.rollout.response_mask
     with run.meter.phase("value"), torch.no_grad(), critic.autocast():
         rows = micro_batches(len(mask), config.micro_batch_size)
@@ -88,9 +94,12 @@ def advantages_and_returns(run: Run, online: Online, critic: Learner, experience
 
 
 def minibatch_update(
-    run: Run, online: Online, critic: Learner, rollout: Rollout, targets: tuple[Tensor, ...], untouched: bool
+    run: Run, online: Online[PPOConfig], critic: Learner, rollout: Rollout, targets: tuple[Tensor, ...], untouched: bool
 ) -> dict[str, float]:
-    """One optimizer step of policy and value model; denominators are the minibatch's token count."""
+    """One optimizer step of policy and value model; the denominator is the number of the minibatch's tokens.
+
+    targets: the fields of `Targets`. untouched: as in `several_epochs`.
+    """
     mask = rollout.response_mask
     tokens = mask.sum()
     tally = Tally()
@@ -113,7 +122,7 @@ def minibatch_update(
 
 
 def separate_backward(
-    run: Run, online: Online, critic: Learner, part: Rollout, target: Targets, tokens: Tensor
+    run: Run, online: Online[PPOConfig], critic: Learner, part: Rollout, target: Targets, tokens: Tensor
 ) -> tuple[LinearPPOLoss, ValueLoss]:
     """Policy and value model, each with a forward and a backward pass of its own."""
     with run.meter.phase("policy_update"):
@@ -129,7 +138,7 @@ def separate_backward(
 
 
 def joint_backward(
-    run: Run, online: Online, critic: Learner, part: Rollout, target: Targets, tokens: Tensor
+    run: Run, online: Online[PPOConfig], critic: Learner, part: Rollout, target: Targets, tokens: Tensor
 ) -> tuple[LinearPPOLoss, ValueLoss]:
     """One forward pass of the trunk that policy and value head share, and one backward pass of both losses."""
     scores = critic_scores(online, critic)
@@ -146,12 +155,15 @@ def joint_backward(
     return policy, value
 
 
-def critic_scores(online: Online, critic: Learner) -> Scores:
+def critic_scores(online: Online[PPOConfig], critic: Learner) -> Scores:
     """The value model's passes, which enter by the policy where the value model is a head on the policy's trunk."""
     return Scores(critic.model, root=online.policy if online.config.critic == "shared" else None)
 
 
-def policy_loss(online: Online, part: Rollout, target: Targets, tokens: Tensor, **hidden: Tensor) -> LinearPPOLoss:
+def policy_loss(
+    online: Online[PPOConfig], part: Rollout, target: Targets, tokens: Tensor, **hidden: Tensor
+) -> LinearPPOLoss:
+    """The clipped policy loss of a micro-batch. tokens: the denominator. hidden: as in `Objectives.ppo`."""
     return online.objectives.ppo(
         part.sequences,
         part.logprobs,
@@ -163,7 +175,8 @@ def policy_loss(online: Online, part: Rollout, target: Targets, tokens: Tensor, 
     )
 
 
-def value_loss(online: Online, part: Rollout, target: Targets, tokens: Tensor, values: Tensor) -> ValueLoss:
+def value_loss(online: Online[PPOConfig], part: Rollout, target: Targets, tokens: Tensor, values: Tensor) -> ValueLoss:
+    """The clipped value loss of a micro-batch. tokens: the denominator. values: [B, T], of the model in training."""
     return ppo_value_loss(
         values, target.values, target.returns, part.response_mask, clip=online.config.value_clip, normalizer=tokens
     )

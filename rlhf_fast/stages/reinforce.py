@@ -1,6 +1,6 @@
-"""REINFORCE (Williams 1992) without a baseline: what ReMax adds its greedy baseline to.
+"""REINFORCE (Williams 1992) without a baseline. ReMax is this method with a greedy baseline.
 
-The per-token weights are ReMax's with a baseline of 0, so that the two differ in nothing else.
+The per-token weights are ReMax's with a baseline of 0, so that the two methods differ in nothing else.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from rlhf_fast.training.run import Run
 
 
 def train(config: ReinforceConfig, *, listeners: Sequence[Listener] = ()) -> None:
-    """Train `config.model` by REINFORCE; the result goes to `config.output_dir`."""
+    """Trains `config.model` by REINFORCE; the result goes to `config.output_dir`."""
     online = Online(config, "REINFORCE")
 
     def update(run: Run, experience: Experience) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """ReMax (arXiv 2310.10505): REINFORCE whose baseline is the score of the policy's own greedy completion.
 
-No value model, one optimizer step per rollout. Sampled and greedy completions decode in one batch. The variants
-differ in how KL and discount enter the per-token weights (see `remax_returns`) and in the reduction: the paper's
-Algorithm 1 sums over tokens and averages over completions, the authors' code and verl average over tokens.
+There is no value model, and a rollout gets one optimizer step. Sampled and greedy completions decode in one batch. The
+variants differ in how KL and discount enter the per-token weights (see `remax_returns`) and in the reduction. The
+paper's Algorithm 1 sums over tokens and averages over completions; the authors' code and verl average over tokens.
 """
 
 from collections.abc import Sequence
@@ -17,14 +17,15 @@ from rlhf_fast.training.run import Run
 
 
 def train(config: ReMaxConfig, *, listeners: Sequence[Listener] = ()) -> None:
-    """Train `config.model` by ReMax; the result goes to `config.output_dir`."""
+    """Trains `config.model` by ReMax; the result goes to `config.output_dir`."""
     online = Online(config, "ReMax", greedy=True, greedy_length=config.greedy_response_length)
     online.run(partial(update, online), listeners=listeners)
 
 
-def update(online: Online, run: Run, experience: Experience) -> dict[str, float]:
+def update(online: Online[ReMaxConfig], run: Run, experience: Experience) -> dict[str, float]:
     """One optimizer step on a rollout."""
     config = online.config
+    assert experience.greedy_scores is not None  # `train` asks for greedy completions
     weights_BT = remax_returns(
         experience.scores,
         experience.greedy_scores,

@@ -1,10 +1,11 @@
 """Reward model: Bradley-Terry on pairs (optionally with margins) or on all pairs of K ranked answers.
 
-Initialised from the SFT model with a new scalar head. Afterwards the scores are shifted so that the SFT model's own
-samples score 0 on average (arXiv 2009.01325), which a KL-penalised policy then starts from.
+The reward model starts from the SFT model with a new scalar head. After the training the scores are shifted so that the
+SFT model's own samples score 0 on average (arXiv 2009.01325), because a policy with a KL penalty starts from there.
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from rlhf_fast.lm.loading import default_device, load_policy, load_scorer, set_s
 from rlhf_fast.lm.scores import Scores
 from rlhf_fast.lm.sequences import Sequences
 from rlhf_fast.lm.tokenizers import load_tokenizer
-from rlhf_fast.ops import ranking_loss, reward_loss
+from rlhf_fast.ops import RankingLoss, RewardLoss, ranking_loss, reward_loss
 from rlhf_fast.rollout.sampler import LocalSampler
 from rlhf_fast.stages.offline import Offline
 from rlhf_fast.training.batches import micro_batches, offline_batches
@@ -43,7 +44,7 @@ Example = PreferenceExample | RankingExample
 
 
 def train(config: RewardConfig, *, listeners: Sequence[Listener] = ()) -> None:
-    """Train a reward model from `config.model` on `config.train_data`; the result goes to `config.output_dir`."""
+    """Trains a reward model from `config.model` on `config.train_data`; the result goes to `config.output_dir`."""
     device = default_device()
     tokenizer = load_tokenizer(config.model)
     pad = pad_id(tokenizer)
@@ -51,7 +52,7 @@ def train(config: RewardConfig, *, listeners: Sequence[Listener] = ()) -> None:
     held_out = _encode(config.eval_data, tokenizer, config)[0] if config.eval_data else []
     batches = offline_batches(len(examples), config.batch_size, config.epochs, config.seed)
     torch.manual_seed(config.seed)  # for the new head
-    model = load_scorer(resume_directory(config) or config.model, lora=lora_of(config)).to(device)
+    model = load_scorer(resume_directory(config) or config.model, lora=lora_of(config)).to(device)  # pyright: ignore[reportArgumentType]
     check_rows(model, tokenizer, [row for e in (*examples, *held_out) for row in _answers(e)], "max_length")
     prompts = [e.prompt_ids for e in examples[: config.normalize_samples]]
     lengths = "max_prompt_length, max_response_length"
@@ -85,23 +86,30 @@ def train(config: RewardConfig, *, listeners: Sequence[Listener] = ()) -> None:
     with stage.training(len(examples), truncated) as run:
         stage.steps(loss)
         if config.normalize_samples:
-            run.save_state(run.total_steps)  # sampling may fail; the trained weights must not go with it
+            run.save_state(run.total_steps)  # sampling may fail, and the trained weights must not be lost then
             mean, se = normalize(model, examples, tokenizer, config)
             run.note(score_offset=mean, score_offset_se=se)
 
 
-def preference_loss(model: PreTrainedModel, batch: list[Example], pad: int, center_coef: float):
-    """Loss and accuracy of a batch of pairs or of rankings; all answers go through the model in one forward pass."""
+def preference_loss(
+    model: PreTrainedModel, batch: list[Example], pad: int, center_coef: float
+) -> RewardLoss | RankingLoss:
+    """Loss and accuracy of a batch of pairs or of rankings; all answers go through the model in one forward pass.
+
+    batch: examples of one kind. center_coef: weight of the mean of (s_i + s_j)^2 over pairs.
+    """
     if isinstance(batch[0], RankingExample):
-        ranks_BK = pad_right([[rank + 1 for rank in e.ranks] for e in batch], 0)[0].to(model.device) - 1  # -1 = absent
-        answers = [(e.prompt_ids, ids) for e in batch for ids in e.completion_ids]
+        rankings = cast(list[RankingExample], batch)
+        ranks_BK = pad_right([[rank + 1 for rank in e.ranks] for e in rankings], 0)[0].to(model.device) - 1  # -1: none
+        answers = [(e.prompt_ids, ids) for e in rankings for ids in e.completion_ids]
         scores_BK = torch.zeros(ranks_BK.shape, device=model.device)
         scores_BK = scores_BK.masked_scatter(ranks_BK >= 0, Scores(model).of(_sequences(model, answers, pad)))
         out = ranking_loss(scores_BK, ranks_BK)
         return out._replace(loss=out.loss + center_coef * _centring(scores_BK, ranks_BK)) if center_coef else out
-    answers = [(e.prompt_ids, e.chosen_ids) for e in batch] + [(e.prompt_ids, e.rejected_ids) for e in batch]
+    pairs = cast(list[PreferenceExample], batch)
+    answers = [(e.prompt_ids, e.chosen_ids) for e in pairs] + [(e.prompt_ids, e.rejected_ids) for e in pairs]
     chosen_B, rejected_B = Scores(model).of(_sequences(model, answers, pad)).chunk(2)
-    margins = [e.margin for e in batch]
+    margins = [e.margin for e in pairs]
     margin_B = None
     if any(m is not None for m in margins):
         margin_B = torch.tensor([m or 0.0 for m in margins], device=model.device)
@@ -109,7 +117,7 @@ def preference_loss(model: PreTrainedModel, batch: list[Example], pad: int, cent
 
 
 def _centring(scores_BK: Tensor, ranks_BK: Tensor) -> Tensor:
-    """`reward_loss`'s mean of (s_i + s_j)^2, over the pairs that `ranking_loss` takes its mean over."""
+    """The mean of (s_i + s_j)^2, as in `reward_loss`, over the pairs of `ranking_loss`."""
     pairs_BKK = (ranks_BK[:, :, None] >= 0) & (ranks_BK[:, :, None] < ranks_BK[:, None, :])
     sums_BKK = scores_BK[:, :, None] + scores_BK[:, None, :]
     return torch.where(pairs_BKK, sums_BKK.square(), 0.0).sum() / pairs_BKK.sum().clamp(min=1)
@@ -117,7 +125,7 @@ def _centring(scores_BK: Tensor, ranks_BK: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: PreTrainedModel, examples: list[Example], pad: int, config: RewardConfig) -> dict[str, float]:
-    """Held-out loss and pair accuracy, weighted by pairs."""
+    """Held-out loss and pair accuracy, as means over pairs."""
     pairs, tally = sum(map(_pairs, examples)), Tally()
     with autocast(model.device, config.bf16):
         for rows in micro_batches(len(examples), config.micro_batch_size or config.batch_size):
@@ -132,8 +140,8 @@ def evaluate(model: PreTrainedModel, examples: list[Example], pad: int, config: 
 def normalize(
     model: PreTrainedModel, examples: list[Example], tokenizer: PreTrainedTokenizerBase, config: RewardConfig
 ) -> tuple[float, float]:
-    """Shift the scores so that samples of the SFT model average 0; returns the shift and its standard error."""
-    policy = load_policy(config.model, trainable=False).to(model.device)
+    """Shifts the scores so that samples of the SFT model average 0; returns the shift and its standard error."""
+    policy = load_policy(config.model, trainable=False).to(model.device)  # pyright: ignore[reportArgumentType]
     prompts = [e.prompt_ids for e in examples[: config.normalize_samples]]
     sampler = LocalSampler(policy, tokenizer, max_new_tokens=config.max_response_length)
     scorer, scores = Scores(model), []
@@ -154,9 +162,11 @@ def _encode(path: str, tokenizer: PreTrainedTokenizerBase, config: RewardConfig)
 
 
 def _answers(example: Example) -> list[list[int]]:
-    """The whole rows of an example."""
-    pair = isinstance(example, PreferenceExample)
-    answers = [example.chosen_ids, example.rejected_ids] if pair else example.completion_ids
+    """The token ids of the prompt with each of its answers."""
+    if isinstance(example, PreferenceExample):
+        answers = [example.chosen_ids, example.rejected_ids]
+    else:
+        answers = example.completion_ids
     return [example.prompt_ids + ids for ids in answers]
 
 

@@ -16,7 +16,7 @@ from rlhf_fast.training.run import Run
 
 
 def train(config: RLOOConfig, *, listeners: Sequence[Listener] = ()) -> None:
-    """Train `config.model` by RLOO; the result goes to `config.output_dir`."""
+    """Trains `config.model` by RLOO; the result goes to `config.output_dir`."""
     online = Online(config, "RLOO", samples=config.group_size)
 
     def update(run: Run, experience: Experience) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the mean negative log-likelihood of completion tokens and their EOS.
+"""Supervised fine-tuning: the loss is the mean negative log-likelihood of completion tokens and their EOS.
 
 The denominator is the number of trained tokens of the whole batch, so micro-batches change nothing.
 """
@@ -26,14 +26,14 @@ from rlhf_fast.training.tally import Tally
 
 
 def train(config: SFTConfig, *, listeners: Sequence[Listener] = ()) -> None:
-    """Fine-tune `config.model` on `config.train_data`; the result goes to `config.output_dir`."""
+    """Fine-tunes `config.model` on `config.train_data`; the result goes to `config.output_dir`."""
     device = default_device()
     tokenizer = load_tokenizer(config.model)
     pad = pad_id(tokenizer)
     data = _encode(config.train_data, tokenizer, config)
     held_out = _encode(config.eval_data, tokenizer, config).examples if config.eval_data else []
     batches = offline_batches(len(data.examples), config.batch_size, config.epochs, config.seed)
-    policy = load_policy(resume_directory(config) or config.model, lora=lora_of(config)).to(device)
+    policy = load_policy(resume_directory(config) or config.model, lora=lora_of(config)).to(device)  # pyright: ignore[reportArgumentType]
     check_rows(policy, tokenizer, [e.input_ids for e in (*data.examples, *held_out)], "max_length")
     objectives = Objectives(policy, fused=config.fused_head)
 
@@ -63,12 +63,12 @@ def _encode(path: str, tokenizer: PreTrainedTokenizerBase, config: SFTConfig) ->
 
 
 def trained_tokens(example: SFTExample) -> int:
-    """The tokens of a row that the loss counts; nothing predicts the first."""
+    """The number of a row's tokens that the loss counts. The first token does not count, as nothing predicts it."""
     return sum(example.mask[1:])
 
 
 def completions(batch: list[SFTExample], pad: int, device: torch.device) -> tuple[Sequences, Tensor]:
-    """Right-padded rows and their trained tokens [B, L-1], -100 elsewhere."""
+    """Right-padded rows, and their trained tokens [B, L-1] int64 with -100 elsewhere."""
     ids, real = (x.to(device) for x in pad_right([e.input_ids for e in batch], pad))
     trained = pad_right([list(map(int, e.mask)) for e in batch], 0)[0].bool().to(device)
     sequences = Sequences(ids[:, :1], real[:, :1], ids[:, 1:], real[:, 1:])

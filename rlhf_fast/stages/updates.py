@@ -1,10 +1,12 @@
-"""What the online methods do with a rollout: a plain policy-gradient step, or several epochs of minibatches."""
+"""The updates of the online methods: a plain policy-gradient step, or several epochs of minibatches on a rollout."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from rlhf_fast.config import ClippedConfig
 from rlhf_fast.rollout.generate import Rollout
 from rlhf_fast.stages.online import Experience, Online
 from rlhf_fast.training.batches import micro_batches
@@ -12,17 +14,20 @@ from rlhf_fast.training.learner import take_step
 from rlhf_fast.training.run import Run
 from rlhf_fast.training.tally import Tally
 
+Clipped = TypeVar("Clipped", bound=ClippedConfig)
+
 
 def several_epochs(
-    online: Online,
+    online: Online[Clipped],
     experience: Experience,
     targets: tuple[Tensor, ...],
     minibatch_update: Callable[[Rollout, tuple[Tensor, ...], bool], dict[str, float]],
 ) -> dict[str, float]:
     """config.epochs passes over a rollout in config.minibatches steps each; returns the mean of the steps' metrics.
 
-    minibatch_update(rollout, targets, untouched) takes one optimizer step on the rows it is given. untouched: the
-    policy is still the policy that sampled.
+    targets: tensors with a row for each row of the rollout.
+    minibatch_update: takes one optimizer step on the rows of `(rollout, targets, untouched)`. untouched: True while the
+        policy is still the policy that sampled.
     """
     config, totals = online.config, dict[str, list[float]]()
     for epoch in range(config.epochs):
@@ -38,7 +43,10 @@ def several_epochs(
 def policy_gradient_step(
     online: Online, run: Run, experience: Experience, advantages: Tensor, *, reduction: str = "token_mean"
 ) -> dict[str, float]:
-    """One optimizer step on reinforce_loss(advantages [B] or [B, T]); the denominator is the whole batch's."""
+    """One optimizer step on `reinforce_loss`; the denominator is the whole batch's.
+
+    advantages: [B] or [B, T]. reduction: as in `reinforce_loss`.
+    """
     rollout, tally = experience.rollout, Tally()
     total = rollout.response_mask.sum() if reduction == "token_mean" else torch.tensor(len(advantages))
     for rows in micro_batches(len(advantages), online.config.micro_batch_size):

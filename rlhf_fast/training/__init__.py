@@ -1,1 +1,1 @@
-"""What every stage trains with: learner, run, checkpoints, metrics, memory figures, rewards, evaluation."""
+"""The parts that every stage trains with: learner, run, checkpoints, metrics, memory figures, rewards, evaluation."""

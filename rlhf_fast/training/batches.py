@@ -10,11 +10,14 @@ from rlhf_fast.data.encoding import epoch_batches
 
 
 def seed_everything(seed: int, step: int) -> int:
-    """Seed the global generators from (seed, step), so that a resumed run draws what an uninterrupted one would."""
+    """Seeds the global generators from (seed, step), and returns the number that they got.
+
+    A resumed run therefore draws the same numbers as an uninterrupted run.
+    """
     mixed = int.from_bytes(hashlib.sha256(f"{seed}/{step}".encode()).digest()[:8], "big") >> 1
     random.seed(mixed)
     numpy.random.seed(mixed % 2**32)
-    # torch.manual_seed would note down the stack for every kind of device that is not in use, at every step.
+    # torch.manual_seed is slow: at every step it would note down the stack for every kind of device not in use.
     torch.default_generator.manual_seed(mixed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(mixed)
@@ -22,12 +25,16 @@ def seed_everything(seed: int, step: int) -> int:
 
 
 def micro_batches(rows: int, size: int | None) -> list[slice]:
+    """Slices that cut `rows` rows into pieces of `size` rows; the last piece may be shorter. None: one piece."""
     size = size or rows
     return [slice(i, min(i + size, rows)) for i in range(0, rows, size)]
 
 
 def offline_batches(rows: int, batch_size: int, epochs: int, seed: int) -> list[list[int]]:
-    """The row indices of every step of `epochs` shuffled passes; each pass drops the rows that fill no batch."""
+    """The row indices of every step of `epochs` shuffled passes; each pass drops the rows that fill no batch.
+
+    Raises ValueError where there are fewer rows than a batch takes.
+    """
     if rows < batch_size:
         raise ValueError(f"batch_size: expected at most the number of rows, {rows}, got {batch_size}")
     return [batch for epoch in range(epochs) for batch in epoch_batches(rows, batch_size, seed, epoch)]

@@ -1,14 +1,15 @@
 """Atomic checkpoint directories in the Hugging Face layout, and the state needed to continue a run.
 
-A checkpoint is written to a hidden sibling directory and renamed into place when it is complete; one that it replaces
-is renamed away first and deleted last. A crash at any moment leaves either the old checkpoint or the new one.
-A directory that has to stay (an output directory with its metrics, an empty one, a mounted volume) keeps its place and
-its other files: the checkpoint is written to `.new` inside, on the same file system whatever the path leads through,
-and its entries are renamed into place one by one. A crash between two of these renames leaves a checkpoint marked as
-incomplete.
+A checkpoint is written to a hidden sibling directory and renamed into place when it is complete. An old checkpoint in
+this place is renamed away first and deleted last. A crash at any moment leaves either the old checkpoint or the new.
+A directory that has to stay (an output directory with its metrics, an empty directory, a mounted volume) keeps its
+place and its other files. The checkpoint is then written to `.new` inside the directory, so that both are on the same
+file system, and its entries are renamed into place one by one. A crash between two of these renames leaves a checkpoint
+that is marked as incomplete.
 
-    <directory>/model.safetensors, config.json, tokenizer files   the model saved under "" (others in sub-directories);
-                                     of a model with an adapter adapter_model.safetensors and adapter_config.json
+    <directory>/model.safetensors, config.json, tokenizer files   the model saved under ""; other models have
+                                     sub-directories; a model with an adapter has adapter_model.safetensors and
+                                     adapter_config.json
     <directory>/state.pt             optimizer, scheduler, step ...: tensors and plain values only
     <directory>/checkpoint.json      the entries of the checkpoint, and whether it is complete
 
@@ -33,7 +34,7 @@ from rlhf_fast.lm.loading import save_model
 
 _MANIFEST = "checkpoint.json"
 _INSIDE = ".new"  # where a checkpoint is put together in a directory that stays
-MODEL_FILES = frozenset(  # what `save` writes of most models and tokenizers
+MODEL_FILES = frozenset(  # the files that `save` writes for most models and tokenizers
     {
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -57,13 +58,13 @@ def save(
     state: dict[str, Any] | None = None,
     extra_files: dict[str, Any] | None = None,
 ) -> Path:
-    """Writes a checkpoint to `directory`, replacing the one there, and returns its path.
+    """Writes a checkpoint to `directory`, in place of an older checkpoint there, and returns its path.
 
     models: sub-directory -> model, "" for the directory itself; saved as safetensors with their config.
-    state: nested dicts and lists of tensors and plain values, read back by `load_state`.
-    extra_files: file name -> anything json can hold.
-    Raises ValueError when a file in `directory` that no `save` wrote would be overwritten; what was to be saved then
-    stays where it was written, and the error says where.
+    state: nested dicts and lists of tensors and plain values; `load_state` reads it back.
+    extra_files: file name -> anything that JSON can hold.
+    Raises ValueError where a file that no `save` wrote would be overwritten. The new files then stay where they were
+    written, and the error says where.
     """
     directory = Path(directory).resolve()
     beside, old = (directory.with_name(f".{directory.name}.{suffix}") for suffix in ("new", "old"))
@@ -105,7 +106,7 @@ def foreign(directory: str | os.PathLike) -> set[str]:
 
 
 def _stays(directory: Path) -> bool:
-    """Whether `directory` is there and cannot or must not be renamed away as a whole."""
+    """Whether `directory` is there, and cannot be renamed away as a whole or must not be."""
     if not directory.is_dir():
         return False
     replaceable = _manifest(directory)["entries"] and not foreign(directory) and not directory.is_mount()
@@ -114,7 +115,7 @@ def _stays(directory: Path) -> bool:
 
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    """transformers draws a bar for every file it writes, across the bar of the training run."""
+    """Inside, transformers draws no bars, because a bar for every file would cross the bar of the training run."""
     enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -125,7 +126,7 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def _merge(new: Path, directory: Path, entries: set[str]) -> None:
-    """Moves a complete checkpoint into a directory with other files, and deletes what the old one leaves over."""
+    """Moves a complete checkpoint into a directory with other files, and deletes the old checkpoint's entries."""
     previous = set(_manifest(directory)["entries"])
     _write_manifest(directory, entries | previous, complete=False)
     for name in previous | entries:
@@ -150,7 +151,10 @@ def _write_manifest(directory: Path, entries: set[str], *, complete: bool) -> No
 
 
 def load_state(directory: str | os.PathLike) -> dict[str, Any]:
-    """The `state` given to `save`, on the CPU. Never unpickles code (weights_only). Raises ValueError without one."""
+    """The `state` that `save` wrote, on the CPU. Never unpickles code (weights_only).
+
+    Raises ValueError where `directory` holds no state.
+    """
     path = Path(directory) / "state.pt"
     if not path.is_file():
         raise ValueError(f"directory: expected a checkpoint with a training state, found no {path}")
@@ -164,7 +168,7 @@ def latest(output_dir: str | os.PathLike) -> Path | None:
 
 
 def prune(output_dir: str | os.PathLike, keep: int) -> None:
-    """Deletes all but the `keep` newest of output_dir/checkpoint-<step>."""
+    """Deletes every output_dir/checkpoint-<step> but the `keep` newest. Raises ValueError for keep < 1."""
     if keep < 1:
         raise ValueError(f"keep: expected at least 1, got {keep}")
     for path in _checkpoints(Path(output_dir))[:-keep]:
@@ -181,7 +185,7 @@ def delete(path: Path) -> None:
     """Deletes one output_dir/checkpoint-<step>, if it is there."""
     if path.is_dir():
         doomed = path.with_name(f".{path.name}.old")
-        os.replace(path, doomed)  # renamed first, so that a half-deleted one is never taken for a checkpoint
+        os.replace(path, doomed)  # renamed first, so that nothing half-deleted is taken for a checkpoint
         shutil.rmtree(doomed)
 
 

@@ -1,11 +1,11 @@
 """Held-out evaluation: sample every prompt once, score it, and measure how far the policy has moved.
 
-The KL is sequence-level, KL(policy || reference) summed over the completion's tokens. At each visited state the KL of
-the two next-token distributions is taken exactly over the vocabulary: the same expectation as the usual sum of
-log-ratios, with less variance and never negative.
+The KL is KL(policy || reference) summed over the completion's tokens. At each visited state it is the KL of the two
+next-token distributions, exact over the vocabulary. It has the same expectation as the usual sum of log-ratios, but
+less variance, and it is never negative.
 
-Where every row has a `completion` column, the win rate against these completions is measured too: the share of prompts
-whose sample the reward puts above the row's own completion, ties counting half.
+Where every row has a `completion` column, the win rate against these completions is measured too. It is the share of
+prompts whose sample gets a higher reward than the row's own completion; a tie counts half.
 """
 
 from functools import partial
@@ -28,13 +28,15 @@ from rlhf_fast.training.metrics import mean_and_se
 from rlhf_fast.training.rewards import Reward, decode_responses
 
 EVAL_ROWS = 64  # prompts that an evaluation samples at once
-# Fixed, so that every evaluation of a run and every method draws with the same random numbers.
+# The seed is fixed, so that every evaluation of a run and every method draws with the same random numbers.
 _EVAL_SEED = 20240
 
 
 class Evaluation(NamedTuple):
+    """The result of one evaluation."""
+
     metrics: dict[str, float]
-    samples: list[dict[str, str | float]]  # prompt, completion, reward of every row
+    samples: list[dict[str, str | float]]  # prompt, completion and reward of every row
 
 
 class Evaluator:
@@ -74,9 +76,10 @@ class Evaluator:
 
     @torch.no_grad()
     def __call__(self, policy: PreTrainedModel) -> Evaluation:
-        """`eval/{reward,kl,length,entropy}` (KL in nats per completion) with standard errors, and the samples.
+        """`eval/{reward,kl,length,entropy}` with standard errors, and the samples.
 
-        With completions to compare with also `eval/win_rate`.
+        KL is in nats per completion, length in tokens, entropy in nats per token. Where the rows have completions,
+        `eval/win_rate` is there too.
         """
         sampler = LocalSampler(policy, self.tokenizer, **self.sampling)
         objectives = self.objectives(policy)
@@ -115,7 +118,11 @@ def make_evaluator(
     reference: PreTrainedModel,
     reward: Reward | None,
 ) -> Evaluator | None:
-    """The evaluator a stage's config asks for, or None. `reward` serves where the config names no eval_reward."""
+    """The evaluator that a stage's config asks for, or None.
+
+    reward: scores the samples where the config names no eval_reward.
+    Raises ValueError where eval_steps has no eval_data, and where there is no reward at all.
+    """
     if config.eval_data is None:
         if config.eval_steps:
             raise ValueError("eval_data: expected held-out prompts because eval_steps > 0, got none")
@@ -155,7 +162,10 @@ def check_prompts(
     tokenizer: PreTrainedTokenizerBase,
     **models: PreTrainedModel | None,
 ) -> None:
-    """ValueError unless every one of `models` (role -> model) can read the prompts and as long a completion."""
+    """ValueError unless every one of `models` (role -> model) can read the prompts with a completion behind each.
+
+    max_response_length: tokens of a completion at most.
+    """
     for role, model in models.items():
         if model is not None:
             ids = [p.prompt_ids for p in prompts]
@@ -164,20 +174,21 @@ def check_prompts(
 
 
 def completion_rewards(prompts: list[PromptExample], reward: Reward) -> Tensor | None:
-    """Rewards [B] of the rows' own completions, on the CPU; None where a row has none."""
-    completions = [p.columns.get("completion") for p in prompts]
-    if not all(isinstance(completion, str) for completion in completions):
+    """Rewards [B] of the rows' own completions, on the CPU; None where a row has no completion."""
+    columns = (p.columns.get("completion") for p in prompts)
+    completions = [completion for completion in columns if isinstance(completion, str)]
+    if len(completions) < len(prompts):
         return None
     prompt_ids = [p.prompt_ids for p in prompts]
     return reward.of_texts(completions, prompt_columns(prompts), prompt_ids=prompt_ids).cpu()
 
 
 def wins(rewards: Tensor, others: Tensor) -> Tensor:
-    """1 where a reward is above the other one, 1/2 where they are equal, else 0; [B] each."""
+    """[B] float64: 1 where a reward [B] is above the other reward [B], 1/2 where they are equal, else 0."""
     return torch.heaviside((rewards - others).double(), torch.tensor(0.5, dtype=torch.float64))
 
 
 def prompt_columns(prompts: list[PromptExample]) -> dict[str, list]:
-    """The rows' columns as lists, `prompt` the text; a column some rows lack is None there."""
+    """The rows' columns as lists; `prompt` is the prompts' text. A row without a column has None there."""
     names = {name: None for p in prompts for name in p.columns}
     return {**{name: [p.columns.get(name) for p in prompts] for name in names}, "prompt": [p.prompt for p in prompts]}

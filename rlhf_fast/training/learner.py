@@ -1,7 +1,7 @@
 """One trained model: its optimizer, learning-rate schedule, clipping and autocast.
 
-`Learner` turns the gradients of micro-batches into one optimizer step, which `take_step` takes. The stages write the
-loop itself.
+`Learner` turns the gradients of micro-batches into one optimizer step. `take_step` takes this step. The stages write
+the loop over micro-batches.
 """
 
 import math
@@ -21,8 +21,8 @@ from rlhf_fast.training.tally import Tally
 class Learner:
     """One trained model with its optimizer, learning-rate schedule, clipping and autocast.
 
-    parameters: what it trains; default: all parameters of `model` that require gradients. With optimizer_in_backward
-    the weights move during backward, and `apply` only closes the step.
+    parameters: the parameters to train; default: all parameters of `model` that require gradients.
+    With config.optimizer_in_backward the weights move during backward, and `apply` only closes the step.
     """
 
     def __init__(
@@ -48,22 +48,24 @@ class Learner:
             checkpoint_activations(model)
 
     def autocast(self) -> torch.autocast:
+        """The precision of this model's passes, as a context."""
         return autocast(self.model.device, self.bf16)
 
     def _step_in_backward(self, parameter: nn.Parameter) -> None:
+        assert parameter.grad is not None  # torch calls this hook when the gradient is there
         self.norms.append(parameter.grad.norm())
-        self.optimizer.step()  # of this parameter: no other has a gradient at this moment
+        self.optimizer.step()  # moves this parameter alone: no other has a gradient at this moment
         parameter.grad = None
 
     def clip(self) -> Tensor:
-        """The norm of the accumulated gradients, 0-dim and on the device; the gradients are clipped after it."""
+        """The norm of the accumulated gradients, 0-dim and on the device. Clips the gradients to max_grad_norm."""
         if self.in_backward:
             norm, self.norms = torch.stack(self.norms).norm(), []
             return norm
         return torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm or math.inf)
 
     def check(self, norm: float) -> None:
-        """RuntimeError unless the norm of the gradients is finite; call before `apply`."""
+        """RuntimeError unless the norm of the gradients is finite. Call it before `apply`."""
         if not math.isfinite(norm):
             left = "spoilt, resume from a checkpoint" if self.in_backward else "left as they are"
             raise RuntimeError(f"gradient norm is {norm}; the weights were {left}")
@@ -80,9 +82,11 @@ class Learner:
 
     @property
     def lr(self) -> float:
-        return self.scheduler.get_last_lr()[0]
+        """The learning rate of the next step."""
+        return float(self.scheduler.get_last_lr()[0])
 
     def state_dict(self) -> dict[str, Any]:
+        """The state of optimizer and schedule; the model's weights are not part of it."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
@@ -90,18 +94,21 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores a `state_dict`."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.static_bytes = state["static_bytes"]
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    # renamed within transformers 5; the old name warns where the new one exists
+    """Makes the model's layers run again in the backward pass, so that it holds fewer activations."""
+    # transformers 5 renamed this method; the old name warns where the new name exists
     old = model.gradient_checkpointing_enable
     getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
 
 
 def autocast(device: torch.device, bf16: bool) -> torch.autocast:
+    """The precision of passes, as a context: bfloat16 autocast with `bf16`, else the weights' own dtype."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
 
 
@@ -111,8 +118,8 @@ def take_step(
     """One optimizer step of every learner; returns the numbers of `tally` with the gradient norms.
 
     learners: name of the gradient norm -> learner. check: called with the numbers before any weight moves.
-    Reading the numbers is the step's only wait for the device.
-    Raises RuntimeError where a norm is not finite; then no learner moves its weights.
+    The step waits for the device once, when it reads the numbers.
+    Raises RuntimeError where a norm is not finite; no learner has moved its weights then.
     """
     for name, learner in learners.items():
         tally.add(name, learner.clip())

@@ -1,4 +1,4 @@
-"""Listeners: who hears what a run does. A logger is a listener; so is a benchmark that counts steps.
+"""Listeners hear what a run does. A logger is a listener; so is a benchmark that counts steps.
 
     class Printer(Listener):
         def log(self, step, row):
@@ -55,15 +55,17 @@ class TensorBoard(Listener):
             raise ValueError(
                 "tensorboard: expected the tensorboard package, found none; pip install tensorboard"
             ) from error
-        self._open, self._writer = SummaryWriter, None
+        self._open = SummaryWriter
+        self._writer: SummaryWriter | None = None
 
     def begin(self, run: Running) -> None:
         directory, last = Path(run.config.output_dir) / "tensorboard", run.first_step - 1
         for stale in () if last else directory.glob("events.out.tfevents.*"):
-            stale.unlink()  # else TensorBoard shows an earlier run's curves as this run's
+            stale.unlink()  # else TensorBoard would show an earlier run's curves as curves of this run
         self._writer = self._open(str(directory), purge_step=last + 1 if last else None)
 
     def log(self, step: int, row: dict[str, Any]) -> None:
+        assert self._writer is not None  # a run calls `begin` first
         for key, value in row.items():
             if key != "step" and isinstance(value, int | float):
                 self._writer.add_scalar(key, value, step)

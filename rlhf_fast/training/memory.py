@@ -1,6 +1,6 @@
-"""Bytes: what the process holds now, its peak, and what each role of a run holds.
+"""Bytes that the process holds now, its peak, and the bytes that each role of a run holds.
 
-On CUDA the figures are the allocator's. On the CPU they are the process's resident set, from /proc.
+On CUDA the figures come from the allocator. On the CPU they are the process's resident set, from /proc.
 Left out: memory of other processes, of child processes, and what the CUDA driver and cuBLAS hold outside the allocator.
 """
 
@@ -33,7 +33,7 @@ def current_bytes(device: torch.device | str = "cpu") -> int:
 
 
 def peak_bytes(device: torch.device | str = "cpu") -> int:
-    """Largest `current_bytes` since the mark was last reset (a Meter resets it at the start of each measured phase)."""
+    """The largest `current_bytes` since the mark was last reset. A Meter resets it when a measured phase begins."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if _STATUS.exists() and (match := re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text())):
@@ -42,12 +42,12 @@ def peak_bytes(device: torch.device | str = "cpu") -> int:
 
 
 def _process_peak() -> int:
-    """Without /proc only the peak of the whole process is known (macOS counts bytes, the others KiB)."""
+    """The peak of the whole process, for systems without /proc. macOS counts bytes, other systems KiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def reset_high_water_mark() -> bool:
-    """Sets VmHWM to the current resident set; False where the kernel does not let us."""
+    """Sets VmHWM to the current resident set; returns False where the kernel forbids it."""
     try:
         _CLEAR_REFS.write_text("5")
     except OSError:
@@ -56,7 +56,7 @@ def reset_high_water_mark() -> bool:
 
 
 def trim_heap() -> None:
-    """Gives free heap pages back to the kernel (glibc only), else they count as held by the next phase."""
+    """Gives free heap pages back to the kernel (glibc only), because they would count as held by the next phase."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
@@ -65,12 +65,11 @@ def trim_heap() -> None:
 def static_bytes(
     models: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer] | None = None
 ) -> dict[str, dict[str, int]]:
-    """Bytes really held now, {role: {"weights", "gradients", "optimizer"}}.
+    """Bytes held now, {role: {"weights", "gradients", "optimizer"}}.
 
-    Counted by storage and once each, in the order of the roles: tied weights once, and a base model that two roles
-    share belongs to the first. Of a DTensor this process's shard counts. Buffers count as weights. Gradients exist
-    between backward and zero_grad, optimizer states after the first optimizer step; call this at the moment you want
-    to know about.
+    Every storage counts once, in the order of the roles: tied weights count once, and a base model that two roles share
+    belongs to the first role. Of a DTensor the shard of this process counts. Buffers count as weights. Gradients exist
+    between backward and zero_grad, optimizer states after the first optimizer step, so the moment of the call matters.
     """
     optimizers = optimizers or {}
     seen: set[tuple[torch.device, int]] = set()

@@ -1,11 +1,13 @@
 """Wall time and true peak memory of every phase of a training step.
 
-On CUDA the peak is the allocator's (`max_memory_allocated`). On the CPU it is the process's resident set: the kernel's
-high-water mark (VmHWM) is reset when a phase begins and read when it ends, so that a phase never inherits the peak of
-an earlier one; where the mark cannot be reset a thread samples the resident set instead. Memory the C allocator keeps
-after `free` would blur the phases too, and handing it back costs page faults later (a third of a step on a toy model),
-so on the CPU only one step in `memory_every` is measured for memory; time is measured in all of them. Inside
-`TensorBytes` the peaks are those of live tensors instead.
+On CUDA the peak is the allocator's (`max_memory_allocated`). On the CPU it is the peak of the process's resident set.
+The kernel's high-water mark (VmHWM) is reset when a phase begins and read when it ends, so that no phase inherits the
+peak of an earlier phase. Where the mark cannot be reset, a thread samples the resident set instead.
+
+Memory that the C allocator keeps after `free` would blur the phases too, so it is handed back before a phase is
+measured. Handing it back costs page faults later, a third of a step on a toy model. On the CPU, memory is therefore
+measured in one step out of `memory_every` only; time is measured in every step. Inside `TensorBytes` the peaks are
+peaks of live tensors instead.
 """
 
 import statistics
@@ -43,8 +45,8 @@ class _Sampler:
 class Meter:
     """Measures phases, adds them up to steps and sums up the run.
 
-    A phase may be entered several times within a step (its times add, its peak is the largest); phases do not nest.
-    A phase that raises is not counted.
+    A phase may be entered several times within a step: its times add up, and its peak is the largest peak. Phases do
+    not nest. A phase that raises is not counted.
 
         meter = Meter(device)
         for batch in batches:
@@ -56,12 +58,12 @@ class Meter:
     _TOTALS = ("_history", "_step_history", "_run_peaks", "_counts")
 
     def __init__(self, device: torch.device | str = "cpu", *, memory_every: int = 25) -> None:
-        """memory_every: on the CPU, measure memory in the first two steps and in every memory_every-th after them."""
+        """memory_every: on the CPU, memory is measured in the first two steps and in every memory_every-th step."""
         if memory_every < 1:
             raise ValueError(f"memory_every: expected at least 1, got {memory_every}")
         self.device = torch.device(device)
         self.memory_every = memory_every
-        self.steps = 0  # of this process: the first ones of a resumed run are measured too
+        self.steps = 0  # steps of this process, so that the first steps of a resumed run are measured too
         self._phase: str | None = None
         self._step_start: float | None = None
         self._seconds: dict[str, float] = {}
@@ -73,7 +75,7 @@ class Meter:
         self._process_peak = 0
 
     def process_peak(self) -> int:
-        """The process's largest resident set so far in bytes, whatever was reset between phases; for a CPU."""
+        """The process's largest resident set so far in bytes, whatever was reset between phases; for the CPU."""
         return max(self._process_peak, peak_bytes("cpu"))
 
     @contextmanager
@@ -118,9 +120,9 @@ class Meter:
     def step(self, *, counted: bool = True) -> dict[str, float]:
         """Ends the step: {"time/<phase>": s, "memory/<phase>": peak bytes, "time/step": s}.
 
-        time/step is the wall time since the previous call (since the first phase, for the first step), so it also holds
-        what ran outside any phase. memory/* is there in measured steps only.
-        counted: False for what came before the first step (an evaluation, say): its phases count, but it is no step.
+        time/step is the wall time since the previous call; in the first step, since the first phase. It includes work
+        outside of phases. memory/* is there in measured steps only.
+        counted: False for work before the first step, such as an evaluation: its phases count, but it is no step.
         """
         now = time.perf_counter()
         elapsed = 0.0 if self._step_start is None else now - self._step_start
@@ -139,9 +141,11 @@ class Meter:
         return result
 
     def summary(self) -> dict[str, dict[str, float] | int | float]:
-        """The run so far (finished steps): {phase: {"seconds", "seconds_median", "peak_bytes", "count"}, "steps": n,
-        "step_seconds", "step_seconds_median"}. Medians are over the steps in which the phase ran; count is how often
-        it was entered."""
+        """The finished steps so far: {phase: {"seconds", "seconds_median", "peak_bytes", "count"}, "steps": n,
+        "step_seconds", "step_seconds_median"}.
+
+        Medians are over the steps in which the phase ran. count says how often the phase was entered.
+        """
         phases = {
             name: {
                 "seconds": sum(values),
@@ -162,5 +166,6 @@ class Meter:
         return {name: getattr(self, name) for name in self._TOTALS}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores a `state_dict`."""
         for name in self._TOTALS:
             setattr(self, name, state[name])

@@ -1,7 +1,7 @@
 """Metrics of a run: one JSON line per step, a progress bar with the key numbers, tables.
 
-The JSON lines are the record, flushed at every step; everything else is for looking at. In a terminal the bar stays at
-the bottom of the screen; without one (a pipe, a log file) a plain line appears every tenth of the run.
+The JSON lines are the record and are flushed at every step. Bar and tables are for the eye. In a terminal the bar stays
+at the bottom of the screen. Without a terminal (a pipe, a log file) a plain line appears after every tenth of the run.
 
 Left out: TensorBoard and trackers, which are `listeners`.
 """
@@ -47,7 +47,7 @@ class MetricsLogger:
         show: Sequence[str] = (),
     ) -> None:
         """resume_step: continue a run after that step; lines of later steps are dropped. show: metrics to print beside
-        the bar."""
+        the bar. Raises ValueError for total_steps < 1."""
         if total_steps < 1:
             raise ValueError(f"total_steps: expected at least 1, got {total_steps}")
         self.path = Path(output_dir) / "metrics.jsonl"
@@ -76,7 +76,7 @@ class MetricsLogger:
                     "{task.fields[numbers]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")
                 ),
                 console=self._console,
-                redirect_stdout=sys.stdout.isatty(),  # a pipe on stdout gets what is printed, not the bar's console
+                redirect_stdout=sys.stdout.isatty(),  # to a pipe, print() goes past the bar
             )
             self._bar.start()
             self._task = self._bar.add_task(
@@ -85,8 +85,10 @@ class MetricsLogger:
         return self
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """Records the metrics of `step` (1-based), and returns the row. Values: numbers, strings, or tensors and arrays
-        of one element."""
+        """Records the metrics of `step` (from 1 on) and returns the row.
+
+        metrics: numbers, strings, or tensors and arrays of one element.
+        """
         row = {"step": step, "time/elapsed": round(time.perf_counter() - self._start, 3)}
         row |= {key: _plain(value) for key, value in metrics.items()}
         self._write(row)
@@ -130,7 +132,7 @@ def _plain(value: Any) -> Any:
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, without a last line that a crash cut short; [] where there is no file."""
+    """The rows of a metrics.jsonl; [] where there is no file. A last line that a crash has cut short is left out."""
     path = Path(path)
     lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
@@ -167,7 +169,7 @@ def format_value(key: str, value: Any) -> str:
 
 
 def print_table(title: str, rows: Sequence[Mapping[str, Any]], *, console: Console | None = None) -> None:
-    """Prints rows of equal meaning as a table; columns are the keys in the order in which they first appear."""
+    """Prints rows as a table; the columns are the keys in the order in which they first appear."""
     console = console or Console()
     if not console.is_terminal:
         console.width = 200  # a file has no width; do not fold cells at 80 columns
@@ -182,7 +184,10 @@ def print_table(title: str, rows: Sequence[Mapping[str, Any]], *, console: Conso
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The same in Markdown; a heading's unit ("peak bytes", "step seconds") is left to the cells, which show it."""
+    """The table of `print_table` in Markdown.
+
+    A heading loses its unit ("peak bytes", "step seconds"), because the cells show the unit.
+    """
     columns = list(dict.fromkeys(key for row in rows for key in row))
     lines = [[column.removesuffix(" bytes").removesuffix(" seconds") for column in columns], ["---"] * len(columns)]
     lines += [[format_value(column, row[column]) if column in row else "" for column in columns] for row in rows]

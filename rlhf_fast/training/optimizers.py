@@ -1,4 +1,4 @@
-"""The optimizers and learning-rate schedules the stages offer.
+"""The optimizers and learning-rate schedules that the stages offer.
 
 Left out: optimizers other than AdamW.
 """
@@ -16,7 +16,10 @@ _BETAS = (0.9, 0.95)
 
 
 def make_optimizer(config: StageConfig, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-    """AdamW of the kind `config.optimizer`, weight decay on matrices only."""
+    """AdamW of the kind `config.optimizer`; weight decay applies to matrices alone.
+
+    Raises ValueError where the kind needs a package that is missing or does not run on the parameters' device.
+    """
     decayed = [p for p in parameters if p.ndim >= 2]
     others = [p for p in parameters if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -30,8 +33,10 @@ def _adamw_8bit(groups: list[dict], lr: float) -> torch.optim.Optimizer:
     if find_spec("bitsandbytes") is None:
         raise ValueError('optimizer: expected bitsandbytes for adamw_8bit, not installed: pip install -e ".[8bit]"')
     device = groups[0]["params"][0].device
-    try:  # a step on 4096 weights, the least it keeps in 8 bits: whether it runs depends on its build and the device
-        from bitsandbytes.optim import AdamW8bit
+    # Whether bitsandbytes runs depends on its build and on the device, so a trial step is taken. It has 4096 weights,
+    # the fewest that bitsandbytes keeps in 8 bits.
+    try:
+        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportPrivateImportUsage]
 
         trial = nn.Parameter(torch.zeros(64, 64, device=device))
         trial.grad = torch.ones_like(trial)
@@ -42,7 +47,10 @@ def _adamw_8bit(groups: list[dict], lr: float) -> torch.optim.Optimizer:
 
 
 def lr_factor(schedule: str, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
-    """Step -> what the peak learning rate is multiplied by."""
+    """The schedule as a function: step from 0 on -> factor of the peak learning rate.
+
+    schedule: constant, linear or cosine, after `warmup_steps` steps of linear warm-up.
+    """
 
     def factor(step: int) -> float:
         if step < warmup_steps:

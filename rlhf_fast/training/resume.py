@@ -1,4 +1,4 @@
-"""Going on with a run that was cut off: which checkpoint, under which config, with which models."""
+"""Going on with a run that was cut off: from which checkpoint, under which config, with which models."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from rlhf_fast.training import checkpoint
 
 _RUN_CONFIG = "run_config.json"  # in every checkpoint
 
-_MAY_CHANGE = {  # when a run goes on: where it writes, what it shows, how it fits into memory
+_MAY_CHANGE = {  # fields that a resumed run may change: where it writes, what it shows, how it fits into memory
     "output_dir",
     "resume",
     "save_steps",
@@ -30,22 +30,23 @@ _MAY_CHANGE = {  # when a run goes on: where it writes, what it shows, how it fi
 def load_policy_and_reference(
     config: OnlineConfig | OfflineConfig, device: torch.device
 ) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """The trained policy on `device`, and the frozen model its KL is taken to, which is still to be placed there.
+    """The policy to train, on `device`, and the frozen reference, which the caller still has to place.
 
-    With LoRA the reference is another model object on the policy's weights, unless it names a model of another base:
-    without the adapter, or with a frozen one where it is an adapter itself.
+    With LoRA the reference is another model object on the policy's weights, unless config.reference names a model of
+    another base. The object has no adapter; where config.reference names an adapter, it has that adapter, frozen.
     """
     lora, reference = adapters.lora_of(config), config.reference or config.model
-    policy = load_policy(resume_directory(config) or config.model, lora=lora).to(device)
+    policy = load_policy(resume_directory(config) or config.model, lora=lora).to(device)  # pyright: ignore[reportArgumentType]
     on_policy = lora is not None and adapters.stands_on(policy, adapters.base_path(reference))
     return policy, load_policy(reference, trainable=False, shared=policy if on_policy else None)
 
 
 def resume_directory(config: StageConfig) -> Path | None:
-    """The checkpoint this run continues from, or None; stages load their trained models from it.
+    """The checkpoint that this run continues from, or None; stages load their trained models from it.
 
-    Raises ValueError where another config wrote it. More steps (offline: epochs) than it had are no other config where
-    the learning rate is constant: otherwise its decay would have been another one from the start.
+    Raises ValueError where a run with another config wrote the checkpoint. With a constant learning rate the new config
+    may have more steps (offline stages: epochs). With any other schedule it may not, because a longer run would have
+    decayed its learning rate differently from the start.
     """
     found = checkpoint.latest(config.output_dir) if config.resume else None
     if found is None:

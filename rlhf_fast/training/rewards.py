@@ -1,8 +1,8 @@
 """Rewards: a reward-model directory or any Python function, behind one call.
 
-A reward function is `f(prompts, completions, **columns) -> list[float]`, the extra columns of the prompt rows as
-keyword lists. A reward model scores the very token ids the policy produced when both use the same vocabulary;
-otherwise the text is tokenised anew.
+A reward function is `f(prompts, completions, **columns) -> list[float]`. `columns` are the other columns of the prompt
+rows, each a list. A reward model with the policy's vocabulary scores the token ids that the policy produced. For any
+other reward model the text is tokenised anew.
 """
 
 import importlib
@@ -32,10 +32,11 @@ RewardFunction = Callable[..., Sequence[float]]
 
 
 class Reward:
-    """Scores rollouts; `model` is the reward model when there is one (for memory figures), else None.
+    """Scores rollouts. `model` is the reward model, or None where a function gives the reward.
 
-    tokenizer: the policy's. max_prompt_length: tokens of a prompt that a model sees where it reads text.
-    shared: the model on whose base a reward model stands that is an adapter. offload: it waits in CPU memory.
+    spec: a reward function, its name as in `load_function`, or the directory or hub name of a reward model.
+    tokenizer: the policy's. max_prompt_length: tokens of a prompt that a reward model sees where it reads text.
+    shared: a model whose base the reward model stands on. offload: the reward model waits in CPU memory.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Reward:
 
     @torch.no_grad()
     def __call__(self, rollout: Rollout, columns: Mapping[str, Sequence]) -> Tensor:
-        """Scores [B] fp32. `columns["prompt"]` holds the prompts' text; the others go to a function as they are."""
+        """Scores [B] fp32. `columns["prompt"]` holds the prompts' text. Other columns go to a function unchanged."""
         if self.function is not None or self.retokenizer is not None:
             return self.of_texts(decode_responses(self.tokenizer, rollout), columns, rollout.finished.tolist())
         return self._call_model(rollout.sequences)
@@ -86,8 +87,8 @@ class Reward:
     ) -> Tensor:
         """Scores [B] fp32 of texts.
 
-        finished: which of them a model sees with an EOS at the end; default: all. prompt_ids: the prompts as the policy
-        gets them, which a model with its tokenizer then sees too.
+        finished: which completions a reward model sees with an EOS at the end; default: all. prompt_ids: the prompts as
+            the policy gets them; a reward model with the policy's tokenizer sees the same ids.
         """
         if self.function is not None:
             return self._call_function(completions, columns)
@@ -95,6 +96,7 @@ class Reward:
         return self._call_model(self._tokenize(completions, columns["prompt"], finished, prompt_ids))
 
     def _call_model(self, sequences: Sequences) -> Tensor:
+        assert self.model is not None  # a reward is a function or a model
         size = self.micro_batch_size or len(sequences.prompt_ids)
         starts = range(0, len(sequences.prompt_ids), size)
         scores = Scores(self.model)
@@ -102,6 +104,7 @@ class Reward:
             return torch.cat([scores.of(sequences.rows(slice(i, i + size))) for i in starts])
 
     def _call_function(self, completions: list[str], columns: Mapping[str, Sequence]) -> Tensor:
+        assert self.function is not None  # a reward is a function or a model
         others = {name: list(values) for name, values in columns.items() if name != "prompt"}
         if taken := sorted(others.keys() & {"prompts", "completions"}):
             raise ValueError(
@@ -128,11 +131,12 @@ class Reward:
     def _tokenize(
         self, completions: list[str], prompts: Sequence[str], finished: Sequence[bool], prompt_ids: list | None
     ) -> Sequences:
+        assert self.model is not None  # functions read text
         tok = self.retokenizer or self.tokenizer
         if self.retokenizer is None and prompt_ids is not None:
             prompts = prompt_ids
         elif self.retokenizer is not None and self.tokenizer.bos_token is not None:  # chat templates write it
-            prompts = [text.removeprefix(self.tokenizer.bos_token) for text in prompts]
+            prompts = [text.removeprefix(str(self.tokenizer.bos_token)) for text in prompts]
         context = context_length(self.model.config) or sys.maxsize
         pairs = encode_texts(list(prompts), completions, finished, tok, context, self.max_prompt_length)
         check_rows(self.model, tok, [ids for pair in pairs for ids in pair], "max_prompt_length", role="reward")
@@ -148,7 +152,10 @@ def decode_responses(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> li
 
 
 def load_function(spec: str) -> RewardFunction:
-    """The function named by `package.module:name` or `path/to/file.py:name`."""
+    """The function that `package.module:name` or `path/to/file.py:name` names.
+
+    Raises ValueError where there is no such file, module or function.
+    """
     module_name, _, name = spec.rpartition(":")
     if module_name.endswith(".py") and not Path(module_name).is_file():
         raise ValueError(f"reward: expected `file.py:name` with an existing file, got {spec!r}")
@@ -162,16 +169,17 @@ def load_function(spec: str) -> RewardFunction:
     if not callable(function):
         names = [n for n, v in vars(module).items() if inspect.isfunction(v)]
         raise ValueError(f"reward: expected a function {name!r} in {module_name}, which defines {names}")
-    return function
+    return function  # pyright: ignore[reportReturnType]
 
 
 def _load_file(path: Path) -> ModuleType:
     path = path.resolve()
-    name = f"rlhf_fast_reward {path}".replace(".", "_")  # none that could be imported otherwise
+    name = f"rlhf_fast_reward {path}".replace(".", "_")  # a name that no import statement can hold
     spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None  # a path that ends in .py has a loader
     module = importlib.util.module_from_spec(spec)
     _make_importable(path.parent)
-    sys.modules[name] = module  # where dataclasses and pickle look for it
+    sys.modules[name] = module  # dataclasses and pickle look for it there
     try:
         spec.loader.exec_module(module)
     except BaseException:
@@ -183,12 +191,12 @@ def _load_file(path: Path) -> ModuleType:
 def _load_module(name: str) -> ModuleType:
     top = name.partition(".")[0]
     if top not in sys.modules and importlib.util.find_spec(top) is None:
-        _make_importable(Path.cwd())  # where a console script does not look
+        _make_importable(Path.cwd())  # a console script does not look there
     return importlib.import_module(name)
 
 
 def _make_importable(folder: Path) -> None:
-    """Last on the path: what is installed is not to be replaced by what lies beside a reward function."""
+    """Adds the folder to the end of the path, so that no file beside a reward function hides an installed package."""
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
         importlib.invalidate_caches()

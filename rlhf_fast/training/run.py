@@ -1,7 +1,7 @@
 """The run around a stage's loop of steps.
 
-`Run` numbers the steps, times phases, logs, writes checkpoints, resumes and leaves the final model with a `run.json`
-beside it.
+`Run` numbers the steps, times phases, logs, evaluates, writes checkpoints and resumes. At the end it writes the model
+and `run.json`.
 """
 
 import platform
@@ -19,6 +19,7 @@ from rlhf_fast.config.fields import describe
 from rlhf_fast.data.files import write_json
 from rlhf_fast.training import checkpoint
 from rlhf_fast.training.batches import seed_everything
+from rlhf_fast.training.evaluation import Evaluation
 from rlhf_fast.training.learner import Learner
 from rlhf_fast.training.listeners import Listener, TensorBoard
 from rlhf_fast.training.memory import static_bytes
@@ -30,13 +31,15 @@ from rlhf_fast.training.resume import _RUN_CONFIG, resume_directory
 class Run:
     """The run of one stage, as a context manager: numbering, phases, logging, checkpoints, final save.
 
-    learners: role -> learner; the first one's model is the stage's product and is saved at the top of output_dir, the
-        others in a folder named by their role.
-    frozen: role -> model that is only read; counted in the memory figures.
-    states: name -> another object with state_dict/load_state_dict that a checkpoint must carry.
-    evaluator: called with the product before the first step and after the last, and every config.eval_steps steps.
+    learners: role -> learner. The model of the first learner is the stage's product and is saved at the top of
+        output_dir; every other model is saved in a folder named by its role.
+    frozen: role -> model that is only read; the memory figures count it.
+    states: name -> another object with state_dict and load_state_dict that a checkpoint must carry.
+    evaluator: called with the product before the first step, after the last, and after every config.eval_steps steps.
     show: metrics shown in the progress bar.
-    listeners: told of every row of metrics; TensorBoard is one more where the config asks for it.
+    listeners: who hears of every row of metrics. TensorBoard is added where the config asks for it.
+    Entering raises ValueError where output_dir holds another program's model or an unfinished run that `resume` does
+    not continue.
     """
 
     def __init__(
@@ -49,11 +52,12 @@ class Run:
         tokenizer: PreTrainedTokenizerBase,
         frozen: Mapping[str, PreTrainedModel | None] | None = None,
         states: Mapping[str, Any] | None = None,
-        evaluator: Callable[[PreTrainedModel], Any] | None = None,
+        evaluator: Callable[[PreTrainedModel], Evaluation] | None = None,
         show: tuple[str, ...] = (),
         listeners: Sequence[Listener] = (),
     ) -> None:
-        self.evaluator, self.last_evaluation = evaluator, None
+        self.evaluator = evaluator
+        self.last_evaluation: Evaluation | None = None
         self.config, self.description, self.total_steps, self.show = config, description, total_steps, show
         self.learners, self.tokenizer = learners, tokenizer
         self.listeners = [*listeners, *([TensorBoard()] if config.tensorboard else [])]
@@ -62,7 +66,7 @@ class Run:
         self.models = {"": learners[product].model, **{role: learners[role].model for role in others}}
         self.meter = Meter(self.models[""].device)
         self.states = {**learners, **(states or {}), "meter": self.meter}
-        self.described = describe(config)  # now, so that nothing in it can fail when there is a model to lose
+        self.described = describe(config)  # now, because a failure after the training would lose the model
         self.first_step, self.train_seconds, self._facts = 1, 0.0, {}
 
     def __enter__(self) -> "Run":
@@ -94,7 +98,7 @@ class Run:
         return self
 
     def _make_room(self) -> None:
-        """Clear what a finished run left, so that nothing of it passes for this one's; refuse an unfinished run's."""
+        """Clears a finished run's files, so that none passes for a file of this run; refuses an unfinished run's."""
         finished = Path(self.config.output_dir) / "run.json"
         left = checkpoint.latest(self.config.output_dir)
         if left is not None and not finished.exists():
@@ -110,20 +114,22 @@ class Run:
             listener.end()
 
     def steps(self) -> Iterator[int]:
-        """Step numbers from 1 (or after the checkpoint), the global generators seeded anew for each."""
+        """Step numbers from 1 on, or from the checkpoint on. The global generators are seeded anew for each step."""
         if self.evaluator and self.first_step == 1:
-            self._log(0, {**self._evaluate(), "time/total": 0.0})
-            write_json(Path(self.config.output_dir) / "samples_before.json", self.last_evaluation.samples)
+            before = self._evaluate()
+            self._log(0, {**before.metrics, "time/total": 0.0})
+            write_json(Path(self.config.output_dir) / "samples_before.json", before.samples)
             self.meter.step(counted=False)
         for step in range(self.first_step, self.total_steps + 1):
             seed_everything(self.config.seed, step)
             yield step
 
     def end_step(self, step: int, metrics: dict[str, float]) -> None:
-        """Evaluate where it is due, log the step with its times and peaks, write a checkpoint where one is due."""
+        """Evaluates where it is due, logs the step with its times and peaks, writes a checkpoint where it is due."""
         last = step == self.total_steps
-        if self.evaluator and (last or step % (self.config.eval_steps or self.total_steps) == 0):
-            metrics = {**metrics, **self._evaluate()}
+        # every config that asks for an evaluator has eval_steps
+        if self.evaluator and (last or step % (self.config.eval_steps or self.total_steps) == 0):  # pyright: ignore[reportAttributeAccessIssue]
+            metrics = {**metrics, **self._evaluate().metrics}
         measured = self.meter.step()
         self.train_seconds += measured["time/step"] - measured.get("time/evaluation", 0.0)
         self._log(step, {**metrics, **measured, "time/total": self.train_seconds})
@@ -137,7 +143,7 @@ class Run:
             listener.log(step, row)
 
     def save_state(self, step: int) -> None:
-        """Write the checkpoint from which the run goes on after `step`."""
+        """Writes the checkpoint from which a resumed run goes on after `step`."""
         state = {name: part.state_dict() for name, part in self.states.items()}
         state |= {"step": step, "train_seconds": self.train_seconds, "facts": self._facts}
         files = {_RUN_CONFIG: self.described}
@@ -148,13 +154,17 @@ class Run:
     def _state_at(self, step: int) -> Path:
         return Path(self.config.output_dir) / f"checkpoint-{step}"
 
-    def _evaluate(self) -> dict[str, float]:
+    def _evaluate(self) -> Evaluation:
+        assert self.evaluator is not None  # callers ask first
         with self.meter.phase("evaluation"):
             self.last_evaluation = self.evaluator(self.models[""])
-        return self.last_evaluation.metrics
+        return self.last_evaluation
 
     def note(self, **facts: Any) -> None:
-        """Facts for run.json: data counts, truncations, evaluation results. Says so where rows lost tokens."""
+        """Keeps facts for run.json: data counts, truncations, evaluation results. Says where rows lost tokens.
+
+        facts: `truncated_rows=2` beside `rows=100` prints that 2 of 100 rows are too long.
+        """
         self._facts |= facts
         for name, count in facts.items():
             kind = name.removeprefix("truncated_")
@@ -163,7 +173,7 @@ class Run:
                 self.logger.say(f"{self.description}: {cut} are too long and were truncated")
 
     def finish(self) -> None:
-        """Write the trained models, run.json (config, versions, time, memory) and the evaluation's samples."""
+        """Writes the trained models, run.json (config, versions, time, memory) and the last evaluation's samples."""
         summary = {
             "stage": self.description,
             "config": self.described,
@@ -180,15 +190,15 @@ class Run:
             **self._facts,
             "environment": environment(self.meter.device),
         }
-        files = {"run.json": summary}
+        files: dict[str, Any] = {"run.json": summary}
         if self.last_evaluation is not None:
             summary["evaluation"] = self.last_evaluation.metrics
             files["samples.json"] = self.last_evaluation.samples
         checkpoint.save(self.config.output_dir, models=self.models, tokenizer=self.tokenizer, extra_files=files)
-        checkpoint.delete(self._state_at(self.total_steps))  # the final model is past it
+        checkpoint.delete(self._state_at(self.total_steps))  # the final model makes it useless
 
     def _static_bytes(self) -> dict[str, dict[str, int]]:
-        """Weights counted over all roles at once, so that what they share belongs to the first of them."""
+        """Bytes of every role. Weights that several roles share belong to the first of these roles."""
         held = static_bytes({**{role: learner.model for role, learner in self.learners.items()}, **self.frozen})
         return {
             role: {**parts, **(self.learners[role].static_bytes if role in self.learners else {})}
@@ -197,7 +207,7 @@ class Run:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What the figures of a run depend on."""
+    """The versions, device and threads that a run's figures depend on."""
     return {
         "rlhf_fast": rlhf_fast.__version__,
         "torch": torch.__version__,

@@ -34,7 +34,7 @@ class Tally:
             self._numbers[name] = torch.maximum(*(torch.as_tensor(x, dtype=torch.float64) for x in (now, value)))
 
     def read(self) -> dict[str, float]:
-        """Every number by its name, in the order of the first `add`; one wait for the device."""
+        """Every number by its name, in the order in which the names first came. Waits for the device once."""
         tensors = {name: value for name, value in self._numbers.items() if isinstance(value, Tensor)}
         read = dict(zip(tensors, torch.stack(list(tensors.values())).tolist(), strict=True)) if tensors else {}
         return {name: read.get(name, value) for name, value in self._numbers.items()}

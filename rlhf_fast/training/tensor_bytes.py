@@ -1,11 +1,11 @@
-"""Counts the bytes of live tensors, exactly: every storage from the operator that made it until nothing holds it.
+"""Counts the bytes of live tensors exactly: a storage counts from the operator that made it until nothing holds it.
 
-What autograd saves, gradients, optimizer states and the buffers inside this package's own operators are all counted;
-real tensors and fake ones (`FakeTensorMode`) alike. While a `TensorBytes` is entered, a `Meter` reports its peaks as
-the phases' peaks, in place of the process's resident set.
+Activations that autograd saves, gradients, optimizer states and the buffers inside this package's own operators all
+count. Fake tensors (`FakeTensorMode`) count like real tensors. While a `TensorBytes` is entered, a `Meter` reports its
+peaks as the phases' peaks, in place of the process's resident set.
 
-Left out: memory that is no tensor's (the interpreter, libraries, scratch inside a matmul), and what an allocator adds.
-It costs tens of microseconds per operator, which is why no training run has it on.
+Left out: memory outside of tensors (the interpreter, libraries, scratch inside a matmul), and the allocator's overhead.
+No training run counts in this way, because it costs tens of microseconds per operator.
 """
 
 import weakref
@@ -21,7 +21,7 @@ from rlhf_fast.ops import dispatch, private
 class TensorBytes(private.TorchDispatchMode):
     """Context manager; `live` and `peak` are bytes of tensors made or first read inside.
 
-    exclude: tensors whose storages are left out, such as weights that are accounted for elsewhere.
+    exclude: tensors whose storages do not count, such as weights that are counted elsewhere.
     """
 
     active: "TensorBytes | None" = None
@@ -52,7 +52,7 @@ class TensorBytes(private.TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         self._follow_all((args, kwargs))
         if func.namespace == "rlhf_fast" and all(dispatch.has_address(x) for x in args if isinstance(x, Tensor)):
-            with self:  # the operator's own buffers
+            with self:  # counts the operator's own buffers
                 out = dispatch.run_kernel(func.name().split("::")[1], *args)
         else:
             out = func(*args, **(kwargs or {}))
@@ -87,13 +87,14 @@ class TensorBytes(private.TorchDispatchMode):
 
 
 def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensors that hold the memory of `tensor`: itself, or what a wrapper such as DTensor wraps.
+    """The tensors that hold the memory of `tensor`: itself, or the tensors that a wrapper such as DTensor wraps.
 
     A wrapper's own storage has a size and no memory.
     """
     if not hasattr(tensor, "__tensor_flatten__"):
         yield tensor
         return
-    for part in (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]):
+    names, _ = tensor.__tensor_flatten__()  # pyright: ignore[reportAttributeAccessIssue]
+    for part in (getattr(tensor, name) for name in names):
         if isinstance(part, Tensor):  # DTensor names its mesh too
             yield from plain_tensors(part)
