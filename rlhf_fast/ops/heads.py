@@ -15,7 +15,7 @@ Shapes: N tokens, n of them counted, C in a chunk, H hidden, V vocabulary.
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -108,7 +108,7 @@ class Layer:
 
     def operand(self, grad_logits: Tensor) -> Tensor:
         """The gradient in the dtype that matmuls read."""
-        return self.rounded[: len(grad_logits)].copy_(grad_logits) if self.mixed else grad_logits
+        return grad_logits if self.rounded is None else self.rounded[: len(grad_logits)].copy_(grad_logits)
 
     def times_weight(self, grad_logits: Tensor) -> Tensor:
         if self.mixed:
@@ -120,7 +120,7 @@ class Layer:
 
     def add_product(self, total: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
         """total [V, H] += grad_logits^T hidden"""
-        wide = {"out_dtype": self.dtype} if self.mixed else {}
+        wide: dict[str, Any] = {"out_dtype": self.dtype} if self.mixed else {}
         torch.addmm(total, grad_logits.t(), hidden, out=total, **wide)
 
     def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
@@ -170,12 +170,13 @@ class Head:
         temperature: float,
         softcap: float,
         budget: int,
-        wanted: tuple[bool, bool, bool] = (False, False, False),
+        wanted: tuple[bool, ...] = (False, False, False),
         beside: Layer | None = None,
         scaled_later: bool = False,
     ) -> None:
         self.shape, self.dtypes = hidden.shape, (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        self.grad_dtypes = tuple(map(kept_dtype, self.dtypes)) if scaled_later else self.dtypes
+        kept = tuple(None if x is None else kept_dtype(x) for x in self.dtypes)
+        self.grad_dtypes = kept if scaled_later else self.dtypes
         self.hidden, self.ids = hidden.reshape(-1, hidden.shape[-1]), token_ids.reshape(-1)
         self.temperature, self.softcap = temperature, softcap
         self.dtype = torch.float64 if torch.float64 in self.dtypes else torch.float32

@@ -172,7 +172,7 @@ def dpo_loss(
     chosen, rejected, ref_chosen, ref_rejected = common_dtype(
         chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps
     )
-    if chosen_lengths is not None:
+    if chosen_lengths is not None and rejected_lengths is not None:
         chosen_lengths, rejected_lengths = chosen_lengths.to(chosen.dtype), rejected_lengths.to(chosen.dtype)
     outputs = call(
         "dpo_loss", chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, beta, loss_type,
@@ -294,7 +294,7 @@ def _dpo_cpu(
     loss_type: str,
     label_smoothing: float,
     with_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     inputs = contiguous(chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths)
     outputs = dpo_outputs(chosen, with_grad)
     _cpu.dpo_loss(
@@ -305,7 +305,7 @@ def _dpo_cpu(
 
 
 @torch.library.register_fake("rlhf_fast::dpo_loss", lib=LIBRARY)
-def dpo_outputs(chosen: Tensor, *args: Tensor | float | str | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def dpo_outputs(chosen: Tensor, *args: Tensor | float | str | None) -> tuple[Tensor, ...]:
     per_pair = [chosen.new_empty(chosen.shape) for _ in range(3)]
     return *per_pair, *(chosen.new_empty(chosen.shape if args[-1] else 0) for _ in range(2))
 
