@@ -181,6 +181,7 @@ def threads(x: Tensor) -> int:
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of log-probs, sums and losses of x: float64 for float64, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 

@@ -162,6 +162,7 @@ _NO_SECOND = "{}: second derivatives are not available; the reference back end h
 
 
 def refuse_graph(name: str) -> None:
+    """Raise RuntimeError in a backward pass that is itself to be differentiated (create_graph=True)."""
     if torch.is_grad_enabled():  # in a backward pass: create_graph=True
         raise RuntimeError(_NO_SECOND.format(name))
 

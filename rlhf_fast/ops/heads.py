@@ -66,6 +66,8 @@ class Gradients(NamedTuple):
 
 
 class Chunk(NamedTuple):
+    """C counted tokens, with their logits and what `token_logprobs` returns for these."""
+
     rows: Tensor  # [C] of the flattened tokens
     hidden: Tensor  # [C, H], the dtype of the matmuls
     ids: Tensor  # [C]
@@ -91,6 +93,7 @@ class Layer:
         self.row_bytes = V * (dtype.itemsize + (self.operands.itemsize if mixed else 0))
 
     def allocate(self, rows: int) -> None:
+        """Make the buffer [rows, V] of the logits, and a second buffer where matmuls read another dtype."""
         self.buffer = self.weight.new_empty((rows, self.weight.shape[0]), dtype=self.dtype)
         self.rounded = torch.empty_like(self.buffer, dtype=self.operands) if self.mixed else None
 
@@ -111,6 +114,7 @@ class Layer:
         return grad_logits if self.rounded is None else self.rounded[: len(grad_logits)].copy_(grad_logits)
 
     def times_weight(self, grad_logits: Tensor) -> Tensor:
+        """[C, V] times the weight [V, H]: the gradient by the hidden states, [C, H]."""
         if self.mixed:
             return torch.mm(grad_logits, self.weight)
         out = grad_logits.new_zeros((len(grad_logits), self.weight.shape[1]))
@@ -206,6 +210,7 @@ class Head:
         return hidden, self.ids.index_select(0, rows), self.layer.logits(hidden)
 
     def forward(self, rows: Tensor) -> Chunk:
+        """The chunk of these rows [C], places in the flattened batch. It overwrites the logits of the last chunk."""
         hidden, ids, logits = self.gather(rows)
         out = torch.ops.rlhf_fast.token_logprobs(logits, ids, self.temperature, self.softcap, False)
         return Chunk(rows, hidden, ids, logits, *out)
@@ -230,6 +235,7 @@ class Head:
         return self.layer.times_weight(self.layer.operand(grad_logits)).to(self.dtypes[0])
 
     def gradients(self) -> Gradients:
+        """The sums over all chunks so far, in the dtypes of the inputs or in `kept_dtype`."""
         sums = self.grad_hidden, self.grad_weight, self.grad_bias
         hidden, weight, bias = (
             self.hidden.new_empty(0) if x is None else x.to(dtype)

@@ -121,6 +121,7 @@ def check_layer(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str
 
 
 def wants_gradients(*tensors: Tensor | None) -> tuple[bool, ...]:
+    """Whether autograd will ask for the gradient by each tensor; False for None."""
     return tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors)
 
 

@@ -51,6 +51,7 @@ def over(mask: Tensor, denominator: float | Tensor) -> Tensor:
 
 
 def head_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, options: tuple[Any, ...]) -> Head:
+    """The head of an operator whose last arguments `options` are the arguments OPTIONS of its schema."""
     temperature, softcap, memory_budget, *wanted = options
     tensors = hidden, weight, bias, token_ids
     return Head(*tensors, temperature, softcap, memory_budget, tuple(wanted), scaled_later=True)

@@ -93,6 +93,7 @@ def token_logprobs(
 
 
 def check_logits(logits: Tensor, token_ids: Tensor, temperature: float, softcap: float | None) -> None:
+    """Logits [..., V] and token ids [...] that fit each other, and a temperature and a soft cap > 0."""
     expect(logits.dtype in FLOATS, "logits", "dtype float32, bfloat16, float16 or float64", logits.dtype)
     expect(token_ids.dtype in INTEGERS, "token_ids", "dtype int64 or int32", token_ids.dtype)
     expect(logits.dim() > 0 and logits.shape[-1] > 0, "logits", "shape [..., V] with V > 0", list(logits.shape))
@@ -106,6 +107,7 @@ def check_logits(logits: Tensor, token_ids: Tensor, temperature: float, softcap:
 
 
 def check_overwritable(logits: Tensor) -> None:
+    """Logits whose rows are contiguous and share no memory, so that a gradient can replace them."""
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         raise ValueError(
             f"inplace_backward: expected logits with a contiguous last dimension, got strides {logits.stride()}"
@@ -118,6 +120,7 @@ def check_overwritable(logits: Tensor) -> None:
 
 
 def check_ids(token_ids: Tensor, vocabulary: int) -> None:
+    """Token ids in [0, vocabulary) or -100. Ids on a GPU are not read, because reading them waits for the device."""
     if not is_readable(token_ids):
         return
     bad = (token_ids != IGNORED_ID) & ((token_ids < 0) | (token_ids >= vocabulary))
@@ -126,6 +129,7 @@ def check_ids(token_ids: Tensor, vocabulary: int) -> None:
 
 
 def id_error(token_ids: Tensor, row: int, vocabulary: int) -> ValueError:
+    """The error about the token id of this row, a place in the flattened ids."""
     got = int(token_ids.flatten()[row])
     return ValueError(f"token_ids: expected ids in [0, {vocabulary}) or {IGNORED_ID}, got {got} at row {row}")
 
@@ -151,6 +155,7 @@ def _forward_cpu(
 def token_logprobs_outputs(
     logits: Tensor, token_ids: Tensor, temperature: float, softcap: float, inplace_backward: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The empty results [...], and the two numbers per row that the backward pass reads."""
     dtype = statistics_dtype(logits)
     shape = token_ids.shape
     return (

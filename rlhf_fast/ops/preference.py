@@ -256,6 +256,7 @@ def _reward_cpu(
 def reward_outputs(
     chosen: Tensor, rejected: Tensor, margin: Tensor | None, center_coef: float, with_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The empty results that a kernel fills; a gradient that nobody asks for has no element."""
     shape = chosen.shape if with_grad else 0
     return chosen.new_empty(()), chosen.new_empty(4), chosen.new_empty(shape), chosen.new_empty(shape)
 
@@ -276,6 +277,7 @@ def _ranking_cpu(scores: Tensor, ranks: Tensor, with_grad: bool) -> tuple[Tensor
 
 @torch.library.register_fake("rlhf_fast::ranking_loss", lib=LIBRARY)
 def ranking_outputs(scores: Tensor, ranks: Tensor, with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The empty results that a kernel fills; a gradient that nobody asks for has no element."""
     return scores.new_empty(()), scores.new_empty(2), scores.new_empty(scores.shape if with_grad else 0)
 
 
@@ -306,6 +308,7 @@ def _dpo_cpu(
 
 @torch.library.register_fake("rlhf_fast::dpo_loss", lib=LIBRARY)
 def dpo_outputs(chosen: Tensor, *args: Tensor | float | str | None) -> tuple[Tensor, ...]:
+    """The empty results that a kernel fills; a gradient that nobody asks for has no element."""
     per_pair = [chosen.new_empty(chosen.shape) for _ in range(3)]
     return *per_pair, *(chosen.new_empty(chosen.shape if args[-1] else 0) for _ in range(2))
 

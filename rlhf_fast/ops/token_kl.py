@@ -116,6 +116,7 @@ def _forward_cpu(
 def token_kl_outputs(
     logits: Tensor, ref_logits: Tensor, token_ids: Tensor, temperature: float, softcap: float, inplace_backward: bool
 ) -> tuple[Tensor, ...]:
+    """The empty results that a kernel fills."""
     dtype, shape = statistics_dtype(logits), token_ids.shape
     results = (logits.new_empty(shape, dtype=dtype) for _ in range(4))
     return *results, logits.new_empty((*shape, 4), dtype=dtype)
