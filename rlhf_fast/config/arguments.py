@@ -2,7 +2,7 @@
 
 A field `kl_coef: float = arg(0.05, "Weight of the KL penalty.", at_least=0)` is the flag --kl-coef and the YAML key
 kl_coef.
-Every mistake is a ValueError of one line that names the key, where it stands, what was expected and the nearest name.
+Every mistake is a ValueError of one line. It names the key, the file or section, what was expected, the nearest name.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import difflib
 import re
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser
@@ -19,7 +19,10 @@ from jsonargparse import ActionYesNo, ArgumentError, ArgumentParser
 from rlhf_fast.config.fields import bounds_of
 from rlhf_fast.config.stages import StageConfig
 
-Config = TypeVar("Config")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
 
 
 class _Formatter(argparse.HelpFormatter):
@@ -58,7 +61,7 @@ def make_parser(config_class: type, prog: str) -> ArgumentParser:
         group = required if _is_required(field) else groups[declared_by]
         hint = hints[field.name]
         if hint is bool:
-            kind = {"action": ActionYesNo(no_prefix="no-")}
+            kind: dict[str, Any] = {"action": ActionYesNo(no_prefix="no-")}
         elif get_origin(hint) is list:
             kind = {"type": get_args(hint)[0], "nargs": "*", "metavar": _type_name(get_args(hint)[0]).upper()}
         else:
@@ -178,7 +181,7 @@ def _one_line(error: Exception, config_class: type) -> str:
 
 
 def nearest(name: str, names: list[str]) -> str:
-    """The quoted name, and the one of `names` that was probably meant."""
+    """The quoted name, and which of `names` was probably meant."""
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return repr(name) + (f", did you mean {near[0]!r}?" if near else "")
 
@@ -210,7 +213,7 @@ def _help(field: dataclasses.Field, hint: Any) -> str:
 
 
 def _summary(cls: type) -> str:
-    return cls.__doc__.strip()
+    return (cls.__doc__ or "").strip()
 
 
 def _title(cls: type, own: bool) -> str:

@@ -61,7 +61,7 @@ class PairsConfig:
 
 
 def _with_a_section_per_method(cls: Class) -> Class:
-    """Declares a field for every row of the table of methods, behind those that the class declares itself."""
+    """Adds a field for every row of the table of methods, after the fields that the class declares."""
     for command, method in METHODS.items():
         cls.__annotations__[section(command)] = dict[str, Any]
         setattr(cls, section(command), arg({}, f"Keys of {method.config.partition(':')[2]}."))

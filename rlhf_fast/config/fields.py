@@ -35,7 +35,7 @@ def arg(
     at_most: float | None = None,
     below: float | None = None,
 ) -> Any:
-    """A field with a default. help: what its flag says. The bounds are those of a number; None is always allowed.
+    """A field with a default. help: the text of its flag in --help. Only numbers have bounds; None is always allowed.
 
     A default that is a list or a dict is copied for every config, so that no two configs share it.
     """
@@ -57,7 +57,7 @@ def random_seed(help: str) -> Any:
 
 
 def check(config: Any, name: str, holds: Callable[[Any], bool], expected: str) -> None:
-    """Raises ValueError naming the field unless its value is None or `holds`; for whatever no bound can say."""
+    """Raises ValueError naming the field unless its value is None or `holds`: for what no bound can express."""
     value = getattr(config, name)
     if value is not None and not holds(value):
         raise ValueError(f"{name}: expected {expected}, got {value!r}")

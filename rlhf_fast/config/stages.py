@@ -116,7 +116,7 @@ class StageConfig:
 class OfflineData:
     """What a stage takes that passes over the rows of train_data."""
 
-    # no StageConfig: where two bases of a dataclass share one, the fields of the first hide what the second overrides
+    # Not a StageConfig: if two bases of a dataclass share a base, the fields of the first hide the second's overrides.
 
     epochs: int = arg(1, "Passes over the data.", at_least=1)
     max_length: int = arg(512, "Longest prompt + completion in tokens; longer prompts lose their left end.", at_least=1)
@@ -214,6 +214,7 @@ class ClippedConfig(OnlineConfig):
 
     @property
     def rows_per_step(self) -> int:
+        """Rows of one optimizer step, a part of each rollout."""
         return self.batch_size // self.minibatches
 
     def __post_init__(self) -> None:

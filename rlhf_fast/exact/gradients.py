@@ -5,8 +5,8 @@
     RLOO(k)     mean_i s(y_i) (w(y_i) - mean_{j != i} w(y_j))       arXiv 2402.14740
 
 with s(y) = grad log pi(y), y ~ pi, and w the reward, or the reward less beta log(pi / ref) for the gradient of
-J = E[r] - beta KL(pi || ref). Each is one draw (RLOO: one group of k): the mean of n independent ones has an n-th of
-the variance. Left out: clipped and off-policy estimators.
+J = E[r] - beta KL(pi || ref). An estimate is of one draw, RLOO's of one group of k draws. The mean of n independent
+estimates has an n-th of its variance. Left out: clipped and off-policy estimators.
 """
 
 from collections.abc import Iterable
@@ -20,6 +20,8 @@ from rlhf_fast.ops.checks import expect
 
 
 class Moments(NamedTuple):
+    """Of an estimator of the gradient by D parameters."""
+
     mean: Tensor  # [D]
     variance: Tensor  # [D]
     total_variance: Tensor  # 0-dim, the sum over D: the trace of the covariance
@@ -57,11 +59,16 @@ def shaped_rewards(logprobs: Tensor, rewards: Tensor, ref_logprobs: Tensor | Non
     Raises ValueError for beta without ref_logprobs.
     """
     expect(ref_logprobs is not None or beta == 0, "ref_logprobs", "a tensor, as beta is not 0", None)
-    return rewards if beta == 0 else rewards - implicit_rewards(logprobs.detach(), ref_logprobs, beta)
+    if ref_logprobs is None or beta == 0:
+        return rewards
+    return rewards - implicit_rewards(logprobs.detach(), ref_logprobs, beta)
 
 
 def moments(logprobs: Tensor, estimates: Tensor) -> Moments:
-    """Mean and variance over y ~ pi of an estimator that is estimates[y], [N, D]."""
+    """Mean and variance, over y ~ pi, of the estimator whose value is estimates[y].
+
+    logprobs: [N]; estimates: [N, D]. Raises ValueError for other shapes.
+    """
     expect(estimates.dim() == 2 and len(estimates) == len(logprobs), "estimates", f"shape [{len(logprobs)}, D]",
            list(estimates.shape))  # fmt: skip
     p_N = logprobs.detach().exp()
@@ -70,7 +77,7 @@ def moments(logprobs: Tensor, estimates: Tensor) -> Moments:
 
 
 def reinforce_moments(logprobs: Tensor, scores: Tensor, weights: Tensor, *, baseline: float | Tensor = 0.0) -> Moments:
-    """Of s(y) (w(y) - baseline). ReMax's baseline is weights[greedy(logprobs, completions)].
+    """Moments of s(y) (w(y) - baseline). ReMax's baseline is weights[greedy(logprobs, completions)].
 
     logprobs, weights: [N]; scores: [N, D].
     """
@@ -78,15 +85,15 @@ def reinforce_moments(logprobs: Tensor, scores: Tensor, weights: Tensor, *, base
 
 
 def optimal_baseline(logprobs: Tensor, scores: Tensor, weights: Tensor) -> Tensor:
-    """The constant with the least total variance, E[|s|^2 w] / E[|s|^2], 0-dim."""
+    """The constant baseline with the least total variance, E[|s|^2 w] / E[|s|^2], 0-dim."""
     p_N = logprobs.detach().exp() * scores.square().sum(1)
     return (p_N @ weights) / p_N.sum()
 
 
 def rloo_moments(logprobs: Tensor, scores: Tensor, weights: Tensor, *, group_size: int) -> Moments:
-    """Of the mean over one group of k independent draws of s(y_i) (w(y_i) - mean of the others' w).
+    """Moments of the mean over one group of k independent draws of s(y_i) (w(y_i) - mean of the others' w).
 
-    That is the U-statistic with the kernel h(y, z) = (s(y) - s(z)) (w(y) - w(z)) / 2, so that by Hoeffding
+    This mean is the U-statistic with the kernel h(y, z) = (s(y) - s(z)) (w(y) - w(z)) / 2, so that by Hoeffding
 
         Var = (4 (k - 2) Var(E[h | y]) + 2 Var(h)) / (k (k - 1))
 
@@ -97,7 +104,7 @@ def rloo_moments(logprobs: Tensor, scores: Tensor, weights: Tensor, *, group_siz
     k = group_size
     expect(k >= 2, "group_size", "at least 2", k)
     p_N = logprobs.detach().exp()
-    w_N1 = (weights - p_N @ weights)[:, None]  # no constant changes h; centred ones lose no digits
+    w_N1 = (weights - p_N @ weights)[:, None]  # h is the same for w plus a constant; centred weights lose no digits
     mean_D = p_N @ (scores * w_N1)
     var_w = p_N @ w_N1.square()
     conditional_ND = (scores * w_N1 + mean_D) / 2

@@ -5,7 +5,7 @@
     r(x, y)   = beta log(pi_r(y|x) / ref(y|x)) + beta log Z(x)        eq. 5
 
 Everything takes log-probabilities and rewards [..., N] over all N completions and is differentiable; completions of
-probability 0 (log-probability -inf) contribute 0. Left out: weights of prompts, which all count alike.
+probability 0 (log-probability -inf) contribute 0. Left out: weights of prompts. Every prompt counts alike.
 """
 
 import math
@@ -33,13 +33,13 @@ def log_partition(ref_logprobs: Tensor, rewards: Tensor, beta: float) -> Tensor:
 
 
 def optimum(ref_logprobs: Tensor, rewards: Tensor, beta: float) -> Tensor:
-    """log pi_r(y|x), [..., N]. As beta falls to 0 it goes to ref on the best completions, as beta grows to ref."""
+    """log pi_r(y|x), [..., N]. As beta falls to 0 it goes to ref on the best completions; as beta grows, to ref."""
     _check(ref_logprobs, rewards, beta)
     return (ref_logprobs + rewards / beta).log_softmax(-1)
 
 
 def implicit_rewards(logprobs: Tensor, ref_logprobs: Tensor, beta: float) -> Tensor:
-    """beta log(pi(y|x) / ref(y|x)), [..., N]: the reward of which pi is the optimum, up to a function of x."""
+    """beta log(pi(y|x) / ref(y|x)), [..., N]: the reward whose optimum is pi, up to a function of x."""
     _check(logprobs, ref_logprobs, beta, "logprobs", "ref_logprobs")
     return beta * (logprobs - ref_logprobs)
 
@@ -71,7 +71,7 @@ def frontier(ref_logprobs: Tensor, rewards: Tensor, betas: Sequence[float]) -> F
 
 
 def beta_at_kl(ref_logprobs: Tensor, rewards: Tensor, target_kl: float) -> float:
-    """The beta whose optimum has this mean KL, by bisection (KL falls as beta grows): the frontier's point there.
+    """The beta whose optimum has this mean KL in nats. Bisection finds it, because the KL falls as beta grows.
 
     Raises:
         ValueError: target_kl not between 0 and the KL of the best completions, -log ref(argmax r).
@@ -99,5 +99,5 @@ def _point(ref_logprobs: Tensor, rewards: Tensor, beta: float) -> tuple[Tensor, 
 
 
 def _check(first: Tensor, second: Tensor, beta: float, name: str = "ref_logprobs", other: str = "rewards") -> None:
-    check_floats(name, **{name: first, other: second})
+    check_floats(name, **{name: first, other: second})  # pyright: ignore[reportArgumentType]
     check_positive("beta", beta)

@@ -1,4 +1,4 @@
-"""All completions of a small vocabulary and length, and two kinds of policy that give each its log-probability.
+"""All completions of a small vocabulary and length, and two kinds of policy that give each of them a log-probability.
 
 Left out: sampling (draw from `exp(logprobs)`), and vocabularies of which only a part is enumerated.
 """
@@ -25,7 +25,7 @@ class Completions(NamedTuple):
 
 
 def completions(vocab_size: int, length: int, *, eos_token_id: int | None = None) -> Completions:
-    """All sequences of `length` tokens; with an EOS token also all shorter ones that it ends.
+    """All sequences of `length` tokens; with an EOS token also all shorter sequences that end with it.
 
     Raises:
         ValueError: sizes < 1, an EOS token outside the vocabulary, or vocab_size ** length beyond 2 ** 20.
@@ -64,11 +64,11 @@ def _greedy_row(logprobs_N: Tensor, completions: Completions) -> Tensor:
 
 
 class TabularPolicy(nn.Module):
-    """A softmax of its own for every prefix: pi(y) = prod_t softmax(logits[prefix y_<t])[y_t]. Any distribution fits.
+    """One softmax for every prefix: pi(y) = prod_t softmax(logits[prefix y_<t])[y_t]. Any distribution fits.
 
     logits: [..., prefixes, V], float64, the parameter; leading axes are prompts (and seeds). Prefixes stand in heap
-    order: the empty one is 0, and prefix i followed by token a is V i + 1 + a. Zeros, the start, make a uniform
-    softmax everywhere. Those of prefixes behind an EOS are never used.
+    order: the empty one is 0, and prefix i followed by token a is V i + 1 + a. The logits start as zeros, which
+    make every softmax uniform. Logits of prefixes behind an EOS are never used.
     """
 
     nodes: Tensor
@@ -138,7 +138,8 @@ def causal_lm_logprobs(
     expect(prompt_ids.dim() == 2, "prompt_ids", "shape [P, L]", list(prompt_ids.shape))
     expect(temperature > 0, "temperature", "a number > 0", temperature)
     prompt_mask = torch.ones_like(prompt_ids, dtype=torch.bool) if prompt_mask is None else prompt_mask
-    responses = Completions(*(x.to(prompt_ids.device) for x in completions[:2]), V)
+    device = prompt_ids.device
+    responses = Completions(completions.tokens.to(device), completions.mask.to(device), V)
     rows = []
     for ids_L, mask_L in zip(prompt_ids, prompt_mask, strict=True):
         prompt = ids_L.expand(N, -1), mask_L.expand(N, -1)

@@ -27,7 +27,7 @@ def dpo_population_loss(
 
     Args:
         logprobs, ref_logprobs: [..., N].
-        preferences: [..., N, N], p(y1 > y2), `bradley_terry` of the true rewards say.
+        preferences: [..., N, N], p(y1 > y2), for example `bradley_terry` of the true rewards.
         pair_weights: [..., N, N], symmetric, how often each pair is compared; by default both are drawn from the
             reference, w = ref(y1) ref(y2).
 
@@ -44,9 +44,10 @@ def dpo_minimiser(
 ) -> Tensor:
     """log pi [N] that minimises `dpo_population_loss` over all policies, by Newton's method on the implicit rewards.
 
-    In these the loss is the convex one of a reward model, and every reward function belongs to one policy (theorem 1
-    of the DPO paper), pi = ref exp(r / beta) / Z. Under Bradley-Terry preferences it is `optimum` of their rewards,
-    whatever the weights; it exists where any completion is, by some chain of pairs, preferred to any other.
+    As a function of the implicit rewards the loss is a reward model's, which is convex. Every reward function belongs
+    to one policy, pi = ref exp(r / beta) / Z (theorem 1 of the DPO paper). Under Bradley-Terry preferences the
+    minimiser is `optimum` of their rewards, whatever the weights. It exists where a chain of preferred pairs leads from
+    any completion to any other.
 
     Args, one prompt: ref_logprobs [N], finite; preferences and pair_weights [N, N].
 
@@ -66,7 +67,7 @@ def dpo_minimiser(
         gradient_N = (games_NN * p_NN - wins_NN).sum(1)
         curvature_NN = games_NN * p_NN * (1 - p_NN)
         degree_N = curvature_NN.sum(1)
-        # constants change nothing: without the mean degree in every entry they would make the matrix singular
+        # a constant added to all rewards changes nothing; without the mean degree the matrix would be singular for it
         hessian_NN = degree_N.diag() - curvature_NN + degree_N.mean()
         step_N = torch.linalg.solve(hessian_NN, gradient_N)
         size = (step_N.max() - step_N.min()).item()

@@ -4,19 +4,21 @@ pi(arm 1) = p, rewards r1 > r2 > 0, gradient with respect to arm 1's logit (arm 
 
     Var(b) = p (1 - p) ((r1 - b)(1 - p) + (r2 - b) p)^2         of (1[a = arm 1] - p)(r_a - b), a ~ pi
 
-It is 0 at b = r1 (1 - p) + r2 p. The greedy arm's reward (ReMax) has less than b = 0 (REINFORCE) as long as
+It is 0 at b = r1 (1 - p) + r2 p. With the greedy arm's reward as baseline (ReMax) it is less than with b = 0
+(REINFORCE) as long as
 
     p < r1 / (2 (r1 - r2)) = 1/2 + r2 / (2 (r1 - r2))
 
-that is until the better arm dominates, and always where r1 <= 2 r2 (Proposition 3 of arXiv 2310.10505, where a
-transcription of the bound with r1 in place of r2 in its last numerator would make it vacuous).
+that is until the better arm dominates, and always where r1 <= 2 r2 (Proposition 3 of arXiv 2310.10505; r1 in
+place of r2 in the last numerator would make the bound vacuous).
 
-The mean over a group of k draws with RLOO's leave-one-out baselines is (r1 - r2) n (k - n) / (k (k - 1)), n of them
-being arm 1. Its variance depends on the difference of the rewards alone:
+The mean over a group of k draws with RLOO's leave-one-out baselines is (r1 - r2) n (k - n) / (k (k - 1)), where n
+of the draws are arm 1. Its variance depends on the difference of the rewards alone:
 
     Var(RLOO) = (r1 - r2)^2 p (1 - p) ((k - 2)(1 - 4 p (1 - p)) + 1 - 2 p (1 - p)) / (k (k - 1))
 
-k times this is to be set beside Var(b), and falls to Var at the expected reward, a value model's baseline, as k grows.
+Var(b) is of one draw, so compare it with k Var(RLOO). As k grows, k Var(RLOO) falls to Var(b) at the expected reward,
+which is a value model's baseline.
 """
 
 from rlhf_fast.ops.checks import expect
@@ -29,13 +31,13 @@ def variance(p: float, r1: float, r2: float, baseline: float = 0.0) -> float:
 
 
 def optimal_baseline(p: float, r1: float, r2: float) -> float:
-    """The baseline without any variance."""
+    """The baseline with which the variance is 0."""
     expect(0 <= p <= 1, "p", "a probability", p)
     return r1 * (1 - p) + r2 * p
 
 
 def mean_baseline(p: float, r1: float, r2: float) -> float:
-    """The expected reward: what a value model that has learned its lesson says."""
+    """The expected reward, the baseline of a value model that has converged."""
     expect(0 <= p <= 1, "p", "a probability", p)
     return p * r1 + (1 - p) * r2
 
@@ -47,7 +49,7 @@ def greedy_baseline(p: float, r1: float, r2: float) -> float:
 
 
 def rloo_variance(p: float, r1: float, r2: float, group_size: int) -> float:
-    """Var of the mean over one group of k = group_size draws, per logit. Raises ValueError for k < 2."""
+    """The variance of the mean over one group of k = group_size draws, per logit. Raises ValueError for k < 2."""
     expect(0 <= p <= 1, "p", "a probability", p)
     expect(group_size >= 2, "group_size", "at least 2", group_size)
     pq, k = p * (1 - p), group_size

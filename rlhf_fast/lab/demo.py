@@ -8,6 +8,7 @@ bought in true reward and KL, on prompts that no method saw.
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from rlhf_fast.config import DemoConfig, PipelineConfig
 from rlhf_fast.data.files import write_json
@@ -61,6 +62,10 @@ def pipeline_config(config: DemoConfig, shorten: int) -> PipelineConfig:
     out = Path(config.output_dir)
     data = out / "data"
     lengths = {"max_prompt_length": 18, "max_response_length": 40}
+    methods: dict[str, Any] = {
+        "ppo": {"epochs": 2, "minibatches": 2, "learning_rate": 3e-4, "value_learning_rate": 1e-3},
+        "dpo": {"batch_size": 32, "learning_rate": 3e-4, "lr_schedule": "linear", "beta": 0.3, "max_length": 64},
+    }
     return PipelineConfig(
         model=str(out / "init"),
         output_dir=str(out),
@@ -104,8 +109,7 @@ def pipeline_config(config: DemoConfig, shorten: int) -> PipelineConfig:
             "lr_schedule": "constant",
             **lengths,
         },
-        ppo={"epochs": 2, "minibatches": 2, "learning_rate": 3e-4, "value_learning_rate": 1e-3},
-        dpo={"batch_size": 32, "learning_rate": 3e-4, "lr_schedule": "linear", "beta": 0.3, "max_length": 64},
+        **methods,
     )
 
 

@@ -77,6 +77,8 @@ def gradient_moments(
 
 def token_weights(online: Online, experience: Experience, baselines_B: Tensor, scores_B: Tensor) -> Tensor:
     """w [B, T] of scores less baselines, both [B], with the KL penalty and the discount of the config's variant."""
+    config = online.config
+    assert isinstance(config, ReMaxConfig)
     return remax_returns(
         scores_B,
         baselines_B,
@@ -84,8 +86,8 @@ def token_weights(online: Online, experience: Experience, baselines_B: Tensor, s
         experience.ref_logprobs,
         experience.rollout.response_mask,
         kl_coef=online.kl.coef,
-        gamma=online.config.gamma,
-        variant=online.config.variant,
+        gamma=config.gamma,
+        variant=config.variant,
     )
 
 
@@ -98,6 +100,7 @@ def _gradient(online: Online, rollout: Rollout, weights_BT: Tensor) -> Tensor:
                 part.sequences, weights_BT[rows], kept=part.kept, reduction="sequence_sum", normalizer=len(weights_BT)
             )
         out.loss.backward()
-    gradient = torch.cat([p.grad.flatten() for p in online.learner.parameters])
+    gradients = [p.grad for p in online.learner.parameters]
+    gradient = torch.cat([g.flatten() for g in gradients])  # pyright: ignore[reportOptionalMemberAccess]
     online.policy.zero_grad(set_to_none=True)
     return gradient

@@ -6,7 +6,6 @@ soft caps, and rotary embeddings that turn a part of the head only, or neighbour
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from rlhf_fast.ops import reference
 from rlhf_fast.ops.checks import FLOATS, check_device, check_dims, expect
@@ -22,7 +21,7 @@ from rlhf_fast.ops.dispatch import (
     pointer,
     statistics_dtype,
 )
-from rlhf_fast.ops.gradients import no_second_derivative, register_autograd
+from rlhf_fast.ops.gradients import Context, no_second_derivative, register_autograd
 
 define(
     "packed_attention(Tensor query, Tensor key, Tensor value, Tensor slots, Tensor? cosines, Tensor? sines, "
@@ -83,10 +82,10 @@ def packed_attention(
         fits = table.shape == (N, d) and table.dtype == torch.float32 and d % 2 == 0
         expect(fits, "rotary", f"float32 of shape [{N}, {d}], an even d", f"{table.dtype} of {list(table.shape)}")
         check_device("rotary", table, "query", query)
-    scale = d**-0.5 if scale is None else scale
+    factor: float = d**-0.5 if scale is None else scale
     if not has_kernel("packed_attention", query) or value.shape[2] != d:
-        return reference.packed_attention(query, key, value, slots, rows, length, scale=scale, rotary=rotary)
-    return call("packed_attention", query, key, value, slots, *(rotary or (None, None)), length, scale)[0]
+        return reference.packed_attention(query, key, value, slots, rows, length, scale=factor, rotary=rotary)
+    return call("packed_attention", query, key, value, slots, *(rotary or (None, None)), length, factor)[0]
 
 
 def _read(*tensors: Tensor) -> tuple[list[Tensor], tuple[int, ...]]:
@@ -140,7 +139,7 @@ def _backward_cpu(
     grad_out: Tensor,
     length: int,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     grads = _backward_fake(query, key, value)
     (query, key, value), strides = _read(query, key, value)
     slots, cosines, sines, out, log_sums, grad_out = contiguous(slots, cosines, sines, out, log_sums, grad_out)
@@ -154,12 +153,12 @@ def _backward_cpu(
 
 
 @torch.library.register_fake("rlhf_fast::packed_attention_backward", lib=LIBRARY)
-def _backward_fake(query: Tensor, key: Tensor, value: Tensor, *args: object) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_fake(query: Tensor, key: Tensor, value: Tensor, *args: object) -> tuple[Tensor, ...]:
     """The kernel writes [N, heads, d], as the projections that these gradients go back to want them."""
     return tuple(x.new_empty(x.shape[1], x.shape[0], x.shape[2]).transpose(0, 1) for x in (query, key, value))
 
 
-def _setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Context, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     *tensors, length, scale = inputs
     ctx.options = length, scale
     ctx.save_for_backward(*tensors, *output)
@@ -167,9 +166,7 @@ def _setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor
     ctx.set_materialize_grads(False)
 
 
-def _backward(
-    ctx: FunctionCtx, needed: tuple[bool, ...], grad_out: Tensor | None, _: None
-) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Context, needed: tuple[bool, ...], grad_out: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if grad_out is None:
         return None, None, None
     return torch.ops.rlhf_fast.packed_attention_backward(*ctx.saved_tensors, grad_out, *ctx.options)

@@ -20,6 +20,7 @@ def is_readable(x: Tensor) -> bool:
 
 
 def expect(condition: bool, name: str, expected: str, got: object) -> None:
+    """Raise ValueError "name: expected ..., got ..." unless the condition holds."""
     if not condition:
         raise ValueError(f"{name}: expected {expected}, got {got}")
 
@@ -48,6 +49,7 @@ def check_like(name: str, x: Tensor, first: str, like: Tensor) -> None:
 
 
 def check_device(name: str, x: Tensor, first: str, like: Tensor) -> None:
+    """The device of the tensor named `first`."""
     if x.device != like.device:
         raise ValueError(f"{name}: expected device {like.device} as {first}, got {x.device}")
 
@@ -59,6 +61,7 @@ def check_dims(name: str, x: Tensor, dims: str) -> None:
 
 
 def check_mask(mask: Tensor, first: str, like: Tensor, name: str = "mask") -> None:
+    """A bool tensor with the shape and device of the tensor named `first`."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         raise ValueError(
             f"{name}: expected a bool tensor (True = counts), got {getattr(mask, 'dtype', type(mask).__name__)}"
@@ -78,15 +81,18 @@ def check_per_row(name: str, x: Tensor, first: str, like_BT: Tensor) -> None:
 
 
 def check_option(name: str, value: str, options: tuple[str, ...]) -> None:
+    """One of the names in a list."""
     if value not in options:
         raise ValueError(f"{name}: expected one of {', '.join(options)}, got {value!r}")
 
 
 def check_positive(name: str, value: float) -> None:
+    """A number > 0 and finite."""
     if not 0 < value < math.inf:
         raise ValueError(f"{name}: expected a finite number > 0, got {value}")
 
 
 def check_clip(name: str, value: float | None) -> None:
+    """A bound > 0, or None for no bound."""
     if value is not None and not value > 0:
         raise ValueError(f"{name}: expected a number > 0 or None, got {value}")

@@ -16,10 +16,12 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from typing_extensions import TypeVarTuple, Unpack
 
 from rlhf_fast.ops import private
 
@@ -31,7 +33,7 @@ COMPILED = importlib.util.find_spec("rlhf_fast._cpu") is not None
 if COMPILED:
     from rlhf_fast import _cpu
 else:
-    _cpu = None
+    _cpu = cast(Any, None)  # no caller has it, because `kernel` then registers nothing for the CPU
     warnings.warn(
         "rlhf_fast._cpu is not built: CPU tensors run the slower plain PyTorch reference. "
         "Reinstall with a C++ compiler present (`pip install -e .`).",
@@ -55,7 +57,9 @@ RESULTS: dict[str, tuple[str, ...]] = {}
 def define(schema: str) -> None:
     """Declare an operator, in torch's language of schemas: "name(Tensor x, float y) -> (Tensor a, Tensor b)"."""
     LIBRARY.define(schema)
-    operator, arguments, results = re.fullmatch(r"(\w+)\((.*)\) -> (.*)", schema).groups()
+    match = re.fullmatch(r"(\w+)\((.*)\) -> (.*)", schema)
+    assert match is not None, schema  # torch has parsed the schema
+    operator, arguments, results = match.groups()
     ARGUMENTS[operator] = tuple(argument.split()[-1] for argument in arguments.split(", "))
     RESULTS[operator] = tuple(result.split()[-1] for result in results.strip("()").split(", ") if result)
 
@@ -89,7 +93,7 @@ AUTOGRAD: dict[str, Callable] = {}
 """By operator, what makes it differentiable past the dispatcher; filled by `gradients.register_autograd`."""
 
 
-def call(operator: str, *args: object) -> object:
+def call(operator: str, *args: object) -> Any:
     """`torch.ops.rlhf_fast.<operator>(*args)`, past torch's dispatcher where nothing in it would see the operator.
 
     Going through torch's dispatcher and back costs a Python operator 0.06 ms, a third of a small loss and its gradient.
@@ -177,15 +181,21 @@ def threads(x: Tensor) -> int:
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of log-probs, sums and losses of x: float64 for float64, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def common_dtype(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+Tensors = TypeVarTuple("Tensors")
+"""What a caller passes, each a Tensor or a Tensor | None: the results have the same types in the same order."""
+
+
+def common_dtype(*tensors: Unpack[Tensors]) -> tuple[Unpack[Tensors]]:
     """float64 if one of them is, else float32: the small kernels take one dtype."""
-    if all(x is None or x.dtype is torch.float32 for x in tensors):
+    if all(x is None or x.dtype is torch.float32 for x in tensors):  # pyright: ignore[reportAttributeAccessIssue]
         return tensors
-    dtype = torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
-    return tuple(x if x is None else x.to(dtype) for x in tensors)
+    wide = any(x is not None and x.dtype == torch.float64 for x in tensors)  # pyright: ignore[reportAttributeAccessIssue]
+    dtype = torch.float64 if wide else torch.float32
+    return tuple(x if x is None else x.to(dtype) for x in tensors)  # pyright: ignore
 
 
 def on_device(launch: Callable) -> Callable:
@@ -199,5 +209,6 @@ def on_device(launch: Callable) -> Callable:
     return call
 
 
-def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(x if x is None else x.contiguous() for x in tensors)
+def contiguous(*tensors: Unpack[Tensors]) -> tuple[Unpack[Tensors]]:
+    """Each tensor as it is, or copied if its numbers do not lie side by side; None stays None."""
+    return tuple(x if x is None else x.contiguous() for x in tensors)  # pyright: ignore

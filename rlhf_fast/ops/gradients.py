@@ -5,14 +5,16 @@ Inputs and results are spoken of by their names in the operator's schema; the gr
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from rlhf_fast.ops import private
 from rlhf_fast.ops.dispatch import ARGUMENTS, AUTOGRAD, KERNELS, LIBRARY, RESULTS
+
+Context: TypeAlias = Any
+"""torch's `FunctionCtx`, whose stubs know neither `saved_tensors` nor the attributes that a forward pass sets."""
 
 
 def register_autograd(name: str, setup_context: Callable, backward: Callable, differentiable: tuple[str, ...]) -> None:
@@ -33,17 +35,17 @@ def register_autograd(name: str, setup_context: Callable, backward: Callable, di
 
     class Operator(torch.autograd.Function):  # sees the differentiable inputs alone: every argument costs it time
         @staticmethod
-        def forward(ctx: FunctionCtx, keyset: Any, args: tuple, *_: Tensor | None) -> tuple[Tensor, ...]:
+        def forward(ctx: Context, keyset: Any, args: tuple, *_: Tensor | None) -> tuple[Tensor, ...]:
             output = call_kernel(keyset, args)
             setup_context(ctx, args, output)
             return output
 
         @staticmethod
-        def backward(ctx: FunctionCtx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        def backward(ctx: Context, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             needed = ctx.needs_input_grad[2:]  # the first two are the keyset and the tuple of arguments
             return None, None, *backward(ctx, needed, *grads)
 
-    def autograd(keyset: Any, *args: object) -> tuple[Tensor, ...]:
+    def autograd(keyset: Any, *args: Any) -> tuple[Tensor, ...]:
         """Called by torch's dispatcher with its keyset, and by `dispatch.call` past it, with None."""
         inputs = [args[i] for i in positions if args[i] is not None]
         if private.has_tangents(inputs):
@@ -69,13 +71,13 @@ def register_autograd(name: str, setup_context: Callable, backward: Callable, di
 def _register_in_torch(name: str, setup_context: Callable, backward: Callable, positions: list[int]) -> None:
     """The slower registration, by public names alone."""
 
-    def all_gradients(ctx: FunctionCtx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def all_gradients(ctx: Context, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         gradients: list[Tensor | None] = [None] * len(ARGUMENTS[name])
         for i, grad in zip(positions, backward(ctx, [ctx.needs_input_grad[i] for i in positions], *grads), strict=True):
             gradients[i] = grad
         return tuple(gradients)
 
-    def setup(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    def setup(ctx: Context, inputs: tuple, output: tuple[Tensor, ...]) -> None:
         setup_context(ctx, inputs, output)
 
     torch.library.register_autograd(f"rlhf_fast::{name}", all_gradients, setup_context=setup, lib=LIBRARY)
@@ -89,13 +91,13 @@ def register_saved_gradients(name: str, *inputs: str) -> None:
     """
     saved = [RESULTS[name].index(f"grad_{x}") for x in inputs]
 
-    def setup_context(ctx: FunctionCtx, args: tuple, output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: Context, args: tuple, output: tuple[Tensor, ...]) -> None:
         ctx.save_for_backward(*(output[i] for i in saved))
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
     def backward(
-        ctx: FunctionCtx, needed: tuple[bool, ...], upstream: Tensor | None, *_: None
+        ctx: Context, needed: tuple[bool, ...], upstream: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * len(saved)
@@ -113,28 +115,26 @@ def register_consumed_gradients(name: str, *inputs: str) -> None:
     arguments = [ARGUMENTS[name].index(x) for x in inputs]
     results = [RESULTS[name].index(f"grad_{x}") for x in inputs]
 
-    def setup_context(ctx: FunctionCtx, args: tuple, output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: Context, args: tuple, output: tuple[Tensor, ...]) -> None:
         hold(ctx, [output[i] for i in results], [args[i] for i in arguments])
         ctx.mark_non_differentiable(*output[1:])
 
     def backward(
-        ctx: FunctionCtx, needed: tuple[bool, ...], upstream: Tensor | None, *_: None
+        ctx: Context, needed: tuple[bool, ...], upstream: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
         return hand_over(ctx, name, upstream, needed)
 
     register_autograd(name, setup_context, backward, inputs)
 
 
-def hold(ctx: FunctionCtx, gradients: list[Tensor], inputs: list[Tensor | None]) -> None:
+def hold(ctx: Context, gradients: list[Tensor], inputs: list[Tensor | None]) -> None:
     """Keep the gradients by these inputs, made in the forward pass, for `hand_over`."""
     ctx.gradients = gradients
     ctx.dtypes = [None if x is None else x.dtype for x in inputs]
     ctx.set_materialize_grads(False)
 
 
-def hand_over(
-    ctx: FunctionCtx, name: str, upstream: Tensor | None, needed: tuple[bool, ...]
-) -> tuple[Tensor | None, ...]:
+def hand_over(ctx: Context, name: str, upstream: Tensor | None, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     """The gradients that `hold` kept, times the upstream gradient, in the dtypes of the inputs.
 
     An upstream gradient of 1 leaves them as they are; a second backward pass is an error.
@@ -162,6 +162,7 @@ _NO_SECOND = "{}: second derivatives are not available; the reference back end h
 
 
 def refuse_graph(name: str) -> None:
+    """Raise RuntimeError in a backward pass that is itself to be differentiated (create_graph=True)."""
     if torch.is_grad_enabled():  # in a backward pass: create_graph=True
         raise RuntimeError(_NO_SECOND.format(name))
 
@@ -169,7 +170,7 @@ def refuse_graph(name: str) -> None:
 def no_second_derivative(name: str) -> None:
     """Make differentiating a backward operator an error instead of a silent zero."""
 
-    def backward(ctx: FunctionCtx, *grads: Tensor | None) -> None:
+    def backward(ctx: Context, *grads: Tensor | None) -> None:
         raise RuntimeError(_NO_SECOND.format(name))
 
     torch.library.register_autograd(f"rlhf_fast::{name}", backward, lib=LIBRARY)

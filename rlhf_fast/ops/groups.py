@@ -74,4 +74,5 @@ def _grpo_cpu(scores: Tensor, group_size: int) -> Tensor:
 @torch.library.register_fake("rlhf_fast::rloo_advantages", lib=LIBRARY)
 @torch.library.register_fake("rlhf_fast::grpo_advantages", lib=LIBRARY)
 def group_outputs(scores: Tensor, group_size: int) -> Tensor:
+    """The empty [B] result, for the fake kernels."""
     return scores.new_empty(scores.shape)

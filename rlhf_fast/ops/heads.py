@@ -15,7 +15,7 @@ Shapes: N tokens, n of them counted, C in a chunk, H hidden, V vocabulary.
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,6 +66,8 @@ class Gradients(NamedTuple):
 
 
 class Chunk(NamedTuple):
+    """C counted tokens, with their logits and what `token_logprobs` returns for these."""
+
     rows: Tensor  # [C] of the flattened tokens
     hidden: Tensor  # [C, H], the dtype of the matmuls
     ids: Tensor  # [C]
@@ -91,6 +93,7 @@ class Layer:
         self.row_bytes = V * (dtype.itemsize + (self.operands.itemsize if mixed else 0))
 
     def allocate(self, rows: int) -> None:
+        """Make the buffer [rows, V] of the logits, and a second buffer where matmuls read another dtype."""
         self.buffer = self.weight.new_empty((rows, self.weight.shape[0]), dtype=self.dtype)
         self.rounded = torch.empty_like(self.buffer, dtype=self.operands) if self.mixed else None
 
@@ -108,9 +111,10 @@ class Layer:
 
     def operand(self, grad_logits: Tensor) -> Tensor:
         """The gradient in the dtype that matmuls read."""
-        return self.rounded[: len(grad_logits)].copy_(grad_logits) if self.mixed else grad_logits
+        return grad_logits if self.rounded is None else self.rounded[: len(grad_logits)].copy_(grad_logits)
 
     def times_weight(self, grad_logits: Tensor) -> Tensor:
+        """[C, V] times the weight [V, H]: the gradient by the hidden states, [C, H]."""
         if self.mixed:
             return torch.mm(grad_logits, self.weight)
         out = grad_logits.new_zeros((len(grad_logits), self.weight.shape[1]))
@@ -120,7 +124,7 @@ class Layer:
 
     def add_product(self, total: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
         """total [V, H] += grad_logits^T hidden"""
-        wide = {"out_dtype": self.dtype} if self.mixed else {}
+        wide: dict[str, Any] = {"out_dtype": self.dtype} if self.mixed else {}
         torch.addmm(total, grad_logits.t(), hidden, out=total, **wide)
 
     def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
@@ -170,12 +174,13 @@ class Head:
         temperature: float,
         softcap: float,
         budget: int,
-        wanted: tuple[bool, bool, bool] = (False, False, False),
+        wanted: tuple[bool, ...] = (False, False, False),
         beside: Layer | None = None,
         scaled_later: bool = False,
     ) -> None:
         self.shape, self.dtypes = hidden.shape, (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        self.grad_dtypes = tuple(map(kept_dtype, self.dtypes)) if scaled_later else self.dtypes
+        kept = tuple(None if x is None else kept_dtype(x) for x in self.dtypes)
+        self.grad_dtypes = kept if scaled_later else self.dtypes
         self.hidden, self.ids = hidden.reshape(-1, hidden.shape[-1]), token_ids.reshape(-1)
         self.temperature, self.softcap = temperature, softcap
         self.dtype = torch.float64 if torch.float64 in self.dtypes else torch.float32
@@ -205,6 +210,7 @@ class Head:
         return hidden, self.ids.index_select(0, rows), self.layer.logits(hidden)
 
     def forward(self, rows: Tensor) -> Chunk:
+        """The chunk of these rows [C], places in the flattened batch. It overwrites the logits of the last chunk."""
         hidden, ids, logits = self.gather(rows)
         out = torch.ops.rlhf_fast.token_logprobs(logits, ids, self.temperature, self.softcap, False)
         return Chunk(rows, hidden, ids, logits, *out)
@@ -229,6 +235,7 @@ class Head:
         return self.layer.times_weight(self.layer.operand(grad_logits)).to(self.dtypes[0])
 
     def gradients(self) -> Gradients:
+        """The sums over all chunks so far, in the dtypes of the inputs or in `kept_dtype`."""
         sums = self.grad_hidden, self.grad_weight, self.grad_bias
         hidden, weight, bias = (
             self.hidden.new_empty(0) if x is None else x.to(dtype)

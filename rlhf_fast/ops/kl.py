@@ -126,6 +126,7 @@ def _kl_cpu(logprobs: Tensor, ref_logprobs: Tensor, estimator: str, with_grad: b
 def kl_penalty_outputs(
     logprobs: Tensor, ref_logprobs: Tensor, estimator: str, with_grad: bool
 ) -> tuple[Tensor, Tensor]:
+    """The empty results that a kernel fills; a gradient that nobody asks for has no element."""
     return logprobs.new_empty(logprobs.shape), logprobs.new_empty(logprobs.shape if with_grad else 0)
 
 

@@ -1,5 +1,7 @@
 """KTO: a loss on single answers that somebody found good or bad, where DPO needs pairs of them."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -57,7 +59,9 @@ def kto_loss(
         ValueError: unknown loss_type; beta <= 0; a negative weight; kl missing or not 0-dim; labels that are not bool;
             shapes, dtypes or devices that do not fit.
     """
-    options = dict(loss_type=loss_type, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
+    options: dict[str, Any] = dict(
+        loss_type=loss_type, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight
+    )
     kl = check_kto_arguments(logps, ref_logps, labels, kl, beta=beta, **options)
     if not has_kernel("kto_loss", logps):
         return reference.kto_loss(logps, ref_logps, labels, kl, beta=beta, **options)
@@ -90,6 +94,7 @@ def check_kto_arguments(
     expect(kl is not None, "kl", "a number or a 0-dim tensor, as loss_type is kto", None)
     if isinstance(kl, Tensor):
         expect(kl.dim() == 0, "kl", "a number or a 0-dim tensor", f"shape {list(kl.shape)}")
+    assert kl is not None  # or `expect` has raised
     return kl
 
 
@@ -117,6 +122,7 @@ def _kto(
 
 @torch.library.register_fake("rlhf_fast::kto_loss", lib=LIBRARY)
 def kto_outputs(logps: Tensor, *args: Tensor | float | str) -> tuple[Tensor, Tensor, Tensor]:
+    """The empty results that a kernel fills; a gradient that nobody asks for has no element."""
     shape = logps.shape
     return logps.new_empty(shape), logps.new_empty(shape), logps.new_empty(shape if args[-1] else 0)
 

@@ -7,7 +7,6 @@ reference.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from rlhf_fast.ops import reference
 from rlhf_fast.ops.checks import FLOATS, check_device, expect
@@ -23,7 +22,7 @@ from rlhf_fast.ops.dispatch import (
     pointer,
     statistics_dtype,
 )
-from rlhf_fast.ops.gradients import no_second_derivative, register_autograd
+from rlhf_fast.ops.gradients import Context, no_second_derivative, register_autograd
 
 define("add_rms_norm(Tensor x, Tensor? delta, Tensor weight, float epsilon) -> (Tensor out, Tensor sum, Tensor scales)")
 define(
@@ -123,7 +122,7 @@ def _norm_backward_fake(
     return total.new_empty(total.shape), weight.new_empty(weight.shape if by_weight else 0)
 
 
-def _norm_setup(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+def _norm_setup(ctx: Context, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     x, delta, weight, _ = inputs
     out, total, scales = output
     ctx.has_delta = delta is not None
@@ -133,7 +132,7 @@ def _norm_setup(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]) -> 
 
 
 def _norm_backward(
-    ctx: FunctionCtx, needed: tuple[bool, ...], grad_out: Tensor | None, grad_sum: Tensor | None, _: None
+    ctx: Context, needed: tuple[bool, ...], grad_out: Tensor | None, grad_sum: Tensor | None, _: None
 ) -> tuple[Tensor | None, ...]:
     by_x, by_delta, by_weight = needed
     if grad_out is None:
@@ -175,11 +174,11 @@ def _swiglu_backward_fake(gate: Tensor, up: Tensor, grad_out: Tensor) -> tuple[T
     return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
 
 
-def _swiglu_setup(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+def _swiglu_setup(ctx: Context, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _swiglu_backward(ctx: FunctionCtx, needed: tuple[bool, ...], grad_out: Tensor) -> tuple[Tensor, Tensor]:
+def _swiglu_backward(ctx: Context, needed: tuple[bool, ...], grad_out: Tensor) -> tuple[Tensor, Tensor]:
     return torch.ops.rlhf_fast.swiglu_backward(*ctx.saved_tensors, grad_out)
 
 

@@ -6,13 +6,15 @@ pass computes the logits again. The losses (`linear_ppo_loss`, ..., and `linear_
 chunking: `rlhf_fast.ops.heads`.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from rlhf_fast.ops import reference
 from rlhf_fast.ops.checks import FLOATS, INTEGERS, check_device, check_positive, expect
 from rlhf_fast.ops.dispatch import LIBRARY, define, has_kernel, kernel
-from rlhf_fast.ops.gradients import no_second_derivative, register_autograd
+from rlhf_fast.ops.gradients import Context, no_second_derivative, register_autograd
 from rlhf_fast.ops.heads import MEMORY_BUDGET, Head, full_precision, kept_dtype
 from rlhf_fast.ops.logprobs import check_ids
 from rlhf_fast.ops.reference import compute_dtype
@@ -119,6 +121,7 @@ def check_layer(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str
 
 
 def wants_gradients(*tensors: Tensor | None) -> tuple[bool, ...]:
+    """Whether autograd will ask for the gradient by each tensor; False for None."""
     return tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors)
 
 
@@ -177,7 +180,7 @@ def _logprobs_backward(
     with_hidden: bool,
     with_weight: bool,
     with_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     wanted = with_hidden, with_weight, with_bias
     head = Head(hidden, weight, bias, token_ids, temperature, softcap, memory_budget, wanted)
     flat = [None if g is None else g.reshape(-1) for g in (grad_logprobs, grad_entropy)]
@@ -187,15 +190,13 @@ def _logprobs_backward(
 
 
 @torch.library.register_fake("rlhf_fast::linear_token_logprobs_backward", lib=LIBRARY)
-def _backward_fake(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Tensor | float | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
     return empty_gradients(hidden, weight, bias, args[-3:])
 
 
 def empty_gradients(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, ...], scaled_later: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """What `Head.gradients` returns, for a fake kernel."""
     return tuple(
         hidden.new_empty(0)
@@ -205,7 +206,7 @@ def empty_gradients(
     )
 
 
-def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+def _setup_context(ctx: Context, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, token_ids, *ctx.options, ctx.with_slope = inputs
     ctx.save_for_backward(hidden, weight, bias, token_ids, output[2])
     ctx.mark_non_differentiable(output[2])
@@ -213,7 +214,7 @@ def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, outp
 
 
 def _backward(
-    ctx: torch.autograd.function.FunctionCtx,
+    ctx: Context,
     needed: tuple[bool, ...],
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,

@@ -4,6 +4,7 @@ Leaves out the chunking itself: `rlhf_fast.ops.heads`.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from rlhf_fast.ops import reference
 from rlhf_fast.ops.checks import check_device, expect
 from rlhf_fast.ops.dispatch import LIBRARY, define, has_kernel, kernel
-from rlhf_fast.ops.gradients import no_second_derivative, register_autograd
+from rlhf_fast.ops.gradients import Context, no_second_derivative, register_autograd
 from rlhf_fast.ops.heads import Head, Layer, full_precision, mixes
 from rlhf_fast.ops.linear import check_head, check_layer, empty_gradients
 from rlhf_fast.ops.reference import compute_dtype
@@ -113,7 +114,7 @@ def _token_kl(
     ref_weight: Tensor,
     ref_bias: Tensor | None,
     token_ids: Tensor,
-    *options: float | int,
+    *options: Any,
 ) -> tuple[Tensor, ...]:
     dtype = compute_dtype(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
     layer = Layer(ref_weight, ref_bias, dtype, mixes(ref_hidden, ref_weight))
@@ -134,7 +135,7 @@ def _token_kl_fake(
     ref_weight: Tensor,
     ref_bias: Tensor | None,
     token_ids: Tensor,
-    *options: float | int,
+    *options: Any,
 ) -> tuple[Tensor, ...]:
     dtype = compute_dtype(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
     return tuple(hidden.new_empty(token_ids.shape, dtype=dtype) for _ in range(4))
@@ -157,7 +158,7 @@ def _token_kl_backward(
     softcap: float,
     memory_budget: int,
     *wanted: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     dtype = compute_dtype(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
     layer = Layer(ref_weight, ref_bias, dtype, mixes(ref_hidden, ref_weight))
     head = Head(hidden, weight, bias, token_ids, temperature, softcap, memory_budget, wanted, beside=layer)
@@ -172,13 +173,11 @@ def _token_kl_backward(
 
 
 @torch.library.register_fake("rlhf_fast::linear_token_kl_backward", lib=LIBRARY)
-def _backward_fake(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Tensor | float | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
     return empty_gradients(hidden, weight, bias, args[-3:])
 
 
-def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+def _setup_context(ctx: Context, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     tensors, ctx.options = inputs[:7], inputs[7:]
     ctx.save_for_backward(*tensors)
     ctx.mark_non_differentiable(output[3])
@@ -186,7 +185,7 @@ def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, outp
 
 
 def _backward(
-    ctx: torch.autograd.function.FunctionCtx,
+    ctx: Context,
     needed: tuple[bool, ...],
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,

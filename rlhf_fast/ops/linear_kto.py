@@ -1,5 +1,7 @@
 """linear_kto_loss: KTO straight from hidden states, the gradient taken in the forward pass."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -61,7 +63,9 @@ def linear_kto_loss(
     check_dims("token_ids", token_ids, "BT")
     budget = check_head(hidden, weight, bias, token_ids, temperature, softcap, memory_budget)
     check_normalizer(normalizer)
-    options = dict(loss_type=loss_type, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
+    options: dict[str, Any] = dict(
+        loss_type=loss_type, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight
+    )
     like = hidden.new_empty(len(token_ids), dtype=compute_dtype(hidden, weight, bias))
     kl = check_kto_arguments(like, ref_logps, labels, kl, beta=beta, **options)
     if not has_kernel("linear_kto_loss", hidden):
@@ -94,7 +98,7 @@ def _kto(
     loss_type: str,
     desirable_weight: float,
     undesirable_weight: float,
-    *options: float,
+    *options: Any,
 ) -> tuple[Tensor, ...]:
     head = head_of(hidden, weight, bias, token_ids, options)
     (B, T), ref = token_ids.shape, ref_logps.to(head.dtype)
@@ -116,9 +120,7 @@ def _kto(
 
 
 @torch.library.register_fake("rlhf_fast::linear_kto_loss", lib=LIBRARY)
-def _outputs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, *args: Tensor | float | str | None
-) -> tuple[Tensor, ...]:
+def _outputs(hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, *args: Any) -> tuple[Tensor, ...]:
     dtype, B = compute_dtype(hidden, weight, bias), token_ids.shape[0]
     per_answer = (hidden.new_empty(shape, dtype=dtype) for shape in ((), (B,), (B,), (B,)))
     return *per_answer, *empty_gradients(hidden, weight, bias, args[-3:], True)

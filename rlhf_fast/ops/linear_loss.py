@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from rlhf_fast.ops import reference
 from rlhf_fast.ops.checks import check_dims, check_option, expect
 from rlhf_fast.ops.dispatch import has_kernel
-from rlhf_fast.ops.gradients import hand_over, hold
+from rlhf_fast.ops.gradients import Context, hand_over, hold
 from rlhf_fast.ops.heads import Gradients, Head, loss_in_forward, pack_rows
 from rlhf_fast.ops.linear import check_head, wants_gradients
 from rlhf_fast.ops.linear_ops import over
@@ -126,15 +125,17 @@ class _Items:
     def of(self, tokens: Tensor, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
         """(index, losses) of the items that the tokens of one pack make up."""
         if self.pack == "token":
-            index, seen = tokens, (logprobs, entropy)
+            index = tokens
         else:
             T = self.ids.shape[1]
             row = tokens // T
             index, nth = torch.unique_consecutive(row % self.number, return_inverse=True)
             shape = (len(index), T) if self.sides == 1 else (2, len(index), T)
             places = (row // self.number * len(index) + nth) * T + tokens % T
-            seen = (x.new_zeros(shape).view(-1).index_copy(0, places, x).view(shape) for x in (logprobs, entropy))
-        losses = self.losses(*seen, index)
+            logprobs, entropy = (
+                x.new_zeros(shape).view(-1).index_copy(0, places, x).view(shape) for x in (logprobs, entropy)
+            )
+        losses = self.losses(logprobs, entropy, index)
         got = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         expect(
             got == [len(index)],
@@ -173,15 +174,15 @@ def _in_forward(head: Head, items: _Items, scale: Tensor) -> tuple[LinearLoss, G
 class _Function(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, compute: Callable[[], tuple[LinearLoss, Gradients]], *inputs: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Context, compute: Callable[[], tuple[LinearLoss, Gradients]], *inputs: Tensor | None
+    ) -> tuple[Tensor, ...]:
         out, gradients = compute()
         hold(ctx, list(gradients), list(inputs))
         ctx.mark_non_differentiable(out.logprobs, out.entropy)
         return tuple(out)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         return None, *hand_over(ctx, "linear_loss", upstream, ctx.needs_input_grad[1:])
 
 

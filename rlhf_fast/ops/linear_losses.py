@@ -6,6 +6,8 @@ logits are there, and the backward pass only multiplies it by the upstream gradi
 denominator counts the whole batch, or is passed in; it never counts a chunk.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -208,7 +210,9 @@ def linear_dpo_loss(
     check_normalizer(normalizer)
     if loss_type == "sigmoid_norm" and chosen_lengths is None:
         chosen_lengths, rejected_lengths = (token_ids != IGNORED_ID).sum(1).chunk(2)
-    options = dict(beta=beta, loss_type=loss_type, label_smoothing=label_smoothing, reference_free=reference_free)
+    options: dict[str, Any] = dict(
+        beta=beta, loss_type=loss_type, label_smoothing=label_smoothing, reference_free=reference_free
+    )
     like = hidden.new_empty(len(token_ids) // 2, dtype=compute_dtype(hidden, weight, bias))
     references, lengths = check_dpo_arguments(
         like, like, ref_chosen_logps, ref_rejected_logps, chosen_lengths, rejected_lengths, **options
@@ -217,13 +221,18 @@ def linear_dpo_loss(
         out = reference.linear_token_logprobs(
             hidden, weight, token_ids, bias=bias, temperature=temperature, softcap=softcap
         )
-        logps = out.logprobs.sum(1).chunk(2)
-        losses, *rewards = reference.dpo_loss(
-            *logps, *references, chosen_lengths=lengths[0], rejected_lengths=lengths[1], **options
+        chosen_logps, rejected_logps = out.logprobs.sum(1).chunk(2)
+        losses, chosen_rewards, rejected_rewards = reference.dpo_loss(
+            chosen_logps, rejected_logps, *references, chosen_lengths=lengths[0], rejected_lengths=lengths[1], **options
         )
         whole = max(len(losses), 1) if normalizer is None else normalizer
         return LinearDPOLoss(
-            reference.mean_over(losses, whole), losses.detach(), *rewards, *(x.detach() for x in logps)
+            reference.mean_over(losses, whole),
+            losses.detach(),
+            chosen_rewards,
+            rejected_rewards,
+            chosen_logps.detach(),
+            rejected_logps.detach(),
         )
     loss, losses, chosen_rewards, rejected_rewards, logps, _, _, _ = torch.ops.rlhf_fast.linear_dpo_loss(
         hidden, weight, bias, token_ids.long(), *references, *lengths, as_tensor(normalizer), beta, loss_type,

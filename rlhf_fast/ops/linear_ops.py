@@ -3,6 +3,8 @@
 Each returns its loss and, as its last outputs, the loss's gradients by hidden, weight and bias, made on the way.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -48,9 +50,8 @@ def over(mask: Tensor, denominator: float | Tensor) -> Tensor:
     return mask.double() / denominator
 
 
-def head_of(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, options: tuple[float | int | bool, ...]
-) -> Head:
+def head_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, options: tuple[Any, ...]) -> Head:
+    """The head of an operator whose last arguments `options` are the arguments OPTIONS of its schema."""
     temperature, softcap, memory_budget, *wanted = options
     tensors = hidden, weight, bias, token_ids
     return Head(*tensors, temperature, softcap, memory_budget, tuple(wanted), scaled_later=True)
@@ -59,7 +60,7 @@ def head_of(
 @kernel("linear_weighted_loss", "cpu", "triton", "cuda")
 @full_precision
 def _weighted(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, weights: Tensor, *options: float
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, weights: Tensor, *options: Any
 ) -> tuple[Tensor, ...]:
     """loss = sum(weights * logprobs)"""
     head = head_of(hidden, weight, bias, token_ids, options)
@@ -71,7 +72,7 @@ def _weighted(
 
 @torch.library.register_fake("rlhf_fast::linear_weighted_loss", lib=LIBRARY)
 def _weighted_fake(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, weights: Tensor, *options: float
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, weights: Tensor, *options: Any
 ) -> tuple[Tensor, ...]:
     dtype = compute_dtype(hidden, weight, bias)
     per_token = (hidden.new_empty(token_ids.shape, dtype=dtype) for _ in range(2))
@@ -100,12 +101,13 @@ def _ppo(
     kl_estimator: str,
     entropy_coef: float,
     reduction: str,
-    *options: float,
+    *options: Any,
 ) -> tuple[Tensor, ...]:
     head = head_of(hidden, weight, bias, token_ids, options)
-    old, A, ref = (None if x is None else x.to(head.dtype) for x in (old_logprobs, advantages, ref_logprobs))
+    old, A = old_logprobs.to(head.dtype), advantages.to(head.dtype)
+    ref = None if ref_logprobs is None else ref_logprobs.to(head.dtype)
     A_BT = (A if A.dim() == 2 else A.unsqueeze(1)).expand_as(old)
-    flat_old, flat_A, flat_ref = (None if x is None else x.reshape(-1) for x in (old, A_BT, ref))
+    flat_old, flat_A, flat_ref = old.reshape(-1), A_BT.reshape(-1), None if ref is None else ref.reshape(-1)
     weights = token_weights(mask, reduction, normalizer).to(head.dtype).reshape(-1)
     one = torch.ones((), dtype=torch.float64)
 
@@ -113,7 +115,7 @@ def _ppo(
         """The unweighted loss's gradient by each token's log-prob, times the token's weight."""
         by_logprobs = torch.ops.rlhf_fast.ppo_loss(
             logprobs[None], flat_old[rows][None], flat_A[rows][None], torch.ones_like(rows, dtype=torch.bool)[None],
-            None if ref is None else flat_ref[rows][None], None, one, clip_low, clip_high, dual_clip, kl_coef,
+            None if flat_ref is None else flat_ref[rows][None], None, one, clip_low, clip_high, dual_clip, kl_coef,
             kl_estimator, 0.0, "constant", True, False,
         )[2][0]  # fmt: skip
         return by_logprobs * weights[rows], -entropy_coef * weights[rows] if entropy_coef else None
@@ -127,9 +129,7 @@ def _ppo(
 
 
 @torch.library.register_fake("rlhf_fast::linear_ppo_loss", lib=LIBRARY)
-def _ppo_fake(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, *args: Tensor | float | str | None
-) -> tuple[Tensor, ...]:
+def _ppo_fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, *args: Any) -> tuple[Tensor, ...]:
     dtype = compute_dtype(hidden, weight, bias)
     shapes = (), (8,), token_ids.shape, token_ids.shape
     return (
@@ -156,7 +156,7 @@ def _dpo(
     beta: float,
     loss_type: str,
     label_smoothing: float,
-    *options: float,
+    *options: Any,
 ) -> tuple[Tensor, ...]:
     head = head_of(hidden, weight, bias, token_ids, options)
     B, T = token_ids.shape[0] // 2, token_ids.shape[1]
@@ -187,9 +187,7 @@ def _dpo(
 
 
 @torch.library.register_fake("rlhf_fast::linear_dpo_loss", lib=LIBRARY)
-def _dpo_fake(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, *args: Tensor | float | str | None
-) -> tuple[Tensor, ...]:
+def _dpo_fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, *args: Any) -> tuple[Tensor, ...]:
     dtype, B = compute_dtype(hidden, weight, bias), token_ids.shape[0] // 2
     shapes = (), (B,), (B,), (B,), (2 * B,)
     return (

@@ -20,7 +20,7 @@ from rlhf_fast.ops.dispatch import (
     statistics_dtype,
     threads,
 )
-from rlhf_fast.ops.gradients import no_second_derivative, register_autograd
+from rlhf_fast.ops.gradients import Context, no_second_derivative, register_autograd
 from rlhf_fast.ops.reference import IGNORED_ID
 from rlhf_fast.ops.results import TokenLogprobs
 from rlhf_fast.ops.row_blocks import gradient_kernels, over_rows, rows_contiguous
@@ -93,6 +93,7 @@ def token_logprobs(
 
 
 def check_logits(logits: Tensor, token_ids: Tensor, temperature: float, softcap: float | None) -> None:
+    """Logits [..., V] and token ids [...] that fit each other, and a temperature and a soft cap > 0."""
     expect(logits.dtype in FLOATS, "logits", "dtype float32, bfloat16, float16 or float64", logits.dtype)
     expect(token_ids.dtype in INTEGERS, "token_ids", "dtype int64 or int32", token_ids.dtype)
     expect(logits.dim() > 0 and logits.shape[-1] > 0, "logits", "shape [..., V] with V > 0", list(logits.shape))
@@ -106,6 +107,7 @@ def check_logits(logits: Tensor, token_ids: Tensor, temperature: float, softcap:
 
 
 def check_overwritable(logits: Tensor) -> None:
+    """Logits whose rows are contiguous and share no memory, so that a gradient can replace them."""
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         raise ValueError(
             f"inplace_backward: expected logits with a contiguous last dimension, got strides {logits.stride()}"
@@ -118,6 +120,7 @@ def check_overwritable(logits: Tensor) -> None:
 
 
 def check_ids(token_ids: Tensor, vocabulary: int) -> None:
+    """Token ids in [0, vocabulary) or -100. Ids on a GPU are not read, because reading them waits for the device."""
     if not is_readable(token_ids):
         return
     bad = (token_ids != IGNORED_ID) & ((token_ids < 0) | (token_ids >= vocabulary))
@@ -126,6 +129,7 @@ def check_ids(token_ids: Tensor, vocabulary: int) -> None:
 
 
 def id_error(token_ids: Tensor, row: int, vocabulary: int) -> ValueError:
+    """The error about the token id of this row, a place in the flattened ids."""
     got = int(token_ids.flatten()[row])
     return ValueError(f"token_ids: expected ids in [0, {vocabulary}) or {IGNORED_ID}, got {got} at row {row}")
 
@@ -151,6 +155,7 @@ def _forward_cpu(
 def token_logprobs_outputs(
     logits: Tensor, token_ids: Tensor, temperature: float, softcap: float, inplace_backward: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The empty results [...], and the two numbers per row that the backward pass reads."""
     dtype = statistics_dtype(logits)
     shape = token_ids.shape
     return (
@@ -181,7 +186,7 @@ def _backward_fake_(logits: Tensor, *args: Tensor | float | None) -> None:
     return None
 
 
-def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+def _setup_context(ctx: Context, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     logits, token_ids, ctx.temperature, ctx.softcap, ctx.inplace = inputs
     ctx.save_for_backward(logits, token_ids, *output)
     ctx.mark_non_differentiable(output[2])
@@ -189,17 +194,18 @@ def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, outp
 
 
 def _backward(
-    ctx: torch.autograd.function.FunctionCtx,
+    ctx: Context,
     needed: tuple[bool, ...],
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
     _: None,
 ) -> tuple[Tensor]:
-    args = (*ctx.saved_tensors, grad_logprobs, grad_entropy, ctx.temperature, ctx.softcap)
+    saved: tuple[Tensor, ...] = ctx.saved_tensors
+    args = (grad_logprobs, grad_entropy, ctx.temperature, ctx.softcap)
     if not ctx.inplace:
-        return (torch.ops.rlhf_fast.token_logprobs_backward(*args),)
-    logits = args[0].detach()
-    torch.ops.rlhf_fast.token_logprobs_backward_(logits, *args[1:])
+        return (torch.ops.rlhf_fast.token_logprobs_backward(*saved, *args),)
+    logits = saved[0].detach()
+    torch.ops.rlhf_fast.token_logprobs_backward_(logits, *saved[1:], *args)
     return (logits,)
 
 

@@ -244,6 +244,7 @@ def check_tokens(
 
 
 def check_normalizer(normalizer: float | Tensor | None) -> None:
+    """A number > 0, a 0-dim tensor >= 0, or None."""
     if isinstance(normalizer, Tensor):
         expect(normalizer.dim() == 0, "normalizer", "a number or a 0-dim tensor", f"shape {list(normalizer.shape)}")
         if is_readable(normalizer):  # 0: a count of tokens, where none counts
@@ -303,6 +304,7 @@ def _ppo_cpu(
 
 @torch.library.register_fake("rlhf_fast::ppo_loss", lib=LIBRARY)
 def ppo_outputs(logprobs: Tensor, *args: Tensor | float | str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The empty results that a kernel fills; a gradient that nobody asks for has no element."""
     with_grad_logprobs, with_grad_entropy = args[-2:]
     return (
         logprobs.new_empty(()),
@@ -336,6 +338,7 @@ def _value_cpu(
 
 @torch.library.register_fake("rlhf_fast::ppo_value_loss", lib=LIBRARY)
 def ppo_value_outputs(values: Tensor, *args: Tensor | float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The empty results that a kernel fills; a gradient that nobody asks for has no element."""
     return values.new_empty(()), values.new_empty(2), values.new_empty(values.shape if args[-1] else 0)
 
 
@@ -358,6 +361,7 @@ def _reinforce_cpu(
 
 @torch.library.register_fake("rlhf_fast::reinforce_loss", lib=LIBRARY)
 def reinforce_outputs(logprobs: Tensor, *args: Tensor | str | bool | None) -> tuple[Tensor, Tensor]:
+    """The empty results that a kernel fills; a gradient that nobody asks for has no element."""
     return logprobs.new_empty(()), logprobs.new_empty(logprobs.shape if args[-1] else 0)
 
 

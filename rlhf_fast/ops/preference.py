@@ -172,7 +172,7 @@ def dpo_loss(
     chosen, rejected, ref_chosen, ref_rejected = common_dtype(
         chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps
     )
-    if chosen_lengths is not None:
+    if chosen_lengths is not None and rejected_lengths is not None:
         chosen_lengths, rejected_lengths = chosen_lengths.to(chosen.dtype), rejected_lengths.to(chosen.dtype)
     outputs = call(
         "dpo_loss", chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, beta, loss_type,
@@ -256,6 +256,7 @@ def _reward_cpu(
 def reward_outputs(
     chosen: Tensor, rejected: Tensor, margin: Tensor | None, center_coef: float, with_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The empty results that a kernel fills; a gradient that nobody asks for has no element."""
     shape = chosen.shape if with_grad else 0
     return chosen.new_empty(()), chosen.new_empty(4), chosen.new_empty(shape), chosen.new_empty(shape)
 
@@ -276,6 +277,7 @@ def _ranking_cpu(scores: Tensor, ranks: Tensor, with_grad: bool) -> tuple[Tensor
 
 @torch.library.register_fake("rlhf_fast::ranking_loss", lib=LIBRARY)
 def ranking_outputs(scores: Tensor, ranks: Tensor, with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The empty results that a kernel fills; a gradient that nobody asks for has no element."""
     return scores.new_empty(()), scores.new_empty(2), scores.new_empty(scores.shape if with_grad else 0)
 
 
@@ -294,7 +296,7 @@ def _dpo_cpu(
     loss_type: str,
     label_smoothing: float,
     with_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     inputs = contiguous(chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths)
     outputs = dpo_outputs(chosen, with_grad)
     _cpu.dpo_loss(
@@ -305,7 +307,8 @@ def _dpo_cpu(
 
 
 @torch.library.register_fake("rlhf_fast::dpo_loss", lib=LIBRARY)
-def dpo_outputs(chosen: Tensor, *args: Tensor | float | str | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def dpo_outputs(chosen: Tensor, *args: Tensor | float | str | None) -> tuple[Tensor, ...]:
+    """The empty results that a kernel fills; a gradient that nobody asks for has no element."""
     per_pair = [chosen.new_empty(chosen.shape) for _ in range(3)]
     return *per_pair, *(chosen.new_empty(chosen.shape if args[-1] else 0) for _ in range(2))
 

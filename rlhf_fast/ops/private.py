@@ -74,6 +74,7 @@ REDISPATCH = all(x is not None for x in (_below_autograd, _keys_below_autograd, 
 
 
 def call_below_autograd(operator: Any, keyset: Any, args: tuple) -> Any:
+    """Run the operator on the back end of its device, past autograd. `keyset` is the keyset of the current call."""
     with _below_autograd():
         return _redispatch(operator, keyset & _keys_below_autograd, *args)
 

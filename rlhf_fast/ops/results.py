@@ -26,6 +26,8 @@ class TokenKL(NamedTuple):
 
 
 class Sample(NamedTuple):
+    """One token drawn for each of N rows; all detached."""
+
     tokens: Tensor  # [N] int64
     logprobs: Tensor  # [N], under the distribution that was drawn from
     entropy: Tensor  # [N], of that distribution, nats
@@ -34,6 +36,8 @@ class Sample(NamedTuple):
 
 
 class GAE(NamedTuple):
+    """Generalised advantage estimates; detached."""
+
     advantages: Tensor  # [B, T]
     returns: Tensor  # [B, T], advantages + values
 
@@ -73,12 +77,16 @@ class LinearPPOLoss(NamedTuple):
 
 
 class LinearLoss(NamedTuple):
+    """A loss from hidden states, and the log-prob and the entropy of each token, detached."""
+
     loss: Tensor  # 0-dim
     logprobs: Tensor  # [...], of the given token ids
     entropy: Tensor  # [...], nats
 
 
 class ValueLoss(NamedTuple):
+    """The value loss, and how often its clipping mattered."""
+
     loss: Tensor  # 0-dim
     clip_fraction: Tensor  # 0-dim, share of True tokens whose clipped square is the larger
 
@@ -93,22 +101,30 @@ class RewardLoss(NamedTuple):
 
 
 class RankingLoss(NamedTuple):
+    """The loss of a reward model on ranked answers, and its accuracy."""
+
     loss: Tensor  # 0-dim, mean over the pairs of answers with different ranks
     accuracy: Tensor  # 0-dim, share of these pairs in the right order, ties half
 
 
 class DPOLoss(NamedTuple):
+    """A loss for each of B pairs; the rewards are detached."""
+
     losses: Tensor  # [B], differentiable
     chosen_rewards: Tensor  # [B], implicit: beta times the log-prob's gain over the reference
     rejected_rewards: Tensor  # [B]
 
 
 class KTOLoss(NamedTuple):
+    """A loss for each of B answers; the rewards are detached."""
+
     losses: Tensor  # [B], differentiable
     rewards: Tensor  # [B], implicit: beta times the log-prob's gain over the reference
 
 
 class LinearDPOLoss(NamedTuple):
+    """DPOLoss from hidden states: its mean is differentiable, the rest detached."""
+
     loss: Tensor  # 0-dim, mean of losses
     losses: Tensor  # [B]
     chosen_rewards: Tensor  # [B], as DPOLoss has them
@@ -118,6 +134,8 @@ class LinearDPOLoss(NamedTuple):
 
 
 class LinearKTOLoss(NamedTuple):
+    """KTOLoss from hidden states: its mean is differentiable, the rest detached."""
+
     loss: Tensor  # 0-dim, mean of losses
     losses: Tensor  # [B]
     rewards: Tensor  # [B], as KTOLoss has them

@@ -190,6 +190,7 @@ def _gae_cpu(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: f
 
 @torch.library.register_fake("rlhf_fast::gae", lib=LIBRARY)
 def gae_outputs(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """The empty results that a kernel fills."""
     return rewards.new_empty(rewards.shape), rewards.new_empty(rewards.shape)
 
 

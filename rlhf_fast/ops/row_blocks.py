@@ -5,6 +5,7 @@ strided logits are a single block.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,9 +26,12 @@ def rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
+Rows = TypeVar("Rows", bound=Tensor | None)
+
+
 def over_rows(
-    logits: Sequence[Tensor], per_row: Sequence[Tensor | None]
-) -> Iterator[tuple[int, tuple[Tensor, ...], tuple[Tensor | None, ...]]]:
+    logits: Sequence[Tensor], per_row: Sequence[Rows]
+) -> Iterator[tuple[int, tuple[Tensor, ...], tuple[Rows, ...]]]:
     """Of each block that has rows: (its first row, the logits [n, V], their rows' part of each tensor in `per_row`).
 
     per_row: contiguous, with one or several numbers for each row of the logits.
@@ -42,7 +46,7 @@ def over_rows(
     row = 0
     for block in blocks:
         if n := len(block[0]):
-            yield row, block, tuple(None if x is None else x[row : row + n] for x in flat)
+            yield row, block, tuple(None if x is None else x[row : row + n] for x in flat)  # pyright: ignore
         row += n
 
 
@@ -54,7 +58,7 @@ def gradient_kernels(name: str, backend: str, references: int = 0) -> Callable[[
     """
 
     def register(launch: Callable) -> Callable:
-        def walk(grad: Tensor | None, logits: Tensor, *args: Tensor | float | None) -> None:
+        def walk(grad: Tensor | None, logits: Tensor, *args: Any) -> None:
             others = map(rows_contiguous, args[:references])
             per_row, options = contiguous(*args[references:-2]), args[-2:]
             for row, (z, *z_others), parts in over_rows((logits, *others), per_row):
@@ -62,13 +66,13 @@ def gradient_kernels(name: str, backend: str, references: int = 0) -> Callable[[
                 launch(out, z, *z_others, *options, *parts)
 
         @kernel(name, backend)
-        def new_tensor(logits: Tensor, *args: Tensor | float | None) -> Tensor:
+        def new_tensor(logits: Tensor, *args: Any) -> Tensor:
             grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
             walk(grad, rows_contiguous(logits), *args)
             return grad
 
         @kernel(f"{name}_", backend)
-        def over_the_logits(logits: Tensor, *args: Tensor | float | None) -> None:
+        def over_the_logits(logits: Tensor, *args: Any) -> None:
             walk(None, logits, *args)
             torch.autograd.graph.increment_version(logits)
 

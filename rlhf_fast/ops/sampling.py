@@ -119,6 +119,7 @@ def _check_per_row(name: str, x: Tensor | None, dtype: torch.dtype, logits: Tens
 
 
 def check_rows(logits: Tensor) -> None:
+    """Logits with a possible token in every row."""
     if logits.device.type != "cpu":
         return
     bad = ~logits.amax(-1).isfinite()
@@ -153,6 +154,7 @@ def _sample_cpu(
 def sample_outputs(
     logits: Tensor, uniforms: Tensor, greedy_mask: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The empty results that a kernel fills."""
     n, dtype = logits.shape[0], statistics_dtype(logits)
     return (
         logits.new_empty(n, dtype=torch.int64),

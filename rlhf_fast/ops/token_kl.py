@@ -21,7 +21,7 @@ from rlhf_fast.ops.dispatch import (
     statistics_dtype,
     threads,
 )
-from rlhf_fast.ops.gradients import no_second_derivative, register_autograd
+from rlhf_fast.ops.gradients import Context, no_second_derivative, register_autograd
 from rlhf_fast.ops.logprobs import check_ids, check_logits, check_overwritable, id_error
 from rlhf_fast.ops.results import TokenKL
 from rlhf_fast.ops.row_blocks import gradient_kernels, over_rows, rows_contiguous
@@ -116,6 +116,7 @@ def _forward_cpu(
 def token_kl_outputs(
     logits: Tensor, ref_logits: Tensor, token_ids: Tensor, temperature: float, softcap: float, inplace_backward: bool
 ) -> tuple[Tensor, ...]:
+    """The empty results that a kernel fills."""
     dtype, shape = statistics_dtype(logits), token_ids.shape
     results = (logits.new_empty(shape, dtype=dtype) for _ in range(4))
     return *results, logits.new_empty((*shape, 4), dtype=dtype)
@@ -142,7 +143,7 @@ def _backward_fake_(logits: Tensor, *args: Tensor | float | None) -> None:
     return None
 
 
-def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+def _setup_context(ctx: Context, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     logits, ref_logits, token_ids, ctx.temperature, ctx.softcap, ctx.inplace = inputs
     logprobs, entropy, _, ref_logprobs, stats = output
     ctx.save_for_backward(logits, ref_logits, token_ids, logprobs, entropy, stats)
@@ -151,18 +152,19 @@ def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, outp
 
 
 def _backward(
-    ctx: torch.autograd.function.FunctionCtx,
+    ctx: Context,
     needed: tuple[bool, ...],
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
     grad_kl: Tensor | None,
     *_: None,
 ) -> tuple[Tensor]:
-    args = (*ctx.saved_tensors, grad_logprobs, grad_entropy, grad_kl, ctx.temperature, ctx.softcap)
+    saved: tuple[Tensor, ...] = ctx.saved_tensors
+    args = (grad_logprobs, grad_entropy, grad_kl, ctx.temperature, ctx.softcap)
     if not ctx.inplace:
-        return (torch.ops.rlhf_fast.token_kl_backward(*args),)
-    logits = args[0].detach()
-    torch.ops.rlhf_fast.token_kl_backward_(logits, *args[1:])
+        return (torch.ops.rlhf_fast.token_kl_backward(*saved, *args),)
+    logits = saved[0].detach()
+    torch.ops.rlhf_fast.token_kl_backward_(logits, *saved[1:], *args)
     return (logits,)
 
 

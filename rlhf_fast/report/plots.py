@@ -33,7 +33,7 @@ PHASE_COLORS = {
 ROLE_COLORS = {"policy": "#332288", "value": "#117733", "reward": "#BB9922", "reference": "#AA4499"}
 KINDS = ("weights", "gradients", "optimizer")
 MIB = 2**20
-STYLE = {
+STYLE: dict[Any, Any] = {  # for `matplotlib.rc_context`, whose stubs list the keys
     "font.size": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -306,7 +306,8 @@ def _shade(role: str, kind: str) -> tuple[float, float, float]:
 
 def _tint(color: str, kind: str) -> tuple[float, float, float]:
     strength = {"weights": 1.0, "gradients": 0.6, "optimizer": 0.3}[kind]
-    return tuple(1 - strength * (1 - channel) for channel in to_rgb(color))
+    red, green, blue = (1 - strength * (1 - channel) for channel in to_rgb(color))
+    return red, green, blue
 
 
 def _ordered(names: Mapping[str, Any], order: Mapping[str, Any]) -> list[str]:

@@ -145,8 +145,9 @@ def quality_table(
         if samples:
             gain = _mean_and_se([b["reward"] - a["reward"] for a, b in zip(samples, run.samples, strict=True)])
         else:
-            (before, error), (after, new_error) = _pair(start, "reward"), _pair(run.final, "reward")
-            gain = (after - before, math.hypot(error, new_error))
+            before, after = _pair(start, "reward"), _pair(run.final, "reward")
+            assert before is not None and after is not None  # an evaluation is a row with a reward
+            gain = (after[0] - before[0], math.hypot(before[1], after[1]))
         rows.append({"method": run.name, reward_name: _pair(run.final, "reward"), "gain over SFT": gain})
     for row, evaluation in zip(rows, [start, *(run.final for run in runs)], strict=True):
         row |= {"KL to SFT": _pair(evaluation, "kl"), "length": _pair(evaluation, "length")}

@@ -9,7 +9,7 @@ Left out: the optima of the objectives, which these steps need not reach.
 """
 
 from copy import deepcopy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,7 +43,8 @@ def run(config: NeuralBanditConfig, n: int, *, error_sources: bool) -> Run:
     """
     seeds = seeds_of(config)
     parts = [_run(config, seeds[start : start + _SEEDS], n, error_sources) for start in range(0, len(seeds), _SEEDS)]
-    return Run(*(_joined(column) for column in list(zip(*parts, strict=True))[:-1]), parts[0].steps)
+    gaps, references, commonest, sources = (_joined(column) for column in list(zip(*parts, strict=True))[:-1])
+    return Run(gaps, references, commonest, sources, parts[0].steps)
 
 
 def _run(config: NeuralBanditConfig, seeds: range, n: int, error_sources: bool) -> Run:
@@ -112,7 +113,7 @@ def _plans(config: NeuralBanditConfig, states: Tensor, new_states: Tensor) -> di
     return plans
 
 
-def _joined(parts: tuple) -> dict | Tensor:
+def _joined(parts: tuple) -> Any:
     """Tensors of consecutive seeds as one, in dicts of any depth."""
     if isinstance(parts[0], dict):
         return {key: _joined(tuple(part[key] for part in parts)) for key in parts[0]}

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from rlhf_fast.lab.bandit.problem import ACTIONS, policy, true_rewards
+from rlhf_fast.lab.bandit.problem import ACTIONS, Setting, policy, true_rewards
 from rlhf_fast.report.plots import STYLE
 from rlhf_fast.training.metrics import print_table
 
@@ -205,7 +205,7 @@ def against_n(record: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def policies(thetas: Mapping[str, Tensor], setting: str) -> Figure:
+def policies(thetas: Mapping[str, Tensor], setting: Setting) -> Figure:
     """Probability of every action over the states, mean over seeds; first the best action under the true reward."""
     states = torch.linspace(0, 1, 401, dtype=torch.float64)
     panels = {"best action": torch.nn.functional.one_hot(true_rewards(states).argmax(-1), ACTIONS)}

@@ -12,7 +12,7 @@ from rlhf_fast.lab.compare.config import CompareConfig
 from rlhf_fast.lab.compare.start import LORA_RATE, Start
 from rlhf_fast.methods import METHODS, load
 
-CRITICS = {"same": "", "small": ", small critic", "shared": ", shared trunk"}
+CRITICS: dict[str | None, str] = {"same": "", "small": ", small critic", "shared": ", shared trunk"}
 
 
 class Cell(NamedTuple):

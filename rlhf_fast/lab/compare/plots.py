@@ -69,7 +69,7 @@ def reward(rows: Sequence[Mapping[str, Any]]) -> Figure:
             color, marker = styles[name]
             curve = row["reward"]["curve"]
             x, y, error = ([point[k] for point in curve] for k in (key, "reward", "reward_se"))
-            style = {"color": color, "linestyle": _DASHES.get(variant[0] if variant else "", "-")}
+            style: dict[str, Any] = {"color": color, "linestyle": _DASHES.get(variant[0] if variant else "", "-")}
             if variant and variant[-1].startswith("LoRA"):
                 style["alpha"] = 0.55
             axes.plot(x, y, marker=marker, markersize=4, linewidth=1.3, label=row["name"], **style)

@@ -93,6 +93,7 @@ def prepare(config: CompareConfig) -> Start:
     for name in ("reward", "train_data"):
         if getattr(config, name) is None:
             raise ValueError(f"{name}: expected a value for a model of your own, got none")
+    assert config.reward is not None and config.train_data is not None
     return Start(
         config.model,
         config.reward,
@@ -165,7 +166,9 @@ def _padded(tokenizer: PreTrainedTokenizerFast, vocabulary: int) -> PreTrainedTo
 def _stretched(text: str, tokens: int, tokenizer: PreTrainedTokenizerFast) -> str:
     """The text over and over, as long as the budget."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return tokenizer.decode((ids * (tokens // len(ids) + 1))[:tokens])
+    stretched = tokenizer.decode((ids * (tokens // len(ids) + 1))[:tokens])
+    assert isinstance(stretched, str)  # of a batch it would be a list
+    return stretched
 
 
 def _write_reward_model(policy: Path, reward: Path, lora: LoRA | None) -> None:

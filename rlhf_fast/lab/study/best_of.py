@@ -40,7 +40,7 @@ class BestOfConfig:
 def sample(config: BestOfConfig) -> None:
     """Writes run.json: config, and `scores` and `rewards` [prompts][samples]."""
     device, tokenizer = default_device(), load_tokenizer(config.model)
-    model = load_policy(config.model, trainable=False).to(device)
+    model = load_policy(config.model, trainable=False).to(device)  # pyright: ignore[reportArgumentType]
     prompts = encode_prompts(load_rows(config.eval_data, "prompt"), tokenizer, config.max_prompt_length).examples
     rewards = [Reward(spec, tokenizer, device) for spec in (config.reward, config.eval_reward)]
     scores, judged = sample_scores(
@@ -60,7 +60,8 @@ def sample(config: BestOfConfig) -> None:
 def load(directory: Path) -> tuple[Tensor, Tensor]:
     """(scores, rewards) [prompts, samples], float64, of a run."""
     record = json.loads((directory / "run.json").read_text())
-    return tuple(torch.tensor(record[name], dtype=torch.float64) for name in ("scores", "rewards"))
+    scores, rewards = (torch.tensor(record[name], dtype=torch.float64) for name in ("scores", "rewards"))
+    return scores, rewards
 
 
 def expected_reward(scores: Tensor, rewards: Tensor, n: int) -> Tensor:

@@ -36,7 +36,7 @@ def run(config: ConvergenceConfig) -> dict[str, Any]:
 
 def _curve(cells: list[Cell]) -> dict[str, list[Any]]:
     """Over the evaluations: step, and over the seeds seconds and win rate."""
-    columns: list[tuple[list[int], list[float], list[float]]] = []
+    columns: list[tuple[list[Any], ...]] = []
     for cell in cells:
         rows = [row for row in read_metrics(cell.directory / "metrics.jsonl") if "eval/reward" in row]
         if "eval/win_rate" not in rows[0]:

@@ -6,6 +6,7 @@ completions from the policy's exact distribution. Left out: prompts (there is on
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ def from_pairs(
     return update
 
 
-def dpo(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, **options: float | str) -> Tensor:
+def dpo(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, **options: Any) -> Tensor:
     return dpo_loss(chosen, rejected, ref_chosen, ref_rejected, **options).losses.mean()
 
 

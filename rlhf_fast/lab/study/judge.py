@@ -114,7 +114,7 @@ def _judge(parts: Sequence[tuple[Path, JudgeConfig]]) -> None:
     """Of one policy and one set of prompts, at several temperatures."""
     first = parts[0][1]
     device, tokenizer = default_device(), load_tokenizer(first.model)
-    model = load_policy(first.model, trainable=False).to(device)
+    model = load_policy(first.model, trainable=False).to(device)  # pyright: ignore[reportArgumentType]
     prompts = encode_prompts(load_rows(first.eval_data, "prompt"), tokenizer, first.max_prompt_length).examples
     judge = Reward(first.eval_reward, tokenizer, device)
     rewards = [judge] if first.reward is None else [judge, Reward(first.reward, tokenizer, device)]

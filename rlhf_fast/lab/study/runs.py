@@ -117,7 +117,9 @@ def _begin(threads: int) -> None:
 
 
 def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # a process of the pool has one
+    parent.join()
     os._exit(1)
 
 

@@ -36,7 +36,9 @@ def sample_scores(
         sampled, likeliest = sampler(
             [p.prompt_ids for p in part], seed=seed, samples=0 if greedy else samples, greedy=greedy
         )
+        rollout = likeliest if greedy else sampled
+        assert rollout is not None
         columns = prompt_columns([p for p in part for _ in range(samples)])
         for reward, own in zip(rewards, scores, strict=True):
-            own.append(reward(likeliest if greedy else sampled, columns).view(len(part), samples).cpu())
+            own.append(reward(rollout, columns).view(len(part), samples).cpu())
     return [torch.cat(parts) for parts in scores]

@@ -14,6 +14,7 @@ from rlhf_fast.config import DemoConfig, PipelineConfig
 from rlhf_fast.config.arguments import check_file, from_dict
 from rlhf_fast.lab import demo
 from rlhf_fast.lab.world import build_tokenizer
+from rlhf_fast.methods import section
 from rlhf_fast.report import pipeline
 from rlhf_fast.stages.init import init_model
 
@@ -48,6 +49,6 @@ def _sections(config: PipelineConfig, data: Path) -> dict[str, dict]:
     return {
         "sft": config.sft | {"train_data": str(data / "sft.jsonl")},
         "pairs": config.pairs | {"prompts": str(data / "prompts.jsonl")},
-        "dpo": config.dpo | {"epochs": 3},  # in one it is far from done; in the demo time is short
+        "dpo": getattr(config, section("dpo")) | {"epochs": 3},  # in one it is far from done; in the demo time is short
         "common": config.common | {"train_data": str(data / "prompts.jsonl"), "eval_data": str(data / "eval.jsonl")},
     }

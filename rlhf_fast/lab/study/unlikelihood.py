@@ -39,12 +39,12 @@ def train(config: UnlikelihoodConfig, *, listeners: Sequence[Listener] = ()) -> 
     data = encode_preferences(rows, tokenizer, config.max_length, config.max_prompt_length)
     batches = offline_batches(len(data.examples), config.batch_size, config.epochs, config.seed)
     policy, reference = load_policy_and_reference(config, device)
-    evaluator = make_evaluator(config, tokenizer, device, reference.to(device), None)
+    evaluator = make_evaluator(config, tokenizer, device, reference.to(device), None)  # pyright: ignore[reportArgumentType]
     objectives = Objectives(policy, fused=config.fused_head)
 
-    def loss(rows: list[int], total: int, tally: Tally) -> Tensor:
+    def loss(rows: list[int], whole: int, tally: Tally) -> Tensor:
         pairs = pair_sequences([data.examples[i] for i in rows], pad_id(tokenizer), device)
-        logps = objectives.logprobs(pairs).logprobs.sum(dim=1).view(2, -1).sum(dim=1) / total
+        logps = objectives.logprobs(pairs).logprobs.sum(dim=1).view(2, -1).sum(dim=1) / whole
         part = config.alpha * logps[1] - logps[0]
         tally.add("loss", config.alpha * logps[1].double() - logps[0].double())
         tally.add("logps/chosen", logps[0])

@@ -20,7 +20,7 @@ import dataclasses
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -124,7 +124,8 @@ class SeedRun:
         self.online = Online(remax_config, "ReMax", greedy=True, greedy_length=length)
         self.grouped = in_groups(self.online, self.group_size)
         self.batches, self.rounds = config.batches, rounds_of(config.policies, remax_config.steps)
-        self.offsets = offsets(self.online.policy.get_input_embeddings().num_embeddings, self.online.device)
+        vocabulary = cast(int, self.online.policy.get_input_embeddings().num_embeddings)
+        self.offsets = offsets(vocabulary, self.online.device)
         self.critics = {panel: self._critic() for panel in PANELS}
         self.trained_rounds, self.points = 0, []
 
@@ -132,7 +133,7 @@ class SeedRun:
         online, config = self.online, self.ppo
         path = config.value_model or value_start(online)
         check_tokenizer(path, online.tokenizer, "value_model")
-        model = load_scorer(path, head="zero").to(online.device)
+        model = load_scorer(path, head="zero").to(online.device)  # pyright: ignore[reportArgumentType]
         updates = online.config.steps * config.epochs * config.minibatches
         return Learner(model, config, updates, learning_rate=config.value_learning_rate)
 
@@ -177,6 +178,7 @@ class SeedRun:
                 others = scores_B - rloo_advantages(scores_B, len(scores_B))
                 weights[panel, "batch mean"] = token_weights(self.online, experience, others, scores_B)
         greedy_B, scores_B = experience.greedy_scores, scores[PLAIN]
+        assert greedy_B is not None  # `self.online` decodes greedily too
         weights[PLAIN, "ReMax"] = token_weights(self.online, experience, greedy_B, scores_B)
         return weights
 

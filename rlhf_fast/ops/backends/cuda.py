@@ -226,7 +226,7 @@ def _ppo_loss(
     entropy_coef: float,
     reduction: str,
     *with_grads: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     logp, old_logp, advantages, mask, ref, entropy = contiguous(logp, old_logp, advantages, mask, ref, entropy)
     loss, stats, *grads = policy_loss.ppo_outputs(logp, *with_grads)
     denominator, normalizer = _normalizer(normalizer, logp)
@@ -277,7 +277,7 @@ def _reinforce_loss(
 @kernel("reward_loss", "cuda")
 def _reward_loss(
     chosen: Tensor, rejected: Tensor, margin: Tensor | None, center_coef: float, with_grad: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     tensors = contiguous(chosen, rejected, margin)
     loss, stats, *grads = preference.reward_outputs(chosen, rejected, margin, center_coef, with_grad)
     _launch(
@@ -310,7 +310,7 @@ def _dpo_loss(
     loss_type: str,
     label_smoothing: float,
     with_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     tensors = contiguous(chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths)
     outputs = preference.dpo_outputs(chosen, with_grad)
     _launch(

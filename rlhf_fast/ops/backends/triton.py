@@ -161,7 +161,7 @@ def _ppo_loss(
     reduction: str,
     with_grad_logprobs: bool,
     with_grad_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     inputs = contiguous(logprobs, old_logprobs, advantages, mask, ref_logprobs, entropy)
     outputs = ppo_outputs(logprobs, with_grad_logprobs, with_grad_entropy)
     if logprobs.numel() == 0:
@@ -186,7 +186,7 @@ def _ppo_value_loss(
     normalizer: Tensor | None,
     clip: float,
     with_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     inputs = contiguous(values, old_values, returns, mask)
     outputs = ppo_value_outputs(values, with_grad)
     if values.numel() == 0:
@@ -204,7 +204,7 @@ def _ppo_value_loss(
 @on_device
 def _reinforce_loss(
     logprobs: Tensor, advantages: Tensor, mask: Tensor, normalizer: Tensor | None, reduction: str, with_grad: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     inputs = contiguous(logprobs, advantages, mask)
     outputs = reinforce_outputs(logprobs, with_grad)
     if logprobs.numel() == 0:
@@ -231,7 +231,7 @@ def _reward_loss(
 
 @kernel("ranking_loss", "triton")
 @on_device
-def _ranking_loss(scores: Tensor, ranks: Tensor, with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _ranking_loss(scores: Tensor, ranks: Tensor, with_grad: bool) -> tuple[Tensor, ...]:
     scores, ranks = contiguous(scores, ranks)
     outputs = loss, stats, grad = ranking_outputs(scores, ranks, with_grad)
     if scores.numel() == 0:
@@ -254,12 +254,13 @@ def _dpo_loss(
     loss_type: str,
     label_smoothing: float,
     with_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     inputs = contiguous(chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths)
-    *values, grad_chosen, grad_rejected = outputs = dpo_outputs(chosen, with_grad)
+    outputs = dpo_outputs(chosen, with_grad)
+    losses, chosen_rewards, rejected_rewards, grad_chosen, grad_rejected = outputs
     eps = label_smoothing
     dpo.dpo_loss(
-        *inputs, beta, LOSS_TYPES.index(loss_type), eps, _log(eps), _log(1 - eps), *values, _present(grad_chosen),
-        _present(grad_rejected),
+        *inputs, beta, LOSS_TYPES.index(loss_type), eps, _log(eps), _log(1 - eps), losses, chosen_rewards,
+        rejected_rewards, _present(grad_chosen), _present(grad_rejected),
     )  # fmt: skip
     return outputs

@@ -1,3 +1,5 @@
+# pyright: reportCallIssue=false
+# The tensors per row are passed as *per_row, whose number pyright does not know: it expects no argument after them.
 """The operators on rows of logits on Triton: `token_logprobs`, `token_kl` and `sample_tokens`.
 
 See `rlhf_fast.ops.backends.triton`.
@@ -41,7 +43,7 @@ def _token_logprobs(
         splits = rows.splits_for(n, V, _processors(z.device))
         partial = tickets = None
         if splits > 1:
-            partial = outputs[2].new_empty(n * splits * 3)
+            partial = outputs[2].new_empty(n * splits * 3)  # pyright: ignore[reportArgumentType]
             tickets = torch.zeros(n, dtype=torch.int32, device=z.device)
         rows.token_logprobs(
             z, z.stride(0), here[0], n, V, temperature, softcap, *here[1:], partial, tickets, splits, _compute(z)
@@ -98,7 +100,8 @@ def _sample_tokens(
     uniforms, greedy = contiguous(uniforms, greedy_mask)
     outputs, (n, V) = sample_outputs(logits, uniforms, greedy, temperature), logits.shape
     if n:
-        states = logits.new_empty((n, sampler.blocks_of(V), 3), dtype=statistics_dtype(logits))
+        blocks = sampler.blocks_of(V)  # of a tl.constexpr, an int outside of kernels
+        states = logits.new_empty((n, blocks, 3), dtype=statistics_dtype(logits))  # pyright: ignore[reportArgumentType]
         sampler.sample_tokens(
             logits, logits.stride(0), uniforms, greedy, n, V, temperature, states, *outputs,
             {} if torch.version.hip else sampler.REGISTERS, _compute(logits),

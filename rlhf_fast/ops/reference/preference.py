@@ -58,10 +58,12 @@ def dpo_loss(
     """`pair_losses` of the log-ratios to the reference, and the implicit rewards beta times these."""
     chosen, rejected = at_least_fp32(chosen_logps_B), at_least_fp32(rejected_logps_B)
     if not reference_free:
+        assert ref_chosen_logps_B is not None and ref_rejected_logps_B is not None
         chosen = chosen - at_least_fp32(ref_chosen_logps_B).detach()
         rejected = rejected - at_least_fp32(ref_rejected_logps_B).detach()
     rewards = beta * chosen.detach(), beta * rejected.detach()
     if loss_type in ("ipo", "sigmoid_norm") and chosen_lengths is not None:
+        assert rejected_lengths is not None  # `check_dpo_arguments`: both or neither
         chosen, rejected = chosen / chosen_lengths.clamp(min=1), rejected / rejected_lengths.clamp(min=1)
     return DPOLoss(pair_losses(chosen, rejected, beta, loss_type, label_smoothing), *rewards)
 

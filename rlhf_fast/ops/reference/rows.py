@@ -118,4 +118,5 @@ def sample_tokens(
     tokens = torch.minimum(below, last_possible)
     if greedy_mask is not None:
         tokens = torch.where(greedy_mask, z.argmax(-1), tokens)
-    return tokens, *token_logprobs(logits, tokens, temperature=temperature)
+    out = token_logprobs(logits, tokens, temperature=temperature)
+    return tokens, out.logprobs, out.entropy
