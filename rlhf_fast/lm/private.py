@@ -53,6 +53,15 @@ def keys_and_values(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
     return [(layer.keys, layer.values) for layer in layers]
 
 
+def lengthen(cache: DynamicCache, rows: int, slots: int) -> None:
+    """Makes room for so many slots of so many rows in every layer, in place; what the slots hold is not set."""
+    layers: list[Any] = [*cache.layers]
+    for layer in layers:
+        layer.keys, layer.values = (
+            x.new_empty(rows, x.shape[1], slots, x.shape[3]) for x in (layer.keys, layer.values)
+        )
+
+
 def repeat_rows(cache: DynamicCache, copies: int) -> None:
     """Repeats each row `copies` times in place; the copies of a row stand side by side."""
     cache.batch_repeat_interleave(copies)

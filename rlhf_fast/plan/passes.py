@@ -21,6 +21,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from rlhf_fast.lm.objectives import kept_logits
 from rlhf_fast.lm.passes import response_hidden, sequence_scores, token_values
+from rlhf_fast.lm.private import keys_and_values, lengthen
 from rlhf_fast.lm.sequences import Sequences
 from rlhf_fast.ops.private import FakeTensorMode
 from rlhf_fast.ops.truncation import kept_tokens, packed
@@ -95,7 +96,7 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         tensors = zip((hidden, weight, bias), ctx.needs_input_grad, strict=True)
-        ctx.gradients = [x.new_empty(x.shape) if wanted else None for x, wanted in tensors]
+        ctx.gradients = [torch.empty_like(x) if x is not None and wanted else None for x, wanted in tensors]
         return hidden.new_empty(())
 
     @staticmethod
@@ -122,7 +123,9 @@ class _Moments:
 
     def __init__(self, counter: TensorBytes) -> None:
         self.counter = counter
-        self.bytes = dict.fromkeys(("activations", "second layer", "first layer", "gradients", "loss"), 0)
+        self.bytes: dict[str, int] = dict.fromkeys(
+            ("activations", "second layer", "first layer", "gradients", "loss"), 0
+        )
 
     def mark(self, name: str) -> None:
         self.bytes[name] = max(self.bytes[name], self.counter.take_peak())
@@ -216,6 +219,7 @@ def _outputs(
     if not fused:
         return [_LogitsLoss.apply(kept_logits(model, sequences, kept))]
     hidden, layer = response_hidden(model, sequences), model.get_output_embeddings()
+    assert isinstance(layer, torch.nn.Linear)  # a fused loss needs an output embedding
     values = [] if value_head is None else [value_head(hidden).squeeze(-1).float()]
     moments.loss()
     return [_FusedLoss.apply(hidden, layer.weight, layer.bias), *values]
@@ -296,12 +300,7 @@ def _full_cache(steps: StaticDecoder | CacheDecoder, length: int) -> int:
     """Bytes of the cache once it holds `length` tokens a row; one that grows is made to hold all but the last."""
     if isinstance(steps, StaticDecoder):
         return steps.cache.nbytes
-    rows, prompt = steps.mask.shape
-    size = 0
-    for layer in steps.cache.layers:
-        layer.keys, layer.values = (
-            x.new_empty(rows, x.shape[1], length - 1, x.shape[3]) for x in (layer.keys, layer.values)
-        )
-        size += (layer.keys.nbytes + layer.values.nbytes) * length // (length - 1)
+    rows = len(steps.mask)
+    lengthen(steps.cache, rows, length - 1)
     steps.mask = steps.mask.new_ones(rows, length - 1)
-    return size
+    return sum(x.nbytes * length // (length - 1) for both in keys_and_values(steps.cache) for x in both)

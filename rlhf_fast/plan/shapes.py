@@ -105,8 +105,9 @@ def make_fake(model: PreTrainedModel) -> None:
     """Moves a model from the meta device to fake tensors of the FakeTensorMode that is on; ties stay ties."""
     made: dict[Tensor, Tensor] = {}
     for module in model.modules():
-        own = dict(recurse=False, remove_duplicate=False)
-        for name, old in [*module.named_parameters(**own), *module.named_buffers(**own)]:
+        parameters = module.named_parameters(recurse=False, remove_duplicate=False)
+        buffers = module.named_buffers(recurse=False, remove_duplicate=False)
+        for name, old in [*parameters, *buffers]:
             if old not in made:
                 new = torch.empty(old.shape, dtype=old.dtype)
                 made[old] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
