@@ -2,7 +2,8 @@
 """RLHF post-training of language models on one machine: fast, right and measurable.
 
 `rlhf_fast.ppo_loss(...)`, `rlhf_fast.token_logprobs(...)` and the other operations of `rlhf_fast.ops` are importable
-from here; they load torch at first use, so that `rlhf-fast --help` need not. The stages live in `rlhf_fast.stages`.
+from here. They load torch at first use, so that `rlhf-fast --help` need not load it. The stages are in
+`rlhf_fast.stages`.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""`python -m rlhf_fast ARGUMENTS` is `rlhf-fast ARGUMENTS`: the form that launchers such as torchrun need."""
+"""`python -m rlhf_fast ARGUMENTS` does the same as `rlhf-fast ARGUMENTS`. Launchers such as torchrun need this form."""
 
 import sys
 

@@ -1,7 +1,7 @@
 """The `rlhf-fast` command: one sub-command per stage, whose flags and YAML keys are the fields of the stage's config.
 
-The training stages are those of the table in `rlhf_fast.methods`. Exit codes: 0 done, 2 the config is wrong, 1 the
-stage failed, 130 interrupted. torch is imported when a stage runs.
+The training stages come from the table in `rlhf_fast.methods`. Exit codes: 0 done, 1 the stage failed, 2 the config is
+wrong, 130 interrupted. torch is imported when a stage runs.
 """
 
 import sys
@@ -12,6 +12,8 @@ from rlhf_fast.methods import METHODS, STAGES, load
 
 
 class Command(NamedTuple):
+    """A sub-command. It runs the function `run` on an object of the class `config`."""
+
     config: str  # package.module:dataclass
     run: str  # package.module:function of the config
     help: str
@@ -135,7 +137,7 @@ def _fail(message: str, code: int) -> int:
 
 
 def _overview(group: str, names: list[str]) -> str:
-    """These commands, all of them or a group's, with what each does."""
+    """The help text with these commands, which are all commands or a group's."""
     commands = "\n".join(f"  {name:<17} {COMMANDS[name].help}" for name in names)
     command = f"rlhf-fast {group} COMMAND" if group else "rlhf-fast COMMAND"
     return f"""usage: {command} [--config FILE] [flags]

@@ -1,9 +1,10 @@
-"""The table of training stages: what the package has to know about a stage by its name stands here, in one row.
+"""The table of training stages: one row has everything that the package knows about a stage by its name.
 
-The command line, the pipeline, the planner, `compare`, the studies and the plots read it. To add a method: its config
-class in `config/stages.py`, its module in `stages/`, its row here; then tests, docs and the changelog. This module
-imports nothing of the package, so that every other one may import it: a row names classes and functions by strings of
-the form "package.module:name", and `load` imports them when they are used.
+The command line, the pipeline, the planner, `compare`, the studies and the plots read this table. A new method needs a
+config class in `config/stages.py`, a module in `stages/` and a row here; then tests, docs and the changelog.
+
+This module imports nothing of the package, so that every other module may import it. A row therefore names classes and
+functions by strings of the form "package.module:name", and `load` imports them when they are used.
 """
 
 from importlib import import_module
@@ -13,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 class Stage(NamedTuple):
     """A training stage, which is the function `train` of one object of the class `config`.
 
-    The last five fields describe the stage's passes through its models, for the planner and `compare`.
+    The fields from `samples` on describe the stage's passes through its models, for the planner and `compare`.
     """
 
     title: str  # in tables, plots and reports
@@ -21,24 +22,24 @@ class Stage(NamedTuple):
     config: str
     train: str
     rows: str  # the kind of rows in train_data, one of `data.rows.KINDS`
-    roles: tuple[str, ...]  # its models, some of policy, value, reward and reference; the first is trained
+    roles: tuple[str, ...]  # its models, out of policy, value, reward and reference; the first model is trained
     online: bool = False  # it samples from its policy; an offline stage learns from the rows of train_data alone
-    color: str = ""  # of a method, in plots
-    marker: str = ""
-    samples: int | Literal["group_size"] = 1  # of a prompt in a round; "group_size": what the config says
+    color: str = ""  # of a method in plots
+    marker: str = ""  # of a method in plots
+    samples: int | Literal["group_size"] = 1  # samples of a prompt in a round; "group_size": the config has the number
     greedy: bool = False  # a greedy completion of each prompt is decoded and scored too, but not trained on
     kl_pass: bool = False  # before an update the policy, without gradients, reads completions of other rows
-    minibatches: bool = False  # a rollout is passed over in minibatches, which are copies of its rows
+    minibatches: bool = False  # the stage trains on minibatches of a rollout, which are copies of its rows
     one_piece: bool = False  # prompt and completion go through the model as one sequence, in which some tokens count
-    sequences: int = 1  # in a pass, of one row of a batch; a pair has two
+    sequences: int = 1  # sequences that a row of a batch makes in a pass; a pair makes two
 
     def samples_of(self, group_size: int) -> int:
-        """Samples per prompt, under a config whose `group_size` is this; it does not count where a stage has none."""
+        """Samples per prompt under a config with this `group_size`, which stages without groups ignore."""
         return group_size if self.samples == "group_size" else self.samples
 
     @property
     def needs_reward(self) -> bool:
-        """Whether its config has `reward`: a reward model, or a function in its place."""
+        """Whether the stage's config has `reward`: a reward model, or a function in its place."""
         return "reward" in self.roles[1:]
 
 
@@ -62,7 +63,7 @@ FIRST_STAGES = {
         sequences=2,
     ),
 }
-"""Stages that make what the methods start from: command -> row."""
+"""The stages that make the models that methods start from: command -> row."""
 
 METHODS = {
     "ppo": Stage(
@@ -160,7 +161,7 @@ METHODS = {
         kl_pass=True,
     ),
 }
-"""Methods, which start from an SFT model and are compared with each other: command -> row."""
+"""The methods, which start from an SFT model and are compared with each other: command -> row."""
 
 STAGES = FIRST_STAGES | METHODS
 
@@ -171,6 +172,6 @@ def section(command: str) -> str:
 
 
 def load(target: str) -> Any:
-    """What "package.module:name" names within rlhf_fast, such as "stages.ppo:train"."""
+    """The object that "package.module:name" names within rlhf_fast, such as "stages.ppo:train"."""
     module, name = target.split(":")
     return getattr(import_module(f"rlhf_fast.{module}"), name)

@@ -1,1 +1,1 @@
-"""Text and rows: reading files, checking rows, turning text into token ids. Never a model."""
+"""Text and rows: reading files, checking rows, turning text into token ids. Nothing here knows a model."""

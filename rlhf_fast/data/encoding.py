@@ -1,19 +1,19 @@
-"""Rows in, token ids out: encoding the kinds of training data, and making batches of them.
+"""Rows in, token ids out: encoding every kind of training data, and making batches of it.
 
-- Prompt and completion are tokenized apart and joined, so no token straddles the border; BOS comes once, at the start,
-  if the tokenizer adds one; every completion ends in EOS.
-- Only completion tokens and their EOS are trained on. Masks are explicit, never derived from token ids, so pad == eos
-  and a tokenizer without a pad token change nothing.
+- Prompt and completion are tokenized apart and joined, so no token stands on both sides of the border. If the tokenizer
+  adds BOS, it comes once, at the start. Every completion ends in EOS.
+- Only completion tokens and their EOS are trained on. Masks are explicit and never derived from token ids, so pad ==
+  eos and a tokenizer without a pad token change nothing.
 - Conversations (a `messages` column, or a prompt that is a list of messages) go through the tokenizer's chat template.
-- A row that is too long loses the left of its prompt; a completion that is too long by itself loses its right end (and
-  with it the EOS: the text does not end there). Both are counted in `Encoded.truncated`.
+- A row that is too long loses the left end of its prompt. A completion that is too long by itself loses its right end
+  and its EOS, because the text does not end there. `Encoded.truncated` counts both.
 
 Left out: packing several rows into one sequence.
 """
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -43,11 +43,15 @@ __all__ = [
 
 
 class SFTExample(NamedTuple):
+    """A row of kind sft."""
+
     input_ids: list[int]
-    mask: list[bool]  # True: trained on
+    mask: list[bool]  # for each token; True: trained on
 
 
 class PreferenceExample(NamedTuple):
+    """A row of kind preference. The prompt is followed by the chosen or by the rejected answer."""
+
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
@@ -55,12 +59,16 @@ class PreferenceExample(NamedTuple):
 
 
 class RankingExample(NamedTuple):
+    """A row of kind ranking."""
+
     prompt_ids: list[int]
     completion_ids: list[list[int]]
-    ranks: list[int]  # 0 is best
+    ranks: list[int]  # of each completion; 0 is best
 
 
 class UnpairedExample(NamedTuple):
+    """A row of kind unpaired."""
+
     prompt_ids: list[int]
     completion_ids: list[int]
     label: bool  # whether the completion is good
@@ -68,26 +76,30 @@ class UnpairedExample(NamedTuple):
 
 
 class PromptExample(NamedTuple):
+    """A row of kind prompt."""
+
     prompt_ids: list[int]
     prompt: str  # the whole prompt as text (chat template applied), also where prompt_ids was truncated
     columns: Row  # the other columns of the row, for reward functions
 
 
 class Encoded(NamedTuple):
-    examples: list
+    """Encoded rows."""
+
+    examples: list  # of one of the classes above
     truncated: int  # rows that lost tokens
 
 
 def encode_sft(rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, max_prompt_length: int) -> Encoded:
-    """Rows of kind sft -> Encoded of SFTExample. Of `messages` every assistant turn is trained on, up to its EOS.
+    """Rows of kind sft -> Encoded of SFTExample. In `messages` every assistant turn is trained on, up to its EOS.
 
-    The prompt is what stands before the first trained token: at most max_prompt_length tokens of it are kept, and fewer
-    where the row would pass max_length. Raises ValueError (also below) for a tokenizer without EOS, for a chat
-    template that is missing or does not render a conversation as a continuation of its beginning, and for a row in
-    which nothing is trained on: its first token is no prediction.
+    The prompt is everything before the first trained token. At most max_prompt_length tokens of the prompt are kept,
+    and fewer where the row would pass max_length. Raises ValueError for a tokenizer without EOS, for a chat template
+    that is missing or does not render a conversation as a continuation of its beginning; the other encoders do too.
+    Raises ValueError also for a row without a trained token. The first token is never trained, as nothing predicts it.
     """
     bos, eos = _bos(tokenizer), _eos(tokenizer)
-    segments = []  # per row: texts, untrained and trained in turn
+    segments = []  # for each row its texts, untrained and trained in turn
     for n, row in enumerate(rows, 1):
         if row.get("messages") is not None:
             segments.append(_chat_segments(row["messages"], tokenizer, place(row, n)))
@@ -115,7 +127,7 @@ def encode_sft(rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: 
 def encode_preferences(
     rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, max_prompt_length: int
 ) -> Encoded:
-    """Rows of kind preference -> Encoded of PreferenceExample. The prompt both share is cut for the longer one."""
+    """Rows of kind preference -> Encoded of PreferenceExample. The prompt is cut to fit the longer answer."""
     examples, truncated = [], 0
     encoded = _encode_answers(
         rows, [[row["chosen"], row["rejected"]] for row in rows], tokenizer, max_length, max_prompt_length
@@ -130,7 +142,7 @@ def encode_preferences(
 def encode_rankings(
     rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, max_prompt_length: int
 ) -> Encoded:
-    """Rows of kind ranking -> Encoded of RankingExample. The prompt all share is cut for the longest answer."""
+    """Rows of kind ranking -> Encoded of RankingExample. The prompt is cut to fit the longest answer."""
     examples, truncated = [], 0
     encoded = _encode_answers(rows, [row["completions"] for row in rows], tokenizer, max_length, max_prompt_length)
     for row, (prompt, answers, cut) in zip(rows, encoded, strict=True):
@@ -159,13 +171,12 @@ def encode_unpaired(
 
 
 def _next_with_another_prompt(rows: list[Row]) -> list[int]:
-    """Of every row the number of the next row, cyclically, with another prompt of the same form (text or messages)."""
+    """For every row the number of the next row, cyclically, with another prompt of the same form (text or messages)."""
     n, found = len(rows), [-1] * len(rows)
     for form in (True, False):
         own = [i for i in range(n) if isinstance(rows[i]["prompt"], str) is form]
-        for place_in, i in reversed(
-            [*enumerate(own), *enumerate(own)]
-        ):  # twice around: the last rows look at the first
+        # backwards and twice around, because the last rows look at the first rows
+        for place_in, i in reversed([*enumerate(own), *enumerate(own)]):
             following = own[(place_in + 1) % len(own)]
             found[i] = following if rows[following]["prompt"] != rows[i]["prompt"] else found[following]
     if -1 in found:
@@ -198,14 +209,16 @@ def encode_texts(
 ) -> list[tuple[list[int], list[int]]]:
     """(prompt ids, completion ids) of every text, as training encodes them.
 
-    prompts: the `prompt` of every `PromptExample`, or its `prompt_ids` where they are of this tokenizer.
-    ended: which completions EOS follows.
+    prompts: the `prompt` of every `PromptExample`, or its `prompt_ids` where this tokenizer has made them.
+    ended: whether EOS follows each completion.
     """
     bos, eos = _bos(tokenizer), _eos(tokenizer)
     if prompts and isinstance(prompts[0], str):
-        prompts = [_start(bos, ids) for ids in _tokenize(tokenizer, prompts)]
+        prompt_ids = [_start(bos, ids) for ids in _tokenize(tokenizer, cast(list[str], prompts))]
+    else:
+        prompt_ids = cast(list[list[int]], prompts)
     encoded = []
-    for prompt, answer, end in zip(prompts, _tokenize(tokenizer, completions), ended, strict=True):
+    for prompt, answer, end in zip(prompt_ids, _tokenize(tokenizer, completions), ended, strict=True):
         answer = answer + [eos] if end and answer[-1:] != [eos] else answer
         prompt, (answer,), _ = _fit(prompt, [answer], tokenizer, max_length, max_prompt_length)
         encoded.append((prompt, answer))
@@ -219,7 +232,7 @@ def _encode_answers(
     max_length: int,
     max_prompt_length: int,
 ) -> Iterator[tuple[list[int], list[list[int]], bool]]:
-    """Yields (prompt ids, ids of every answer with EOS, whether anything was cut) per row."""
+    """Yields for each row its prompt's ids, the ids of every answer with EOS, and whether anything was cut."""
     bos, eos = _bos(tokenizer), _eos(tokenizer)
     texts = [
         _texts(row["prompt"], completions, tokenizer, place(row, n))
@@ -236,9 +249,9 @@ def _encode_answers(
 def _texts(
     prompt: str | list[Row], completions: list[str | list[Row]], tokenizer: PreTrainedTokenizerBase, where: str
 ) -> tuple[str, list[str]]:
-    """Prompt and completions as text; of a conversation, the assistant turn as the chat template writes it."""
+    """Prompt and completions as text. In a conversation a completion is the assistant turn by the chat template."""
     if isinstance(prompt, str):
-        return prompt, list(completions)
+        return prompt, list(cast(list[str], completions))  # `rows` has checked them
     head = _render(prompt, tokenizer, where, add_generation_prompt=True)
     tails = []
     for completion in completions:
@@ -251,8 +264,9 @@ def _texts(
 def _chat_segments(messages: list[Row], tokenizer: PreTrainedTokenizerBase, where: str) -> list[str]:
     """Cuts a rendered conversation into [untrained, assistant turn, untrained, assistant turn, ...].
 
-    Where a turn begins and ends is found by rendering the conversation's beginnings: with the generation prompt before
-    the turn, without it after. White space that the template writes behind a turn's EOS is not trained on.
+    The borders of a turn are found by rendering beginnings of the conversation: the messages before the turn with the
+    generation prompt, and the messages up to the turn without it. White space that the template writes behind a turn's
+    EOS is not trained on.
     """
     whole = _render(messages, tokenizer, where)
     segments, end = [], 0
@@ -276,15 +290,18 @@ def _after(head: str, whole: str, where: str) -> str:
     return whole[len(head) :]
 
 
-def _render(messages: list[Row], tokenizer: PreTrainedTokenizerBase, where: str, **options: bool) -> str:
+def _render(
+    messages: list[Row], tokenizer: PreTrainedTokenizerBase, where: str, *, add_generation_prompt: bool = False
+) -> str:
     if tokenizer.chat_template is None:
         raise ValueError(f"{where}: has messages, but the tokenizer has no chat template")
     from jinja2 import TemplateError
 
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except (TemplateError, ValueError) as error:
         raise ValueError(f"{where}: the tokenizer's chat template refuses the messages: {error}") from error
+    return cast(str, text)  # token ids only with tokenize=True
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
@@ -292,7 +309,7 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list
 
 
 def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """[BOS] if the tokenizer puts one in front by itself, else []."""
+    """[BOS] if the tokenizer puts BOS in front of a text by itself, else []."""
     return [token for token in tokenizer("")["input_ids"][:1] if token == tokenizer.bos_token_id]
 
 
@@ -302,7 +319,7 @@ def _is_chat(row: Row) -> bool:
 
 
 def _start(bos: list[int], ids: list[int], chat: bool = False) -> list[int]:
-    """Puts BOS in front, unless a chat template or the text itself has done so."""
+    """Puts BOS in front, unless a chat template or the text has put it there."""
     return ids if chat or ids[: len(bos)] == bos else bos + ids
 
 
@@ -313,7 +330,7 @@ def _fit(
     max_length: int,
     max_prompt_length: int,
 ) -> tuple[list[int], list[list[int]], bool]:
-    """Cuts the prompt on the left, down to one token if need be, and then the completions on the right."""
+    """Cuts the prompt on the left, to one token at least, and then the completions on the right."""
     if max_length < 2:
         raise ValueError(f"max_length: expected at least 2, got {max_length}")
     longest = max(len(completion) for completion in completions)
@@ -327,7 +344,7 @@ def _cut_left(ids: list[int], length: int, tokenizer: PreTrainedTokenizerBase) -
         raise ValueError(f"max_prompt_length: expected at least 1, got {length}")
     if len(ids) <= length:
         return ids
-    if ids[0] == tokenizer.bos_token_id and length > 1:  # models are trained with BOS in front; keep it there
+    if ids[0] == tokenizer.bos_token_id and length > 1:  # BOS stays, because models are trained with BOS in front
         return ids[:1] + ids[-(length - 1) :]
     return ids[-length:]
 
@@ -341,22 +358,23 @@ def _nonempty(prompt: list[int], where: str) -> list[int]:
 def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.eos_token_id is None:
         raise ValueError("tokenizer: has no EOS token; completions have to end in one")
-    return tokenizer.eos_token_id
+    return tokenizer.eos_token_id  # pyright: ignore[reportReturnType]
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id to fill with: pad, else EOS, else 0. It carries no meaning; the masks do."""
-    return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+    """The id to pad with: pad, else EOS, else 0. The id has no meaning, because the masks say what is padding."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((token for token in ids if token is not None), 0)  # pyright: ignore[reportReturnType]
 
 
 def pad_left(sequences: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> (ids[B, L] int64, mask[B, L] bool), L the longest; every sequence ends in the last column."""
+    """ids [B, L] int64 and mask [B, L] bool, L the longest length; every sequence ends in the last column."""
     ids, mask = pad_right([sequence[::-1] for sequence in sequences], pad_id)
     return ids.flip(1), mask.flip(1)
 
 
 def pad_right(sequences: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> (ids[B, L] int64, mask[B, L] bool), L the longest; every sequence starts in column 0."""
+    """ids [B, L] int64 and mask [B, L] bool, L the longest length; every sequence starts in column 0."""
     lengths = torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int64)
     mask = torch.arange(max(map(len, sequences), default=0)) < lengths[:, None]
     ids = torch.full(mask.shape, pad_id, dtype=torch.int64)
@@ -365,7 +383,10 @@ def pad_right(sequences: list[list[int]], pad_id: int) -> tuple[torch.Tensor, to
 
 
 def epoch_batches(n: int, batch_size: int, seed: int, epoch: int, drop_last: bool = True) -> list[list[int]]:
-    """Shuffles range(n) by (seed, epoch) and cuts it into batches; drop_last leaves out the short one at the end."""
+    """Shuffles range(n) by (seed, epoch) and cuts it into batches. drop_last leaves out a short batch at the end.
+
+    Raises ValueError unless 1 <= batch_size <= n.
+    """
     if not 1 <= batch_size <= n:
         raise ValueError(f"batch_size: expected between 1 and the {n} rows there are, got {batch_size}")
     order = np.random.default_rng([seed, epoch]).permutation(n).tolist()

@@ -1,6 +1,6 @@
 """Reading and checking rows: JSON lines, Parquet, `datasets` directories, in-memory lists; writing JSON lines.
 
-Left out: streaming, and reading from the network. Encoding the rows is `data`'s.
+Left out: streaming, and reading from the network. `encoding` encodes the rows.
 """
 
 import gzip
@@ -26,9 +26,10 @@ KINDS = tuple(COLUMNS)
 
 
 class LocatedRow(dict):
-    """A row that knows where it stands, for errors that show only later."""
+    """A row that knows its place, because some errors of a row show only later."""
 
     __slots__ = ("where",)
+    where: str  # file and line, or the number of the row
 
 
 def load_rows(source: str | Path | Iterable[Row], kind: str) -> list[Row]:
@@ -36,52 +37,58 @@ def load_rows(source: str | Path | Iterable[Row], kind: str) -> list[Row]:
 
     source: a `.jsonl`, `.jsonl.gz` or `.parquet` file, a directory written by `datasets.Dataset.save_to_disk`, or any
         iterable of dicts (a list, a `datasets.Dataset`).
-    kind and its columns (others are kept):
+    kind and its columns (other columns are kept):
         sft         prompt + completion, or messages
         preference  prompt + chosen + rejected (+ margin, a finite number)
         ranking     prompt + completions + ranks (integers, 0 is best, at least two different ones)
         unpaired    prompt + completion + label (true where the completion is good, false where it is bad)
         prompt      prompt
-      A prompt is a string or a list of messages ({"role", "content"}) that does not end in an assistant turn; after
-      such a prompt a completion is a string or a list holding one assistant message, otherwise it is a string.
+      A prompt is a string, or a list of messages ({"role", "content"}) that does not end in an assistant turn. After a
+      prompt of messages a completion is a string or a list with one assistant message; otherwise it is a string.
 
-    Raises ValueError naming the file, the line (the row, where there are no lines; both from 1) and what is missing or
-    of the wrong type; FileNotFoundError if there is no such path.
+    Raises ValueError with the file, the line and the column that is missing or has the wrong type. Lines count from 1;
+    where a file has no lines, rows count. Raises FileNotFoundError if there is no such path.
     """
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
-    rows = []
+    rows: list[Row] = []
     for where, row in read_rows(source):
         if not isinstance(row, dict):
             raise ValueError(f"{where}: expected an object with named columns, got {_type(row)}")
         _check_row(row, kind, where)
-        rows.append(LocatedRow(row))
-        rows[-1].where = where
+        located = LocatedRow(row)
+        located.where = where
+        rows.append(located)
     if not rows:
         raise ValueError(f"{source if isinstance(source, (str, Path)) else 'rows'}: no rows")
     return rows
 
 
 def load_unpaired(source: str | Path | Iterable[Row]) -> list[Row]:
-    """Rows of kind unpaired; where the first row has `chosen`, rows of kind preference, of which each makes two.
+    """Rows of kind unpaired. Where the first row has `chosen`, rows of kind preference are read, and each makes two.
 
-    The chosen completion gets the label true, the rejected completion false.
+    The chosen completion gets the label true, the rejected completion false. Raises as `load_rows` does.
     """
     if not isinstance(source, (str, Path)):
         source = list(source)
     _, first = next(iter(read_rows(source)), ("", {}))
     if not (isinstance(first, dict) and first.get("chosen") is not None):
         return load_rows(source, "unpaired")
-    rows = []
-    for pair in load_rows(source, "preference"):
+    rows: list[Row] = []
+    for n, pair in enumerate(load_rows(source, "preference"), 1):
         for name, label in (("chosen", True), ("rejected", False)):
-            rows.append(LocatedRow(prompt=pair["prompt"], completion=pair[name], label=label))
-            rows[-1].where = pair.where
+            row = LocatedRow(prompt=pair["prompt"], completion=pair[name], label=label)
+            row.where = place(pair, n)
+            rows.append(row)
     return rows
 
 
 def read_rows(source: str | Path | Iterable[Row]) -> Iterator[tuple[str, Any]]:
-    """Yields (where it stands, row) from anything `load_rows` takes, without looking at the columns."""
+    """Yields (place, row) from every source that `load_rows` takes, without looking at the columns.
+
+    A place is for messages, such as "train.jsonl, line 3". Raises ValueError for a damaged file and FileNotFoundError
+    for a path that is not there.
+    """
     if not isinstance(source, (str, Path)):
         yield from ((f"row {n}", row) for n, row in enumerate(source, 1))
         return
@@ -105,12 +112,12 @@ def read_rows(source: str | Path | Iterable[Row]) -> Iterator[tuple[str, Any]]:
 
 
 def place(row: Row, number: int) -> str:
-    """Where a row stands: as `load_rows` noted it down, else its number."""
+    """Where a row stands, for messages: the place that `load_rows` noted down, else the row's number."""
     return getattr(row, "where", f"row {number}")
 
 
 def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
-    """Writes a `.jsonl` or `.jsonl.gz` file, beside it first and then renamed; makes its directory."""
+    """Writes a `.jsonl` or `.jsonl.gz` file under another name, then renames it; makes its directory."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.new")
@@ -127,8 +134,9 @@ def _read_datasets(path: Path) -> Iterable[Row]:
     except FileNotFoundError as error:
         raise ValueError(f"{path}: not a directory written by `datasets.Dataset.save_to_disk`") from error
     if isinstance(dataset, datasets.DatasetDict):
-        raise ValueError(f"{path}: holds the splits {', '.join(dataset)}; give the directory of one, {path}/<split>")
-    return dataset
+        splits = ", ".join(map(str, dataset))
+        raise ValueError(f"{path}: holds the splits {splits}; give the directory of one, {path}/<split>")
+    return dataset  # pyright: ignore[reportReturnType]
 
 
 def _read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:

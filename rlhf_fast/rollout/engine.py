@@ -60,12 +60,13 @@ def decoder(model: PreTrainedModel, new_tokens: int) -> Decoder:
 
 
 class CacheDecoder:
-    """transformers' forward and DynamicCache. The methods are those of `Decoder`."""
+    """transformers' forward and DynamicCache."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.cache = model, DynamicCache(config=model.config)
 
     def prefill(self, ids: Tensor, mask: Tensor, copies: int) -> Tensor:
+        """As in `Decoder`; the cache is expanded to `copies` rows per prompt."""
         positions = position_ids(mask)
         logits = self._logits(ids, mask, positions)
         if copies > 1:
@@ -75,11 +76,13 @@ class CacheDecoder:
         return logits.repeat_interleave(copies, dim=0)
 
     def step(self, tokens: Tensor) -> Tensor:
+        """As in `Decoder`."""
         self.mask = F.pad(self.mask, (0, 1), value=True)
         self.position = self.position + 1
         return self._logits(tokens[:, None], self.mask, self.position)
 
     def keep(self, rows: Tensor) -> Tensor:
+        """As in `Decoder`; the rows keep their order."""
         select_rows(self.cache, rows)
         self.mask, self.position = self.mask[rows], self.position[rows]
         return rows
@@ -90,15 +93,13 @@ class CacheDecoder:
 
 
 class StaticDecoder:
-    """Our own step over a cache [L, R, 2 K, S, D] that is allocated once: keys first, then values.
-
-    The methods are those of `Decoder`.
-    """
+    """Our own step over a cache [L, R, 2 K, S, D] that is allocated once: keys first, then values."""
 
     def __init__(self, model: PreTrainedModel, parts: blocks.Blocks, new_tokens: int) -> None:
         self.model, self.parts, self.new_tokens = model, parts, new_tokens
 
     def prefill(self, ids: Tensor, mask: Tensor, copies: int) -> Tensor:
+        """As in `Decoder`, by transformers' forward, whose keys and values are copied into our cache."""
         (B, P), device, parts = ids.shape, ids.device, self.parts
         positions = position_ids(mask)
         cache = DynamicCache()  # keeps every key, because our masks have the sliding windows
@@ -126,13 +127,14 @@ class StaticDecoder:
         return logits.repeat_interleave(copies, dim=0)
 
     def step(self, tokens: Tensor) -> Tensor:
+        """As in `Decoder`, by `blocks`; on CUDA as a graph."""
         if self.length >= self._readable:
             self._look(self.length + 1)
         self.length += 1  # slots in use, this token's included
         return self._step(tokens) if self._graph is None else self._graph(self._step, tokens)
 
     def keep(self, rows: Tensor) -> Tensor:
-        """The last rows move to the places of the dropped rows, so that few rows move."""
+        """As in `Decoder`. The last rows move to the places of the dropped rows, so that few rows move."""
         n = len(rows)
         stays = rows[rows < n]
         moved = rows[rows >= n]

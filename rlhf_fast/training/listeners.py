@@ -59,17 +59,20 @@ class TensorBoard(Listener):
         self._writer: SummaryWriter | None = None
 
     def begin(self, run: Running) -> None:
+        """Opens an event file. A run that goes on hides the events of the steps that it takes again."""
         directory, last = Path(run.config.output_dir) / "tensorboard", run.first_step - 1
         for stale in () if last else directory.glob("events.out.tfevents.*"):
             stale.unlink()  # else TensorBoard would show an earlier run's curves as curves of this run
         self._writer = self._open(str(directory), purge_step=last + 1 if last else None)
 
     def log(self, step: int, row: dict[str, Any]) -> None:
+        """Writes every number of the row but the step as a scalar."""
         assert self._writer is not None  # a run calls `begin` first
         for key, value in row.items():
             if key != "step" and isinstance(value, int | float):
                 self._writer.add_scalar(key, value, step)
 
     def end(self) -> None:
+        """Closes the event file."""
         if self._writer is not None:
             self._writer.close()

@@ -122,7 +122,7 @@ class Reward:
     def _finite(self, score: Any, row: int) -> float:
         try:
             number = math.nan if isinstance(score, str) else float(score)
-        except (TypeError, ValueError, RuntimeError):  # the last is torch's, of a tensor with several elements
+        except (TypeError, ValueError, RuntimeError):  # torch: RuntimeError for several elements
             number = math.nan
         if not math.isfinite(number):
             raise ValueError(f"reward {self.name}: expected finite scores, got {score!r} for row {row}")
@@ -135,7 +135,7 @@ class Reward:
         tok = self.retokenizer or self.tokenizer
         if self.retokenizer is None and prompt_ids is not None:
             prompts = prompt_ids
-        elif self.retokenizer is not None and self.tokenizer.bos_token is not None:  # chat templates write it
+        elif self.retokenizer is not None and self.tokenizer.bos_token is not None:  # chat templates write BOS
             prompts = [text.removeprefix(str(self.tokenizer.bos_token)) for text in prompts]
         context = context_length(self.model.config) or sys.maxsize
         pairs = encode_texts(list(prompts), completions, finished, tok, context, self.max_prompt_length)
