@@ -79,10 +79,8 @@ def gradient_moments(
     return {name: m.summary() for name, m in moments.items()}
 
 
-def token_weights(online: Online, experience: Experience, baselines_B: Tensor, scores_B: Tensor) -> Tensor:
+def token_weights(online: Online[ReMaxConfig], experience: Experience, baselines_B: Tensor, scores_B: Tensor) -> Tensor:
     """w [B, T] of scores less baselines, both [B], with the KL penalty and the discount of the config's variant."""
-    config = online.config
-    assert isinstance(config, ReMaxConfig)
     return remax_returns(
         scores_B,
         baselines_B,
@@ -90,8 +88,8 @@ def token_weights(online: Online, experience: Experience, baselines_B: Tensor, s
         experience.ref_logprobs,
         experience.rollout.response_mask,
         kl_coef=online.kl.coef,
-        gamma=config.gamma,
-        variant=config.variant,
+        gamma=online.config.gamma,
+        variant=online.config.variant,
     )
 
 

@@ -111,7 +111,7 @@ def offsets(vocab_size: int, device: torch.device) -> dict[str, Tensor]:
     return {panel: table.to(device) for panel, table in tables.items()}
 
 
-def in_groups(online: Online, size: int) -> Online:
+def in_groups(online: Online[ReMaxConfig], size: int) -> Online[ReMaxConfig]:
     """The same models and completions per round, `size` of them of each prompt and no greedy one."""
     grouped = copy.copy(online)
     grouped.samples, grouped.greedy, grouped.prompts_per_round = size, False, online.config.batch_size // size
