@@ -39,6 +39,7 @@ from rlhf_fast.training.metrics import print_table
 
 
 def arguments() -> argparse.Namespace:
+    """The command line, checked; where the results go by default."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.partition("\n")[0])
     parser.add_argument("what", choices=["ops", "exactness", "rollout", "trainers"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="ops, rollout: where (default cpu)")
@@ -70,8 +71,9 @@ def arguments() -> argparse.Namespace:
 
 
 def run_exactness(args: argparse.Namespace) -> int:
+    """`python -m bench exactness`; the exit code."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and not dispatch.INTERPRETED:  # which Triton and our back ends read when they are imported
+    if device == "cpu" and not dispatch.INTERPRETED:  # Triton and our back ends read it when they are imported
         command = [sys.executable, "-m", "bench", *sys.argv[1:]]
         return subprocess.call(command, env=os.environ | {"TRITON_INTERPRET": "1"})
     groups = {"logits": (logits_trials(), FROM_LOGITS), "hidden states": (hidden_trials(), FROM_HIDDEN)}
@@ -100,12 +102,14 @@ def run_exactness(args: argparse.Namespace) -> int:
 
 
 def main() -> int:
+    """Run the command that was named; its exit code."""
     args = arguments()
     commands = {"ops": run_ops, "exactness": run_exactness, "rollout": rollout.run, "trainers": trainers.run}
     return commands[args.what](args)
 
 
 def run_ops(args: argparse.Namespace) -> int:
+    """`python -m bench ops`; the exit code."""
     cases = [case for case in all_cases(args.quick, args.device) if args.only in case.name]
     if args.device == "cuda":
         cases = with_libraries(cases)

@@ -11,7 +11,7 @@ from rlhf_fast.ops.attention import packed_attention
 
 
 def attention_cases(*shapes: tuple[int, int, int, int]) -> list[Case]:
-    """(rows, length of the longest, heads, their size) each; rows of every length down to half of the longest."""
+    """A case per shape (rows, length of the longest, heads, size of a head). The shortest row has half the length."""
     return [_case(*shape) for shape in shapes]
 
 

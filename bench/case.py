@@ -1,7 +1,7 @@
 """A case of the bench: an operation beside its rivals, written as users write them, on the same tensors.
 
-The functions of a case take the same tensors and return the same results in the same order, so that the eager rival
-in float64 is the truth ours is checked against. Where gradients are taken, the first result is the scalar loss.
+The functions of a case take the same tensors and return the same results in the same order. Our results are therefore
+checked against the eager rival in float64. Where gradients are taken, the first result is the scalar loss.
 """
 
 from collections.abc import Callable
@@ -20,12 +20,12 @@ class Case:
     """One row group of the results.
 
     differentiable: positions of the inputs whose gradient is taken; none means forward only, under no_grad.
-    traffic: for a case bound by memory, what has to be moved at least once, in units of the first input. It is moved
-    by plain torch in the same rounds, as the ceiling.
-    products: for a case bound by matmuls, how many of the three of a linear layer it needs: input by weight, and the
-    gradients of both; a fourth is a reference's input by weight. The first two inputs are hidden [N, H] and weight
+    traffic: for a case bound by memory, the memory traffic of its first input that cannot be avoided. As the ceiling,
+    plain torch makes the same traffic in the same rounds.
+    products: for a case bound by matmuls, how many it needs of the three matmuls of a linear layer: input by weight,
+    and the gradients of both; a fourth is a reference's input by weight. The first two inputs are hidden [N, H] and weight
     [V, H]; the bare matmuls are the ceiling.
-    overwrites: ours leaves something else in its first input, which is restored, untimed, before each run.
+    overwrites: our function overwrites its first input, which is restored, untimed, before each run.
     others: further rivals by name, which return the first result alone.
     """
 
@@ -43,7 +43,7 @@ class Case:
     others: dict[str, Function] = field(default_factory=dict)
 
     def functions(self) -> dict[str, Function]:
-        """Who takes part, ours first."""
+        """Contender -> function, ours first."""
         functions = {OURS: self.ours, EAGER: self.eager}
         if self.upcast:
             functions[UPCAST] = self.upcast

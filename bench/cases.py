@@ -27,7 +27,7 @@ def all_cases(quick: bool = False, device: str = "cpu") -> list[Case]:
         attention = [(64, 57, 4, 16), (16, 512, 8, 64), (4, 2048, 8, 64)]
     else:
         tokens, sequences, heads = (8192, 151_936), (512, 4096), (8192, 4096, 151_936)
-        attention = []  # a GPU has no kernel of ours for it
+        attention = []  # because there is no GPU kernel of ours
     return [
         *_token_cases(*tokens, *((("fp32", "bf16", "fp16"), ("fp32", "bf16")) if device == "cpu" else (["bf16"],) * 2)),
         *_sequence_cases(*sequences),
@@ -41,16 +41,18 @@ def all_cases(quick: bool = False, device: str = "cpu") -> list[Case]:
 
 
 def eager_token_logprobs(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-prob and entropy [N] from logits [N, V] by log_softmax."""
     logp = torch.log_softmax(logits, -1)
     return logp.gather(-1, ids.unsqueeze(-1)).squeeze(-1), -(logp.exp() * logp).sum(-1)
 
 
 def upcast_token_logprobs(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The same after the logits were widened to float32."""
     return eager_token_logprobs(logits.float(), ids)
 
 
 def policy_gradient(token_logprobs: Function, **options: bool) -> Function:
-    """REINFORCE from logits, with the entropy that everybody logs beside it."""
+    """REINFORCE's loss from logits, and the log-probs and entropies that a training loop logs beside it."""
 
     def loss(logits: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
         logprobs, entropy = token_logprobs(logits, ids, **options)
@@ -95,6 +97,7 @@ def _token_cases(n: int, vocabulary: int, forward: Sequence[str], backward: Sequ
 
 
 def eager_gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 0.95) -> tuple:
+    """GAE by a Python loop over time; [B, T] each."""
     advantages = []
     next_value = next_advantage = torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
@@ -107,6 +110,7 @@ def eager_gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float = 1.0,
 
 
 def eager_ppo_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, clip: float = 0.2) -> tuple:
+    """The clipped objective, the clip fraction and the approximate KL by the formulas."""
     log_ratio = logprobs - old
     ratio = torch.exp(log_ratio)
     unclipped, clipped = -advantages * ratio, -advantages * torch.clamp(ratio, 1 - clip, 1 + clip)
@@ -118,6 +122,7 @@ def eager_ppo_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tens
 
 
 def eager_value_loss(values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, clip: float = 0.2) -> tuple:
+    """The clipped value loss and its clip fraction by the formulas."""
     unclipped = (values - returns) ** 2
     clipped = (torch.clamp(values, old - clip, old + clip) - returns) ** 2
     loss = 0.5 * (torch.max(unclipped, clipped) * mask).sum() / mask.sum()
@@ -126,18 +131,21 @@ def eager_value_loss(values: Tensor, old: Tensor, returns: Tensor, mask: Tensor,
 
 
 def eager_whiten(x: Tensor, mask: Tensor) -> tuple[Tensor]:
+    """Masked whitening by the formulas."""
     mean = (x * mask).sum() / mask.sum()
     variance = ((x - mean) ** 2 * mask).sum() / (mask.sum() - 1)
     return ((x - mean) * torch.rsqrt(variance + 1e-8) * mask,)
 
 
 def eager_shape_rewards(scores: Tensor, logprobs: Tensor, ref: Tensor, mask: Tensor, kl_coef: float = 0.05) -> tuple:
+    """The KL penalty on each token, and the clipped score on the last."""
     rewards = -kl_coef * (logprobs - ref) * mask
     rewards[torch.arange(len(scores)), mask.sum(1) - 1] += torch.clamp(scores, -5, 5)
     return (rewards,)
 
 
 def eager_remax(scores: Tensor, greedy: Tensor, logprobs: Tensor, ref: Tensor, mask: Tensor, kl_coef: float = 0.05):
+    """ReMax's per-token weights in verl's form."""
     rewards = -kl_coef * (logprobs - ref) * mask
     rewards[torch.arange(len(scores)), mask.sum(1) - 1] += scores
     returns = rewards.flip(-1).cumsum(-1).flip(-1)
@@ -190,16 +198,19 @@ def _sequence_cases(b: int, t: int) -> list[Case]:
 
 
 def eager_dpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float = 0.1):
+    """The mean sigmoid loss of DPO and both implicit rewards."""
     losses = -F.logsigmoid(beta * ((chosen - rejected) - (ref_chosen - ref_rejected)))
     return losses.mean(), beta * (chosen - ref_chosen).detach(), beta * (rejected - ref_rejected).detach()
 
 
 def our_dpo_loss(*logps: Tensor) -> tuple[Tensor, ...]:
+    """The same by our operation."""
     losses, chosen_rewards, rejected_rewards = ops.dpo_loss(*logps)
     return losses.mean(), chosen_rewards, rejected_rewards
 
 
 def eager_reward_loss(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
+    """The Bradley-Terry loss and the accuracy."""
     return -F.logsigmoid(chosen - rejected).mean(), (chosen > rejected).float().mean()
 
 

@@ -2,4 +2,5 @@
 
 
 def pytest_addoption(parser):
+    """Add --quick."""
     parser.addoption("--quick", action="store_true", help="bench: toy shapes, seconds in all")

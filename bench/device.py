@@ -1,4 +1,4 @@
-"""What the bench needs of a device: the time of a call, and what it takes of the device's memory."""
+"""What the bench needs of a device: the time of a call, and the memory that the call takes."""
 
 import time
 from collections.abc import Callable
@@ -14,6 +14,8 @@ FLUSH_BYTES = 256 << 20  # overwritten before a timed call: several times the la
 
 @dataclass(frozen=True)
 class Contender:
+    """A call to be measured."""
+
     run: Callable[[], object]
     restore: Callable[[], None] | None = None  # untimed, before every run
 
@@ -22,7 +24,7 @@ class CPU:
     """A call's time by the clock, its memory as the process's true peak."""
 
     name = "cpu"
-    sample_seconds = 2e-3  # shorter calls are repeated to fill it: the timer and the cold start of a call weigh less
+    sample_seconds = 2e-3  # shorter calls are repeated to fill it, so that the timer and a cold start weigh less
 
     def timed(self, contender: Contender, calls: int = 1) -> float:
         """Seconds per call; the results are freed within the time, as they are in a training loop."""
@@ -46,6 +48,7 @@ class CPU:
         return int(max(0, peaks["memory/call"] - peaks["memory/before"]))
 
     def about(self) -> dict[str, Any]:
+        """What the record of the machine says of the device."""
         return {}
 
 
@@ -56,12 +59,13 @@ class CUDA:
     """
 
     name = "cuda"
-    sample_seconds = 0.0  # one call a sample: the next would find its data in the cache
+    sample_seconds = 0.0  # one call a sample, because the next call would find its data in the cache
 
     def __init__(self) -> None:
         self._flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
 
     def timed(self, contender: Contender, calls: int = 1) -> float:
+        """Seconds per call, by the device."""
         if contender.restore:
             contender.restore()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -74,6 +78,7 @@ class CUDA:
         return begin.elapsed_time(end) / 1e3 / calls
 
     def temporary_bytes(self, contender: Contender) -> int:
+        """As for the CPU, by torch's allocator."""
         if contender.restore:
             contender.restore()
         torch.cuda.synchronize()
@@ -84,4 +89,5 @@ class CUDA:
         return torch.cuda.max_memory_allocated() - before
 
     def about(self) -> dict[str, Any]:
+        """What the record of the machine says of the device."""
         return {"GPU": torch.cuda.get_device_name(), "CUDA": torch.version.cuda or torch.version.hip}

@@ -1,8 +1,8 @@
 """How exact: errors of log-probs, entropies and gradients against float64, ours and rivals' on the same inputs.
 
-The truth is the formula in float64 on the very numbers the implementations got, half-precision ones widened, and -inf
-taken as probability 0. Gradients are by the logits or the hidden states: of a random combination of the log-probs, and
-of a random combination of both outputs where an implementation has an entropy.
+The truth is the formula in float64 on the very numbers that the implementations got. Half-precision numbers are
+widened, and -inf is taken as probability 0. Gradients are by the logits or the hidden states: of a random combination
+of the log-probs, and of a random combination of both outputs where an implementation has an entropy.
 
 An error is relative where the truth is above 1, absolute below. Where the target is 25 nats ahead, log-prob, entropy
 and gradient are near 1e-11 and an absolute error says nothing: errors there are relative, to the largest entry of its
@@ -29,11 +29,13 @@ LOGPROB, LOGPROB_GRADIENT, ENTROPY, GRADIENT = "log-prob", "its gradient", "entr
 QUANTITIES = LOGPROB, LOGPROB_GRADIENT, ENTROPY, GRADIENT
 AT_TARGET = "gradient at the target"
 VALUE_TOLERANCE = 1e-5
-"""Of our log-probs and entropies whatever the dtype of the input; gradients have that dtype: `TOLERANCE`."""
+"""For our log-probs and entropies, whatever the dtype of the input. Gradients have that dtype: see `TOLERANCE`."""
 NOT_INSTALLED, NO_SUCH = "not installed", "-"
 
 
 class Truth(NamedTuple):
+    """The right results of a trial with N tokens."""
+
     logprobs: Tensor  # [N], float64 as all of it
     entropy: Tensor  # [N]
     logprobs_gradient: Tensor  # by the first of the inputs, of the log-probs alone
@@ -45,7 +47,7 @@ def truth(
 ) -> Truth:
     """In float64: d log p_t = 1[j = t] - p_j, d entropy = -p_j (log p_j + entropy), and the chain rule.
 
-    The target's log p and 1 - p come from its odds: of their difference from 0 float64 too has 5 digits at 25 nats.
+    The target's log p and 1 - p come from its odds, because at 25 nats a subtraction leaves float64 5 digits of them.
     """
     first, *weight = (x.double() for x in inputs.tensors)
     logits = F.linear(first, weight[0], None if bias is None else bias.double()) if weight else first
@@ -64,14 +66,14 @@ def truth(
 
 
 def largest_error(actual: Tensor, expected: Tensor, relative: bool) -> float:
-    """See the module; `relative` is to the largest of a row. NaN where anything is NaN."""
+    """The largest error, as the module defines it; NaN if anything is NaN. relative: to the largest entry of the row."""
     size = expected.abs()
     scale = (size.amax(-1, keepdim=True) if size.dim() > 1 else size) if relative else size.clamp(min=1.0)
     return ((actual.double() - expected).abs() / scale).max().item()
 
 
 def errors(trial: Trial, implementation: Implementation, device: str = "cpu") -> dict[str, Cell]:
-    """By quantity: the error, "NaN" or "inf", "-" for what it does not do, or the class of what it raised."""
+    """By quantity: the error, "NaN" or "inf", "-" where there is no such result, or the class of the exception."""
     if not implementation.installed():
         return dict.fromkeys(QUANTITIES, NOT_INSTALLED)
     inputs, options = trial.make_inputs()
@@ -96,9 +98,9 @@ def errors(trial: Trial, implementation: Implementation, device: str = "cpu") ->
 
 
 def _run(implementation: Implementation, inputs: Inputs, options: dict[str, Any], device: str) -> dict[str, Tensor]:
-    """Results by quantity, without the two of the entropy where there is none."""
+    """Results by quantity, without the two quantities of the entropy where the implementation has none."""
     function = implementation.load()
-    # Tensors of its own, since some write into them. The weight is trained too, as everywhere but in LoRA.
+    # Copies, because some implementations write into their inputs. The weight is trained too, as without LoRA.
     tensors = [x.clone().to(device).requires_grad_() for x in inputs.tensors]
     ids, by_logprobs, by_entropy = (x.clone().to(device) for x in inputs[1:])
     options = {key: x.clone().to(device) if isinstance(x, Tensor) else x for key, x in options.items()}
@@ -132,7 +134,7 @@ def measure(trials: Sequence[Trial], implementations: Sequence[Implementation], 
 
 
 def failures(results: Sequence[dict[str, Any]]) -> list[str]:
-    """Where ours, on whatever back end, is not finite, raised, or is beyond the tolerance."""
+    """Every result of ours, on any back end, that is not finite, raised, or is beyond the tolerance."""
     missed = []
     for result in results:
         for name, errors in result["errors"].items():

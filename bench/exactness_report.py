@@ -41,6 +41,7 @@ def worst(cells: Sequence[Cell]) -> Cell:
 
 
 def pair(errors: dict[str, Cell], first: Sequence[str], second: Sequence[str]) -> str:
+    """ "worst of the first quantities / worst of the second", in one word where both are the same word."""
     one, two = (brief(worst([errors[quantity] for quantity in each])) for each in (first, second))
     return one if one == two and not one[0].isdigit() and one != "NaN" else f"{one} / {two}"
 
@@ -48,7 +49,7 @@ def pair(errors: dict[str, Cell], first: Sequence[str], second: Sequence[str]) -
 def short_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     """A row per case: the worse of log-prob and its gradient / the worse of entropy and the gradient of both.
 
-    Gradients in half precision are rounded to it, which hides all else: they have a row of their own.
+    Gradients in half precision have a row of their own, because their rounding hides every other error.
     """
     rows = []
     for result in results:
@@ -62,6 +63,7 @@ def short_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
 
 
 def full_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """A row per case and quantity."""
     rows = []
     for result in results:
         for quantity in (*QUANTITIES, AT_TARGET):
@@ -77,12 +79,12 @@ def failed(cell: str) -> bool:
 
 
 def emphasised(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
-    """In bold what is not finite or was raised; never the case's own name."""
+    """The rows with every cell that `failed` in bold; the name of the case stays as it is."""
     return [{key: f"**{x}**" if i and failed(x) else x for i, (key, x) in enumerate(row.items())} for row in rows]
 
 
 def print_short(title: str, rows: Sequence[dict[str, str]], console: Console | None = None) -> None:
-    """Bold red where a result is not finite or there is none."""
+    """Print a table, with every cell that `failed` in bold red."""
     console = console or Console()
     if not console.is_terminal:
         console.width = 200  # a file has no width
@@ -96,10 +98,12 @@ def print_short(title: str, rows: Sequence[dict[str, str]], console: Console | N
 
 
 def notes(run: dict[str, Any]) -> list[str]:
+    """The paragraphs that the tables need."""
     return [*NOTES, *([INTERPRETED] if run["machine"]["triton kernels"] == "interpreted" else [])]
 
 
 def markdown(run: dict[str, Any]) -> str:
+    """The whole result as one page of Markdown."""
     machine = ", ".join(f"{key} {value}" for key, value in run["machine"].items())
     parts = ["# Exactness", f"`{run['command']}`, {run['date']}: {machine}.", *notes(run)]
     parts += ["Log-prob and its gradient / entropy and the gradient of both:"]

@@ -11,7 +11,7 @@ from bench.rivals import FROM_HIDDEN, FROM_LOGITS, Implementation
 
 
 def with_libraries(cases: Sequence[Case]) -> list[Case]:
-    """The cases with a rival each for every installed library that does the operation."""
+    """The cases, with a further rival for every installed library that has the operation."""
     return [dataclasses.replace(case, others=case.others | _rivals(case)) for case in cases]
 
 

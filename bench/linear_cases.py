@@ -1,7 +1,7 @@
 """The fused linear heads beside the unfused layer and loss, torch's own fused cross-entropy, and the bare matmuls.
 
 N tokens, H hidden, V vocabulary. bf16 is left out on CPU, where the rivals' bf16 matmul of an untransposed matrix takes
-minutes without hardware for it; ours widens the weight a tile at a time and takes as long as fp32.
+minutes without hardware for it. Ours widens the weight a tile at a time and takes as long as in fp32.
 """
 
 from collections.abc import Callable
@@ -19,6 +19,8 @@ TORCH_CHUNK = 512
 
 
 def linear_cases(n: int, hidden: int, vocabulary: int, dtype: torch.dtype) -> list[Case]:
+    """The cases at hidden [n, hidden] and weight [vocabulary, hidden] of this dtype."""
+
     def inputs(*extra: Callable[[], Tensor]) -> Callable[[], tuple[Tensor, ...]]:
         def make() -> tuple[Tensor, ...]:
             h, weight = torch.randn(n, hidden) / 2, torch.randn(vocabulary, hidden) / hidden**0.5
@@ -58,25 +60,30 @@ def linear_cases(n: int, hidden: int, vocabulary: int, dtype: torch.dtype) -> li
 
 
 def our_sft(h: Tensor, weight: Tensor, ids: Tensor) -> tuple[Tensor]:
+    """The fused loss."""
     return (ops.linear_sft_loss(h, weight, ids).loss,)
 
 
 def eager_sft(h: Tensor, weight: Tensor, ids: Tensor) -> tuple[Tensor]:
+    """Matmul, then cross-entropy."""
     return (F.cross_entropy(h @ weight.t(), ids),)
 
 
 def torch_sft(h: Tensor, weight: Tensor, ids: Tensor) -> tuple[Tensor]:
+    """torch's own fused loss."""
     options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=TORCH_CHUNK)
     return (F.linear_cross_entropy(h, weight, ids, options=options),)
 
 
 def our_ppo(h: Tensor, weight: Tensor, ids: Tensor, old: Tensor, advantages: Tensor) -> tuple[Tensor, ...]:
+    """The fused loss, its log-probs and entropies."""
     mask = torch.ones_like(ids[None], dtype=torch.bool)
     out = ops.linear_ppo_loss(h[None], weight, ids[None], old[None], advantages[None], mask)
     return out.loss, out.logprobs[0], out.token_entropy[0]
 
 
 def eager_ppo(h: Tensor, weight: Tensor, ids: Tensor, old: Tensor, advantages: Tensor) -> tuple[Tensor, ...]:
+    """Matmul, log_softmax, then the clipped objective."""
     logp = torch.log_softmax(h @ weight.t(), -1)
     logprobs = logp.gather(-1, ids[:, None])[:, 0]
     with torch.no_grad():
@@ -87,11 +94,13 @@ def eager_ppo(h: Tensor, weight: Tensor, ids: Tensor, old: Tensor, advantages: T
 
 
 def our_logprobs(h: Tensor, weight: Tensor, ids: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
+    """A weighted mean of the fused log-probs."""
     logprobs, entropy = ops.linear_token_logprobs(h, weight, ids)
     return (logprobs * upstream).mean(), logprobs.detach(), entropy.detach()
 
 
 def eager_logprobs(h: Tensor, weight: Tensor, ids: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
+    """Matmul, log_softmax, then the weighted mean."""
     logp = torch.log_softmax(h @ weight.t(), -1)
     logprobs = logp.gather(-1, ids[:, None])[:, 0]
     with torch.no_grad():
@@ -102,6 +111,7 @@ def eager_logprobs(h: Tensor, weight: Tensor, ids: Tensor, upstream: Tensor) -> 
 def our_kl(
     h: Tensor, weight: Tensor, ids: Tensor, upstream: Tensor, ref_h: Tensor, ref_weight: Tensor
 ) -> tuple[Tensor, ...]:
+    """The fused log-probs and KL, in a loss of both."""
     out = ops.linear_token_kl(h, weight, ref_h, ref_weight, ids)
     loss = (out.logprobs * upstream).mean() + out.kl.mean()
     return loss, out.logprobs.detach(), out.entropy.detach(), out.kl.detach(), out.ref_logprobs
@@ -110,6 +120,7 @@ def our_kl(
 def eager_kl(
     h: Tensor, weight: Tensor, ids: Tensor, upstream: Tensor, ref_h: Tensor, ref_weight: Tensor
 ) -> tuple[Tensor, ...]:
+    """Two matmuls, two log_softmax, then the formulas."""
     logp = torch.log_softmax(h @ weight.t(), -1)
     with torch.no_grad():
         logq = torch.log_softmax(ref_h @ ref_weight.t(), -1)

@@ -1,7 +1,7 @@
 """Measures a case: its errors against float64 first, then time beside its rivals and its ceiling, then memory.
 
 A case whose results disagree with float64 is not timed: it raises. The contenders and the ceiling take turns in every
-round, forwards and backwards in time, so that whatever else the machine does hits all of them alike.
+round, and every other round in reverse order, so that whatever else the machine does hits all of them alike.
 
 Left out: pinning of threads and clocks. Run on an idle machine; the 20 and 80 % quantiles show whether it was.
 """
@@ -20,7 +20,7 @@ from rlhf_fast.ops import dispatch
 
 CEILING = "ceiling"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
-OURS_IN_CUDA = f"{OURS}, CUDA C++"  # beside what the dispatch table chooses
+OURS_IN_CUDA = f"{OURS}, CUDA C++"  # beside the back end that the dispatch table chooses
 
 
 class Disagreement(Exception):
@@ -44,7 +44,7 @@ def bind(function: Function, inputs: tuple[Tensor, ...], differentiable: tuple[i
 
 
 def contenders(case: Case, inputs: tuple[Tensor, ...]) -> dict[str, Contender]:
-    """Ours and the rivals on these tensors. What ours overwrites is a copy of its own."""
+    """Ours and the rivals on these tensors. If ours overwrites its input, it gets a copy."""
     own = (inputs[0].clone(), *inputs[1:]) if case.overwrites else inputs
 
     def restore() -> None:
@@ -58,6 +58,8 @@ def contenders(case: Case, inputs: tuple[Tensor, ...]) -> dict[str, Contender]:
 
 
 def on_backend(name: str, run: Callable[[], object]) -> Callable[[], object]:
+    """The call, inside `ops.backend(name)`."""
+
     def call() -> object:
         with ops.backend(name):
             return run()
@@ -97,7 +99,7 @@ def _error(actual: Tensor, truth: Tensor) -> float:
 
 
 def ceiling(case: Case, inputs: tuple[Tensor, ...]) -> Contender | None:
-    """What the case cannot avoid, done by plain torch: its traffic or its matmuls."""
+    """The work that the case cannot avoid, its traffic or its matmuls, done by plain torch."""
     if case.products:
         return Contender(lambda: bare_products(*inputs[:2], case.products))
     return Contender(bare_traffic(case, inputs[0])) if case.traffic else None
@@ -105,6 +107,7 @@ def ceiling(case: Case, inputs: tuple[Tensor, ...]) -> Contender | None:
 
 @torch.no_grad()
 def bare_products(hidden: Tensor, weight: Tensor, number: int) -> None:
+    """So many matmuls of a linear layer and its backward pass; the results are dropped."""
     logits = hidden @ weight.t()
     logits @ weight
     if number > 2:
@@ -114,8 +117,10 @@ def bare_products(hidden: Tensor, weight: Tensor, number: int) -> None:
 
 
 def bare_traffic(case: Case, x: Tensor) -> Callable[[], None]:
-    """Moves float32 words of memory that is already mapped. A GPU's reads are copies of as many bytes: its `sum` is
-    not at the memory's speed."""
+    """Moves float32 words of memory that is already mapped.
+
+    On a GPU a read is a copy of as many bytes, because its `sum` does not reach the memory's speed.
+    """
     words = x.flatten().view(torch.float32)
     other = torch.empty_like(words) if case.traffic != "read" or x.is_cuda else words
     half = len(words) // 2
@@ -156,6 +161,7 @@ def take_turns(
 
 
 def quantiles(samples: list[float]) -> dict[str, float]:
+    """{"median", "p20", "p80"} of the samples."""
     low, median, high = torch.tensor(samples, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double())
     return {"median": median.item(), "p20": low.item(), "p80": high.item()}
 

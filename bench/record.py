@@ -17,6 +17,7 @@ from rlhf_fast.ops import dispatch
 
 
 def machine() -> dict[str, Any]:
+    """The processor, its threads, the kernels and the versions."""
     cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
     return {
@@ -33,11 +34,12 @@ def machine() -> dict[str, Any]:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Those that are installed."""
+    """Package -> version, of the packages that are installed."""
     return {name: importlib.metadata.version(name) for name in packages if find_spec(name.replace("-", "_"))}
 
 
 def about_run() -> dict[str, Any]:
+    """{"command", "date", "machine"}."""
     return {
         "command": " ".join(["python -m bench", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),

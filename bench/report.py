@@ -26,6 +26,7 @@ class Bar:
     at_most: float = math.inf
 
     def measured(self, result: dict[str, Any]) -> float:
+        """The number that the bar is about."""
         own = {
             "memory of the input": result["temporary_bytes"][OURS] / result["input_bytes"],
             "GiB": result["temporary_bytes"][OURS] / 2**30,
@@ -34,6 +35,7 @@ class Bar:
         return own[self.against] if self.against in OWN else speedup(result, self.against)
 
     def met(self, result: dict[str, Any]) -> bool:
+        """Whether the number keeps the promise."""
         return self.at_least <= self.measured(result) <= self.at_most
 
 
@@ -71,17 +73,17 @@ GPU_BARS = (
 
 
 def spread(result: dict[str, Any], names: Sequence[str]) -> float:
-    """The largest ratio of the 80 % to the 20 % quantile: well above 1 where the machine was busy otherwise."""
+    """The largest ratio of the 80 % to the 20 % quantile. It is well above 1 if other work kept the machine busy."""
     return max(result["seconds"][name]["p80"] / result["seconds"][name]["p20"] for name in names)
 
 
 def speedup(result: dict[str, Any], rival: str) -> float:
-    """How many times our speed is the rival's: ratio of the medians."""
+    """Our speed as a multiple of the rival's: the ratio of the medians."""
     return result["seconds"][rival]["median"] / result["seconds"][OURS]["median"]
 
 
 def rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per case and contender; "ours is faster" is our speed as a multiple of that row's."""
+    """One row per case and contender; "ours is faster" is our speed as a multiple of that contender's."""
     table = []
     for result in results:
         for name, seconds in result["seconds"].items():
@@ -103,6 +105,7 @@ def rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def bar_rows(results: Sequence[dict[str, Any]], bars: Sequence[Bar]) -> list[dict[str, Any]]:
+    """One row per bar whose case and rival were measured."""
     by_name = {result["name"]: result for result in results}
     return [
         {
@@ -119,6 +122,7 @@ def bar_rows(results: Sequence[dict[str, Any]], bars: Sequence[Bar]) -> list[dic
 
 
 def markdown(run: dict[str, Any], chart: str) -> str:
+    """The whole result as one page of Markdown. chart: the name of the PNG beside it."""
     machine = ", ".join(f"{key} {value}" for key, value in run["machine"].items())
     parts = [
         f"# {'GPU' if 'GPU' in run['machine'] else 'CPU'} operations",

@@ -1,11 +1,11 @@
 """Who takes part in `python -m bench exactness`: ours, plain torch, and other libraries' kernels where installed.
 
-Ours are three: what the dispatch table runs, and the kernels of the other back ends; without a GPU Triton's kernels, of
-every library, are interpreted and our CUDA ones emulated.
+Ours are three: the back end that the dispatch table chooses, and the kernels of the other two. Without a GPU the Triton
+kernels of every library are interpreted, and our CUDA kernels are emulated.
 
-Each is a function of logits or of hidden states and weight, called the way its library calls it. It returns per-token
-log-probs and entropies, the latter None where it has none. Nothing is imported before it runs: Triton decides between
-its compiler and its interpreter at import.
+Each is a function of logits, or of hidden states and weight, called as its library calls it. It returns per-token
+log-probs and entropies, or None in place of entropies. Nothing is imported before it runs, because Triton decides
+between its compiler and its interpreter at import.
 
 Left out: flash-attn's own kernel, which needs CUDA to install; its arithmetic is written out below.
 """
@@ -50,9 +50,11 @@ class Implementation:
 
     @property
     def ours(self) -> bool:
+        """Whether it is a kernel of this package."""
         return self.name.startswith(OURS)
 
     def installed(self) -> bool:
+        """Whether the modules that it requires are there."""
         return all(importlib.util.find_spec(module) for module in self.requires)
 
 
@@ -60,18 +62,22 @@ class Implementation:
 
 
 def scaled(logits: Tensor, temperature: float, softcap: float | None) -> Tensor:
+    """The logits after soft cap and temperature."""
     return (logits if softcap is None else softcap * torch.tanh(logits / softcap)) / temperature
 
 
 def eager(logits: Tensor, ids: Tensor, *, temperature: float = 1.0, softcap: float | None = None) -> tuple:
+    """Log-probs and entropies by log_softmax."""
     return eager_token_logprobs(scaled(logits, temperature, softcap), ids)
 
 
 def eager_upcast(logits: Tensor, ids: Tensor, **options: float) -> tuple:
+    """The same from logits widened to float32."""
     return eager(logits.float(), ids, **options)
 
 
 def eager_head(hidden: Tensor, weight: Tensor, ids: Tensor, *, bias: Tensor | None = None, **options: float) -> tuple:
+    """The same from hidden states, by a matmul in their dtype."""
     return eager(F.linear(hidden, weight, bias), ids, **options)
 
 
@@ -81,6 +87,7 @@ def eager_head_upcast(hidden: Tensor, weight: Tensor, ids: Tensor, *, bias: Tens
 
 
 def torch_linear_cross_entropy(hidden: Tensor, weight: Tensor, ids: Tensor, *, bias: Tensor | None = None) -> tuple:
+    """torch's own fused head; it has no entropy."""
     options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=TORCH_CHUNK)
     return -F.linear_cross_entropy(hidden, weight, ids, linear_bias=bias, reduction="none", options=options), None
 
@@ -110,6 +117,7 @@ class FlashFormula(torch.autograd.Function):
 
 
 def flash_formula(logits: Tensor, ids: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, None]:
+    """Log-probs by `FlashFormula`; it has no entropy."""
     return FlashFormula.apply(logits, ids, temperature), None
 
 
@@ -118,6 +126,7 @@ def flash_formula(logits: Tensor, ids: Tensor, *, temperature: float = 1.0) -> t
 
 @contextlib.contextmanager
 def in_triton() -> Iterator[None]:
+    """Inside, our operations run Triton's kernels, interpreted on a CPU."""
     if not dispatch.TRITON:
         raise RuntimeError("expected TRITON_INTERPRET=1 from before rlhf_fast was imported")
     with triton_on_cpu(), ops.backend("triton"):
@@ -125,6 +134,7 @@ def in_triton() -> Iterator[None]:
 
 
 def in_cuda() -> contextlib.AbstractContextManager:
+    """Inside, our operations run the CUDA C++ kernels, emulated where there is no GPU."""
     return ops.backend("cuda") if torch.cuda.is_available() else cuda_on_cpu(cuda_on_host.load())
 
 
@@ -132,12 +142,14 @@ def in_cuda() -> contextlib.AbstractContextManager:
 
 
 def load_trl() -> Function:
+    """TRL's kernel on logits."""
     from trl.kernels import selective_log_softmax_and_entropy
 
     return selective_log_softmax_and_entropy
 
 
 def load_trl_head() -> Function:
+    """TRL's head in chunks."""
     from trl.kernels import ChunkedLogProbFunction
 
     def call(hidden, weight, ids, *, bias=None, temperature=1.0, softcap=None):
@@ -148,17 +160,18 @@ def load_trl_head() -> Function:
 
 
 def load_liger_cross_entropy() -> Function:
+    """Liger's cross-entropy on logits; it has no entropy."""
     from liger_kernel.transformers.functional import liger_cross_entropy
 
     def call(logits, ids, *, softcap=None):
-        # It writes the gradient over its input: that must not be what autograd calls the leaf.
+        # It writes the gradient over its input, so its input must not be autograd's leaf.
         return -liger_cross_entropy(logits * 1, ids, reduction="none", softcap=softcap), None
 
     return call
 
 
 def load_liger_grpo() -> Function:
-    """The log-prob is its no-grad kernel's. The gradient is the loss's with ratio 1: -advantage * d log-prob."""
+    """The log-prob is from its no-grad kernel, the gradient from the loss at ratio 1: -advantage * d log-prob."""
     from liger_kernel.ops.grpo_loss import fused_selective_log_softmax
     from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
@@ -186,6 +199,7 @@ def load_liger_grpo() -> Function:
 
 
 def load_liger_head() -> Function:
+    """Liger's fused head with temperature and entropy."""
     from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
 
     def call(hidden, weight, ids, *, temperature=1.0):
@@ -198,6 +212,7 @@ def load_liger_head() -> Function:
 
 
 def load_liger_head_cross_entropy() -> Function:
+    """Liger's fused head and cross-entropy; it has no entropy."""
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     def call(hidden, weight, ids, *, bias=None, softcap=None):

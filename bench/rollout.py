@@ -1,8 +1,8 @@
 """Decoding beside transformers' `generate`: tokens per second of the same rows, lengths and model.
 
-Checked before anything is timed: greedy tokens equal generate's, and the log-probs met while decoding equal those of a
-teacher-forced pass. No row ends early, so that everyone makes the same number of tokens. Folded: each prompt's sampled
-and greedy row (ReMax's two) in one decode; generate needs two calls for them.
+Two things are checked before anything is timed: greedy tokens equal generate's, and the log-probs of decoding equal
+the log-probs of a teacher-forced pass. No row ends early, so that all contenders make the same number of tokens. Folded:
+the sampled and the greedy row of each prompt, which ReMax needs, in one decode; generate needs two calls for them.
 """
 
 import argparse
@@ -31,6 +31,8 @@ THEIRS, THEIRS_GREEDY = "transformers generate, sampled", "transformers generate
 
 
 class Shape(NamedTuple):
+    """A model and the rows that it decodes."""
+
     name: str
     config: dict[str, Any]
     prompts: int
@@ -40,7 +42,7 @@ class Shape(NamedTuple):
 
 
 def shapes(device: str, quick: bool) -> list[Shape]:
-    """The first is the one the bars are for."""
+    """The shapes of a device. The bars are about the first shape."""
     demo = Shape("demo's model", MODEL | {"vocab_size": len(build_tokenizer())}, 32, 18, 4 if quick else 48)
     if quick:
         return [demo]
@@ -58,13 +60,15 @@ def shapes(device: str, quick: bool) -> list[Shape]:
 
 
 def bars(device: str) -> list[tuple[str, str, float]]:
-    """(what, against, at least): how many times the seconds of `against` are those of `what`."""
+    """(what, against, at least): the seconds of `against` are at least so many times the seconds of `what`."""
     if device == "cpu":
         return [(SAMPLED, THEIRS, 2.5), (FOLDED, f"{THEIRS} and greedy", 1 / 0.4), (FOLDED, SAMPLED, 1 / 1.5)]
     return [(SAMPLED, THEIRS, 3.0), (FOLDED, SAMPLED, 1 / 1.15)]
 
 
 def contenders(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, tokens: int) -> dict[str, Contender]:
+    """Ours and `generate` on these prompts, sampled and greedy."""
+
     def ours(**options: Any) -> Any:
         return generate(model, ids, mask, max_new_tokens=tokens, eos_ids=NO_EOS, pad_id=0, **options)
 
@@ -99,6 +103,7 @@ def set_up(shape: Shape, device: str) -> tuple[PreTrainedModel, dict[str, Conten
 
 @torch.no_grad()
 def measure(shape: Shape, rounds: int, seconds: float, device: CPU | CUDA) -> dict[str, Any]:
+    """Everything about one shape, ready for JSON."""
     model, everyone, drift = set_up(shape, device.name)
     samples = take_turns(everyone, rounds, seconds, device)
     parameters = sum(p.numel() for p in model.parameters())
@@ -132,6 +137,7 @@ def check(model: PreTrainedModel, everyone: dict[str, Contender], shape: Shape) 
 
 
 def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row per contender of a shape."""
     table = []
     for name, seconds in result["seconds"].items():
         made = result["rows"][name] * result["new_tokens"]
@@ -142,6 +148,7 @@ def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def bar_rows(result: dict[str, Any], device: str) -> list[dict[str, Any]]:
+    """One row per bar of the device."""
     table = []
     for what, against, least in bars(device):
         ratio = result["seconds"][against]["median"] / result["seconds"][what]["median"]
@@ -160,6 +167,7 @@ def tables(record: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def markdown(record: dict[str, Any]) -> str:
+    """The whole result as one page of Markdown."""
     machine = ", ".join(f"{key} {value}" for key, value in record["machine"].items())
     parts = ["# Rollouts", f"`{record['command']}`, {record['date']}: {machine}."]
     for title, table in tables(record).items():
@@ -168,13 +176,14 @@ def markdown(record: dict[str, Any]) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
+    """`python -m bench rollout`; the exit code."""
     device = CUDA() if args.device == "cuda" else CPU()
     record = about_run()
     record["machine"] |= versions("transformers") | device.about()
     record["results"] = []
     for shape in [s for s in shapes(args.device, args.quick) if args.only in s.name]:
         print(f"{shape.name} ...", file=sys.stderr, flush=True)
-        slow = args.device == "cpu" and record["results"]  # all but the first, a minute a round
+        slow = args.device == "cpu" and record["results"]  # a round of any shape but the first takes a minute
         rounds = 2 if args.quick else min(args.rounds, 3) if slow else args.rounds
         result = measure(shape, rounds, 0.0 if args.quick else 3.0, device)
         record["results"].append(result)

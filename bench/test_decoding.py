@@ -11,11 +11,13 @@ from bench.rollout import FOLDED, GREEDY, SAMPLED, THEIRS, THEIRS_GREEDY, set_up
 
 @pytest.fixture(scope="module")
 def everyone(request):
+    """The contenders, checked."""
     return set_up(shapes("cpu", request.config.getoption("quick"))[0], "cpu")[1]
 
 
 @pytest.mark.parametrize("name", [SAMPLED, GREEDY, FOLDED, THEIRS, THEIRS_GREEDY])
 def test_decoding(benchmark, everyone, name):
+    """The time of one decode."""
     benchmark.group = "decoding"
     with torch.no_grad():
         benchmark.pedantic(everyone[name].run, rounds=5, warmup_rounds=1)

@@ -1,8 +1,8 @@
 """A few steps of every method under pytest-benchmark, on the demo's model: `pytest bench --benchmark-only`.
 
-What is timed is a stage as a user calls it, loading and saving included; the median step and the peak memory by its own
-meter stand in the extra info. A rollout whose log-probs are not those of training stops the stage, so nothing wrong is
-timed. `rlhf-fast compare` has other models, LoRA, the reward reached and plots.
+A stage is timed as a user calls it, loading and saving included. The extra info holds the median step and the peak
+memory by the stage's own meter. The stage stops where the log-probs of a rollout differ from those of training, so
+nothing wrong is timed. `rlhf-fast compare` has other models, LoRA, the reward reached and plots.
 """
 
 import json
@@ -30,6 +30,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The demo's SFT and reward models."""
     return cases.prepare(tmp_path_factory.mktemp("start") / "models")
 
 
@@ -44,6 +45,7 @@ def data(method: str, rows: int) -> list[dict[str, object]]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_method(benchmark, models, name, tmp_path, request):
+    """The time of a whole stage."""
     method, own = CASES[name]
     rows = 8 if request.config.getoption("quick") else 64
     options = {"model": models["sft"], "train_data": str(tmp_path / "data.jsonl"), "max_prompt_length": 18, **own}

@@ -12,6 +12,7 @@ from bench.measure import contenders, errors
 
 
 def pytest_generate_tests(metafunc):
+    """One test per case and contender."""
     pairs = [(case, name) for case in all_cases(metafunc.config.getoption("quick")) for name in case.functions()]
     ids = [f"{case.name}-{name}" for case, name in pairs]
     metafunc.parametrize("checked, name", pairs, ids=ids, indirect=["checked"], scope="module")
@@ -19,6 +20,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(scope="module")
 def checked(request):
+    """The contenders of a case, checked against float64."""
     case = request.param
     torch.manual_seed(0)
     inputs = case.make_inputs()
@@ -28,6 +30,7 @@ def checked(request):
 
 
 def test_op(benchmark, checked, name):
+    """The time of one call."""
     benchmark.group, competitors = checked
     contender = competitors[name]
     benchmark.pedantic(contender.run, setup=contender.restore, rounds=5, warmup_rounds=1)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 
 class Inputs(NamedTuple):
+    """The inputs of one trial with N tokens."""
+
     tensors: tuple[Tensor, ...]  # logits [N, V], or hidden [N, H] and weight [V, H]; the gradient is by the first
     ids: Tensor  # [N]
     by_logprobs: Tensor  # [N], the gradient of the combination
@@ -21,7 +23,7 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """relative: errors are relative, however small the truth."""
+    """A named way to make inputs. relative: errors are relative, however small the truth."""
 
     name: str
     shape: str
@@ -42,10 +44,13 @@ def _trial(name: str, shape: str, make: Callable[[], tuple], relative: bool) -> 
 
 
 def log_sum_others(z: Tensor, ids: Tensor) -> Tensor:
+    """log sum exp of a row's logits but the target's, [N] float64."""
     return z.double().scatter(1, ids[:, None], -math.inf).logsumexp(1)
 
 
 def logits_trials() -> list[Trial]:
+    """The trials from logits."""
+
     def trial(
         name: str,
         change: Callable[[Tensor, Tensor], Tensor] = lambda z, ids: z,
@@ -89,9 +94,10 @@ def logits_trials() -> list[Trial]:
 
 
 def hidden_trials() -> list[Trial]:
-    """The same by way of a bias.
+    """The same trials from hidden states; a bias shapes the logits.
 
-    The inputs lie on a grid on which logits are exact in float32, even 1000 more: what is tested is what comes after.
+    The inputs lie on a grid on which logits are exact in float32, even at +1000, because the trials are about what
+    follows the matmul.
     """
 
     def trial(

@@ -1,17 +1,18 @@
 """What the trainers are compared on: the demo's model, the embedded world's data, and the settings of all contenders.
 
-Where the algorithms coincide, the first step has to be equal: same weights, same batch, same completions (ours draws
-them, the others train on them once). The policy is not its own reference, so that the KL is not 0.
+Where the algorithms coincide, the first step has to be equal: same weights, same batch, same completions. Ours draws
+the completions, and in their first step the others train on them. The policy is not its own reference, so that the KL
+is not 0.
 
-Completions have full length: EOS is an id the model has no logit for. Otherwise the comparison would hang on when who
-stops decoding: PPOTrainer never does, and ours drops rows that are done.
+Completions have full length, because EOS is an id without a logit in the model. Otherwise the comparison would depend
+on who stops decoding when: PPOTrainer never stops, and ours drops rows that are done.
 
 Where the two differ on purpose:
 - RLOO: ours averages over tokens, TRL over completions. With completions of one length the gradients differ by that
-  length, which Adam takes out again. The value of TRL's loss is the mean advantage, which is 0; ours has another value
+  length, which Adam takes out again. The value of TRL's loss is the mean advantage, which is 0. Ours has another value
   and the same gradient, so the values are not compared.
-- PPO: ours puts the score on the EOS token, TRL on the one after it, if there is one. TRL does not clip gradients, so
-  ours does not here. Ours has two optimizers, TRL one, with `vf_coef` (here 1) between the losses.
+- PPO: ours puts the score on the EOS token, TRL on the token after it, if there is one. TRL does not clip gradients,
+  so ours does not here. Ours has two optimizers, TRL one, with `vf_coef` (here 1) between the losses.
 - Ours leaves padding out of every layer but attention; TRL pads (its padding-free SFT needs flash-attn, so a GPU).
 - A step of ours ends with its metrics in a file; TRL's are computed, and written only for PPO and the first step.
 """
@@ -37,7 +38,7 @@ from rlhf_fast.training.checkpoint import save
 
 TRL, TRL_PPO = "TRL 1.16.0", "TRL 1.12.0"
 RESPONSE_LENGTH = 40  # as in the demo
-PROMPT_LENGTH, LENGTH = 18, 64  # longer than any in the world, so nothing is cut
+PROMPT_LENGTH, LENGTH = 18, 64  # longer than any text of the world, so nothing is cut
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Case:
     settings: dict[str, float] = field(default_factory=dict)
 
     def quick(self) -> "Case":
+        """The case with as few steps as show that everything runs."""
         return dataclasses.replace(self, steps_per_turn=1, warmup=2)
 
 
@@ -111,9 +113,9 @@ CASES = (
 
 
 def prepare(directory: Path) -> dict[str, str]:
-    """Makes the models: a start from nothing, an SFT model, a policy near it, a reward model; `endless` ones as well.
+    """Makes a start with random weights, an SFT model, a policy near it and a reward model, and `endless` copies.
 
-    Returns their directories by name.
+    Returns the directories of the models by name.
     """
     directory.mkdir(parents=True)
     paths = {name: directory / name for name in ("init", "sft", "policy", "reward")}
@@ -187,7 +189,7 @@ def write_specs(case: Case, models: dict[str, str], rounds: int, directory: Path
         options["reward"] = TRUE_REWARD if case.method == "rloo" else roles["reward"]
     else:
         options["max_length"] = LENGTH
-    if case.method == "ppo":  # as there is no clipping in PPOTrainer
+    if case.method == "ppo":  # because PPOTrainer does not clip
         options |= {"value_learning_rate": spec["learning_rate"], "max_grad_norm": 0}
     if case.method == "dpo":
         options["reference"] = roles["reference"]
@@ -205,7 +207,7 @@ def write_specs(case: Case, models: dict[str, str], rounds: int, directory: Path
 
 
 def _rows(case: Case, steps: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows for us, and the rival's: encoded as it wants them and in the order in which we train on them."""
+    """Our rows, and the rival's rows: encoded as the rival wants them, in the order in which we train on them."""
     tokenizer, per_step = build_tokenizer(), case.batch_size
     if case.method in ("rloo", "ppo"):
         per_step //= case.settings.get("group_size", 1)

@@ -1,7 +1,7 @@
-"""Runs a case: one process per contender, which take turns, so that whatever else the machine does hits all alike.
+"""Runs a case: one process per contender. They take turns, so that whatever else the machine does hits all alike.
 
-Ours goes first, because the others train on its first completions. Peak memory is each process's own high-water mark,
-its imports included. Left out: pinning of threads and clocks.
+Ours goes first, because the others train on its first completions. Peak memory is the high-water mark of a process,
+imports included. Left out: pinning of threads and clocks.
 """
 
 import json
@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 OURS = "rlhf_fast"
 SCRIPTS = {OURS: "run_ours.py", TRL: "run_trl.py", TRL_PPO: "run_trl_ppo.py"}
 TOLERANCE = 1e-4
-CLOCKS = ("seconds", "cpu_seconds")  # on a machine with neighbours the second says more
+CLOCKS = ("seconds", "cpu_seconds")  # CPU seconds say more on a machine that others use too
 
 
 class Contender:
@@ -37,7 +37,7 @@ class Contender:
             )
 
     def hear(self) -> dict[str, Any]:
-        """What it says next. Raises RuntimeError with the end of its log where it says nothing more."""
+        """The next message of the process. Raises RuntimeError with the end of its log if the process has ended."""
         line = self._process.stdout.readline()
         if not line:
             self._process.wait()
@@ -46,14 +46,17 @@ class Contender:
         return json.loads(line)
 
     def go(self) -> None:
+        """Let it make its next turn."""
         self._process.stdin.write("\n")
         self._process.stdin.flush()
 
     def end(self) -> None:
+        """Close its input and wait until it is done."""
         self._process.stdin.close()
         self._process.wait()
 
     def kill(self) -> None:
+        """Stop it, whatever it does."""
         self._process.kill()
         self._process.wait()
 
@@ -70,7 +73,7 @@ def why_absent(python: str | None, rival: str) -> str:
 
 
 def run(case: Case, rival_python: str | None, models: dict[str, str], rounds: int, directory: Path) -> dict[str, Any]:
-    """Everything about one case, ready for JSON. Where the rival is absent, ours alone and the reason."""
+    """Everything about one case, ready for JSON. If the rival is absent: our numbers alone, and the reason."""
     specs = write_specs(case, models, rounds, directory)
     absent = why_absent(rival_python, case.rival)
     result = {
@@ -131,7 +134,7 @@ def take_turns(contenders: dict[str, Contender], rounds: int, steps: int) -> dic
 
 
 def equalities(case: Case, ours: dict[str, float], theirs: dict[str, float]) -> list[dict[str, Any]]:
-    """The first step's numbers side by side. Raises KeyError for one that is missing."""
+    """The first step's numbers side by side. Raises KeyError for a number that is missing."""
     return [
         _compared(e.quantity, ours[e.ours] * e.factor, theirs[e.theirs], max(abs(theirs[e.theirs]), e.scale))
         for e in case.equalities

@@ -4,7 +4,7 @@ import torch
 
 
 class Completions:
-    """Completions by prompt; those of a prompt in the order in which they were drawn."""
+    """Completions by prompt, in the order in which they were drawn."""
 
     def __init__(self, path: str) -> None:
         self._by_prompt: dict[tuple[int, ...], list[list[int]]] = {}
@@ -12,5 +12,5 @@ class Completions:
             self._by_prompt.setdefault(tuple(prompt), []).append(completion)
 
     def of(self, prompt: list[int]) -> list[int]:
-        """The next one of this prompt; KeyError where the prompt was not drawn."""
+        """The next completion of this prompt. Raises KeyError if the prompt was not drawn."""
         return self._by_prompt[tuple(prompt)].pop(0)

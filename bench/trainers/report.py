@@ -24,6 +24,7 @@ def rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def equality_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per number of the first step."""
     return [{"trainer": r["trainer"], **equality} for r in results for equality in r.get("equalities", ())]
 
 
@@ -59,6 +60,7 @@ def bar_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def markdown(run: dict[str, Any]) -> str:
+    """The whole result as one page of Markdown."""
     machine = ", ".join(f"{key} {value}" for key, value in run["machine"].items())
     environments = [
         f"{name}: {', '.join(f'{key} {value}' for key, value in environment.items())}"

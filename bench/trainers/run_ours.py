@@ -13,19 +13,22 @@ from rlhf_fast.training.run import Run
 
 
 class Reporter(Listener):
-    """Reports every step, and leaves the first round's completions for the others to train on the same."""
+    """Reports every step, and saves the first round's completions, so that the others can train on them."""
 
     def __init__(self, turns: Turns) -> None:
         self.turns = turns
 
     def begin(self, run: Run) -> None:
+        """Keep the run, for its models and its meter."""
         self.run = run
 
     def collected(self, step: int, experience: Experience) -> None:
+        """Save the first rollout."""
         if step == 1:
             torch.save(_rows(experience.rollout), self.turns.spec["completions"])
 
     def log(self, step: int, row: dict[str, Any]) -> None:
+        """End a step."""
         if step == 0:  # an evaluation
             return
         models = {role: learner.model for role, learner in self.run.learners.items()}
@@ -33,10 +36,12 @@ class Reporter(Listener):
         self.turns.end_step(lambda: numbers, models)
 
     def end(self) -> None:
+        """Report the peak memory."""
         self.turns.end(self.run.meter.process_peak())
 
 
 def main() -> None:
+    """Train as the spec on the command line says."""
     turns = Turns.from_command_line("rlhf-fast")
     spec = turns.spec
     config = getattr(configs, spec["ours"]["config"])(**spec["ours"]["options"])

@@ -35,14 +35,18 @@ class ReplayingRLOOTrainer(RLOOTrainer):
 
 
 class TakeTurns(TrainerCallback):
+    """Ends every step with a report."""
+
     def __init__(self, turns: Turns) -> None:
         self.turns = turns
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """End every step but the first."""
         if state.global_step > 1:
             self.turns.end_step(dict, {})
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, model: Any = None, **kwargs: Any) -> None:
+        """End the first step, with its numbers."""
         if state.global_step == 1:  # logged at the end of the step, after on_step_end
             facts = {key: value for key, value in logs.items() if isinstance(value, int | float)}
             role = "reward" if self.turns.spec["method"] == "reward" else "policy"
@@ -50,6 +54,7 @@ class TakeTurns(TrainerCallback):
 
 
 def trainer(spec: dict[str, Any]) -> Any:
+    """The trainer of the spec's method."""
     options = {
         "output_dir": spec["output_dir"],
         "per_device_train_batch_size": spec["batch_size"],
@@ -100,8 +105,8 @@ def trainer(spec: dict[str, Any]) -> Any:
 
 
 def true_reward() -> Any:
-    """The world's reward, from its file: this environment need not have the package."""
-    path = Path(__file__).resolve().parents[2] / "rlhf_fast" / "world.py"
+    """The world's reward, from its file, because this environment need not have the package."""
+    path = Path(__file__).resolve().parents[2] / "rlhf_fast" / "lab" / "world.py"
     found = importlib.util.spec_from_file_location("world", path)
     module = importlib.util.module_from_spec(found)
     found.loader.exec_module(module)
@@ -109,6 +114,7 @@ def true_reward() -> Any:
 
 
 def main() -> None:
+    """Train as the spec on the command line says."""
     turns = Turns.from_command_line("trl")
     datasets.disable_progress_bars()
     made = trainer(turns.spec)

@@ -23,18 +23,22 @@ from turns import Turns
 
 
 class TakeTurns(TrainerCallback):
+    """Ends every step with a report."""
+
     def __init__(self, turns: Turns) -> None:
         self.turns, self.facts = turns, {}
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Keep the numbers of the step."""
         self.facts = {key: value for key, value in logs.items() if isinstance(value, int | float)}
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """End the step."""
         self.turns.end_step(lambda: self.facts, {"policy": model.policy, "value": model.value_model})
 
 
 def replay_first(completions: Completions, pad: int, temperature: float) -> None:
-    """Makes the first rollout one with the given completions; the log-probs come from a pass over them."""
+    """Makes the first rollout take the given completions; their log-probs come from a pass over them."""
     sample = module.batch_generation
 
     @torch.no_grad()
@@ -49,6 +53,7 @@ def replay_first(completions: Completions, pad: int, temperature: float) -> None
 
 
 def main() -> None:
+    """Train as the spec on the command line says."""
     turns = Turns.from_command_line("trl")
     spec, models = turns.spec, turns.spec["models"]
     datasets.disable_progress_bars()
@@ -77,7 +82,7 @@ def main() -> None:
         seed=0,
     )
     tokenizer = AutoTokenizer.from_pretrained(models["start"], padding_side="left")
-    # The trainer takes a sampled pad token for the end, and writes 0 over all of them before a model sees one. An id
+    # The trainer takes a sampled pad token for the end, and writes 0 over every pad token before a model sees it. An id
     # beyond the vocabulary cannot be sampled.
     tokenizer.add_special_tokens({"pad_token": "<beyond>"})
     rows = datasets.Dataset.from_json(spec["rows"])

@@ -1,7 +1,8 @@
-"""The contender's end of the comparison: its first step, turns and peak memory, as JSON lines to who started it.
+"""The contender's end of the comparison: first step, turns and peak memory, as JSON lines to the process above it.
 
-A contender reports its first step, makes its warm-up steps, then waits at the end of a step until it is its turn. What
-libraries print goes to stderr. Imports nothing of this package: the environments of rivals need not have it.
+A contender reports its first step, makes its warm-up steps, then waits at the end of a step until it is its turn. The
+output of libraries goes to stderr. Nothing of this package is imported, because the environments of rivals need not
+have it.
 """
 
 import json
@@ -21,9 +22,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 
 class Turns:
-    """spec: the settings, as `cases.write_spec` wrote them. rival: the package whose version is reported.
+    """One contender's turns.
 
-    Gradients are those that the first optimizer step of each parameter gets.
+    spec: the settings, as `cases.write_specs` wrote them. rival: the package whose version is reported.
+    The gradients are those of the first optimizer step of each parameter.
     """
 
     def __init__(self, spec: dict[str, Any], rival: str) -> None:
@@ -36,6 +38,7 @@ class Turns:
 
     @classmethod
     def from_command_line(cls, rival: str) -> "Turns":
+        """With the spec whose file is the first argument."""
         return cls(json.loads(Path(sys.argv[1]).read_text()), rival)
 
     def _note_gradients(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -68,7 +71,7 @@ class Turns:
                 self._wait()
 
     def end(self, peak_bytes: int = 0) -> None:
-        """Call after the last step. peak_bytes: the process's peak, where its high-water mark was reset on the way."""
+        """Call after the last step. peak_bytes: the process's peak, if its high-water mark was reset on the way."""
         self._say(peak_bytes=max(peak_bytes, _high_water_mark()))
 
     def _say(self, **facts: Any) -> None:
@@ -80,7 +83,7 @@ class Turns:
 
 
 def _high_water_mark() -> int:
-    """Of the resident set. `getrusage` would also count the process that started this one."""
+    """The largest resident set. `getrusage` would also count the process that started this process."""
     status = Path("/proc/self/status")
     if status.exists() and (match := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
         return int(match[1]) * 1024

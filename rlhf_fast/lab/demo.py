@@ -59,6 +59,7 @@ def run(config: DemoConfig) -> None:
 
 
 def pipeline_config(config: DemoConfig, shorten: int) -> PipelineConfig:
+    """The demo as a pipeline. shorten: divides the numbers of steps and of rows."""
     out = Path(config.output_dir)
     data = out / "data"
     lengths = {"max_prompt_length": 18, "max_response_length": 40}

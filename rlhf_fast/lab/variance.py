@@ -31,6 +31,7 @@ class Moments:
         self.n, self.mean, self.squares, self.norms = 0, torch.zeros(()), 0.0, 0.0
 
     def add(self, gradient: Tensor) -> None:
+        """Count one more vector [D]."""
         self.n += 1
         delta = gradient - self.mean
         self.mean = self.mean + delta / self.n
@@ -38,6 +39,7 @@ class Moments:
         self.norms += gradient.norm().item()
 
     def summary(self) -> dict[str, float]:
+        """{"variance": the total variance, "norm": the mean norm}; needs two vectors or more."""
         return {"variance": self.squares / (self.n - 1), "norm": self.norms / self.n}
 
 
@@ -57,8 +59,10 @@ def gradient_moments(
 ) -> dict[Name, dict[str, float]]:
     """{name: {"variance", "norm"}} of the estimators that `weights` names, over one batch per number in `steps`.
 
-    steps: of the rounds whose prompts and random numbers the batches take; at least 2.
-    weights: per-token weights [B, T] of each estimator, of a batch.
+    steps: the numbers of the rounds whose prompts and random numbers the batches take; at least 2 numbers.
+    weights: function from a batch to the per-token weights [B, T] of each estimator.
+
+    Raises ValueError for fewer steps, and for a config with optimizer_in_backward, which would train.
     """
     steps = list(steps)
     if len(steps) < 2:
@@ -75,10 +79,8 @@ def gradient_moments(
     return {name: m.summary() for name, m in moments.items()}
 
 
-def token_weights(online: Online, experience: Experience, baselines_B: Tensor, scores_B: Tensor) -> Tensor:
+def token_weights(online: Online[ReMaxConfig], experience: Experience, baselines_B: Tensor, scores_B: Tensor) -> Tensor:
     """w [B, T] of scores less baselines, both [B], with the KL penalty and the discount of the config's variant."""
-    config = online.config
-    assert isinstance(config, ReMaxConfig)
     return remax_returns(
         scores_B,
         baselines_B,
@@ -86,13 +88,13 @@ def token_weights(online: Online, experience: Experience, baselines_B: Tensor, s
         experience.ref_logprobs,
         experience.rollout.response_mask,
         kl_coef=online.kl.coef,
-        gamma=config.gamma,
-        variant=config.variant,
+        gamma=online.config.gamma,
+        variant=online.config.variant,
     )
 
 
 def _gradient(online: Online, rollout: Rollout, weights_BT: Tensor) -> Tensor:
-    """Of the loss, [D]: minus the estimate of the gradient of the expected score."""
+    """The gradient of the loss, [D]: minus the estimate of the gradient of the expected score."""
     for rows in micro_batches(len(weights_BT), online.config.micro_batch_size):
         part = rollout.rows(rows)
         with online.learner.autocast():

@@ -4,13 +4,13 @@ It makes the controlled-sentiment experiment of the DPO paper (Rafailov et al. 2
 laptop: prompts are beginnings of reviews, and the reward says how positive the whole review is. Nothing is downloaded,
 and everything follows from the seed.
 
-A review is drawn from a latent sentiment, bad, mixed or good (40, 20, 40 %), that its opinions follow, so the prompt
-explains more than half of the reward's variance; yet a "but" or a few more opinions can still turn the verdict, which
-is what RL has to find.
+A review is drawn from a latent sentiment, bad, mixed or good (40, 20, 40 %), which its opinions follow. The prompt
+therefore explains more than half of the reward's variance. RL has to find the rest: a "but" or a few more opinions can
+still turn the verdict.
 
 The reward of a text, as defined in `polarity` and `true_reward`:
  1. Words are what stands between white space. A sentence ends with the word "."; words after the last "." do not count.
-    A sentence is one clause, or two joined by "but"; one with more than one "but" is worth 0.
+    A sentence is one clause, or two joined by "but"; a sentence with more than one "but" is worth 0.
  2. A clause is an opinion if it has exactly one of the two forms
         the NOUN COPULA [not|never] [DEGREE] ADJECTIVE      "the plot was not very good"
         SUBJECT [never] [DEGREE] VERB the NOUN              "i really loved the acting"
@@ -69,7 +69,7 @@ PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 
 
 class Style(NamedTuple):
-    """How often a review's sentences are of a kind, and how often its opinions follow its sentiment."""
+    """Shares of a review's sentences: facts, "but" and negations; and how often an opinion follows the sentiment."""
 
     facts: float = 0.12
     buts: float = 0.12
@@ -143,7 +143,7 @@ def _opinion(clause: list[str], seen: set[str]) -> float:
 
 
 def _review(rng: random.Random, style: Style = USUAL) -> str:
-    """22 to 45 words."""
+    """A review of 22 to 45 words."""
     sentiment = rng.choice((-1, -1, 0, 1, 1))
     unused = {
         1: [*LEXICON["good_adjective"], *LEXICON["good_verb"]],
@@ -189,7 +189,7 @@ def _fact(rng: random.Random) -> list[str]:
 
 
 def split_prompt(review: str, rng: random.Random) -> tuple[str, str]:
-    """Cuts a review, which has 22 words or more, after 8 to 18 of them, be it within a clause: (prompt, completion)."""
+    """(prompt, completion): a review of 22 words or more, cut after 8 to 18 words, even within a clause."""
     words = review.split()
     cut = rng.randint(8, 18)
     return " ".join(words[:cut]), " ".join(words[cut:])
@@ -207,7 +207,7 @@ def prompt_rows(
 ) -> list[dict[str, str]]:
     """n rows with prompt, all different and none of them in `exclude` (to keep held-out prompts held out).
 
-    completions: a second column, the rest of the review. style: of the reviews they begin.
+    completions: a second column, the rest of the review. style: of the reviews that the prompts begin.
     """
     rng, seen, rows = random.Random(seed), set(exclude), []
     while len(rows) < n:

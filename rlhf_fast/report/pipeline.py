@@ -1,7 +1,7 @@
 """The whole pipeline from one config: SFT -> (sampled pairs ->) reward model -> every method, then a report.
 
-Stages meet on disk only. All methods start from the same SFT model, on the same prompts, with the same reward model;
-what one config section leaves out is filled in from the stages before it.
+Stages meet on disk only. All methods start from the same SFT model, on the same prompts, with the same reward model.
+Keys that a config section leaves out are filled in from the stages before it.
 """
 
 import dataclasses
@@ -26,8 +26,10 @@ def run(config: PipelineConfig) -> None:
 
 
 def run_stages(config: PipelineConfig, names: Collection[str] | None = None) -> None:
-    """Run the stages, or those of these names. With `resume`, finished ones are skipped and the one cut off continues
-    from its checkpoint."""
+    """Run the stages, or only the stages of these names.
+
+    With `resume` finished stages are skipped, and an interrupted stage continues from its checkpoint.
+    """
     for name, stage_config in make_plan(config).items():
         if (names is None or name in names) and not (config.resume and _finished(name, stage_config)):
             load("stages.pairs:sample" if name == "pairs" else STAGES[name].train)(stage_config)
@@ -62,7 +64,7 @@ def make_plan(config: PipelineConfig) -> dict[str, Any]:
     for method, cls in classes.items():
         own = getattr(config, section(method))
         given = {k: v for k, v in config.common.items() if k in _fields(cls)} | own
-        if not METHODS[method].online:  # `common` names prompts; the reward model's rows are those to learn from
+        if not METHODS[method].online:  # `common` names prompts; these methods learn from the reward model's rows
             given["train_data"] = own.get("train_data", plan["reward"].train_data)
         plan[method] = stage(cls, method, given, model=start, reward=str(out / "reward"))
     return plan
@@ -73,7 +75,8 @@ def write_report(
 ) -> None:
     """report.html, report.json and plots/*.png from what the stages left on disk, and the tables on the console.
 
-    variance: what `gradient_variance` measured, by where. notes: further paragraphs for the top of the report.
+    variance: what `gradient_variance` measured, by the policy that it was measured on.
+    notes: further paragraphs for the top of the report.
 
     Needs evaluations: without eval_data in the methods' configs there is nothing to compare, and no report.
     """
@@ -96,7 +99,7 @@ def write_report(
 
 
 def reward_name_of(eval_reward: str | None) -> str:
-    """What the evaluations' reward is called: a function's name, or that it is the reward model's score."""
+    """The name of the evaluations' reward in tables: the function's name, or "score of the reward model"."""
     return "score of the reward model" if eval_reward is None else eval_reward.rpartition(":")[2].replace("_", " ")
 
 

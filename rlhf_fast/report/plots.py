@@ -66,10 +66,12 @@ class MethodRun:
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
+        """The rows of the history that are evaluations."""
         return [row for row in self.history if row.get("eval/reward") is not None]
 
     @property
     def final(self) -> dict[str, Any]:
+        """The last evaluation."""
         return self.evaluations[-1]
 
     @property

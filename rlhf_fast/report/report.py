@@ -36,7 +36,7 @@ _QUALITY = (
 )
 _COST = "Time without evaluation. Model memory: weights, gradients and optimizer state; peak: the largest of any phase."
 _TEMPLATE = "report.html.jinja"  # beside this file
-_SHOWN = 5  # prompts with everyone's completion
+_SHOWN = 5  # prompts, each with the completions of all methods
 _EVALUATION = (
     "step",
     "time/total",
@@ -65,13 +65,13 @@ def write_report(
     gradient_variance: Mapping[str, Mapping[str, Mapping[str, float]]] | None = None,
     reward_name: str = "true reward",
 ) -> None:
-    """Writes the HTML report to `path` and everything it shows to the .json beside it.
+    """Writes the HTML report to `path` and everything that it shows to the .json beside it.
 
     samples: the start's completions, rows of prompt, completion and reward in the order of the runs' samples; with
     them gains are paired by prompt, and a few prompts are printed with all completions.
     notes: paragraphs below the title (setting, hardware, command).
     gradient_variance: where measured -> method -> {"variance", ...}.
-    reward_name: what the evaluations' reward is called ("score of the reward model", say).
+    reward_name: the name of the evaluations' reward, such as "score of the reward model".
     """
     if not runs:
         raise ValueError("runs: expected at least one, got none")
@@ -136,8 +136,8 @@ def quality_table(
 ) -> list[dict[str, Any]]:
     """What each method bought: a row for the start and one per method, (mean, standard error) over held-out prompts.
 
-    The gain's error is that of the mean paired difference when the start's `samples` are given, else that of two
-    independent means.
+    The gain's error is the standard error of the mean paired difference where the start's `samples` are given, else of
+    the difference of two independent means.
     """
     start = runs[0].evaluations[0]
     rows: list[dict[str, Any]] = [{"method": "SFT", reward_name: _pair(start, "reward"), "gain over SFT": None}]

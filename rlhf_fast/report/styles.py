@@ -1,8 +1,8 @@
 """The colour and the marker of every method, the same in all figures.
 
-A method's own stand in its row of the table `rlhf_fast.methods`. The colours are Okabe and Ito's, which colour-blind
-readers can tell apart; markers differ too. A name without a style is drawn all the same, because a figure stands at the
-end of hours of runs, and they must not be lost for want of a colour.
+The colour and the marker of a method stand in its row of the table `rlhf_fast.methods`. The colours are Okabe and
+Ito's, which colour-blind readers can tell apart; markers differ too. A name without a style is drawn all the same,
+because a figure comes after hours of runs, which a missing colour must not lose.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,6 +13,8 @@ from rlhf_fast.methods import METHODS
 
 
 class Style(NamedTuple):
+    """How a method is drawn, as matplotlib takes it."""
+
     color: str
     marker: str
 

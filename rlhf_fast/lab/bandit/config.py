@@ -58,4 +58,5 @@ class NeuralBanditConfig(BanditConfig):
 
 
 def seeds_of(config: BanditConfig) -> range:
+    """The seeds of all runs."""
     return range(config.first_seed, config.first_seed + config.seeds)

@@ -24,13 +24,15 @@ from torch.nn.functional import max_pool2d, pad
 from rlhf_fast.lab.bandit.problem import ACTIONS, PAIRS
 
 _RADII, _PEAKS = (0.03, 0.1, 0.2, 0.4, 0.8, 1.5, 4.0, 12.0), 48
-_GRID_STATES = 256  # made from every second of 220 states the grid missed 5 of 60 optima, by 0.011 at most
-_LOWEST = -80.0  # of a logit below the largest one; exp takes many times as long where it underflows
-_DIRECTIONS = 256  # of them and
-_SEEDS = 20  # of these at a time, for memory and caches
+_GRID_STATES = 256  # with every second of 220 states the grid missed 5 of 60 optima, by 0.011 at most
+_LOWEST = -80.0  # smallest logit relative to the largest: exp takes many times as long where it underflows
+_DIRECTIONS = 256  # at a time, so that they stay in the caches
+_SEEDS = 20  # at a time, because of memory and caches
 
 
 class Optimum(NamedTuple):
+    """The best theta of every seed."""
+
     theta: Tensor  # [S, F]
     value: Tensor  # [S] the objective there
     gradient: Tensor  # [S] norm of its gradient
@@ -72,7 +74,7 @@ def _value(features: Tensor, rewards: Tensor, weights: Tensor, beta: float, thet
 
 def _maximise(features: Tensor, rewards: Tensor, weights: Tensor, beta: float) -> Optimum:
     theta = _ascend(features, rewards, weights, beta, _project(features, rewards / beta), 100)
-    # The best policy of all, expressible or not, has the value beta E_s[log Z(s)]: who reaches it need not search on.
+    # The best policy of all, expressible or not, has the value beta E_s[log Z(s)]. Seeds that reach it need no search.
     bound = beta * ((rewards / beta).logsumexp(-1) - math.log(ACTIONS)) @ weights
     below = _value(features, rewards, weights, beta, theta)[:, 0] < bound - 1e-12
     if below.any():
@@ -139,7 +141,7 @@ def _project(features: Tensor, targets: Tensor) -> Tensor:
 def _basins(features: Tensor, rewards: Tensor, weights: Tensor, beta: float) -> Tensor:
     """The highest local maxima of J on a polar grid, [S, K, F]; float32 is enough to find them.
 
-    A direction of theta is a ranking of the actions in every state. The angles lie one in each interval between two
+    A direction of theta is a ranking of the actions in every state. One angle lies in each interval between two
     changes of a ranking, so that on few states every deterministic policy that theta can express is tried.
     """
     # Logits that reproduce the rewards have about this size; the projection of a mismatched reward can be small.

@@ -27,6 +27,8 @@ from rlhf_fast.lab.bandit.problem import (
 
 
 class Run(NamedTuple):
+    """Every method on n preferences of S seeds."""
+
     n: int
     draws: Draws
     reward: linear.Fit  # of the preferences
@@ -114,6 +116,7 @@ def error_sources(config: LinearBanditConfig, run: Run) -> dict[str, dict[str, T
 
 
 def gaps_of(config: LinearBanditConfig, thetas: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Method -> optimality gap [S] of its policy."""
     return {name: optimality_gap(theta, config.setting) for name, theta in thetas.items()}
 
 

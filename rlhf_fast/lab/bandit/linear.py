@@ -1,7 +1,7 @@
 """DPO, RMB-PO and RMB-PO+ on the linear bandit as published: AdaGrad-norm ascent, all seeds at once.
 
-The published code's step counts, precisions and its 1e-6 inside DPO's logarithm are kept, since they decide its
-figures: log(pi + 1e-6) bounds what beta can multiply, so that with beta = 0.01 DPO's logistic weights stay near 1/2
+The published code's step counts, precisions and its 1e-6 inside DPO's logarithm are kept, because they decide
+its figures: log(pi + 1e-6) bounds what beta can multiply, so that with beta = 0.01 DPO's logistic weights stay near 1/2
 and it follows the mean feature difference. `exact.py` has the optima that these iterations do not reach.
 
 Shapes: S seeds, n preferences, M states, A actions, F features.
@@ -19,6 +19,8 @@ DPO_STEPS, RMB_STEPS = 200, 1000
 
 
 class Fit(NamedTuple):
+    """The maximum-likelihood theta of every seed."""
+
     theta: Tensor  # [S, F]
     separable: Tensor  # [S] bool: every pair is ranked right, so that the maximum lies at infinity
     gradient: Tensor  # [S] norm of the gradient where the iteration ended

@@ -1,8 +1,8 @@
 """The neural bandit's networks, one of each per seed: stacked weights, batched matrix products.
 
-Weights start as torch's own linear layers do, uniform within 1 / sqrt(inputs), from random numbers of the seed's own.
-float64: part of the reward's gradient is 0 but for rounding, and AdamW would make steps of float32's rounding, which
-differs with the batch.
+Weights start as torch's own linear layers do, uniform within 1 / sqrt(inputs), from the seed's own random numbers.
+They are float64, because part of the reward's gradient is 0 but for rounding. AdamW would turn float32's rounding,
+which differs with the batch, into full steps.
 
 Left out: everything but what the bandit's rewards and policies need.
 
@@ -37,6 +37,7 @@ class Layers(nn.Module):
             self.biases.append((bias / rows**0.5)[:, None])
 
     def forward(self, x: Tensor) -> Tensor:
+        """[S, M, widths[0]] -> [S, M, widths[-1]]."""
         for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
             x = self.activation(torch.baddbmm(bias, x, weight))
         return torch.baddbmm(self.biases[-1], x, self.weights[-1])
@@ -54,6 +55,7 @@ class AdditiveReward(nn.Module):
         self.head = Layers(seeds, stream + 2, (2 * HIDDEN, 1))
 
     def forward(self, states: Tensor) -> Tensor:
+        """r(s, a) of every action, [S, M, D] -> [S, M, A]."""
         (weight,), (bias,) = self.head.weights, self.head.biases
         of_state = self.activation(self.of_state(states)) @ weight[:, :HIDDEN]
         actions = torch.eye(ACTIONS, dtype=states.dtype, device=states.device).expand(len(states), -1, -1)
@@ -79,6 +81,7 @@ class JointReward(nn.Module):
             self.first.weights[0].mul_(first_scale)
 
     def forward(self, states: Tensor) -> Tensor:
+        """r(s, a) of every action, [S, M, D] -> [S, M, A]."""
         (weight,), (bias,) = self.first.weights, self.first.biases
         of_state = torch.baddbmm(bias, states, weight[:, :STATE_SIZE])
         hidden = self.activation(of_state[:, :, None] + weight[:, None, STATE_SIZE:])  # one-hot a selects a row

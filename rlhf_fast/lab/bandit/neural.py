@@ -1,6 +1,6 @@
 """Maximum likelihood, DPO, RMB-PO and RMB-PO+ on the neural bandit as published, the networks of all seeds at once.
 
-AdamW without weight decay, batches of 64 in the data's order; an epoch's last may be smaller and counts as much.
+AdamW without weight decay, batches of 64 in the data's order; an epoch's last batch may be smaller and counts as much.
 float64 where the published code has float32 (see `networks`).
 DPO's pairs are weights on every ordered pair of actions, so that sampled labels, probabilities and all pairs of a state
 are one loss. The published code feeds probabilities where DPO has log-probabilities; both forms are here.
@@ -83,7 +83,7 @@ def expected(rewards: Tensor, first: Tensor, second: Tensor) -> Tensor:
 
 
 def all_pairs(rewards: Tensor) -> Tensor:
-    """`wins` of every pair of actions in every state, labelled the same way; a state's weights sum to 1."""
+    """`wins` of every pair of actions in every state, labelled as in `expected`; a state's weights sum to 1."""
     pairs = (1 - torch.eye(ACTIONS, dtype=rewards.dtype, device=rewards.device)) / (ACTIONS * (ACTIONS - 1) / 2)
     return pairs * torch.sigmoid(rewards[..., :, None] - rewards[..., None, :])
 

@@ -36,7 +36,7 @@ def run(config: NeuralBanditConfig, n: int, *, error_sources: bool) -> Run:
     """Every method on n preferences of every seed.
 
     error_sources: train each method again, the same number of steps, with one piece at a time made exact:
-    reward: the true one in place of the learned one; DPO's labels become probabilities under it.
+    reward: the true reward in place of the learned one; DPO's labels become probabilities under it.
     actions: DPO sees all pairs of actions in its states, labelled by the learned reward. RMB-PO's sum over actions is
     exact already. states: 4096 fresh states in place of the sample, for DPO with a random pair in each, labelled by the
     learned reward. all: the three together.

@@ -25,7 +25,7 @@ from rlhf_fast.lab.bandit.problem import draw_pairs, label, uniforms
 RewardForm = Literal["additive", "contextual"]
 EVALUATION_STATES = 5000
 _PAIRS, _NEW_STATES, _EVALUATION, _FRESH_STATES, _FRESH_PAIRS = range(5)  # streams of random numbers
-_TRUTH, _LEARNED, _POLICY = 10, 20, 30  # a network takes several
+_TRUTH, _LEARNED, _POLICY = 10, 20, 30  # the first streams of the networks, which take several each
 
 
 class Draws(NamedTuple):
@@ -79,13 +79,14 @@ class Evaluation(NamedTuple):
 
 
 def true_reward(seeds: Sequence[int], form: RewardForm) -> TrueReward:
+    """The true reward of every seed, a random network of this form."""
     if form == "additive":
         return TrueReward(AdditiveReward(seeds, _TRUTH, 1, torch.tanh))
     return TrueReward(JointReward(seeds, _TRUTH, 1, torch.tanh, first_scale=(STATE_SIZE + ACTIONS) ** 0.5))
 
 
 def learned_reward(seeds: Sequence[int], form: RewardForm) -> Reward:
-    """Untrained: the true one's form with two hidden ReLU layers and no sign."""
+    """The untrained reward model: the true reward's form with two hidden ReLU layers and no sign."""
     return (AdditiveReward if form == "additive" else JointReward)(seeds, _LEARNED, 2, torch.relu)
 
 
@@ -104,6 +105,7 @@ def draw(seeds: Sequence[int], truth: TrueReward, n: int, m: int) -> Draws:
 
 
 def evaluation(seeds: Sequence[int], truth: TrueReward) -> Evaluation:
+    """The evaluation states of every seed, with their true rewards."""
     states = _states(uniforms(seeds, _EVALUATION, (EVALUATION_STATES, STATE_SIZE)))
     return Evaluation(states, truth(states))
 

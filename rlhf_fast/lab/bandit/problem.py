@@ -40,7 +40,7 @@ def draw(seeds: Sequence[int], n: int, m: int) -> Draws:
 
 
 def draw_pairs(numbers: Tensor, actions: int) -> tuple[Tensor, Tensor]:
-    """Two distinct ones of 0..actions-1 from uniform numbers [..., 2], each [...] int64."""
+    """Two distinct actions of 0..actions-1 from uniform numbers [..., 2], each [...] int64."""
     first = (numbers[..., 0] * actions).long()
     return first, (first + 1 + (numbers[..., 1] * (actions - 1)).long()) % actions
 

@@ -64,6 +64,7 @@ def summary(gaps: Tensor) -> dict[str, Any]:
 
 
 def summaries(gaps: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """`summary` of every entry."""
     return {name: summary(gap) for name, gap in gaps.items()}
 
 
@@ -135,8 +136,10 @@ def show(record: Mapping[str, Any]) -> None:
 
 
 def write_plots(record: Mapping[str, Any], stem: Path, thetas: Mapping[str, Tensor] | None = None) -> list[Path]:
-    """Writes <stem>_gap.png, with ratios _ratio.png, with sizes _n.png, with the linear bandit's thetas _policies.png;
-    returns their paths."""
+    """Writes <stem>_gap.png, and _ratio.png, _n.png and _policies.png if there are ratios, sizes and thetas.
+
+    Returns their paths.
+    """
     with matplotlib.rc_context(STYLE):
         figures = {"gap": bars(record)}
         if record["ratios"]:
@@ -170,7 +173,7 @@ def bars(record: Mapping[str, Any]) -> Figure:
 
 
 def against_ratio(record: Mapping[str, Any]) -> Figure:
-    """Gap against m/n; what does not see the new states is a level line."""
+    """Gap against m/n; a method that does not see the new states is a level line."""
     figure, axes = _figure()
     axes.set_ylabel(_gap_label(record))
     methods = record["methods"]
@@ -235,7 +238,7 @@ def _errorbar(axes: Axes, x: Sequence[float], points: Sequence[Mapping[str, Any]
 
 
 def _shown(methods: Mapping[str, Any]) -> list[str]:
-    """All but the RMB-PO+ with fewer than the most new states."""
+    """All methods, but of RMB-PO+ only the largest ratio."""
     ratios = {name: float(_parts(name)[1]) for name in methods if "@" in name}
     return [name for name in methods if ratios.get(name) in (None, max(ratios.values(), default=None))]
 

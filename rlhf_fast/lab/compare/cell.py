@@ -19,6 +19,7 @@ from rlhf_fast.training.memory import current_bytes
 
 
 def main(method: str, config_file: str, result_file: str) -> None:
+    """Train the method with the config of one file; write how it went to the other."""
     given = json.loads(Path(config_file).read_text())
     memory = given.pop("memory")
     device = default_device()

@@ -1,4 +1,4 @@
-"""Which runs are compared, and the stage config of each."""
+"""Which runs are compared, and the stage config of each run."""
 
 import dataclasses
 import itertools
@@ -16,6 +16,8 @@ CRITICS: dict[str | None, str] = {"same": "", "small": ", small critic", "shared
 
 
 class Cell(NamedTuple):
+    """One of the runs that are compared."""
+
     name: str  # for people
     key: str  # for files
     method: str
@@ -24,8 +26,10 @@ class Cell(NamedTuple):
 
 
 def cells_of(config: CompareConfig, start: Start) -> list[Cell]:
-    """Every method, and a method with a value model once per critic; all of them again with LoRA where `lora_rank` asks
-    for it; and all that once per seed."""
+    """One cell per method, or one per critic for a method with a value model.
+
+    The same again with LoRA where `lora_rank` is set, and all of these once per seed.
+    """
     cells = []
     for seed in config.seeds:
         for rank in (0, config.lora_rank) if config.lora_rank else (0,):

@@ -53,7 +53,7 @@ def run(config: CompareConfig) -> None:
 
 
 def _run_cell(cell: Cell, directory: Path, memory: int | None) -> None:
-    """In a process of its own, whose output goes to a file and is shown where it fails."""
+    """Run one cell in a process of its own. Its output goes to a file; if it fails, the last lines are shown."""
     directory.mkdir(parents=True, exist_ok=True)
     result, config_file, log = directory / "result.json", directory / "cell.json", directory / "output.txt"
     result.unlink(missing_ok=True)

@@ -33,7 +33,7 @@ def write_plots(directory: Path, rows: Sequence[Mapping[str, Any]]) -> list[Path
 
 
 def step_time(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Median wall time of a step, stacked by phase; in seconds where one of them takes a second or more."""
+    """Median wall time of a step, stacked by phase; in seconds if any step takes a second or more, else in ms."""
     unit, scale = ("s", 1) if max(row["step_seconds"] for row in rows) >= 1 else ("ms", 1000)
 
     def parts(row: Mapping[str, Any]) -> dict[str, float]:

@@ -1,8 +1,9 @@
-"""What every compared run starts from: policy, reward model, small critic and data, made on the spot for the built-in
-shapes.
+"""What every compared run starts from: policy, reward model, small critic and data.
 
-`demo` is trained (SFT, preference pairs, reward model), so that rewards mean something. The other shapes have random
-weights: they show time and memory only.
+For the built-in shapes they are made on the spot.
+
+`demo` is trained (SFT, preference pairs, reward model), so that its rewards mean something. The other shapes have
+random weights, which show time and memory only.
 """
 
 import dataclasses
@@ -28,6 +29,8 @@ from rlhf_fast.training import checkpoint
 
 
 class Shape(NamedTuple):
+    """The configs of a policy and of its small critic, and the number of tokens."""
+
     policy: dict[str, Any]
     small: dict[str, Any]  # the small critic
     vocabulary: int

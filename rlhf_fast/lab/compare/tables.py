@@ -23,7 +23,7 @@ _NOTES = {
 
 
 def tables(record: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Name -> rows; empty ones left out."""
+    """Name -> rows, without the tables that have no row."""
     ran = [row for row in record["methods"] if row["ran"]]
     failed = [row for row in record["methods"] if not row["ran"]]
     time = [
@@ -61,6 +61,7 @@ def tables(record: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def show(record: Mapping[str, Any]) -> None:
+    """Print every table, with its note."""
     for name, rows in tables(record).items():
         print_table(_TITLES[name], rows)
         if name in _NOTES:
@@ -68,6 +69,7 @@ def show(record: Mapping[str, Any]) -> None:
 
 
 def markdown(record: Mapping[str, Any], plots: Sequence[Path]) -> str:
+    """The tables and the plots as one page of Markdown."""
     config, machine = record["config"], record["environment"] or {}
     sizes = {row["parameters"]["policy"] for row in record["methods"] if row["ran"]}
     weights = f", {max(sizes) / 1e6:,.1f}M weights" if sizes else ""

@@ -1,8 +1,8 @@
 """Best-of-N: of N completions of the SFT model the one that the reward model scores highest (arXiv 2305.18290, sec. 6).
 
 Nothing is trained: M completions per prompt give every N up to M. The expected true reward is averaged over all subsets
-of N of the M, so that nothing is left to the order of the draws. The KL to the SFT model is log N - (N - 1) / N where
-no two completions tie, and at most that otherwise.
+of N of the M completions, so that the order of the draws does not matter. The KL to the SFT model is at most
+log N - (N - 1) / N, and equal to it where no two completions tie.
 """
 
 import json
@@ -67,7 +67,7 @@ def load(directory: Path) -> tuple[Tensor, Tensor]:
 def expected_reward(scores: Tensor, rewards: Tensor, n: int) -> Tensor:
     """Expected reward [P] of the best of n by score, over all subsets of n of the M columns of [P, M].
 
-    The one of rank i (from 1, ascending) is the best of C(i - 1, n - 1) of the C(M, n) subsets.
+    The completion of rank i (from 1, ascending) is the best of C(i - 1, n - 1) of the C(M, n) subsets.
     """
     M = scores.shape[1]
     weights = [math.comb(i, n - 1) / math.comb(M, n) for i in range(M)]

@@ -1,7 +1,8 @@
 """`rlhf-fast study convergence`: win rate against the rows' own completions over training (arXiv 2305.18290, fig. 3).
 
-A step of DPO sees pairs, one of an online method samples, scores and learns from completions; so the figure has two
-axes: the share of the run, and training seconds, evaluations not counted (runs of a study share the machine's cores).
+A step of DPO sees pairs; a step of an online method samples completions, scores them and learns from them. The figure
+therefore has two axes: the share of the run, and training seconds without evaluations (runs of a study share the
+machine's cores).
 """
 
 from pathlib import Path
@@ -43,7 +44,8 @@ def _curve(cells: list[Cell]) -> dict[str, list[Any]]:
             raise ValueError(f"{cell.config.eval_data}: expected a completion column in every row, to compare with")
         names = ("step", "time/total", "eval/win_rate")
         columns.append(tuple([row[name] for row in rows] for name in names))
-    fewest = min(len(steps) for steps, _, _ in columns)  # pairs, and with them offline steps, differ by some per seed
+    # seeds differ somewhat in their number of pairs, and so of offline steps
+    fewest = min(len(steps) for steps, _, _ in columns)
     steps, seconds, rates = zip(*([[*x[: fewest - 1], x[-1]] for x in own] for own in columns), strict=True)
     return {
         "step": steps[0],

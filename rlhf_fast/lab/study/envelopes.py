@@ -8,7 +8,7 @@ Point = tuple[float, float, float]  # step (or N of best-of-N, or a place on a p
 
 
 def envelope(points: Sequence[Point], start: float, grid: Sequence[float]) -> list[float]:
-    """The best reward of a point with at most this KL, for each KL of the grid; `start` is that of the reference."""
+    """The best reward of a point with at most this KL, for each KL of the grid; `start` is the reference's reward."""
     return [max([start, *(reward for _, kl, reward in points if kl <= limit)]) for limit in grid]
 
 

@@ -1,11 +1,11 @@
 """`rlhf-fast study exact`: every method in the plane of exact reward and exact KL, against the exact frontier.
 
 The DPO paper's controlled experiment (arXiv 2305.18290, fig. 2 left) where nothing has to be estimated: each point is
-the exact expected true reward and exact KL of a policy during training. As there, a method's frontier is the upper
-envelope of its points over all strengths; here the best that any policy can do is known beside it. The area between
-the two is the mean shortfall in reward over the KLs from 0 to `area_to`. What varies with the seed are preferences,
-reward model and rollouts. "RM optimum" is the closed-form optimum of the learned reward: its shortfall is the reward
-model's own, the difference between it and PPO is the optimiser's.
+the exact expected true reward and exact KL of a policy during training. As in the paper, a method's frontier is
+the upper envelope of its points over all strengths. Here the best that any policy can do is known too. The area between
+the two is the mean shortfall in reward over the KLs from 0 to `area_to`. Preferences, reward model and rollouts vary
+with the seed. "RM optimum" is the closed-form optimum of the learned reward. Its shortfall is the reward model's own;
+the difference between it and PPO is the optimiser's.
 """
 
 import statistics

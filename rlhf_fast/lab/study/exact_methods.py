@@ -53,6 +53,7 @@ def from_pairs(
 
 
 def dpo(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, **options: Any) -> Tensor:
+    """`dpo_loss` of the pairs, averaged."""
     return dpo_loss(chosen, rejected, ref_chosen, ref_rejected, **options).losses.mean()
 
 
@@ -123,7 +124,7 @@ def _rollout(
     return rows, policy.token_logprobs(rows), world.ref_token_logprobs[rows], policy.mask[rows]
 
 
-# method: strength -> how it is trained; those of OFFLINE take pairs, those of ONLINE scores
+# method -> strength -> how it is trained; methods of OFFLINE take pairs, methods of ONLINE take scores
 OFFLINE: dict[str, dict[str, Callable[..., Update]]] = {
     **{
         f"DPO {loss_type}".removesuffix(" sigmoid"): {

@@ -19,6 +19,8 @@ HELD_OUT = 0.2
 
 
 class World(NamedTuple):
+    """A reference over N completions of T tokens, and the true reward of each."""
+
     completions: Completions
     reference: TabularPolicy
     ref_token_logprobs: Tensor  # [N, T]
@@ -33,6 +35,7 @@ class World(NamedTuple):
 
 
 def make_world(config: ExactStudyConfig) -> World:
+    """The world of `config.world_seed`."""
     generator = torch.Generator().manual_seed(config.world_seed)
     V = config.vocab_size
     everything = completions(V, config.length)

@@ -2,8 +2,8 @@
 
 The DPO paper's controlled experiment (arXiv 2305.18290, fig. 2 left) on trained language models. A point is an
 evaluation during training, on held-out prompts: mean true reward, and the mean over completions of the KL summed over
-their tokens. A method's frontier is the upper envelope of its points over all strengths, per seed; errors are those
-over seeds. An envelope takes the best of noisy points, so it lies somewhat high, for all methods.
+their tokens. A method's frontier is the upper envelope of its points over all strengths, per seed; errors are over
+seeds. An envelope takes the best of noisy points, so it lies somewhat high, for all methods.
 Best-of-N has no policy: its KL is the bound log N - (N - 1) / N.
 """
 

@@ -51,9 +51,11 @@ class Judged(NamedTuple):
     rewards: dict[tuple[str, int], Tensor]
 
     def methods(self) -> list[str]:
+        """Names of the methods, in the order of the rewards."""
         return list(dict.fromkeys(method for method, _ in self.rewards))
 
     def seeds(self) -> list[int]:
+        """The seeds, in order."""
         return sorted({seed for _, seed in self.rewards})
 
 

@@ -1,6 +1,6 @@
 """The methods of the studies of trained models, each at several strengths, as configs of stages.
 
-A method's strength is what holds it near the SFT model: the KL target of online methods (arXiv 1909.08593, sec. 2.2),
+A method's strength holds it near the SFT model: the KL target of online methods (arXiv 1909.08593, sec. 2.2),
 beta of DPO, alpha of Unlikelihood. Everything else is what the pipeline's config says, the same for all strengths.
 `MAIN` names the strength at which methods are set side by side where each has one policy only.
 """
@@ -48,7 +48,7 @@ _NAMES = {**dict.fromkeys(ONLINE, "KL target"), "DPO": "beta", "Unlikelihood": "
 
 
 class Cell(NamedTuple):
-    """One method at one strength from one seed's start; a "+" at its name's end: on other prompts too."""
+    """One method at one strength from one seed's start; a name that ends in "+" was trained on other prompts too."""
 
     method: str
     strength: float | None
@@ -58,10 +58,12 @@ class Cell(NamedTuple):
 
     @property
     def directory(self) -> Path:
+        """Where the run leaves its files."""
         return Path(self.config.output_dir)
 
     @property
     def name(self) -> str:
+        """The run for people, such as "PPO, KL target 3, seed 0"."""
         strength = "" if self.strength is None else f", {_NAMES[self.method.removesuffix('+')]} {self.strength:g}"
         return f"{self.method}{strength}, seed {self.seed}"
 
@@ -74,9 +76,9 @@ def cells_of(start: PipelineConfig, wanted: Strengths) -> list[Cell]:
 
 
 def given_true_reward(cells: Iterable[Cell]) -> list[str]:
-    """Methods that learn from, or choose by, the very reward that judges them, PPO-GT apart, which always does.
+    """Methods but PPO-GT that learn from, or choose by, the very reward that judges them.
 
-    A pipeline that names one reward for both makes PPO the PPO-GT of the tables, and its lead over DPO is partly that.
+    If a pipeline names one reward for both, its PPO is a PPO-GT, and a part of its lead over DPO comes from that.
     """
     configs = [(cell.method, cell.config) for cell in cells if cell.method in ONLINE or cell.method == "Best-of-N"]
     same = [method for method, config in configs if config.reward == config.eval_reward]

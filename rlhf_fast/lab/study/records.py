@@ -1,4 +1,4 @@
-"""What every study's JSON opens with, and where it goes."""
+"""The head of every study's JSON: command, date, environment and config."""
 
 import datetime
 import shlex

@@ -1,8 +1,8 @@
-"""Runs the parts of a study in parallel processes: the starts first, then what stands on them.
+"""Runs the parts of a study in parallel processes: the starts first, then the runs that begin from them.
 
-What finished is not run again, so an interrupted study goes on where it stopped, and studies that share a directory
-share their trained models. A directory made with other settings is an error, never reused. What a run prints goes to
-log.txt beside its results.
+Finished runs are not run again. An interrupted study therefore goes on where it stopped, and studies that share a
+directory share their trained models. A directory made with other settings is an error, never reused. The output of a
+run goes to log.txt beside its results.
 """
 
 import dataclasses
@@ -30,9 +30,11 @@ from rlhf_fast.report import pipeline
 
 
 class Job(NamedTuple):
+    """One part of a study, run in a process of its own."""
+
     name: str
     log: Path
-    function: Callable[[Any], None]  # importable by its name, as the process that runs it is another one
+    function: Callable[[Any], None]  # importable by its name, because another process runs it
     argument: Any
 
 
@@ -98,7 +100,7 @@ def run_jobs(jobs: Sequence[Job], workers: int) -> None:
 
 @contextmanager
 def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that share the cores; nothing is waited for where it is left by an exception (an interruption, say)."""
+    """Processes that share the cores. An exception, such as an interruption, leaves without waiting for them."""
     threads = max(1, torch.get_num_threads() // workers)
     context = multiprocessing.get_context("spawn")  # a forked copy of a process with threads may hang
     pool = ProcessPoolExecutor(workers, context, _begin, (threads,))
@@ -111,7 +113,7 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def _begin(threads: int) -> None:
-    """In a new process: its share of the cores, and its end with that of the process that started it."""
+    """In a new process: take its share of the cores, and end when the process that started it ends."""
     torch.set_num_threads(threads)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

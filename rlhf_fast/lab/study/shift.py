@@ -25,7 +25,7 @@ from rlhf_fast.report.pipeline import reward_name_of
 from rlhf_fast.training.evaluation import wins
 from rlhf_fast.training.metrics import print_table
 
-EVALUATED = 256  # prompts of the other domain, at most half of them all; the others are rolled out from
+EVALUATED = 256  # prompts of the other domain, at most half of them; rollouts start from the others
 BOTH_DOMAINS = ("PPO", "ReMax")
 
 

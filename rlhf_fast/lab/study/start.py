@@ -49,6 +49,7 @@ def _sections(config: PipelineConfig, data: Path) -> dict[str, dict]:
     return {
         "sft": config.sft | {"train_data": str(data / "sft.jsonl")},
         "pairs": config.pairs | {"prompts": str(data / "prompts.jsonl")},
-        "dpo": getattr(config, section("dpo")) | {"epochs": 3},  # in one it is far from done; in the demo time is short
+        # after one pass DPO is far from done; the demo has no time for more
+        "dpo": getattr(config, section("dpo")) | {"epochs": 3},
         "common": config.common | {"train_data": str(data / "prompts.jsonl"), "eval_data": str(data / "eval.jsonl")},
     }

@@ -1,8 +1,8 @@
 """The two-armed bandit of `rlhf-fast study variance`: exact variances of all estimators, over p.
 
-Each figure is per logit and for one sampled draw: RLOO's is k times that of the mean of a group of k. The value model's
-is that of the expected reward, which is what such a model learns where there is one state. The greedy baseline lowers
-REINFORCE's variance up to p = r1 / (2 (r1 - r2)) and raises it beyond.
+Each variance is per logit and for one sampled draw: RLOO's is k times the variance of the mean of a group of k. The
+value model's baseline is the expected reward, which a value model learns where there is one state. The greedy baseline
+lowers REINFORCE's variance up to p = r1 / (2 (r1 - r2)) and raises it beyond.
 """
 
 from typing import Any

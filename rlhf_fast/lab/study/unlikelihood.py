@@ -26,7 +26,7 @@ from rlhf_fast.training.tally import Tally
 
 @dataclass(frozen=True, kw_only=True)
 class UnlikelihoodConfig(OfflineConfig):
-    """Unlikelihood training on preference pairs, or fine-tuning on the preferred ones."""
+    """Unlikelihood training on preference pairs, or fine-tuning on the preferred completions."""
 
     alpha: float = arg(0.0, "Weight of the rejected completions' log-probs.", at_least=0)
 

@@ -30,7 +30,7 @@ from rlhf_fast.lab.study.variance_plots import TITLES, bandit_figure, training_f
 from rlhf_fast.lab.study.variance_seed import METHODS, PANELS, measure_seed, measured_file, settings, stages_of
 from rlhf_fast.training.metrics import print_table
 
-ROWS = {"ReMax": 2}  # decoded per sampled completion; the others' 1
+ROWS = {"ReMax": 2}  # rows decoded per sampled completion; 1 for the other estimators
 
 
 def run(config: VarianceStudyConfig) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def summary(seeds: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
     """
 
     def values(*path: str) -> Tensor:
-        """[seeds, policies], what stands there in every point."""
+        """[seeds, policies], the number under these keys in every point."""
         rows = [[reduce(getitem, path, point) for point in points] for points in seeds]
         return torch.tensor(rows, dtype=torch.float64)
 

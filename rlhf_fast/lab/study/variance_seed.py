@@ -1,17 +1,19 @@
 """One seed of `rlhf-fast study variance`: a policy trained by ReMax, its gradient estimators measured on the way.
 
-At every place the same policy is given to all estimators, and each makes its gradients of equally many sampled
-completions. REINFORCE, the batch mean, ReMax and the value model take them from different prompts, RLOO in groups. They
-differ in the baseline alone and share the KL penalty on each token, and so, with gamma 1, the expectation.
+At every place all estimators get the same policy, and each makes its gradients from equally many sampled completions.
+REINFORCE, the batch mean, ReMax and the value model take completions of different prompts, RLOO groups of completions.
+The estimators differ in the baseline alone. They share the KL penalty on each token and so, with gamma 1, the
+expectation.
 
-The scores are measured three times, since baselines are what takes offsets out: as they are (a reward model centres
-them on the SFT model's samples); with one offset for all; and with one for every last token of a prompt, drawn from the
-spread that the ReMax paper reports for its reward model within a batch, -14 to 7. Nothing is sampled anew for that: an
-offset changes the weights. ReMax and RLOO take both kinds out exactly and the batch mean the constant, so these are
-measured once.
+Every estimator is measured on three kinds of scores, because a baseline's task is to take offsets out: scores as they
+are (a reward model centres them on the SFT model's samples); with one offset for all; and with one offset for every
+last token of a prompt, drawn from the spread that the ReMax paper reports for its reward model within a batch, -14 to
+7. Nothing is sampled again, because an offset changes the weights alone. ReMax and RLOO take both kinds of offset out
+exactly, and the batch mean takes the constant out, so these are measured once.
 
 The value models, one per kind of score, start where PPO's do and regress on the returns of every rollout that trains
-the policy, by PPO's settings but for the clip around the old value, which would let an offset in by small steps only.
+the policy. They have PPO's settings without the clip around the old value, because the clip would let an offset in by
+small steps only.
 Left out: value models as adapters or on the policy's trunk.
 """
 
@@ -61,6 +63,7 @@ def measure_seed(argument: tuple[PipelineConfig, VarianceStudyConfig]) -> None:
 
 
 def measured_file(start: PipelineConfig) -> Path:
+    """The file of a seed's figures."""
     return Path(start.output_dir) / "variance" / "measured.json"
 
 
@@ -108,7 +111,7 @@ def offsets(vocab_size: int, device: torch.device) -> dict[str, Tensor]:
     return {panel: table.to(device) for panel, table in tables.items()}
 
 
-def in_groups(online: Online, size: int) -> Online:
+def in_groups(online: Online[ReMaxConfig], size: int) -> Online[ReMaxConfig]:
     """The same models and completions per round, `size` of them of each prompt and no greedy one."""
     grouped = copy.copy(online)
     grouped.samples, grouped.greedy, grouped.prompts_per_round = size, False, online.config.batch_size // size
@@ -148,8 +151,11 @@ class SeedRun:
         return metrics | remax.update(self.online, run, experience)
 
     def measure(self) -> None:
-        """All estimators on the policy as it is, in rounds numbered beyond training's, with random numbers of their own
-        (and, in the run's later places, prompts that it was trained on)."""
+        """All estimators on the policy as it is now.
+
+        Their rounds are numbered beyond training's, so that their random numbers are their own. Late in the run the
+        policy may have been trained on their prompts.
+        """
         first = self.online.config.steps + 1 + 2 * self.batches * len(self.points)
         single, groups = range(first, first + self.batches), range(first + self.batches, first + 2 * self.batches)
         measured = gradient_moments(self.online, single, self._weights)
@@ -157,7 +163,7 @@ class SeedRun:
         evaluation = self.online.evaluator(self.online.policy).metrics if self.online.evaluator else {}
         panels = {
             panel: {m: measured.get((panel, m)) or measured[PLAIN, m] for m in METHODS} for panel in PANELS
-        }  # what a panel's offset leaves as it is was measured in the first
+        }  # an estimator that an offset does not change was measured in the first panel
         self.points.append({"rounds": self.trained_rounds, **evaluation, "panels": panels})
 
     def _scores(self, panel: str, experience: Experience) -> Tensor:

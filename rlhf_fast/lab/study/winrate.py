@@ -1,7 +1,7 @@
 """`rlhf-fast study winrate`: every method against every other one, prompt by prompt, judged by the true reward.
 
 Each method has one policy per seed, at its main strength. A win counts 1, a tie 1/2; policies of one seed meet on the
-same prompts. Rates are means over prompts and seeds, their errors those over seeds.
+same prompts. Rates are means over prompts and seeds; their errors are over seeds.
 """
 
 from pathlib import Path
