@@ -1,3 +1,5 @@
+# pyright: reportMissingImports=false
+# The folder kernels/ is installed as rlhf_fast.kernels, where pyright does not look.
 """The operators on log-probs, rewards and scores on Triton: outputs allocated, kernels launched, nothing waited for.
 
 Imported where there is a GPU build of torch, or Triton's interpreter (TRITON_INTERPRET=1), which takes CPU tensors.

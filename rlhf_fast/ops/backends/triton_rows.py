@@ -1,5 +1,6 @@
-# pyright: reportCallIssue=false
+# pyright: reportCallIssue=false, reportMissingImports=false
 # The tensors per row are passed as *per_row, whose number pyright does not know: it expects no argument after them.
+# The folder kernels/ is installed as rlhf_fast.kernels, where pyright does not look.
 """The operators on rows of logits on Triton: `token_logprobs`, `token_kl` and `sample_tokens`.
 
 See `rlhf_fast.ops.backends.triton`.
