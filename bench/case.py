@@ -23,8 +23,8 @@ class Case:
     traffic: for a case bound by memory, the memory traffic of its first input that cannot be avoided. As the ceiling,
     plain torch makes the same traffic in the same rounds.
     products: for a case bound by matmuls, how many it needs of the three matmuls of a linear layer: input by weight,
-    and the gradients of both; a fourth is a reference's input by weight. The first two inputs are hidden [N, H] and weight
-    [V, H]; the bare matmuls are the ceiling.
+    and the gradients of both; a fourth is a reference's input by weight. The first two inputs are hidden [N, H] and
+    weight [V, H]; the bare matmuls are the ceiling.
     overwrites: our function overwrites its first input, which is restored, untimed, before each run.
     others: further rivals by name, which return the first result alone.
     """

@@ -1,8 +1,8 @@
 """Decoding beside transformers' `generate`: tokens per second of the same rows, lengths and model.
 
 Two things are checked before anything is timed: greedy tokens equal generate's, and the log-probs of decoding equal
-the log-probs of a teacher-forced pass. No row ends early, so that all contenders make the same number of tokens. Folded:
-the sampled and the greedy row of each prompt, which ReMax needs, in one decode; generate needs two calls for them.
+the log-probs of a teacher-forced pass. No row ends early, so that all contenders make the same number of tokens.
+Folded: the sampled and the greedy row of each prompt, which ReMax needs, in one decode; generate needs two calls.
 """
 
 import argparse
