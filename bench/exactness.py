@@ -66,7 +66,7 @@ def truth(
 
 
 def largest_error(actual: Tensor, expected: Tensor, relative: bool) -> float:
-    """The largest error, as the module defines it; NaN if anything is NaN. relative: to the row's largest entry."""
+    """The largest error, as the module defines it; NaN if any is NaN. relative: to the largest entry of the row."""
     size = expected.abs()
     scale = (size.amax(-1, keepdim=True) if size.dim() > 1 else size) if relative else size.clamp(min=1.0)
     return ((actual.double() - expected).abs() / scale).max().item()

@@ -1,4 +1,4 @@
-"""The contender's end of the comparison: first step, turns and peak memory, as JSON lines to the process above it.
+"""The contender's end of the comparison: first step, turns, peak memory, as JSON lines to the process that started it.
 
 A contender reports its first step, makes its warm-up steps, then waits at the end of a step until it is its turn. The
 output of libraries goes to stderr. Nothing of this package is imported, because the environments of rivals need not
