@@ -1,13 +1,14 @@
 """Config dataclasses as command-line flags and YAML files, by jsonargparse.
 
 A field `kl_coef: float = arg(0.05, "Weight of the KL penalty.", at_least=0)` is the flag --kl-coef and the YAML key
-kl_coef.
+kl_coef. A mapping is given as JSON, or as pairs: --columns prompt=question completion=answer.
 Every mistake is a ValueError of one line. It names the key, the file or section, what was expected, the nearest name.
 """
 
 import argparse
 import dataclasses
 import difflib
+import json
 import re
 from pathlib import Path
 from types import NoneType, UnionType
@@ -65,7 +66,8 @@ def make_parser(config_class: type, prog: str) -> ArgumentParser:
         elif get_origin(hint) is list:
             kind = {"type": get_args(hint)[0], "nargs": "*", "metavar": _type_name(get_args(hint)[0]).upper()}
         else:
-            kind = {"type": hint, "metavar": "NAME" if get_origin(hint) is Literal else _type_name(hint).upper()}
+            names = {Literal: "NAME", dict: "PAIRS"}
+            kind = {"type": hint, "metavar": names.get(get_origin(hint), _type_name(hint).upper())}
         group.add_argument(_flag(field.name), default=_default(field), help=_help(field, hint), **kind)
     general = parser.add_argument_group("general")
     general.add_argument("--config", action="config", metavar="FILE", help="YAML file with these keys; flags win.")
@@ -91,6 +93,7 @@ def parse(config_class: type[Config], arguments: list[str], prog: str) -> Config
         if flag and flag[1].replace("-", "_") not in (*names, *general):
             raise ValueError(f"unknown flag {nearest(flag[0], [_flag(name) for name in names])}")
     arguments = [re.sub(r"^--[\w-]+", lambda flag: flag[0].replace("_", "-"), token) for token in arguments]
+    arguments = _with_mappings(arguments, config_class)
     before = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     before.add_argument("--config")
     try:
@@ -107,6 +110,28 @@ def parse(config_class: type[Config], arguments: list[str], prog: str) -> Config
         print(yaml.safe_dump(values, sort_keys=False), end="")
         return None
     return config
+
+
+def _with_mappings(arguments: list[str], config_class: type) -> list[str]:
+    """`--columns prompt=question completion=answer` as JSON, which jsonargparse reads: {"prompt": "question", ...}."""
+    hints = {_flag(name): get_args(hint) for name, hint in get_type_hints(config_class).items() if _is_mapping(hint)}
+    out, rest = [], list(arguments)
+    while rest:
+        flag, equals, value = rest.pop(0).partition("=")
+        values = [value] if equals else []
+        while flag in hints and rest and not rest[0].startswith("--"):
+            values.append(rest.pop(0))
+        if flag in hints and values and all(re.match(r"[\w.-]+=", pair) for pair in values):
+            read = str if hints[flag][1] is str else yaml.safe_load
+            pairs = [pair.partition("=") for pair in values]
+            out += [flag, json.dumps({name: read(text) for name, _, text in pairs})]
+        else:
+            out += [f"{flag}={value}", *values[1:]] if equals else [flag, *values]
+    return out
+
+
+def _is_mapping(hint: Any) -> bool:
+    return get_origin(hint) is dict
 
 
 def from_dict(config_class: type[Config], values: dict[str, Any], where: str) -> Config:

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from rlhf_fast.config.fields import arg, check, check_fields, random_seed, required
+from rlhf_fast.config.fields import arg, check, check_fields, check_row_options, random_seed, required
+from rlhf_fast.config.stages import CHAT_TEMPLATE_HELP, CHAT_TEMPLATE_KWARGS_HELP, COLUMNS_HELP
 from rlhf_fast.methods import METHODS, section
 
 __all__ = [
@@ -21,7 +22,7 @@ class InitConfig:
     """A tokenizer trained on text columns and a model with random weights, as one checkpoint directory."""
 
     model_config: str = required("JSON file with a transformers model config; needs model_type.")
-    data: list[str] = required("JSONL(.gz), Parquet or `datasets` directories to train BPE on.")
+    data: list[str] = required("Files or folders of rows to train BPE on.")
     text_columns: list[str] = required("Columns of text, or of messages, to train it on.")
     output_dir: str = required("Checkpoint directory to write.")
     vocab_size: int = arg(4096, "Tokens, the special ones included.")
@@ -40,6 +41,9 @@ class PairsConfig:
 
     model: str = required("Checkpoint directory or hub name to sample from.")
     prompts: str = required("Rows with a prompt column.")
+    columns: dict[str, str] = arg({}, COLUMNS_HELP)
+    chat_template: str | None = arg(None, CHAT_TEMPLATE_HELP)
+    chat_template_kwargs: dict[str, Any] = arg({}, CHAT_TEMPLATE_KWARGS_HELP)
     reward: str = required("Reward-model directory, or a function `package.module:name` or `file.py:name`.")
     output: str = required("JSONL file (.jsonl or .jsonl.gz) to write: prompt, chosen, rejected.")
     scale: float = arg(1.0, "P(a preferred) = sigmoid(scale * (reward(a) - reward(b))).", at_least=0)
@@ -54,6 +58,7 @@ class PairsConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_row_options(self)
         for name in ("output", "eval_output"):
             check(self, name, lambda v: str(v).endswith((".jsonl", ".jsonl.gz")), "a .jsonl or .jsonl.gz file")
         if bool(self.eval_rows) != bool(self.eval_output):

@@ -23,6 +23,8 @@ _HOLDS: dict[str, Callable[[Any, Any], bool]] = {
     "at_most": operator.le,
     "below": operator.lt,
 }
+_OUR_OPTIONS = {"conversation", "messages", "chat_template", "tokenize", "return_dict", "return_tensors"}
+_OUR_OPTIONS |= {"add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask"}
 _LARGEST_SEED = 2**63 - 1  # torch's generators take 64 bits with a sign
 
 
@@ -84,6 +86,19 @@ def check_fields(config: Any) -> None:
             raise ValueError(f"{name}: expected {_PLAIN[options[0]]} {bounds_of(field, options[0])}, got {value!r}")
 
 
+def check_row_options(config: Any) -> None:
+    """Raises ValueError unless `columns` and `chat_template_kwargs` of a config that reads rows can be used."""
+    check(
+        config,
+        "columns",
+        lambda v: isinstance(v, dict) and all(isinstance(name, str) for pair in v.items() for name in pair),
+        "names of our columns with names in the data",
+    )
+    check(config, "chat_template_kwargs", lambda v: isinstance(v, dict), "named options")
+    if ours := sorted(_OUR_OPTIONS & config.chat_template_kwargs.keys()):
+        raise ValueError(f"chat_template_kwargs: expected options of the template, got {ours[0]}, which the stage sets")
+
+
 def bounds_of(field: dataclasses.Field, kind: type) -> str:
     """The field's bounds as messages and `--help` say them: ">= 1", "> 0", "in (0, 1]", "from 0 to 2^63 - 1", or ""."""
     at_least, above, at_most, below = (field.metadata.get(bound) for bound in _HOLDS)
@@ -110,7 +125,7 @@ def describe(config: Any) -> dict[str, Any]:
 
 
 def _described(value: Any) -> Any:
-    if value is None or isinstance(value, str | int | float):
+    if value is None or isinstance(value, str | int | float | dict):
         return value
     if isinstance(value, os.PathLike):
         return os.fspath(value)

@@ -13,9 +13,9 @@ gives another default or another help text keeps its place, and repeats its boun
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from rlhf_fast.config.fields import arg, check, check_fields, random_seed, required
+from rlhf_fast.config.fields import arg, check, check_fields, check_row_options, random_seed, required
 
 __all__ = [
     "ClippedConfig",
@@ -56,6 +56,9 @@ DPOLossType = Literal[
 KTOLossType = Literal["kto", "apo_zero_unpaired"]
 _FUSED_HEAD = "Take losses from hidden states, in chunks; false takes them from [B, T, V] logits."
 
+COLUMNS_HELP = "Columns that the data name otherwise, ours first: prompt=question completion=answer."
+CHAT_TEMPLATE_HELP = "Jinja file (or the text) of the chat template; default: the tokenizer's own."
+CHAT_TEMPLATE_KWARGS_HELP = "Options of the chat template: enable_thinking=false; a row's own column of this name wins."
 _BETA = "Strength of the implicit KL constraint."
 _LABEL_SMOOTHING = "Probability that a label is flipped (cDPO, robust)."
 
@@ -66,7 +69,10 @@ class StageConfig:
 
     model: str = required("Checkpoint directory or hub name the trained model starts from.")
     output_dir: str = required("Directory for the trained model, metrics.jsonl, run.json and checkpoints.")
-    train_data: str = required("Rows to train on: JSONL(.gz), Parquet or a `datasets` directory.")
+    train_data: str = required("Rows to train on: a file, a folder or glob of shards, or hub:NAME:SPLIT.")
+    columns: dict[str, str] = arg({}, COLUMNS_HELP)
+    chat_template: str | None = arg(None, CHAT_TEMPLATE_HELP)
+    chat_template_kwargs: dict[str, Any] = arg({}, CHAT_TEMPLATE_KWARGS_HELP)
     seed: int = random_seed("Seed of data order and sampling; same seed, same bits on CPU.")
     batch_size: int = arg(16, "Rows per optimizer step; a pair or a ranking is one row.", at_least=1)
     micro_batch_size: int | None = arg(None, "Rows per forward pass; default: the whole batch.", at_least=1)
@@ -99,6 +105,7 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_row_options(self)
         micro, batch = self.micro_batch_size, self.batch_size
         if micro is not None and batch % micro:
             raise ValueError(f"micro_batch_size: expected a divisor of batch_size={batch}, got {micro}")
@@ -119,14 +126,16 @@ class OfflineData:
     # Not a StageConfig: if two bases of a dataclass share a base, the fields of the first hide the second's overrides.
 
     epochs: int = arg(1, "Passes over the data.", at_least=1)
-    max_length: int = arg(512, "Longest prompt + completion in tokens; longer prompts lose their left end.", at_least=1)
+    max_length: int = arg(512, "Longest prompt + completion in tokens; longer completions lose their end.", at_least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SFTConfig(OfflineData, StageConfig):
     """Supervised fine-tuning on prompt + completion rows or on messages."""
 
-    train_data: str = required("JSONL(.gz), Parquet or `datasets` directory with prompt+completion, or messages.")
+    train_data: str = required(
+        "JSONL, JSON, CSV, Parquet, shards or hub:NAME:SPLIT with prompt+completion, or messages."
+    )
     eval_data: str | None = arg(None, "Same format; its loss is reported at the end of every epoch.")
     fused_head: bool = arg(True, _FUSED_HEAD)
 

@@ -1,24 +1,25 @@
-"""Rows in, token ids out: encoding every kind of training data, and making batches of it.
+"""Rows in, token ids out: encoding every kind of training data.
 
 - Prompt and completion are tokenized apart and joined, so no token stands on both sides of the border. If the tokenizer
   adds BOS, it comes once, at the start. Every completion ends in EOS.
 - Only completion tokens and their EOS are trained on. Masks are explicit and never derived from token ids, so pad ==
   eos and a tokenizer without a pad token change nothing.
-- Conversations (a `messages` column, or a prompt that is a list of messages) go through the tokenizer's chat template.
-- A row that is too long loses the left end of its prompt. A completion that is too long by itself loses its right end
-  and its EOS, because the text does not end there. `Encoded.truncated` counts both.
+- Conversations (a `messages` column, or a prompt that is a list of messages) go through the tokenizer's chat template,
+  with the row's `tools` and `chat_template_kwargs`.
+- A prompt longer than max_prompt_length loses its left end. A row longer than max_length loses the right end of its
+  completion, EOS with it, because the text does not end there. The prompt is kept, because a completion behind a part
+  of its prompt teaches nothing. `Encoded` counts both.
 
 Left out: packing several rows into one sequence.
 """
 
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
-import numpy as np
-import torch
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_fast.data.chat import TemplateOptions, options_of, prompt_of, write_prompt, write_turns
+from rlhf_fast.data.padding import epoch_batches, pad_id, pad_left, pad_right
 from rlhf_fast.data.rows import Row, load_rows, place
 
 __all__ = [
@@ -88,29 +89,52 @@ class Encoded(NamedTuple):
 
     examples: list  # of one of the classes above
     truncated: int  # rows that lost tokens
+    cut_prompts: int  # rows that lost the left end of their prompt
+    cut_answers: int  # rows that lost the right end of an answer
 
 
-def encode_sft(rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, max_prompt_length: int) -> Encoded:
+class _Cut(NamedTuple):
+    """What a row lost."""
+
+    prompt: bool
+    answer: bool
+
+
+def _encoded(examples: list, cuts: list[_Cut]) -> Encoded:
+    return Encoded(examples, sum(map(any, cuts)), sum(cut.prompt for cut in cuts), sum(cut.answer for cut in cuts))
+
+
+def encode_sft(
+    rows: list[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    max_prompt_length: int,
+    chat_template_kwargs: TemplateOptions = None,
+) -> Encoded:
     """Rows of kind sft -> Encoded of SFTExample. In `messages` every assistant turn is trained on, up to its EOS.
 
     The prompt is everything before the first trained token. At most max_prompt_length tokens of the prompt are kept,
-    and fewer where the row would pass max_length. Raises ValueError for a tokenizer without EOS, for a chat template
+    and at least one token is left for the answer. chat_template_kwargs: options of the chat template; a row's own
+    options win. Raises ValueError for a tokenizer without EOS, for a chat template
     that is missing or does not render a conversation as a continuation of its beginning; the other encoders do too.
     Raises ValueError also for a row without a trained token. The first token is never trained, as nothing predicts it.
     """
     bos, eos = _bos(tokenizer), _eos(tokenizer)
     segments = []  # for each row its texts, untrained and trained in turn
     for n, row in enumerate(rows, 1):
+        options = options_of(row, chat_template_kwargs)
         if row.get("messages") is not None:
-            segments.append(_chat_segments(row["messages"], tokenizer, place(row, n)))
+            segments.append(write_turns(row["messages"], tokenizer, place(row, n), options))
         else:
-            prompt, (completion,) = _texts(row["prompt"], [row["completion"]], tokenizer, place(row, n))
+            text = prompt_of(row, tokenizer)
+            prompt, (completion,) = write_prompt(text, [row["completion"]], tokenizer, place(row, n), options)
             segments.append([prompt, completion])
     tokenized = iter(_tokenize(tokenizer, [text for texts in segments for text in texts]))
-    examples, truncated = [], 0
+    examples, cuts = [], []
     for n, (texts, row) in enumerate(zip(segments, rows, strict=True), 1):
         parts = [next(tokenized) for _ in texts]
-        prompt = _start(bos, parts[0], _is_chat(row))
+        chat = row.get("messages") is not None or _is_chat(row, tokenizer)
+        prompt = _start(bos, parts[0], chat)
         rest = [token for part in parts[1:] for token in part]
         trained = [n % 2 == 0 for n, part in enumerate(parts[1:]) for _ in part]
         if not rest or rest[-1] != eos:
@@ -120,39 +144,51 @@ def encode_sft(rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: 
         if not any(mask[1:]):
             raise ValueError(f"{place(row, n)}: has nothing to train on: prompt and completion are empty")
         examples.append(SFTExample(prompt + rest, mask))
-        truncated += cut
-    return Encoded(examples, truncated)
+        cuts.append(cut)
+    return _encoded(examples, cuts)
 
 
 def encode_preferences(
-    rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, max_prompt_length: int
+    rows: list[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    max_prompt_length: int,
+    chat_template_kwargs: TemplateOptions = None,
 ) -> Encoded:
-    """Rows of kind preference -> Encoded of PreferenceExample. The prompt is cut to fit the longer answer."""
-    examples, truncated = [], 0
-    encoded = _encode_answers(
-        rows, [[row["chosen"], row["rejected"]] for row in rows], tokenizer, max_length, max_prompt_length
-    )
+    """Rows of kind preference -> Encoded of PreferenceExample. Each answer is cut by itself."""
+    examples, cuts = [], []
+    answers = [[row["chosen"], row["rejected"]] for row in rows]
+    encoded = _encode_answers(rows, answers, tokenizer, max_length, max_prompt_length, chat_template_kwargs)
     for row, (prompt, (chosen, rejected), cut) in zip(rows, encoded, strict=True):
         margin = row.get("margin")
         examples.append(PreferenceExample(prompt, chosen, rejected, None if margin is None else float(margin)))
-        truncated += cut
-    return Encoded(examples, truncated)
+        cuts.append(cut)
+    return _encoded(examples, cuts)
 
 
 def encode_rankings(
-    rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, max_prompt_length: int
+    rows: list[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    max_prompt_length: int,
+    chat_template_kwargs: TemplateOptions = None,
 ) -> Encoded:
-    """Rows of kind ranking -> Encoded of RankingExample. The prompt is cut to fit the longest answer."""
-    examples, truncated = [], 0
-    encoded = _encode_answers(rows, [row["completions"] for row in rows], tokenizer, max_length, max_prompt_length)
+    """Rows of kind ranking -> Encoded of RankingExample. Each answer is cut by itself."""
+    examples, cuts = [], []
+    answers = [row["completions"] for row in rows]
+    encoded = _encode_answers(rows, answers, tokenizer, max_length, max_prompt_length, chat_template_kwargs)
     for row, (prompt, answers, cut) in zip(rows, encoded, strict=True):
         examples.append(RankingExample(prompt, answers, [int(rank) for rank in row["ranks"]]))
-        truncated += cut
-    return Encoded(examples, truncated)
+        cuts.append(cut)
+    return _encoded(examples, cuts)
 
 
 def encode_unpaired(
-    rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, max_prompt_length: int
+    rows: list[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    max_prompt_length: int,
+    chat_template_kwargs: TemplateOptions = None,
 ) -> Encoded:
     """Rows of kind unpaired -> Encoded of UnpairedExample.
 
@@ -160,14 +196,14 @@ def encode_unpaired(
     the first. Raises ValueError where all rows have one prompt.
     """
     others = [rows[n]["completion"] for n in _next_with_another_prompt(rows)]
-    lengths = tokenizer, max_length, max_prompt_length
-    own = _encode_answers(rows, [[row["completion"]] for row in rows], *lengths)
-    unrelated = _encode_answers(rows, [[completion] for completion in others], *lengths)
-    examples, truncated = [], 0
+    options = tokenizer, max_length, max_prompt_length, chat_template_kwargs
+    own = _encode_answers(rows, [[row["completion"]] for row in rows], *options)
+    unrelated = _encode_answers(rows, [[completion] for completion in others], *options)
+    examples, cuts = [], []
     for row, (prompt, (ids,), cut), (other_prompt, (other_ids,), _) in zip(rows, own, unrelated, strict=True):
         examples.append(UnpairedExample(prompt, ids, row["label"], (other_prompt, other_ids)))
-        truncated += cut
-    return Encoded(examples, truncated)
+        cuts.append(cut)
+    return _encoded(examples, cuts)
 
 
 def _next_with_another_prompt(rows: list[Row]) -> list[int]:
@@ -185,18 +221,26 @@ def _next_with_another_prompt(rows: list[Row]) -> list[int]:
     return found
 
 
-def encode_prompts(rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_prompt_length: int) -> Encoded:
+def encode_prompts(
+    rows: list[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    max_prompt_length: int,
+    chat_template_kwargs: TemplateOptions = None,
+) -> Encoded:
     """Rows of kind prompt -> Encoded of PromptExample. Raises ValueError for a prompt without a single token."""
-    texts = [_texts(row["prompt"], [], tokenizer, place(row, n))[0] for n, row in enumerate(rows, 1)]
+    texts = []
+    for n, row in enumerate(rows, 1):
+        options = options_of(row, chat_template_kwargs)
+        texts.append(write_prompt(prompt_of(row, tokenizer), [], tokenizer, place(row, n), options)[0])
     bos = _bos(tokenizer)
-    examples, truncated = [], 0
+    examples, cuts = [], []
     for n, (row, text, ids) in enumerate(zip(rows, texts, _tokenize(tokenizer, texts), strict=True), 1):
-        ids = _nonempty(_start(bos, ids, _is_chat(row)), place(row, n))
+        ids = _nonempty(_start(bos, ids, _is_chat(row, tokenizer)), place(row, n))
         kept = _cut_left(ids, max_prompt_length, tokenizer)
         columns = {name: value for name, value in row.items() if name != "prompt"}
         examples.append(PromptExample(kept, text, columns))
-        truncated += len(kept) < len(ids)
-    return Encoded(examples, truncated)
+        cuts.append(_Cut(len(kept) < len(ids), False))
+    return _encoded(examples, cuts)
 
 
 def encode_texts(
@@ -207,7 +251,9 @@ def encode_texts(
     max_length: int,
     max_prompt_length: int,
 ) -> list[tuple[list[int], list[int]]]:
-    """(prompt ids, completion ids) of every text, as training encodes them.
+    """(prompt ids, completion ids) of every text, as training encodes them, for a model that scores the completions.
+
+    A prompt gives way to a long completion, unlike in training, because the completion is what is scored.
 
     prompts: the `prompt` of every `PromptExample`, or its `prompt_ids` where this tokenizer has made them.
     ended: whether EOS follows each completion.
@@ -220,7 +266,8 @@ def encode_texts(
     encoded = []
     for prompt, answer, end in zip(prompt_ids, _tokenize(tokenizer, completions), ended, strict=True):
         answer = answer + [eos] if end and answer[-1:] != [eos] else answer
-        prompt, (answer,), _ = _fit(prompt, [answer], tokenizer, max_length, max_prompt_length)
+        room = max(1, max_length - len(answer))
+        prompt, (answer,), _ = _fit(prompt, [answer], tokenizer, max_length, min(max_prompt_length, room))
         encoded.append((prompt, answer))
     return encoded
 
@@ -231,77 +278,20 @@ def _encode_answers(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     max_prompt_length: int,
-) -> Iterator[tuple[list[int], list[list[int]], bool]]:
-    """Yields for each row its prompt's ids, the ids of every answer with EOS, and whether anything was cut."""
+    chat_template_kwargs: TemplateOptions,
+) -> Iterator[tuple[list[int], list[list[int]], _Cut]]:
+    """Yields for each row its prompt's ids, the ids of every answer with EOS, and what was cut."""
     bos, eos = _bos(tokenizer), _eos(tokenizer)
-    texts = [
-        _texts(row["prompt"], completions, tokenizer, place(row, n))
-        for n, (row, completions) in enumerate(zip(rows, answers, strict=True), 1)
-    ]
+    texts = []
+    for n, (row, completions) in enumerate(zip(rows, answers, strict=True), 1):
+        options = options_of(row, chat_template_kwargs)
+        texts.append(write_prompt(prompt_of(row, tokenizer), completions, tokenizer, place(row, n), options))
     tokenized = iter(_tokenize(tokenizer, [text for prompt, completions in texts for text in [prompt, *completions]]))
     for n, (row, (_, completions)) in enumerate(zip(rows, texts, strict=True), 1):
-        prompt = _nonempty(_start(bos, next(tokenized), _is_chat(row)), place(row, n))
+        prompt = _nonempty(_start(bos, next(tokenized), _is_chat(row, tokenizer)), place(row, n))
         ids = [next(tokenized) for _ in completions]
         ids = [answer if answer and answer[-1] == eos else answer + [eos] for answer in ids]
         yield _fit(prompt, ids, tokenizer, max_length, max_prompt_length)
-
-
-def _texts(
-    prompt: str | list[Row], completions: list[str | list[Row]], tokenizer: PreTrainedTokenizerBase, where: str
-) -> tuple[str, list[str]]:
-    """Prompt and completions as text. In a conversation a completion is the assistant turn by the chat template."""
-    if isinstance(prompt, str):
-        return prompt, list(cast(list[str], completions))  # `rows` has checked them
-    head = _render(prompt, tokenizer, where, add_generation_prompt=True)
-    tails = []
-    for completion in completions:
-        turn = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-        whole = _render(prompt + turn, tokenizer, where)
-        tails.append(_after(head, whole, where).rstrip())
-    return head, tails
-
-
-def _chat_segments(messages: list[Row], tokenizer: PreTrainedTokenizerBase, where: str) -> list[str]:
-    """Cuts a rendered conversation into [untrained, assistant turn, untrained, assistant turn, ...].
-
-    The borders of a turn are found by rendering beginnings of the conversation: the messages before the turn with the
-    generation prompt, and the messages up to the turn without it. White space that the template writes behind a turn's
-    EOS is not trained on.
-    """
-    whole = _render(messages, tokenizer, where)
-    segments, end = [], 0
-    for n, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        head = _render(messages[:n], tokenizer, where, add_generation_prompt=True)
-        turn = _render(messages[: n + 1], tokenizer, where).rstrip()
-        _after(turn, whole, where)
-        segments += [head[end:], _after(head, turn, where)]
-        end = len(turn)
-    return segments
-
-
-def _after(head: str, whole: str, where: str) -> str:
-    if not whole.startswith(head):
-        raise ValueError(
-            f"{where}: the tokenizer's chat template writes a conversation differently once it goes on, so the trained "
-            f"tokens cannot be told apart: expected {whole!r} to start with {head!r}"
-        )
-    return whole[len(head) :]
-
-
-def _render(
-    messages: list[Row], tokenizer: PreTrainedTokenizerBase, where: str, *, add_generation_prompt: bool = False
-) -> str:
-    if tokenizer.chat_template is None:
-        raise ValueError(f"{where}: has messages, but the tokenizer has no chat template")
-    from jinja2 import TemplateError
-
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except (TemplateError, ValueError) as error:
-        raise ValueError(f"{where}: the tokenizer's chat template refuses the messages: {error}") from error
-    return cast(str, text)  # token ids only with tokenize=True
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
@@ -313,9 +303,9 @@ def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [token for token in tokenizer("")["input_ids"][:1] if token == tokenizer.bos_token_id]
 
 
-def _is_chat(row: Row) -> bool:
-    """Whether a chat template writes the row's text."""
-    return row.get("messages") is not None or not isinstance(row["prompt"], str)
+def _is_chat(row: Row, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a chat template writes the row's prompt."""
+    return not isinstance(prompt_of(row, tokenizer), str)
 
 
 def _start(bos: list[int], ids: list[int], chat: bool = False) -> list[int]:
@@ -329,14 +319,13 @@ def _fit(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     max_prompt_length: int,
-) -> tuple[list[int], list[list[int]], bool]:
-    """Cuts the prompt on the left, to one token at least, and then the completions on the right."""
+) -> tuple[list[int], list[list[int]], _Cut]:
+    """Cuts the prompt on the left, so that max_length leaves a token for an answer, and the answers on the right."""
     if max_length < 2:
         raise ValueError(f"max_length: expected at least 2, got {max_length}")
-    longest = max(len(completion) for completion in completions)
-    kept = _cut_left(prompt, min(max_prompt_length, max(1, max_length - longest)), tokenizer)
+    kept = _cut_left(prompt, min(max_prompt_length, max_length - 1), tokenizer)
     cut = [completion[: max_length - len(kept)] for completion in completions]
-    return kept, cut, kept != prompt or cut != completions
+    return kept, cut, _Cut(kept != prompt, cut != completions)
 
 
 def _cut_left(ids: list[int], length: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -359,36 +348,3 @@ def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.eos_token_id is None:
         raise ValueError("tokenizer: has no EOS token; completions have to end in one")
     return tokenizer.eos_token_id  # pyright: ignore[reportReturnType]
-
-
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id to pad with: pad, else EOS, else 0. The id has no meaning, because the masks say what is padding."""
-    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    return next((token for token in ids if token is not None), 0)  # pyright: ignore[reportReturnType]
-
-
-def pad_left(sequences: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """ids [B, L] int64 and mask [B, L] bool, L the longest length; every sequence ends in the last column."""
-    ids, mask = pad_right([sequence[::-1] for sequence in sequences], pad_id)
-    return ids.flip(1), mask.flip(1)
-
-
-def pad_right(sequences: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """ids [B, L] int64 and mask [B, L] bool, L the longest length; every sequence starts in column 0."""
-    lengths = torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int64)
-    mask = torch.arange(max(map(len, sequences), default=0)) < lengths[:, None]
-    ids = torch.full(mask.shape, pad_id, dtype=torch.int64)
-    ids[mask] = torch.tensor(list(itertools.chain.from_iterable(sequences)), dtype=torch.int64)
-    return ids, mask
-
-
-def epoch_batches(n: int, batch_size: int, seed: int, epoch: int, drop_last: bool = True) -> list[list[int]]:
-    """Shuffles range(n) by (seed, epoch) and cuts it into batches. drop_last leaves out a short batch at the end.
-
-    Raises ValueError unless 1 <= batch_size <= n.
-    """
-    if not 1 <= batch_size <= n:
-        raise ValueError(f"batch_size: expected between 1 and the {n} rows there are, got {batch_size}")
-    order = np.random.default_rng([seed, epoch]).permutation(n).tolist()
-    batches = [order[start : start + batch_size] for start in range(0, n, batch_size)]
-    return batches[:-1] if drop_last and len(batches[-1]) < batch_size else batches

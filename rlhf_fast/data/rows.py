@@ -1,28 +1,27 @@
-"""Reading and checking rows: JSON lines, Parquet, `datasets` directories, in-memory lists; writing JSON lines.
+"""Reading and checking rows; writing JSON lines.
 
-Left out: streaming, and reading from the network. `encoding` encodes the rows.
+`readers` reads files, `forms` brings rows into our form, and `encoding` encodes them.
 """
 
 import gzip
 import json
 import math
 import os
-import zlib
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]
-COLUMNS = {
-    "sft": ("completion",),
-    "preference": ("chosen", "rejected"),
-    "ranking": ("completions", "ranks"),
-    "unpaired": ("completion", "label"),
-    "prompt": (),
-}
-"""Kind of rows -> the columns that a row has beside its prompt."""
+from rlhf_fast.data.forms import COLUMNS, in_our_form, renamed
+from rlhf_fast.data.messages import is_trained, type_name
+from rlhf_fast.data.readers import Row, read_rows
+
+__all__ = ["COLUMNS", "KINDS", "LocatedRow", "Row", "load_rows", "load_unpaired", "place", "read_rows", "write_rows"]
+
 KINDS = tuple(COLUMNS)
+_USED = ("prompt", "messages", "tools", "chat_template_kwargs")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class LocatedRow(dict):
@@ -32,11 +31,12 @@ class LocatedRow(dict):
     where: str  # file and line, or the number of the row
 
 
-def load_rows(source: str | Path | Iterable[Row], kind: str) -> list[Row]:
+def load_rows(source: str | Path | Iterable[Row], kind: str, columns: Mapping[str, str] | None = None) -> list[Row]:
     """Reads and checks rows.
 
-    source: a `.jsonl`, `.jsonl.gz` or `.parquet` file, a directory written by `datasets.Dataset.save_to_disk`, or any
-        iterable of dicts (a list, a `datasets.Dataset`).
+    source: a `.jsonl`, `.json` (an array, or JSON lines), `.csv` or `.tsv` file, each also with `.gz`, a `.parquet`
+        file, a directory written by `datasets.Dataset.save_to_disk`, a folder or a glob of such files (read in the
+        order of their names), `hub:NAME:SPLIT`, or any iterable of dicts (a list, a `datasets.Dataset`).
     kind and its columns (other columns are kept):
         sft         prompt + completion, or messages
         preference  prompt + chosen + rejected (+ margin, a finite number)
@@ -45,6 +45,8 @@ def load_rows(source: str | Path | Iterable[Row], kind: str) -> list[Row]:
         prompt      prompt
       A prompt is a string, or a list of messages ({"role", "content"}) that does not end in an assistant turn. After a
       prompt of messages a completion is a string or a list with one assistant message; otherwise it is a string.
+      `forms` says which other forms are read too.
+    columns: our name -> the name in the data, for columns that the data name otherwise.
 
     Raises ValueError with the file, the line and the column that is missing or has the wrong type. Lines count from 1;
     where a file has no lines, rows count. Raises FileNotFoundError if there is no such path.
@@ -54,8 +56,10 @@ def load_rows(source: str | Path | Iterable[Row], kind: str) -> list[Row]:
     rows: list[Row] = []
     for where, row in read_rows(source):
         if not isinstance(row, dict):
-            raise ValueError(f"{where}: expected an object with named columns, got {_type(row)}")
+            raise ValueError(f"{where}: expected an object with named columns, got {type_name(row)}")
+        row = in_our_form(renamed(row, columns, kind, where) if columns else row, kind, where)
         _check_row(row, kind, where)
+        _check_text(row, kind, where)
         located = LocatedRow(row)
         located.where = where
         rows.append(located)
@@ -64,51 +68,25 @@ def load_rows(source: str | Path | Iterable[Row], kind: str) -> list[Row]:
     return rows
 
 
-def load_unpaired(source: str | Path | Iterable[Row]) -> list[Row]:
+def load_unpaired(source: str | Path | Iterable[Row], columns: Mapping[str, str] | None = None) -> list[Row]:
     """Rows of kind unpaired. Where the first row has `chosen`, rows of kind preference are read, and each makes two.
 
-    The chosen completion gets the label true, the rejected completion false. Raises as `load_rows` does.
+    The chosen completion gets the label true, the rejected completion false. Takes and raises what `load_rows` does.
     """
     if not isinstance(source, (str, Path)):
         source = list(source)
     _, first = next(iter(read_rows(source)), ("", {}))
-    if not (isinstance(first, dict) and first.get("chosen") is not None):
-        return load_rows(source, "unpaired")
+    chosen = (columns or {}).get("chosen", "chosen")
+    if not (isinstance(first, dict) and first.get(chosen) is not None):
+        return load_rows(source, "unpaired", columns)
     rows: list[Row] = []
-    for n, pair in enumerate(load_rows(source, "preference"), 1):
+    for n, pair in enumerate(load_rows(source, "preference", columns), 1):
         for name, label in (("chosen", True), ("rejected", False)):
-            row = LocatedRow(prompt=pair["prompt"], completion=pair[name], label=label)
+            rest = {name: pair[name] for name in _USED if name in pair and name != "messages"}
+            row = LocatedRow(rest, completion=pair[name], label=label)
             row.where = place(pair, n)
             rows.append(row)
     return rows
-
-
-def read_rows(source: str | Path | Iterable[Row]) -> Iterator[tuple[str, Any]]:
-    """Yields (place, row) from every source that `load_rows` takes, without looking at the columns.
-
-    A place is for messages, such as "train.jsonl, line 3". Raises ValueError for a damaged file and FileNotFoundError
-    for a path that is not there.
-    """
-    if not isinstance(source, (str, Path)):
-        yield from ((f"row {n}", row) for n, row in enumerate(source, 1))
-        return
-    path = Path(source)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or directory")
-    if path.is_dir():
-        yield from ((f"{path}, row {n}", row) for n, row in enumerate(_read_datasets(path), 1))
-    elif path.name.endswith((".jsonl", ".jsonl.gz")):
-        yield from _read_json_lines(path)
-    elif path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        try:
-            table = pyarrow.parquet.read_table(path)
-        except pyarrow.ArrowInvalid as error:
-            raise ValueError(f"{path}: not a Parquet file: {error}") from error
-        yield from ((f"{path}, row {n}", row) for n, row in enumerate(table.to_pylist(), 1))
-    else:
-        raise ValueError(f"{path}: expected .jsonl, .jsonl.gz, .parquet or a `datasets` directory")
 
 
 def place(row: Row, number: int) -> str:
@@ -126,39 +104,11 @@ def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
     os.replace(partial, path)
 
 
-def _read_datasets(path: Path) -> Iterable[Row]:
-    import datasets
-
-    try:
-        dataset = datasets.load_from_disk(str(path))
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: not a directory written by `datasets.Dataset.save_to_disk`") from error
-    if isinstance(dataset, datasets.DatasetDict):
-        splits = ", ".join(map(str, dataset))
-        raise ValueError(f"{path}: holds the splits {splits}; give the directory of one, {path}/<split>")
-    return dataset  # pyright: ignore[reportReturnType]
-
-
-def _read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    number = 0
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"{path}, line {number}", json.loads(line.decode("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}, line {number}: not JSON in UTF-8: {error}") from error
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}, after line {number}: damaged gzip file: {error}") from error
-
-
 def _check_row(row: Row, kind: str, where: str) -> None:
     if kind == "sft" and row.get("messages") is not None:
-        _check_messages(row["messages"], f"{where}: messages")
-        roles = [message["role"] for message in row["messages"]]
-        if "assistant" not in roles:
+        if not any(map(is_trained, row["messages"])):
             raise ValueError(f"{where}: messages: no assistant turn to train on")
-        if roles[0] == "assistant":
+        if is_trained(row["messages"][0]):
             raise ValueError(f"{where}: messages: begins with an assistant turn, which needs one to follow")
         return
     completions = COLUMNS[kind]
@@ -167,10 +117,8 @@ def _check_row(row: Row, kind: str, where: str) -> None:
         columns = ", ".join(["prompt", *completions]) + (" (or messages)" if kind == "sft" else "")
         raise ValueError(f"{where}: missing {', '.join(missing)}; a row of kind {kind} needs {columns}")
     chat = not isinstance(row["prompt"], str)
-    if chat:
-        _check_messages(row["prompt"], f"{where}: prompt")
-        if row["prompt"][-1]["role"] == "assistant":
-            raise ValueError(f"{where}: prompt: ends in an assistant turn, which belongs to the completion")
+    if chat and row["prompt"][-1]["role"] == "assistant":
+        raise ValueError(f"{where}: prompt: ends in an assistant turn, which belongs to the completion")
     if kind == "ranking":
         _check_ranking(row, chat, where)
         return
@@ -178,7 +126,7 @@ def _check_row(row: Row, kind: str, where: str) -> None:
         raise ValueError(f"{where}: label: expected true or false, got {row['label']!r}")
     for name in completions:
         if name != "label":
-            _check_completion(row[name], chat, f"{where}: {name}")
+            _check_completion(row[name], chat, f"{where}: {name}", several=kind == "preference")
     if kind == "preference" and row.get("margin") is not None:
         margin = row["margin"]
         if isinstance(margin, bool) or not isinstance(margin, Real) or not math.isfinite(margin):
@@ -189,7 +137,7 @@ def _check_ranking(row: Row, chat: bool, where: str) -> None:
     completions, ranks = row["completions"], row["ranks"]
     for name in ("completions", "ranks"):
         if not isinstance(row[name], list):
-            raise ValueError(f"{where}: {name}: expected a list, got {_type(row[name])}")
+            raise ValueError(f"{where}: {name}: expected a list, got {type_name(row[name])}")
     for n, completion in enumerate(completions):
         _check_completion(completion, chat, f"{where}: completions[{n}]")
     if len(ranks) != len(completions):
@@ -200,28 +148,41 @@ def _check_ranking(row: Row, chat: bool, where: str) -> None:
         raise ValueError(f"{where}: ranks: expected at least two different ranks, got {ranks!r}")
 
 
-def _check_completion(completion: Any, chat: bool, where: str) -> None:
+def _check_completion(completion: Any, chat: bool, where: str, *, several: bool = False) -> None:
+    """several: whether an answer may hold several messages, such as a call of a tool, its result and what follows."""
     if isinstance(completion, str):
         return
     if not chat:
-        raise ValueError(f"{where}: expected a string, got {_type(completion)}")
-    _check_messages(completion, where)
-    if len(completion) != 1 or completion[0]["role"] != "assistant":
-        roles = ", ".join(message["role"] for message in completion)
-        raise ValueError(f"{where}: expected one assistant message, got the roles {roles}")
+        raise ValueError(f"{where}: expected a string, got {type_name(completion)}")
+    roles = [message["role"] for message in completion]
+    if several and roles[0] != "assistant":
+        raise ValueError(f"{where}: expected messages from an assistant turn on, got the roles {', '.join(roles)}")
+    if several and roles[-1] != "assistant":
+        raise ValueError(f"{where}: expected messages up to an assistant turn, got the roles {', '.join(roles)}")
+    if not several and roles != ["assistant"]:
+        raise ValueError(f"{where}: expected one assistant message, got the roles {', '.join(roles)}")
+    if not all(is_trained(message) for message in completion if message["role"] == "assistant"):
+        raise ValueError(f"{where}: weight: expected 1 in an answer, which is trained on as a whole, got 0")
 
 
-def _check_messages(messages: Any, where: str) -> None:
-    if not isinstance(messages, list) or not messages:
-        got = "an empty list" if isinstance(messages, list) else _type(messages)
-        raise ValueError(f"{where}: expected a string or a list of messages, got {got}")
-    for n, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise ValueError(f"{where}[{n}]: expected an object with role and content, got {_type(message)}")
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                raise ValueError(f"{where}[{n}]: {key}: expected a string, got {_type(message.get(key))}")
+def _check_text(row: Row, kind: str, where: str) -> None:
+    """ValueError for half an emoji in a column that is used; a reward function uses every column of a prompt's row."""
+    for name in row if kind == "prompt" else (*_USED, *COLUMNS[kind]):
+        for text in _texts_in(row.get(name)):
+            if not text.isascii() and (found := _SURROGATE.search(text)):
+                raise ValueError(
+                    f"{where}: {name}: expected Unicode text, got half an emoji (a lone surrogate) at character "
+                    f"{found.start() + 1}: {text[max(0, found.start() - 20) : found.end()]!a}"
+                )
 
 
-def _type(value: Any) -> str:
-    return "nothing" if value is None else type(value).__name__
+def _texts_in(value: Any) -> Iterable[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from _texts_in(name)
+            yield from _texts_in(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts_in(item)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_fast.config import DPOConfig
+from rlhf_fast.data.chat import with_template
 from rlhf_fast.data.encoding import (
     Encoded,
     PreferenceExample,
@@ -38,7 +39,7 @@ from rlhf_fast.training.tally import Tally
 def train(config: DPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
     """Trains `config.model` on preference pairs; the result goes to `config.output_dir`."""
     device = default_device()
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = with_template(load_tokenizer(config.model), config.chat_template)
     if config.reference is not None:
         check_tokenizer(config.reference, tokenizer, "reference")
     data = _encode(config.train_data, tokenizer, config)
@@ -105,7 +106,7 @@ def train(config: DPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
         show=("loss", "rewards/accuracies", "rewards/margins"),
         listeners=listeners,
     )
-    with stage.training(len(data.examples), data.truncated) as run:
+    with stage.training(data) as run:
         with run.meter.phase("reference"):
             parts = (pair_sequences(examples[rows], pad, device) for rows in micro_batches(len(examples), size))
             logps = summed_logprobs(Objectives(reference, fused=config.fused_head), parts, config.bf16)
@@ -116,7 +117,8 @@ def train(config: DPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
 
 
 def _encode(path: str, tokenizer: PreTrainedTokenizerBase, config: DPOConfig) -> Encoded:
-    return encode_preferences(load_rows(path, "preference"), tokenizer, config.max_length, config.max_prompt_length)
+    rows = load_rows(path, "preference", config.columns)
+    return encode_preferences(rows, tokenizer, config.max_length, config.max_prompt_length, config.chat_template_kwargs)
 
 
 def pair_sequences(batch: list[PreferenceExample], pad: int, device: torch.device) -> Sequences:

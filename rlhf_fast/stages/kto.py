@@ -12,9 +12,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from rlhf_fast.config import KTOConfig
-from rlhf_fast.data.encoding import UnpairedExample, encode_unpaired, pad_id, pad_left, pad_right
+from rlhf_fast.data.chat import with_template
+from rlhf_fast.data.encoding import Encoded, UnpairedExample, encode_unpaired, pad_id, pad_left, pad_right
 from rlhf_fast.data.rows import load_unpaired
 from rlhf_fast.lm.limits import check_rows
 from rlhf_fast.lm.loading import default_device
@@ -42,12 +44,11 @@ class Whole(NamedTuple):
 def train(config: KTOConfig, *, listeners: Sequence[Listener] = ()) -> None:
     """Trains `config.model` on labelled completions; the result goes to `config.output_dir`."""
     device = default_device()
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = with_template(load_tokenizer(config.model), config.chat_template)
     if config.reference is not None:
         check_tokenizer(config.reference, tokenizer, "reference")
-    lengths = tokenizer, config.max_length, config.max_prompt_length
-    data = encode_unpaired(load_unpaired(config.train_data), *lengths)
-    held_out = encode_unpaired(load_unpaired(config.eval_rows), *lengths).examples if config.eval_rows else []
+    data = _encode(config.train_data, tokenizer, config)
+    held_out = _encode(config.eval_rows, tokenizer, config).examples if config.eval_rows else []
     batches = offline_batches(len(data.examples), config.batch_size, config.epochs, config.seed)
     examples, pad, size = [*data.examples, *held_out], pad_id(tokenizer), config.micro_batch_size or config.batch_size
     policy, reference = load_policy_and_reference(config, device)
@@ -122,7 +123,7 @@ def train(config: KTOConfig, *, listeners: Sequence[Listener] = ()) -> None:
         show=("loss", "rewards/good", "rewards/bad"),
         listeners=listeners,
     )
-    with stage.training(len(data.examples), data.truncated) as run:
+    with stage.training(data) as run:
         with run.meter.phase("reference"):
             frozen, everything = Objectives(reference, fused=config.fused_head), list(range(len(examples)))
             refs = logps(frozen, everything, False)
@@ -139,3 +140,8 @@ def sequences(examples: list[UnpairedExample], pad: int, device: torch.device, *
     rows = [e.unrelated if unrelated else (e.prompt_ids, e.completion_ids) for e in examples]
     prompts, completions = (list(column) for column in zip(*rows, strict=True))
     return Sequences(*pad_left(prompts, pad), *pad_right(completions, pad)).to(device)
+
+
+def _encode(path: str, tokenizer: PreTrainedTokenizerBase, config: KTOConfig) -> Encoded:
+    rows = load_unpaired(path, config.columns)
+    return encode_unpaired(rows, tokenizer, config.max_length, config.max_prompt_length, config.chat_template_kwargs)

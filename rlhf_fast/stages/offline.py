@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_fast.config import OfflineConfig, RewardConfig, SFTConfig
+from rlhf_fast.data.encoding import Encoded
 from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.lm.sequences import Sequences
 from rlhf_fast.training.batches import micro_batches
@@ -73,13 +74,17 @@ class Offline:
         )
 
     @contextmanager
-    def training(self, rows: int, truncated: int) -> Iterator[Run]:
-        """The run over `rows` rows, of which `truncated` lost tokens. The stage calls `steps` inside.
+    def training(self, data: Encoded) -> Iterator[Run]:
+        """The run over the rows of `data`. The stage calls `steps` inside.
 
         The stage may do more inside, before and after the steps. The trained model is written at the end.
         """
         with self.run as run:
-            run.note(rows=rows, truncated_rows=truncated)
+            run.note(rows=len(data.examples), truncated_rows=data.truncated)
+            run.note(cut_prompts=data.cut_prompts, cut_answers=data.cut_answers)
+            if data.truncated:
+                ends = f"{data.cut_prompts} lost the start of their prompt, {data.cut_answers} the end of an answer"
+                run.logger.say(f"{run.description}: {ends}")
             yield run
             run.finish()
 

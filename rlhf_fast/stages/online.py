@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_fast.config import OnlineConfig
+from rlhf_fast.data.chat import with_template
 from rlhf_fast.data.encoding import PromptExample, encode_prompts, epoch_batches, load_rows
 from rlhf_fast.lm.loading import default_device
 from rlhf_fast.lm.objectives import Objectives
@@ -70,11 +71,11 @@ class Online(Generic[Config]):
         self.config, self.name, self.samples = config, name, samples
         self.greedy = greedy
         self.device = default_device()
-        self.tokenizer = load_tokenizer(config.model)
+        self.tokenizer = with_template(load_tokenizer(config.model), config.chat_template)
         if config.reference is not None:
             check_tokenizer(config.reference, self.tokenizer, "reference")
-        rows = load_rows(config.train_data, "prompt")
-        data = encode_prompts(rows, self.tokenizer, config.max_prompt_length)
+        rows = load_rows(config.train_data, "prompt", config.columns)
+        data = encode_prompts(rows, self.tokenizer, config.max_prompt_length, config.chat_template_kwargs)
         self.prompts, self.truncated = data.examples, data.truncated
         self.prompts_per_round = config.batch_size // samples
         if len(self.prompts) < self.prompts_per_round:

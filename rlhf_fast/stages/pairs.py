@@ -7,6 +7,7 @@ labels are.
 import torch
 
 from rlhf_fast.config import PairsConfig
+from rlhf_fast.data.chat import with_template
 from rlhf_fast.data.encoding import encode_prompts, load_rows
 from rlhf_fast.data.rows import write_rows
 from rlhf_fast.lm.loading import default_device, load_policy
@@ -24,11 +25,11 @@ def sample(config: PairsConfig) -> None:
     an empty completion is left out.
     """
     device = default_device()
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = with_template(load_tokenizer(config.model), config.chat_template)
     policy = load_policy(config.model, trainable=False).to(device)  # pyright: ignore[reportArgumentType]
     reward = Reward(config.reward, tokenizer, device, max_prompt_length=config.max_prompt_length)
-    rows = load_rows(config.prompts, "prompt")[: config.max_rows]
-    prompts = encode_prompts(rows, tokenizer, config.max_prompt_length).examples
+    rows = load_rows(config.prompts, "prompt", config.columns)[: config.max_rows]
+    prompts = encode_prompts(rows, tokenizer, config.max_prompt_length, config.chat_template_kwargs).examples
     if len(prompts) <= config.eval_rows:
         raise ValueError(f"eval_rows: expected fewer than the {len(prompts)} prompts, got {config.eval_rows}")
     check_prompts(prompts, config.max_response_length, tokenizer, model=policy, reward=reward.reader)

@@ -12,7 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_fast.config import RewardConfig
+from rlhf_fast.data.chat import with_template
 from rlhf_fast.data.encoding import (
+    Encoded,
     PreferenceExample,
     RankingExample,
     encode_preferences,
@@ -46,10 +48,11 @@ Example = PreferenceExample | RankingExample
 def train(config: RewardConfig, *, listeners: Sequence[Listener] = ()) -> None:
     """Trains a reward model from `config.model` on `config.train_data`; the result goes to `config.output_dir`."""
     device = default_device()
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = with_template(load_tokenizer(config.model), config.chat_template)
     pad = pad_id(tokenizer)
-    examples, truncated = _encode(config.train_data, tokenizer, config)
-    held_out = _encode(config.eval_data, tokenizer, config)[0] if config.eval_data else []
+    data = _encode(config.train_data, tokenizer, config)
+    examples: list[Example] = data.examples
+    held_out = _encode(config.eval_data, tokenizer, config).examples if config.eval_data else []
     batches = offline_batches(len(examples), config.batch_size, config.epochs, config.seed)
     torch.manual_seed(config.seed)  # for the new head
     model = load_scorer(resume_directory(config) or config.model, lora=lora_of(config)).to(device)  # pyright: ignore[reportArgumentType]
@@ -83,7 +86,7 @@ def train(config: RewardConfig, *, listeners: Sequence[Listener] = ()) -> None:
         show=("loss", "accuracy"),
         listeners=listeners,
     )
-    with stage.training(len(examples), truncated) as run:
+    with stage.training(data) as run:
         stage.steps(loss)
         if config.normalize_samples:
             run.save_state(run.total_steps)  # sampling may fail, and the trained weights must not be lost then
@@ -153,12 +156,14 @@ def normalize(
     return mean, se
 
 
-def _encode(path: str, tokenizer: PreTrainedTokenizerBase, config: RewardConfig) -> tuple[list[Example], int]:
+def _encode(path: str, tokenizer: PreTrainedTokenizerBase, config: RewardConfig) -> Encoded:
     _, first = next(iter(read_rows(path)), ("", {}))
-    ranked = isinstance(first, dict) and ("ranks" in first or ("completions" in first and "chosen" not in first))
+    ranks, completions, chosen = (config.columns.get(name, name) for name in ("ranks", "completions", "chosen"))
+    ranked = isinstance(first, dict) and (ranks in first or (completions in first and chosen not in first))
     kind = "ranking" if ranked else "preference"
     encode = encode_rankings if kind == "ranking" else encode_preferences
-    return encode(load_rows(path, kind), tokenizer, config.max_length, config.max_prompt_length)
+    rows = load_rows(path, kind, config.columns)
+    return encode(rows, tokenizer, config.max_length, config.max_prompt_length, config.chat_template_kwargs)
 
 
 def _answers(example: Example) -> list[list[int]]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_fast.config import SFTConfig
+from rlhf_fast.data.chat import with_template
 from rlhf_fast.data.encoding import Encoded, SFTExample, encode_sft, load_rows, pad_id, pad_right
 from rlhf_fast.lm.adapters import lora_of
 from rlhf_fast.lm.limits import check_rows
@@ -28,7 +29,7 @@ from rlhf_fast.training.tally import Tally
 def train(config: SFTConfig, *, listeners: Sequence[Listener] = ()) -> None:
     """Fine-tunes `config.model` on `config.train_data`; the result goes to `config.output_dir`."""
     device = default_device()
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = with_template(load_tokenizer(config.model), config.chat_template)
     pad = pad_id(tokenizer)
     data = _encode(config.train_data, tokenizer, config)
     held_out = _encode(config.eval_data, tokenizer, config).examples if config.eval_data else []
@@ -54,12 +55,13 @@ def train(config: SFTConfig, *, listeners: Sequence[Listener] = ()) -> None:
         held_out=(lambda run: {"eval/loss": held_out_loss(objectives, held_out, pad, config)}) if held_out else None,
         listeners=listeners,
     )
-    with stage.training(len(data.examples), data.truncated):
+    with stage.training(data):
         stage.steps(loss)
 
 
 def _encode(path: str, tokenizer: PreTrainedTokenizerBase, config: SFTConfig) -> Encoded:
-    return encode_sft(load_rows(path, "sft"), tokenizer, config.max_length, config.max_prompt_length)
+    rows = load_rows(path, "sft", config.columns)
+    return encode_sft(rows, tokenizer, config.max_length, config.max_prompt_length, config.chat_template_kwargs)
 
 
 def trained_tokens(example: SFTExample) -> int:

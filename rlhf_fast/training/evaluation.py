@@ -137,8 +137,8 @@ def make_evaluator(
         )
     if reward is None:
         raise ValueError("eval_reward: expected a reward to score the samples of eval_data with, got none")
-    rows = load_rows(config.eval_data, "prompt")
-    prompts = encode_prompts(rows, tokenizer, config.max_prompt_length).examples
+    rows = load_rows(config.eval_data, "prompt", config.columns)
+    prompts = encode_prompts(rows, tokenizer, config.max_prompt_length, config.chat_template_kwargs).examples
     models = {"reference": reference, "eval_reward" if config.eval_reward else "reward": reward.reader}
     check_prompts(prompts, config.max_response_length, tokenizer, **models)
     return Evaluator(

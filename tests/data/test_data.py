@@ -147,7 +147,11 @@ def test_malformed_row_in_a_table_is_named_by_row(tmp_path):
         ("rows.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n', mtime=0)[:-9], "{path}, after line "),
         ("rows.jsonl", b"\n", "{path}: no rows"),
         ("rows.parquet", b"PAR", "{path}: not a Parquet file: "),
-        ("rows.csv", b"prompt\na\n", "{path}: expected .jsonl, .jsonl.gz, .parquet or a `datasets` directory"),
+        (
+            "rows.txt",
+            b"a\n",
+            "{path}: expected .jsonl, .json, .csv, .tsv (also with .gz), .parquet or a `datasets` dire",
+        ),
     ],
 )
 def test_unreadable_file(tmp_path, name, content, error):
@@ -203,9 +207,10 @@ def test_bos_comes_once():
     [
         (7, 4, [A, B, C, D, E, F, EOS], "----xxx", 0),
         (7, 3, [B, C, D, E, F, EOS], "---xxx", 1),  # the prompt alone is too long
-        (6, 4, [B, C, D, E, F, EOS], "---xxx", 1),  # the row is too long: the prompt gives way
-        (4, 4, [D, E, F, EOS], "-xxx", 1),
-        (3, 4, [D, E, F], "-xx", 1),  # the completion alone is too long: its end goes, EOS with it
+        (6, 4, [A, B, C, D, E, F], "----xx", 1),  # the row is too long: the completion's end goes, EOS with it
+        (6, 3, [B, C, D, E, F, EOS], "---xxx", 1),
+        (4, 4, [B, C, D, E], "---x", 1),  # the prompt alone fills the row: a token of the completion stays
+        (3, 4, [C, D, E], "--x", 1),
         (2, 4, [D, E], "-x", 1),
     ],
 )
@@ -224,6 +229,20 @@ def test_truncated_counts_rows(tokenizer):
     assert [example.input_ids for example in encoded.examples] == [[A, B, EOS], [B, B, EOS], [C, EOS]]
 
 
+def test_lost_prompts_and_lost_ends_are_counted_apart(tokenizer):
+    texts = [("a b c", "d"), ("a", "b c d e"), ("a b c", "b c d e"), ("a", "b")]
+    encoded = data.encode_sft([{"prompt": p, "completion": c} for p, c in texts], tokenizer, 4, 2)
+    assert [example.input_ids for example in encoded.examples] == [
+        [B, C, D, EOS],
+        [A, B, C, D],
+        [B, C, B, C],
+        [A, B, EOS],
+    ]
+    assert (encoded.truncated, encoded.cut_prompts, encoded.cut_answers) == (3, 2, 2)
+    prompts = data.encode_prompts([{"prompt": p} for p, _ in texts], tokenizer, 2)
+    assert (prompts.truncated, prompts.cut_prompts, prompts.cut_answers) == (2, 2, 0)
+
+
 def test_lengths_must_leave_room(tokenizer):
     with pytest.raises(ValueError, match="^max_length: expected at least 2, got 1"):
         sft(tokenizer, "a", "b", max_length=1)
@@ -231,23 +250,23 @@ def test_lengths_must_leave_room(tokenizer):
         sft(tokenizer, "a", "b", max_prompt_length=0)
 
 
-def test_preferences_share_the_prompt_of_the_longer_answer(tokenizer):
+def test_each_answer_of_a_pair_is_cut_by_itself(tokenizer):
     rows = [
         {"prompt": "a b c", "chosen": "d", "rejected": "e f", "margin": 2},
         {"prompt": "a b c", "chosen": "d e f a b", "rejected": ""},
     ]
     encoded = data.encode_preferences(rows, tokenizer, 5, 3)
     assert encoded.examples == [
-        ([B, C], [D, EOS], [E, F, EOS], 2.0),
-        ([C], [D, E, F, A], [EOS], None),
+        ([A, B, C], [D, EOS], [E, F], 2.0),
+        ([A, B, C], [D, E], [EOS], None),
     ]
-    assert encoded.truncated == 2
+    assert encoded[1:] == (2, 0, 2)
 
 
 def test_rankings(tokenizer):
     rows = [{"prompt": "a b", "completions": ["c", "d", "e f"], "ranks": [1, 0, 1]}]
     encoded = data.encode_rankings(rows, tokenizer, 5, 2)
-    assert encoded == ([([A, B], [[C, EOS], [D, EOS], [E, F, EOS]], [1, 0, 1])], 0)
+    assert encoded == ([([A, B], [[C, EOS], [D, EOS], [E, F, EOS]], [1, 0, 1])], 0, 0, 0)
 
 
 def test_prompts_keep_their_text_and_columns(tokenizer):

@@ -54,8 +54,8 @@ def test_examples_and_their_unrelated_completions(tokenizer):
 
 def test_long_rows_are_cut_and_counted(tokenizer):
     encoded = encode_unpaired([{**ROWS[0], "prompt": "a b c d"}, ROWS[2]], tokenizer, 4, 99)
-    assert encoded.truncated == 1
-    assert encoded.examples[0].prompt_ids == [C, D] and encoded.examples[0].unrelated == ([C, D], [D, EOS])
+    assert encoded[1:] == (1, 1, 1)
+    assert encoded.examples[0].prompt_ids == [B, C, D] and encoded.examples[0].unrelated == ([B, C, D], [D])
 
 
 def test_one_prompt_alone_is_an_error(tokenizer):

@@ -79,7 +79,7 @@ def test_ranks_make_a_ranking(ranked, files, tiny_model, tmp_path):
     extra = {"completions": ["good .", "bad ."]} | ({"ranks": [0, 1]} if ranked else {})
     rows = [{"prompt": "the film was", "chosen": "good .", "rejected": "bad .", **extra}] * 16
     config = stage_config(RewardConfig, files, tiny_model, tmp_path, train_data=write_rows(tmp_path / "a.jsonl", rows))
-    examples, _ = reward._encode(config.train_data, load_tokenizer(tiny_model), config)
+    examples = reward._encode(config.train_data, load_tokenizer(tiny_model), config).examples
     assert {type(example) for example in examples} == {RankingExample if ranked else PreferenceExample}
     bare = write_rows(tmp_path / "b.jsonl", [{"prompt": "the film was", "completions": ["good .", "bad ."]}])
     with pytest.raises(ValueError, match="line 1: missing ranks; a row of kind ranking"):

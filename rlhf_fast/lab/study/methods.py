@@ -71,7 +71,7 @@ class Cell(NamedTuple):
 def cells_of(start: PipelineConfig, wanted: Strengths) -> list[Cell]:
     """What trains every method at its strengths, in directories within the start's, whose stages have run."""
     stages = pipeline.make_plan(dataclasses.replace(start, methods=list(STUDIED)))
-    pairs = len(load_rows(stages["dpo"].train_data, "preference"))
+    pairs = len(load_rows(stages["dpo"].train_data, "preference", stages["dpo"].columns))
     return [_cell(start, stages, pairs, method, one) for method, strengths in wanted.items() for one in strengths]
 
 
