@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import rlhf_fast
 from rlhf_fast.methods import METHODS, STAGES, load
+from rlhf_fast.training.stopped import Stopped
 
 
 class Command(NamedTuple):
@@ -118,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
             load("plan.command:dry_run")(name, parsed)
             return 0
         load(command.run)(parsed)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, Stopped) as error:
         if debug:
             raise
         return _fail(f"{error} (--debug shows where)", 1)

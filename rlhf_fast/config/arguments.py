@@ -63,8 +63,8 @@ def make_parser(config_class: type, prog: str) -> ArgumentParser:
         hint = hints[field.name]
         if hint is bool:
             kind: dict[str, Any] = {"action": ActionYesNo(no_prefix="no-")}
-        elif get_origin(hint) is list:
-            kind = {"type": get_args(hint)[0], "nargs": "*", "metavar": _type_name(get_args(hint)[0]).upper()}
+        elif item := _item(hint):
+            kind = {"type": item, "nargs": "*", "metavar": _type_name(item).upper()}
         else:
             names = {Literal: "NAME", dict: "PAIRS"}
             kind = {"type": hint, "metavar": names.get(get_origin(hint), _type_name(hint).upper())}
@@ -87,6 +87,7 @@ def parse(config_class: type[Config], arguments: list[str], prog: str) -> Config
     """
     parser = make_parser(config_class, prog)
     names = [field.name for field in dataclasses.fields(config_class)]
+    hints = get_type_hints(config_class)
     general = ["config", "print_config", "debug", "help", *["dry_run"] * issubclass(config_class, StageConfig)]
     for token in arguments:
         flag = re.match(r"--(?:no-)?([\w-]+)", token)
@@ -99,12 +100,11 @@ def parse(config_class: type[Config], arguments: list[str], prog: str) -> Config
     try:
         file, flags = before.parse_known_args(arguments)
         if file.config:
-            check_file(config_class, file.config)
-            flags = ["--config", file.config, *flags]
-        parsed = parser.parse_args(flags)
+            parser.set_defaults(check_file(config_class, file.config))
+        parsed = parser.parse_args(_together(flags, config_class))
     except (ArgumentError, argparse.ArgumentError) as error:
         raise ValueError(_one_line(error, config_class)) from error
-    values = {name: parsed[name] for name in names}
+    values = {name: _alone(parsed[name], hints[name]) for name in names}
     config = _build(config_class, values, flag_names=True)
     if parsed.print_config:
         print(yaml.safe_dump(values, sort_keys=False), end="")
@@ -143,8 +143,11 @@ def from_dict(config_class: type[Config], values: dict[str, Any], where: str) ->
         raise ValueError(f"{where}: {error}") from error
 
 
-def check_file(config_class: type, file: str) -> None:
-    """Raises ValueError unless `file` is a YAML mapping of known keys to values of the right types."""
+def check_file(config_class: type, file: str) -> dict[str, Any]:
+    """The values in `file`. Raises ValueError unless it is a YAML mapping of known keys to values of the right types.
+
+    A field that takes one value or several has a list here.
+    """
     if not Path(file).is_file():
         raise ValueError(f"--config: expected a YAML file, found no {file}")
     try:
@@ -154,7 +157,8 @@ def check_file(config_class: type, file: str) -> None:
         raise ValueError(f"{file}: expected YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file}: expected keys and values, got {values!r:.60}")
-    check_values(config_class, values, file)
+    hints = get_type_hints(config_class)
+    return {name: _listed(value, hints[name]) for name, value in check_values(config_class, values, file).items()}
 
 
 def check_values(config_class: type, values: dict[str, Any], where: str) -> dict[str, Any]:
@@ -169,11 +173,14 @@ def check_values(config_class: type, values: dict[str, Any], where: str) -> dict
             raise ValueError(f"{where}: unknown key {nearest(str(key), names)}")
         if hints[key] is bool and not isinstance(value, bool):  # ActionYesNo's own error does not name the key
             raise ValueError(f"{where}: {key}: expected bool, got {value!r}")
+        if _item(hints[key]) and not isinstance(_listed(value, hints[key]), list | NoneType):
+            raise ValueError(f"{where}: {key}: expected {_type_name(hints[key])}, got {value!r}")
+    values = {name: _listed(value, hints[name]) for name, value in values.items()}
     try:
         checked = make_parser(config_class, "").parse_object(values, defaults=False)
     except ArgumentError as error:
         raise ValueError(f"{where}: {_one_line(error, config_class)}") from error
-    return {name: checked[name] for name in values}
+    return {name: _alone(checked[name], hints[name]) for name in values}
 
 
 def _build(config_class: type[Config], values: dict[str, Any], *, flag_names: bool = False) -> Config:
@@ -182,6 +189,53 @@ def _build(config_class: type[Config], values: dict[str, Any], *, flag_names: bo
             name = _flag(field.name) if flag_names else repr(field.name)
             raise ValueError(f"missing {name}: {field.metadata['help']}")
     return config_class(**values)
+
+
+def _item(hint: Any) -> Any:
+    """The type of a list's items where the field takes a list, else None."""
+    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return next((get_args(option)[0] for option in options if get_origin(option) is list), None)
+
+
+def _takes_one_too(hint: Any) -> bool:
+    """Whether the field takes one text or a list of texts."""
+    return get_origin(hint) in (Union, UnionType) and str in get_args(hint) and bool(_item(hint))
+
+
+def _listed(value: Any, hint: Any) -> Any:
+    """[value] where the field takes one value or several, and this is one."""
+    return [value] if isinstance(value, str) and _takes_one_too(hint) else value
+
+
+def _alone(value: Any, hint: Any) -> Any:
+    """The value without its list where it is the only one and the field takes one value or several: `str | list`."""
+    return value[0] if isinstance(value, list) and len(value) == 1 and _takes_one_too(hint) else value
+
+
+def _together(flags: list[str], config_class: type) -> list[str]:
+    """The flags, with the values of a repeated flag of a list behind one flag.
+
+    A field that takes one value or several takes one behind each flag: `--reward a --reward b`.
+    """
+    hints = get_type_hints(config_class)
+    lists = {_flag(name) for name, hint in hints.items() if _item(hint)}
+    one_each = {_flag(name) for name in hints if _flag(name) in lists and _takes_one_too(hints[name])}
+    values: dict[str, list[str]] = {}
+    others: list[str] = []
+    name, into = "", others
+    for token in flags:
+        flag, equals, value = token.partition("=")
+        if flag in lists:
+            name, into = flag, values.setdefault(flag, [])
+            into += [value] * bool(equals)
+        elif token.startswith("--"):
+            name, into = "", others
+            others.append(token)
+        else:
+            into.append(token)
+        if name in one_each and (equals or token != name):
+            name, into = "", others
+    return [*others, *(token for name, given in values.items() for token in (name, *given))]
 
 
 def _type_name(hint: Any) -> str:
@@ -198,7 +252,7 @@ def _type_name(hint: Any) -> str:
 def _one_line(error: Exception, config_class: type) -> str:
     """The error in one line; a wrong type in the words of this package, because jsonargparse's take several lines."""
     message = " ".join(str(error).split())
-    wrong = re.match(r'Parser key "([\w.]+)": .*?(?:Got|Given) value: (.*)', message)
+    wrong = re.match(r'Parser key "([\w.]+)"(?: element \d+)?: .*?(?:Got|Given) value: (.*)', message)
     if not wrong:
         return message
     hint = get_type_hints(config_class)[wrong[1].split(".")[0]]

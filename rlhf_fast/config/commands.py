@@ -3,7 +3,15 @@
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from rlhf_fast.config.fields import arg, check, check_fields, check_row_options, random_seed, required
+from rlhf_fast.config.fields import (
+    arg,
+    check,
+    check_fields,
+    check_reward_weights,
+    check_row_options,
+    random_seed,
+    required,
+)
 from rlhf_fast.config.stages import CHAT_TEMPLATE_HELP, CHAT_TEMPLATE_KWARGS_HELP, COLUMNS_HELP
 from rlhf_fast.methods import METHODS, section
 
@@ -44,7 +52,10 @@ class PairsConfig:
     columns: dict[str, str] = arg({}, COLUMNS_HELP)
     chat_template: str | None = arg(None, CHAT_TEMPLATE_HELP)
     chat_template_kwargs: dict[str, Any] = arg({}, CHAT_TEMPLATE_KWARGS_HELP)
-    reward: str = required("Reward-model directory, or a function `package.module:name` or `file.py:name`.")
+    reward: str | list[str] = required(
+        "Reward-model directory, or a function `package.module:name` or `file.py:name`; repeated: their sum."
+    )
+    reward_weights: list[float] | None = arg(None, "Weight of each of several rewards; default: 1 for each.")
     output: str = required("JSONL file (.jsonl or .jsonl.gz) to write: prompt, chosen, rejected.")
     scale: float = arg(1.0, "P(a preferred) = sigmoid(scale * (reward(a) - reward(b))).", at_least=0)
     eval_output: str | None = arg(None, "Second file, for the pairs of the last eval_rows prompts.")
@@ -59,6 +70,7 @@ class PairsConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         check_row_options(self)
+        check_reward_weights(self)
         for name in ("output", "eval_output"):
             check(self, name, lambda v: str(v).endswith((".jsonl", ".jsonl.gz")), "a .jsonl or .jsonl.gz file")
         if bool(self.eval_rows) != bool(self.eval_output):

@@ -10,6 +10,7 @@ A field says everything about itself in one place: type, default, help and bound
 
 import copy
 import dataclasses
+import math
 import operator
 import os
 from collections.abc import Callable
@@ -99,6 +100,17 @@ def check_row_options(config: Any) -> None:
         raise ValueError(f"chat_template_kwargs: expected options of the template, got {ours[0]}, which the stage sets")
 
 
+def check_reward_weights(config: Any) -> None:
+    """Raises ValueError unless there is a reward, and `reward_weights` has one finite number for each reward."""
+    rewards, weights = config.reward, config.reward_weights
+    rewards = list(rewards) if isinstance(rewards, list | tuple) else [rewards]
+    check(config, "reward", lambda _: bool(rewards), "at least one")
+    if weights is None:
+        return
+    if len(weights) != len(rewards) or not all(_is_a(float, w) and math.isfinite(w) for w in weights):
+        raise ValueError(f"reward_weights: expected a finite number for each of {len(rewards)} rewards, got {weights}")
+
+
 def bounds_of(field: dataclasses.Field, kind: type) -> str:
     """The field's bounds as messages and `--help` say them: ">= 1", "> 0", "in (0, 1]", "from 0 to 2^63 - 1", or ""."""
     at_least, above, at_most, below = (field.metadata.get(bound) for bound in _HOLDS)
@@ -127,6 +139,8 @@ def describe(config: Any) -> dict[str, Any]:
 def _described(value: Any) -> Any:
     if value is None or isinstance(value, str | int | float | dict):
         return value
+    if isinstance(value, list | tuple) and not any(isinstance(item, dict) for item in value):  # names or numbers
+        return [_described(item) for item in value]
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if callable(value):

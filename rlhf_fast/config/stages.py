@@ -15,7 +15,15 @@ gives another default or another help text keeps its place, and repeats its boun
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rlhf_fast.config.fields import arg, check, check_fields, check_row_options, random_seed, required
+from rlhf_fast.config.fields import (
+    arg,
+    check,
+    check_fields,
+    check_reward_weights,
+    check_row_options,
+    random_seed,
+    required,
+)
 
 __all__ = [
     "ClippedConfig",
@@ -171,7 +179,10 @@ class OnlineConfig(MethodConfig):
     """What every method takes that samples from its policy."""
 
     train_data: str = required("Rows with a prompt column; extra columns go to a Python reward function.")
-    reward: str = required("Reward-model directory, or a function `package.module:name` or `file.py:name`.")
+    reward: str | list[str] = required(
+        "Reward-model directory, or a function `package.module:name` or `file.py:name`; repeated: their sum."
+    )
+    reward_weights: list[float] | None = arg(None, "Weight of each of several rewards; default: 1 for each.")
     eval_reward: str | None = arg(None, "Reward for evaluation only (a ground truth, say); default: `reward`.")
     steps: int = arg(100, "Rollout + update rounds.", at_least=1)
     batch_size: int = arg(32, "Sampled completions per round.", at_least=1)
@@ -209,6 +220,7 @@ class OnlineConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_reward_weights(self)
         if self.share_base and not self.lora_rank:
             raise ValueError("lora_rank: expected > 0 with share_base, since a shared base is frozen; got 0")
 

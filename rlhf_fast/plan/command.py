@@ -53,8 +53,9 @@ def plan_of(method: str, config: StageConfig) -> PlanConfig:
     if "value" in STAGES[method].roles:
         values["critic"] = "shared" if given.get("critic") == "shared" else given["value_model"] or "same"
     if "reward" in given:
-        is_function = ":" in given["reward"] and not Path(given["reward"]).is_dir()
-        values["reward"] = "none" if is_function else None if given.get("share_base") else given["reward"]
+        rewards = given["reward"] if isinstance(given["reward"], list | tuple) else [given["reward"]]
+        models = [one for one in rewards if not callable(one) and (":" not in str(one) or Path(one).is_dir())]
+        values["reward"] = "none" if not models else None if given.get("share_base") else models[0]
     if method in METHODS and given["eval_data"] is not None:
         values["eval_rows"] = EVAL_ROWS  # at least as many prompts as are there
     return PlanConfig(**values | {"method": method, "prompt_length": prompt, "response_length": response})

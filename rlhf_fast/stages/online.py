@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from rlhf_fast.config import OnlineConfig
 from rlhf_fast.data.chat import with_template
-from rlhf_fast.data.encoding import PromptExample, encode_prompts, epoch_batches, load_rows
+from rlhf_fast.data.encoding import PromptExample, epoch_batches
+from rlhf_fast.data.rows import load_rows
 from rlhf_fast.lm.loading import default_device
 from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.lm.offload import place, visiting
@@ -24,13 +25,14 @@ from rlhf_fast.rollout.generate import Rollout
 from rlhf_fast.rollout.sampler import LocalSampler
 from rlhf_fast.stages.kl import KLController
 from rlhf_fast.training.batches import micro_batches, seed_everything
-from rlhf_fast.training.evaluation import check_prompts, make_evaluator, prompt_columns
+from rlhf_fast.training.evaluation import check_prompts, make_evaluator, prompt_columns, scored_prompts
 from rlhf_fast.training.learner import Learner, autocast
 from rlhf_fast.training.listeners import Listener
 from rlhf_fast.training.meter import Meter
 from rlhf_fast.training.resume import load_policy_and_reference
-from rlhf_fast.training.rewards import Reward
+from rlhf_fast.training.rewards import Answers, Reward, Scored
 from rlhf_fast.training.run import Run
+from rlhf_fast.training.stopped import Stopped
 from rlhf_fast.training.tally import Tally
 
 
@@ -41,6 +43,7 @@ class Experience(NamedTuple):
     scores: Tensor  # [B], less the penalty for a missing EOS
     greedy_scores: Tensor | None  # [B], ReMax's baseline
     ref_logprobs: Tensor  # [B, T]
+    parts: dict[str, Tensor]  # of several rewards: name -> scores [B] float64, NaN where it does not judge
 
 
 _DRIFT = "val/logprob_drift"
@@ -75,7 +78,7 @@ class Online(Generic[Config]):
         if config.reference is not None:
             check_tokenizer(config.reference, self.tokenizer, "reference")
         rows = load_rows(config.train_data, "prompt", config.columns)
-        data = encode_prompts(rows, self.tokenizer, config.max_prompt_length, config.chat_template_kwargs)
+        data = scored_prompts(rows, self.tokenizer, config.max_prompt_length, config.chat_template_kwargs)
         self.prompts, self.truncated = data.examples, data.truncated
         self.prompts_per_round = config.batch_size // samples
         if len(self.prompts) < self.prompts_per_round:
@@ -93,11 +96,13 @@ class Online(Generic[Config]):
             config.reward,
             self.tokenizer,
             self.device,
+            weights=config.reward_weights,
             micro_batch_size=config.micro_batch_size,
             max_prompt_length=config.max_prompt_length,
             shared=self.policy if config.share_base else None,
             offload=config.offload,
         )
+        self.reward.check(prompt_columns(self.prompts))
         self.sampler = LocalSampler(
             self.policy,
             self.tokenizer,
@@ -107,7 +112,7 @@ class Online(Generic[Config]):
             top_p=config.top_p,
             greedy_max_new_tokens=greedy_length,
         )
-        self.check_lengths(model=self.policy, reference=self.reference, reward=self.reward.reader)
+        self.check_lengths(model=self.policy, reference=self.reference, **self.reward.readers)
         self.evaluator = make_evaluator(config, self.tokenizer, self.device, self.reference, self.reward)
         self.updates = config.steps * updates_per_round
         self.learner = Learner(self.policy, config, self.updates)
@@ -135,7 +140,7 @@ class Online(Generic[Config]):
             self.config.steps,
             learners={"policy": self.learner, **(learners or {})},
             tokenizer=self.tokenizer,
-            frozen={"reference": self.reference, "reward": self.reward.model},
+            frozen={"reference": self.reference, **self.reward.models},
             states={"kl": self.kl},
             evaluator=self.evaluator,
             show=("objective/scores", "objective/kl", _DRIFT),
@@ -167,8 +172,8 @@ class Online(Generic[Config]):
                 rollout, greedy = self.sampler(ids, seed=seed, samples=self.samples, greedy=self.greedy)
             with meter.phase("scoring"):
                 columns = prompt_columns([p for p in prompts for _ in range(self.samples)])
-                scores = self._score(rollout, columns)
-                greedy_scores = self._score(greedy, prompt_columns(prompts)) if greedy is not None else None
+                scores, parts = self._score(rollout, columns)
+                greedy_scores = self._score(greedy, prompt_columns(prompts)).scores if greedy is not None else None
             with meter.phase("reference"), visiting(self.reference):
                 ref_logprobs = torch.cat(
                     [
@@ -176,7 +181,7 @@ class Online(Generic[Config]):
                         for part in map(rollout.rows, micro_batches(len(scores), self.config.micro_batch_size))
                     ]
                 )
-        return Experience(rollout, scores, greedy_scores, ref_logprobs)
+        return Experience(rollout, scores, greedy_scores, ref_logprobs, parts)
 
     def note_drift(self, tally: Tally, logprobs: Tensor, rollout: Rollout) -> None:
         """Tallies the largest |training-time - decode-time| log-prob of a micro-batch, for `check_drift`.
@@ -194,15 +199,17 @@ class Online(Generic[Config]):
         tally.raise_to(_DRIFT, ((logps.detach() - decoded_B) / tokens_B).abs().max())
 
     def check_drift(self, metrics: dict[str, float]) -> None:
-        """RuntimeError where the drift among a step's metrics is past config.max_logprob_drift."""
+        """Stopped where the drift among a step's metrics is past config.max_logprob_drift."""
         if _DRIFT in metrics and not metrics[_DRIFT] <= self.drift_bound:
-            raise RuntimeError(
+            raise Stopped(
                 f"decode-time and training-time log-probs differ by {metrics[_DRIFT]:.3g}, more than max_logprob_drift="
                 f"{self.drift_bound}; the policy would be trained on another distribution than it sampled"
             )
 
-    def _score(self, rollout: Rollout, columns: dict[str, list]) -> Tensor:
-        return self.reward(rollout, columns) - self.config.missing_eos_penalty * (~rollout.finished).float()
+    def _score(self, rollout: Rollout, columns: dict[str, list]) -> Scored:
+        scored = self.reward.judge(Answers(self.tokenizer, columns, rollout=rollout))
+        penalty_B = self.config.missing_eos_penalty * (~rollout.finished).float()
+        return scored._replace(scores=scored.scores - penalty_B)
 
     def _round_prompts(self, step: int) -> list[PromptExample]:
         per_epoch = len(self.prompts) // self.prompts_per_round
@@ -221,6 +228,9 @@ class Online(Generic[Config]):
         tally.add("val/num_eos_tokens", rollout.finished.sum())
         if experience.greedy_scores is not None:
             tally.add("objective/greedy_scores", experience.greedy_scores.mean())
+        for name, part_B in experience.parts.items():
+            if not part_B.isnan().all():  # the mean over the completions that this reward judges
+                tally.add(f"objective/scores/{name}", part_B.nanmean())
         metrics = tally.read()
         non_score = -self.kl.coef * metrics["objective/kl"]
         return metrics | {

@@ -1,20 +1,20 @@
 """Preference pairs from a model's own samples, labelled by Bradley-Terry on a reward.
 
 P(a preferred over b) = sigmoid(scale * (reward(a) - reward(b))). Each label is drawn, so labels are noisy, as people's
-labels are.
+labels are. A pair with a sample that reached the length limit is left out: its text does not end there, but training
+puts an EOS behind every answer of a row.
 """
 
 import torch
 
 from rlhf_fast.config import PairsConfig
 from rlhf_fast.data.chat import with_template
-from rlhf_fast.data.encoding import encode_prompts, load_rows
-from rlhf_fast.data.rows import write_rows
+from rlhf_fast.data.rows import load_rows, write_rows
 from rlhf_fast.lm.loading import default_device, load_policy
 from rlhf_fast.lm.tokenizers import load_tokenizer
 from rlhf_fast.rollout.sampler import LocalSampler
 from rlhf_fast.training.batches import micro_batches
-from rlhf_fast.training.evaluation import check_prompts, prompt_columns
+from rlhf_fast.training.evaluation import check_prompts, prompt_columns, scored_prompts
 from rlhf_fast.training.rewards import Reward, decode_responses
 
 
@@ -22,20 +22,27 @@ def sample(config: PairsConfig) -> None:
     """Writes a {prompt, chosen, rejected} row per prompt to `config.output`.
 
     Rows of the last config.eval_rows prompts go to config.eval_output instead. A prompt with equal completions or with
-    an empty completion is left out.
+    an empty completion is left out, and so is a prompt with a completion that has no end. Prints how many are left out.
     """
     device = default_device()
     tokenizer = with_template(load_tokenizer(config.model), config.chat_template)
     policy = load_policy(config.model, trainable=False).to(device)  # pyright: ignore[reportArgumentType]
-    reward = Reward(config.reward, tokenizer, device, max_prompt_length=config.max_prompt_length)
+    reward = Reward(
+        config.reward,
+        tokenizer,
+        device,
+        weights=config.reward_weights,
+        max_prompt_length=config.max_prompt_length,
+    )
     rows = load_rows(config.prompts, "prompt", config.columns)[: config.max_rows]
-    prompts = encode_prompts(rows, tokenizer, config.max_prompt_length, config.chat_template_kwargs).examples
+    prompts = scored_prompts(rows, tokenizer, config.max_prompt_length, config.chat_template_kwargs).examples
+    reward.check(prompt_columns(prompts))
     if len(prompts) <= config.eval_rows:
         raise ValueError(f"eval_rows: expected fewer than the {len(prompts)} prompts, got {config.eval_rows}")
-    check_prompts(prompts, config.max_response_length, tokenizer, model=policy, reward=reward.reader)
+    check_prompts(prompts, config.max_response_length, tokenizer, model=policy, **reward.readers)
     sampler = LocalSampler(policy, tokenizer, max_new_tokens=config.max_response_length, temperature=config.temperature)
     labels = torch.Generator().manual_seed(config.seed)
-    pairs = []
+    pairs, unfinished = [], 0
     for rows in micro_batches(len(prompts), config.batch_size):
         batch = prompts[rows]
         rollout = sampler([p.prompt_ids for p in batch], seed=config.seed, samples=2).sampled
@@ -43,11 +50,16 @@ def sample(config: PairsConfig) -> None:
         first_wins = torch.sigmoid(config.scale * (scores[:, 0] - scores[:, 1]))
         best = (torch.rand(len(batch), generator=labels) >= first_wins).long().tolist()
         texts = decode_responses(tokenizer, rollout)
+        ended = rollout.finished.view(-1, 2).all(dim=1).tolist()
+        unfinished += ended.count(False)
         for i, prompt in enumerate(batch):
             answers = texts[2 * i : 2 * i + 2]
             useful = answers[0].strip() and answers[1].strip() and answers[0] != answers[1]
             row = {"prompt": prompt.prompt, "chosen": answers[best[i]], "rejected": answers[1 - best[i]]}
-            pairs.append(row if useful else None)
+            pairs.append(row if useful and ended[i] else None)
+    if left_out := pairs.count(None):
+        limit = f"{unfinished} with a completion cut off at max_response_length={config.max_response_length}"
+        print(f"pairs: left out {left_out} of {len(pairs)} prompts: {limit}, the others with equal or empty ones")
     training = len(pairs) - config.eval_rows
     write_rows(config.output, filter(None, pairs[:training]))
     if config.eval_output:

@@ -77,7 +77,7 @@ def load_critic(online: Online[PPOConfig]) -> Learner:
 
 def value_start(online: Online) -> str:
     """The model that a value model starts from by default: the reward model where it reads the policy's tokens."""
-    return online.config.reward if online.reward.reader is not None else online.config.model
+    return online.reward.reading_spec or online.config.model
 
 
 def advantages_and_returns(run: Run, online: Online[PPOConfig], critic: Learner, experience: Experience) -> Targets:

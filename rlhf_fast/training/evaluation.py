@@ -9,14 +9,15 @@ prompts whose sample gets a higher reward than the row's own completion; a tie c
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_fast.config import OfflineConfig, OnlineConfig
-from rlhf_fast.data.encoding import PromptExample, encode_prompts, load_rows
+from rlhf_fast.data.encoding import Encoded, PromptExample, encode_prompts
+from rlhf_fast.data.rows import Row, load_rows
 from rlhf_fast.lm.limits import check_rows
 from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.lm.offload import visiting
@@ -138,8 +139,10 @@ def make_evaluator(
     if reward is None:
         raise ValueError("eval_reward: expected a reward to score the samples of eval_data with, got none")
     rows = load_rows(config.eval_data, "prompt", config.columns)
-    prompts = encode_prompts(rows, tokenizer, config.max_prompt_length, config.chat_template_kwargs).examples
-    models = {"reference": reference, "eval_reward" if config.eval_reward else "reward": reward.reader}
+    prompts = scored_prompts(rows, tokenizer, config.max_prompt_length, config.chat_template_kwargs).examples
+    reward.check(prompt_columns(prompts))
+    models = {"reference": reference}
+    models |= {f"eval_{role}" if config.eval_reward else role: model for role, model in reward.readers.items()}
     check_prompts(prompts, config.max_response_length, tokenizer, **models)
     return Evaluator(
         prompts,
@@ -174,18 +177,50 @@ def check_prompts(
 
 
 def completion_rewards(prompts: list[PromptExample], reward: Reward) -> Tensor | None:
-    """Rewards [B] of the rows' own completions, on the CPU; None where a row has no completion."""
-    columns = (p.columns.get("completion") for p in prompts)
-    completions = [completion for completion in columns if isinstance(completion, str)]
+    """Rewards [B] of the rows' own completions, on the CPU; None where a row has no completion.
+
+    Raises ValueError where a completion is neither text nor a list with one assistant message.
+    """
+    completions = [_text_of(p.columns["completion"]) for p in prompts if p.columns.get("completion") is not None]
     if len(completions) < len(prompts):
         return None
     prompt_ids = [p.prompt_ids for p in prompts]
     return reward.of_texts(completions, prompt_columns(prompts), prompt_ids=prompt_ids).cpu()
 
 
+def _text_of(completion: Any) -> str:
+    """The text of a completion, which is a string or a list with one assistant message."""
+    message = completion[0] if isinstance(completion, list) and len(completion) == 1 else {}
+    role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+    if isinstance(completion, str) or (role == "assistant" and isinstance(content, str)):
+        return completion if isinstance(completion, str) else str(content)
+    raise ValueError(
+        f"completion: expected text or a list with one assistant message to compare with, got {completion!r:.80}"
+    )
+
+
 def wins(rewards: Tensor, others: Tensor) -> Tensor:
     """[B] float64: 1 where a reward [B] is above the other reward [B], 1/2 where they are equal, else 0."""
     return torch.heaviside((rewards - others).double(), torch.tensor(0.5, dtype=torch.float64))
+
+
+def scored_prompts(
+    rows: list[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    max_prompt_length: int,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> Encoded:
+    """`encode_prompts` of rows whose completions a reward will score.
+
+    A prompt that is a conversation stands in the column `messages` too, because `prompt` is its text. A row's own
+    column of this name stays.
+    """
+    data = encode_prompts(rows, tokenizer, max_prompt_length, chat_template_kwargs or {})
+    examples = []
+    for row, example in zip(rows, data.examples, strict=True):
+        chat = {} if isinstance(row["prompt"], str) else {"messages": row["prompt"]}
+        examples.append(example._replace(columns={**chat, **example.columns}))
+    return data._replace(examples=examples)
 
 
 def prompt_columns(prompts: list[PromptExample]) -> dict[str, list]:

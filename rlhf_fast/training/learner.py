@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from rlhf_fast.config import StageConfig
 from rlhf_fast.training.memory import static_bytes
 from rlhf_fast.training.optimizers import lr_factor, make_optimizer
+from rlhf_fast.training.stopped import Stopped
 from rlhf_fast.training.tally import Tally
 
 
@@ -40,7 +41,7 @@ class Learner:
         self.optimizer = make_optimizer(config, self.parameters, learning_rate or config.learning_rate)
         factor = lr_factor(config.lr_schedule, config.warmup_steps, total_steps)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
-        self.in_backward, self.norms = config.optimizer_in_backward, []
+        self.in_backward, self.norms, self.spoilt = config.optimizer_in_backward, [], False
         if self.in_backward:
             for parameter in self.parameters:
                 parameter.register_post_accumulate_grad_hook(self._step_in_backward)
@@ -65,10 +66,11 @@ class Learner:
         return torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm or math.inf)
 
     def check(self, norm: float) -> None:
-        """RuntimeError unless the norm of the gradients is finite. Call it before `apply`."""
+        """Stopped unless the norm of the gradients is finite. Call it before `apply`."""
         if not math.isfinite(norm):
             left = "spoilt, resume from a checkpoint" if self.in_backward else "left as they are"
-            raise RuntimeError(f"gradient norm is {norm}; the weights were {left}")
+            self.spoilt = self.in_backward
+            raise Stopped(f"gradient norm is {norm}; the weights were {left}")
 
     def apply(self) -> None:
         """Moves the weights by the clipped gradients and clears the gradients."""
@@ -79,6 +81,11 @@ class Learner:
             self.static_bytes = {name: held[name] for name in ("gradients", "optimizer")}
         self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step()
+
+    @property
+    def whole(self) -> bool:
+        """Whether the weights hold whole updates alone: no backward pass that moves weights broke off half-way."""
+        return not (self.spoilt or self.norms)
 
     @property
     def lr(self) -> float:
@@ -119,7 +126,7 @@ def take_step(
 
     learners: name of the gradient norm -> learner. check: called with the numbers before any weight moves.
     The step waits for the device once, when it reads the numbers.
-    Raises RuntimeError where a norm is not finite; no learner has moved its weights then.
+    Raises Stopped where a norm is not finite; no learner has moved its weights then.
     """
     for name, learner in learners.items():
         tally.add(name, learner.clip())

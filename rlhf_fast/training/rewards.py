@@ -1,19 +1,15 @@
-"""Rewards: a reward-model directory or any Python function, behind one call.
+"""Rewards: reward models and Python functions, one or several with weights, behind one call.
 
-A reward function is `f(prompts, completions, **columns) -> list[float]`. `columns` are the other columns of the prompt
-rows, each a list. A reward model with the policy's vocabulary scores the token ids that the policy produced. For any
-other reward model the text is tokenised anew.
+A completion's score is the weighted sum of its parts' scores. `reward_functions` says how a function is called. A
+function that answers None for a completion takes no part in this completion's sum. A reward model with the policy's
+vocabulary scores the token ids that the policy produced. For any other reward model the text is tokenised anew.
 """
 
-import importlib
-import importlib.util
-import inspect
-import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,111 +23,115 @@ from rlhf_fast.lm.scores import Scores
 from rlhf_fast.lm.sequences import Sequences
 from rlhf_fast.lm.tokenizers import load_tokenizer
 from rlhf_fast.rollout.generate import Rollout
+from rlhf_fast.training.reward_functions import FunctionReward, RewardFunction, finite, load_function
 
-RewardFunction = Callable[..., Sequence[float]]
+__all__ = ["Answers", "ModelReward", "Reward", "RewardFunction", "Scored", "decode_responses", "load_function"]
+
+Spec = str | Path | RewardFunction
 
 
-class Reward:
-    """Scores rollouts. `model` is the reward model, or None where a function gives the reward.
+class Scored(NamedTuple):
+    """What a reward says of B completions."""
 
-    spec: a reward function, its name as in `load_function`, or the directory or hub name of a reward model.
-    tokenizer: the policy's. max_prompt_length: tokens of a prompt that a reward model sees where it reads text.
-    shared: a model whose base the reward model stands on. offload: the reward model waits in CPU memory.
+    scores: Tensor  # [B] fp32, the weighted sum
+    parts: dict[str, Tensor]  # name of a part -> its scores [B] float64 on the CPU, NaN where it does not judge
+
+
+class Answers:
+    """Completions that are to be scored: those of a rollout, or texts.
+
+    columns: the rows' columns; `prompt` is the prompts' text. finished: which texts end in an EOS. prompt_ids: the
+    prompts as the policy gets them.
     """
 
     def __init__(
         self,
-        spec: str | RewardFunction,
         tokenizer: PreTrainedTokenizerBase,
-        device: torch.device,
-        *,
-        micro_batch_size: int | None = None,
-        max_prompt_length: int = sys.maxsize,
-        shared: PreTrainedModel | None = None,
-        offload: bool = False,
-    ) -> None:
-        self.tokenizer, self.device, self.micro_batch_size = tokenizer, device, micro_batch_size
-        self.max_prompt_length = max_prompt_length
-        self.model: PreTrainedModel | None = None
-        self.function: RewardFunction | None = None
-        self.retokenizer: PreTrainedTokenizerBase | None = None
-        if callable(spec):
-            self.function, self.name = spec, getattr(spec, "__name__", "reward")
-        elif ":" in spec and not Path(spec).is_dir():
-            self.function, self.name = load_function(spec), spec
-        else:
-            self.model, self.name = load_scorer(spec, head=None, trainable=False, shared=shared), str(spec)
-            place(self.model, device, offload)
-            own = load_tokenizer(spec, "reward")
-            self.retokenizer = None if own.get_vocab() == tokenizer.get_vocab() else own
-
-    @property
-    def reader(self) -> PreTrainedModel | None:
-        """The reward model where it reads the policy's token ids."""
-        return self.model if self.retokenizer is None else None
-
-    @torch.no_grad()
-    def __call__(self, rollout: Rollout, columns: Mapping[str, Sequence]) -> Tensor:
-        """Scores [B] fp32. `columns["prompt"]` holds the prompts' text. Other columns go to a function unchanged."""
-        if self.function is not None or self.retokenizer is not None:
-            return self.of_texts(decode_responses(self.tokenizer, rollout), columns, rollout.finished.tolist())
-        return self._call_model(rollout.sequences)
-
-    @torch.no_grad()
-    def of_texts(
-        self,
-        completions: list[str],
         columns: Mapping[str, Sequence],
+        *,
+        rollout: Rollout | None = None,
+        texts: list[str] | None = None,
         finished: Sequence[bool] | None = None,
         prompt_ids: list[list[int]] | None = None,
-    ) -> Tensor:
-        """Scores [B] fp32 of texts.
+    ) -> None:
+        self.tokenizer, self.columns, self.rollout, self._texts = tokenizer, columns, rollout, texts
+        self.prompt_ids = prompt_ids
+        if rollout is not None:
+            finished = rollout.finished.tolist()
+        assert rollout is not None or texts is not None
+        self.finished = [True] * len(texts or ()) if finished is None else finished
 
-        finished: which completions a reward model sees with an EOS at the end; default: all. prompt_ids: the prompts as
-            the policy gets them; a reward model with the policy's tokenizer sees the same ids.
-        """
-        if self.function is not None:
-            return self._call_function(completions, columns)
-        finished = [True] * len(completions) if finished is None else finished
-        return self._call_model(self._tokenize(completions, columns["prompt"], finished, prompt_ids))
+    def __len__(self) -> int:
+        return len(self.finished)
 
-    def _call_model(self, sequences: Sequences) -> Tensor:
-        assert self.model is not None  # a reward is a function or a model
+    @cached_property
+    def texts(self) -> list[str]:
+        """Without special tokens."""
+        if self._texts is not None:
+            return self._texts
+        assert self.rollout is not None
+        return decode_responses(self.tokenizer, self.rollout)
+
+    @cached_property
+    def ids(self) -> list[list[int]]:
+        """The policy's token ids of every completion, the EOS included where it is finished."""
+        if self.rollout is not None:
+            return response_ids(self.rollout)
+        eos = self.tokenizer.eos_token_id
+        ids = self.tokenizer(self.texts, add_special_tokens=False)["input_ids"]
+        return [[*row, eos] if done else row for row, done in zip(ids, self.finished, strict=True)]  # pyright: ignore[reportGeneralTypeIssues, reportReturnType]
+
+    def arguments(self) -> dict[str, Callable[[], list]]:
+        """The arguments of reward functions. Every function gets lists of its own, which it may change."""
+        lists: dict[str, Callable[[], Iterable]] = {
+            **{name: (lambda values=values: values) for name, values in self.columns.items() if name != "prompt"},
+            "prompts": lambda: self.columns["prompt"],
+            "completions": lambda: self.texts,
+            "completion_ids": lambda: map(list, self.ids),
+        }
+        return {name: (lambda make=make: list(make())) for name, make in lists.items()}
+
+
+class ModelReward:
+    """One reward model. The arguments are those of `Reward`."""
+
+    def __init__(
+        self,
+        spec: str | Path,
+        tokenizer: PreTrainedTokenizerBase,
+        device: torch.device,
+        micro_batch_size: int | None,
+        max_prompt_length: int,
+        shared: PreTrainedModel | None,
+        offload: bool,
+    ) -> None:
+        self.tokenizer, self.device, self.name = tokenizer, device, str(spec)
+        self.micro_batch_size, self.max_prompt_length = micro_batch_size, max_prompt_length
+        self.model = load_scorer(spec, head=None, trainable=False, shared=shared)
+        place(self.model, device, offload)
+        own = load_tokenizer(spec, "reward")
+        self.retokenizer = None if own.get_vocab() == tokenizer.get_vocab() else own
+
+    def __call__(self, answers: Answers) -> Tensor:
+        """Scores [B] fp32. Raises ValueError where the model gives a score that is not finite."""
+        if answers.rollout is not None and self.retokenizer is None:
+            sequences = answers.rollout.sequences
+        else:
+            sequences = self.tokenize(answers.texts, answers.columns["prompt"], answers.finished, answers.prompt_ids)
         size = self.micro_batch_size or len(sequences.prompt_ids)
         starts = range(0, len(sequences.prompt_ids), size)
         scores = Scores(self.model)
         with visiting(self.model):
-            return torch.cat([scores.of(sequences.rows(slice(i, i + size))) for i in starts])
+            scores_B = torch.cat([scores.of(sequences.rows(slice(i, i + size))) for i in starts])
+        if not scores_B.isfinite().all():
+            row = int((~scores_B.isfinite()).nonzero()[0])
+            finite(scores_B[row].item(), self.name, row)
+        return scores_B
 
-    def _call_function(self, completions: list[str], columns: Mapping[str, Sequence]) -> Tensor:
-        assert self.function is not None  # a reward is a function or a model
-        others = {name: list(values) for name, values in columns.items() if name != "prompt"}
-        if taken := sorted(others.keys() & {"prompts", "completions"}):
-            raise ValueError(
-                f"reward {self.name}: expected no column of the prompts' rows to have the name of an argument of every "
-                f"reward function, got {', '.join(taken)}"
-            )
-        scores = self.function(list(columns["prompt"]), completions, **others)
-        if isinstance(scores, str) or not hasattr(scores, "__iter__"):
-            raise ValueError(f"reward {self.name}: expected {len(completions)} scores, got {scores!r}")
-        scores = list(scores)
-        if len(scores) != len(completions):
-            raise ValueError(f"reward {self.name}: expected {len(completions)} scores, got {len(scores)}")
-        return torch.tensor([self._finite(score, row) for row, score in enumerate(scores)], device=self.device)
-
-    def _finite(self, score: Any, row: int) -> float:
-        try:
-            number = math.nan if isinstance(score, str) else float(score)
-        except (TypeError, ValueError, RuntimeError):  # torch: RuntimeError for several elements
-            number = math.nan
-        if not math.isfinite(number):
-            raise ValueError(f"reward {self.name}: expected finite scores, got {score!r} for row {row}")
-        return number
-
-    def _tokenize(
+    def tokenize(
         self, completions: list[str], prompts: Sequence[str], finished: Sequence[bool], prompt_ids: list | None
     ) -> Sequences:
-        assert self.model is not None  # functions read text
+        """The texts as token ids of this model, EOS behind the `finished` completions."""
         tok = self.retokenizer or self.tokenizer
         if self.retokenizer is None and prompt_ids is not None:
             prompts = prompt_ids
@@ -144,59 +144,134 @@ class Reward:
         return Sequences(*pad_left(prompt_rows, pad_id(tok)), *pad_right(responses, pad_id(tok))).to(self.device)
 
 
+class Reward:
+    """Scores completions by one reward, or by the weighted sum of several.
+
+    spec: a reward function, its name as in `load_function`, or the directory or hub name of a reward model; or a list
+        of these.
+    tokenizer: the policy's. weights: one for each of several rewards; default: 1.
+    max_prompt_length: tokens of a prompt that a reward model sees where it reads text.
+    shared: a model whose base the reward models stand on. offload: reward models wait in CPU memory.
+    """
+
+    def __init__(
+        self,
+        spec: Spec | Sequence[Spec],
+        tokenizer: PreTrainedTokenizerBase,
+        device: torch.device,
+        *,
+        weights: Sequence[float] | None = None,
+        micro_batch_size: int | None = None,
+        max_prompt_length: int = sys.maxsize,
+        shared: PreTrainedModel | None = None,
+        offload: bool = False,
+    ) -> None:
+        self.tokenizer, self.device = tokenizer, device
+        specs = [spec] if isinstance(spec, str | Path) or callable(spec) else list(spec)
+        self.weights = [1.0] * len(specs) if weights is None else list(map(float, weights))
+        if not specs or len(self.weights) != len(specs):
+            raise ValueError(f"reward_weights: expected one for each of {len(specs)} rewards, got {len(self.weights)}")
+        model = (micro_batch_size, max_prompt_length, shared, offload)
+        self.parts = [
+            FunctionReward(one) if _is_function(one) else ModelReward(one, tokenizer, device, *model)  # pyright: ignore[reportArgumentType]
+            for one in specs
+        ]
+        self.name = ", ".join(part.name for part in self.parts)
+
+    @property
+    def models(self) -> dict[str, PreTrainedModel]:
+        """The reward models by role: `reward`, and `reward_2` and so on where there are several."""
+        models = [part.model for part in self.parts if isinstance(part, ModelReward)]
+        return {f"reward_{n}" if n > 1 else "reward": model for n, model in enumerate(models, 1)}
+
+    @property
+    def readers(self) -> dict[str, PreTrainedModel]:
+        """The reward models, by role, that read the policy's token ids."""
+        own = [part.model for part in self.parts if isinstance(part, ModelReward) and part.retokenizer is None]
+        return {role: model for role, model in self.models.items() if any(model is one for one in own)}
+
+    @property
+    def reading_spec(self) -> str | None:
+        """The name of the first reward model that reads the policy's token ids."""
+        names = [part.name for part in self.parts if isinstance(part, ModelReward) and part.retokenizer is None]
+        return names[0] if names else None
+
+    def check(self, columns: Iterable[str]) -> None:
+        """ValueError unless rows with these columns have every argument that the reward functions need."""
+        columns = list(columns)
+        for part in self.parts:
+            if isinstance(part, FunctionReward):
+                part.check(columns)
+
+    def __call__(self, rollout: Rollout, columns: Mapping[str, Sequence]) -> Tensor:
+        """Scores [B] fp32. `columns["prompt"]` holds the prompts' text. Other columns go to functions unchanged."""
+        return self.judge(Answers(self.tokenizer, columns, rollout=rollout)).scores
+
+    def of_texts(
+        self,
+        completions: list[str],
+        columns: Mapping[str, Sequence],
+        finished: Sequence[bool] | None = None,
+        prompt_ids: list[list[int]] | None = None,
+    ) -> Tensor:
+        """Scores [B] fp32 of texts.
+
+        finished: which completions a reward model sees with an EOS at the end; default: all. prompt_ids: the prompts as
+            the policy gets them; a reward model with the policy's tokenizer sees the same ids.
+        """
+        return self.judge(
+            Answers(self.tokenizer, columns, texts=completions, finished=finished, prompt_ids=prompt_ids)
+        ).scores
+
+    @torch.no_grad()
+    def judge(self, answers: Answers) -> Scored:
+        """The scores of completions, and of each part where there are several.
+
+        Raises ValueError where no part judges a completion, and where a sum is not finite in float32.
+        """
+        self.check(answers.columns)
+        arguments, found = answers.arguments(), []
+        for part in self.parts:
+            found.append(part(answers) if isinstance(part, ModelReward) else part(arguments, len(answers)))
+        if len(found) == 1 and self.weights == [1.0] and isinstance(found[0], Tensor):
+            return Scored(found[0], {})
+        columns_KB = [part.tolist() if isinstance(part, Tensor) else part for part in found]
+        totals = []
+        for row, scores in enumerate(zip(*columns_KB, strict=True)):
+            judged = [weight * score for weight, score in zip(self.weights, scores, strict=True) if score is not None]
+            if not judged:
+                several = "from at least one function" if len(found) > 1 else "finite scores"
+                expected = f"a score {several}" if len(found) > 1 else several
+                raise ValueError(f"reward {self.name}: expected {expected}, got None for row {row}")
+            totals.append(finite(sum(judged), self.name, row))
+        scores_B = torch.tensor(totals, dtype=torch.float32, device=self.device)
+        if len(found) == 1:
+            return Scored(scores_B, {})
+        parts = [torch.tensor([_nan(s) for s in column], dtype=torch.float64) for column in columns_KB]
+        return Scored(scores_B, dict(zip(self._short_names(), parts, strict=True)))
+
+    def _short_names(self) -> list[str]:
+        """`length` for `my.py:length`, or the whole names where two parts would share one."""
+        short = [part.name.rpartition(":")[2] or part.name for part in self.parts]
+        if len(set(short)) == len(short):
+            return short
+        return [f"{part.name}_{n}" for n, part in enumerate(self.parts, 1)]
+
+
+def _nan(score: float | None) -> float:
+    return float("nan") if score is None else score
+
+
+def _is_function(spec: Any) -> bool:
+    return callable(spec) or (":" in str(spec) and not Path(spec).is_dir())
+
+
+def response_ids(rollout: Rollout) -> list[list[int]]:
+    """The token ids of every completion, without padding."""
+    rows = zip(rollout.response_ids.tolist(), rollout.response_mask.tolist(), strict=True)
+    return [[token for token, real in zip(*row, strict=True) if real] for row in rows]
+
+
 def decode_responses(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> list[str]:
     """The completions' text without special tokens."""
-    rows = zip(rollout.response_ids.tolist(), rollout.response_mask.tolist(), strict=True)
-    ids = [[token for token, real in zip(*row, strict=True) if real] for row in rows]
-    return tokenizer.batch_decode(ids, skip_special_tokens=True)
-
-
-def load_function(spec: str) -> RewardFunction:
-    """The function that `package.module:name` or `path/to/file.py:name` names.
-
-    Raises ValueError where there is no such file, module or function.
-    """
-    module_name, _, name = spec.rpartition(":")
-    if module_name.endswith(".py") and not Path(module_name).is_file():
-        raise ValueError(f"reward: expected `file.py:name` with an existing file, got {spec!r}")
-    try:
-        module = _load_file(Path(module_name)) if module_name.endswith(".py") else _load_module(module_name)
-    except ImportError as error:
-        raise ValueError(
-            f"reward: expected a directory, `package.module:name` or `file.py:name`, got {spec!r}: {error}"
-        ) from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        names = [n for n, v in vars(module).items() if inspect.isfunction(v)]
-        raise ValueError(f"reward: expected a function {name!r} in {module_name}, which defines {names}")
-    return function  # pyright: ignore[reportReturnType]
-
-
-def _load_file(path: Path) -> ModuleType:
-    path = path.resolve()
-    name = f"rlhf_fast_reward {path}".replace(".", "_")  # a name that no import statement can hold
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None  # a path that ends in .py has a loader
-    module = importlib.util.module_from_spec(spec)
-    _make_importable(path.parent)
-    sys.modules[name] = module  # dataclasses and pickle look for it there
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
-
-
-def _load_module(name: str) -> ModuleType:
-    top = name.partition(".")[0]
-    if top not in sys.modules and importlib.util.find_spec(top) is None:
-        _make_importable(Path.cwd())  # a console script does not look there
-    return importlib.import_module(name)
-
-
-def _make_importable(folder: Path) -> None:
-    """Adds the folder to the end of the path, so that no file beside a reward function hides an installed package."""
-    if str(folder) not in sys.path:
-        sys.path.append(str(folder))
-        importlib.invalidate_caches()
+    return tokenizer.batch_decode(response_ids(rollout), skip_special_tokens=True)

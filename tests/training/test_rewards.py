@@ -51,6 +51,7 @@ def test_function_gets_texts_and_columns(rollout, tokenizer):
         "prompts": ["the film was", "the plot was"],
         "completions": ["really good .", "bad ."],
         "topic": ["film", "plot"],
+        "completion_ids": [[*tokenizer("really good .")["input_ids"], 1], tokenizer("bad .")["input_ids"]],
     }
 
 
@@ -80,7 +81,7 @@ def test_scores_of_any_kind_of_number(rollout, tokenizer, returned):
     assert score(rollout, {"prompt": ["a", "b"]}).tolist() == [1.0, 1.0]
 
 
-@pytest.mark.parametrize("name", ["prompts", "completions"])
+@pytest.mark.parametrize("name", ["prompts", "completions", "completion_ids"])
 def test_columns_named_like_an_argument_are_errors(rollout, tokenizer, name):
     reward = Reward(lambda prompts, completions, **columns: [0.0] * 2, tokenizer, CPU)
     with pytest.raises(ValueError, match=f"^reward <lambda>: expected no column .* got {name}$"):
@@ -157,7 +158,7 @@ def test_texts_are_scored_on_the_ids_of_training(chat_tokenizer, tmp_path):
         (pair,) = encode_preferences([row], chat_tokenizer, 64, 8).examples
         (example,) = encode_prompts([row], chat_tokenizer, 8).examples
         sequences = Sequences(*pad_left([pair.prompt_ids], 0), *pad_right([pair.chosen_ids], 0))
-        expected = sequence_scores(reward.model, sequences)
+        expected = sequence_scores(reward.models["reward"], sequences)
         columns = {"prompt": [example.prompt]}
         assert torch.equal(reward.of_texts(["good"], columns), expected)
         assert torch.equal(reward.of_texts(["good"], columns, prompt_ids=[example.prompt_ids]), expected)
@@ -172,16 +173,18 @@ def test_completions_to_compare_with_follow_the_prompt_as_the_policy_gets_it(cha
     (example,) = encode_prompts([row], chat_tokenizer, 64).examples
     assert chat_tokenizer.bos_token_id not in example.prompt_ids
     answer = chat_tokenizer("good", add_special_tokens=False)["input_ids"] + [chat_tokenizer.eos_token_id]
-    expected = sequence_scores(reward.model, Sequences(*pad_left([example.prompt_ids], 0), *pad_right([answer], 0)))
+    expected = sequence_scores(
+        reward.models["reward"], Sequences(*pad_left([example.prompt_ids], 0), *pad_right([answer], 0))
+    )
     assert torch.equal(completion_rewards([example], reward), expected)
 
 
 def test_another_tokenizer_does_not_read_the_policys_bos(chat_tokenizer, tmp_path):
     policys = train_bpe(["the film was good . "], 280, bos_token="<s>")
     reward = Reward(scorer_of(chat_tokenizer, tmp_path), policys, CPU)
-    own = reward._tokenize(["a"], ["<bos>the film"], [True], None)
+    own = reward.parts[0].tokenize(["a"], ["<bos>the film"], [True], None)
     for prompt in ("<s>the film", "the film"):
-        assert torch.equal(reward._tokenize(["a"], [prompt], [True], None).prompt_ids, own.prompt_ids)
+        assert torch.equal(reward.parts[0].tokenize(["a"], [prompt], [True], None).prompt_ids, own.prompt_ids)
 
 
 def test_long_texts_are_cut_to_what_a_reward_model_can_read(rollout, tokenizer, chat_tokenizer, tmp_path):
@@ -189,10 +192,12 @@ def test_long_texts_are_cut_to_what_a_reward_model_can_read(rollout, tokenizer, 
     columns = {"prompt": ["the film was good . " * 40, "<bos>the plot"]}
     for length in (6, 400):
         reward = Reward(spec, tokenizer, CPU, max_prompt_length=length)
-        assert reward.reader is None
+        assert reward.readers == {}
         assert reward(rollout, columns).isfinite().all()
-    seen = Reward(spec, tokenizer, CPU, max_prompt_length=6)._tokenize(
-        ["a", "b"], columns["prompt"], [True, False], None
+    seen = (
+        Reward(spec, tokenizer, CPU, max_prompt_length=6)
+        .parts[0]
+        .tokenize(["a", "b"], columns["prompt"], [True, False], None)
     )
     assert seen.prompt_mask.sum(dim=1).max() == 6
     assert seen.prompt_ids[0, 0] == chat_tokenizer.bos_token_id
