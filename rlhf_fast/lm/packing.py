@@ -24,6 +24,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from rlhf_fast.lm import layers
 from rlhf_fast.lm.fast_paths import not_taken
 from rlhf_fast.lm.private import attention_as, attention_of, checkpoints_activations
+from rlhf_fast.lm.switches import difference, switching_length, trial_rows, windows
 from rlhf_fast.ops import reference
 from rlhf_fast.ops.attention import packed_attention
 from rlhf_fast.ops.dispatch import has_kernel
@@ -148,31 +149,33 @@ def _unsuited(backbone: PreTrainedModel) -> str | None:
     config = backbone.config
     if attention_of(config) != "sdpa":
         return f"its attention is {attention_of(config)}, not torch's sdpa"
-    limits = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
-    if any(limits) or not set(getattr(config, "layer_types", None) or ()) <= {"full_attention"}:
+    types = set(getattr(config.get_text_config(), "layer_types", None) or ())
+    if windows(config) or not types <= {"full_attention"}:
         return "not all of its layers have full attention"
     if "position_ids" not in inspect.signature(backbone.forward).parameters:
         return "its forward takes no positions"
     return None
 
 
-@torch.no_grad()
 def _difference(backbone: PreTrainedModel) -> str | None:
     """What is wrong with two packed rows; None where each row has the hidden states that it has alone."""
-    device, training = backbone.device, backbone.training
-    vocabulary = backbone.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportIndexIssue]
-    ids_N = torch.arange(1, 6, device=device) % vocabulary
-    positions_N = torch.tensor([0, 1, 0, 1, 2], device=device)
-    slots_N = torch.tensor([0, 1, 3, 4, 5], device=device)
+    rows, training, lengths = trial_rows(backbone, (7, 11)), backbone.training, torch.tensor([7, 11])
+    positions_N = torch.cat([torch.arange(n, device=backbone.device) for n in lengths.tolist()])
+    slots_N = positions_N + torch.repeat_interleave(torch.tensor([0, 11]), lengths).to(backbone.device)
+    inputs = torch.cat(rows, dim=1)[0], positions_N, slots_N.expand(2, 1, 11, 18)
     backbone.eval()
     try:
-        with torch.autocast(device.type, enabled=False):
-            alone = [backbone(input_ids=ids[None], use_cache=False).last_hidden_state[0] for ids in ids_N.split([2, 3])]
-            packed = _packed(backbone, ids_N, positions_N, slots_N.expand(2, 1, 3, 5))
+        with torch.autocast(backbone.device.type, enabled=False):
+            where = difference(backbone, lambda: _alone(backbone, rows), lambda: _packed(backbone, *inputs))
     except Exception as error:  # whatever the model does not bear about such inputs, it cannot be packed
         return f"two rows side by side raise {type(error).__name__} in it"
     finally:
         backbone.train(training)
-    tolerance = 1e-3 if packed.dtype == torch.float32 else 3e-2
-    same = torch.allclose(packed, torch.cat(alone), rtol=tolerance, atol=tolerance)
-    return None if same else "two rows side by side have other hidden states than each alone"
+    if where is None:
+        return None
+    return " ".join(filter(None, (where, "two rows side by side have other hidden states than each alone")))
+
+
+def _alone(backbone: PreTrainedModel, rows: list[Tensor]) -> Tensor:
+    """The last hidden states [N, H] of rows that run one by one."""
+    return torch.cat([backbone(input_ids=ids, use_cache=False).last_hidden_state[0] for ids in rows])
