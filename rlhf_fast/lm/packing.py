@@ -24,7 +24,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from rlhf_fast.lm import layers
 from rlhf_fast.lm.fast_paths import not_taken
 from rlhf_fast.lm.private import attention_as, attention_of, checkpoints_activations
-from rlhf_fast.lm.switches import difference, switching_length, trial_rows, windows
+from rlhf_fast.lm.switches import difference, trial_rows, windows
 from rlhf_fast.ops import reference
 from rlhf_fast.ops.attention import packed_attention
 from rlhf_fast.ops.dispatch import has_kernel

@@ -26,7 +26,7 @@ def response_logits(model: PreTrainedModel, sequences: Sequences) -> Tensor:
     predicting = _predicting(sequences)
     positions = torch.arange(predicting.start, predicting.stop, device=sequences.prompt_ids.device)
     inputs = _inputs(model, sequences)
-    if "logits_to_keep" in _forward_parameters(type(model)):
+    if "logits_to_keep" in forward_parameters(type(model)):
         return call(model, **inputs, logits_to_keep=positions).logits
     return call(model, **inputs).logits[:, positions]
 
@@ -69,7 +69,7 @@ def hidden_values(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 def forward_inputs(model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor) -> dict[str, Tensor]:
     """The arguments of the model's forward for token ids, mask (True = real) and positions, [B, L] each."""
     inputs = {"input_ids": ids, "attention_mask": mask.long()}
-    if "position_ids" in _forward_parameters(type(model)):  # Bloom and friends have none (ALiBi)
+    if "position_ids" in forward_parameters(type(model)):  # Bloom and friends have none (ALiBi)
         inputs["position_ids"] = positions
     return inputs
 
@@ -95,5 +95,6 @@ def _score(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 
 
 @functools.cache
-def _forward_parameters(model_class: type) -> frozenset[str]:
+def forward_parameters(model_class: type) -> frozenset[str]:
+    """The names of the arguments of a model's forward."""
     return frozenset(inspect.signature(model_class.forward).parameters)
