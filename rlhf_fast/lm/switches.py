@@ -49,7 +49,9 @@ def switches(model: PreTrainedModel) -> list[Switch]:
     types = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
     if types == {"full_attention"}:  # Qwen 2 names a window for layers that it may not have
         names = {name: None for name in names if not _WINDOW.match(name)}
-    return [Switch(name, small) for name in names for small in (SMALL if _WINDOW.match(name) else SMALL[:1])]
+    values = {(name, value) for _, name, value in _places(model)}
+    wanted = [Switch(name, small) for name in names for small in (SMALL if _WINDOW.match(name) else SMALL[:1])]
+    return [switch for switch in wanted if tuple(switch) not in values]  # rows cross these as they are
 
 
 @contextmanager

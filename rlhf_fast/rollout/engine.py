@@ -225,17 +225,21 @@ class _Graph:
         return self.logits
 
 
+@torch.no_grad()
 def _choice(model: PreTrainedModel) -> str:
     """The first decoder that gives the model's own logits: "static", "cache", "cache by length" or "whole"."""
-    parts = None
+
+    def static() -> Decoder:
+        parts = blocks.read(model)  # anew in every trial, because it reads the windows
+        assert parts is not None
+        return StaticDecoder(model, parts, _STEPS)
+
     with torch.autocast(model.device.type, enabled=False):
         try:
-            parts = blocks.read(model)
-            reason = "the layout of its layers is not known" if parts is None else None
+            known = blocks.read(model) is not None
+            reason = _refusal(model, static) if known else "the layout of its layers is not known"
         except Exception as error:
             reason = f"a step over its weights raises {type(error).__name__}"
-        if parts is not None:
-            reason = _refusal(model, lambda: StaticDecoder(model, parts, _STEPS))
         if reason is None:
             return "static"
         instead = "transformers' forward runs with its own cache"
@@ -254,7 +258,6 @@ def _choice(model: PreTrainedModel) -> str:
 _STEPS = 4
 
 
-@torch.no_grad()
 def _refusal(model: PreTrainedModel, make: Callable[[], Decoder]) -> str | None:
     """Why a decoder cannot be used; None where it gives the logits of the model's forward over each row alone.
 
