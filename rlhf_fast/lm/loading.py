@@ -31,6 +31,7 @@ from transformers import (
 
 from rlhf_fast.lm import adapters
 from rlhf_fast.lm.adapters import LoRA
+from rlhf_fast.lm.noise import as_before, silence
 from rlhf_fast.lm.paths import existing
 from rlhf_fast.lm.private import score_head
 
@@ -127,7 +128,8 @@ def value_head_on(policy: PreTrainedModel, saved: Path | None) -> PreTrainedMode
 
 def save_model(model: PreTrainedModel, directory: Path) -> None:
     """`save_pretrained`. Of a model with an adapter it saves the adapter alone, in peft's format."""
-    model.save_pretrained(directory)
+    with as_before(model):
+        model.save_pretrained(directory)
     if adapters.has_adapter(model) and hasattr(model.config, "score_offset"):
         (directory / _ADAPTER_SCORE).write_text(json.dumps({"score_offset": model.config.score_offset}) + "\n")
 
@@ -139,7 +141,8 @@ def set_score_offset(model: PreTrainedModel, offset: float) -> None:
 
 def _scorer_on(language_model: PreTrainedModel) -> PreTrainedModel:
     """The classifier of this architecture on the trunk of `language_model` itself; its head is not initialised."""
-    config = copy.deepcopy(language_model.config)
+    with as_before(language_model):
+        config = copy.deepcopy(language_model.config)
     config.num_labels = 1
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
@@ -159,14 +162,7 @@ def _prepare(
         if lora is None and not shared:
             adapters.merge(model)
             model.requires_grad_(trainable)
-    # Dropout would make the decode-time and training-time log-probs differ, so dropout is off in every pass. eval()
-    # would turn it off too, but transformers checkpoints activations in train mode only.
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "drop" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
+    silence(model, trained=trainable)
     return model.train(trainable)
 
 

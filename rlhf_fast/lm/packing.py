@@ -6,13 +6,15 @@ function unchanged. Our mask says which slots of [B, L] the tokens belong to.
 
 A trial on the model at hand decides whether its rows are packed, and whether its layers run in few operations
 (`layers`). Rows of other models are padded on the right. So are rows of a model that checkpoints its activations,
-because such a model runs its layers again in the backward pass, when this attention is gone.
+because such a model runs its layers again in the backward pass, when this attention is gone. Where padding on the right
+changes what a row computes, as in a model that looks ahead, rows run one by one.
 
 Left out: caches.
 Shapes: B rows, L slots, N real tokens, H hidden; h heads of d.
 """
 
 import inspect
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -23,7 +25,9 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from rlhf_fast.lm import layers
 from rlhf_fast.lm.fast_paths import not_taken
+from rlhf_fast.lm.limits import sides
 from rlhf_fast.lm.private import attention_as, attention_of, checkpoints_activations
+from rlhf_fast.lm.switches import difference, switching_length, trial_rows, windows
 from rlhf_fast.ops import reference
 from rlhf_fast.ops.attention import packed_attention
 from rlhf_fast.ops.dispatch import has_kernel
@@ -31,6 +35,7 @@ from rlhf_fast.ops.private import is_fake
 
 _NAME = "rlhf_fast_packed"
 _packable: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+_paddable: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 _fusable: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
@@ -44,7 +49,14 @@ def real_hidden(
     """
     if is_fake(mask_BL):
         return _planned(backbone, ids_BL[:, : max(1, mask_BL.shape[1] - (not last))])
-    counts_B = mask_BL.sum(dim=1)
+    counts_B, limit = mask_BL.sum(dim=1), switching_length(backbone.config)
+    if parts := sides(backbone.config, counts_B):
+        found = [real_hidden(backbone, ids_BL[rows], mask_BL[rows], last=last) for rows in parts]
+        behind = torch.tensor([0, *(len(states) for states, _ in found[:-1])], device=ids_BL.device).cumsum(dim=0)
+        starts_B = torch.cat([starts + n for (_, starts), n in zip(found, behind, strict=True)])
+        return torch.cat([states for states, _ in found]), starts_B[torch.cat(parts).argsort()]
+    if limit is not None and int(counts_B.max()) == limit + 1:
+        last = True  # without their last tokens these rows would be on the other side
     lengths_B = (counts_B if last else counts_B - 1).clamp(min=1)
     lengths = lengths_B.tolist()
     tokens, width, B = sum(lengths), max(lengths), len(lengths)
@@ -57,6 +69,8 @@ def real_hidden(
     if gains and _can_pack(backbone):
         layout = slots_N.expand(B, 1, width, tokens)
         return _packed(backbone, ids_N, positions_N, layout, says=True), starts_B
+    if tokens < B * width and not _can_pad(backbone):
+        return _alone(backbone, [ids[None] for ids in ids_N.split(lengths)]), starts_B
     return _padded(backbone, ids_N.new_zeros(B * width).index_copy(0, slots_N, ids_N).view(B, width))
 
 
@@ -148,31 +162,56 @@ def _unsuited(backbone: PreTrainedModel) -> str | None:
     config = backbone.config
     if attention_of(config) != "sdpa":
         return f"its attention is {attention_of(config)}, not torch's sdpa"
-    limits = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
-    if any(limits) or not set(getattr(config, "layer_types", None) or ()) <= {"full_attention"}:
+    types = set(getattr(config.get_text_config(), "layer_types", None) or ())
+    if windows(config) or not types <= {"full_attention"}:
         return "not all of its layers have full attention"
     if "position_ids" not in inspect.signature(backbone.forward).parameters:
         return "its forward takes no positions"
     return None
 
 
-@torch.no_grad()
+def _can_pad(backbone: PreTrainedModel) -> bool:
+    """Whether padding on the right leaves a row's hidden states as they are."""
+    if backbone not in _paddable:
+        rows, width = trial_rows(backbone, (7, 11)), 11
+
+        def padded() -> Tensor:
+            ids = torch.cat([nn.functional.pad(row, (0, width - row.shape[1])) for row in rows])
+            states, _ = _padded(backbone, ids)
+            return torch.cat([states[n * width :][: row.shape[1]] for n, row in enumerate(rows)])
+
+        reason = _compared(backbone, rows, padded, "padded rows")
+        _paddable[backbone] = reason is None
+        if reason is not None:
+            not_taken("padded passes are", backbone, reason, "rows run one by one")
+    return _paddable[backbone]
+
+
 def _difference(backbone: PreTrainedModel) -> str | None:
     """What is wrong with two packed rows; None where each row has the hidden states that it has alone."""
-    device, training = backbone.device, backbone.training
-    vocabulary = backbone.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportIndexIssue]
-    ids_N = torch.arange(1, 6, device=device) % vocabulary
-    positions_N = torch.tensor([0, 1, 0, 1, 2], device=device)
-    slots_N = torch.tensor([0, 1, 3, 4, 5], device=device)
+    rows, lengths = trial_rows(backbone, (7, 11)), torch.tensor([7, 11])
+    positions_N = torch.cat([torch.arange(n, device=backbone.device) for n in lengths.tolist()])
+    slots_N = positions_N + torch.repeat_interleave(torch.tensor([0, 11]), lengths).to(backbone.device)
+    inputs = torch.cat(rows, dim=1)[0], positions_N, slots_N.expand(2, 1, 11, 18)
+    return _compared(backbone, rows, lambda: _packed(backbone, *inputs), "two rows side by side")
+
+
+def _compared(backbone: PreTrainedModel, rows: list[Tensor], own: Callable[[], Tensor], subject: str) -> str | None:
+    """What is wrong with the hidden states [N, H] that `own` computes of rows; None where they are each row's alone."""
+    training = backbone.training
     backbone.eval()
     try:
-        with torch.autocast(device.type, enabled=False):
-            alone = [backbone(input_ids=ids[None], use_cache=False).last_hidden_state[0] for ids in ids_N.split([2, 3])]
-            packed = _packed(backbone, ids_N, positions_N, slots_N.expand(2, 1, 3, 5))
-    except Exception as error:  # whatever the model does not bear about such inputs, it cannot be packed
-        return f"two rows side by side raise {type(error).__name__} in it"
+        with torch.autocast(backbone.device.type, enabled=False):
+            where = difference(backbone, lambda: _alone(backbone, rows), own)
+    except Exception as error:  # whatever the model does not bear about such inputs
+        return f"{subject} raise {type(error).__name__} in it"
     finally:
         backbone.train(training)
-    tolerance = 1e-3 if packed.dtype == torch.float32 else 3e-2
-    same = torch.allclose(packed, torch.cat(alone), rtol=tolerance, atol=tolerance)
-    return None if same else "two rows side by side have other hidden states than each alone"
+    if where is None:
+        return None
+    return " ".join(filter(None, (where, f"{subject} have other hidden states than each alone")))
+
+
+def _alone(backbone: PreTrainedModel, rows: list[Tensor]) -> Tensor:
+    """The last hidden states [N, H] of rows [1, L] that run one by one."""
+    return torch.cat([backbone(input_ids=ids, use_cache=False).last_hidden_state[0] for ids in rows])

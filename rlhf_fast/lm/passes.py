@@ -8,27 +8,39 @@ Shapes: B rows, P prompt tokens, T response tokens, L = P + T, H hidden, V vocab
 
 import functools
 import inspect
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_fast.lm.forward import call, one_pass
+from rlhf_fast.lm.limits import sides
 from rlhf_fast.lm.packing import real_hidden
 from rlhf_fast.lm.private import score_head
 from rlhf_fast.lm.sequences import Sequences, position_ids
+from rlhf_fast.lm.switches import difference, trial_rows
+from rlhf_fast.ops.private import is_fake
+
+_paddable: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
 @one_pass
 def response_logits(model: PreTrainedModel, sequences: Sequences) -> Tensor:
-    """The logits [B, T, V] that predict the response tokens. Logits of the prompt are computed only where the model's
-    forward knows no `logits_to_keep`."""
-    predicting = _predicting(sequences)
-    positions = torch.arange(predicting.start, predicting.stop, device=sequences.prompt_ids.device)
-    inputs = _inputs(model, sequences)
-    if "logits_to_keep" in _forward_parameters(type(model)):
-        return call(model, **inputs, logits_to_keep=positions).logits
-    return call(model, **inputs).logits[:, positions]
+    """The logits [B, T, V] that predict the response tokens; arbitrary where `response_mask` is False.
+
+    Logits of the prompt are computed only where the model's forward knows no `logits_to_keep`.
+    """
+    predicting, mask_BL = _predicting(sequences), sequences.attention_mask()
+    if not is_fake(mask_BL):
+        if parts := sides(model.config, mask_BL.sum(dim=1)):
+            found = torch.cat([response_logits(model, sequences.rows(rows)) for rows in parts])
+            return found.index_select(0, torch.cat(parts).argsort())
+        if not _can_pad_left(model) and not sequences.prompt_mask.all():
+            return _logits_of_rows_on_the_left(model, sequences)
+    return _logits(model, forward_inputs(model, sequences.input_ids(), mask_BL, position_ids(mask_BL)), predicting)
 
 
 @one_pass
@@ -69,7 +81,7 @@ def hidden_values(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 def forward_inputs(model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor) -> dict[str, Tensor]:
     """The arguments of the model's forward for token ids, mask (True = real) and positions, [B, L] each."""
     inputs = {"input_ids": ids, "attention_mask": mask.long()}
-    if "position_ids" in _forward_parameters(type(model)):  # Bloom and friends have none (ALiBi)
+    if "position_ids" in forward_parameters(type(model)):  # Bloom and friends have none (ALiBi)
         inputs["position_ids"] = positions
     return inputs
 
@@ -81,9 +93,55 @@ def _predicting(sequences: Sequences) -> slice:
     return slice(P - 1, P + T - 1)
 
 
-def _inputs(model: PreTrainedModel, sequences: Sequences) -> dict:
-    mask_BL = sequences.attention_mask()
-    return {**forward_inputs(model, sequences.input_ids(), mask_BL, position_ids(mask_BL)), "use_cache": False}
+def _logits(model: PreTrainedModel, inputs: dict[str, Tensor], columns: slice) -> Tensor:
+    """The logits [B, columns, V] of these columns alone."""
+    positions = torch.arange(columns.start, columns.stop, device=inputs["input_ids"].device)
+    if "logits_to_keep" in forward_parameters(type(model)):
+        return call(model, **inputs, use_cache=False, logits_to_keep=positions).logits
+    return call(model, **inputs, use_cache=False).logits[:, positions]
+
+
+def _logits_of_rows_on_the_left(model: PreTrainedModel, sequences: Sequences) -> Tensor:
+    """`response_logits` from rows that begin in the first column, for models in which padding changes what follows."""
+    mask_BL, prompts_B = sequences.attention_mask(), sequences.prompt_mask.sum(dim=1)
+    order = (~mask_BL).long().argsort(dim=1, stable=True)[:, : int(mask_BL.sum(dim=1).max())]
+    ids, T = sequences.input_ids().gather(1, order), sequences.response_ids.shape[1]
+    first, last = int(prompts_B.min()) - 1, min(int(prompts_B.max()) - 1 + T, ids.shape[1])
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    logits = _logits(model, forward_inputs(model, ids, mask, position_ids(mask)), slice(first, last))
+    columns_BT = prompts_B[:, None] - 1 - first + torch.arange(T, device=ids.device)
+    return logits[torch.arange(len(ids), device=ids.device)[:, None], columns_BT.clamp(max=last - first - 1)]
+
+
+def _can_pad_left(model: PreTrainedModel) -> bool:
+    """Whether padding on the left leaves a row's hidden states as they are."""
+    if model not in _paddable:
+        backbone: Any = model.base_model
+        rows, width = trial_rows(model, (7, 11)), 11
+
+        def states(ids: Tensor, mask: Tensor) -> Tensor:
+            out = backbone(**forward_inputs(backbone, ids, mask, position_ids(mask)), use_cache=False)
+            return out[0][mask]
+
+        def alone() -> Tensor:
+            return torch.cat([states(row, torch.ones_like(row, dtype=torch.bool)) for row in rows])
+
+        def padded() -> Tensor:
+            gaps = [width - row.shape[1] for row in rows]
+            ids = torch.cat([F.pad(row, (gap, 0)) for row, gap in zip(rows, gaps, strict=True)])
+            gap_B = torch.tensor(gaps, device=ids.device)[:, None]
+            return states(ids, torch.arange(width, device=ids.device) >= gap_B)
+
+        training = model.training
+        model.eval()
+        try:
+            with torch.autocast(model.device.type, enabled=False):
+                _paddable[model] = difference(model, alone, padded) is None
+        except Exception:  # whatever the model does not bear about such inputs
+            _paddable[model] = False
+        finally:
+            model.train(training)
+    return _paddable[model]
 
 
 def _score(model: PreTrainedModel, hidden: Tensor) -> Tensor:
@@ -95,5 +153,6 @@ def _score(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 
 
 @functools.cache
-def _forward_parameters(model_class: type) -> frozenset[str]:
+def forward_parameters(model_class: type) -> frozenset[str]:
+    """The names of the arguments of a model's forward."""
     return frozenset(inspect.signature(model_class.forward).parameters)

@@ -62,14 +62,9 @@ def lengthen(cache: DynamicCache, rows: int, slots: int) -> None:
         )
 
 
-def repeat_rows(cache: DynamicCache, copies: int) -> None:
-    """Repeats each row `copies` times in place; the copies of a row stand side by side."""
-    cache.batch_repeat_interleave(copies)
-
-
-def select_rows(cache: DynamicCache, rows: Tensor) -> None:
-    """Keeps these rows alone, in place. rows: [n] int64."""
-    cache.batch_select_indices(rows)
+def choose_rows(cache: DynamicCache, rows: Tensor) -> None:
+    """Makes these rows, repeated or left out, the rows of every layer, in place. rows: [n] int64."""
+    cache.reorder_cache(rows)  # pyright: ignore[reportArgumentType]
 
 
 # Layers

@@ -98,6 +98,8 @@ def _llama(base: Part, config: PreTrainedConfig, dtype: torch.dtype | None) -> t
     if (getattr(config, "rope_parameters", None) or {}).get("rope_type") not in _FIXED_ROPE:
         return None
     rope, eager = rotary_of(base), attention_of(config) == "eager"
+    # Mistral's layers read their window from the config. Where types of layers differ, each attention has its own.
+    window = None if getattr(config, "layer_types", None) else getattr(config, "sliding_window", None)
     blocks = []
     for layer in base.layers:
         attention, mlp = layer.self_attn, layer.mlp
@@ -118,7 +120,7 @@ def _llama(base: Part, config: PreTrainedConfig, dtype: torch.dtype | None) -> t
                 _norm(layer.post_feedforward_layernorm) if four_norms else None,
                 attention.scaling,
                 getattr(attention, "attn_logit_softcapping", None) if eager else None,
-                getattr(attention, "sliding_window", None),
+                getattr(attention, "sliding_window", window),
             )
         )
     return lambda tokens, positions: base.embed_tokens(tokens), blocks, _norm(base.norm), rope

@@ -1,8 +1,8 @@
 """Decoders: a prompt goes in once, then one token per row and step; rows can be dropped between steps.
 
 `StaticDecoder` runs `blocks` over a preallocated cache. Every index is a tensor, so that a CUDA device can replay the
-step as a graph. `CacheDecoder` calls transformers' forward with transformers' growing cache; it is slower, and takes
-any model with a cache. `decoder` picks `StaticDecoder` where it gives the model's own logits.
+step as a graph. The decoders of `decoders` call transformers' forward; they are slower, and take any model. `decoder`
+picks the first decoder that gives the model's own logits.
 
 Shapes: B prompts of P tokens, R rows, n rows still decoding, S cache slots, L layers, D head size, K key/value heads,
 G query heads per key/value head, V vocabulary.
@@ -10,7 +10,6 @@ G query heads per key/value head, V vocabulary.
 
 import weakref
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,77 +18,37 @@ from transformers import DynamicCache, PreTrainedModel
 
 from rlhf_fast.lm.fast_paths import not_taken
 from rlhf_fast.lm.passes import forward_inputs
-from rlhf_fast.lm.private import keys_and_values, repeat_rows, select_rows
+from rlhf_fast.lm.private import keys_and_values
 from rlhf_fast.lm.sequences import position_ids
+from rlhf_fast.lm.switches import difference, switching_length, trial_rows
 from rlhf_fast.rollout import blocks, cpu
+from rlhf_fast.rollout.decoders import ByLength, CacheDecoder, Decoder, WholeDecoder
 
 # Attention reads the cache in pieces of this many slots; on CUDA a graph is captured for each number of pieces.
 _SLOTS = 64
-# Model -> why StaticDecoder is not taken; None where a trial gave the model's own logits.
-_refused: "weakref.WeakKeyDictionary[PreTrainedModel, str | None]" = weakref.WeakKeyDictionary()
-
-
-class Decoder(Protocol):
-    """One generation: `prefill` once, then `step` for every token, with `keep` between steps."""
-
-    def prefill(self, ids: Tensor, mask: Tensor, copies: int) -> Tensor:
-        """Logits [B * copies, V] behind left-padded prompts [B, P]; each prompt has `copies` consecutive rows."""
-        ...
-
-    def step(self, tokens: Tensor) -> Tensor:
-        """Logits [n, V] behind one more token [n] int64 of each row."""
-        ...
-
-    def keep(self, rows: Tensor) -> Tensor:
-        """Drops all rows but `rows` ([m] of n, ascending); returns the order [m] in which these rows go on."""
-        ...
+# Model -> the decoder that gave the model's own logits in a trial, by its name in `_choice`.
+_chosen: "weakref.WeakKeyDictionary[PreTrainedModel, str]" = weakref.WeakKeyDictionary()
 
 
 def decoder(model: PreTrainedModel, new_tokens: int) -> Decoder:
     """A decoder with room for `new_tokens` tokens behind the prompt. The model must be in eval mode.
 
-    Warns once where a model has to take `CacheDecoder`.
+    Warns once where a model has to take another decoder than `StaticDecoder`.
     """
     dtype = torch.get_autocast_dtype(model.device.type) if torch.is_autocast_enabled(model.device.type) else None
-    if model not in _refused:
-        _refused[model] = reason = _refusal(model)
-        if reason is not None:
-            not_taken("our own decoding steps are", model, reason, "transformers' forward runs with its own cache")
-    parts = blocks.read(model, dtype) if _refused[model] is None else None
-    return CacheDecoder(model) if parts is None else StaticDecoder(model, parts, new_tokens)
+    if model not in _chosen:
+        _chosen[model] = _choice(model)
+    choice, limit = _chosen[model], switching_length(model.config)
 
+    def make() -> Decoder:
+        parts = blocks.read(model, dtype) if choice == "static" else None
+        if parts is not None:
+            return StaticDecoder(model, parts, new_tokens)
+        return WholeDecoder(model) if choice == "whole" else CacheDecoder(model)
 
-class CacheDecoder:
-    """transformers' forward and DynamicCache."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model, self.cache = model, DynamicCache(config=model.config)
-
-    def prefill(self, ids: Tensor, mask: Tensor, copies: int) -> Tensor:
-        """As in `Decoder`; the cache is expanded to `copies` rows per prompt."""
-        positions = position_ids(mask)
-        logits = self._logits(ids, mask, positions)
-        if copies > 1:
-            repeat_rows(self.cache, copies)
-        self.mask = mask.repeat_interleave(copies, dim=0)
-        self.position = positions[:, -1:].repeat_interleave(copies, dim=0)
-        return logits.repeat_interleave(copies, dim=0)
-
-    def step(self, tokens: Tensor) -> Tensor:
-        """As in `Decoder`."""
-        self.mask = F.pad(self.mask, (0, 1), value=True)
-        self.position = self.position + 1
-        return self._logits(tokens[:, None], self.mask, self.position)
-
-    def keep(self, rows: Tensor) -> Tensor:
-        """As in `Decoder`; the rows keep their order."""
-        select_rows(self.cache, rows)
-        self.mask, self.position = self.mask[rows], self.position[rows]
-        return rows
-
-    def _logits(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        inputs = forward_inputs(self.model, ids, mask, positions)
-        return self.model(**inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+    if choice in ("static", "cache"):
+        return make() if limit is None else ByLength(make, limit)
+    return ByLength(make)
 
 
 class StaticDecoder:
@@ -266,27 +225,68 @@ class _Graph:
         return self.logits
 
 
-def _refusal(model: PreTrainedModel) -> str | None:
-    """Why our step cannot be used; None where two steps over ragged prompts give the logits of the model's forward."""
-    ids = (torch.arange(8, device=model.device).view(2, 4) + 1) % model.config.get_text_config().vocab_size
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    mask[0, :2] = False
+@torch.no_grad()
+def _choice(model: PreTrainedModel) -> str:
+    """The first decoder that gives the model's own logits: "static", "cache", "cache by length" or "whole"."""
 
-    def last_logits(decoder: Decoder) -> Tensor:
-        decoder.prefill(ids, mask, 1)
-        for column in (0, 1):
-            logits = decoder.step(ids[:, column])
-        return logits
+    def static() -> Decoder:
+        parts = blocks.read(model)  # anew in every trial, because it reads the windows
+        assert parts is not None
+        return StaticDecoder(model, parts, _STEPS)
 
     with torch.autocast(model.device.type, enabled=False):
         try:
-            parts = blocks.read(model)
-            if parts is None:
-                return "the layout of its layers is not known"
-            a = last_logits(StaticDecoder(model, parts, 2))
-        except Exception as error:  # for example weights of a class that our step cannot mix with plain tensors
-            return f"a step over its weights raises {type(error).__name__}"
-        b = last_logits(CacheDecoder(model))
-    tolerance = 1e-4 if a.dtype == torch.float32 else 3e-2
-    same = torch.allclose(a.float(), b.float(), rtol=tolerance, atol=tolerance * b.abs().max().item())
-    return None if same else "its own forward gives other logits"
+            known = blocks.read(model) is not None
+            reason = _refusal(model, static) if known else "the layout of its layers is not known"
+        except Exception as error:
+            reason = f"a step over its weights raises {type(error).__name__}"
+        if reason is None:
+            return "static"
+        instead = "transformers' forward runs with its own cache"
+        not_taken("our own decoding steps are", model, reason, instead)
+        reason = _refusal(model, lambda: CacheDecoder(model))
+        if reason is None:
+            return "cache"
+        apart = _refusal(model, lambda: ByLength(lambda: CacheDecoder(model)))
+    if apart is None:
+        not_taken("steps over prompts of different lengths are", model, reason, "prompts of each length run apart")
+        return "cache by length"
+    not_taken("steps with transformers' cache are", model, apart, "every step runs whole rows")
+    return "whole"
+
+
+_STEPS = 4
+
+
+def _refusal(model: PreTrainedModel, make: Callable[[], Decoder]) -> str | None:
+    """Why a decoder cannot be used; None where it gives the logits of the model's forward over each row alone.
+
+    Two prompts of different lengths have two rows each, and one row leaves between steps. See `switches` for what the
+    rows cross.
+    """
+    long, short = (row[0] for row in trial_rows(model, (9 + _STEPS, 7 + _STEPS)))
+    mask = torch.ones(2, 9, dtype=torch.bool, device=long.device)
+    mask[1, :2] = False
+    ids = torch.stack([long[:9], F.pad(short[:7], (2, 0))])
+    next_tokens = torch.stack([long[9:], short[7:]])
+
+    def own() -> Tensor:
+        steps, rows = make(), torch.arange(4, device=ids.device)
+        logits, found = steps.prefill(ids, mask, 2), []
+        for t in range(_STEPS + 1):
+            found.append(logits[torch.stack([(rows == row).nonzero()[0, 0] for row in (1, 2)])])
+            if t == _STEPS // 2:
+                rows = rows[steps.keep(torch.tensor([1, 2, 3], device=ids.device))]
+            if t < _STEPS:
+                logits = steps.step(next_tokens[rows // 2, t])
+        return torch.stack(found)
+
+    def plain() -> Tensor:
+        whole = [model(input_ids=row[None], use_cache=False).logits[0, -_STEPS - 1 :] for row in (long, short)]
+        return torch.stack(whole, dim=1)
+
+    try:
+        where = difference(model, plain, own)
+    except Exception as error:  # for example weights of a class that our step cannot mix with plain tensors
+        return f"a step over its weights raises {type(error).__name__}"
+    return None if where is None else " ".join(filter(None, (where, "its own forward gives other logits")))

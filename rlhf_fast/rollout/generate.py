@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_fast.lm.limits import check_completions
 from rlhf_fast.lm.sequences import Sequences
+from rlhf_fast.lm.switches import switching_length
 from rlhf_fast.ops import sample_tokens
 from rlhf_fast.ops.results import Sample
 from rlhf_fast.rollout.engine import Decoder, decoder
@@ -117,6 +119,8 @@ def generate(
     for name, value in (("max_new_tokens", max_new_tokens), ("greedy_max_new_tokens", greedy_max_new_tokens)):
         if value is not None and value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
+    if switching_length(model.config) is not None:
+        check_completions(model, "max_new_tokens", prompt_mask.sum(dim=1).tolist(), max_new_tokens)
     device, copies = prompt_ids.device, samples + int(greedy)
     prompt_ids, prompt_mask_R = (x.repeat_interleave(copies, dim=0) for x in (prompt_ids, prompt_mask))
     number_R = torch.arange(len(prompt_ids), device=device) % copies

@@ -57,7 +57,7 @@ def test_wrapped_weights_give_the_logits_of_plain_ones(chosen):
         first = decoder.prefill(sequences.prompt_ids, sequences.prompt_mask, 1)
         logits.append([plain(first), plain(decoder.step(tokens)), plain(decoder.step(tokens + 1))])
         wrap(model, chosen)
-        engine._refused.clear()
+        engine._chosen.clear()
     for expected, got in zip(*logits, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
@@ -105,7 +105,7 @@ except Exception as error:
 model, sequences = random_policy("llama").requires_grad_(False), random_sequences(rows=3)
 inputs = sequences.prompt_ids, sequences.prompt_mask
 expected = engine.decoder(model, 2).prefill(*inputs, 1)
-engine._refused.clear()
+engine._chosen.clear()
 for name, parameter in list(model.named_parameters()):
     if "norm" in name or "proj" in name:
         module, _, last = name.rpartition(".")
