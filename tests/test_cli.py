@@ -159,6 +159,33 @@ def test_other_errors_of_a_stage_keep_their_traceback(monkeypatch):
         cli.main(["ppo", *FLAGS])
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--columns", "prompt=question", "answer=gold", "--chat-template-kwargs", "thinking=false", "effort=low"],
+        ["--columns=prompt=question", "answer=gold", "--chat-template-kwargs", '{"thinking": false, "effort": "low"}'],
+        ["--columns", '{"prompt": "question", "answer": "gold"}', "--chat_template_kwargs=thinking=no", "effort=low"],
+        ["--config", {"columns": {"prompt": "question", "answer": "gold"}}, "--chat-template-kwargs", "thinking=false"],
+    ],
+)
+def test_mappings(flags, trained, yaml_file):
+    flags = [yaml_file(flag) if isinstance(flag, dict) else flag for flag in flags]
+    flags += ["effort=low"] * (flags[-1] == "thinking=false")
+    assert cli.main(["ppo", *FLAGS, *flags]) == 0
+    options = {"thinking": False, "effort": "low"}
+    expected = PPOConfig(**PPO, columns={"prompt": "question", "answer": "gold"}, chat_template_kwargs=options)
+    assert trained == [expected]
+
+
+def test_mappings_of_another_form(trained, capsys):
+    assert cli.main(["ppo", *FLAGS, "--columns", "prompt"]) == 2
+    assert "columns: expected mapping, got 'prompt'" in capsys.readouterr().err
+    assert cli.main(["ppo", *FLAGS, "--chat-template-kwargs", "tokenize=true"]) == 2
+    expected = "chat_template_kwargs: expected options of the template, got tokenize, which the stage sets"
+    assert expected in capsys.readouterr().err
+    assert not trained
+
+
 def test_print_config_is_a_config(trained, yaml_file, capsys):
     assert cli.main(["ppo", *FLAGS, "--steps", "7", "--print-config"]) == 0
     assert not trained
