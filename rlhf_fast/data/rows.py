@@ -78,6 +78,8 @@ def load_unpaired(source: str | Path | Iterable[Row]) -> list[Row]:
     for n, pair in enumerate(load_rows(source, "preference"), 1):
         for name, label in (("chosen", True), ("rejected", False)):
             row = LocatedRow(prompt=pair["prompt"], completion=pair[name], label=label)
+            if f"{name}_finished" in pair:
+                row["completion_finished"] = pair[f"{name}_finished"]
             row.where = place(pair, n)
             rows.append(row)
     return rows

@@ -141,7 +141,7 @@ def _scorer_on(language_model: PreTrainedModel) -> PreTrainedModel:
     """The classifier of this architecture on the trunk of `language_model` itself; its head is not initialised."""
     config = copy.deepcopy(language_model.config)
     config.num_labels = 1
-    with torch.device("meta"), _known_family(AutoModelForSequenceClassification, language_model.name_or_path):
+    with torch.device("meta"), _known_family(AutoModelForSequenceClassification, str(language_model.name_or_path)):
         model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
     setattr(model, model.base_model_prefix, language_model.base_model)
     if hasattr(model, "score"):
