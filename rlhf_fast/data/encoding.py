@@ -1,7 +1,9 @@
 """Rows in, token ids out: encoding every kind of training data.
 
 - Prompt and completion are tokenized apart and joined, so no token stands on both sides of the border. If the tokenizer
-  adds BOS, it comes once, at the start. Every completion ends in EOS.
+  adds BOS, it comes once, at the start. Every finished completion ends in EOS.
+- A completion that a length limit cut off has no end, so no EOS follows it. Its row says so by `chosen_finished`,
+  `rejected_finished` or `completion_finished`: false. `pairs` writes these columns.
 - Only completion tokens and their EOS are trained on. Masks are explicit and never derived from token ids, so pad ==
   eos and a tokenizer without a pad token change nothing.
 - Conversations (a `messages` column, or a prompt that is a list of messages) go through the tokenizer's chat template,
@@ -137,7 +139,7 @@ def encode_sft(
         prompt = _start(bos, parts[0], chat)
         rest = [token for part in parts[1:] for token in part]
         trained = [n % 2 == 0 for n, part in enumerate(parts[1:]) for _ in part]
-        if not rest or rest[-1] != eos:
+        if (not rest or rest[-1] != eos) and _finished(row, "completion"):
             rest, trained = rest + [eos], trained + [True]
         prompt, (rest,), cut = _fit(prompt, [rest], tokenizer, max_length, max_prompt_length)
         mask = [False] * len(prompt) + trained[: len(rest)]
@@ -158,7 +160,9 @@ def encode_preferences(
     """Rows of kind preference -> Encoded of PreferenceExample. Each answer is cut by itself."""
     examples, cuts = [], []
     answers = [[row["chosen"], row["rejected"]] for row in rows]
-    encoded = _encode_answers(rows, answers, tokenizer, max_length, max_prompt_length, chat_template_kwargs)
+    finished = [[_finished(row, "chosen"), _finished(row, "rejected")] for row in rows]
+    options = tokenizer, max_length, max_prompt_length, chat_template_kwargs
+    encoded = _encode_answers(rows, answers, *options, finished=finished)
     for row, (prompt, (chosen, rejected), cut) in zip(rows, encoded, strict=True):
         margin = row.get("margin")
         examples.append(PreferenceExample(prompt, chosen, rejected, None if margin is None else float(margin)))
@@ -195,10 +199,17 @@ def encode_unpaired(
     The unrelated completion of a row is the completion of the next row with another prompt; after the last row comes
     the first. Raises ValueError where all rows have one prompt.
     """
-    others = [rows[n]["completion"] for n in _next_with_another_prompt(rows)]
+    others = [rows[n] for n in _next_with_another_prompt(rows)]
     options = tokenizer, max_length, max_prompt_length, chat_template_kwargs
-    own = _encode_answers(rows, [[row["completion"]] for row in rows], *options)
-    unrelated = _encode_answers(rows, [[completion] for completion in others], *options)
+    own, unrelated = (
+        _encode_answers(
+            rows,
+            [[row["completion"]] for row in answered],
+            *options,
+            finished=[[_finished(row, "completion")] for row in answered],
+        )
+        for answered in (rows, others)
+    )
     examples, cuts = [], []
     for row, (prompt, (ids,), cut), (other_prompt, (other_ids,), _) in zip(rows, own, unrelated, strict=True):
         examples.append(UnpairedExample(prompt, ids, row["label"], (other_prompt, other_ids)))
@@ -279,8 +290,12 @@ def _encode_answers(
     max_length: int,
     max_prompt_length: int,
     chat_template_kwargs: TemplateOptions,
+    finished: list[list[bool]] | None = None,
 ) -> Iterator[tuple[list[int], list[list[int]], _Cut]]:
-    """Yields for each row its prompt's ids, the ids of every answer with EOS, and what was cut."""
+    """Yields for each row its prompt's ids, the ids of every answer, and what was cut.
+
+    finished: for each answer whether it ends in EOS; default: all.
+    """
     bos, eos = _bos(tokenizer), _eos(tokenizer)
     texts = []
     for n, (row, completions) in enumerate(zip(rows, answers, strict=True), 1):
@@ -290,8 +305,20 @@ def _encode_answers(
     for n, (row, (_, completions)) in enumerate(zip(rows, texts, strict=True), 1):
         prompt = _nonempty(_start(bos, next(tokenized), _is_chat(row, tokenizer)), place(row, n))
         ids = [next(tokenized) for _ in completions]
-        ids = [answer if answer and answer[-1] == eos else answer + [eos] for answer in ids]
+        ends = [True] * len(ids) if finished is None else finished[n - 1]
+        ids = [_ended(answer, eos, end) for answer, end in zip(ids, ends, strict=True)]
         yield _fit(prompt, ids, tokenizer, max_length, max_prompt_length)
+
+
+def _finished(row: Row, column: str) -> bool:
+    """Whether the text in `column` ends, or a length limit cut it off."""
+    return row.get(f"{column}_finished") is not False
+
+
+def _ended(answer: list[int], eos: int, finished: bool) -> list[int]:
+    """The answer with one EOS behind it, or with none where it is not finished and has other tokens."""
+    text = answer[:-1] if answer[-1:] == [eos] else answer
+    return [*text, eos] if finished or not text else text
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

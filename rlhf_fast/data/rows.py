@@ -84,6 +84,8 @@ def load_unpaired(source: str | Path | Iterable[Row], columns: Mapping[str, str]
         for name, label in (("chosen", True), ("rejected", False)):
             rest = {name: pair[name] for name in _USED if name in pair and name != "messages"}
             row = LocatedRow(rest, completion=pair[name], label=label)
+            if f"{name}_finished" in pair:
+                row["completion_finished"] = pair[f"{name}_finished"]
             row.where = place(pair, n)
             rows.append(row)
     return rows

@@ -144,7 +144,7 @@ def _scorer_on(language_model: PreTrainedModel) -> PreTrainedModel:
     with as_before(language_model):
         config = copy.deepcopy(language_model.config)
     config.num_labels = 1
-    with torch.device("meta"):
+    with torch.device("meta"), _known_family(AutoModelForSequenceClassification, str(language_model.name_or_path)):
         model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
     setattr(model, model.base_model_prefix, language_model.base_model)
     if hasattr(model, "score"):
@@ -176,8 +176,9 @@ def _kind(config: PreTrainedConfig) -> str:
 
 def _load(kind: type, path: str, **options: int) -> tuple[PreTrainedModel, list[str]]:
     """The model at `path` in fp32, and the names of the weights that the files lack and that are random now."""
-    with _quiet_loading():
+    with _quiet_loading(), _known_family(kind, path):
         model, found = kind.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **options)
+    _return_objects(model.config)
     return model, sorted(found["missing_keys"])
 
 
@@ -185,6 +186,31 @@ def _check_complete(argument: str, path: str, model: PreTrainedModel, missing: l
     if missing:
         names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise ValueError(f"{argument}: expected all weights of {type(model).__name__} at {path}, found no {names}")
+
+
+def _return_objects(config: PreTrainedConfig) -> None:
+    """Makes the model's forward return objects with named fields, without attention weights and inner states.
+
+    Some config.json ask for tuples or for these extras. They serve a caller and say nothing about the model.
+    """
+    parts = [getattr(config, name, None) for name in config.sub_configs]
+    for part in (config, *(part for part in parts if isinstance(part, PreTrainedConfig))):
+        part.return_dict, part.output_hidden_states, part.output_attentions = True, False, False
+
+
+@contextmanager
+def _known_family(kind: type, path: str) -> Iterator[None]:
+    """Inside, transformers' list of every config there is becomes one line that names the family at `path`."""
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("Unrecognized configuration class"):
+            raise
+        family = AutoConfig.from_pretrained(path).model_type
+        wanted = kind.__name__.removeprefix("AutoModelFor")
+        raise ValueError(
+            f"model: expected a family with a class for {wanted} in transformers, got {family} at {path}"
+        ) from error
 
 
 @contextmanager

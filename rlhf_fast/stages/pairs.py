@@ -1,8 +1,8 @@
 """Preference pairs from a model's own samples, labelled by Bradley-Terry on a reward.
 
 P(a preferred over b) = sigmoid(scale * (reward(a) - reward(b))). Each label is drawn, so labels are noisy, as people's
-labels are. A pair with a sample that reached the length limit is left out: its text does not end there, but training
-puts an EOS behind every answer of a row.
+labels are. A sample that reached the length limit has no end. Its row says so by `chosen_finished` or
+`rejected_finished`: false, and training puts no EOS behind it.
 """
 
 import torch
@@ -22,7 +22,7 @@ def sample(config: PairsConfig) -> None:
     """Writes a {prompt, chosen, rejected} row per prompt to `config.output`.
 
     Rows of the last config.eval_rows prompts go to config.eval_output instead. A prompt with equal completions or with
-    an empty completion is left out, and so is a prompt with a completion that has no end. Prints how many are left out.
+    an empty completion is left out. A row says of a completion without an end that it is not finished.
     """
     device = default_device()
     tokenizer = with_template(load_tokenizer(config.model), config.chat_template)
@@ -42,7 +42,7 @@ def sample(config: PairsConfig) -> None:
     check_prompts(prompts, config.max_response_length, tokenizer, model=policy, **reward.readers)
     sampler = LocalSampler(policy, tokenizer, max_new_tokens=config.max_response_length, temperature=config.temperature)
     labels = torch.Generator().manual_seed(config.seed)
-    pairs, unfinished = [], 0
+    pairs = []
     for rows in micro_batches(len(prompts), config.batch_size):
         batch = prompts[rows]
         rollout = sampler([p.prompt_ids for p in batch], seed=config.seed, samples=2).sampled
@@ -50,16 +50,16 @@ def sample(config: PairsConfig) -> None:
         first_wins = torch.sigmoid(config.scale * (scores[:, 0] - scores[:, 1]))
         best = (torch.rand(len(batch), generator=labels) >= first_wins).long().tolist()
         texts = decode_responses(tokenizer, rollout)
-        ended = rollout.finished.view(-1, 2).all(dim=1).tolist()
-        unfinished += ended.count(False)
+        finished = rollout.finished.tolist()
         for i, prompt in enumerate(batch):
             answers = texts[2 * i : 2 * i + 2]
             useful = answers[0].strip() and answers[1].strip() and answers[0] != answers[1]
-            row = {"prompt": prompt.prompt, "chosen": answers[best[i]], "rejected": answers[1 - best[i]]}
-            pairs.append(row if useful and ended[i] else None)
-    if left_out := pairs.count(None):
-        limit = f"{unfinished} with a completion cut off at max_response_length={config.max_response_length}"
-        print(f"pairs: left out {left_out} of {len(pairs)} prompts: {limit}, the others with equal or empty ones")
+            row = {"prompt": prompt.prompt}
+            for name, index in (("chosen", best[i]), ("rejected", 1 - best[i])):
+                row[name] = answers[index]
+                if not finished[2 * i + index]:
+                    row[f"{name}_finished"] = False
+            pairs.append(row if useful else None)
     training = len(pairs) - config.eval_rows
     write_rows(config.output, filter(None, pairs[:training]))
     if config.eval_output:

@@ -20,7 +20,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,10 @@ from transformers.utils import logging as transformers_logging
 
 from rlhf_fast.data.files import write_json
 from rlhf_fast.lm.loading import save_model
+from rlhf_fast.lm.private import has_adapter
 
 _MANIFEST = "checkpoint.json"
+_SAID = 240  # characters of transformers' reason that a message repeats
 _INSIDE = ".new"  # where a checkpoint is put together in a directory that stays
 MODEL_FILES = frozenset(  # the files that `save` writes for most models and tokenizers
     {
@@ -96,6 +99,28 @@ def save(
         os.replace(new, directory)
         shutil.rmtree(old, ignore_errors=True)
     return directory
+
+
+def check_savable(models: Iterable[PreTrainedModel], tokenizer: PreTrainedTokenizerBase) -> None:
+    """ValueError unless configs, generation configs and tokenizer can be saved, so that no training is lost at its end.
+
+    transformers loads some that it refuses to save, such as a generation config with a temperature and without
+    sampling. Only the configs and the tokenizer are written, to a temporary directory.
+    """
+    parts: list[tuple[str, str, Any]] = [("tokenizer", "tokenizer", tokenizer)]
+    for model in models:
+        if not has_adapter(model):  # an adapter is saved without the config of its base
+            parts.append(("config", "config.json", model.config))
+            if model.can_generate() and model.generation_config is not None:
+                parts.append(("generation config", "generation_config.json", model.generation_config))
+    for name, file, part in parts:
+        with tempfile.TemporaryDirectory() as directory:
+            try:
+                part.save_pretrained(directory)
+            except Exception as error:
+                said = " ".join(str(error).split())
+                said = said if len(said) <= _SAID else f"{said[:_SAID]}..."
+                raise ValueError(f"model: expected a {name} that can be saved, mend {file}: {said}") from error
 
 
 def foreign(directory: str | os.PathLike) -> set[str]:

@@ -11,8 +11,10 @@ from rlhf_fast.config.fields import describe
 from rlhf_fast.lm import adapters
 from rlhf_fast.lm.loading import load_policy
 from rlhf_fast.training import checkpoint
+from rlhf_fast.training.fingerprint import fingerprint
 
 _RUN_CONFIG = "run_config.json"  # in every checkpoint
+_DATA = "data"  # its key for the fingerprints of the rows
 
 _MAY_CHANGE = {  # fields that a resumed run may change: where it writes, what it shows, how it fits into memory
     "output_dir",
@@ -44,9 +46,9 @@ def load_policy_and_reference(
 def resume_directory(config: StageConfig) -> Path | None:
     """The checkpoint that this run continues from, or None; stages load their trained models from it.
 
-    Raises ValueError where a run with another config wrote the checkpoint. With a constant learning rate the new config
-    may have more steps (offline stages: epochs). With any other schedule it may not, because a longer run would have
-    decayed its learning rate differently from the start.
+    Raises ValueError where a run with another config or on other rows wrote the checkpoint. With a constant learning
+    rate the new config may have more steps (offline stages: epochs). With any other schedule it may not, because a
+    longer run would have decayed its learning rate differently from the start.
     """
     found = checkpoint.latest(config.output_dir) if config.resume else None
     if found is None:
@@ -55,8 +57,15 @@ def resume_directory(config: StageConfig) -> Path | None:
         raise ValueError(f"resume: expected a checkpoint with its {_RUN_CONFIG}, found none in {found}")
     length = "steps" if isinstance(config, OnlineConfig) else "epochs"
     now = describe(config)
-    for name, then in json.loads((found / _RUN_CONFIG).read_text()).items():
+    written = json.loads((found / _RUN_CONFIG).read_text())
+    data = written.pop(_DATA, {})
+    for name, then in written.items():
         longer = name == length and config.lr_schedule == "constant" and now[name] > then
         if name not in _MAY_CHANGE and now.get(name) != then and not longer:
             raise ValueError(f"{name}: expected {then!r} as in the run to resume, {found}, got {now.get(name)!r}")
+    for name, then in data.items():
+        if fingerprint(getattr(config, name)) not in (then, None):
+            raise ValueError(
+                f"{name}: expected the rows of the run to resume, {found}, but the content of {now[name]} has changed"
+            )
     return found

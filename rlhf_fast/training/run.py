@@ -20,12 +20,13 @@ from rlhf_fast.data.files import write_json
 from rlhf_fast.training import checkpoint
 from rlhf_fast.training.batches import seed_everything
 from rlhf_fast.training.evaluation import Evaluation
+from rlhf_fast.training.fingerprint import fingerprints
 from rlhf_fast.training.learner import Learner
 from rlhf_fast.training.listeners import Listener, TensorBoard
 from rlhf_fast.training.memory import static_bytes
 from rlhf_fast.training.meter import Meter
 from rlhf_fast.training.metrics import MetricsLogger
-from rlhf_fast.training.resume import _RUN_CONFIG, resume_directory
+from rlhf_fast.training.resume import _DATA, _RUN_CONFIG, resume_directory
 
 
 class Run:
@@ -39,7 +40,8 @@ class Run:
     show: metrics shown in the progress bar.
     listeners: who hears of every row of metrics. TensorBoard is added where the config asks for it.
     Entering raises ValueError where output_dir holds another program's model or an unfinished run that `resume` does
-    not continue.
+    not continue, and where a model or the tokenizer cannot be saved.
+    A run that an exception ends writes a checkpoint of its last good step, from which `resume` goes on.
     """
 
     def __init__(
@@ -67,13 +69,17 @@ class Run:
         self.meter = Meter(self.models[""].device)
         self.states = {**learners, **(states or {}), "meter": self.meter}
         self.described = describe(config)  # now, because a failure after the training would lose the model
+        self.data = fingerprints(config)
         self.first_step, self.train_seconds, self._facts = 1, 0.0, {}
+        self._good, self._finishing = 0, False  # the last step whose updates are complete
+        self._schedules: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> "Run":
         mine = checkpoint.MODEL_FILES | self.models.keys()
         if clash := sorted(checkpoint.foreign(self.config.output_dir) & mine):
             found = f"{', '.join(clash)} in {self.config.output_dir}"
             raise ValueError(f"output_dir: expected no model that another program wrote, found {found}")
+        checkpoint.check_savable(self.models.values(), self.tokenizer)
         resumed = resume_directory(self.config)
         if resumed is not None:
             state = checkpoint.load_state(resumed)
@@ -91,6 +97,7 @@ class Run:
             show=self.show,
         )
         self.logger.__enter__()
+        self._mark_good(self.first_step - 1)
         for listener in self.listeners:
             listener.begin(self)
         if self.config.resume and resumed is None:
@@ -108,10 +115,39 @@ class Run:
         checkpoint.clear(self.config.output_dir)
         finished.unlink(missing_ok=True)
 
-    def __exit__(self, *exc: Any) -> None:
-        self.logger.__exit__(*exc)
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        # Not after an interruption, because it may stand in the middle of an optimizer's step.
+        if isinstance(error, Exception) and not self._finishing:
+            self._keep_good_step()
+        self.logger.__exit__(kind, error, trace)
         for listener in self.listeners:
             listener.end()
+
+    def _mark_good(self, step: int) -> None:
+        self._good = step
+        self._schedules = {role: learner.scheduler.state_dict() for role, learner in self.learners.items()}
+
+    def _keep_good_step(self) -> None:
+        """Writes the checkpoint of the last good step, if there is one, and says so.
+
+        Where the broken step has made whole updates before, as several epochs of minibatches do, these are kept.
+        """
+        learners, good = self.learners.values(), self._good
+        moved = any(self._schedules[role] != learner.scheduler.state_dict() for role, learner in self.learners.items())
+        if good == 0 or not all(learner.whole for learner in learners):
+            return
+        if checkpoint.latest(self.config.output_dir) != self._state_at(good):
+            try:
+                for role, learner in self.learners.items():
+                    learner.scheduler.load_state_dict(self._schedules[role])  # the step is taken again
+                self.save_state(good)
+                checkpoint.prune(self.config.output_dir, keep=1)
+            except Exception as error:  # such as a full disk; the exception that ended the run matters more
+                self.logger.say(f"{self.description}: no checkpoint of step {good} could be written: {error}")
+                return
+            updates = f", with updates of step {good + 1}" if moved else ""
+            self.logger.say(f"{self.description}: wrote the state after step {good}{updates} to {self._state_at(good)}")
+        self.logger.say(f"{self.description}: --resume goes on after step {good}")
 
     def steps(self) -> Iterator[int]:
         """Step numbers from 1 on, or from the checkpoint on. The global generators are seeded anew for each step."""
@@ -126,13 +162,16 @@ class Run:
 
     def end_step(self, step: int, metrics: dict[str, float]) -> None:
         """Evaluates where it is due, logs the step with its times and peaks, writes a checkpoint where it is due."""
+        self._mark_good(step)
         last = step == self.total_steps
-        # every config that asks for an evaluator has eval_steps
-        if self.evaluator and (last or step % (self.config.eval_steps or self.total_steps) == 0):  # pyright: ignore[reportAttributeAccessIssue]
-            metrics = {**metrics, **self._evaluate().metrics}
-        measured = self.meter.step()
-        self.train_seconds += measured["time/step"] - measured.get("time/evaluation", 0.0)
-        self._log(step, {**metrics, **measured, "time/total": self.train_seconds})
+        try:
+            # every config that asks for an evaluator has eval_steps
+            if self.evaluator and (last or step % (self.config.eval_steps or self.total_steps) == 0):  # pyright: ignore[reportAttributeAccessIssue]
+                metrics = {**metrics, **self._evaluate().metrics}
+        finally:  # a resumed run does not take this step again, so its numbers are logged in any case
+            measured = self.meter.step()
+            self.train_seconds += measured["time/step"] - measured.get("time/evaluation", 0.0)
+            self._log(step, {**metrics, **measured, "time/total": self.train_seconds})
         if self.config.save_steps and step % self.config.save_steps == 0 and not last:
             self.save_state(step)
             checkpoint.prune(self.config.output_dir, keep=1)
@@ -146,7 +185,7 @@ class Run:
         """Writes the checkpoint from which a resumed run goes on after `step`."""
         state = {name: part.state_dict() for name, part in self.states.items()}
         state |= {"step": step, "train_seconds": self.train_seconds, "facts": self._facts}
-        files = {_RUN_CONFIG: self.described}
+        files = {_RUN_CONFIG: {**self.described, _DATA: self.data}}
         checkpoint.save(
             self._state_at(step), models=self.models, tokenizer=self.tokenizer, state=state, extra_files=files
         )
@@ -174,6 +213,9 @@ class Run:
 
     def finish(self) -> None:
         """Writes the trained models, run.json (config, versions, time, memory) and the last evaluation's samples."""
+        if self.evaluator and self.last_evaluation is None:  # it raised an exception after the last step, before resume
+            self._evaluate()
+        self._finishing = True
         summary = {
             "stage": self.description,
             "config": self.described,
