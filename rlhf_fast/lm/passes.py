@@ -26,7 +26,7 @@ def response_logits(model: PreTrainedModel, sequences: Sequences) -> Tensor:
     predicting = _predicting(sequences)
     positions = torch.arange(predicting.start, predicting.stop, device=sequences.prompt_ids.device)
     inputs = _inputs(model, sequences)
-    if "logits_to_keep" in _forward_parameters(type(model)):
+    if "logits_to_keep" in _forward_parameters(model):
         return call(model, **inputs, logits_to_keep=positions).logits
     return call(model, **inputs).logits[:, positions]
 
@@ -69,7 +69,7 @@ def hidden_values(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 def forward_inputs(model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor) -> dict[str, Tensor]:
     """The arguments of the model's forward for token ids, mask (True = real) and positions, [B, L] each."""
     inputs = {"input_ids": ids, "attention_mask": mask.long()}
-    if "position_ids" in _forward_parameters(type(model)):  # Bloom and friends have none (ALiBi)
+    if "position_ids" in _forward_parameters(model):  # Bloom and friends have none (ALiBi)
         inputs["position_ids"] = positions
     return inputs
 
@@ -94,6 +94,12 @@ def _score(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     return scores - getattr(model.config, "score_offset", 0.0)
 
 
+def _forward_parameters(model: PreTrainedModel) -> frozenset[str]:
+    """The names of the arguments of the model's forward."""
+    # The object that torch.compile returns takes (*args, **kwargs). It hands out the bound methods of the model inside.
+    return _parameters_of(type(model.get_input_embeddings.__self__))
+
+
 @functools.cache
-def _forward_parameters(model_class: type) -> frozenset[str]:
+def _parameters_of(model_class: type) -> frozenset[str]:
     return frozenset(inspect.signature(model_class.forward).parameters)
