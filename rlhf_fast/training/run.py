@@ -6,6 +6,7 @@ and `run.json`.
 
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ class Run:
         self.config, self.description, self.total_steps, self.show = config, description, total_steps, show
         self.learners, self.tokenizer = learners, tokenizer
         self.listeners = [*listeners, *([TensorBoard()] if config.tensorboard else [])]
+        self._begun: list[Listener] = []
         self.frozen = {role: model for role, model in (frozen or {}).items() if model is not None}
         product, *others = learners
         self.models = {"": learners[product].model, **{role: learners[role].model for role in others}}
@@ -91,8 +93,13 @@ class Run:
             show=self.show,
         )
         self.logger.__enter__()
-        for listener in self.listeners:
-            listener.begin(self)
+        try:
+            for listener in self.listeners:
+                listener.begin(self)
+                self._begun.append(listener)
+        except BaseException as error:  # Python calls __exit__ only after an __enter__ that returns
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
         if self.config.resume and resumed is None:
             self.logger.say(f"{self.description}: no checkpoint to resume in {self.config.output_dir}, starts anew")
         return self
@@ -109,9 +116,10 @@ class Run:
         finished.unlink(missing_ok=True)
 
     def __exit__(self, *exc: Any) -> None:
-        self.logger.__exit__(*exc)
-        for listener in self.listeners:
-            listener.end()
+        with ExitStack() as ending:  # a listener that raises keeps no other from its end
+            for listener in reversed(self._begun):
+                ending.callback(listener.end)
+            self.logger.__exit__(*exc)
 
     def steps(self) -> Iterator[int]:
         """Step numbers from 1 on, or from the checkpoint on. The global generators are seeded anew for each step."""
