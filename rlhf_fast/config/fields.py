@@ -10,6 +10,7 @@ A field says everything about itself in one place: type, default, help and bound
 
 import copy
 import dataclasses
+import math
 import operator
 import os
 from collections.abc import Callable
@@ -82,6 +83,8 @@ def check_fields(config: Any) -> None:
             raise ValueError(f"{name}: expected {_PLAIN[options[0]]}, got {value!r}")
         elif not all(holds(value, field.metadata[bound]) for bound, holds in _HOLDS.items() if bound in field.metadata):
             raise ValueError(f"{name}: expected {_PLAIN[options[0]]} {bounds_of(field, options[0])}, got {value!r}")
+        elif isinstance(value, float) and math.isnan(value):  # no bound has refused it, as the field has none
+            raise ValueError(f"{name}: expected a number, got nan")
 
 
 def bounds_of(field: dataclasses.Field, kind: type) -> str:
