@@ -85,6 +85,8 @@ def check_fields(config: Any) -> None:
             raise ValueError(f"{name}: expected {_PLAIN[options[0]]}, got {value!r}")
         elif not all(holds(value, field.metadata[bound]) for bound, holds in _HOLDS.items() if bound in field.metadata):
             raise ValueError(f"{name}: expected {_PLAIN[options[0]]} {bounds_of(field, options[0])}, got {value!r}")
+        elif isinstance(value, float) and math.isnan(value):  # no bound has refused it, as the field has none
+            raise ValueError(f"{name}: expected a number, got nan")
 
 
 def check_row_options(config: Any) -> None:

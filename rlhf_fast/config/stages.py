@@ -155,7 +155,9 @@ class RewardConfig(OfflineData, StageConfig):
     train_data: str = required("Rows with prompt+chosen+rejected(+margin), or prompt+completions+ranks.")
     eval_data: str | None = arg(None, "Held-out rows of the same format; pair accuracy is reported.")
     center_coef: float = arg(0.0, "Weight of mean((r_chosen + r_rejected)^2), which keeps scores near 0.", at_least=0)
-    normalize_samples: int = arg(256, "Samples of the SFT model whose mean score is shifted to 0; 0: no shift.")
+    normalize_samples: int = arg(
+        256, "Samples of the SFT model whose mean score is shifted to 0; 0: no shift.", at_least=0
+    )
     max_response_length: int = arg(64, "Longest of these samples, in tokens.", at_least=1)
 
 
@@ -215,7 +217,9 @@ class OnlineConfig(MethodConfig):
     offload: bool = arg(False, "Reference and reward model wait in CPU memory for their phase; no effect on a CPU.")
     missing_eos_penalty: float = arg(0.0, "Subtracted from the score of a completion that never ends.")
     max_logprob_drift: float | None = arg(
-        None, "Fail where the log-probs of decoding and of training differ by more; default: 0.01, or 0.5 in bf16."
+        None,
+        "Fail where the log-probs of decoding and of training differ by more; default: 0.01, or 0.5 in bf16.",
+        at_least=0,
     )
 
     def __post_init__(self) -> None:

@@ -81,7 +81,7 @@ def hidden_values(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 def forward_inputs(model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor) -> dict[str, Tensor]:
     """The arguments of the model's forward for token ids, mask (True = real) and positions, [B, L] each."""
     inputs = {"input_ids": ids, "attention_mask": mask.long()}
-    if "position_ids" in forward_parameters(type(model)):  # Bloom and friends have none (ALiBi)
+    if "position_ids" in forward_parameters(model):  # Bloom and friends have none (ALiBi)
         inputs["position_ids"] = positions
     return inputs
 
@@ -96,7 +96,7 @@ def _predicting(sequences: Sequences) -> slice:
 def _logits(model: PreTrainedModel, inputs: dict[str, Tensor], columns: slice) -> Tensor:
     """The logits [B, columns, V] of these columns alone."""
     positions = torch.arange(columns.start, columns.stop, device=inputs["input_ids"].device)
-    if "logits_to_keep" in forward_parameters(type(model)):
+    if "logits_to_keep" in forward_parameters(model):
         return call(model, **inputs, use_cache=False, logits_to_keep=positions).logits
     return call(model, **inputs, use_cache=False).logits[:, positions]
 
@@ -152,7 +152,12 @@ def _score(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     return scores - getattr(model.config, "score_offset", 0.0)
 
 
+def forward_parameters(model: PreTrainedModel) -> frozenset[str]:
+    """The names of the arguments of the model's forward."""
+    # The object that torch.compile returns takes (*args, **kwargs). It hands out the bound methods of the model inside.
+    return _parameters_of(type(model.get_input_embeddings.__self__))
+
+
 @functools.cache
-def forward_parameters(model_class: type) -> frozenset[str]:
-    """The names of the arguments of a model's forward."""
+def _parameters_of(model_class: type) -> frozenset[str]:
     return frozenset(inspect.signature(model_class.forward).parameters)

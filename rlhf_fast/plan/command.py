@@ -42,7 +42,8 @@ def dry_run(method: str, config: StageConfig) -> None:
 def plan_of(method: str, config: StageConfig) -> PlanConfig:
     """The plan's config for a stage's config."""
     given = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    same = {field.name for field in dataclasses.fields(PlanConfig)} & given.keys()
+    # KTO's eval_rows is a file of rows whose loss is taken; the plan's is a number of prompts.
+    same = ({field.name for field in dataclasses.fields(PlanConfig)} & given.keys()) - {"eval_rows"}
     values = {name: given[name] for name in same}
     prompt = given["max_prompt_length"]
     if "max_length" in given:  # offline stages bound prompt and answer together

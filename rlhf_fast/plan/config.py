@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Literal
 
 from rlhf_fast.config.fields import arg, check_fields, required
 from rlhf_fast.config.stages import Optimizer
-from rlhf_fast.methods import STAGES, Stage
+from rlhf_fast.methods import METHODS, STAGES, Stage
 
 if TYPE_CHECKING:
     Method = str
@@ -29,7 +29,9 @@ class PlanConfig:
     eval_rows: int = arg(0, "Held-out prompts of an evaluation, 64 of them at once; 0: no evaluation.", at_least=0)
     prompt_length: int = arg(256, "Tokens of a prompt.", at_least=1)
     response_length: int = arg(256, "Tokens of a response.", at_least=1)
-    group_size: int = arg(4, "Samples per prompt of rloo and grpo; batch_size counts samples.", at_least=1)
+    group_size: int = arg(
+        4, "Samples per prompt of methods with groups (rloo, grpo); batch_size counts samples.", at_least=1
+    )
     minibatches: int = arg(1, "Optimizer steps per pass over a batch (ppo, grpo).", at_least=1)
     critic: str = arg("same", "Value model of ppo: `same` as the reward model, `shared` trunk, or its config.")
     reward: str | None = arg(None, "Reward model's config, or `none` for a Python function; default: as the model.")
@@ -76,6 +78,8 @@ class PlanConfig:
             raise ValueError(f"group_size: expected a divisor of batch_size={self.batch_size}, got {samples}")
         if self.batch_size % samples:
             raise ValueError(f"batch_size: expected a multiple of {samples} samples per prompt, got {self.batch_size}")
+        if self.eval_rows and self.method not in METHODS:
+            raise ValueError(f"eval_rows: expected 0 for {self.method}, which samples no prompts, got {self.eval_rows}")
         if self.share_base and not self.lora_rank:
             raise ValueError("lora_rank: expected > 0 with share_base, since a shared base is frozen; got 0")
         if self.shared_critic and self.truncated:

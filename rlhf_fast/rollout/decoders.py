@@ -142,7 +142,7 @@ def last_logits(
     model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache | None
 ) -> Tensor:
     """The model's own logits [n, V] behind the last column of ids [n, L], with its cache if any."""
-    takes, options = forward_parameters(type(model)), {}
+    takes, options = forward_parameters(model), {}
     if "logits_to_keep" in takes:
         options["logits_to_keep"] = 1
     if cache is not None:

@@ -61,8 +61,9 @@ class Learner:
     def clip(self) -> Tensor:
         """The norm of the accumulated gradients, 0-dim and on the device. Clips the gradients to max_grad_norm."""
         if self.in_backward:
-            norm, self.norms = torch.stack(self.norms).norm(), []
-            return norm
+            # A step may have no gradient, as where no pair of online DPO has a preference.
+            norms, self.norms = self.norms or [torch.zeros((), device=self.model.device)], []
+            return torch.stack(norms).norm()
         return torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm or math.inf)
 
     def check(self, norm: float) -> None:

@@ -2,7 +2,7 @@
 
     class Printer(Listener):
         def log(self, step, row):
-            print(step, row["loss"])
+            print(step, row)
 
     sft.train(config, listeners=[Printer()])
 
@@ -36,10 +36,13 @@ class Listener:
         """An online method has sampled and scored the `Experience` of a round."""
 
     def log(self, step: int, row: dict[str, Any]) -> None:
-        """A row of metrics.jsonl: numbers and strings by name. Step 0 is the evaluation before the first step."""
+        """A row of metrics.jsonl: numbers and strings by name. Step 0 is the evaluation before the first step.
+
+        The names differ between stages: the loss is "loss" of an offline stage, "loss/policy_avg" of an online stage.
+        """
 
     def end(self) -> None:
-        """The run is over, also when an error ended it."""
+        """The run is over, also when an error ended it. A listener whose `begin` has failed gets no `end`."""
 
 
 class TensorBoard(Listener):

@@ -6,6 +6,7 @@ and `run.json`.
 
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ class Run:
         self.config, self.description, self.total_steps, self.show = config, description, total_steps, show
         self.learners, self.tokenizer = learners, tokenizer
         self.listeners = [*listeners, *([TensorBoard()] if config.tensorboard else [])]
+        self._begun: list[Listener] = []
         self.frozen = {role: model for role, model in (frozen or {}).items() if model is not None}
         product, *others = learners
         self.models = {"": learners[product].model, **{role: learners[role].model for role in others}}
@@ -98,8 +100,13 @@ class Run:
         )
         self.logger.__enter__()
         self._mark_good(self.first_step - 1)
-        for listener in self.listeners:
-            listener.begin(self)
+        try:
+            for listener in self.listeners:
+                listener.begin(self)
+                self._begun.append(listener)
+        except BaseException as error:  # Python calls __exit__ only after an __enter__ that returns
+            self._close(type(error), error, error.__traceback__)
+            raise
         if self.config.resume and resumed is None:
             self.logger.say(f"{self.description}: no checkpoint to resume in {self.config.output_dir}, starts anew")
         return self
@@ -119,9 +126,13 @@ class Run:
         # Not after an interruption, because it may stand in the middle of an optimizer's step.
         if isinstance(error, Exception) and not self._finishing:
             self._keep_good_step()
-        self.logger.__exit__(kind, error, trace)
-        for listener in self.listeners:
-            listener.end()
+        self._close(kind, error, trace)
+
+    def _close(self, *exc: Any) -> None:
+        with ExitStack() as ending:  # a listener that raises keeps no other from its end
+            for listener in reversed(self._begun):
+                ending.callback(listener.end)
+            self.logger.__exit__(*exc)
 
     def _mark_good(self, step: int) -> None:
         self._good = step

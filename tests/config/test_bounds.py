@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 
 from rlhf_fast import cli
-from rlhf_fast.config import DPOConfig, PairsConfig, PPOConfig, RewardConfig, SFTConfig, StageConfig
+from rlhf_fast.config import DPOConfig, PairsConfig, PPOConfig, RewardConfig, RLOOConfig, SFTConfig, StageConfig
 from rlhf_fast.config.arguments import make_parser
 from rlhf_fast.config.fields import arg, check_fields, random_seed
 from rlhf_fast.config.stages import DPOLossType, RemaxVariant
@@ -54,6 +54,21 @@ class Bounded:
 def test_what_bounds_refuse(name, value, message):
     with pytest.raises(ValueError, match=f"^{message}$"):
         Bounded(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "value", "message"),
+    [
+        (RLOOConfig, "missing_eos_penalty", float("nan"), "expected a number, got nan"),
+        (RLOOConfig, "max_logprob_drift", float("nan"), "expected a number >= 0, got nan"),
+        (RLOOConfig, "max_logprob_drift", -0.1, "expected a number >= 0, got -0.1"),
+        (RewardConfig, "normalize_samples", -3, "expected an integer >= 0, got -3"),
+    ],
+)
+def test_what_configs_refuse(config, name, value, message):
+    given = ONLINE | {"steps": 1} if config is RLOOConfig else STAGE
+    with pytest.raises(ValueError, match=f"^{name}: {message}$"):
+        config(**given, **{name: value})
 
 
 def test_what_bounds_allow():
@@ -116,7 +131,7 @@ def test_a_subclass_keeps_bounds_and_hides_no_default(name):
 
 
 def test_every_number_of_a_stage_is_bounded_or_free_by_choice():
-    free = {"normalize_samples", "group_size", "missing_eos_penalty", "max_logprob_drift", "label_smoothing"}
+    free = {"group_size", "missing_eos_penalty", "label_smoothing"}
     stages = [cls for cls in CONFIGS.values() if issubclass(cls, StageConfig)]
     numbers = {
         field.name

@@ -9,7 +9,9 @@ from rlhf_fast.lm.forward import call, enter_by, one_pass, within
 from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.lm.passes import response_hidden, response_logits, sequence_scores, token_values
 from rlhf_fast.lm.scores import Scores
+from rlhf_fast.rollout.sampler import LocalSampler
 from tests.support.models import random_policy, random_sequences
+from tests.support.text import word_tokenizer
 
 SEQUENCES = random_sequences()
 TRAINED = SEQUENCES.response_ids.masked_fill(~SEQUENCES.response_mask, -100)
@@ -117,3 +119,19 @@ def test_an_error_in_a_pass_leaves_the_model_enterable():
     with pytest.raises(ZeroDivisionError):
         within(model, lambda: 1 / 0)
     assert within(model, lambda: model.weight.isfinite().all())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_compiled_model_gets_the_positions_of_left_padded_rows(architecture, fused):
+    """The object that torch.compile returns hides the arguments of its model's forward."""
+    model = random_policy(architecture)
+    compiled = torch.compile(model, backend="eager")
+    mine, truth = (Objectives(m, fused=fused).logprobs(SEQUENCES).logprobs for m in (compiled, model))
+    assert (mine - truth).abs().max() < 2e-6
+    prompts = [[5, 6, 7, 8], [9]]
+    drawn, expected = (
+        LocalSampler(m, word_tokenizer(pad_token="<pad>", eos_token="<eos>"), max_new_tokens=4)(prompts, seed=1)
+        for m in (compiled, model)
+    )
+    assert (drawn.sampled.logprobs - expected.sampled.logprobs).abs().max() < 2e-6

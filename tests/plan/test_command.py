@@ -8,6 +8,7 @@ import torch
 
 from rlhf_fast import cli
 from rlhf_fast.config import DPOConfig, PPOConfig
+from rlhf_fast.methods import STAGES
 from rlhf_fast.plan.command import largest_batch, plan_of
 from rlhf_fast.plan.config import PlanConfig
 from rlhf_fast.plan.gpus import needed, parse_memory
@@ -64,7 +65,7 @@ def test_explained_sums_are_the_peaks(shapes, capsys):
         assert f"{terms} = {phase.peak_bytes:,}" in text
 
 
-@pytest.mark.parametrize("method", ["sft", "reward", "dpo", "ppo", "remax", "reinforce", "rloo"])
+@pytest.mark.parametrize("method", STAGES)
 def test_dry_run_of_every_stage_loads_nothing(method, tiny_model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("safetensors.safe_open", None)
     directory = tmp_path / "without_weights"
@@ -79,10 +80,17 @@ def test_dry_run_of_every_stage_loads_nothing(method, tiny_model, tmp_path, monk
         "none.jsonl",
         "--dry-run",
     ]
-    flags += ["--reward", "package.module:name"] if method in ("ppo", "remax", "reinforce", "rloo") else []
+    flags += ["--reward", "package.module:name"] if STAGES[method].needs_reward else []
+    flags += ["--eval-rows", "held_out.jsonl"] if method == "kto" else []  # not the plan's number of prompts
     assert cli.main([method, *flags]) == 0
     assert f"{method} of {directory}" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["sft", "reward"])
+def test_only_methods_sample_in_an_evaluation(method):
+    with pytest.raises(ValueError, match=f"^eval_rows: expected 0 for {method}, which samples no prompts, got 4$"):
+        PlanConfig(model="m", method=method, eval_rows=4)
 
 
 def test_dry_run_is_for_stages(capsys):

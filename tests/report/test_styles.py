@@ -13,12 +13,14 @@ NAMES = ("PPO", "New", "Newer")
 
 
 def test_unknown_names_take_what_no_known_name_has():
-    styles = styles_of(["New", "PPO", "Newer", "New"])
+    known = {"PPO": Style("#0072B2", "o"), "ReMax": Style("#D55E00", "s")}  # not the table's, which grows
+    styles = styles_of(["New", "PPO", "Newer", "New"], known)
     assert list(styles) == ["New", "PPO", "Newer"]
     assert styles == {"New": Style("#117733", "*"), "PPO": Style("#0072B2", "o"), "Newer": Style("#AA4499", "p")}
-    known = STYLES | {"Taken": Style("#117733", "*")}
+    known["Taken"] = Style("#117733", "*")
     assert styles_of(["Taken", "New"], known)["New"] == styles_of(["New"], known)["New"] == Style("#AA4499", "p")
-    many = styles_of(f"new {i}" for i in range(9))
+    del known["Taken"]
+    many = styles_of((f"new {i}" for i in range(9)), known)
     assert len(set(many.values())) == 8 and many["new 8"] == many["new 0"]
     assert styles_of([]) == {}
 

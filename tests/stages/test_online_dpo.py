@@ -1,6 +1,7 @@
 """Online DPO: which sample is chosen, ln 2 where policy and reference are one, and scores that rise."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,11 +72,13 @@ def test_the_gradient_is_that_of_dpo_on_the_pairs(files, tiny_model, tmp_path):
         torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-6)
 
 
-def test_rounds_without_a_preference_change_nothing(files, tiny_model, tmp_path):
-    config = stage_config(
-        OnlineDPOConfig, files, tiny_model, tmp_path, reward=REWARD.replace("shortness", "constant"), weight_decay=0.1
+@pytest.mark.parametrize("options", [{}, {"optimizer_in_backward": True, "max_grad_norm": 0.0}])
+def test_rounds_without_a_preference_change_nothing(options, files, tiny_model, tmp_path):
+    reward = REWARD.replace("shortness", "constant")
+    online_dpo.train(
+        stage_config(OnlineDPOConfig, files, tiny_model, tmp_path, reward=reward, weight_decay=0.1, **options)
     )
-    online_dpo.train(config)
+    assert distance(weights(Path(tiny_model)), weights(tmp_path)) == 0
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert [row["pairs"] for row in rows] == [0] * 4 and all(row["grad_norm"] == 0 for row in rows)
 

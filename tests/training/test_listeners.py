@@ -57,6 +57,27 @@ def test_a_run_that_fails_still_ends(files, tiny_model, tmp_path):
     assert listener.heard[-1] == ("end",)
 
 
+def test_a_listener_that_fails_keeps_no_other_from_its_end(files, tiny_model, tmp_path):
+    class Unreachable(Recorder):
+        def begin(self, run):
+            raise OSError("no network")
+
+    class Stuck(Recorder):
+        def end(self):
+            raise OSError("stuck")
+
+    module, config_class = STAGES["sft"]
+    before, unreachable, after = Recorder(), Unreachable(), Recorder()
+    config = stage_config(config_class, files, tiny_model, tmp_path)
+    with pytest.raises(OSError, match="no network"):
+        module.train(config, listeners=[before, unreachable, after])
+    assert before.heard == [("begin", 1, ["policy"]), ("end",)]
+    assert unreachable.heard == after.heard == []  # neither of the two has begun
+    with pytest.raises(OSError, match="stuck"):
+        module.train(config, listeners=[Stuck(), after])
+    assert after.heard[-1] == ("end",)
+
+
 def write(directory, steps, first_step=1):
     board = TensorBoard()
     board.begin(SimpleNamespace(config=SimpleNamespace(output_dir=directory), first_step=first_step))

@@ -35,7 +35,7 @@ class CompareConfig:
     )
     prompt_length: int = arg(64, "Longest prompt in tokens; the random-weight models' are all this long.", at_least=1)
     response_length: int = arg(64, "Longest completion in tokens.", at_least=1)
-    group_size: int = arg(4, "Samples per prompt of RLOO and GRPO.", at_least=1)
+    group_size: int = arg(4, "Samples per prompt of methods with groups (RLOO, GRPO).", at_least=1)
     bf16: bool = arg(False, "Run forward and backward passes in bfloat16 autocast.")
     gradient_checkpointing: bool = arg(False, "Recompute activations in backward to save memory.")
     memory: str | None = arg(None, "Report the largest batch that fits (24GiB); on a GPU a run may take no more.")

@@ -15,6 +15,7 @@ from rlhf_fast.lab.compare.start import SHAPES, Shape, Start, prepare
 from rlhf_fast.lab.world import preference_rows, prompt_rows, sft_rows
 from rlhf_fast.lm.loading import load_scorer
 from rlhf_fast.lm.tokenizers import load_tokenizer
+from rlhf_fast.methods import METHODS
 
 
 @pytest.fixture
@@ -32,7 +33,11 @@ def start(tmp_path):
 
 
 def test_cells_have_the_same_budget(start, tmp_path):
-    config = CompareConfig(output_dir=str(tmp_path), steps=3, batch_size=4, lora_rank=2, options={"ppo": {"epochs": 2}})
+    options = {"steps": 3, "batch_size": 4, "lora_rank": 2, "options": {"ppo": {"epochs": 2}}}
+    every = cells_of(CompareConfig(output_dir=str(tmp_path), **options), start)
+    assert {cell.method for cell in every} == METHODS.keys()
+    methods = ["ppo", "remax", "reinforce", "rloo", "grpo", "online-dpo", "dpo", "kto"]
+    config = CompareConfig(output_dir=str(tmp_path), methods=methods, **options)
     cells = {cell.name: cell for cell in cells_of(config, start)}
     assert list(cells) == [
         "PPO", "PPO, small critic", "PPO, shared trunk", "ReMax", "REINFORCE", "RLOO", "GRPO", "Online DPO",
