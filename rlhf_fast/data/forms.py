@@ -16,7 +16,7 @@ from os.path import commonprefix
 from typing import Any
 
 from rlhf_fast.data.messages import read_messages, type_name
-from rlhf_fast.data.readers import Cells, Row
+from rlhf_fast.data.readers import Cells, Record, Row
 
 COLUMNS = {
     "sft": ("completion",),
@@ -28,6 +28,7 @@ COLUMNS = {
 """Kind of rows -> the columns that a row has beside its prompt."""
 _OPTIONS = ("tools", "chat_template_kwargs")
 _NO_TEXT = ("messages", "conversations", "completions", "ranks", "label", "margin", *_OPTIONS)
+_OBJECTS = ("messages", "prompt", "completion", "chosen", "rejected", "completions", "conversations", *_OPTIONS)
 _LABELS = {"true": "true", "false": "false", "1": "true", "0": "false"}
 _OURS = {"prompt", "messages", "margin", *_OPTIONS, *(name for names in COLUMNS.values() for name in names)}
 _ANSWER = "\n\nAssistant:"  # begins an answer in HH-RLHF's dialogues
@@ -72,6 +73,8 @@ def in_our_form(row: Row, kind: str, where: str) -> Row:
     """The row with our columns, conversations as `read_messages` makes them. Raises ValueError, which `where` opens."""
     if isinstance(row, Cells):
         row = _parsed(row, where)
+    elif isinstance(row, Record):
+        row = {name: _without_nulls(value) if name in _OBJECTS else value for name, value in row.items()}
     row = dict(row)
     if row.get("prompt") is None and (kind != "sft" or row.get("messages") is None):
         if row.get("conversations") is not None:
@@ -109,6 +112,14 @@ def _parsed(row: Row, where: str) -> Row:
             except json.JSONDecodeError as error:
                 raise ValueError(f"{where}: {name}: expected JSON in this column, got {cell!r:.60}") from error
     return values
+
+
+def _without_nulls(value: Any) -> Any:
+    """The value without the keys that a typed table has added; the arguments of a call of a tool, for example."""
+    if isinstance(value, dict):
+        kept = {key: item for key, item in value.items() if item is not None or key == "content"}
+        return {key: _without_nulls(item) for key, item in kept.items()}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _from_sharegpt(row: Row, kind: str, where: str) -> None:

@@ -26,6 +26,10 @@ class Cells(dict):
     """A row of a CSV file, in which every value is text."""
 
 
+class Record(dict):
+    """A row of a typed table, in which every object of a column has the keys of all of them, null where it had none."""
+
+
 def read_rows(source: str | Path | Iterable[Row]) -> Iterator[tuple[str, Any]]:
     """Yields (place, row) from every source that `load_rows` takes, without looking at the columns.
 
@@ -33,9 +37,10 @@ def read_rows(source: str | Path | Iterable[Row]) -> Iterator[tuple[str, Any]]:
     for a path that is not there.
     """
     if not isinstance(source, (str, Path)):
-        yield from ((f"row {n}", row) for n, row in enumerate(source, 1))
+        typed = hasattr(source, "features")  # a `datasets.Dataset`
+        yield from ((f"row {n}", Record(row) if typed else row) for n, row in enumerate(source, 1))
     elif str(source).startswith(_HUB):
-        yield from _numbered(str(source), _read_hub(str(source)))
+        yield from _numbered(str(source), map(Record, _read_hub(str(source))))
     else:
         for path in data_files(source):
             yield from _read(path)
@@ -86,11 +91,11 @@ def _kind(path: Path) -> str | None:
 def _read(path: Path) -> Iterator[tuple[str, Any]]:
     kind = _kind(path)
     if path.is_dir():
-        yield from _numbered(str(path), _read_datasets(path))
+        yield from _numbered(str(path), map(Record, _read_datasets(path)))
     elif kind is None:
         raise ValueError(f"{path}: expected {_EXPECTED}")
     elif kind == ".parquet":
-        yield from _numbered(str(path), _read_parquet(path))
+        yield from _numbered(str(path), map(Record, _read_parquet(path)))
     elif kind in (".csv", ".tsv"):
         yield from _read_table(path, "," if kind == ".csv" else "\t")
     else:

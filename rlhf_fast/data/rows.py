@@ -17,7 +17,18 @@ from rlhf_fast.data.forms import COLUMNS, in_our_form, renamed
 from rlhf_fast.data.messages import is_trained, type_name
 from rlhf_fast.data.readers import Row, read_rows
 
-__all__ = ["COLUMNS", "KINDS", "LocatedRow", "Row", "load_rows", "load_unpaired", "place", "read_rows", "write_rows"]
+__all__ = [
+    "COLUMNS",
+    "KINDS",
+    "LocatedRow",
+    "Row",
+    "check_unicode",
+    "load_rows",
+    "load_unpaired",
+    "place",
+    "read_rows",
+    "write_rows",
+]
 
 KINDS = tuple(COLUMNS)
 _USED = ("prompt", "messages", "tools", "chat_template_kwargs")
@@ -170,12 +181,17 @@ def _check_completion(completion: Any, chat: bool, where: str, *, several: bool 
 def _check_text(row: Row, kind: str, where: str) -> None:
     """ValueError for half an emoji in a column that is used; a reward function uses every column of a prompt's row."""
     for name in row if kind == "prompt" else (*_USED, *COLUMNS[kind]):
-        for text in _texts_in(row.get(name)):
-            if not text.isascii() and (found := _SURROGATE.search(text)):
-                raise ValueError(
-                    f"{where}: {name}: expected Unicode text, got half an emoji (a lone surrogate) at character "
-                    f"{found.start() + 1}: {text[max(0, found.start() - 20) : found.end()]!a}"
-                )
+        check_unicode(row.get(name), f"{where}: {name}")
+
+
+def check_unicode(value: Any, where: str) -> None:
+    """ValueError where a text, or a text in lists and objects, holds half an emoji, which no tokenizer takes."""
+    for text in _texts_in(value):
+        if not text.isascii() and (found := _SURROGATE.search(text)):
+            raise ValueError(
+                f"{where}: expected Unicode text, got half an emoji (a lone surrogate) at character "
+                f"{found.start() + 1}: {text[max(0, found.start() - 20) : found.end()]!a}"
+            )
 
 
 def _texts_in(value: Any) -> Iterable[str]:

@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from rlhf_fast.config import InitConfig
 from rlhf_fast.data.encoding import pad_id
-from rlhf_fast.data.rows import read_rows
+from rlhf_fast.data.messages import read_messages
+from rlhf_fast.data.rows import check_unicode, read_rows
 from rlhf_fast.training import checkpoint
 
 _BYTES = 256
@@ -41,10 +42,12 @@ def _texts(config: InitConfig) -> Iterator[str]:
         for n, (where, row) in enumerate(read_rows(source), 1):
             for column in config.text_columns:
                 value = row.get(column)
+                check_unicode(value, f"{where}: {column}")
                 if isinstance(value, str):
                     yield value
-                elif isinstance(value, list) and all(isinstance(part, dict) and "content" in part for part in value):
-                    yield from (message["content"] for message in value)
+                elif isinstance(value, list):
+                    messages = read_messages(value, f"{where}: {column}")
+                    yield from (message["content"] for message in messages if message.get("content") is not None)
                 else:
                     got = "nothing" if value is None else type(value).__name__
                     raise ValueError(f"{where}: {column}: expected a string or a list of messages, got {got}")

@@ -184,6 +184,35 @@ def test_a_datasets_directory_is_one_file(tmp_path):
     assert load_rows(tmp_path / "saved", "sft") == ROWS
 
 
+@pytest.mark.parametrize("source", ["rows.parquet", "saved", "memory"])
+def test_nulls_that_a_typed_table_adds_are_no_data(source, tmp_path):
+    def call(**arguments):
+        return {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"function": {"name": "f", "arguments": arguments}}],
+        }
+
+    messages = [
+        {"role": "user", "content": "a"},
+        call(city="Bonn"),
+        call(days=2),
+        {"role": "assistant", "content": "b"},
+    ]
+    tools = [{"name": "f", "parameters": {"city": {"type": "string"}}}, {"name": "g", "parameters": {"n": {"min": 1}}}]
+    rows, path = [{"messages": messages, "tools": tools, "note": None}], tmp_path / source
+    if source == "rows.parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif source == "saved":
+        datasets.Dataset.from_list(rows).save_to_disk(path)
+    else:
+        path = datasets.Dataset.from_list(rows)
+    assert load_rows(path, "sft") == rows
+    explicit = [{"messages": [messages[0], call(city=None)]}]  # said so in JSON, so the model is to say so
+    (tmp_path / "rows.jsonl").write_text(as_lines(explicit))
+    assert load_rows(tmp_path / "rows.jsonl", "sft") == explicit
+
+
 # ------------------------------------------------------------------------------------------------ the hub
 
 
