@@ -1,10 +1,11 @@
 """Dropout is off: every pass of a model in train mode gives the numbers of eval mode.
 
 Dropout, dropped layers, router jitter and sampled routing would make the log-probs of decoding and of training differ.
-`silence` sets to 0 what the model's modules and configs name so: `p` of a dropout module, `attention_dropout` or
-`router_jitter_noise`. It then compares two passes in train mode with a pass in eval mode. Where noise is left, the
-modules between the layers that checkpoint their activations stay in eval mode. Where noise is left even then, the model
-is refused.
+`silence` sets to 0 every dropout that the model's modules and configs name: `p` of a dropout module,
+`attention_dropout`, `layerdrop`. It then compares two passes in train mode with a pass in eval mode. Where noise is
+left, or where a jitter is named, the modules inside the layers that checkpoint their activations stay in eval mode. The
+jitter keeps its value, because PhiMoE's routing reads it in eval mode too. Where noise is left even then, the model is
+refused.
 
 eval() alone would turn the noise off too, but transformers checkpoints activations in train mode only.
 """
@@ -21,8 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from rlhf_fast.lm.switches import trial_rows
 
-_NOISE = re.compile(r"drop|jitter|noise")
-Place = tuple[dict[str, Any], str, Any]
+_JITTER = re.compile(r"jitter|noise")
 # The attribute of a model that keeps what its configs said: a copy of the model copies it too.
 _RATES = "rlhf_fast_rates"
 
@@ -30,19 +30,13 @@ _RATES = "rlhf_fast_rates"
 def silence(model: PreTrainedModel, *, trained: bool = True) -> None:
     """Turns dropout and every other noise of train mode off, for good.
 
-    trained: whether the model is going to run in train mode; else its jitter stays, which eval mode does not apply.
+    trained: whether the model is going to run in train mode; else nothing is compared.
     Raises ValueError where passes in train mode still differ from each other or from eval mode.
     """
-    if not trained:
-        _set_to_zero(model, [place for place in _places(model) if not _is_jitter(place)])
-        return
     with torch.random.fork_rng(devices=[]):  # the passes must not shift what the caller draws
-        usual, places = _trial(model, training=False), _places(model)
-        _set_to_zero(model, places)
-        if not _near(_trial(model, training=False), usual):  # PhiMoE's routing reads its jitter in eval mode too
-            for owner, name, value in filter(_is_jitter, places):
-                owner[name] = value
-        if usual is None or _is_quiet(model, usual):
+        usual = _trial(model, training=False) if trained else None
+        _drop_nothing(model)
+        if usual is None or (not _jitters(model) and _is_quiet(model, usual)):
             return
         for module in _outermost_without_checkpointing(model):
             module.train = MethodType(_stay_in_eval, module)
@@ -67,34 +61,39 @@ def as_before(model: PreTrainedModel) -> Iterator[None]:
             owner[name] = value
 
 
-def _places(model: PreTrainedModel) -> list[Place]:
-    """(dictionary, name, value) of every rate above 0 in the configs and modules."""
-    owners = [vars(module) for module in model.modules()] + [vars(config) for config in _configs(model).values()]
+def _owners(model: PreTrainedModel) -> list[dict[str, Any]]:
+    """The attributes of each module and of each config."""
+    return [vars(module) for module in model.modules()] + [vars(config) for config in _configs(model).values()]
+
+
+def _jitters(model: PreTrainedModel) -> bool:
+    return any(
+        _JITTER.search(name) and isinstance(value, float) and value > 0
+        for owner in _owners(model)
+        for name, value in owner.items()
+    )
+
+
+def _drop_nothing(model: PreTrainedModel) -> None:
     found = [
         (owner, name, value)
-        for owner in owners
+        for owner in _owners(model)
         for name, value in owner.items()
-        if _NOISE.search(name) and isinstance(value, float) and value > 0
+        if "drop" in name and isinstance(value, float) and value > 0
     ]
-    dropouts = [vars(module) for module in model.modules() if "drop" in type(module).__name__.lower()]
-    return found + [(owner, "p", owner["p"]) for owner in dropouts if isinstance(owner.get("p"), float) and owner["p"]]
+    parts = {id(vars(config)): part for part, config in _configs(model).items()}
+    rates = {(parts[id(owner)], name): value for owner, name, value in found if id(owner) in parts}
+    setattr(model, _RATES, getattr(model, _RATES, {}) | rates)
+    for owner, name, _ in found:
+        owner[name] = 0.0
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) or "drop" in type(module).__name__.lower() and hasattr(module, "p"):
+            module.p = 0.0
 
 
 def _configs(model: PreTrainedModel) -> dict[str, PreTrainedConfig]:
     """The model's config by the name "", and the configs inside it by their own names."""
     return {"": model.config} | {n: c for n, c in vars(model.config).items() if isinstance(c, PreTrainedConfig)}
-
-
-def _is_jitter(place: Place) -> bool:
-    return place[1] != "p" and "drop" not in place[1]
-
-
-def _set_to_zero(model: PreTrainedModel, places: list[Place]) -> None:
-    parts = {id(vars(config)): part for part, config in _configs(model).items()}
-    rates = {(parts[id(owner)], name): value for owner, name, value in places if id(owner) in parts}
-    setattr(model, _RATES, getattr(model, _RATES, {}) | rates)
-    for owner, name, _ in places:
-        owner[name] = 0.0
 
 
 def _is_quiet(model: PreTrainedModel, usual: Tensor) -> bool:

@@ -180,7 +180,7 @@ def _can_pad(backbone: PreTrainedModel) -> bool:
             states, _ = _padded(backbone, ids)
             return torch.cat([states[n * width :][: row.shape[1]] for n, row in enumerate(rows)])
 
-        reason = _compared(backbone, rows, padded, "padded rows")
+        reason = _compared(backbone, rows, padded, "padded rows", replaces=False)
         _paddable[backbone] = reason is None
         if reason is not None:
             not_taken("padded passes are", backbone, reason, "rows run one by one")
@@ -193,16 +193,21 @@ def _difference(backbone: PreTrainedModel) -> str | None:
     positions_N = torch.cat([torch.arange(n, device=backbone.device) for n in lengths.tolist()])
     slots_N = positions_N + torch.repeat_interleave(torch.tensor([0, 11]), lengths).to(backbone.device)
     inputs = torch.cat(rows, dim=1)[0], positions_N, slots_N.expand(2, 1, 11, 18)
-    return _compared(backbone, rows, lambda: _packed(backbone, *inputs), "two rows side by side")
+    return _compared(backbone, rows, lambda: _packed(backbone, *inputs), "two rows side by side", replaces=True)
 
 
-def _compared(backbone: PreTrainedModel, rows: list[Tensor], own: Callable[[], Tensor], subject: str) -> str | None:
-    """What is wrong with the hidden states [N, H] that `own` computes of rows; None where they are each row's alone."""
+def _compared(
+    backbone: PreTrainedModel, rows: list[Tensor], own: Callable[[], Tensor], subject: str, *, replaces: bool
+) -> str | None:
+    """What is wrong with the hidden states [N, H] that `own` computes of rows; None where they are each row's alone.
+
+    replaces: as in `difference`.
+    """
     training = backbone.training
     backbone.eval()
     try:
         with torch.autocast(backbone.device.type, enabled=False):
-            where = difference(backbone, lambda: _alone(backbone, rows), own)
+            where = difference(backbone, lambda: _alone(backbone, rows), own, replaces=replaces)
     except Exception as error:  # whatever the model does not bear about such inputs
         return f"{subject} raise {type(error).__name__} in it"
     finally:

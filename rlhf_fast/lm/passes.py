@@ -136,7 +136,7 @@ def _can_pad_left(model: PreTrainedModel) -> bool:
         model.eval()
         try:
             with torch.autocast(model.device.type, enabled=False):
-                _paddable[model] = difference(model, alone, padded) is None
+                _paddable[model] = difference(model, alone, padded, replaces=False) is None
         except Exception:  # whatever the model does not bear about such inputs
             _paddable[model] = False
         finally:

@@ -68,12 +68,15 @@ def shrunk(model: PreTrainedModel, switch: Switch) -> Iterator[None]:
 
 
 @torch.no_grad()
-def difference(model: PreTrainedModel, plain: Callable[[], Tensor], own: Callable[[], Tensor]) -> str | None:
+def difference(
+    model: PreTrainedModel, plain: Callable[[], Tensor], own: Callable[[], Tensor], *, replaces: bool
+) -> str | None:
     """Where `own` has other numbers than `plain`, with which `own` is compared at every switch of the model.
 
     plain, own: passes of the model over the same rows, whose lengths cross `SMALL`; each returns the same shape.
+    replaces: whether `own` computes something in place of the model's code. Then a window that makes no difference to
+        `plain` counts as a difference, because nothing can be told of it. GPT-Neo reads its window while it is made.
     None where the numbers agree; "" where they differ at once; else the switch, such as "past its sliding_window".
-    Also where a window makes no difference to `plain`: then nothing can be told of it.
     """
     usual = plain()
     if not agree(own(), usual):
@@ -83,9 +86,9 @@ def difference(model: PreTrainedModel, plain: Callable[[], Tensor], own: Callabl
             truth = plain()
             effect = (truth - usual).norm()
             if effect <= 1e-5 * usual.norm():
-                if switch.is_window:
+                if switch.is_window and replaces:
                     return f"past its {switch.name}"
-                continue  # its tables were made with the model
+                continue  # read while the model was made
             mine = own()
         # A model with random weights may change by less than the tolerance.
         if not agree(mine, truth) or (mine - truth).norm() > effect / 2:
@@ -103,7 +106,10 @@ def agree(mine: Tensor, theirs: Tensor) -> bool:
 
 def trial_rows(model: PreTrainedModel, lengths: tuple[int, ...]) -> list[Tensor]:
     """Rows of token ids of these lengths, [1, length] each, for a trial."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportIndexIssue]
+    try:
+        vocabulary = model.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportIndexIssue]
+    except NotImplementedError:  # the decoder half of Bart
+        vocabulary = model.config.get_text_config().vocab_size
     ids = torch.arange(1, sum(lengths) + 1, device=model.device) * 7 % vocabulary
     return [row[None] for row in ids.split(list(lengths))]
 

@@ -237,7 +237,7 @@ def _choice(model: PreTrainedModel) -> str:
     with torch.autocast(model.device.type, enabled=False):
         try:
             known = blocks.read(model) is not None
-            reason = _refusal(model, static) if known else "the layout of its layers is not known"
+            reason = _refusal(model, static, replaces=True) if known else "the layout of its layers is not known"
         except Exception as error:
             reason = f"a step over its weights raises {type(error).__name__}"
         if reason is None:
@@ -258,11 +258,11 @@ def _choice(model: PreTrainedModel) -> str:
 _STEPS = 4
 
 
-def _refusal(model: PreTrainedModel, make: Callable[[], Decoder]) -> str | None:
+def _refusal(model: PreTrainedModel, make: Callable[[], Decoder], *, replaces: bool = False) -> str | None:
     """Why a decoder cannot be used; None where it gives the logits of the model's forward over each row alone.
 
     Two prompts of different lengths have two rows each, and one row leaves between steps. See `switches` for what the
-    rows cross.
+    rows cross. replaces: as in `difference`.
     """
     long, short = (row[0] for row in trial_rows(model, (9 + _STEPS, 7 + _STEPS)))
     mask = torch.ones(2, 9, dtype=torch.bool, device=long.device)
@@ -286,7 +286,7 @@ def _refusal(model: PreTrainedModel, make: Callable[[], Decoder]) -> str | None:
         return torch.stack(whole, dim=1)
 
     try:
-        where = difference(model, plain, own)
+        where = difference(model, plain, own, replaces=replaces)
     except Exception as error:  # for example weights of a class that our step cannot mix with plain tensors
         return f"a step over its weights raises {type(error).__name__}"
     return None if where is None else " ".join(filter(None, (where, "its own forward gives other logits")))
