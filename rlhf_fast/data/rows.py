@@ -55,7 +55,8 @@ def load_rows(source: str | Path | Iterable[Row], kind: str, columns: Mapping[st
         unpaired    prompt + completion + label (true where the completion is good, false where it is bad)
         prompt      prompt
       A prompt is a string, or a list of messages ({"role", "content"}) that does not end in an assistant turn. After a
-      prompt of messages a completion is a string or a list with one assistant message; otherwise it is a string.
+      prompt of messages a completion is a string or a list with one assistant message; otherwise it is a string. An
+      answer of a pair may be several messages, of which the first and the last are assistant turns.
       `forms` says which other forms are read too.
     columns: our name -> the name in the data, for columns that the data name otherwise.
 
