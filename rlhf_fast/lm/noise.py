@@ -88,7 +88,7 @@ def _drop_nothing(model: PreTrainedModel) -> None:
         owner[name] = 0.0
     for module in model.modules():
         if isinstance(module, nn.Dropout) or "drop" in type(module).__name__.lower() and hasattr(module, "p"):
-            module.p = 0.0
+            vars(module)["p"] = 0.0
 
 
 def _configs(model: PreTrainedModel) -> dict[str, PreTrainedConfig]:

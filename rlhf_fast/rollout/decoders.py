@@ -37,10 +37,13 @@ class Decoder(Protocol):
 
 
 class CacheDecoder:
-    """transformers' forward and DynamicCache."""
+    """transformers' forward and DynamicCache.
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model, self.cache = model, DynamicCache(config=model.config)
+    padded: whether prompts have padding. Without any, the model gets no mask: Mamba takes none beside its state.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, padded: bool = True) -> None:
+        self.model, self.cache, self.padded = model, DynamicCache(config=model.config), padded
 
     def prefill(self, ids: Tensor, mask: Tensor, copies: int) -> Tensor:
         """As in `Decoder`; the cache is expanded to `copies` rows per prompt."""
@@ -65,7 +68,7 @@ class CacheDecoder:
         return rows
 
     def _logits(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        return last_logits(self.model, ids, mask, positions, self.cache)
+        return last_logits(self.model, ids, mask if self.padded else None, positions, self.cache)
 
 
 class WholeDecoder:
@@ -139,9 +142,9 @@ class ByLength:
 
 
 def last_logits(
-    model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache | None
+    model: PreTrainedModel, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: DynamicCache | None
 ) -> Tensor:
-    """The model's own logits [n, V] behind the last column of ids [n, L], with its cache if any."""
+    """The model's own logits [n, V] behind the last column of ids [n, L], with its mask and its cache if any."""
     takes, options = forward_parameters(model), {}
     if "logits_to_keep" in takes:
         options["logits_to_keep"] = 1
@@ -150,5 +153,7 @@ def last_logits(
         if name not in takes:
             raise TypeError(f"{type(model).__name__}.forward takes no cache")
         options[name] = cache
-    inputs: dict[str, Any] = forward_inputs(model, ids, mask, positions) | options
+    inputs: dict[str, Any] = forward_inputs(model, ids, ids if mask is None else mask, positions) | options
+    if mask is None:
+        del inputs["attention_mask"]
     return model(**inputs, use_cache=cache is not None).logits[:, -1]

@@ -44,7 +44,7 @@ def decoder(model: PreTrainedModel, new_tokens: int) -> Decoder:
         parts = blocks.read(model, dtype) if choice == "static" else None
         if parts is not None:
             return StaticDecoder(model, parts, new_tokens)
-        return WholeDecoder(model) if choice == "whole" else CacheDecoder(model)
+        return WholeDecoder(model) if choice == "whole" else CacheDecoder(model, padded=choice == "cache")
 
     if choice in ("static", "cache"):
         return make() if limit is None else ByLength(make, limit)
@@ -247,7 +247,7 @@ def _choice(model: PreTrainedModel) -> str:
         reason = _refusal(model, lambda: CacheDecoder(model))
         if reason is None:
             return "cache"
-        apart = _refusal(model, lambda: ByLength(lambda: CacheDecoder(model)))
+        apart = _refusal(model, lambda: ByLength(lambda: CacheDecoder(model, padded=False)))
     if apart is None:
         not_taken("steps over prompts of different lengths are", model, reason, "prompts of each length run apart")
         return "cache by length"

@@ -40,6 +40,9 @@ KINDS = {
     "recurrent_gemma": {"head_dim": 8, "lru_width": 32, "attention_window_size": 64}
     | {"block_types": ["recurrent", "attention"]},
     "rwkv": {"attention_hidden_size": 32},
+    "mamba": {"state_size": 8},
+    "llama4_text": {"head_dim": 8, "attention_chunk_size": 8, "floor_scale": 12, "intermediate_size_mlp": 48}
+    | {"layer_types": ["chunked_attention", "full_attention"], "no_rope_layers": [1, 0], "num_local_experts": 4},
     "llama": {},
 }
 STATIC = {"llama", "mistral"}
@@ -134,6 +137,8 @@ def test_what_each_model_takes():
         "qwen3_next": ("cache", True, False),
         "recurrent_gemma": ("whole", False, False),
         "rwkv": ("whole", False, False),
+        "mamba": ("cache by length", True, False),
+        "llama4_text": ("cache by length", False, False),
         "llama": ("static", True, True),
     }
 
