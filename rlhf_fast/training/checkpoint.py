@@ -107,7 +107,7 @@ def check_savable(models: Iterable[PreTrainedModel], tokenizer: PreTrainedTokeni
     transformers loads some that it refuses to save, such as a generation config with a temperature and without
     sampling. Only the configs and the tokenizer are written, to a temporary directory.
     """
-    parts: list[tuple[str, str, Any]] = [("tokenizer", "tokenizer", tokenizer)]
+    parts: list[tuple[str, str, Any]] = [("tokenizer", "its files", tokenizer)]
     for model in models:
         if not has_adapter(model):  # an adapter is saved without the config of its base
             parts.append(("config", "config.json", model.config))

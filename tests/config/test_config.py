@@ -1,5 +1,6 @@
 """What a config refuses when it is built in Python, and how JSON describes one."""
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -7,7 +8,8 @@ from pathlib import Path
 import datasets
 import pytest
 
-from rlhf_fast.config import DPOConfig, InitConfig, PairsConfig, PPOConfig, ReMaxConfig, SFTConfig
+from rlhf_fast.config import DPOConfig, InitConfig, PairsConfig, PPOConfig, ReMaxConfig, RLOOConfig, SFTConfig
+from rlhf_fast.config.arguments import from_dict, parse
 from rlhf_fast.config.fields import describe
 
 STAGE = {"model": "m", "output_dir": "o", "train_data": "t.jsonl"}
@@ -94,3 +96,41 @@ def test_description_fits_into_json(given, described):
     (name,) = given
     assert json.loads(json.dumps(describe(config)))[name] == described
     assert describe(config).keys() == vars(config).keys()
+
+
+def test_several_rewards_in_flags_and_files(tmp_path):
+    fixed = ["--model", "m", "--output-dir", "o", "--train-data", "t"]
+
+    def parsed(*flags):
+        config = parse(RLOOConfig, [*fixed, *flags], "rloo")
+        return config.reward, config.reward_weights, config.batch_size
+
+    two = ["--reward", "a", "--batch-size", "8", "--reward=b"]
+    assert parsed("--reward", "a") == ("a", None, 32)
+    assert parsed(*two) == (["a", "b"], None, 8)
+    assert parsed(*two, "--reward-weights", "1", "-0.5") == (["a", "b"], [1.0, -0.5], 8)
+    file = tmp_path / "run.yaml"
+    for text, found in (
+        ("reward: a", "a"),
+        ("reward: [a]", "a"),
+        ("reward: [a, b]\nreward_weights: [1, 2]", ["a", "b"]),
+    ):
+        file.write_text(text)
+        assert parsed("--config", str(file))[0] == found
+    for flags, message in (
+        (["--reward", "a", "b"], "unrecognized arguments: b"),
+        (
+            [*two, "--reward-weights", "1"],
+            r"reward_weights: expected a finite number for each of 2 rewards, got \[1.0\]",
+        ),
+        ([*two, "--reward-weights", "1", "x"], "reward_weights: expected list of float, got 'x'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parsed(*flags)
+    file.write_text("reward: 3")
+    with pytest.raises(ValueError, match="run.yaml: reward: expected str or list of str, got 3"):
+        parsed("--config", str(file))
+    config = from_dict(RLOOConfig, {"model": "m", "output_dir": "o", "train_data": "t", "reward": ["a", "b"]}, "rloo")
+    with pytest.raises(ValueError, match=r"reward_weights: expected a finite .* 2 rewards, got \[1, nan\]"):
+        dataclasses.replace(config, reward_weights=[1, float("nan")])
+    assert config.reward == ["a", "b"] and describe(config)["reward"] == ["a", "b"]

@@ -5,13 +5,20 @@ import json
 import pytest
 import torch
 
-from rlhf_fast.config import DPOConfig, PPOConfig, RewardConfig, RLOOConfig
-from rlhf_fast.data.encoding import PreferenceExample, RankingExample
+from rlhf_fast.config import DPOConfig, PairsConfig, PPOConfig, RewardConfig, RLOOConfig
+from rlhf_fast.data.encoding import (
+    PreferenceExample,
+    RankingExample,
+    encode_preferences,
+    encode_sft,
+    encode_unpaired,
+)
+from rlhf_fast.data.rows import load_rows, load_unpaired
 from rlhf_fast.lm.loading import load_scorer
 from rlhf_fast.lm.passes import sequence_scores
 from rlhf_fast.lm.tokenizers import load_tokenizer
-from rlhf_fast.stages import dpo, ppo, reward, rloo
-from rlhf_fast.stages.init import init_model
+from rlhf_fast.stages import dpo, pairs, ppo, reward, rloo
+from rlhf_fast.stages.init import init_model, train_bpe
 from rlhf_fast.stages.reward import preference_loss
 from tests.support.models import model_config
 from tests.support.stages import REWARD, stage_config, write_rows
@@ -93,3 +100,42 @@ def test_dpo_counts_a_reference_that_evaluation_keeps(evaluated, files, tiny_mod
     held = json.loads((tmp_path / "run.json").read_text())["static_bytes"]
     assert ("reference" in held) == evaluated
     assert not evaluated or held["reference"] == {"weights": held["policy"]["weights"], "gradients": 0, "optimizer": 0}
+
+
+def test_a_family_without_a_classifier_is_one_short_line(files, tmp_path):
+    tokenizer = train_bpe(["the film was good . "] * 20, 280)
+    settings = model_config("llama", len(tokenizer)) | {"model_type": "granite"}
+    del settings["vocab_size"]
+    init_model(settings, tokenizer, tmp_path / "granite", seed=1)
+    config = stage_config(RewardConfig, files, str(tmp_path / "granite"), tmp_path / "out")
+    with pytest.raises(ValueError, match=r"^model: expected .* SequenceClassification in .*, got granite at \S+$"):
+        reward.train(config)
+
+
+@pytest.mark.parametrize("longest", [2, 12])
+def test_no_training_puts_an_end_behind_unfinished_samples(longest, files, tiny_model, tmp_path):
+    config = PairsConfig(
+        model=tiny_model,
+        prompts=files["prompts"],
+        reward=REWARD,
+        output=str(tmp_path / "pairs.jsonl"),
+        max_response_length=longest,
+    )
+    pairs.sample(config)
+    tokenizer = load_tokenizer(tiny_model)
+    rows = load_rows(config.output, "preference")
+    eos = tokenizer.eos_token_id
+    examples = encode_preferences(rows, tokenizer, 64, 64).examples
+    ends = {
+        "chosen": [e.chosen_ids[-1] == eos for e in examples],
+        "rejected": [e.rejected_ids[-1] == eos for e in examples],
+    }
+    for name, ended in ends.items():
+        assert [row.get(f"{name}_finished", True) for row in rows] == ended and not all(ended)
+        for row, end in zip(rows, ended, strict=True):  # a sample without an end has all the tokens there may be
+            assert end or len(tokenizer(row[name], add_special_tokens=False)["input_ids"]) <= longest
+    unpaired = load_unpaired(rows)
+    own = [e.completion_ids[-1] == eos for e in encode_unpaired(unpaired, tokenizer, 64, 64).examples]
+    assert own == [end for pair in zip(ends["chosen"], ends["rejected"], strict=True) for end in pair]
+    trained = [e.input_ids[-1] == eos for e in encode_sft(unpaired, tokenizer, 64, 64).examples]
+    assert trained == own

@@ -1,5 +1,6 @@
 """Reward functions, reward models, and their errors."""
 
+import asyncio
 import sys
 
 import numpy
@@ -14,8 +15,9 @@ from rlhf_fast.lm.sequences import Sequences
 from rlhf_fast.lm.tokenizers import load_tokenizer
 from rlhf_fast.rollout.generate import Rollout
 from rlhf_fast.stages.init import train_bpe
-from rlhf_fast.training.evaluation import completion_rewards
-from rlhf_fast.training.rewards import Reward, decode_responses, load_function
+from rlhf_fast.training.evaluation import completion_rewards, prompt_columns, scored_prompts
+from rlhf_fast.training.rewards import Answers, Reward, decode_responses, load_function
+from rlhf_fast.training.stopped import Stopped
 from tests.support.models import random_policy
 
 CPU = torch.device("cpu")
@@ -59,6 +61,8 @@ def test_function_gets_texts_and_columns(rollout, tokenizer):
     ("returned", "message"),
     [
         ([1.0], "f: expected 2 scores, got 1"),
+        ([1.0, 1e39], "f: expected scores that float32 holds, got 1e\\+39 for row 1"),
+        ([1.0, 10**400], "f: expected finite scores, got 10+ for row 1"),
         ([1.0, float("nan")], "f: expected finite scores, got nan for row 1"),
         (None, "f: expected 2 scores, got None"),
         ("ab", "f: expected 2 scores, got 'ab'"),
@@ -86,6 +90,120 @@ def test_columns_named_like_an_argument_are_errors(rollout, tokenizer, name):
     reward = Reward(lambda prompts, completions, **columns: [0.0] * 2, tokenizer, CPU)
     with pytest.raises(ValueError, match=f"^reward <lambda>: expected no column .* got {name}$"):
         reward(rollout, {"prompt": ["a", "b"], name: ["c", "d"]})
+
+
+ROWS = {"prompt": ["the film was", "the plot was"], "answer": ["a", "bb"]}
+
+
+@pytest.mark.parametrize(
+    "score",
+    [
+        lambda completions, answer, **kwargs: [len(c) + len(a) for c, a in zip(completions, answer, strict=True)],
+        lambda answer, completions: [len(c) + len(a) for c, a in zip(completions, answer, strict=True)],
+        lambda *, completions, prompts, answer, other=0: [
+            len(c) + len(a) for c, a in zip(completions, answer, strict=True)
+        ],
+    ],
+)
+def test_arguments_are_given_by_name(rollout, tokenizer, score):
+    assert Reward(score, tokenizer, CPU)(rollout, ROWS).tolist() == [14.0, 7.0]
+
+
+def test_a_function_gets_ids_alone_where_it_names_nothing_else(rollout, tokenizer):
+    assert Reward(lambda completion_ids: [len(ids) for ids in completion_ids], tokenizer, CPU)(
+        rollout, ROWS
+    ).tolist() == [4.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [
+        (lambda completions, solution: [0.0] * 2, r"arguments out of .*completion_ids, answer, got solution$"),
+        (lambda completions, messages: [0.0] * 2, r"arguments out of .*, got messages$"),
+        (lambda prompts, /: [0.0] * 2, r"arguments that can be given by name, got 'prompts' before /$"),
+    ],
+)
+def test_arguments_that_nobody_can_give_are_errors(rollout, tokenizer, score, message):
+    with pytest.raises(ValueError, match=f"^reward <lambda>: expected {message}"):
+        Reward(score, tokenizer, CPU)(rollout, ROWS)
+
+
+def test_messages_are_those_of_the_prompt(chat_tokenizer):
+    chat = [{"role": "user", "content": "the film"}]
+    rows = [{"prompt": chat}, {"prompt": "the plot"}, {"prompt": chat, "messages": "own"}]
+    columns = prompt_columns(scored_prompts(rows, chat_tokenizer, 64).examples)
+    assert columns["messages"] == [chat, None, "own"]
+    seen = []
+    reward = Reward(lambda messages: seen.append(messages) or [0.0] * 3, chat_tokenizer, CPU)
+    reward.of_texts(["a", "b", "c"], columns)
+    assert seen == [[chat, None, "own"]]
+
+
+def test_several_rewards_are_summed_by_their_weights(rollout, tokenizer):
+    def length(completions):
+        return [float(len(c)) for c in completions]
+
+    def first(completions):
+        return [1.0, None]
+
+    for weights, sums in ((None, [14.0, 5.0]), ([0.5, -2.0], [4.5, 2.5])):
+        scored = Reward([length, first], tokenizer, CPU, weights=weights).judge(
+            Answers(tokenizer, ROWS, rollout=rollout)
+        )
+        assert scored.scores.tolist() == sums and scored.scores.dtype == torch.float32
+        assert scored.parts["length"].tolist() == [13.0, 5.0]
+        assert scored.parts["first"].isnan().tolist() == [False, True] and scored.parts["first"].nanmean() == 1
+    with pytest.raises(ValueError, match="^reward first, first: expected a score from at least one .* None for row 1$"):
+        Reward([first, first], tokenizer, CPU)(rollout, ROWS)
+    with pytest.raises(ValueError, match="^reward first: expected scores that float32 holds, got 1e"):
+        Reward(first, tokenizer, CPU, weights=[1e300]).judge(Answers(tokenizer, ROWS, rollout=rollout))
+    with pytest.raises(ValueError, match="^reward_weights: expected one for each of 2 rewards, got 1$"):
+        Reward([length, first], tokenizer, CPU, weights=[1.0])
+
+
+def test_a_reward_model_beside_a_function(rollout, tiny_model, tmp_path, tokenizer):
+    torch.manual_seed(0)
+    load_scorer(tiny_model).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    alone = Reward(str(tmp_path), tokenizer, CPU)
+    both = Reward([lambda completions: [2.0, None], str(tmp_path)], tokenizer, CPU, weights=[1.0, 3.0])
+    assert both.models.keys() == both.readers.keys() == {"reward"} and both.reading_spec == str(tmp_path)
+    expected = 3 * alone(rollout, ROWS).double() + torch.tensor([2.0, 0.0])
+    torch.testing.assert_close(both(rollout, ROWS).double(), expected, rtol=1e-6, atol=0)
+
+
+def test_an_async_function_keeps_its_event_loop(rollout, tokenizer):
+    loops = []
+
+    async def score(completions):
+        loops.append(asyncio.get_running_loop())
+        await asyncio.sleep(0)
+        return [2.0] * len(completions)
+
+    reward = Reward(score, tokenizer, CPU)
+    assert [reward(rollout, ROWS).tolist() for _ in range(2)] == [[2.0, 2.0]] * 2
+    assert loops[0] is loops[1]
+
+
+def test_an_exception_names_the_function_and_the_line(rollout, tokenizer, tmp_path):
+    path = tmp_path / "broken.py"
+    path.write_text("def f(completions):\n    return {}['a']\n")
+    with pytest.raises(Stopped, match=r"^reward .*broken.py:f: KeyError: 'a' \(broken.py, line 2\)$"):
+        Reward(f"{path}:f", tokenizer, CPU)(rollout, ROWS)
+    path.write_text("1 / 0\n")
+    with pytest.raises(ValueError, match=r"broken.py to load, got ZeroDivisionError: .* \(broken.py, line 1\)$"):
+        load_function(f"{path}:f")
+
+
+def test_completions_to_compare_with_may_be_messages(chat_tokenizer):
+    reward = Reward(lambda completions: list(map(len, completions)), chat_tokenizer, CPU)
+    rows = [{"prompt": "a", "completion": value} for value in ("good", [{"role": "assistant", "content": "good"}])]
+    examples = scored_prompts(rows, chat_tokenizer, 8).examples
+    assert completion_rewards(examples, reward).tolist() == [4.0, 4.0]
+    (bare,) = scored_prompts([{"prompt": "a"}], chat_tokenizer, 8).examples
+    assert completion_rewards([*examples, bare], reward) is None
+    with pytest.raises(ValueError, match="^completion: expected text or a list with one assistant message"):
+        completion_rewards([bare._replace(columns={"completion": [{"role": "user", "content": "a"}]})], reward)
 
 
 def test_function_from_a_file_and_from_a_module(tmp_path):

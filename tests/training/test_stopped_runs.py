@@ -1,0 +1,170 @@
+"""Runs that end with an exception keep their last good step; what would lose a training is found before it."""
+
+import dataclasses
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf_fast import cli
+from rlhf_fast.config import PPOConfig, RLOOConfig, SFTConfig
+from rlhf_fast.lm.loading import load_policy
+from rlhf_fast.lm.tokenizers import load_tokenizer
+from rlhf_fast.stages import ppo, rloo, sft
+from rlhf_fast.training import checkpoint
+from rlhf_fast.training.fingerprint import fingerprint
+from rlhf_fast.training.learner import Learner
+from rlhf_fast.training.metrics import read_metrics
+from rlhf_fast.training.stopped import Stopped
+from tests.support.stages import distance, numbers, shortness, stage_config, weights
+
+
+class Failing:
+    """A reward whose call number `at` raises an exception."""
+
+    def __init__(self, at: int) -> None:
+        self.calls, self.at = 0, at
+
+    def __call__(self, prompts, completions):
+        self.calls += 1
+        if self.calls == self.at:
+            raise OSError("no server")
+        return shortness(prompts, completions)
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_an_exception_of_a_reward_keeps_the_last_good_step(at, files, tiny_model, tmp_path, capsys):
+    config = stage_config(RLOOConfig, files, tiny_model, tmp_path / "cut", reward=Failing(at))
+    with pytest.raises(Stopped, match=r"^reward reward: OSError: no server \(test_stopped_runs.py, line \d+\)$"):
+        rloo.train(config)
+    assert checkpoint.latest(tmp_path / "cut") == (tmp_path / "cut" / "checkpoint-2" if at == 3 else None)
+    assert ("RLOO: --resume goes on after step 2\n" in capsys.readouterr().err) == (at == 3)
+    rloo.train(dataclasses.replace(config, reward=Failing(99), resume=True))
+    rloo.train(dataclasses.replace(config, reward=Failing(99), output_dir=str(tmp_path / "whole")))
+    assert distance(weights(tmp_path / "whole"), weights(tmp_path / "cut")) == 0
+    assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
+
+
+def test_an_exception_in_an_evaluation_loses_no_step(files, tiny_model, tmp_path):
+    """Calls 1 and 2 are the evaluation before the first step and step 1, call 3 is the evaluation after it."""
+    config = stage_config(
+        RLOOConfig, files, tiny_model, tmp_path, reward=Failing(3), steps=1, eval_data=files["prompts"]
+    )
+    with pytest.raises(Stopped, match="no server"):
+        rloo.train(config)
+    assert checkpoint.latest(tmp_path) == tmp_path / "checkpoint-1"
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1]
+    rloo.train(dataclasses.replace(config, reward=Failing(99), resume=True))
+    assert "eval/reward" in json.loads((tmp_path / "run.json").read_text())["evaluation"]
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_a_gradient_that_is_not_finite(in_backward, files, tiny_model, tmp_path, monkeypatch):
+    """Weights that moved in backward are spoilt and not kept; else the state after step 2 is."""
+    clip, calls = Learner.clip, []
+
+    def spoil(self):
+        calls.append(1)
+        norm = clip(self)
+        return norm * torch.nan if len(calls) == 3 else norm
+
+    monkeypatch.setattr(Learner, "clip", spoil)
+    options = {"max_grad_norm": 0, "optimizer_in_backward": in_backward}
+    with pytest.raises(Stopped, match="^gradient norm is nan; the weights were (left as they are|spoilt)"):
+        sft.train(stage_config(SFTConfig, files, tiny_model, tmp_path, **options))
+    assert checkpoint.latest(tmp_path) == (None if in_backward else tmp_path / "checkpoint-2")
+
+
+def test_whole_updates_of_a_broken_step_are_kept(files, tiny_model, tmp_path, monkeypatch, capsys):
+    """The second of four updates of step 2 is not finite. The first stays, and the schedule starts at step 1's end."""
+    check, calls = Learner.check, []
+
+    def fail(self, norm):
+        calls.append(1)
+        check(self, norm if len(calls) != 11 else float("nan"))
+
+    monkeypatch.setattr(Learner, "check", fail)
+    options = {"steps": 3, "epochs": 2, "minibatches": 2, "lr_schedule": "linear"}
+    with pytest.raises(Stopped, match="^gradient norm is nan"):
+        ppo.train(stage_config(PPOConfig, files, tiny_model, tmp_path, **options))
+    kept = tmp_path / "checkpoint-1"
+    assert f"PPO: wrote the state after step 1, with updates of step 2 to {kept}\n" in capsys.readouterr().err
+    assert checkpoint.load_state(kept)["policy"]["scheduler"]["last_epoch"] == 4
+    load_policy(kept)
+
+
+def test_the_command_prints_one_line(files, tiny_model, tmp_path, capsys):
+    (tmp_path / "f.py").write_text("def f(completions):\n    return {}[1]\n")
+    flags = ["--model", tiny_model, "--reward", f"{tmp_path}/f.py:f", "--train-data", files["prompts"]]
+    flags += ["--output-dir", str(tmp_path / "out"), "--batch-size", "8", "--max-response-length", "4"]
+    assert cli.main(["rloo", *flags]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"rlhf-fast: reward {tmp_path}/f.py:f: KeyError: 1 (f.py, line 2) (--debug shows where)"
+
+
+def edited(model: str, target: Path, file: str, **keys) -> str:
+    """A copy of a checkpoint with other values in a JSON file."""
+    target.mkdir()
+    for path in Path(model).iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    content = json.loads((target / file).read_text()) if (target / file).exists() else {}
+    (target / file).write_text(json.dumps({**content, **keys}))
+    return str(target)
+
+
+def test_what_cannot_be_saved_is_found_before_the_first_step(files, tiny_model, tmp_path, monkeypatch):
+    tokenizer, model = load_tokenizer(tiny_model), load_policy(tiny_model)
+    checkpoint.check_savable([model], tokenizer)
+    model.generation_config.temperature = 0.5  # without sampling
+    with pytest.raises(ValueError, match="^model: expected a generation config that can be saved, mend generation_con"):
+        checkpoint.check_savable([model], tokenizer)
+    vars(model.config)["_output_attentions"] = True  # with an attention that has no weights to return
+    with pytest.raises(ValueError, match="^model: expected a config that can be saved, mend config.json: .*eager"):
+        checkpoint.check_savable([model], tokenizer)
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", lambda self, directory: [][0])
+    with pytest.raises(ValueError, match="^model: expected a tokenizer that can be saved, mend its files: list index"):
+        sft.train(stage_config(SFTConfig, files, tiny_model, tmp_path / "out"))
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_what_a_config_asks_to_return_changes_nothing(files, tiny_model, tmp_path):
+    asks = {"return_dict": False, "output_attentions": True, "output_hidden_states": True}
+    model = edited(tiny_model, tmp_path / "m", "config.json", **asks)
+    for name, start in (("a", tiny_model), ("b", model)):
+        rloo.train(stage_config(RLOOConfig, files, start, tmp_path / name, steps=2))
+    assert numbers(tmp_path / "a") == numbers(tmp_path / "b")
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_data_that_changed_is_refused_on_resume(in_memory, files, tiny_model, tmp_path):
+    data = tmp_path / "prompts.jsonl"
+    data.write_text(Path(files["prompts"]).read_text())
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    config = stage_config(RLOOConfig, files, tiny_model, tmp_path / "out", reward=Failing(3))
+    config = dataclasses.replace(config, train_data=rows if in_memory else str(data))
+    with pytest.raises(Stopped):
+        rloo.train(config)
+    again = dataclasses.replace(config, reward=Failing(99), resume=True)
+    rows[0]["prompt"] += " !"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="^train_data: expected the rows of the run to resume, .* content of .* chang"):
+        rloo.train(again)
+    data.write_text(Path(files["prompts"]).read_text())
+    rows[0]["prompt"] = rows[0]["prompt"].removesuffix(" !")
+    rloo.train(again)
+
+
+def test_fingerprints_are_of_content(tmp_path):
+    rows = [{"prompt": "a"}, {"prompt": "b"}]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.jsonl").write_text(text)
+        (tmp_path / folder / "b.jsonl.gz").write_bytes(gzip.compress(text.encode(), mtime=len(folder)))
+    one = fingerprint(tmp_path / "x" / "a.jsonl")
+    assert one == fingerprint(tmp_path / "x" / "b.jsonl.gz") == fingerprint(str(tmp_path / "x" / "*.jsonl"))
+    assert fingerprint(tmp_path / "x") == fingerprint(tmp_path / "y") != one
+    assert fingerprint(rows) == fingerprint(list(map(dict, rows))) != fingerprint(rows[::-1])
+    assert fingerprint(iter(rows)) is None and fingerprint("no/such:file") is None
