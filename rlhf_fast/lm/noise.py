@@ -49,7 +49,8 @@ def silence(model: PreTrainedModel, *, trained: bool = True) -> None:
 @contextmanager
 def as_before(model: PreTrainedModel) -> Iterator[None]:
     """Inside, the configs have their dropout and jitter again, so that they are saved as they came."""
-    configs, rates = _configs(model), getattr(model, _RATES, {})
+    rates = getattr(model, _RATES, {})
+    configs = _configs(model) if rates else {}
     places = [(vars(configs[part]), name, value) for (part, name), value in rates.items()]
     quiet = [owner[name] for owner, name, _ in places]
     for owner, name, value in places:

@@ -174,12 +174,13 @@ def print_table(title: str, rows: Sequence[Mapping[str, Any]], *, console: Conso
     if not console.is_terminal:
         console.width = 200  # a file has no width; do not fold cells at 80 columns
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    table = Table(title=Text(title), title_justify="left")
+    table = Table()
     for column in columns:
         numeric = all(not isinstance(row.get(column), str) for row in rows)
         table.add_column(column, justify="right" if numeric else "left")
     for row in rows:
         table.add_row(*(Text(format_value(column, row.get(column))) for column in columns))
+    console.print(Text(title, style="italic"), soft_wrap=True)  # a narrow table would break a path in its own title
     console.print(table)
 
 
