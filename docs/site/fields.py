@@ -5,7 +5,6 @@ kept: Tensor | None  # [N], what was kept       becomes    kept: [N], what was k
 """
 
 import ast
-import re
 
 import griffe
 
@@ -34,9 +33,10 @@ def _help(value, module):
     kind = getattr(value.func, "id", None) if isinstance(value, ast.Call) else None
     if kind not in ("arg", "required", "random_seed"):
         return None
+    names = {node.id for node in ast.walk(value.args[-1]) if isinstance(node, ast.Name)}
+    constants = {name: eval(str(module[name].value)) for name in names}
     *default, text = map(ast.unparse, value.args)
     default += ["0"] if kind == "random_seed" else []
-    constants = {name: eval(str(module[name].value)) for name in re.findall(r"\b_[A-Z_]+\b", text)}
     text = eval(text, constants)  # a string, or an f-string of the module's constants
     bounds = [f"{bound.arg} {ast.unparse(bound.value)}.".capitalize().replace("_", " ") for bound in value.keywords]
     return " ".join([text, *bounds, *(f"Default: `{value}`." for value in default if value != "None")])
