@@ -106,12 +106,15 @@ def call(operator: str, *args: object) -> Any:
 
 def _is_plain(args: tuple) -> bool:
     """Ordinary CPU tensors, their own back end, and no mode, transform, trace or profiler that is to see the op."""
-    if _override not in (None, "cpu") or private.is_watched():
+    if _override not in (None, "cpu") or _is_watched():
         return False
     for x in args:  # noqa: SIM110  a generator costs as much as the tests
-        if isinstance(x, Tensor) and not private.is_plain_cpu(x):
+        if isinstance(x, Tensor) and not _is_plain_cpu(x):
             return False
     return True
+
+
+_is_watched, _is_plain_cpu = private.is_watched, private.is_plain_cpu  # a call of an operator looks both up
 
 
 def _chosen(operator: str, device: str) -> str | None:
@@ -148,6 +151,9 @@ def backend(name: str) -> Iterator[None]:
 
 def has_kernel(op: str, tensor: Tensor) -> bool:
     """Whether a kernel, not the reference, runs this operation on this tensor."""
+    if _override is None:  # what `_chosen` says then, without the cost of asking
+        name = OWN.get(tensor.device.type)
+        return name is not None and op in KERNELS[name]
     return _chosen(op, tensor.device.type) is not None
 
 
