@@ -7,11 +7,14 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
 from rlhf_fast.lm.adapters import LoRA, base_path, put_on
+from rlhf_fast.lm.families import language_class, reads, scorer_class
+from rlhf_fast.lm.parked import freeze, park
 from rlhf_fast.lm.paths import existing
+from rlhf_fast.lm.private import made_of
 from rlhf_fast.training.learner import checkpoint_activations
 
 Head = Literal["policy", "score"]
@@ -52,12 +55,13 @@ class Shape(NamedTuple):
 
     def instantiate(self, config: PreTrainedConfig) -> PreTrainedModel:
         """A model of `config` with random weights, on the device of the context."""
-        if self.head == "policy":
-            return AutoModelForCausalLM.from_config(config, dtype=self.dtype)
-        config = copy.deepcopy(config)
-        config.num_labels = 1
-        model = AutoModelForSequenceClassification.from_config(config, dtype=self.dtype)
-        if not hasattr(model, "score"):
+        scores = self.head == "score"
+        model_class = (scorer_class if scores else language_class)(config)
+        config = copy.deepcopy(reads(model_class, config))
+        if scores:
+            config.num_labels = 1
+        model = made_of(model_class, config, self.dtype)
+        if scores and not hasattr(model, "score"):
             raise ValueError(f"model: expected an architecture with a `score` head (decoder type), got {type(model)}")
         return model
 
@@ -65,7 +69,9 @@ class Shape(NamedTuple):
         """The model, or one of its first `layers` layers, on the meta device."""
         with torch.device("meta"):
             model = self.instantiate(self.config if layers is None else _shortened(self.config, layers))
+            park(model, keep=False)  # the stages keep such parts in CPU memory, whatever the device
         model.requires_grad_(self.trained and not self.lora_rank)
+        freeze(model)
         if self.lora_rank:
             with torch.device("meta"):
                 put_on(model, "base", LoRA(self.lora_rank, 1.0, 0), trainable=True)
