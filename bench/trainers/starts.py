@@ -2,8 +2,8 @@
 
 Every start has models of these names: `init` (where SFT begins), `sft` (the reference), `policy` (near `sft`, so that
 the KL is not 0), `reward`, and `endless` copies of the last three, whose EOS is an id without a logit. Completions of
-these copies have full length. Otherwise the comparison would depend on who stops decoding when: PPOTrainer never stops, and
-ours drops rows that are done.
+these copies have full length. Otherwise the comparison would depend on who stops decoding when: PPOTrainer never stops,
+and ours drops rows that are done.
 """
 
 import json

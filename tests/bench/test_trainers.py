@@ -205,7 +205,7 @@ def test_a_checkpoint_is_trained_on_its_own_rows(tmp_path):
     answer = [{"role": "assistant", "content": "ba"}]
     files = {
         "sft": [{"messages": [*prompt, *answer]}, {"messages": [{"role": "user", "content": "ab " * 400}, *answer]}],
-        "pairs": [{"prompt": prompt, "chosen": answer, "rejected": prompt}],
+        "pairs": [{"prompt": prompt, "chosen": answer, "rejected": [answer[0] | {"content": "ab"}]}],
         "prompts": [{"prompt": prompt}],
     }
     for name, rows in files.items():
