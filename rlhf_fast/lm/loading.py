@@ -53,6 +53,7 @@ def load_policy(
     Raises ValueError where `path` holds no language model, or a model with missing weights.
     """
     base = adapters.base_path(path)
+    shared = shared if adapters.can_share(path) else None
     if shared is None:
         config = AutoConfig.from_pretrained(existing(base))
         if _is_classifier(config):
@@ -81,6 +82,7 @@ def load_scorer(
     """
     argument = "reward" if head is None else "model"
     base = adapters.base_path(path)
+    shared = shared if adapters.can_share(path) else None
     config = AutoConfig.from_pretrained(existing(base, argument))
     is_classifier = _is_classifier(config)
     if is_classifier and config.num_labels != 1:
@@ -129,7 +131,7 @@ def value_head_on(policy: PreTrainedModel, saved: Path | None) -> PreTrainedMode
 def save_model(model: PreTrainedModel, directory: Path) -> None:
     """`save_pretrained`. Of a model with an adapter it saves the adapter alone, in peft's format."""
     with as_before(model):
-        model.save_pretrained(directory)
+        model.save_pretrained(directory, state_dict=adapters.own_weights(model))
     if adapters.has_adapter(model) and hasattr(model.config, "score_offset"):
         (directory / _ADAPTER_SCORE).write_text(json.dumps({"score_offset": model.config.score_offset}) + "\n")
 
@@ -160,7 +162,7 @@ def _prepare(
     if adapters.is_adapter(path) or lora is not None:
         adapters.put_on(model, path, lora, trainable=trainable)
         if lora is None and not shared:
-            adapters.merge(model)
+            adapters.merge(model, path)
             model.requires_grad_(trainable)
     silence(model, trained=trainable)
     return model.train(trainable)
