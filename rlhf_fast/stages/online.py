@@ -101,6 +101,7 @@ class Online(Generic[Config]):
             max_prompt_length=config.max_prompt_length,
             shared=self.policy if config.share_base else None,
             offload=config.offload,
+            dtype=config.frozen_weights,
         )
         self.reward.check(prompt_columns(self.prompts))
         self.sampler = LocalSampler(
@@ -118,7 +119,7 @@ class Online(Generic[Config]):
         self.learner = Learner(self.policy, config, self.updates)
         bound = config.max_logprob_drift
         if bound is None:  # the drift of small models is 1e-6 to 1e-5 in fp32, 0.03 to 0.06 in bf16
-            bound = 0.5 if config.bf16 else 0.01
+            bound = 0.5 if config.bf16 or config.dtype == "bf16" else 0.01
         self.drift_bound = bound
         self.kl = KLController(config.kl_coef, config.kl_target, config.kl_horizon)
 
