@@ -256,7 +256,8 @@ class OnlineConfig(MethodConfig):
     missing_eos_penalty: float = arg(0.0, "Subtracted from the score of a completion that never ends.")
     max_logprob_drift: float | None = arg(
         None,
-        "Fail where the log-probs of decoding and of training differ by more; default: 0.01, or 0.5 in bf16.",
+        "Stop where a token's log-probs of decoding and of training differ by more; default: 0.01; in bf16 the mean "
+        "difference of the tokens may be 0.1.",
         at_least=0,
     )
 

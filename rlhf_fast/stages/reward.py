@@ -4,6 +4,7 @@ The reward model starts from the SFT model with a new scalar head. After the tra
 SFT model's own samples score 0 on average (arXiv 2009.01325), because a policy with a KL penalty starts from there.
 """
 
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -129,7 +130,7 @@ def _centring(scores_BK: Tensor, ranks_BK: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: PreTrainedModel, examples: list[Example], pad: int, config: RewardConfig) -> dict[str, float]:
-    """Held-out loss and pair accuracy, as means over pairs."""
+    """Held-out loss and pair accuracy, as means over pairs, and the accuracy's standard error."""
     pairs, tally = sum(map(_pairs, examples)), Tally()
     with autocast(model.device, config.bf16):
         for rows in micro_batches(len(examples), config.micro_batch_size or config.batch_size):
@@ -137,7 +138,9 @@ def evaluate(model: PreTrainedModel, examples: list[Example], pad: int, config: 
             weight = sum(map(_pairs, examples[rows])) / pairs
             tally.add("eval/loss", weight * out.loss.double())
             tally.add("eval/accuracy", weight * out.accuracy.double())
-    return tally.read()
+    metrics = tally.read()
+    right = metrics["eval/accuracy"]
+    return metrics | {"eval/accuracy_se": math.sqrt(max(0.0, right * (1 - right)) / pairs)}
 
 
 @torch.no_grad()
