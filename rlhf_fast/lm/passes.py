@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from rlhf_fast.lm.forward import call, one_pass
@@ -146,9 +147,14 @@ def _can_pad_left(model: PreTrainedModel) -> bool:
 
 def _score(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     head = score_head(model)
-    weight = next(head.parameters())
+    weights = dict(head.named_parameters())
+    wide = torch.promote_types(next(iter(weights.values())).dtype, torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):  # in bf16 a score would have two or three digits
-        scores = head(hidden.to(weight.dtype)).squeeze(-1).float()
+        if all(weight.dtype == wide for weight in weights.values()):
+            scores = head(hidden.to(wide)).squeeze(-1).float()
+        else:
+            wider = {name: weight.to(wide) for name, weight in weights.items()}
+            scores = functional_call(head, wider, hidden.to(wide)).squeeze(-1).float()
     return scores - getattr(model.config, "score_offset", 0.0)
 
 

@@ -78,8 +78,8 @@ def difference(
         `plain` counts as a difference, because nothing can be told of it. GPT-Neo reads its window while it is made.
     None where the numbers agree; "" where they differ at once; else the switch, such as "past its sliding_window".
     """
-    usual = plain()
-    if not agree(own(), usual):
+    usual, half = plain(), any(p.dtype.itemsize == 2 for p in model.parameters())  # a mixed model returns fp32
+    if not agree(own(), usual, half=half):
         return ""
     for switch in switches(model):
         with shrunk(model, switch):
@@ -91,14 +91,17 @@ def difference(
                 continue  # read while the model was made
             mine = own()
         # A model with random weights may change by less than the tolerance.
-        if not agree(mine, truth) or (mine - truth).norm() > effect / 2:
+        if not agree(mine, truth, half=half) or (mine - truth).norm() > effect / 2:
             return f"past its {switch.name}"
     return None
 
 
-def agree(mine: Tensor, theirs: Tensor) -> bool:
-    """Whether two results of one computation are equal up to the rounding of their dtype, beside their own size."""
-    tolerance = 5e-4 if theirs.dtype == torch.float32 else 3e-2
+def agree(mine: Tensor, theirs: Tensor, *, half: bool = False) -> bool:
+    """Whether two results of one computation are equal up to the rounding of their dtype, beside their own size.
+
+    half: they were computed in half precision, whatever their dtype.
+    """
+    tolerance = 5e-4 if theirs.dtype == torch.float32 and not half else 3e-2
     mine, theirs = mine.float(), theirs.float()
     size = theirs.square().mean().sqrt().item()
     return torch.allclose(mine, theirs, rtol=tolerance, atol=tolerance * size)

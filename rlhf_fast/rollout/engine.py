@@ -78,7 +78,7 @@ class StaticDecoder:
         self.position = (positions[:, -1] + 1).repeat_interleave(copies)
         self.tables = parts.rope(torch.arange(S, device=device)) if parts.rope else None
         if self.tables:
-            cos, sin = self.tables
+            cos, sin = (table.float() for table in self.tables)  # the compiled step reads fp32
             half = parts.head_dim // 2
             self.tables = cos.contiguous(), torch.cat([-sin[:, :half], sin[:, half:]], dim=1)  # see _rotate
         self.masks = {window: self._mask(mask, copies, S, window) for window in {b.window for b in parts.blocks}}
