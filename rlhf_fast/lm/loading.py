@@ -31,6 +31,7 @@ from transformers import (
 
 from rlhf_fast.lm import adapters
 from rlhf_fast.lm.adapters import LoRA
+from rlhf_fast.lm.decoders import check_decoder, check_family
 from rlhf_fast.lm.noise import as_before, silence
 from rlhf_fast.lm.paths import existing
 from rlhf_fast.lm.private import score_head
@@ -50,15 +51,18 @@ def load_policy(
     """The causal language model at `path` in fp32, with dropout off; frozen unless `trainable`.
 
     lora: the adapter to train. shared: a model whose base the new model stands on.
-    Raises ValueError where `path` holds no language model, or a model with missing weights.
+    Raises ValueError where `path` holds no decoder of text, or a model with missing weights.
     """
     base = adapters.base_path(path)
     if shared is None:
         config = AutoConfig.from_pretrained(existing(base))
         if _is_classifier(config):
             raise ValueError(f"model: expected a language model, got {_kind(config)} at {base}")
+        check_family(config, base)
         model, missing = _load(AutoModelForCausalLM, base)
         _check_complete("model", base, model, missing)
+        if trainable:
+            check_decoder(model)
     else:
         model = adapters.base_of(shared, base)
     return _prepare(model, path, trainable, lora, shared is not None)
