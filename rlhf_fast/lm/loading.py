@@ -31,6 +31,7 @@ from transformers import (
 
 from rlhf_fast.lm import adapters
 from rlhf_fast.lm.adapters import LoRA
+from rlhf_fast.lm.decoders import check_decoder, check_family
 from rlhf_fast.lm.dtypes import DTYPES, Dtype, cast
 from rlhf_fast.lm.noise import as_before, silence
 from rlhf_fast.lm.paths import existing
@@ -57,7 +58,7 @@ def load_policy(
 
     dtype: of the weights, as in `dtypes`; an adapter on them is fp32. lora: the adapter to train. shared: a model whose
         base the new model stands on; the base keeps its dtype.
-    Raises ValueError where `path` holds no language model, or a model with missing weights.
+    Raises ValueError where `path` holds no decoder of text, or a model with missing weights.
     """
     base = adapters.base_path(path)
     shared = shared if adapters.can_share(path) else None
@@ -65,8 +66,11 @@ def load_policy(
         config = AutoConfig.from_pretrained(existing(base))
         if _is_classifier(config):
             raise ValueError(f"model: expected a language model, got {_kind(config)} at {base}")
+        check_family(config, base)
         model, missing = _load(AutoModelForCausalLM, base, _loaded_as(path, dtype, lora))
         _check_complete("model", base, model, missing)
+        if trainable:
+            check_decoder(model)
     else:
         model = adapters.base_of(shared, base)
     return _prepare(model, path, dtype, trainable, lora, shared is not None)
