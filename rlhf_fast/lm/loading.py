@@ -27,6 +27,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from rlhf_fast.lm import adapters
 from rlhf_fast.lm.adapters import LoRA
+from rlhf_fast.lm.decoders import check_decoder, check_family
+from rlhf_fast.lm.dtypes import DTYPES, Dtype, cast
 from rlhf_fast.lm.families import is_classifier, language_class, reads, scorer_class, trunk_of
 from rlhf_fast.lm.noise import as_before, silence
 from rlhf_fast.lm.parked import freeze, park, whole
@@ -54,29 +56,41 @@ def default_device() -> torch.device:
 
 
 def load_policy(
-    path: str | Path, *, trainable: bool = True, lora: LoRA | None = None, shared: PreTrainedModel | None = None
+    path: str | Path,
+    *,
+    dtype: Dtype = "fp32",
+    trainable: bool = True,
+    lora: LoRA | None = None,
+    shared: PreTrainedModel | None = None,
 ) -> PreTrainedModel:
-    """The causal language model at `path` in fp32, with dropout off; frozen unless `trainable`.
+    """The causal language model at `path`, with dropout off; frozen unless `trainable`.
 
-    lora: the adapter to train. shared: a model whose base the new model stands on.
-    Raises ValueError where `path` holds no language model, or a model with missing weights.
+    dtype: of the weights, as in `dtypes`; an adapter on them is fp32. lora: the adapter to train. shared: a model whose
+        base the new model stands on; the base keeps its dtype.
+    Raises ValueError where `path` holds no decoder of text, or a model with missing weights.
     """
     base = adapters.base_path(path)
+    shared = shared if adapters.can_share(path) else None
     if shared is None:
         config = AutoConfig.from_pretrained(existing(base))
         if is_classifier(config):
             raise ValueError(f"model: expected a language model, got {_kind(config)} at {base}")
-        model, missing = _load(_class_at(base, "model", language_class, config), base, config)
+        check_family(config, base)
+        language = _class_at(base, "model", language_class, config)
+        model, missing = _load(language, base, config, _loaded_as(path, dtype, lora))
         _check_complete("model", base, model, missing)
         park(model, keep=trainable)
+        if trainable:
+            check_decoder(model)
     else:
         model = adapters.base_of(shared, base)
-    return _prepare(model, path, trainable, lora, shared is not None)
+    return _prepare(model, path, dtype, trainable, lora, shared is not None)
 
 
 def load_scorer(
     path: str | Path,
     *,
+    dtype: Dtype = "fp32",
     head: Literal["normal", "zero"] | None = "normal",
     trainable: bool = True,
     lora: LoRA | None = None,
@@ -91,6 +105,7 @@ def load_scorer(
     """
     argument = "reward" if head is None else "model"
     base = adapters.base_path(path)
+    shared = shared if adapters.can_share(path) else None
     config = AutoConfig.from_pretrained(existing(base, argument))
     scores = is_classifier(config)
     if scores and config.num_labels != 1:
@@ -102,7 +117,7 @@ def load_scorer(
     if shared is None:
         scorer = _class_at(base, argument, scorer_class, config)
         reads(scorer, config).num_labels = 1
-        model, missing = _load(scorer, base, config)
+        model, missing = _load(scorer, base, config, _loaded_as(path, dtype, lora))
         park(model, keep=trainable)
     else:
         model, missing = _scorer_on(adapters.base_of(shared, base)), []
@@ -120,7 +135,7 @@ def load_scorer(
                 score.bias.zero_()
     if Path(path, _ADAPTER_SCORE).is_file():
         set_score_offset(model, json.loads(Path(path, _ADAPTER_SCORE).read_text())["score_offset"])
-    return _prepare(model, path, trainable, lora, shared is not None)
+    return _prepare(model, path, dtype, trainable, lora, shared is not None)
 
 
 def value_head_on(policy: PreTrainedModel, saved: Path | None) -> PreTrainedModel:
@@ -142,7 +157,7 @@ def value_head_on(policy: PreTrainedModel, saved: Path | None) -> PreTrainedMode
 def save_model(model: PreTrainedModel, directory: Path) -> None:
     """`save_pretrained`. Of a model with an adapter it saves the adapter alone, in peft's format."""
     with as_before(model), nullcontext() if adapters.has_adapter(model) else whole(model):
-        model.save_pretrained(directory)
+        model.save_pretrained(directory, state_dict=adapters.own_weights(model))
     if not adapters.has_adapter(model):
         for name, content in getattr(model, _FILES, {}).items():
             (directory / name).write_bytes(content)
@@ -172,14 +187,17 @@ def _scorer_on(language_model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _prepare(
-    model: PreTrainedModel, path: str | Path, trainable: bool, lora: LoRA | None, shared: bool
+    model: PreTrainedModel, path: str | Path, dtype: Dtype, trainable: bool, lora: LoRA | None, shared: bool
 ) -> PreTrainedModel:
     model.requires_grad_(trainable and lora is None)
     if adapters.is_adapter(path) or lora is not None:
         adapters.put_on(model, path, lora, trainable=trainable)
         if lora is None and not shared:
-            adapters.merge(model)
+            adapters.merge(model, path)
             model.requires_grad_(trainable)
+            cast(model, dtype)
+    elif dtype == "mixed" and not shared:
+        cast(model, dtype)
     freeze(model)
     silence(model, trained=trainable)
     return model.train(trainable)
@@ -199,14 +217,24 @@ def _class_at(
         raise ValueError(f"{argument}: {error} at {path}") from error
 
 
-def _load(model_class: type[PreTrainedModel], path: str, config: PreTrainedConfig) -> tuple[PreTrainedModel, list[str]]:
-    """The model at `path` in fp32, and the names of the weights that the files lack and that are random now."""
+def _loaded_as(path: str | Path, dtype: Dtype, lora: LoRA | None) -> torch.dtype:
+    """The dtype in which files are read.
+
+    fp32 where an adapter is merged, because a sum in bf16 would lose it, and for mixed models, because transformers
+    rounds more than the weights, such as the factor of Gemma's embeddings.
+    """
+    merged = lora is None and adapters.is_adapter(path)
+    return torch.float32 if merged or dtype == "mixed" else DTYPES[dtype]
+
+
+def _load(
+    model_class: type[PreTrainedModel], path: str, config: PreTrainedConfig, dtype: torch.dtype
+) -> tuple[PreTrainedModel, list[str]]:
+    """The model at `path`, and the names of the weights that the files lack and that are random now."""
     part = reads(model_class, config)
     options = {} if part is config else {"key_mapping": {r"^language_model\.": ""}}  # the text model of a larger one
     with _quiet_loading():
-        model, found = model_class.from_pretrained(
-            path, config=part, dtype=torch.float32, output_loading_info=True, **options
-        )
+        model, found = model_class.from_pretrained(path, config=part, dtype=dtype, output_loading_info=True, **options)
     if options:
         forget_renaming(model)
     if model.config.sub_configs:

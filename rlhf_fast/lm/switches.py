@@ -9,8 +9,9 @@ Left out: numbers that a model reads while it is made, such as the lengths of Ll
 fixed, so an own path that reads the tables has them.
 """
 
+import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -18,18 +19,23 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from rlhf_fast.lm.precision import exact, is_half
+
 _WINDOW = re.compile(r"^(sliding_windows?(_size)?|(local_)?attention_(window|chunk)(_size)?|window_size)$")
-_LENGTH = re.compile(r"^(original_max_position_embeddings|floor_scale)$")
+_LENGTH = re.compile(r"^(original_max_position_embeddings|floor_scale|index_topk(_blocks)?|indexer_budget)$")
+_BOUND = re.compile(r"^time_step_limit$")  # of Mamba 2's steps: the smallest and the largest
 # The rows of a trial cross both. Where the prompts of a trial have 7 and 9 tokens, a prefill crosses the first number
 # and decoding crosses the second.
 SMALL = (5, 10)
+_COARSE = 0.25  # of the size of a half-precision result: a wrong path differs by about its whole size
+_LARGE_STEP = (0.5, math.inf)  # most steps of Mamba 2 are below
 
 
 class Switch(NamedTuple):
     """The name of a number, and what the number is made in a trial."""
 
     name: str
-    small: int
+    small: int | tuple[float, float]
 
     @property
     def is_window(self) -> bool:
@@ -49,8 +55,8 @@ def switches(model: PreTrainedModel) -> list[Switch]:
     types = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
     if types == {"full_attention"}:  # Qwen 2 names a window for layers that it may not have
         names = {name: None for name in names if not _WINDOW.match(name)}
-    values = {(name, value) for _, name, value in _places(model)}
-    wanted = [Switch(name, small) for name in names for small in (SMALL if _WINDOW.match(name) else SMALL[:1])]
+    values = [(name, value) for _, name, value in _places(model)]
+    wanted = [Switch(name, small) for name in names for small in _small(name)]
     return [switch for switch in wanted if tuple(switch) not in values]  # rows cross these as they are
 
 
@@ -77,7 +83,21 @@ def difference(
     replaces: whether `own` computes something in place of the model's code. Then a window that makes no difference to
         `plain` counts as a difference, because nothing can be told of it. GPT-Neo reads its window while it is made.
     None where the numbers agree; "" where they differ at once; else the switch, such as "past its sliding_window".
+
+    A half-precision model is compared in fp32 (`precision`), and then once, coarsely, as it is.
     """
+    with exact(model):
+        where = _difference(model, plain, own, replaces=replaces)
+    if where is None and is_half(model):
+        mine, theirs = own().float(), plain().float()
+        if not (mine - theirs).norm() <= _COARSE * theirs.norm():
+            return ""
+    return where
+
+
+def _difference(
+    model: PreTrainedModel, plain: Callable[[], Tensor], own: Callable[[], Tensor], *, replaces: bool
+) -> str | None:
     usual = plain()
     if not agree(own(), usual):
         return ""
@@ -106,12 +126,16 @@ def agree(mine: Tensor, theirs: Tensor) -> bool:
 
 def trial_rows(model: PreTrainedModel, lengths: tuple[int, ...]) -> list[Tensor]:
     """Rows of token ids of these lengths, [1, length] each, for a trial."""
-    try:
-        vocabulary = model.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportIndexIssue]
-    except NotImplementedError:  # the decoder half of Bart
-        vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.arange(1, sum(lengths) + 1, device=model.device) * 7 % vocabulary
+    ids = torch.arange(1, sum(lengths) + 1, device=model.device) * 7 % vocabulary(model)
     return [row[None] for row in ids.split(list(lengths))]
+
+
+def vocabulary(model: PreTrainedModel) -> int:
+    """The number of token ids that the model can read."""
+    try:
+        return model.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportIndexIssue]
+    except NotImplementedError:  # the decoder half of Bart
+        return model.config.get_text_config().vocab_size
 
 
 def switching_length(config: PreTrainedConfig) -> int | None:
@@ -140,8 +164,15 @@ def rotaries(config: PreTrainedConfig) -> list[dict[str, Any]]:
     return each or [parameters]
 
 
-def _places(model: PreTrainedModel) -> list[tuple[dict[str, Any], str, int]]:
-    """(dictionary, name, number) of every switch in the configs and modules."""
+def _small(name: str) -> Sequence[int | tuple[float, float]]:
+    """What a number of this name is made in trials."""
+    if _BOUND.match(name):
+        return (_LARGE_STEP,)
+    return SMALL if _WINDOW.match(name) else SMALL[:1]
+
+
+def _places(model: PreTrainedModel) -> list[tuple[dict[str, Any], str, Any]]:
+    """(dictionary, name, value) of every switch in the configs and modules."""
     configs: dict[int, PreTrainedConfig] = {}
     for module in model.modules():
         config = getattr(module, "config", None)
@@ -152,11 +183,16 @@ def _places(model: PreTrainedModel) -> list[tuple[dict[str, Any], str, int]]:
     found, seen = [], set()
     for owner in owners:
         for name, value in owner.items():
-            known = (id(owner), name) not in seen and (_WINDOW.match(name) or _LENGTH.match(name))
-            if known and _is_number(value):
+            if (id(owner), name) not in seen and _is_switch(name, value):
                 seen.add((id(owner), name))
                 found.append((owner, name, value))
     return found
+
+
+def _is_switch(name: str, value: object) -> bool:
+    if _BOUND.match(name):
+        return isinstance(value, tuple | list) and tuple(value) != (0.0, math.inf)
+    return bool(_WINDOW.match(name) or _LENGTH.match(name)) and _is_number(value)
 
 
 def _is_number(value: object) -> bool:

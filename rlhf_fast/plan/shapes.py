@@ -11,6 +11,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
 from rlhf_fast.lm.adapters import LoRA, base_path, put_on
+from rlhf_fast.lm.dtypes import mix
 from rlhf_fast.lm.families import language_class, reads, scorer_class
 from rlhf_fast.lm.parked import freeze, park
 from rlhf_fast.lm.paths import existing
@@ -18,7 +19,6 @@ from rlhf_fast.lm.private import made_of
 from rlhf_fast.training.learner import checkpoint_activations
 
 Head = Literal["policy", "score"]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def read_config(path: str) -> PreTrainedConfig:
@@ -48,19 +48,25 @@ class Shape(NamedTuple):
     config: PreTrainedConfig
     head: Head
     dtype: torch.dtype
-    autocast: bool = False  # bfloat16
+    autocast: bool = False  # bfloat16; a frozen model with bf16 weights is "mixed" then
     trained: bool = False
     checkpointing: bool = False
     lora_rank: int = 0
 
+    @property
+    def mixed(self) -> bool:
+        """Whether frozen bf16 weights run under autocast."""
+        return self.autocast and not self.trained and self.dtype == torch.bfloat16
+
     def instantiate(self, config: PreTrainedConfig) -> PreTrainedModel:
         """A model of `config` with random weights, on the device of the context."""
+        dtype = torch.float32 if self.mixed else self.dtype  # `build` makes a mixed model of fp32 weights
         scores = self.head == "score"
         model_class = (scorer_class if scores else language_class)(config)
         config = copy.deepcopy(reads(model_class, config))
         if scores:
             config.num_labels = 1
-        model = made_of(model_class, config, self.dtype)
+        model = made_of(model_class, config, dtype)
         if scores and not hasattr(model, "score"):
             raise ValueError(f"model: expected an architecture with a `score` head (decoder type), got {type(model)}")
         return model
@@ -75,6 +81,8 @@ class Shape(NamedTuple):
         if self.lora_rank:
             with torch.device("meta"):
                 put_on(model, "base", LoRA(self.lora_rank, 1.0, 0), trainable=True)
+        if self.mixed:
+            mix(model)
         if self.checkpointing:
             checkpoint_activations(model)
         return model.train(self.trained)

@@ -22,6 +22,7 @@ from rlhf_fast.stages.offline import Offline
 from rlhf_fast.training.batches import micro_batches, offline_batches
 from rlhf_fast.training.learner import autocast
 from rlhf_fast.training.listeners import Listener
+from rlhf_fast.training.progress import passes
 from rlhf_fast.training.resume import resume_directory
 from rlhf_fast.training.tally import Tally
 
@@ -34,7 +35,8 @@ def train(config: SFTConfig, *, listeners: Sequence[Listener] = ()) -> None:
     data = _encode(config.train_data, tokenizer, config)
     held_out = _encode(config.eval_data, tokenizer, config).examples if config.eval_data else []
     batches = offline_batches(len(data.examples), config.batch_size, config.epochs, config.seed)
-    policy = load_policy(resume_directory(config) or config.model, lora=lora_of(config)).to(device)  # pyright: ignore[reportArgumentType]
+    start = resume_directory(config) or config.model
+    policy = load_policy(start, dtype=config.dtype, lora=lora_of(config)).to(device)  # pyright: ignore[reportArgumentType]
     check_rows(policy, tokenizer, [e.input_ids for e in (*data.examples, *held_out)], "max_length")
     objectives = Objectives(policy, fused=config.fused_head)
 
@@ -84,6 +86,6 @@ def held_out_loss(objectives: Objectives, examples: list[SFTExample], pad: int, 
     size = config.micro_batch_size or config.batch_size
     total: Tensor | float = 0.0
     with autocast(device, config.bf16):
-        for rows in micro_batches(len(examples), size):
+        for rows in passes("held-out rows", micro_batches(len(examples), size)):
             total = total - objectives.logprobs(*completions(examples[rows], pad, device)).logprobs.double().sum()
     return float(total) / sum(map(trained_tokens, examples))

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_fast.config import OfflineConfig, OnlineConfig
-from rlhf_fast.data.encoding import Encoded, PromptExample, encode_prompts
+from rlhf_fast.data.encoding import Encoded, PromptExample, encode_answers, encode_prompts, is_finished
 from rlhf_fast.data.rows import Row, load_rows
 from rlhf_fast.lm.limits import check_rows
 from rlhf_fast.lm.objectives import Objectives
@@ -26,6 +26,7 @@ from rlhf_fast.rollout.sampler import LocalSampler
 from rlhf_fast.training.batches import micro_batches
 from rlhf_fast.training.learner import autocast
 from rlhf_fast.training.metrics import mean_and_se
+from rlhf_fast.training.progress import passes
 from rlhf_fast.training.rewards import Reward, decode_responses
 
 EVAL_ROWS = 64  # prompts that an evaluation samples at once
@@ -85,7 +86,7 @@ class Evaluator:
         sampler = LocalSampler(policy, self.tokenizer, **self.sampling)
         objectives = self.objectives(policy)
         rewards, kls, lengths, entropies, completions = [], [], [], [], []
-        for rows in micro_batches(len(self.prompts), self.batch_size):
+        for rows in passes("evaluation, prompts", micro_batches(len(self.prompts), self.batch_size)):
             prompts = self.prompts[rows]
             with autocast(policy.device, self.bf16):
                 ids = [p.prompt_ids for p in prompts]
@@ -135,11 +136,12 @@ def make_evaluator(
             device,
             max_prompt_length=config.max_prompt_length,
             offload=getattr(config, "offload", False),
+            dtype=config.frozen_weights,
         )
     if reward is None:
         raise ValueError("eval_reward: expected a reward to score the samples of eval_data with, got none")
     rows = load_rows(config.eval_data, "prompt", config.columns)
-    prompts = scored_prompts(rows, tokenizer, config.max_prompt_length, config.chat_template_kwargs).examples
+    prompts = compared_prompts(rows, tokenizer, config.max_prompt_length, config.chat_template_kwargs)
     reward.check(prompt_columns(prompts))
     models = {"reference": reference}
     models |= {f"eval_{role}" if config.eval_reward else role: model for role, model in reward.readers.items()}
@@ -184,8 +186,12 @@ def completion_rewards(prompts: list[PromptExample], reward: Reward) -> Tensor |
     completions = [_text_of(p.columns["completion"]) for p in prompts if p.columns.get("completion") is not None]
     if len(completions) < len(prompts):
         return None
-    prompt_ids = [p.prompt_ids for p in prompts]
-    return reward.of_texts(completions, prompt_columns(prompts), prompt_ids=prompt_ids).cpu()
+    pairs = [p.own for p in prompts if p.own is not None]
+    known, found = len(pairs) == len(prompts), []
+    for rows in passes("rewards of the rows' completions", micro_batches(len(prompts), EVAL_ROWS)):
+        own = pairs[rows] if known else None
+        found.append(reward.of_texts(completions[rows], prompt_columns(prompts[rows]), pairs=own).cpu())
+    return torch.cat(found)
 
 
 def _text_of(completion: Any) -> str:
@@ -221,6 +227,28 @@ def scored_prompts(
         chat = {} if isinstance(row["prompt"], str) else {"messages": row["prompt"]}
         examples.append(example._replace(columns={**chat, **example.columns}))
     return data._replace(examples=examples)
+
+
+def compared_prompts(
+    rows: list[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    max_prompt_length: int,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> list[PromptExample]:
+    """`scored_prompts` whose samples are compared with the rows' own completions, where every row has one.
+
+    A completion is encoded as SFT would encode the row. Raises ValueError as `completion_rewards` does.
+    """
+    prompts = scored_prompts(rows, tokenizer, max_prompt_length, chat_template_kwargs).examples
+    if any(row.get("completion") is None for row in rows):
+        return prompts
+    texts, finished = (
+        [[_text_of(row["completion"])] for row in rows],
+        [[is_finished(row, "completion")] for row in rows],
+    )
+    options = tokenizer, None, max_prompt_length, chat_template_kwargs
+    encoded = encode_answers(rows, texts, *options, finished=finished)
+    return [p._replace(own=(ids, own)) for p, (ids, (own,), *_) in zip(prompts, encoded, strict=True)]
 
 
 def prompt_columns(prompts: list[PromptExample]) -> dict[str, list]:
