@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.config.fields import arg, required
-from rlhf_fast.data.encoding import encode_prompts, load_rows
+from rlhf_fast.data.encoding import load_rows
 from rlhf_fast.data.files import write_json
 from rlhf_fast.lab.study.sampling import sample_scores
 from rlhf_fast.lm.loading import default_device, load_policy
 from rlhf_fast.lm.tokenizers import load_tokenizer
+from rlhf_fast.training.evaluation import scored_prompts
 from rlhf_fast.training.rewards import Reward
 
 
@@ -41,7 +42,7 @@ def sample(config: BestOfConfig) -> None:
     """Writes run.json: config, and `scores` and `rewards` [prompts][samples]."""
     device, tokenizer = default_device(), load_tokenizer(config.model)
     model = load_policy(config.model, trainable=False).to(device)  # pyright: ignore[reportArgumentType]
-    prompts = encode_prompts(load_rows(config.eval_data, "prompt"), tokenizer, config.max_prompt_length).examples
+    prompts = scored_prompts(load_rows(config.eval_data, "prompt"), tokenizer, config.max_prompt_length).examples
     rewards = [Reward(spec, tokenizer, device) for spec in (config.reward, config.eval_reward)]
     scores, judged = sample_scores(
         model,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.config.fields import arg, required
-from rlhf_fast.data.encoding import encode_prompts, load_rows
+from rlhf_fast.data.encoding import load_rows
 from rlhf_fast.data.files import write_json
 from rlhf_fast.lab.study.config import TrainedStudyConfig
 from rlhf_fast.lab.study.methods import Cell
@@ -23,7 +23,7 @@ from rlhf_fast.lab.study.runs import Job, run_jobs
 from rlhf_fast.lab.study.sampling import sample_scores
 from rlhf_fast.lm.loading import default_device, load_policy
 from rlhf_fast.lm.tokenizers import load_tokenizer
-from rlhf_fast.training.evaluation import completion_rewards
+from rlhf_fast.training.evaluation import compared_prompts, completion_rewards
 from rlhf_fast.training.rewards import Reward
 
 BEST_OF = 16
@@ -117,7 +117,7 @@ def _judge(parts: Sequence[tuple[Path, JudgeConfig]]) -> None:
     first = parts[0][1]
     device, tokenizer = default_device(), load_tokenizer(first.model)
     model = load_policy(first.model, trainable=False).to(device)  # pyright: ignore[reportArgumentType]
-    prompts = encode_prompts(load_rows(first.eval_data, "prompt"), tokenizer, first.max_prompt_length).examples
+    prompts = compared_prompts(load_rows(first.eval_data, "prompt"), tokenizer, first.max_prompt_length)
     judge = Reward(first.eval_reward, tokenizer, device)
     rewards = [judge] if first.reward is None else [judge, Reward(first.reward, tokenizer, device)]
     completions = completion_rewards(prompts, judge)
