@@ -12,7 +12,7 @@ from rlhf_fast.config.fields import (
     random_seed,
     required,
 )
-from rlhf_fast.config.stages import CHAT_TEMPLATE_HELP, CHAT_TEMPLATE_KWARGS_HELP, COLUMNS_HELP
+from rlhf_fast.config.stages import CHAT_TEMPLATE_HELP, CHAT_TEMPLATE_KWARGS_HELP, COLUMNS_HELP, Dtype
 from rlhf_fast.methods import METHODS, section
 
 __all__ = [
@@ -65,6 +65,7 @@ class PairsConfig:
     max_prompt_length: int = arg(256, "Longest prompt in tokens; longer ones lose their left end.", at_least=1)
     max_response_length: int = arg(64, "Longest completion in tokens.", at_least=1)
     temperature: float = arg(1.0, "Sampling temperature.", above=0)
+    dtype: Dtype = arg("fp32", "Weights and passes of the model and of reward models.")
     seed: int = random_seed("Seed of sampling and labelling.")
 
     def __post_init__(self) -> None:
@@ -93,18 +94,20 @@ class PipelineConfig:
     The sections hold the stages' own keys; `model`, `output_dir`, `reward` and `seed` are filled in where left out.
     """
 
-    model: str = required("Checkpoint directory or hub name SFT starts from.")
+    model: str = required("Checkpoint directory or hub name that SFT starts from; with `sft: null` the methods' start.")
     output_dir: str = required("Each stage writes to a folder of its own in here; report.html ties them together.")
     methods: list[str] = arg(["ppo", "remax", "reinforce", "rloo", "dpo"], "Methods to run after the reward model.")
     seed: int = random_seed("Seed of every stage that does not set its own.")
     title: str = arg("RLHF pipeline", "Title of the report.")
     resume: bool = arg(False, "Skip stages that finished; continue the one that was cut off.")
     common: dict[str, Any] = arg({}, "Keys for every method that has them; a method's own section wins.")
-    sft: dict[str, Any] = arg({}, "Keys of SFTConfig.")
+    sft: dict[str, Any] | None = arg({}, "Keys of SFTConfig; null in the YAML file: no SFT.")
     pairs: dict[str, Any] = arg(
         {}, "Keys of PairsConfig; where given, its pairs feed the reward model and the offline methods."
     )
-    reward: dict[str, Any] = arg({}, "Keys of RewardConfig.")
+    reward: dict[str, Any] | None = arg(
+        {}, "Keys of RewardConfig; null in the YAML file: no reward model, the methods name a reward."
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)

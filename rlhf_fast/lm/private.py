@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 try:
     from transformers.pytorch_utils import Conv1D
@@ -62,9 +62,14 @@ def lengthen(cache: DynamicCache, rows: int, slots: int) -> None:
         )
 
 
-def choose_rows(cache: DynamicCache, rows: Tensor) -> None:
+def choose_rows(cache: Cache, rows: Tensor) -> None:
     """Makes these rows, repeated or left out, the rows of every layer, in place. rows: [n] int64."""
-    cache.reorder_cache(rows)  # pyright: ignore[reportArgumentType]
+    states = getattr(cache, "linear_cache", None)
+    if states is not None:  # MiniMax's, which stand beside the layers; other layers have an empty list
+        states += [[]] * (len(cache.layers) - len(states))
+        cache.batch_select_indices(rows)
+    else:
+        cache.reorder_cache(rows)  # pyright: ignore[reportArgumentType]
 
 
 # Layers
@@ -84,7 +89,7 @@ def plain_base(module: Part) -> Part | None:
 def lora_deltas(module: Part) -> list[Tensor] | None:
     """What each active LoRA adapter on a layer adds to the layer's weight; None where the layer does anything else."""
     try:
-        if module.disable_adapters or module.merged or module.lora_variant:
+        if module.disable_adapters or module.merged or module.lora_variant or any(module.lora_bias.values()):
             return None
         return [module.get_delta_weight(name) for name in module.active_adapters if name in module.lora_A]
     except AttributeError:
@@ -127,18 +132,34 @@ def with_saved_copy(module: nn.Module, name: str) -> nn.Module:
     return ModulesToSaveWrapper(module, name)
 
 
-def without_adapter(module: nn.Module, name: str, *, merge: bool) -> nn.Module | None:
-    """The layer without its adapter; None where the layer has none. merge: the adapter is added into the weight."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import ModulesToSaveWrapper
+def without_adapter(module: Part, name: str, *, merge: bool) -> nn.Module | None:
+    """The layer without its adapter; None where the layer has none. merge: the adapter is added into the weight.
 
-    if isinstance(module, BaseTunerLayer):
-        if merge:
-            module.merge()
-        return module.get_base_layer()
-    if isinstance(module, ModulesToSaveWrapper):
-        return module.modules_to_save[name] if merge else module.original_module
-    return None
+    Adapters on several parameters of one module are wrapped around each other. The layer is then the innermost module.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    if isinstance(module, AuxiliaryTrainingWrapper) and not merge:
+        return module.original_module
+    if not isinstance(module, AuxiliaryTrainingWrapper | BaseTunerLayer):
+        return None
+    if hasattr(module, "unload_and_optionally_merge_module"):
+        return module.unload_and_optionally_merge_module(merge=merge, safe_merge=False, adapter_names=[name])
+    if merge:
+        module.merge()
+    return module.get_base_layer()
+
+
+def untie(model: Part) -> None:
+    """Makes the config say that the output head has a weight of its own, so that both weights are saved."""
+    parts = [model.config, *(getattr(model.config, name, None) for name in model.config.sub_configs)]
+    for config in parts:
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False
+    for module in model.modules():
+        if hasattr(module, "all_tied_weights_keys"):
+            module.all_tied_weights_keys = module.get_expanded_tied_weights_keys(all_submodels=True)
 
 
 def original_of(module: Part) -> nn.Module:

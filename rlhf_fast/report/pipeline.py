@@ -1,7 +1,8 @@
 """The whole pipeline from one config: SFT -> (sampled pairs ->) reward model -> every method, then a report.
 
 Stages meet on disk only. All methods start from the same SFT model, on the same prompts, with the same reward model.
-Keys that a config section leaves out are filled in from the stages before it.
+Keys that a config section leaves out are filled in from the stages before it. `sft: null` leaves out SFT: the methods
+start from `model`. `reward: null` leaves out the reward model: the methods name a reward of their own.
 """
 
 import dataclasses
@@ -45,14 +46,17 @@ def make_plan(config: PipelineConfig) -> dict[str, Any]:
         if not any(key in _fields(cls) for cls in classes.values()):
             raise ValueError(f"common: unknown key {key!r}; none of the methods {config.methods} has it")
     out = Path(config.output_dir)
-    start, pairs_file, eval_pairs = str(out / "sft"), str(out / "pairs.jsonl.gz"), str(out / "pairs_eval.jsonl.gz")
+    start = config.model if config.sft is None else str(out / "sft")
+    pairs_file, eval_pairs = str(out / "pairs.jsonl.gz"), str(out / "pairs_eval.jsonl.gz")
 
     def stage(cls: type, name: str, given: dict[str, Any], **defaults: Any) -> Any:
         defaults |= {"output_dir": str(out / name), "seed": config.seed, "resume": config.resume}
         values = {k: v for k, v in defaults.items() if k in _fields(cls) and v is not None} | given
         return from_dict(cls, values, f"section {section(name)!r}")
 
-    plan: dict[str, Any] = {"sft": stage(configs.SFTConfig, "sft", config.sft, model=config.model)}
+    plan: dict[str, Any] = {}
+    if config.sft is not None:
+        plan["sft"] = stage(configs.SFTConfig, "sft", config.sft, model=config.model)
     preferences: dict[str, str] = {}
     held_out: dict[str, str | None] = {}
     if config.pairs:
@@ -60,13 +64,19 @@ def make_plan(config: PipelineConfig) -> dict[str, Any]:
         plan["pairs"] = stage(configs.PairsConfig, "pairs", config.pairs, model=start, output=pairs_file, **eval_file)
         preferences = {"train_data": plan["pairs"].output}
         held_out = {"eval_data": plan["pairs"].eval_output}
-    plan["reward"] = stage(configs.RewardConfig, "reward", config.reward, model=start, **preferences, **held_out)
+    learned: dict[str, str] = {}  # the reward of methods that name none
+    if config.reward is not None:
+        plan["reward"] = stage(configs.RewardConfig, "reward", config.reward, model=start, **preferences, **held_out)
+        preferences = {"train_data": plan["reward"].train_data}
+        learned = {"reward": str(out / "reward")}
     for method, cls in classes.items():
         own = getattr(config, section(method))
         given = {k: v for k, v in config.common.items() if k in _fields(cls)} | own
         if not METHODS[method].online:  # `common` names prompts; these methods learn from the reward model's rows
-            given["train_data"] = own.get("train_data", plan["reward"].train_data)
-        plan[method] = stage(cls, method, given, model=start, reward=str(out / "reward"))
+            given = {k: v for k, v in given.items() if k != "train_data"} | preferences | own
+            if "eval_data" in given and learned:
+                given = {"eval_reward": learned["reward"]} | given
+        plan[method] = stage(cls, method, given, model=start, **learned)
     return plan
 
 
@@ -88,35 +98,51 @@ def write_report(
         return
     runs = [report.load_run(METHODS[m].title, out / m) for m in methods]
     before = json.loads((out / methods[0] / "samples_before.json").read_text())
-    reward_name = reward_name_of(plan[methods[0]].eval_reward)
-    labels = {"reward_name": reward_name, "gradient_variance": variance}
+    reward_name = reward_name_of(plan[methods[0]].eval_reward or getattr(plan[methods[0]], "reward", None))
+    start = "start" if config.sft is None else "SFT"
+    labels = {"reward_name": reward_name, "gradient_variance": variance, "start": start}
     notes = (*_notes(config, out), *notes)
     report.write_report(out / "report.html", runs, title=config.title, samples=before, notes=notes, **labels)
     report.write_plots(out / "plots", runs, variance, reward_name=reward_name)
-    print_table("What each method bought", report.quality_table(runs, before, reward_name))
+    print_table("What each method bought", report.quality_table(runs, before, reward_name, start))
     print_table("What it cost", report.cost_table(runs))
     print(f"report: {out / 'report.html'}")
 
 
-def reward_name_of(eval_reward: str | None) -> str:
+def reward_name_of(reward: str | list[str] | None) -> str:
     """The name of the evaluations' reward in tables: the function's name, or "score of the reward model"."""
-    return "score of the reward model" if eval_reward is None else eval_reward.rpartition(":")[2].replace("_", " ")
+    if isinstance(reward, list):
+        return "sum of the rewards"
+    return reward.rpartition(":")[2].replace("_", " ") if reward and ":" in reward else "score of the reward model"
 
 
 def _notes(config: PipelineConfig, out: Path) -> list[str]:
     """What a reader of the report must know: the stages before the methods, and the machine."""
-    sft, reward = (json.loads((out / name / "run.json").read_text()) for name in ("sft", "reward"))
-    machine = sft["environment"]
-    notes = [
-        f"SFT from {config.model} on {sft['rows']} rows in {sft['train_seconds']:.0f} s "
-        f"({sft['parameters']['policy']:,} weights). Reward model on {reward['rows']} preferences in "
-        f"{reward['train_seconds']:.0f} s"
-        + (f", held-out pair accuracy {reward['eval/accuracy']:.3f}." if "eval/accuracy" in reward else "."),
-        "Every method starts from the SFT model, on the same prompts. One seed each.",
+    made = []
+    if config.sft is not None:
+        sft = _record(out / "sft")
+        made.append(
+            f"SFT from {config.model} on {sft['rows']} rows in {sft['train_seconds']:.0f} s "
+            f"({sft['parameters']['policy']:,} weights)."
+        )
+    if config.reward is not None:
+        reward = _record(out / "reward")
+        held_out = ""
+        if "eval/accuracy" in reward:
+            held_out = f", held-out pair accuracy {reward['eval/accuracy']:.3f} ± {reward['eval/accuracy_se']:.3f}"
+        made.append(f"Reward model on {reward['rows']} preferences in {reward['train_seconds']:.0f} s{held_out}.")
+    method = _record(out / config.methods[0])
+    machine, start = method["environment"], "the SFT model" if config.sft is not None else config.model
+    return [
+        *([" ".join(made)] if made else []),
+        f"Every method starts from {start}, on the same prompts. One seed each.",
         f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, "
         f"transformers {machine['transformers']}, Python {machine['python']}.",
     ]
-    return notes
+
+
+def _record(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "run.json").read_text())
 
 
 def _fields(cls: type) -> set[str]:

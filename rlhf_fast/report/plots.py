@@ -158,7 +158,7 @@ def reward_kl(runs: Sequence[MethodRun], reward_name: str) -> Figure:
             zorder=4,
         )
     _mark_start(axes, runs, "eval/kl")
-    axes.set_xlabel("KL to the SFT model (nats per completion)")
+    axes.set_xlabel("KL to the start (nats per completion)")
     axes.set_ylabel(f"{reward_name} on held-out prompts")
     _legend(axes, 3)
     return figure

@@ -22,7 +22,7 @@ from rlhf_fast.report.styles import styles_of
 from rlhf_fast.training.metrics import format_value, read_metrics
 
 CAPTIONS = {
-    "reward_kl": "What each method bought: {reward} against the distance from the SFT model, one point per "
+    "reward_kl": "What each method bought: {reward} against the distance from the start, one point per "
     "evaluation. Up and to the left is better; error bars are one standard error over prompts.",
     "reward_time": "What it took: {reward} against training time, bands one standard error over prompts.",
     "step_time": "Where a step's time goes, averaged over the run.",
@@ -64,6 +64,7 @@ def write_report(
     notes: Sequence[str] = (),
     gradient_variance: Mapping[str, Mapping[str, Mapping[str, float]]] | None = None,
     reward_name: str = "true reward",
+    start: str = "SFT",
 ) -> None:
     """Writes the HTML report to `path` and everything that it shows to the .json beside it.
 
@@ -72,6 +73,7 @@ def write_report(
     notes: paragraphs below the title (setting, hardware, command).
     gradient_variance: where measured -> method -> {"variance", ...}.
     reward_name: the name of the evaluations' reward, such as "score of the reward model".
+    start: the name of the model that all methods start from.
     """
     if not runs:
         raise ValueError("runs: expected at least one, got none")
@@ -82,7 +84,7 @@ def write_report(
     report = {
         "title": title,
         "notes": list(notes),
-        "quality": quality_table(runs, samples, reward_name),
+        "quality": quality_table(runs, samples, reward_name, start),
         "cost": cost_table(runs),
         "methods": {
             run.name: {
@@ -95,7 +97,7 @@ def write_report(
             for run in runs
         },
         "gradient_variance": gradient_variance,
-        "samples": _sample_table(runs, samples),
+        "samples": _sample_table(runs, samples, start),
     }
     figures = {
         name: _svg_uri(figure) for name, figure in make_plots(runs, gradient_variance, reward_name=reward_name).items()
@@ -109,7 +111,8 @@ def write_report(
         figures=figures,
         captions={name: caption.format(reward=reward_name) for name, caption in CAPTIONS.items()},
         reward_name=reward_name,
-        colors={name: style.color for name, style in styles.items()} | {"SFT": START_COLOR},
+        colors={name: style.color for name, style in styles.items()} | {start: START_COLOR},
+        start=start,
     )
     write_text(Path(path).with_suffix(".json"), json.dumps(_finite(report), indent=1, allow_nan=False) + "\n")
     write_text(path, html)
@@ -132,25 +135,28 @@ def write_plots(
 
 
 def quality_table(
-    runs: Sequence[MethodRun], samples: Sequence[Mapping[str, Any]] = (), reward_name: str = "true reward"
+    runs: Sequence[MethodRun],
+    samples: Sequence[Mapping[str, Any]] = (),
+    reward_name: str = "true reward",
+    start: str = "SFT",
 ) -> list[dict[str, Any]]:
     """What each method bought: a row for the start and one per method, (mean, standard error) over held-out prompts.
 
     The gain's error is the standard error of the mean paired difference where the start's `samples` are given, else of
     the difference of two independent means.
     """
-    start = runs[0].evaluations[0]
-    rows: list[dict[str, Any]] = [{"method": "SFT", reward_name: _pair(start, "reward"), "gain over SFT": None}]
+    first = runs[0].evaluations[0]
+    rows: list[dict[str, Any]] = [{"method": start, reward_name: _pair(first, "reward"), f"gain over {start}": None}]
     for run in runs:
         if samples:
             gain = _mean_and_se([b["reward"] - a["reward"] for a, b in zip(samples, run.samples, strict=True)])
         else:
-            before, after = _pair(start, "reward"), _pair(run.final, "reward")
+            before, after = _pair(first, "reward"), _pair(run.final, "reward")
             assert before is not None and after is not None  # an evaluation is a row with a reward
             gain = (after[0] - before[0], math.hypot(before[1], after[1]))
-        rows.append({"method": run.name, reward_name: _pair(run.final, "reward"), "gain over SFT": gain})
-    for row, evaluation in zip(rows, [start, *(run.final for run in runs)], strict=True):
-        row |= {"KL to SFT": _pair(evaluation, "kl"), "length": _pair(evaluation, "length")}
+        rows.append({"method": run.name, reward_name: _pair(run.final, "reward"), f"gain over {start}": gain})
+    for row, evaluation in zip(rows, [first, *(run.final for run in runs)], strict=True):
+        row |= {f"KL to {start}": _pair(evaluation, "kl"), "length": _pair(evaluation, "length")}
         row["entropy"] = _pair(evaluation, "entropy")
         if "eval/win_rate" in evaluation:
             row["wins over the rows' completions"] = _pair(evaluation, "win_rate")
@@ -182,12 +188,12 @@ def _mean_and_se(values: Sequence[float]) -> tuple[float, float]:
     return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else 0.0
 
 
-def _sample_table(runs: Sequence[MethodRun], samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _sample_table(runs: Sequence[MethodRun], samples: Sequence[Mapping[str, Any]], start: str) -> list[dict[str, Any]]:
     """Some prompts, spread from the lowest to the highest reward of the start, with everyone's completion."""
     order = sorted(range(len(samples)), key=lambda i: samples[i]["reward"])
     count = min(_SHOWN, len(order))
     chosen = [order[round(i * (len(order) - 1) / max(1, count - 1))] for i in range(count)]
-    rows = {"SFT": samples, **{run.name: run.samples for run in runs}}
+    rows = {start: samples, **{run.name: run.samples for run in runs}}
     return [
         {
             "prompt": samples[i]["prompt"],

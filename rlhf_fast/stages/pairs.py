@@ -27,13 +27,14 @@ def sample(config: PairsConfig) -> None:
     """
     device = default_device()
     tokenizer = with_template(load_tokenizer(config.model), config.chat_template)
-    policy = load_policy(config.model, trainable=False).to(device)  # pyright: ignore[reportArgumentType]
+    policy = load_policy(config.model, dtype=config.dtype, trainable=False).to(device)  # pyright: ignore[reportArgumentType]
     reward = Reward(
         config.reward,
         tokenizer,
         device,
         weights=config.reward_weights,
         max_prompt_length=config.max_prompt_length,
+        dtype=config.dtype,
     )
     rows = load_rows(config.prompts, "prompt", config.columns)[: config.max_rows]
     prompts = scored_prompts(rows, tokenizer, config.max_prompt_length, config.chat_template_kwargs).examples

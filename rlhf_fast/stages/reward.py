@@ -4,6 +4,7 @@ The reward model starts from the SFT model with a new scalar head. After the tra
 SFT model's own samples score 0 on average (arXiv 2009.01325), because a policy with a KL penalty starts from there.
 """
 
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -55,7 +56,8 @@ def train(config: RewardConfig, *, listeners: Sequence[Listener] = ()) -> None:
     held_out = _encode(config.eval_data, tokenizer, config).examples if config.eval_data else []
     batches = offline_batches(len(examples), config.batch_size, config.epochs, config.seed)
     torch.manual_seed(config.seed)  # for the new head
-    model = load_scorer(resume_directory(config) or config.model, lora=lora_of(config)).to(device)  # pyright: ignore[reportArgumentType]
+    start = resume_directory(config) or config.model
+    model = load_scorer(start, dtype=config.dtype, lora=lora_of(config)).to(device)  # pyright: ignore[reportArgumentType]
     check_rows(model, tokenizer, [row for e in (*examples, *held_out) for row in _answers(e)], "max_length")
     prompts = [e.prompt_ids for e in examples[: config.normalize_samples]]
     lengths = "max_prompt_length, max_response_length"
@@ -128,7 +130,7 @@ def _centring(scores_BK: Tensor, ranks_BK: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: PreTrainedModel, examples: list[Example], pad: int, config: RewardConfig) -> dict[str, float]:
-    """Held-out loss and pair accuracy, as means over pairs."""
+    """Held-out loss and pair accuracy, as means over pairs, and the accuracy's standard error."""
     pairs, tally = sum(map(_pairs, examples)), Tally()
     with autocast(model.device, config.bf16):
         for rows in micro_batches(len(examples), config.micro_batch_size or config.batch_size):
@@ -136,7 +138,9 @@ def evaluate(model: PreTrainedModel, examples: list[Example], pad: int, config: 
             weight = sum(map(_pairs, examples[rows])) / pairs
             tally.add("eval/loss", weight * out.loss.double())
             tally.add("eval/accuracy", weight * out.accuracy.double())
-    return tally.read()
+    metrics = tally.read()
+    right = metrics["eval/accuracy"]
+    return metrics | {"eval/accuracy_se": math.sqrt(max(0.0, right * (1 - right)) / pairs)}
 
 
 @torch.no_grad()
@@ -144,7 +148,8 @@ def normalize(
     model: PreTrainedModel, examples: list[Example], tokenizer: PreTrainedTokenizerBase, config: RewardConfig
 ) -> tuple[float, float]:
     """Shifts the scores so that samples of the SFT model average 0; returns the shift and its standard error."""
-    policy = load_policy(config.model, trainable=False).to(model.device)  # pyright: ignore[reportArgumentType]
+    dtype = "fp32" if config.frozen_weights == "fp32" else "bf16"  # decoding is faster than of a mixed model
+    policy = load_policy(config.model, dtype=dtype, trainable=False).to(model.device)  # pyright: ignore[reportArgumentType]
     prompts = [e.prompt_ids for e in examples[: config.normalize_samples]]
     sampler = LocalSampler(policy, tokenizer, max_new_tokens=config.max_response_length)
     scorer, scores = Scores(model), []

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_fast.data.encoding import continuations, encode_texts, fit_answer, pad_id, pad_left, pad_right
+from rlhf_fast.lm.dtypes import Dtype
 from rlhf_fast.lm.limits import check_rows, context_length
 from rlhf_fast.lm.loading import load_scorer
 from rlhf_fast.lm.offload import place, visiting
@@ -115,10 +116,11 @@ class ModelReward:
         max_prompt_length: int,
         shared: PreTrainedModel | None,
         offload: bool,
+        dtype: Dtype,
     ) -> None:
         self.tokenizer, self.device, self.name = tokenizer, device, str(spec)
         self.micro_batch_size, self.max_prompt_length = micro_batch_size, max_prompt_length
-        self.model = load_scorer(spec, head=None, trainable=False, shared=shared)
+        self.model = load_scorer(spec, dtype=dtype, head=None, trainable=False, shared=shared)
         place(self.model, device, offload)
         own = load_tokenizer(spec, "reward")
         self.retokenizer = None if own.get_vocab() == tokenizer.get_vocab() else own
@@ -161,7 +163,8 @@ class Reward:
         of these.
     tokenizer: the policy's. weights: one for each of several rewards; default: 1.
     max_prompt_length: tokens of a prompt that a reward model sees where it reads text.
-    shared: a model whose base the reward models stand on. offload: reward models wait in CPU memory.
+    shared: a model whose base the reward models stand on. offload: reward models wait in CPU memory. dtype: of the
+        reward models' weights, as in `lm.dtypes`.
     """
 
     def __init__(
@@ -175,13 +178,14 @@ class Reward:
         max_prompt_length: int = sys.maxsize,
         shared: PreTrainedModel | None = None,
         offload: bool = False,
+        dtype: Dtype = "fp32",
     ) -> None:
         self.tokenizer, self.device = tokenizer, device
         specs = [spec] if isinstance(spec, str | Path) or callable(spec) else list(spec)
         self.weights = [1.0] * len(specs) if weights is None else list(map(float, weights))
         if not specs or len(self.weights) != len(specs):
             raise ValueError(f"reward_weights: expected one for each of {len(specs)} rewards, got {len(self.weights)}")
-        model = (micro_batch_size, max_prompt_length, shared, offload)
+        model = (micro_batch_size, max_prompt_length, shared, offload, dtype)
         self.parts = [
             FunctionReward(one) if _is_function(one) else ModelReward(one, tokenizer, device, *model)  # pyright: ignore[reportArgumentType]
             for one in specs

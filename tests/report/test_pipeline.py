@@ -237,3 +237,37 @@ def test_win_rate_against_the_rows_completions(tiny_model):
     assert min(lengths[0], lengths[3]) > 0
     assert metrics["eval/win_rate"] == (1 + 0 + 0.5 + 1) / 4
     assert metrics["eval/reward"] == plain.metrics["eval/reward"]
+
+
+def test_a_pipeline_without_sft_and_reward_model(files, tiny_model, tmp_path):
+    """Methods start from `model`, learn from the reward that they name, and are measured by it."""
+    options = {"sft": None, "reward": None, "pairs": {}, "methods": ["remax", "rloo"]}
+    config = pipeline_config(files, tiny_model, tmp_path, **options)
+    with pytest.raises(ValueError, match="section 'remax': missing 'reward'"):
+        pipeline.make_plan(config)
+    common = {k: v for k, v in config.common.items() if k != "eval_reward"} | {"reward": REWARD}
+    config = dataclasses.replace(config, common=common)
+    plan = pipeline.make_plan(config)
+    assert {name: (stage.model, stage.reward) for name, stage in plan.items()} == {
+        name: (tiny_model, REWARD) for name in ("remax", "rloo")
+    }
+    pipeline.run(config)
+    report = json.loads((tmp_path / "report.json").read_text())
+    name = REWARD.rpartition(":")[2].replace("_", " ")
+    start, remax_row, _ = report["quality"]
+    assert start["method"] == "start" and start[name] == report["quality"][0][name]
+    gain = remax_row[name][0] - start[name][0]
+    assert remax_row["gain over start"][0] == pytest.approx(gain, abs=1e-9)
+    assert report["notes"][0].startswith(f"Every method starts from {tiny_model}")
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"remax", "rloo", "plots"}
+
+
+def test_offline_methods_are_measured_by_the_reward_model(files, tiny_model, tmp_path):
+    config = pipeline_config(files, tiny_model, tmp_path, methods=["dpo", "remax"])
+    common = {k: v for k, v in config.common.items() if k != "eval_reward"}
+    plan = pipeline.make_plan(dataclasses.replace(config, common=common))
+    assert plan["dpo"].eval_reward == plan["remax"].reward == f"{tmp_path}/reward"
+    alone = dataclasses.replace(config, common={}, reward=None, methods=["dpo"])
+    assert pipeline.make_plan(alone)["dpo"].train_data == f"{tmp_path}/pairs.jsonl.gz"
+    own = pipeline.make_plan(dataclasses.replace(alone, dpo={"train_data": "own"}))["dpo"]
+    assert (own.train_data, own.eval_reward) == ("own", None)

@@ -254,6 +254,30 @@ def test_a_mismatch_between_decoding_and_training_stops_the_run(files, tiny_mode
     with pytest.raises(RuntimeError, match="log-probs differ by 0.5.*max_logprob_drift=0.01"):
         remax.train(config)
     assert not (tmp_path / "run.json").exists()
+    in_bf16 = stage_config(ReMaxConfig, files, tiny_model, tmp_path / "bf16", bf16=True)
+    with pytest.raises(
+        RuntimeError, match=r"log-probs differ by 0\.[45]\d*, more than the mean's bound in bf16 .*=0.1;"
+    ):
+        remax.train(in_bf16)
+
+
+def test_a_single_unlikely_token_may_drift_in_bf16(files, tiny_model, tmp_path, monkeypatch):
+    original = Online.collect
+
+    def one_token_off(self, meter, step):
+        experience = original(self, meter, step)
+        logprobs = experience.rollout.logprobs.clone()
+        logprobs[0, 0] -= 0.8
+        return experience._replace(rollout=experience.rollout._replace(logprobs=logprobs))
+
+    monkeypatch.setattr(Online, "collect", one_token_off)
+    remax.train(stage_config(ReMaxConfig, files, tiny_model, tmp_path / "free", steps=1, bf16=True))
+    (row,) = read_metrics(tmp_path / "free" / "metrics.jsonl")
+    assert row["val/logprob_drift"] == pytest.approx(0.8, abs=0.1)
+    assert 0.8 / 16 / 12 < row["val/logprob_drift_mean"] < 0.1
+    bound = stage_config(ReMaxConfig, files, tiny_model, tmp_path / "bound", steps=1, bf16=True, max_logprob_drift=0.5)
+    with pytest.raises(RuntimeError, match=r"log-probs differ by 0\.[78]\d*, more than max_logprob_drift=0.5;"):
+        remax.train(bound)
 
 
 def test_missing_eos_penalty_is_taken_off_unfinished_completions(files, tiny_model, tmp_path):
