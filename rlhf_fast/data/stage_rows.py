@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_fast.data.chat import TemplateOptions
 from rlhf_fast.data.encoding import (
     encode_preferences,
     encode_prompts,
@@ -56,19 +57,19 @@ def encode_stage(
 ) -> Encoded:
     """The rows of `source` as the stage trains on them. options: the stage's config."""
     kind, rows = load_stage(stage, source, options.columns)
-    return encode_kind(kind, rows, tokenizer, options, getattr(options, "max_length", 0), options.max_prompt_length)
+    lengths = getattr(options, "max_length", 0), options.max_prompt_length
+    return encode_kind(kind, rows, tokenizer, *lengths, options.chat_template_kwargs)
 
 
 def encode_kind(
     kind: str,
     rows: list[Row],
     tokenizer: PreTrainedTokenizerBase,
-    options: RowOptions,
     max_length: int,
     max_prompt_length: int,
+    chat_template_kwargs: TemplateOptions,
 ) -> Encoded:
     """Rows of one kind, encoded. Prompts have no max_length."""
-    kwargs = options.chat_template_kwargs
     if kind == "prompt":
-        return encode_prompts(rows, tokenizer, max_prompt_length, kwargs)
-    return _ENCODERS[kind](rows, tokenizer, max_length, max_prompt_length, kwargs)
+        return encode_prompts(rows, tokenizer, max_prompt_length, chat_template_kwargs)
+    return _ENCODERS[kind](rows, tokenizer, max_length, max_prompt_length, chat_template_kwargs)
