@@ -15,17 +15,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_fast.config import RewardConfig
 from rlhf_fast.data.chat import with_template
 from rlhf_fast.data.encoding import (
-    Encoded,
     PreferenceExample,
     RankingExample,
-    encode_preferences,
-    encode_rankings,
-    load_rows,
     pad_id,
     pad_left,
     pad_right,
 )
-from rlhf_fast.data.rows import read_rows
+from rlhf_fast.data.stage_rows import encode_stage
 from rlhf_fast.lm.adapters import lora_of
 from rlhf_fast.lm.limits import check_rows
 from rlhf_fast.lm.loading import default_device, load_policy, load_scorer, set_score_offset
@@ -52,9 +48,9 @@ def train(config: RewardConfig, *, listeners: Sequence[Listener] = ()) -> None:
     device = default_device()
     tokenizer = with_template(load_tokenizer(config.model), config.chat_template)
     pad = pad_id(tokenizer)
-    data = _encode(config.train_data, tokenizer, config)
+    data = encode_stage("reward", config.train_data, tokenizer, config)
     examples: list[Example] = data.examples
-    held_out = _encode(config.eval_data, tokenizer, config).examples if config.eval_data else []
+    held_out = encode_stage("reward", config.eval_data, tokenizer, config).examples if config.eval_data else []
     batches = offline_batches(len(examples), config.batch_size, config.epochs, config.seed)
     torch.manual_seed(config.seed)  # for the new head
     start = resume_directory(config) or config.model
@@ -160,16 +156,6 @@ def normalize(
     mean, se = mean_and_se(torch.cat(scores).cpu())
     set_score_offset(model, getattr(model.config, "score_offset", 0.0) + mean)
     return mean, se
-
-
-def _encode(path: str, tokenizer: PreTrainedTokenizerBase, config: RewardConfig) -> Encoded:
-    _, first = next(iter(read_rows(path)), ("", {}))
-    ranks, completions, chosen = (config.columns.get(name, name) for name in ("ranks", "completions", "chosen"))
-    ranked = isinstance(first, dict) and (ranks in first or (completions in first and chosen not in first))
-    kind = "ranking" if ranked else "preference"
-    encode = encode_rankings if kind == "ranking" else encode_preferences
-    rows = load_rows(path, kind, config.columns)
-    return encode(rows, tokenizer, config.max_length, config.max_prompt_length, config.chat_template_kwargs)
 
 
 def _answers(example: Example) -> list[list[int]]:
