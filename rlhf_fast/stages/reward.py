@@ -27,6 +27,7 @@ from rlhf_fast.data.encoding import (
 )
 from rlhf_fast.data.rows import read_rows
 from rlhf_fast.lm.adapters import lora_of
+from rlhf_fast.lm.balance import leave_out
 from rlhf_fast.lm.limits import check_rows
 from rlhf_fast.lm.loading import default_device, load_policy, load_scorer, set_score_offset
 from rlhf_fast.lm.scores import Scores
@@ -57,6 +58,7 @@ def train(config: RewardConfig, *, listeners: Sequence[Listener] = ()) -> None:
     batches = offline_batches(len(examples), config.batch_size, config.epochs, config.seed)
     torch.manual_seed(config.seed)  # for the new head
     model = load_scorer(resume_directory(config) or config.model, lora=lora_of(config)).to(device)  # pyright: ignore[reportArgumentType]
+    leave_out(model, "the reward stage")
     check_rows(model, tokenizer, [row for e in (*examples, *held_out) for row in _answers(e)], "max_length")
     prompts = [e.prompt_ids for e in examples[: config.normalize_samples]]
     lengths = "max_prompt_length, max_response_length"
