@@ -10,6 +10,8 @@
     python -m bench trainers --trl-python P --ppo-python Q --check
                                                  whole training runs beside TRL's trainers; P and Q are the interpreters
                                                  of environments with trl==1.16.0 and trl==1.12.0
+    python -m bench trainers --model DIR --data DIR --dtypes fp32 bf16 ...
+                                                 the same on a checkpoint, with rows of real lengths
 
 Threads are torch's (OMP_NUM_THREADS). Every kernel is checked against float64 before it is timed.
 """
@@ -51,6 +53,19 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--trl-python", metavar="PATH", help="trainers: of an environment with trl==1.16.0")
     parser.add_argument("--ppo-python", metavar="PATH", help="trainers: of an environment with trl==1.12.0")
+    parser.add_argument(
+        "--model", type=Path, metavar="DIR", help="trainers: a checkpoint, in place of the demo's model"
+    )
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="trainers: the rows for --model, sft.jsonl.gz and others"
+    )
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=["fp32", "bf16"],
+        default=["fp32"],
+        help="trainers: fp32, bf16 (autocast) or both",
+    )
     parser.add_argument("--out", type=Path, help="the JSON file; Markdown and chart go beside it")
     args = parser.parse_args()
     if args.what == "exactness" and (args.quick or args.check):
@@ -65,8 +80,11 @@ def arguments() -> argparse.Namespace:
         parser.error(f"--rounds: expected at least 1, got {args.rounds}")
     if args.out is not None and args.out.suffix != ".json":
         parser.error(f"--out: expected a file name ending in .json, got {args.out}")
+    if (args.model is None) != (args.data is None):
+        parser.error("--model, --data: expected both or none of them")
     if args.out is None and not args.quick:
-        args.out = Path(f"bench/results/{'gpu' if args.device == 'cuda' else 'cpu'}_{args.what}.json")
+        name = f"{args.what}_{args.model.name}" if args.model else args.what
+        args.out = Path(f"bench/results/{'gpu' if args.device == 'cuda' else 'cpu'}_{name}.json")
     return args
 
 

@@ -1,11 +1,8 @@
-"""What the trainers are compared on: the demo's model, the embedded world's data, and the settings of all contenders.
+"""What the trainers are compared on: the cases, and the settings of all contenders.
 
 Where the algorithms coincide, the first step has to be equal: same weights, same batch, same completions. Ours draws
 the completions, and in their first step the others train on them. The policy is not its own reference, so that the KL
 is not 0.
-
-Completions have full length, because EOS is an id without a logit in the model. Otherwise the comparison would depend
-on who stops decoding when: PPOTrainer never stops, and ours drops rows that are done.
 
 Where the two differ on purpose:
 - RLOO: ours averages over tokens, TRL over completions. With completions of one length the gradients differ by that
@@ -23,32 +20,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoTokenizer, GenerationMixin
-
-from rlhf_fast.config import SFTConfig
+from bench.trainers.starts import Start, write_rows
 from rlhf_fast.data.encoding import encode_preferences, encode_sft
-from rlhf_fast.lab.demo import MODEL, TRUE_REWARD
-from rlhf_fast.lab.world import build_tokenizer, preference_rows, prompt_rows, sft_rows
-from rlhf_fast.lm.loading import load_policy, load_scorer
-from rlhf_fast.stages import sft
-from rlhf_fast.stages.init import init_model
 from rlhf_fast.training.batches import offline_batches
-from rlhf_fast.training.checkpoint import save
 
 TRL, TRL_PPO = "TRL 1.16.0", "TRL 1.12.0"
-RESPONSE_LENGTH = 40  # as in the demo
-PROMPT_LENGTH, LENGTH = 18, 64  # longer than any text of the world, so nothing is cut
 
 
 @dataclass(frozen=True)
 class Equality:
-    """Numbers of the first step that have to agree. scale: differences count relative to at least this."""
+    """Numbers of the first step that have to agree. scale: differences count relative to at least this.
+
+    per_token: ours is summed over a completion's tokens, theirs is the mean.
+    """
 
     quantity: str
     ours: str
     theirs: str
-    factor: float = 1.0  # ours times this is theirs
+    per_token: bool = False
     scale: float = 0.0
 
 
@@ -64,14 +53,20 @@ class Case:
     steps_per_turn: int
     warmup: int = 5
     equalities: tuple[Equality, ...]
-    gradient_factor: float = 1.0
+    gradient_per_token: bool = False  # ours times the number of tokens of a completion is theirs
     settings: dict[str, float] = field(default_factory=dict)
 
     def quick(self) -> "Case":
         """The case with as few steps as show that everything runs."""
         return dataclasses.replace(self, steps_per_turn=1, warmup=2)
 
+    def at_real_size(self) -> "Case":
+        """The case for a checkpoint: a step takes seconds, so fewer rows and steps; bars of their own."""
+        bar, batch_size = REAL_SIZE[self.method]
+        return dataclasses.replace(self, bar=bar, batch_size=batch_size, steps_per_turn=1, warmup=2)
 
+
+REAL_SIZE = {"sft": (1.2, 8), "reward": (1.2, 8), "dpo": (2.5, 8), "rloo": (2, 16), "ppo": (1.5, 16)}  # bar, batch
 LOSS = Equality("loss", "loss", "loss")
 CASES = (
     Case(method="sft", rival=TRL, trainer="SFTTrainer", bar=1.1, batch_size=32, steps_per_turn=20, equalities=(LOSS,)),
@@ -91,11 +86,11 @@ CASES = (
     Case(
         method="rloo", rival=TRL, trainer="RLOOTrainer", bar=2, batch_size=64, steps_per_turn=4,
         equalities=(
-            Equality("score", "objective/scores", "rewards/true_reward/mean"),
-            Equality("KL per token", "objective/kl", "kl", factor=1 / RESPONSE_LENGTH),
-            Equality("entropy per token", "objective/entropy", "entropy", factor=1 / RESPONSE_LENGTH),
+            Equality("score", "objective/scores", "rewards/{reward}/mean"),
+            Equality("KL per token", "objective/kl", "kl", per_token=True),
+            Equality("entropy per token", "objective/entropy", "entropy", per_token=True),
         ),
-        gradient_factor=RESPONSE_LENGTH,
+        gradient_per_token=True,
         settings={"group_size": 4, "kl_coef": 0.05},
     ),
     Case(
@@ -112,54 +107,14 @@ CASES = (
 )  # fmt: skip
 
 
-def prepare(directory: Path) -> dict[str, str]:
-    """Makes a start with random weights, an SFT model, a policy near it and a reward model, and `endless` copies.
-
-    Returns the directories of the models by name.
-    """
-    directory.mkdir(parents=True)
-    paths = {name: directory / name for name in ("init", "sft", "policy", "reward")}
-    tokenizer = build_tokenizer()
-    init_model(MODEL, tokenizer, paths["init"], seed=0)
-    data = _write(directory / "sft_start.jsonl", sft_rows(3000, seed=1))
-    sft.train(
-        SFTConfig(
-            model=str(paths["init"]), output_dir=str(paths["sft"]), train_data=data, batch_size=32, learning_rate=3e-3
-        )
-    )
-    torch.manual_seed(0)
-    policy = load_policy(paths["sft"])
-    with torch.no_grad():
-        for weight in policy.parameters():
-            weight += 0.02 * torch.randn_like(weight)
-    torch.manual_seed(1)
-    for name, model in {"policy": policy, "reward": load_scorer(paths["sft"])}.items():
-        save(paths[name], models={"": model}, tokenizer=tokenizer, state=None, extra_files={})
-    for name, load in {"sft": load_policy, "policy": load_policy, "reward": load_scorer}.items():
-        paths[f"endless {name}"] = _without_end(load, paths[name])
-    return {name: str(path) for name, path in paths.items()}
-
-
-def _without_end(load: Any, path: Path) -> Path:
-    """A copy whose EOS is an id beyond the model's vocabulary."""
-    model, tokenizer = load(path), AutoTokenizer.from_pretrained(path)
-    tokenizer.add_special_tokens({"eos_token": "<end>"})
-    model.config.eos_token_id = None
-    if isinstance(model, GenerationMixin):
-        model.generation_config.eos_token_id = tokenizer.eos_token_id
-    without = path.with_name(f"endless_{path.name}")
-    save(without, models={"": model}, tokenizer=tokenizer, state=None, extra_files={})
-    return without
-
-
-def write_specs(case: Case, models: dict[str, str], rounds: int, directory: Path) -> dict[str, Path]:
+def write_specs(case: Case, start: Start, rounds: int, directory: Path, *, bf16: bool = False) -> dict[str, Path]:
     """Data and settings of one case, for us and for the rival: the paths of two JSON files, `ours` and `theirs`."""
     directory.mkdir(parents=True)
     steps = case.warmup + rounds * case.steps_per_turn
     roles = {"sft": {"start": "init"}, "reward": {"start": "reward"}, "dpo": {"start": "policy", "reference": "sft"}}
     online = {"start": "endless policy", "reference": "endless sft", "reward": "endless reward"}
-    roles = {role: models[name] for role, name in roles.get(case.method, online).items()}
-    rows, in_their_words = _rows(case, steps)
+    roles = {role: start.models[name] for role, name in roles.get(case.method, online).items()}
+    rows, in_their_words = _rows(case, start, steps)
     spec = {
         "method": case.method,
         "steps": steps,
@@ -167,28 +122,31 @@ def write_specs(case: Case, models: dict[str, str], rounds: int, directory: Path
         "steps_per_turn": case.steps_per_turn,
         "batch_size": case.batch_size,
         "learning_rate": 1e-5,
+        "bf16": bf16,
         "max_grad_norm": 1e6,  # clipping is on and never bites: the gradients can be compared after it
-        "response_length": RESPONSE_LENGTH,
+        "response_length": start.response_length,
         "models": roles,
         "completions": str(directory / "completions.pt"),
+        "reward": start.reward_path,
         **case.settings,
     }
     options = {
         "model": roles["start"],
         "output_dir": str(directory / "ours"),
-        "train_data": _write(directory / "ours.jsonl", rows),
+        "train_data": write_rows(directory / "ours.jsonl", rows),
         "batch_size": case.batch_size,
         "learning_rate": spec["learning_rate"],
         "max_grad_norm": spec["max_grad_norm"],
         "lr_schedule": "constant",
-        "max_prompt_length": PROMPT_LENGTH,
+        "bf16": bf16,
+        "max_prompt_length": start.prompt_length,
         **case.settings,
     }
     if case.method in ("rloo", "ppo"):
-        options |= {"steps": steps, "reference": roles["reference"], "max_response_length": RESPONSE_LENGTH}
-        options["reward"] = TRUE_REWARD if case.method == "rloo" else roles["reward"]
+        options |= {"steps": steps, "reference": roles["reference"], "max_response_length": start.response_length}
+        options["reward"] = start.reward_path if case.method == "rloo" else roles["reward"]
     else:
-        options["max_length"] = LENGTH
+        options["max_length"] = start.length
     if case.method == "ppo":  # because PPOTrainer does not clip
         options |= {"value_learning_rate": spec["learning_rate"], "max_grad_norm": 0}
     if case.method == "dpo":
@@ -197,7 +155,7 @@ def write_specs(case: Case, models: dict[str, str], rounds: int, directory: Path
         options["normalize_samples"] = 0
     config = {"sft": "SFTConfig", "reward": "RewardConfig"}.get(case.method, f"{case.method.upper()}Config")
     spec["ours"] = {"stage": case.method, "config": config, "options": options}
-    spec["rows"] = _write(directory / "theirs.jsonl", in_their_words)
+    spec["rows"] = write_rows(directory / "theirs.jsonl", in_their_words)
     paths = {}
     for side in ("ours", "theirs"):
         own = {"output_dir": str(directory / side), "gradients": str(directory / f"{side}.pt")}
@@ -206,44 +164,28 @@ def write_specs(case: Case, models: dict[str, str], rounds: int, directory: Path
     return paths
 
 
-def _rows(case: Case, steps: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _rows(case: Case, start: Start, steps: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Our rows, and the rival's rows: encoded as the rival wants them, in the order in which we train on them."""
-    tokenizer, per_step = build_tokenizer(), case.batch_size
+    tokenizer, per_step = start.tokenizer, case.batch_size
     if case.method in ("rloo", "ppo"):
         per_step //= case.settings.get("group_size", 1)
     number = steps * per_step
     order = [row for batch in offline_batches(number, per_step, epochs=1, seed=0) for row in batch]
+    rows = start.rows(case.method, number)
+    theirs: list[dict[str, Any]] = rows
     if case.method == "sft":
-        rows = sft_rows(number, seed=2)
-        examples = encode_sft(rows, tokenizer, LENGTH, PROMPT_LENGTH).examples
+        examples = encode_sft(rows, tokenizer, start.length, start.prompt_length).examples
         theirs = [
             {"input_ids": ids, "labels": [t if trained else -100 for t, trained in zip(ids, mask, strict=True)]}
             for ids, mask in examples
         ]
-    elif case.method in ("reward", "dpo"):
-        rows = _pairs(number)
-        examples = encode_preferences(rows, tokenizer, LENGTH, PROMPT_LENGTH).examples
+    elif case.method == "reward":
+        examples = encode_preferences(rows, tokenizer, start.length, start.prompt_length).examples
         theirs = [
             {"chosen_ids": e.prompt_ids + e.chosen_ids, "rejected_ids": e.prompt_ids + e.rejected_ids} for e in examples
         ]
-        if case.method == "dpo":  # DPOTrainer takes text only; EOS it adds itself
-            theirs = [{k: v if k == "prompt" else f" {v}" for k, v in row.items()} for row in rows]
-    else:
-        rows = prompt_rows(number, seed=3)
-        theirs = rows
-        if case.method == "ppo":
-            theirs = [{"input_ids": tokenizer(row["prompt"])["input_ids"]} for row in rows]
+    elif case.method == "dpo":  # DPOTrainer takes text only; EOS it adds itself
+        theirs = [{k: v if k == "prompt" else f"{start.space}{v}" for k, v in row.items()} for row in rows]
+    elif case.method == "ppo":
+        theirs = [{"input_ids": tokenizer(row["prompt"])["input_ids"]} for row in rows]
     return rows, [theirs[i] for i in order]
-
-
-def _pairs(number: int) -> list[dict[str, str]]:
-    """Two endings of one review's beginning each, labelled by the true reward."""
-    rows = sft_rows(2 * number + 64, seed=4)
-    prompts = [row["prompt"] for row in rows[: number + 32]]
-    endings = [row["completion"] for row in rows]
-    return preference_rows(prompts, list(zip(endings, endings[number + 32 :], strict=False)), seed=5)[:number]
-
-
-def _write(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)

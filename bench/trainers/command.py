@@ -2,12 +2,13 @@
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 from pathlib import Path
 
 from bench.record import about_run
-from bench.trainers import cases, compare, report
+from bench.trainers import cases, compare, report, starts
 from rlhf_fast.data.files import write_text
 from rlhf_fast.training.metrics import print_table
 
@@ -20,12 +21,20 @@ def run(args: argparse.Namespace) -> int:
     pythons = {cases.TRL: args.trl_python, cases.TRL_PPO: args.ppo_python}
     record = about_run()
     with tempfile.TemporaryDirectory() as scratch:
-        models = cases.prepare(Path(scratch) / "models")
+        if args.model:
+            chosen = [case.at_real_size() for case in chosen]
+            start = starts.checkpoint(Path(scratch) / "models", args.model, args.data)
+        else:
+            start = starts.demo(Path(scratch) / "models")
+        record["start"] = start.name
         results = []
         for case in chosen:
-            print(f"{case.method} ...", file=sys.stderr, flush=True)
             case, rounds = (case.quick(), 2) if args.quick else (case, args.rounds)
-            results.append(compare.run(case, pythons[case.rival], models, rounds, Path(scratch) / case.method))
+            for dtype in args.dtypes:
+                print(f"{case.method}, {dtype} ...", file=sys.stderr, flush=True)
+                directory = Path(scratch) / f"{case.method}_{dtype}"
+                results.append(compare.run(case, pythons[case.rival], start, rounds, directory, bf16=dtype == "bf16"))
+                shutil.rmtree(directory)  # a checkpoint's gradients take gigabytes
     bars, equalities = report.bar_rows(results), report.equality_rows(results)
     record |= {"cases": results, "bars": bars, "equalities": equalities}
     for title, table in {record["command"]: report.rows(results), "First step": equalities, "Bars": bars}.items():

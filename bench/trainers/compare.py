@@ -14,6 +14,7 @@ import torch
 
 from bench.measure import quantiles
 from bench.trainers.cases import TRL, TRL_PPO, Case, write_specs
+from bench.trainers.starts import Start
 
 HERE = Path(__file__).resolve().parent
 OURS = "rlhf_fast"
@@ -72,12 +73,15 @@ def why_absent(python: str | None, rival: str) -> str:
     return "" if found == wanted else f"expected trl=={wanted} in the environment of {python}, found {found}"
 
 
-def run(case: Case, rival_python: str | None, models: dict[str, str], rounds: int, directory: Path) -> dict[str, Any]:
+def run(
+    case: Case, rival_python: str | None, start: Start, rounds: int, directory: Path, *, bf16: bool = False
+) -> dict[str, Any]:
     """Everything about one case, ready for JSON. If the rival is absent: our numbers alone, and the reason."""
-    specs = write_specs(case, models, rounds, directory)
+    specs = write_specs(case, start, rounds, directory, bf16=bf16)
     absent = why_absent(rival_python, case.rival)
     result = {
         "method": case.method,
+        "dtype": "bf16 autocast" if bf16 else "fp32",
         "trainer": case.trainer,
         "rival": case.rival,
         "bar": case.bar,
@@ -113,8 +117,11 @@ def run(case: Case, rival_python: str | None, models: dict[str, str], rounds: in
                 )
                 for clock in CLOCKS
             },
-            "equalities": equalities(case, *(first[name]["facts"] for name in (OURS, case.rival)))
-            + gradient_equalities(*(torch.load(specs[s].with_suffix(".pt")) for s in specs), case.gradient_factor),
+            "equalities": equalities(case, start, *(first[name]["facts"] for name in (OURS, case.rival)))
+            + gradient_equalities(
+                *(torch.load(specs[s].with_suffix(".pt")) for s in specs),
+                start.response_length if case.gradient_per_token else 1,
+            ),
         }
     return result
 
@@ -133,12 +140,14 @@ def take_turns(contenders: dict[str, Contender], rounds: int, steps: int) -> dic
     return samples
 
 
-def equalities(case: Case, ours: dict[str, float], theirs: dict[str, float]) -> list[dict[str, Any]]:
+def equalities(case: Case, start: Start, ours: dict[str, float], theirs: dict[str, float]) -> list[dict[str, Any]]:
     """The first step's numbers side by side. Raises KeyError for a number that is missing."""
-    return [
-        _compared(e.quantity, ours[e.ours] * e.factor, theirs[e.theirs], max(abs(theirs[e.theirs]), e.scale))
-        for e in case.equalities
-    ]
+    rows = []
+    for e in case.equalities:
+        mine = ours[e.ours] / (start.response_length if e.per_token else 1)
+        other = theirs[e.theirs.format(reward=start.reward.__name__)]
+        rows.append(_compared(e.quantity, mine, other, max(abs(other), e.scale)))
+    return rows
 
 
 def gradient_equalities(

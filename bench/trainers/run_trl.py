@@ -65,7 +65,7 @@ def trainer(spec: dict[str, Any]) -> Any:
         "weight_decay": 0.0,
         "max_grad_norm": spec["max_grad_norm"],
         "gradient_checkpointing": False,
-        "bf16": False,
+        "bf16": spec["bf16"],
         "use_cpu": True,
         "dataloader_pin_memory": False,
         "report_to": "none",
@@ -99,18 +99,18 @@ def trainer(spec: dict[str, Any]) -> Any:
         max_completion_length=spec["response_length"],
         beta=spec["kl_coef"],
     )
-    made = ReplayingRLOOTrainer(model, reward_funcs=true_reward(), args=args, **data)
+    made = ReplayingRLOOTrainer(model, reward_funcs=reward_of(spec["reward"]), args=args, **data)
     made.completions = Completions(spec["completions"])
     return made
 
 
-def true_reward() -> Any:
-    """The world's reward, from its file, because this environment need not have the package."""
-    path = Path(__file__).resolve().parents[2] / "rlhf_fast" / "lab" / "world.py"
-    found = importlib.util.spec_from_file_location("world", path)
+def reward_of(path: str) -> Any:
+    """The function of `file.py:function`, from its file, because this environment need not have the package."""
+    file, _, function = path.rpartition(":")
+    found = importlib.util.spec_from_file_location(Path(file).stem, file)
     module = importlib.util.module_from_spec(found)
     found.loader.exec_module(module)
-    return module.true_reward
+    return getattr(module, function)
 
 
 def main() -> None:

@@ -74,7 +74,7 @@ def main() -> None:
         weight_decay=0.0,
         num_sample_generations=0,
         gradient_checkpointing=False,
-        bf16=False,
+        bf16=spec["bf16"],
         use_cpu=True,
         report_to="none",
         save_strategy="no",

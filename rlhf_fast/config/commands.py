@@ -12,7 +12,7 @@ from rlhf_fast.config.fields import (
     random_seed,
     required,
 )
-from rlhf_fast.config.stages import CHAT_TEMPLATE_HELP, CHAT_TEMPLATE_KWARGS_HELP, COLUMNS_HELP
+from rlhf_fast.config.stages import CHAT_TEMPLATE_HELP, CHAT_TEMPLATE_KWARGS_HELP, COLUMNS_HELP, Dtype
 from rlhf_fast.methods import METHODS, section
 
 __all__ = [
@@ -65,6 +65,7 @@ class PairsConfig:
     max_prompt_length: int = arg(256, "Longest prompt in tokens; longer ones lose their left end.", at_least=1)
     max_response_length: int = arg(64, "Longest completion in tokens.", at_least=1)
     temperature: float = arg(1.0, "Sampling temperature.", above=0)
+    dtype: Dtype = arg("fp32", "Weights and passes of the model and of reward models.")
     seed: int = random_seed("Seed of sampling and labelling.")
 
     def __post_init__(self) -> None:

@@ -61,14 +61,43 @@ DPOLossType = Literal[
     "sppo_hard",
     "discopop",
 ]
+Dtype = Literal["fp32", "bf16"]
+DTYPE_HELP = "Trained weights and their passes; bf16 keeps fp32 master weights in the optimizer (LoRA: fp32 adapters)."
 KTOLossType = Literal["kto", "apo_zero_unpaired"]
 _FUSED_HEAD = "Take losses from hidden states, in chunks; false takes them from [B, T, V] logits."
 
 COLUMNS_HELP = "Columns that the data name otherwise, ours first: prompt=question completion=answer."
 CHAT_TEMPLATE_HELP = "Jinja file (or the text) of the chat template; default: the tokenizer's own."
 CHAT_TEMPLATE_KWARGS_HELP = "Options of the chat template: enable_thinking=false; a row's own column of this name wins."
+_FROZEN_DTYPE = (
+    "Weights of models that are not trained; default: bf16 where the trained model's passes are (dtype bf16, or bf16), "
+    "else fp32."
+)
+_REFERENCE_LOGPROBS = (
+    "Safetensors file of the reference's log-probs: read where weights, rows and precision match, else (re)written."
+)
 _BETA = "Strength of the implicit KL constraint."
 _LABEL_SMOOTHING = "Probability that a label is flipped (cDPO, robust)."
+
+
+def frozen_weights(config: Any) -> Literal["fp32", "bf16", "mixed"]:
+    """The weights of models that are not trained, from a config's dtype, bf16 and frozen_dtype.
+
+    "mixed", bf16 weights in passes under autocast, stands beside trained fp32 weights, and "bf16" beside trained bf16
+    weights. Passes of a frozen model are thus of the same kind as those of the trained model.
+    """
+    default = "bf16" if config.bf16 or config.dtype == "bf16" else "fp32"
+    dtype = getattr(config, "frozen_dtype", None) or default
+    return "mixed" if dtype == "bf16" and config.dtype == "fp32" else dtype
+
+
+def check_precision(config: Any) -> None:
+    """ValueError where dtype and bf16 contradict each other, and where a shared base would need two dtypes."""
+    if config.bf16 and config.dtype == "bf16":
+        raise ValueError("bf16: expected autocast over fp32 weights, got it with dtype=bf16, which needs none")
+    frozen = getattr(config, "frozen_dtype", None)
+    if getattr(config, "share_base", False) and frozen not in (None, config.dtype):
+        raise ValueError(f"frozen_dtype: expected {config.dtype}, the dtype of the shared base, got {frozen}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +127,8 @@ class StageConfig:
         0, "Train LoRA adapters of this rank on all linear layers but the head; 0: all weights.", at_least=0
     )
     lora_alpha: float = arg(16.0, "The adapters' output is scaled by lora_alpha / lora_rank.", above=0)
-    bf16: bool = arg(False, "Run forward and backward passes in bfloat16 autocast.")
+    dtype: Dtype = arg("fp32", DTYPE_HELP)
+    bf16: bool = arg(False, "Run forward and backward passes in bfloat16 autocast, over fp32 weights.")
     gradient_checkpointing: bool = arg(False, "Recompute activations in backward to save memory.")
     save_steps: int = arg(
         0, "Write a resumable checkpoint every so many steps; 0 writes only the final model.", at_least=0
@@ -111,9 +141,15 @@ class StageConfig:
         """Rows of one optimizer step."""
         return self.batch_size
 
+    @property
+    def frozen_weights(self) -> Literal["fp32", "bf16", "mixed"]:
+        """How models that are not trained hold their weights, as `lm.loading` takes it."""
+        return frozen_weights(self)
+
     def __post_init__(self) -> None:
         check_fields(self)
         check_row_options(self)
+        check_precision(self)
         micro, batch = self.micro_batch_size, self.batch_size
         if micro is not None and batch % micro:
             raise ValueError(f"micro_batch_size: expected a divisor of batch_size={batch}, got {micro}")
@@ -154,6 +190,7 @@ class RewardConfig(OfflineData, StageConfig):
 
     train_data: str = required("Rows with prompt+chosen+rejected(+margin), or prompt+completions+ranks.")
     eval_data: str | None = arg(None, "Held-out rows of the same format; pair accuracy is reported.")
+    frozen_dtype: Dtype | None = arg(None, _FROZEN_DTYPE)
     center_coef: float = arg(0.0, "Weight of mean((r_chosen + r_rejected)^2), which keeps scores near 0.", at_least=0)
     normalize_samples: int = arg(
         256, "Samples of the SFT model whose mean score is shifted to 0; 0: no shift.", at_least=0
@@ -167,6 +204,7 @@ class MethodConfig(StageConfig):
 
     learning_rate: float = arg(1e-6, "Peak learning rate of the policy (AdamW; betas 0.9, 0.95; eps 1e-8).", above=0)
     reference: str | None = arg(None, "Reference model; default: `model` as it is at the start.")
+    frozen_dtype: Dtype | None = arg(None, _FROZEN_DTYPE)
     fused_head: bool = arg(True, _FUSED_HEAD)
     eval_data: str | None = arg(
         None, "Held-out prompts, sampled and scored before and after; with a completion column also the win rate."
@@ -376,6 +414,7 @@ class DPOConfig(OfflineConfig):
     loss_type: DPOLossType = arg("sigmoid", "Loss on the log-ratio difference, named as in TRL.")
     label_smoothing: float = arg(0.0, _LABEL_SMOOTHING)
     eval_pairs: str | None = arg(None, "Held-out pairs; their loss and accuracy are reported after every epoch.")
+    reference_logprobs: str | None = arg(None, _REFERENCE_LOGPROBS)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -393,3 +432,4 @@ class KTOConfig(OfflineConfig):
     desirable_weight: float = arg(1.0, "Weight of good rows.", at_least=0)
     undesirable_weight: float = arg(1.0, "Weight of bad rows; even out unequal numbers by it.", at_least=0)
     eval_rows: str | None = arg(None, "Held-out rows; their loss is reported after every epoch.")
+    reference_logprobs: str | None = arg(None, _REFERENCE_LOGPROBS)

@@ -54,9 +54,10 @@ def load_rows(source: str | Path | Iterable[Row], kind: str, columns: Mapping[st
         ranking     prompt + completions + ranks (integers, 0 is best, at least two different ones)
         unpaired    prompt + completion + label (true where the completion is good, false where it is bad)
         prompt      prompt
-      A prompt is a string, or a list of messages ({"role", "content"}) that does not end in an assistant turn. After a
-      prompt of messages a completion is a string or a list with one assistant message; otherwise it is a string. An
-      answer of a pair may be several messages, of which the first and the last are assistant turns.
+      A prompt is a string, or a list of messages ({"role", "content"}). If it ends in an assistant turn, this turn is
+      an answer that has begun, and the completion goes on in it. After a prompt of messages a completion is a string or
+      a list with one assistant message; otherwise it is a string. An answer of a pair may be several messages, of which
+      the first and the last are assistant turns.
       `forms` says which other forms are read too.
     columns: our name -> the name in the data, for columns that the data name otherwise.
 
@@ -131,8 +132,8 @@ def _check_row(row: Row, kind: str, where: str) -> None:
         columns = ", ".join(["prompt", *completions]) + (" (or messages)" if kind == "sft" else "")
         raise ValueError(f"{where}: missing {', '.join(missing)}; a row of kind {kind} needs {columns}")
     chat = not isinstance(row["prompt"], str)
-    if chat and row["prompt"][-1]["role"] == "assistant":
-        raise ValueError(f"{where}: prompt: ends in an assistant turn, which belongs to the completion")
+    if chat and row["prompt"][-1]["role"] == "assistant" and not row["prompt"][-1].get("content"):
+        raise ValueError(f"{where}: prompt: ends in an assistant turn without text, in which no completion can go on")
     if kind == "ranking":
         _check_ranking(row, chat, where)
         return

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from rlhf_fast.config import StageConfig
 from rlhf_fast.lm import merging
+from rlhf_fast.lm.dtypes import widen_new
 from rlhf_fast.lm.private import (
     adapter_config,
     has_adapter,
@@ -128,10 +129,12 @@ def put_on(model: PreTrainedModel, path: str | os.PathLike, lora: LoRA | None, *
     config.base_model_name_or_path = os.path.abspath(base) if os.path.isdir(base) else base
     config.inference_mode = not trainable
     _for_class_of(model, config)
+    old = {id(parameter) for parameter in model.parameters()}
     with torch.random.fork_rng(devices=[]):  # draws the same adapter whatever was drawn before
         torch.manual_seed(lora.seed if lora is not None else 0)
         with _one_line(path):
             peft.inject_adapter_in_model(config, model, _NAME)
+    widen_new(model, old)
     mark_adapter(model)
     if is_adapter(path):
         _load_weights(peft, model, path, keeps_base=lora is not None or can_share(path))

@@ -31,6 +31,8 @@ from transformers import (
 
 from rlhf_fast.lm import adapters
 from rlhf_fast.lm.adapters import LoRA
+from rlhf_fast.lm.decoders import check_decoder, check_family
+from rlhf_fast.lm.dtypes import DTYPES, Dtype, cast
 from rlhf_fast.lm.noise import as_before, silence
 from rlhf_fast.lm.paths import existing
 from rlhf_fast.lm.private import score_head
@@ -45,12 +47,18 @@ def default_device() -> torch.device:
 
 
 def load_policy(
-    path: str | Path, *, trainable: bool = True, lora: LoRA | None = None, shared: PreTrainedModel | None = None
+    path: str | Path,
+    *,
+    dtype: Dtype = "fp32",
+    trainable: bool = True,
+    lora: LoRA | None = None,
+    shared: PreTrainedModel | None = None,
 ) -> PreTrainedModel:
-    """The causal language model at `path` in fp32, with dropout off; frozen unless `trainable`.
+    """The causal language model at `path`, with dropout off; frozen unless `trainable`.
 
-    lora: the adapter to train. shared: a model whose base the new model stands on.
-    Raises ValueError where `path` holds no language model, or a model with missing weights.
+    dtype: of the weights, as in `dtypes`; an adapter on them is fp32. lora: the adapter to train. shared: a model whose
+        base the new model stands on; the base keeps its dtype.
+    Raises ValueError where `path` holds no decoder of text, or a model with missing weights.
     """
     base = adapters.base_path(path)
     shared = shared if adapters.can_share(path) else None
@@ -58,16 +66,20 @@ def load_policy(
         config = AutoConfig.from_pretrained(existing(base))
         if _is_classifier(config):
             raise ValueError(f"model: expected a language model, got {_kind(config)} at {base}")
-        model, missing = _load(AutoModelForCausalLM, base)
+        check_family(config, base)
+        model, missing = _load(AutoModelForCausalLM, base, _loaded_as(path, dtype, lora))
         _check_complete("model", base, model, missing)
+        if trainable:
+            check_decoder(model)
     else:
         model = adapters.base_of(shared, base)
-    return _prepare(model, path, trainable, lora, shared is not None)
+    return _prepare(model, path, dtype, trainable, lora, shared is not None)
 
 
 def load_scorer(
     path: str | Path,
     *,
+    dtype: Dtype = "fp32",
     head: Literal["normal", "zero"] | None = "normal",
     trainable: bool = True,
     lora: LoRA | None = None,
@@ -92,7 +104,7 @@ def load_scorer(
         kind = "an adapter without a score head" if adapters.is_adapter(path) else _kind(config)
         raise ValueError(f"reward: expected a reward model or an adapter with one, got {kind} at {path}")
     if shared is None:
-        model, missing = _load(AutoModelForSequenceClassification, base, num_labels=1)
+        model, missing = _load(AutoModelForSequenceClassification, base, _loaded_as(path, dtype, lora), num_labels=1)
     else:
         model, missing = _scorer_on(adapters.base_of(shared, base)), []
     if not hasattr(model, "score"):
@@ -109,7 +121,7 @@ def load_scorer(
                 score.bias.zero_()
     if Path(path, _ADAPTER_SCORE).is_file():
         set_score_offset(model, json.loads(Path(path, _ADAPTER_SCORE).read_text())["score_offset"])
-    return _prepare(model, path, trainable, lora, shared is not None)
+    return _prepare(model, path, dtype, trainable, lora, shared is not None)
 
 
 def value_head_on(policy: PreTrainedModel, saved: Path | None) -> PreTrainedModel:
@@ -156,7 +168,7 @@ def _scorer_on(language_model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _prepare(
-    model: PreTrainedModel, path: str | Path, trainable: bool, lora: LoRA | None, shared: bool
+    model: PreTrainedModel, path: str | Path, dtype: Dtype, trainable: bool, lora: LoRA | None, shared: bool
 ) -> PreTrainedModel:
     model.requires_grad_(trainable and lora is None)
     if adapters.is_adapter(path) or lora is not None:
@@ -164,6 +176,9 @@ def _prepare(
         if lora is None and not shared:
             adapters.merge(model, path)
             model.requires_grad_(trainable)
+            cast(model, dtype)
+    elif dtype == "mixed" and not shared:
+        cast(model, dtype)
     silence(model, trained=trainable)
     return model.train(trainable)
 
@@ -176,10 +191,20 @@ def _kind(config: PreTrainedConfig) -> str:
     return " or ".join(config.architectures or ["a model of no known kind"])
 
 
-def _load(kind: type, path: str, **options: int) -> tuple[PreTrainedModel, list[str]]:
-    """The model at `path` in fp32, and the names of the weights that the files lack and that are random now."""
+def _loaded_as(path: str | Path, dtype: Dtype, lora: LoRA | None) -> torch.dtype:
+    """The dtype in which files are read.
+
+    fp32 where an adapter is merged, because a sum in bf16 would lose it, and for mixed models, because transformers
+    rounds more than the weights, such as the factor of Gemma's embeddings.
+    """
+    merged = lora is None and adapters.is_adapter(path)
+    return torch.float32 if merged or dtype == "mixed" else DTYPES[dtype]
+
+
+def _load(kind: type, path: str, dtype: torch.dtype, **options: int) -> tuple[PreTrainedModel, list[str]]:
+    """The model at `path`, and the names of the weights that the files lack and that are random now."""
     with _quiet_loading(), _known_family(kind, path):
-        model, found = kind.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **options)
+        model, found = kind.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
     _return_objects(model.config)
     return model, sorted(found["missing_keys"])
 

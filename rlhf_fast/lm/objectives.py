@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_fast.lm import balance
+from rlhf_fast.lm.dtypes import HALVES
 from rlhf_fast.lm.forward import call, one_pass, within
 from rlhf_fast.lm.passes import response_hidden, response_logits
 from rlhf_fast.lm.sequences import Sequences
@@ -275,15 +276,19 @@ def output_head(model: PreTrainedModel) -> OutputHead | None:
     ids = torch.tensor([[1, 2]], device=layer.weight.device) % layer.weight.shape[0]
     training = model.training
     model.eval()
-    logits = call(model, input_ids=ids, use_cache=False).logits.float()
+    logits = call(model, input_ids=ids, use_cache=False).logits
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     model.train(training)
     if hidden.shape[-1] != layer.in_features:
         return None
-    mine = F.linear(hidden, layer.weight, layer.bias).float()
+    with torch.autocast(hidden.device.type, enabled=False):  # a mixed model has wider hidden states than weights
+        wide = torch.promote_types(hidden.dtype, layer.weight.dtype)
+        bias = None if layer.bias is None else layer.bias.to(wide)
+        mine = F.linear(hidden.to(wide), layer.weight.to(wide), bias).float()
     if head.softcap is not None:
         mine = head.softcap * torch.tanh(mine / head.softcap)
-    return head if torch.allclose(mine, logits, rtol=1e-3, atol=1e-3) else None
+    tolerance = 2e-2 if logits.dtype in HALVES else 1e-3
+    return head if torch.allclose(mine, logits.float(), rtol=tolerance, atol=tolerance) else None
 
 
 def _response_ids(sequences: Sequences) -> Tensor:

@@ -8,12 +8,15 @@ Shapes: B rows, P prompt tokens, T response tokens, L = P + T, H hidden, V vocab
 
 import functools
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from rlhf_fast.lm import balance
@@ -22,10 +25,11 @@ from rlhf_fast.lm.limits import sides
 from rlhf_fast.lm.packing import real_hidden
 from rlhf_fast.lm.private import score_head
 from rlhf_fast.lm.sequences import Sequences, position_ids
-from rlhf_fast.lm.switches import difference, trial_rows
+from rlhf_fast.lm.switches import agree, difference, trial_rows
 from rlhf_fast.ops.private import is_fake
 
 _paddable: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+_countable: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
 @one_pass
@@ -82,9 +86,43 @@ def hidden_values(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 def forward_inputs(model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor) -> dict[str, Tensor]:
     """The arguments of the model's forward for token ids, mask (True = real) and positions, [B, L] each."""
     inputs = {"input_ids": ids, "attention_mask": mask.long()}
-    if "position_ids" in forward_parameters(model):  # Bloom and friends have none (ALiBi)
+    if _takes_positions(model, ids):
         inputs["position_ids"] = positions
     return inputs
+
+
+def _takes_positions(model: PreTrainedModel, ids: Tensor) -> bool:
+    """Whether the model's forward takes positions that count from 0.
+
+    Bloom's forward takes none (ALiBi). RoBERTa's positions begin behind the id of its padding, so that RoBERTa has to
+    count them itself.
+    """
+    if "position_ids" not in forward_parameters(model):
+        return False
+    if is_fake(ids):
+        return True
+    if model not in _countable:
+        backbone: Any = model.base_model
+        (row,), positions = trial_rows(model, (8,)), torch.arange(8, device=ids.device)[None]
+        try:
+            with _trial_mode(model):
+                usual = backbone(input_ids=row, use_cache=False)[0]
+                _countable[model] = agree(backbone(input_ids=row, position_ids=positions, use_cache=False)[0], usual)
+        except Exception:  # whatever the model does not bear about such inputs; the first pass says it
+            return True
+    return _countable[model]
+
+
+@contextmanager
+def _trial_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, a trial of the model runs in eval mode, without gradients and without autocast."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+            yield
+    finally:
+        model.train(training)
 
 
 def _predicting(sequences: Sequences) -> slice:
@@ -138,23 +176,24 @@ def _can_pad_left(model: PreTrainedModel) -> bool:
             gap_B = torch.tensor(gaps, device=ids.device)[:, None]
             return states(ids, torch.arange(width, device=ids.device) >= gap_B)
 
-        training = model.training
-        model.eval()
         try:
-            with torch.autocast(model.device.type, enabled=False):
+            with _trial_mode(model):
                 _paddable[model] = difference(model, alone, padded, replaces=False) is None
         except Exception:  # whatever the model does not bear about such inputs
             _paddable[model] = False
-        finally:
-            model.train(training)
     return _paddable[model]
 
 
 def _score(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     head = score_head(model)
-    weight = next(head.parameters())
+    weights = dict(head.named_parameters())
+    wide = torch.promote_types(next(iter(weights.values())).dtype, torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):  # in bf16 a score would have two or three digits
-        scores = head(hidden.to(weight.dtype)).squeeze(-1).float()
+        if all(weight.dtype == wide for weight in weights.values()):
+            scores = head(hidden.to(wide)).squeeze(-1).float()
+        else:
+            wider = {name: weight.to(wide) for name, weight in weights.items()}
+            scores = functional_call(head, wider, hidden.to(wide)).squeeze(-1).float()
     return scores - getattr(model.config, "score_offset", 0.0)
 
 

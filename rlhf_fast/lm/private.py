@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 try:
     from transformers.pytorch_utils import Conv1D
@@ -62,9 +62,14 @@ def lengthen(cache: DynamicCache, rows: int, slots: int) -> None:
         )
 
 
-def choose_rows(cache: DynamicCache, rows: Tensor) -> None:
+def choose_rows(cache: Cache, rows: Tensor) -> None:
     """Makes these rows, repeated or left out, the rows of every layer, in place. rows: [n] int64."""
-    cache.reorder_cache(rows)  # pyright: ignore[reportArgumentType]
+    states = getattr(cache, "linear_cache", None)
+    if states is not None:  # MiniMax's, which stand beside the layers; other layers have an empty list
+        states += [[]] * (len(cache.layers) - len(states))
+        cache.batch_select_indices(rows)
+    else:
+        cache.reorder_cache(rows)  # pyright: ignore[reportArgumentType]
 
 
 # Layers

@@ -9,8 +9,9 @@ Left out: numbers that a model reads while it is made, such as the lengths of Ll
 fixed, so an own path that reads the tables has them.
 """
 
+import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -19,17 +20,19 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 _WINDOW = re.compile(r"^(sliding_windows?(_size)?|(local_)?attention_(window|chunk)(_size)?|window_size)$")
-_LENGTH = re.compile(r"^(original_max_position_embeddings|floor_scale)$")
+_LENGTH = re.compile(r"^(original_max_position_embeddings|floor_scale|index_topk(_blocks)?|indexer_budget)$")
+_BOUND = re.compile(r"^time_step_limit$")  # of Mamba 2's steps: the smallest and the largest
 # The rows of a trial cross both. Where the prompts of a trial have 7 and 9 tokens, a prefill crosses the first number
 # and decoding crosses the second.
 SMALL = (5, 10)
+_LARGE_STEP = (0.5, math.inf)  # most steps of Mamba 2 are below
 
 
 class Switch(NamedTuple):
     """The name of a number, and what the number is made in a trial."""
 
     name: str
-    small: int
+    small: int | tuple[float, float]
 
     @property
     def is_window(self) -> bool:
@@ -49,8 +52,8 @@ def switches(model: PreTrainedModel) -> list[Switch]:
     types = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
     if types == {"full_attention"}:  # Qwen 2 names a window for layers that it may not have
         names = {name: None for name in names if not _WINDOW.match(name)}
-    values = {(name, value) for _, name, value in _places(model)}
-    wanted = [Switch(name, small) for name in names for small in (SMALL if _WINDOW.match(name) else SMALL[:1])]
+    values = [(name, value) for _, name, value in _places(model)]
+    wanted = [Switch(name, small) for name in names for small in _small(name)]
     return [switch for switch in wanted if tuple(switch) not in values]  # rows cross these as they are
 
 
@@ -78,8 +81,8 @@ def difference(
         `plain` counts as a difference, because nothing can be told of it. GPT-Neo reads its window while it is made.
     None where the numbers agree; "" where they differ at once; else the switch, such as "past its sliding_window".
     """
-    usual = plain()
-    if not agree(own(), usual):
+    usual, half = plain(), any(p.dtype.itemsize == 2 for p in model.parameters())  # a mixed model returns fp32
+    if not agree(own(), usual, half=half):
         return ""
     for switch in switches(model):
         with shrunk(model, switch):
@@ -91,14 +94,17 @@ def difference(
                 continue  # read while the model was made
             mine = own()
         # A model with random weights may change by less than the tolerance.
-        if not agree(mine, truth) or (mine - truth).norm() > effect / 2:
+        if not agree(mine, truth, half=half) or (mine - truth).norm() > effect / 2:
             return f"past its {switch.name}"
     return None
 
 
-def agree(mine: Tensor, theirs: Tensor) -> bool:
-    """Whether two results of one computation are equal up to the rounding of their dtype, beside their own size."""
-    tolerance = 5e-4 if theirs.dtype == torch.float32 else 3e-2
+def agree(mine: Tensor, theirs: Tensor, *, half: bool = False) -> bool:
+    """Whether two results of one computation are equal up to the rounding of their dtype, beside their own size.
+
+    half: they were computed in half precision, whatever their dtype.
+    """
+    tolerance = 5e-4 if theirs.dtype == torch.float32 and not half else 3e-2
     mine, theirs = mine.float(), theirs.float()
     size = theirs.square().mean().sqrt().item()
     return torch.allclose(mine, theirs, rtol=tolerance, atol=tolerance * size)
@@ -106,12 +112,16 @@ def agree(mine: Tensor, theirs: Tensor) -> bool:
 
 def trial_rows(model: PreTrainedModel, lengths: tuple[int, ...]) -> list[Tensor]:
     """Rows of token ids of these lengths, [1, length] each, for a trial."""
-    try:
-        vocabulary = model.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportIndexIssue]
-    except NotImplementedError:  # the decoder half of Bart
-        vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.arange(1, sum(lengths) + 1, device=model.device) * 7 % vocabulary
+    ids = torch.arange(1, sum(lengths) + 1, device=model.device) * 7 % vocabulary(model)
     return [row[None] for row in ids.split(list(lengths))]
+
+
+def vocabulary(model: PreTrainedModel) -> int:
+    """The number of token ids that the model can read."""
+    try:
+        return model.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportIndexIssue]
+    except NotImplementedError:  # the decoder half of Bart
+        return model.config.get_text_config().vocab_size
 
 
 def switching_length(config: PreTrainedConfig) -> int | None:
@@ -140,8 +150,15 @@ def rotaries(config: PreTrainedConfig) -> list[dict[str, Any]]:
     return each or [parameters]
 
 
-def _places(model: PreTrainedModel) -> list[tuple[dict[str, Any], str, int]]:
-    """(dictionary, name, number) of every switch in the configs and modules."""
+def _small(name: str) -> Sequence[int | tuple[float, float]]:
+    """What a number of this name is made in trials."""
+    if _BOUND.match(name):
+        return (_LARGE_STEP,)
+    return SMALL if _WINDOW.match(name) else SMALL[:1]
+
+
+def _places(model: PreTrainedModel) -> list[tuple[dict[str, Any], str, Any]]:
+    """(dictionary, name, value) of every switch in the configs and modules."""
     configs: dict[int, PreTrainedConfig] = {}
     for module in model.modules():
         config = getattr(module, "config", None)
@@ -152,11 +169,16 @@ def _places(model: PreTrainedModel) -> list[tuple[dict[str, Any], str, int]]:
     found, seen = [], set()
     for owner in owners:
         for name, value in owner.items():
-            known = (id(owner), name) not in seen and (_WINDOW.match(name) or _LENGTH.match(name))
-            if known and _is_number(value):
+            if (id(owner), name) not in seen and _is_switch(name, value):
                 seen.add((id(owner), name))
                 found.append((owner, name, value))
     return found
+
+
+def _is_switch(name: str, value: object) -> bool:
+    if _BOUND.match(name):
+        return isinstance(value, tuple | list) and tuple(value) != (0.0, math.inf)
+    return bool(_WINDOW.match(name) or _LENGTH.match(name)) and _is_number(value)
 
 
 def _is_number(value: object) -> bool:

@@ -5,9 +5,11 @@ from pathlib import Path
 from transformers import (
     AutoConfig,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedTokenizerBase,
 )
 
+from rlhf_fast.data.turns import note_listed_ends
 from rlhf_fast.lm import adapters
 from rlhf_fast.lm.paths import existing
 
@@ -17,12 +19,17 @@ def load_tokenizer(path: str | Path, argument: str = "model") -> PreTrainedToken
 
     A pad token without an embedding in the model is taken off, because the model looks up padding too, although no
     mask lets it count. EOS then takes its place. Raises ValueError where EOS has no embedding either.
+
+    The tokenizer keeps the ends that the model's generation config lists, because `data.turns` looks at them.
     """
     tokenizer = AutoTokenizer.from_pretrained(existing(path, argument))
     base = adapters.base_path(path)
     if Path(base).is_dir() and not Path(base, "config.json").is_file():
         return tokenizer
-    embeddings = AutoConfig.from_pretrained(existing(base, argument)).get_text_config().vocab_size
+    config = AutoConfig.from_pretrained(existing(base, argument)).get_text_config()
+    embeddings = config.vocab_size
+    ids = _listed_ends(base, getattr(config, "eos_token_id", None))
+    note_listed_ends(tokenizer, [n for n in ids if isinstance(n, int) and n < len(tokenizer)])
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= embeddings:
         tokenizer.pad_token = None
     if tokenizer.pad_token_id is None and (tokenizer.eos_token_id or 0) >= embeddings:
@@ -31,6 +38,15 @@ def load_tokenizer(path: str | Path, argument: str = "model") -> PreTrainedToken
             f"{tokenizer.eos_token!r} with id {tokenizer.eos_token_id}"
         )
     return tokenizer
+
+
+def _listed_ends(path: str | Path, default: int | list[int] | None) -> list[int | None]:
+    """The ends that the generation config of a checkpoint lists, or those of the model's config without such a file."""
+    try:
+        ids = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:  # there is no such file
+        ids = default
+    return list(ids) if isinstance(ids, list | tuple) else [ids]
 
 
 def check_tokenizer(path: str | Path, tokenizer: PreTrainedTokenizerBase, argument: str) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from rlhf_fast.config.fields import arg, check_fields, required
-from rlhf_fast.config.stages import Optimizer
+from rlhf_fast.config.stages import DTYPE_HELP, Dtype, Optimizer, check_precision, frozen_weights
 from rlhf_fast.methods import METHODS, STAGES, Stage
 
 if TYPE_CHECKING:
@@ -42,8 +42,9 @@ class PlanConfig:
     share_base: bool = arg(False, "Reward and value model as adapters on the policy's base; needs lora_rank.")
     optimizer: Optimizer = arg("adamw", "AdamW, or AdamW with states of one byte (bitsandbytes).")
     optimizer_in_backward: bool = arg(False, "Step each weight in backward and free its gradient.")
-    dtype: Literal["fp32", "bf16"] = arg(
-        "fp32", "Weights and gradients; bf16 keeps fp32 master weights with the optimizer (16 bytes a parameter too)."
+    dtype: Dtype = arg("fp32", DTYPE_HELP)
+    frozen_dtype: Dtype | None = arg(
+        None, "Weights of models that are not trained; default: bf16 with dtype bf16 or with bf16, else fp32."
     )
     bf16: bool = arg(False, "Run forward and backward passes in bfloat16 autocast over fp32 weights.")
     gradient_checkpointing: bool = arg(False, "Recompute activations in backward to save memory.")
@@ -84,13 +85,17 @@ class PlanConfig:
             raise ValueError("lora_rank: expected > 0 with share_base, since a shared base is frozen; got 0")
         if self.shared_critic and self.truncated:
             raise ValueError("critic: expected a model of its own beside top_k or top_p, which go through the logits")
-        if self.bf16 and self.dtype == "bf16":
-            raise ValueError("bf16: expected autocast over fp32 weights, got it with dtype=bf16, which needs none")
+        check_precision(self)
 
     @property
     def stage(self) -> Stage:
         """The method's row in the table of training stages."""
         return STAGES[self.method]
+
+    @property
+    def frozen_weights(self) -> Literal["fp32", "bf16", "mixed"]:
+        """As in the stages' configs."""
+        return frozen_weights(self)
 
     @property
     def shared_critic(self) -> bool:

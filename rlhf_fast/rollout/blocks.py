@@ -239,5 +239,5 @@ def _weight(module: Part) -> Tensor | None:
         deltas = None if weight.nbytes > _MOST_COPIED else lora_deltas(module)
         if deltas is None:
             return None
-        weight = sum(deltas, weight)
+        weight = sum(deltas, weight).to(weight.dtype)
     return weight.t() if is_transposed(base) else weight

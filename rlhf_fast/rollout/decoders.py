@@ -1,6 +1,6 @@
 """Decoders that run transformers' forward: with its cache, over whole rows, and apart for prompts of each length.
 
-`CacheDecoder` takes any model whose cache is transformers' own, recurrent states included. `WholeDecoder` needs no
+`CacheDecoder` takes any model whose forward hands out a cache of transformers, recurrent states included. `WholeDecoder` needs no
 cache and runs whole rows at every step. `ByLength` runs another decoder for each group of prompts that may share a
 pass. `engine` picks the first decoder that gives the model's own logits.
 
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from rlhf_fast.lm.passes import forward_inputs, forward_parameters
 from rlhf_fast.lm.private import choose_rows
@@ -37,18 +37,20 @@ class Decoder(Protocol):
 
 
 class CacheDecoder:
-    """transformers' forward and DynamicCache.
+    """transformers' forward with the cache that the model makes: a DynamicCache, or a class of its own (MiniMax).
 
     padded: whether prompts have padding. Without any, the model gets no mask: Mamba takes none beside its state.
     """
 
     def __init__(self, model: PreTrainedModel, *, padded: bool = True) -> None:
-        self.model, self.cache, self.padded = model, DynamicCache(config=model.config), padded
+        self.model, self.padded = model, padded
+        self.cache: Cache | None = None
 
     def prefill(self, ids: Tensor, mask: Tensor, copies: int) -> Tensor:
         """As in `Decoder`; the cache is expanded to `copies` rows per prompt."""
         positions = position_ids(mask)
         logits = self._logits(ids, mask, positions)
+        assert self.cache is not None
         if copies > 1:
             choose_rows(self.cache, torch.arange(len(ids), device=ids.device).repeat_interleave(copies))
         self.mask = mask.repeat_interleave(copies, dim=0)
@@ -63,12 +65,14 @@ class CacheDecoder:
 
     def keep(self, rows: Tensor) -> Tensor:
         """As in `Decoder`; the rows keep their order."""
+        assert self.cache is not None  # `prefill` has run
         choose_rows(self.cache, rows)
         self.mask, self.position = self.mask[rows], self.position[rows]
         return rows
 
     def _logits(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        return last_logits(self.model, ids, mask if self.padded else None, positions, self.cache)
+        logits, self.cache = last_logits(self.model, ids, mask if self.padded else None, positions, self.cache)
+        return logits
 
 
 class WholeDecoder:
@@ -96,7 +100,7 @@ class WholeDecoder:
 
     def _logits(self, ids: Tensor) -> Tensor:
         mask = torch.ones_like(ids, dtype=torch.bool)
-        return last_logits(self.model, ids, mask, position_ids(mask), None)
+        return last_logits(self.model, ids, mask, position_ids(mask), None, cached=False)[0]
 
 
 class ByLength:
@@ -142,18 +146,23 @@ class ByLength:
 
 
 def last_logits(
-    model: PreTrainedModel, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: DynamicCache | None
-) -> Tensor:
-    """The model's own logits [n, V] behind the last column of ids [n, L], with its mask and its cache if any."""
-    takes, options = forward_parameters(model), {}
+    model: PreTrainedModel, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Cache | None, *, cached: bool = True
+) -> tuple[Tensor, Cache | None]:
+    """The model's own logits [n, V] behind the last column of ids [n, L], and its cache.
+
+    cache: None where the model is to make the cache. cached: False runs without any.
+    """
+    takes, name, options = forward_parameters(model), "past_key_values", {}
     if "logits_to_keep" in takes:
         options["logits_to_keep"] = 1
-    if cache is not None:
-        name = "past_key_values" if "past_key_values" in takes else "cache_params"
+    if cached and name not in takes:
+        name = "cache_params"
         if name not in takes:
             raise TypeError(f"{type(model).__name__}.forward takes no cache")
+    if cache is not None:
         options[name] = cache
     inputs: dict[str, Any] = forward_inputs(model, ids, ids if mask is None else mask, positions) | options
     if mask is None:
         del inputs["attention_mask"]
-    return model(**inputs, use_cache=cache is not None).logits[:, -1]
+    out = model(**inputs, use_cache=cached)
+    return out.logits[:, -1], getattr(out, name) if cached else None

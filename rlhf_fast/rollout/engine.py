@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from rlhf_fast.lm.decoders import check_decoder
 from rlhf_fast.lm.fast_paths import not_taken
 from rlhf_fast.lm.passes import forward_inputs
 from rlhf_fast.lm.private import keys_and_values
 from rlhf_fast.lm.sequences import position_ids
-from rlhf_fast.lm.switches import difference, switching_length, trial_rows
+from rlhf_fast.lm.switches import difference, switching_length, trial_rows, vocabulary
 from rlhf_fast.rollout import blocks, cpu
 from rlhf_fast.rollout.decoders import ByLength, CacheDecoder, Decoder, WholeDecoder
 
@@ -78,7 +79,7 @@ class StaticDecoder:
         self.position = (positions[:, -1] + 1).repeat_interleave(copies)
         self.tables = parts.rope(torch.arange(S, device=device)) if parts.rope else None
         if self.tables:
-            cos, sin = self.tables
+            cos, sin = (table.float() for table in self.tables)  # the compiled step reads fp32
             half = parts.head_dim // 2
             self.tables = cos.contiguous(), torch.cat([-sin[:, :half], sin[:, half:]], dim=1)  # see _rotate
         self.masks = {window: self._mask(mask, copies, S, window) for window in {b.window for b in parts.blocks}}
@@ -251,6 +252,7 @@ def _choice(model: PreTrainedModel) -> str:
     if apart is None:
         not_taken("steps over prompts of different lengths are", model, reason, "prompts of each length run apart")
         return "cache by length"
+    check_decoder(model)
     not_taken("steps with transformers' cache are", model, apart, "every step runs whole rows")
     return "whole"
 
@@ -267,6 +269,9 @@ def _refusal(model: PreTrainedModel, make: Callable[[], Decoder], *, replaces: b
     long, short = (row[0] for row in trial_rows(model, (9 + _STEPS, 7 + _STEPS)))
     mask = torch.ones(2, 9, dtype=torch.bool, device=long.device)
     mask[1, :2] = False
+    pad = getattr(model.config.get_text_config(), "pad_token_id", None)
+    if isinstance(pad, int) and 0 <= pad < vocabulary(model):
+        long[-3] = pad  # a completion may hold it, and RoBERTa does not count it as a position
     ids = torch.stack([long[:9], F.pad(short[:7], (2, 0))])
     next_tokens = torch.stack([long[9:], short[7:]])
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_fast.data.turns import end_ids
 from rlhf_fast.lm.limits import check_completions
 from rlhf_fast.lm.sequences import Sequences
 from rlhf_fast.lm.switches import switching_length
@@ -221,13 +222,13 @@ def _assemble(
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that end a completion: the tokenizer's EOS and the EOS of the model's generation config.
+    """The ids that end a completion: the end of a turn, the tokenizer's EOS and the ends of the generation config.
 
-    Raises ValueError where neither has an EOS.
+    `data.turns` says what the end of a turn is. Raises ValueError where neither has an EOS.
     """
     ids = model.generation_config.eos_token_id if model.generation_config is not None else None
     ids = list(ids) if isinstance(ids, (list, tuple)) else [ids]
-    ids = sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+    ids = end_ids(tokenizer, ids)
     if not ids:
         raise ValueError("tokenizer: expected an eos_token, got none; a completion could never end")
     return ids

@@ -103,6 +103,7 @@ class Online(Generic[Config]):
             max_prompt_length=config.max_prompt_length,
             shared=self.policy if config.share_base else None,
             offload=config.offload,
+            dtype=config.frozen_weights,
         )
         self.reward.check(prompt_columns(self.prompts))
         self.sampler = LocalSampler(
@@ -220,7 +221,7 @@ class Online(Generic[Config]):
         """
         if self.config.max_logprob_drift is not None:
             return _DRIFT, self.config.max_logprob_drift, "max_logprob_drift"
-        if self.config.bf16:
+        if self.config.bf16 or self.config.dtype == "bf16":
             return _MEAN_DRIFT, 0.1, "the mean's bound in bf16 (max_logprob_drift sets a bound for single tokens)"
         return _DRIFT, 0.01, "max_logprob_drift"
 

@@ -9,13 +9,14 @@ import torch
 
 from rlhf_fast.config import PairsConfig
 from rlhf_fast.data.chat import with_template
+from rlhf_fast.data.encoding import continuations
 from rlhf_fast.data.rows import load_rows, write_rows
 from rlhf_fast.lm.loading import default_device, load_policy
 from rlhf_fast.lm.tokenizers import load_tokenizer
 from rlhf_fast.rollout.sampler import LocalSampler
 from rlhf_fast.training.batches import micro_batches
 from rlhf_fast.training.evaluation import check_prompts, prompt_columns, scored_prompts
-from rlhf_fast.training.rewards import Reward, decode_responses
+from rlhf_fast.training.rewards import Reward, id_pairs
 
 
 def sample(config: PairsConfig) -> None:
@@ -26,13 +27,14 @@ def sample(config: PairsConfig) -> None:
     """
     device = default_device()
     tokenizer = with_template(load_tokenizer(config.model), config.chat_template)
-    policy = load_policy(config.model, trainable=False).to(device)  # pyright: ignore[reportArgumentType]
+    policy = load_policy(config.model, dtype=config.dtype, trainable=False).to(device)  # pyright: ignore[reportArgumentType]
     reward = Reward(
         config.reward,
         tokenizer,
         device,
         weights=config.reward_weights,
         max_prompt_length=config.max_prompt_length,
+        dtype=config.dtype,
     )
     rows = load_rows(config.prompts, "prompt", config.columns)[: config.max_rows]
     prompts = scored_prompts(rows, tokenizer, config.max_prompt_length, config.chat_template_kwargs).examples
@@ -49,8 +51,9 @@ def sample(config: PairsConfig) -> None:
         scores = reward(rollout, prompt_columns([p for p in batch for _ in range(2)])).view(-1, 2).cpu()
         first_wins = torch.sigmoid(config.scale * (scores[:, 0] - scores[:, 1]))
         best = (torch.rand(len(batch), generator=labels) >= first_wins).long().tolist()
-        texts = decode_responses(tokenizer, rollout)
         finished = rollout.finished.tolist()
+        asked = [p.prompt for p in batch for _ in range(2)]
+        texts = continuations(asked, id_pairs(rollout), finished, tokenizer)
         for i, prompt in enumerate(batch):
             answers = texts[2 * i : 2 * i + 2]
             useful = answers[0].strip() and answers[1].strip() and answers[0] != answers[1]

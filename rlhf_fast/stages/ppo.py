@@ -68,7 +68,7 @@ def load_critic(online: Online[PPOConfig]) -> Learner:
         path = saved or config.value_model or value_start(online)
         check_tokenizer(path, online.tokenizer, "value_model")
         shared = online.policy if config.share_base else None
-        model = load_scorer(path, head="zero", lora=lora_of(config), shared=shared)
+        model = load_scorer(path, dtype=config.dtype, head="zero", lora=lora_of(config), shared=shared)
         model.to(online.device)  # pyright: ignore[reportArgumentType]
         online.check_lengths(value_model=model)
     trained = score_head(model).parameters() if config.critic == "shared" else None

@@ -57,7 +57,8 @@ def train(config: RewardConfig, *, listeners: Sequence[Listener] = ()) -> None:
     held_out = _encode(config.eval_data, tokenizer, config).examples if config.eval_data else []
     batches = offline_batches(len(examples), config.batch_size, config.epochs, config.seed)
     torch.manual_seed(config.seed)  # for the new head
-    model = load_scorer(resume_directory(config) or config.model, lora=lora_of(config)).to(device)  # pyright: ignore[reportArgumentType]
+    start = resume_directory(config) or config.model
+    model = load_scorer(start, dtype=config.dtype, lora=lora_of(config)).to(device)  # pyright: ignore[reportArgumentType]
     leave_out(model, "the reward stage")
     check_rows(model, tokenizer, [row for e in (*examples, *held_out) for row in _answers(e)], "max_length")
     prompts = [e.prompt_ids for e in examples[: config.normalize_samples]]
@@ -149,7 +150,8 @@ def normalize(
     model: PreTrainedModel, examples: list[Example], tokenizer: PreTrainedTokenizerBase, config: RewardConfig
 ) -> tuple[float, float]:
     """Shifts the scores so that samples of the SFT model average 0; returns the shift and its standard error."""
-    policy = load_policy(config.model, trainable=False).to(model.device)  # pyright: ignore[reportArgumentType]
+    dtype = "fp32" if config.frozen_weights == "fp32" else "bf16"  # decoding is faster than of a mixed model
+    policy = load_policy(config.model, dtype=dtype, trainable=False).to(model.device)  # pyright: ignore[reportArgumentType]
     prompts = [e.prompt_ids for e in examples[: config.normalize_samples]]
     sampler = LocalSampler(policy, tokenizer, max_new_tokens=config.max_response_length)
     scorer, scores = Scores(model), []

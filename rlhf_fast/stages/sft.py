@@ -34,7 +34,8 @@ def train(config: SFTConfig, *, listeners: Sequence[Listener] = ()) -> None:
     data = _encode(config.train_data, tokenizer, config)
     held_out = _encode(config.eval_data, tokenizer, config).examples if config.eval_data else []
     batches = offline_batches(len(data.examples), config.batch_size, config.epochs, config.seed)
-    policy = load_policy(resume_directory(config) or config.model, lora=lora_of(config)).to(device)  # pyright: ignore[reportArgumentType]
+    start = resume_directory(config) or config.model
+    policy = load_policy(start, dtype=config.dtype, lora=lora_of(config)).to(device)  # pyright: ignore[reportArgumentType]
     check_rows(policy, tokenizer, [e.input_ids for e in (*data.examples, *held_out)], "max_length")
     objectives = Objectives(policy, fused=config.fused_head, balanced=True)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_fast.config import OfflineConfig, OnlineConfig
-from rlhf_fast.data.encoding import Encoded, PromptExample, encode_prompts
+from rlhf_fast.data.encoding import Encoded, PromptExample, encode_answers, encode_prompts, is_finished
 from rlhf_fast.data.rows import Row, load_rows
 from rlhf_fast.lm.limits import check_rows
 from rlhf_fast.lm.objectives import Objectives
@@ -135,11 +135,12 @@ def make_evaluator(
             device,
             max_prompt_length=config.max_prompt_length,
             offload=getattr(config, "offload", False),
+            dtype=config.frozen_weights,
         )
     if reward is None:
         raise ValueError("eval_reward: expected a reward to score the samples of eval_data with, got none")
     rows = load_rows(config.eval_data, "prompt", config.columns)
-    prompts = scored_prompts(rows, tokenizer, config.max_prompt_length, config.chat_template_kwargs).examples
+    prompts = compared_prompts(rows, tokenizer, config.max_prompt_length, config.chat_template_kwargs)
     reward.check(prompt_columns(prompts))
     models = {"reference": reference}
     models |= {f"eval_{role}" if config.eval_reward else role: model for role, model in reward.readers.items()}
@@ -184,8 +185,9 @@ def completion_rewards(prompts: list[PromptExample], reward: Reward) -> Tensor |
     completions = [_text_of(p.columns["completion"]) for p in prompts if p.columns.get("completion") is not None]
     if len(completions) < len(prompts):
         return None
-    prompt_ids = [p.prompt_ids for p in prompts]
-    return reward.of_texts(completions, prompt_columns(prompts), prompt_ids=prompt_ids).cpu()
+    pairs = [p.own for p in prompts if p.own is not None]
+    own = pairs if len(pairs) == len(prompts) else None
+    return reward.of_texts(completions, prompt_columns(prompts), pairs=own).cpu()
 
 
 def _text_of(completion: Any) -> str:
@@ -221,6 +223,28 @@ def scored_prompts(
         chat = {} if isinstance(row["prompt"], str) else {"messages": row["prompt"]}
         examples.append(example._replace(columns={**chat, **example.columns}))
     return data._replace(examples=examples)
+
+
+def compared_prompts(
+    rows: list[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    max_prompt_length: int,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> list[PromptExample]:
+    """`scored_prompts` whose samples are compared with the rows' own completions, where every row has one.
+
+    A completion is encoded as SFT would encode the row. Raises ValueError as `completion_rewards` does.
+    """
+    prompts = scored_prompts(rows, tokenizer, max_prompt_length, chat_template_kwargs).examples
+    if any(row.get("completion") is None for row in rows):
+        return prompts
+    texts, finished = (
+        [[_text_of(row["completion"])] for row in rows],
+        [[is_finished(row, "completion")] for row in rows],
+    )
+    options = tokenizer, None, max_prompt_length, chat_template_kwargs
+    encoded = encode_answers(rows, texts, *options, finished=finished)
+    return [p._replace(own=(ids, own)) for p, (ids, (own,), *_) in zip(prompts, encoded, strict=True)]
 
 
 def prompt_columns(prompts: list[PromptExample]) -> dict[str, list]:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from rlhf_fast.config import StageConfig
 from rlhf_fast.training.memory import static_bytes
-from rlhf_fast.training.optimizers import lr_factor, make_optimizer
+from rlhf_fast.training.optimizers import MasterWeights, lr_factor, make_optimizer
 from rlhf_fast.training.stopped import Stopped
 from rlhf_fast.training.tally import Tally
 
@@ -40,7 +40,8 @@ class Learner:
         self.parameters = [p for p in (model.parameters() if parameters is None else parameters) if p.requires_grad]
         self.optimizer = make_optimizer(config, self.parameters, learning_rate or config.learning_rate)
         factor = lr_factor(config.lr_schedule, config.warmup_steps, total_steps)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+        groups = self.optimizer.inner if isinstance(self.optimizer, MasterWeights) else self.optimizer
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(groups, factor)
         self.in_backward, self.norms, self.spoilt = config.optimizer_in_backward, [], False
         if self.in_backward:
             for parameter in self.parameters:
@@ -54,7 +55,7 @@ class Learner:
 
     def _step_in_backward(self, parameter: nn.Parameter) -> None:
         assert parameter.grad is not None  # torch calls this hook when the gradient is there
-        self.norms.append(parameter.grad.norm())
+        self.norms.append(_norm(parameter.grad))
         self.optimizer.step()  # moves this parameter alone: no other has a gradient at this moment
         parameter.grad = None
 
@@ -64,6 +65,12 @@ class Learner:
             # A step may have no gradient, as where no pair of online DPO has a preference.
             norms, self.norms = self.norms or [torch.zeros((), device=self.model.device)], []
             return torch.stack(norms).norm()
+        if isinstance(self.optimizer, MasterWeights):  # clips fp32 gradients, because a product in bf16 is rounded
+            norms = [_norm(p.grad) for p in self.parameters if p.grad is not None]
+            norm = torch.stack(norms).norm() if norms else torch.zeros((), device=self.model.device)
+            if self.max_grad_norm:
+                self.optimizer.factor = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+            return norm
         return torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm or math.inf)
 
     def check(self, norm: float) -> None:
@@ -75,11 +82,13 @@ class Learner:
 
     def apply(self) -> None:
         """Moves the weights by the clipped gradients and clears the gradients."""
+        first, weights = not self.static_bytes, {"": nn.ParameterList(self.parameters)}
+        gradients = static_bytes(weights)[""]["gradients"] if first else 0  # a step may drop them
         if not self.in_backward:
             self.optimizer.step()
-        if not self.static_bytes:  # the one moment when gradients and optimizer states both exist
-            held = static_bytes({"": nn.ParameterList(self.parameters)}, {"": self.optimizer})[""]
-            self.static_bytes = {name: held[name] for name in ("gradients", "optimizer")}
+        if first:
+            held = static_bytes(weights, {"": self.optimizer})[""]
+            self.static_bytes = {"gradients": gradients, "optimizer": held["optimizer"]}
         self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step()
 
@@ -106,6 +115,11 @@ class Learner:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.static_bytes = state["static_bytes"]
+
+
+def _norm(gradient: Tensor) -> Tensor:
+    """0-dim, in fp32 for half precision, whose own numbers have two or three digits."""
+    return torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:

@@ -8,8 +8,9 @@ import ctypes
 import re
 import resource
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -62,8 +63,15 @@ def trim_heap() -> None:
         libc.malloc_trim(0)
 
 
+class Stateful(Protocol):
+    """An optimizer, of which the tensors in its state count."""
+
+    @property
+    def state(self) -> Any: ...
+
+
 def static_bytes(
-    models: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer] | None = None
+    models: dict[str, nn.Module], optimizers: Mapping[str, Stateful] | None = None
 ) -> dict[str, dict[str, int]]:
     """Bytes held now, {role: {"weights", "gradients", "optimizer"}}.
 
@@ -87,7 +95,7 @@ def static_bytes(
         return total
 
     result = {}
-    for role in models | optimizers:
+    for role in {**models, **optimizers}:
         model, optimizer = models.get(role), optimizers.get(role)
         parameters = list(model.parameters()) if model is not None else []
         result[role] = {

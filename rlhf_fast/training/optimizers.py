@@ -1,25 +1,99 @@
 """The optimizers and learning-rate schedules that the stages offer.
 
+Half-precision weights are trained through fp32 copies (`MasterWeights`), because an update of 1e-6 of a weight is less
+than a bf16 number can show, so that most steps would change nothing.
+
 Left out: optimizers other than AdamW.
 """
 
 import math
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rlhf_fast.config import StageConfig
+from rlhf_fast.lm.dtypes import HALVES
 
 _BETAS = (0.9, 0.95)
 
 
-def make_optimizer(config: StageConfig, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-    """AdamW of the kind `config.optimizer`; weight decay applies to matrices alone.
+class MasterWeights:
+    """An optimizer of half-precision weights, which it steps through fp32 copies of the weights.
+
+    A step takes one weight at a time: the gradient becomes fp32 and is dropped, the copy moves, and the weight is the
+    copy rounded. Small weights come first, so that their gradients have left room when a large gradient becomes fp32.
+    Weights that are fp32 already are their own copies.
+
+    inner: the optimizer of the copies, which also has the parameter groups and the learning rate.
+    factor: 0-dim tensor that gradients are multiplied by once they are fp32, such as the factor of clipping, or None.
+    """
+
+    def __init__(
+        self, parameters: list[nn.Parameter], make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+    ) -> None:
+        masters = [nn.Parameter(parameter.detach().float()) for parameter in parameters]
+        self.masters = masters
+        pairs = zip(parameters, masters, strict=True)
+        self.pairs = sorted(pairs, key=lambda pair: pair[0].numel())
+        self.inner = make(masters)
+        self.factor: Tensor | None = None
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """Everything that the optimizer holds, for the count of bytes."""
+        return {"masters": self.masters, "inner": self.inner.state}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Moves every weight that has a gradient, and drops the gradients."""
+        for parameter, master in self.pairs:
+            gradient, parameter.grad = parameter.grad, None
+            if gradient is None:
+                continue
+            master.grad = gradient.float()
+            del gradient
+            if self.factor is not None:
+                master.grad *= self.factor
+            self.inner.step()  # moves this copy alone: no other has a gradient at this moment
+            master.grad = None
+            if parameter.dtype != master.dtype:
+                parameter.copy_(master)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops the gradients."""
+        for parameter, _ in self.pairs:
+            parameter.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The copies and the state of the optimizer that moves them."""
+        return {"masters": [master.detach() for master in self.masters], "inner": self.inner.state_dict()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores a `state_dict`, and the weights as the copies rounded."""
+        for master, saved in zip(self.masters, state["masters"], strict=True):
+            master.copy_(saved)
+        for parameter, master in self.pairs:
+            parameter.copy_(master)
+        self.inner.load_state_dict(state["inner"])
+
+
+def make_optimizer(
+    config: StageConfig, parameters: list[nn.Parameter], lr: float
+) -> torch.optim.Optimizer | MasterWeights:
+    """AdamW of the kind `config.optimizer`, with fp32 copies where weights are bf16; matrices alone decay.
 
     Raises ValueError where the kind needs a package that is missing or does not run on the parameters' device.
     """
+    make = partial(_adamw, config, lr=lr)
+    return MasterWeights(parameters, make) if any(p.dtype in HALVES for p in parameters) else make(parameters)
+
+
+def _adamw(config: StageConfig, parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
     decayed = [p for p in parameters if p.ndim >= 2]
     others = [p for p in parameters if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]

@@ -26,6 +26,7 @@ _MAY_CHANGE = {  # fields that a resumed run may change: where it writes, what i
     "gradient_checkpointing",
     "offload",
     "max_logprob_drift",
+    "reference_logprobs",
 }
 
 
@@ -35,12 +36,15 @@ def load_policy_and_reference(
     """The policy to train, on `device`, and the frozen reference, which the caller still has to place.
 
     With LoRA the reference is another model object on the policy's weights, unless config.reference names a model of
-    another base. The object has no adapter; where config.reference names an adapter, it has that adapter, frozen.
+    another base, or config.frozen_dtype asks for another dtype. The object has no adapter; where config.reference names
+    an adapter, it has that adapter, frozen.
     """
     lora, reference = adapters.lora_of(config), config.reference or config.model
-    policy = load_policy(resume_directory(config) or config.model, lora=lora).to(device)  # pyright: ignore[reportArgumentType]
+    policy = load_policy(resume_directory(config) or config.model, dtype=config.dtype, lora=lora).to(device)  # pyright: ignore[reportArgumentType]
     on_policy = lora is not None and adapters.stands_on(policy, adapters.base_path(reference))
-    return policy, load_policy(reference, trainable=False, shared=policy if on_policy else None)
+    on_policy = on_policy and config.frozen_dtype in (None, config.dtype)
+    shared = policy if on_policy else None
+    return policy, load_policy(reference, dtype=config.frozen_weights, trainable=False, shared=shared)
 
 
 def resume_directory(config: StageConfig) -> Path | None:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_fast.data.encoding import encode_texts, pad_id, pad_left, pad_right
+from rlhf_fast.data.encoding import continuations, encode_texts, fit_answer, pad_id, pad_left, pad_right
+from rlhf_fast.lm.dtypes import Dtype
 from rlhf_fast.lm.limits import check_rows, context_length
 from rlhf_fast.lm.loading import load_scorer
 from rlhf_fast.lm.offload import place, visiting
@@ -40,8 +41,8 @@ class Scored(NamedTuple):
 class Answers:
     """Completions that are to be scored: those of a rollout, or texts.
 
-    columns: the rows' columns; `prompt` is the prompts' text. finished: which texts end in an EOS. prompt_ids: the
-    prompts as the policy gets them.
+    columns: the rows' columns; `prompt` is the prompts' text. finished: which texts have an end. pairs: prompt and
+    completion as the policy's token ids; default: the texts', as training encodes them.
     """
 
     def __init__(
@@ -52,10 +53,10 @@ class Answers:
         rollout: Rollout | None = None,
         texts: list[str] | None = None,
         finished: Sequence[bool] | None = None,
-        prompt_ids: list[list[int]] | None = None,
+        pairs: list[tuple[list[int], list[int]]] | None = None,
     ) -> None:
         self.tokenizer, self.columns, self.rollout, self._texts = tokenizer, columns, rollout, texts
-        self.prompt_ids = prompt_ids
+        self._pairs = pairs
         if rollout is not None:
             finished = rollout.finished.tolist()
         assert rollout is not None or texts is not None
@@ -74,12 +75,23 @@ class Answers:
 
     @cached_property
     def ids(self) -> list[list[int]]:
-        """The policy's token ids of every completion, the EOS included where it is finished."""
-        if self.rollout is not None:
-            return response_ids(self.rollout)
-        eos = self.tokenizer.eos_token_id
-        ids = self.tokenizer(self.texts, add_special_tokens=False)["input_ids"]
-        return [[*row, eos] if done else row for row, done in zip(ids, self.finished, strict=True)]  # pyright: ignore[reportGeneralTypeIssues, reportReturnType]
+        """The policy's token ids of every completion, its end included where it is finished."""
+        return response_ids(self.rollout) if self.rollout is not None else [ids for _, ids in self.pairs]
+
+    @cached_property
+    def pairs(self) -> list[tuple[list[int], list[int]]]:
+        """Prompt and completion of every text as the policy's token ids."""
+        if self._pairs is None:
+            prompts = list(self.columns["prompt"])
+            return encode_texts(prompts, self.texts, self.finished, self.tokenizer, sys.maxsize, sys.maxsize)
+        return self._pairs
+
+    @cached_property
+    def continued(self) -> list[str]:
+        """The texts as they follow the prompts' texts, for a model that tokenizes both anew."""
+        if self.rollout is None:
+            return self.texts
+        return continuations(list(self.columns["prompt"]), id_pairs(self.rollout), self.finished, self.tokenizer)
 
     def arguments(self) -> dict[str, Callable[[], list]]:
         """The arguments of reward functions. Every function gets lists of its own, which it may change."""
@@ -104,10 +116,11 @@ class ModelReward:
         max_prompt_length: int,
         shared: PreTrainedModel | None,
         offload: bool,
+        dtype: Dtype,
     ) -> None:
         self.tokenizer, self.device, self.name = tokenizer, device, str(spec)
         self.micro_batch_size, self.max_prompt_length = micro_batch_size, max_prompt_length
-        self.model = load_scorer(spec, head=None, trainable=False, shared=shared)
+        self.model = load_scorer(spec, dtype=dtype, head=None, trainable=False, shared=shared)
         place(self.model, device, offload)
         own = load_tokenizer(spec, "reward")
         self.retokenizer = None if own.get_vocab() == tokenizer.get_vocab() else own
@@ -117,7 +130,7 @@ class ModelReward:
         if answers.rollout is not None and self.retokenizer is None:
             sequences = answers.rollout.sequences
         else:
-            sequences = self.tokenize(answers.texts, answers.columns["prompt"], answers.finished, answers.prompt_ids)
+            sequences = self.tokenize(answers)
         size = self.micro_batch_size or len(sequences.prompt_ids)
         starts = range(0, len(sequences.prompt_ids), size)
         scores = Scores(self.model)
@@ -128,17 +141,16 @@ class ModelReward:
             finite(scores_B[row].item(), self.name, row)
         return scores_B
 
-    def tokenize(
-        self, completions: list[str], prompts: Sequence[str], finished: Sequence[bool], prompt_ids: list | None
-    ) -> Sequences:
-        """The texts as token ids of this model, EOS behind the `finished` completions."""
+    def tokenize(self, answers: Answers) -> Sequences:
+        """The texts as token ids of this model, the end behind the finished completions."""
         tok = self.retokenizer or self.tokenizer
-        if self.retokenizer is None and prompt_ids is not None:
-            prompts = prompt_ids
-        elif self.retokenizer is not None and self.tokenizer.bos_token is not None:  # chat templates write BOS
-            prompts = [text.removeprefix(str(self.tokenizer.bos_token)) for text in prompts]
-        context = context_length(self.model.config) or sys.maxsize
-        pairs = encode_texts(list(prompts), completions, finished, tok, context, self.max_prompt_length)
+        limits = context_length(self.model.config) or sys.maxsize, self.max_prompt_length
+        if self.retokenizer is None:
+            pairs = [fit_answer(prompt, answer, tok, *limits) for prompt, answer in answers.pairs]
+        else:
+            bos = str(self.tokenizer.bos_token or "")  # chat templates write BOS
+            prompts = [text.removeprefix(bos) for text in answers.columns["prompt"]]
+            pairs = encode_texts(prompts, answers.continued, answers.finished, tok, *limits)
         check_rows(self.model, tok, [ids for pair in pairs for ids in pair], "max_prompt_length", role="reward")
         prompt_rows, responses = (list(rows) for rows in zip(*pairs, strict=True))
         return Sequences(*pad_left(prompt_rows, pad_id(tok)), *pad_right(responses, pad_id(tok))).to(self.device)
@@ -151,7 +163,8 @@ class Reward:
         of these.
     tokenizer: the policy's. weights: one for each of several rewards; default: 1.
     max_prompt_length: tokens of a prompt that a reward model sees where it reads text.
-    shared: a model whose base the reward models stand on. offload: reward models wait in CPU memory.
+    shared: a model whose base the reward models stand on. offload: reward models wait in CPU memory. dtype: of the
+        reward models' weights, as in `lm.dtypes`.
     """
 
     def __init__(
@@ -165,13 +178,14 @@ class Reward:
         max_prompt_length: int = sys.maxsize,
         shared: PreTrainedModel | None = None,
         offload: bool = False,
+        dtype: Dtype = "fp32",
     ) -> None:
         self.tokenizer, self.device = tokenizer, device
         specs = [spec] if isinstance(spec, str | Path) or callable(spec) else list(spec)
         self.weights = [1.0] * len(specs) if weights is None else list(map(float, weights))
         if not specs or len(self.weights) != len(specs):
             raise ValueError(f"reward_weights: expected one for each of {len(specs)} rewards, got {len(self.weights)}")
-        model = (micro_batch_size, max_prompt_length, shared, offload)
+        model = (micro_batch_size, max_prompt_length, shared, offload, dtype)
         self.parts = [
             FunctionReward(one) if _is_function(one) else ModelReward(one, tokenizer, device, *model)  # pyright: ignore[reportArgumentType]
             for one in specs
@@ -212,16 +226,14 @@ class Reward:
         completions: list[str],
         columns: Mapping[str, Sequence],
         finished: Sequence[bool] | None = None,
-        prompt_ids: list[list[int]] | None = None,
+        pairs: list[tuple[list[int], list[int]]] | None = None,
     ) -> Tensor:
         """Scores [B] fp32 of texts.
 
-        finished: which completions a reward model sees with an EOS at the end; default: all. prompt_ids: the prompts as
-            the policy gets them; a reward model with the policy's tokenizer sees the same ids.
+        finished: which completions a reward model sees with an end; default: all. pairs: prompts and completions as
+            token ids; a reward model with the policy's tokenizer sees these ids.
         """
-        return self.judge(
-            Answers(self.tokenizer, columns, texts=completions, finished=finished, prompt_ids=prompt_ids)
-        ).scores
+        return self.judge(Answers(self.tokenizer, columns, texts=completions, finished=finished, pairs=pairs)).scores
 
     @torch.no_grad()
     def judge(self, answers: Answers) -> Scored:
@@ -266,6 +278,13 @@ def _is_function(spec: Any) -> bool:
     return callable(spec) or (":" in str(spec) and not Path(spec).is_dir())
 
 
+def id_pairs(rollout: Rollout) -> list[tuple[list[int], list[int]]]:
+    """The token ids of every prompt and of every completion, without padding."""
+    prompts = zip(rollout.prompt_ids.tolist(), rollout.prompt_mask.tolist(), strict=True)
+    ids = [[token for token, real in zip(*row, strict=True) if real] for row in prompts]
+    return list(zip(ids, response_ids(rollout), strict=True))
+
+
 def response_ids(rollout: Rollout) -> list[list[int]]:
     """The token ids of every completion, without padding."""
     rows = zip(rollout.response_ids.tolist(), rollout.response_mask.tolist(), strict=True)
@@ -273,5 +292,6 @@ def response_ids(rollout: Rollout) -> list[list[int]]:
 
 
 def decode_responses(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> list[str]:
-    """The completions' text without special tokens."""
-    return tokenizer.batch_decode(response_ids(rollout), skip_special_tokens=True)
+    """The completions' text without special tokens and without the end, which may be no special token."""
+    rows = zip(response_ids(rollout), rollout.finished.tolist(), strict=True)
+    return tokenizer.batch_decode([ids[:-1] if done else ids for ids, done in rows], skip_special_tokens=True)

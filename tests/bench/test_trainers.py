@@ -1,6 +1,7 @@
 """The comparison with other trainers: what counts as equal, who takes turns, which bars are met; TRL is not needed."""
 
 import dataclasses
+import gzip
 import json
 import stat
 import sys
@@ -9,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.trainers import cases, compare, replay, report
+from bench.trainers import cases, compare, replay, report, starts
 from rlhf_fast.lab.world import build_tokenizer
+from rlhf_fast.stages.init import train_bpe
 from rlhf_fast.training.batches import offline_batches
 
 
@@ -24,17 +26,18 @@ def test_numbers_are_equal_within_the_tolerance_and_no_further():
         case_of("sft"),
         equalities=(
             equality("loss", "a", "b"),
-            equality("per token", "sum", "mean", factor=1 / 40),
+            equality("per token", "sum", "{reward} mean", per_token=True),
             equality("mean of advantages", "nothing", "almost", scale=1.0),
         ),
     )
-    ours, theirs = {"a": 2.0, "sum": 80.0, "nothing": 0.0}, {"b": 2.00019, "mean": 2.0003, "almost": 9e-5}
-    rows = compare.equalities(case, ours, theirs)
+    ours, theirs = {"a": 2.0, "sum": 80.0, "nothing": 0.0}, {"b": 2.00019, "true_reward mean": 2.0003, "almost": 9e-5}
+    start = starts.demo_with({})
+    rows = compare.equalities(case, start, ours, theirs)
     assert [row["met"] for row in rows] == ["yes", "NO", "yes"]
     assert rows[0]["relative difference"] == pytest.approx(0.00019 / 2.00019)
     assert rows[1]["ours"] == pytest.approx(2.0)
     with pytest.raises(KeyError, match="almost"):
-        compare.equalities(case, ours, {"b": 2.0, "mean": 2.0})
+        compare.equalities(case, start, ours, {"b": 2.0, "true_reward mean": 2.0})
 
 
 def test_gradients_of_one_norm_and_another_direction_are_not_equal():
@@ -96,6 +99,7 @@ def result(**changes):
     quantiles = {"median": 1.0, "p20": 0.9, "p80": 1.1}
     return {
         "trainer": "DPOTrainer",
+        "dtype": "fp32",
         "rival": "TRL 1.16.0",
         "bar": 1.3,
         "absent": "",
@@ -119,6 +123,7 @@ def test_bars():
     assert met(peak_bytes={"rlhf_fast": 101, "TRL 1.16.0": 100}) == ["yes", "NO", "yes"]
     unequal = [{"quantity": "loss", "relative difference": 0.5, "met": "NO"}]
     assert met(equalities=unequal) == ["yes", "yes", "NO"]
+    assert met(equalities=unequal, dtype="bf16 autocast") == ["yes", "yes"]
     assert met(absent="no environment with trl==1.16.0 was named") == ["NO", "NO", "NO"]
 
 
@@ -134,7 +139,7 @@ def test_the_rival_gets_the_rows_of_our_first_batches_in_our_order():
     tokenizer, steps = build_tokenizer(), 3
     for method in ("sft", "reward", "dpo", "rloo", "ppo"):
         case = case_of(method)
-        ours, theirs = cases._rows(case, steps)
+        ours, theirs = cases._rows(case, starts.demo_with({}), steps)
         per_step = case.batch_size // case.settings.get("group_size", 1)
         assert len(ours) == len(theirs) == steps * per_step
         order = [row for batch in offline_batches(len(ours), per_step, 1, seed=0) for row in batch]
@@ -159,8 +164,8 @@ def test_two_contenders_in_processes_of_their_own(tiny_model, tmp_path, monkeypa
     case = dataclasses.replace(case_of("sft"), batch_size=4, steps_per_turn=1, warmup=1)
     write_specs = compare.write_specs
 
-    def both_ours(*arguments):
-        paths = write_specs(*arguments)
+    def both_ours(*arguments, **options):
+        paths = write_specs(*arguments, **options)
         spec = json.loads(paths["theirs"].read_text())
         spec["ours"]["options"]["output_dir"] = spec["output_dir"]
         paths["theirs"].write_text(json.dumps(spec))
@@ -169,7 +174,7 @@ def test_two_contenders_in_processes_of_their_own(tiny_model, tmp_path, monkeypa
     monkeypatch.setattr(compare, "write_specs", both_ours)
     monkeypatch.setitem(compare.SCRIPTS, case.rival, "run_ours.py")
     python = interpreter(tmp_path / "python", "1.16.0")
-    found = compare.run(case, python, {"init": tiny_model}, 2, tmp_path / "sft")
+    found = compare.run(case, python, starts.demo_with({"init": tiny_model}), 2, tmp_path / "sft")
     assert found["absent"] == ""
     assert {row["quantity"] for row in found["equalities"]} == {
         "loss", "gradient norm, policy", "gradient, policy: distance"
@@ -187,3 +192,31 @@ def test_a_contender_that_fails_says_why(tmp_path):
     contender = compare.Contender(sys.executable, str(script), tmp_path / "spec.json")
     with pytest.raises(RuntimeError, match=r"fails.py ended early \(exit code 1\):\nno such model"):
         contender.hear()
+
+
+def test_a_checkpoint_is_trained_on_its_own_rows(tmp_path):
+    """The rival's rows are ours, with the template's text in the prompt and no row longer than the bound."""
+    template = "{% for m in messages %}[{{ m.content }}]{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    chat_tokenizer = train_bpe(["[ab]>ba"] * 4, 280, chat_template=template)
+    data, model = tmp_path / "data", tmp_path / "model"
+    data.mkdir()
+    chat_tokenizer.save_pretrained(model)
+    prompt = [{"role": "user", "content": "ab"}]
+    answer = [{"role": "assistant", "content": "ba"}]
+    files = {
+        "sft": [{"messages": [*prompt, *answer]}, {"messages": [{"role": "user", "content": "ab " * 400}, *answer]}],
+        "pairs": [{"prompt": prompt, "chosen": answer, "rejected": [answer[0] | {"content": "ab"}]}],
+        "prompts": [{"prompt": prompt}],
+    }
+    for name, rows in files.items():
+        with gzip.open(data / f"{name}.jsonl.gz", "wt") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    start = starts.checkpoint_with({}, model, data)
+    text = chat_tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    assert start.rows("sft", 3) == [{"prompt": text, "completion": "ba"}] * 3
+    assert start.rows("dpo", 1) == [{"prompt": text, "chosen": "ba", "rejected": "ab"}]
+    assert start.rows("rloo", 2) == start.rows("ppo", 2) == [{"prompt": text}] * 2
+    case = case_of("dpo").at_real_size()
+    assert (case.bar, case.batch_size, case.steps_per_turn) == (2.5, 8, 1)
+    ours, theirs = cases._rows(case, start, 2)
+    assert ours == theirs and len(ours) == 16

@@ -98,8 +98,8 @@ def message(content="a", role="user"):
         ("prompt", {"text": "a"}, "missing prompt; a row of kind prompt needs prompt"),
         (
             "prompt",
-            {"prompt": [message(role="assistant")]},
-            "prompt: ends in an assistant turn, which belongs to the completion",
+            {"prompt": [message(), message("", role="assistant")]},
+            "prompt: ends in an assistant turn without text, in which no completion can go on",
         ),
         ("preference", {"prompt": "a", "chosen": "b"}, "missing rejected; a row of kind preference needs prompt,"),
         ("preference", {"prompt": "a", "chosen": "b", "rejected": {}}, "rejected: expected a string, got dict"),
@@ -260,18 +260,19 @@ def test_each_answer_of_a_pair_is_cut_by_itself(tokenizer):
         ([A, B, C], [D, EOS], [E, F], 2.0),
         ([A, B, C], [D, E], [EOS], None),
     ]
-    assert encoded[1:] == (2, 0, 2)
+    assert (encoded.truncated, encoded.cut_prompts, encoded.cut_answers) == (2, 0, 2)
+    assert encoded.cuts == [(0, 0, (0, 1)), (1, 0, (4, 0))]
 
 
 def test_rankings(tokenizer):
     rows = [{"prompt": "a b", "completions": ["c", "d", "e f"], "ranks": [1, 0, 1]}]
     encoded = data.encode_rankings(rows, tokenizer, 5, 2)
-    assert encoded == ([([A, B], [[C, EOS], [D, EOS], [E, F, EOS]], [1, 0, 1])], 0, 0, 0)
+    assert encoded == ([([A, B], [[C, EOS], [D, EOS], [E, F, EOS]], [1, 0, 1])], [(0, 0, (0, 0, 0))])
 
 
 def test_prompts_keep_their_text_and_columns(tokenizer):
     encoded = data.encode_prompts([{"prompt": "a b c", "answer": 42}, {"prompt": "d"}], tokenizer, 2)
-    assert encoded.examples == [([B, C], "a b c", {"answer": 42}), ([D], "d", {})]
+    assert encoded.examples == [([B, C], "a b c", {"answer": 42}, None), ([D], "d", {}, None)]
     assert encoded.truncated == 1
 
 
@@ -348,9 +349,9 @@ def test_template_without_eos_gets_one_at_the_end():
 def test_template_that_rewrites_earlier_turns_is_an_error(bpe):
     last_only = "{{ messages[-1].content }}{% if add_generation_prompt %}:{% endif %}"
     tokenizer = train_bpe(["a"], 300, chat_template=last_only)
-    with pytest.raises(ValueError, match="^row 1: the tokenizer's chat template writes a conversation differently"):
+    with pytest.raises(ValueError, match="^row 1: the tokenizer's chat template writes the messages before an answer"):
         data.encode_sft([{"messages": [message("hi"), message("yes", "assistant")]}], tokenizer, 99, 99)
-    with pytest.raises(ValueError, match="^row 1: the tokenizer's chat template writes a conversation differently"):
+    with pytest.raises(ValueError, match="^row 1: the tokenizer's chat template writes the messages before an answer"):
         data.encode_sft([{"prompt": [message("hi")], "completion": "yes"}], tokenizer, 99, 99)
 
 

@@ -54,7 +54,7 @@ def test_examples_and_their_unrelated_completions(tokenizer):
 
 def test_long_rows_are_cut_and_counted(tokenizer):
     encoded = encode_unpaired([{**ROWS[0], "prompt": "a b c d"}, ROWS[2]], tokenizer, 4, 99)
-    assert encoded[1:] == (1, 1, 1)
+    assert (encoded.truncated, encoded.cut_prompts, encoded.cut_answers) == (1, 1, 1)
     assert encoded.examples[0].prompt_ids == [B, C, D] and encoded.examples[0].unrelated == ([B, C, D], [D])
 
 

@@ -15,7 +15,7 @@ from rlhf_fast.lm.sequences import Sequences
 from rlhf_fast.lm.tokenizers import load_tokenizer
 from rlhf_fast.rollout.generate import Rollout
 from rlhf_fast.stages.init import train_bpe
-from rlhf_fast.training.evaluation import completion_rewards, prompt_columns, scored_prompts
+from rlhf_fast.training.evaluation import compared_prompts, completion_rewards, prompt_columns, scored_prompts
 from rlhf_fast.training.rewards import Answers, Reward, decode_responses, load_function
 from rlhf_fast.training.stopped import Stopped
 from tests.support.models import random_policy
@@ -279,8 +279,11 @@ def test_texts_are_scored_on_the_ids_of_training(chat_tokenizer, tmp_path):
         expected = sequence_scores(reward.models["reward"], sequences)
         columns = {"prompt": [example.prompt]}
         assert torch.equal(reward.of_texts(["good"], columns), expected)
-        assert torch.equal(reward.of_texts(["good"], columns, prompt_ids=[example.prompt_ids]), expected)
-        assert torch.equal(completion_rewards([example._replace(columns={"completion": "good"})], reward), expected)
+        assert torch.equal(
+            reward.of_texts(["bad"], columns, pairs=[(pair.prompt_ids, pair.chosen_ids)]), expected
+        )  # the ids win
+        (example,) = compared_prompts([{**row, "completion": "good"}], chat_tokenizer, 8)
+        assert torch.equal(completion_rewards([example], reward), expected)
 
 
 def test_completions_to_compare_with_follow_the_prompt_as_the_policy_gets_it(chat_tokenizer, tmp_path):
@@ -288,7 +291,7 @@ def test_completions_to_compare_with_follow_the_prompt_as_the_policy_gets_it(cha
     chat_tokenizer.chat_template = chat_tokenizer.chat_template.removeprefix("{{ bos_token }}")
     reward = Reward(scorer_of(chat_tokenizer, tmp_path), chat_tokenizer, CPU)
     row = {"prompt": [{"role": "user", "content": "the film"}], "completion": "good"}
-    (example,) = encode_prompts([row], chat_tokenizer, 64).examples
+    (example,) = compared_prompts([row], chat_tokenizer, 64)
     assert chat_tokenizer.bos_token_id not in example.prompt_ids
     answer = chat_tokenizer("good", add_special_tokens=False)["input_ids"] + [chat_tokenizer.eos_token_id]
     expected = sequence_scores(
@@ -300,9 +303,12 @@ def test_completions_to_compare_with_follow_the_prompt_as_the_policy_gets_it(cha
 def test_another_tokenizer_does_not_read_the_policys_bos(chat_tokenizer, tmp_path):
     policys = train_bpe(["the film was good . "], 280, bos_token="<s>")
     reward = Reward(scorer_of(chat_tokenizer, tmp_path), policys, CPU)
-    own = reward.parts[0].tokenize(["a"], ["<bos>the film"], [True], None)
+
+    def prompt_ids(prompt):
+        return reward.parts[0].tokenize(Answers(policys, {"prompt": [prompt]}, texts=["a"])).prompt_ids
+
     for prompt in ("<s>the film", "the film"):
-        assert torch.equal(reward.parts[0].tokenize(["a"], [prompt], [True], None).prompt_ids, own.prompt_ids)
+        assert torch.equal(prompt_ids(prompt), prompt_ids("<bos>the film"))
 
 
 def test_long_texts_are_cut_to_what_a_reward_model_can_read(rollout, tokenizer, chat_tokenizer, tmp_path):
@@ -315,7 +321,7 @@ def test_long_texts_are_cut_to_what_a_reward_model_can_read(rollout, tokenizer, 
     seen = (
         Reward(spec, tokenizer, CPU, max_prompt_length=6)
         .parts[0]
-        .tokenize(["a", "b"], columns["prompt"], [True, False], None)
+        .tokenize(Answers(tokenizer, columns, texts=["a", "b"], finished=[True, False]))
     )
     assert seen.prompt_mask.sum(dim=1).max() == 6
     assert seen.prompt_ids[0, 0] == chat_tokenizer.bos_token_id

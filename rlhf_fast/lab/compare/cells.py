@@ -76,6 +76,7 @@ def _options(
         "max_response_length": lengths["response_length"],
         "max_length": sum(lengths.values()),
         "group_size": config.group_size,
+        "dtype": config.dtype,
         "bf16": config.bf16,
         "gradient_checkpointing": config.gradient_checkpointing,
         "lora_rank": rank,

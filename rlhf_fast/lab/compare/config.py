@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_fast.config.fields import arg, check, check_fields, required
+from rlhf_fast.config.stages import DTYPE_HELP, Dtype, check_precision
 from rlhf_fast.methods import METHODS
 
 
@@ -36,7 +37,8 @@ class CompareConfig:
     prompt_length: int = arg(64, "Longest prompt in tokens; the random-weight models' are all this long.", at_least=1)
     response_length: int = arg(64, "Longest completion in tokens.", at_least=1)
     group_size: int = arg(4, "Samples per prompt of methods with groups (RLOO, GRPO).", at_least=1)
-    bf16: bool = arg(False, "Run forward and backward passes in bfloat16 autocast.")
+    dtype: Dtype = arg("fp32", DTYPE_HELP)
+    bf16: bool = arg(False, "Run forward and backward passes in bfloat16 autocast, over fp32 weights.")
     gradient_checkpointing: bool = arg(False, "Recompute activations in backward to save memory.")
     memory: str | None = arg(None, "Report the largest batch that fits (24GiB); on a GPU a run may take no more.")
     reward: str | None = arg(None, "Reward model of a checkpoint of your own, or a Python function.")
@@ -51,6 +53,7 @@ class CompareConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_precision(self)
         for name in ("methods", "critics", "seeds"):
             check(self, name, bool, "at least one")
         check(self, "critics", lambda v: set(v) <= {"same", "small", "shared"}, "some of same, small, shared")

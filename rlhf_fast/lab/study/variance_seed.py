@@ -136,7 +136,7 @@ class SeedRun:
         online, config = self.online, self.ppo
         path = config.value_model or value_start(online)
         check_tokenizer(path, online.tokenizer, "value_model")
-        model = load_scorer(path, head="zero").to(online.device)  # pyright: ignore[reportArgumentType]
+        model = load_scorer(path, dtype=config.dtype, head="zero").to(online.device)  # pyright: ignore[reportArgumentType]
         updates = online.config.steps * config.epochs * config.minibatches
         return Learner(model, config, updates, learning_rate=config.value_learning_rate)
 

@@ -1,0 +1,88 @@
+"""The dtype of a model's weights: fp32, bf16, or bf16 in passes under autocast ("mixed").
+
+A trained model has fp32 or bf16 weights. A frozen model beside trained bf16 weights has bf16 weights too, so that both
+run the same passes. A frozen model beside trained fp32 weights is "mixed": its matrices are bf16. Its vectors (norms,
+biases), what its embeddings return, and embeddings that scale their rows (Gemma's) are fp32. Its forward turns autocast
+on. Its passes then give the very numbers of fp32 weights under autocast, where the checkpoint's weights are bf16
+numbers, in half the memory. Policy and reference therefore agree before the first step.
+
+Left out: float16, and bf16 in quantised layers.
+"""
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlhf_fast.lm.fast_paths import not_taken
+from rlhf_fast.lm.switches import trial_rows
+
+Dtype = Literal["fp32", "bf16", "mixed"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "mixed": torch.bfloat16}
+HALVES = (torch.bfloat16, torch.float16)
+
+_CONTEXTS = "rlhf_fast_autocasts"  # the attribute of a module that holds the contexts of its running calls
+
+
+@torch.no_grad()
+def cast(model: PreTrainedModel, dtype: Dtype) -> None:
+    """Gives the weights of a model in fp32 this dtype, in place. Buffers, such as rotary frequencies, stay fp32.
+
+    Where a pass of a mixed model raises, as in layers that autocast does not know, its weights stay fp32, and a warning
+    says so.
+    """
+    if dtype == "mixed":
+        mix(model)
+        try:
+            model.base_model(input_ids=trial_rows(model, (8,))[0], use_cache=False)
+        except Exception as error:
+            reason, dtype = f"a pass raises {type(error).__name__}", "fp32"
+            not_taken("bf16 weights under autocast are", model, reason, "fp32 weights run")
+    if dtype != "mixed":
+        _convert(model.parameters(), DTYPES[dtype])
+
+
+def mix(model: PreTrainedModel) -> None:
+    """Makes a mixed model of a model, without a trial."""
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    # Gemma's embeddings multiply by a factor, which they round to their weight's dtype.
+    plain = [module for module in embeddings if type(module).forward is nn.Embedding.forward]
+    wide = {id(module.weight) for module in embeddings if module not in plain}
+    narrow = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in wide]
+    _convert(narrow, torch.bfloat16)
+    for module in plain:
+        module.register_forward_hook(_widened)
+    for module in {model, model.base_model}:
+        # Hooks, and not a forward that is replaced, because a module that holds its own method outlives its last use.
+        module.register_forward_pre_hook(_enter)
+        module.register_forward_hook(_leave, always_call=True)
+
+
+def _convert(parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> None:
+    for parameter in parameters:
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
+def widen_new(model: PreTrainedModel, old: set[int]) -> None:
+    """Makes half-precision weights fp32, but for those whose id is among `old`: the weights of a new adapter."""
+    for parameter in model.parameters():
+        if id(parameter) not in old and parameter.dtype in HALVES:
+            parameter.data = parameter.data.float()
+
+
+def _widened(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return output.float()
+
+
+def _enter(module: nn.Module, inputs: Any) -> None:
+    weight = next(module.parameters())
+    context = torch.autocast(weight.device.type, dtype=torch.bfloat16)
+    vars(module).setdefault(_CONTEXTS, []).append(context)
+    context.__enter__()
+
+
+def _leave(module: nn.Module, inputs: Any, output: Any) -> None:
+    vars(module)[_CONTEXTS].pop().__exit__(None, None, None)
