@@ -146,7 +146,13 @@ class ByLength:
 
 
 def last_logits(
-    model: PreTrainedModel, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Cache | None, *, cached: bool = True
+    model: PreTrainedModel,
+    ids: Tensor,
+    mask: Tensor | None,
+    positions: Tensor,
+    cache: Cache | None,
+    *,
+    cached: bool = True,
 ) -> tuple[Tensor, Cache | None]:
     """The model's own logits [n, V] behind the last column of ids [n, L], and its cache.
 
