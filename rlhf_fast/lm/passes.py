@@ -23,6 +23,7 @@ from rlhf_fast.lm import balance
 from rlhf_fast.lm.forward import call, one_pass
 from rlhf_fast.lm.limits import sides
 from rlhf_fast.lm.packing import real_hidden
+from rlhf_fast.lm.precision import exact
 from rlhf_fast.lm.private import score_head
 from rlhf_fast.lm.sequences import Sequences, position_ids
 from rlhf_fast.lm.switches import agree, difference, trial_rows
@@ -115,11 +116,11 @@ def _takes_positions(model: PreTrainedModel, ids: Tensor) -> bool:
 
 @contextmanager
 def _trial_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, a trial of the model runs in eval mode, without gradients and without autocast."""
+    """Inside, a trial of the model runs in eval mode, without gradients and in fp32."""
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+        with torch.no_grad(), exact(model):
             yield
     finally:
         model.train(training)

@@ -11,11 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.configuration_utils import PreTrainedConfig
 
 from rlhf_fast.lm.adapters import LoRA, base_path, put_on
+from rlhf_fast.lm.dtypes import mix
 from rlhf_fast.lm.paths import existing
 from rlhf_fast.training.learner import checkpoint_activations
 
 Head = Literal["policy", "score"]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def read_config(path: str) -> PreTrainedConfig:
@@ -45,18 +45,24 @@ class Shape(NamedTuple):
     config: PreTrainedConfig
     head: Head
     dtype: torch.dtype
-    autocast: bool = False  # bfloat16
+    autocast: bool = False  # bfloat16; a frozen model with bf16 weights is "mixed" then
     trained: bool = False
     checkpointing: bool = False
     lora_rank: int = 0
 
+    @property
+    def mixed(self) -> bool:
+        """Whether frozen bf16 weights run under autocast."""
+        return self.autocast and not self.trained and self.dtype == torch.bfloat16
+
     def instantiate(self, config: PreTrainedConfig) -> PreTrainedModel:
         """A model of `config` with random weights, on the device of the context."""
+        dtype = torch.float32 if self.mixed else self.dtype  # `build` makes a mixed model of fp32 weights
         if self.head == "policy":
-            return AutoModelForCausalLM.from_config(config, dtype=self.dtype)
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
         config = copy.deepcopy(config)
         config.num_labels = 1
-        model = AutoModelForSequenceClassification.from_config(config, dtype=self.dtype)
+        model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
         if not hasattr(model, "score"):
             raise ValueError(f"model: expected an architecture with a `score` head (decoder type), got {type(model)}")
         return model
@@ -69,6 +75,8 @@ class Shape(NamedTuple):
         if self.lora_rank:
             with torch.device("meta"):
                 put_on(model, "base", LoRA(self.lora_rank, 1.0, 0), trainable=True)
+        if self.mixed:
+            mix(model)
         if self.checkpointing:
             checkpoint_activations(model)
         return model.train(self.trained)

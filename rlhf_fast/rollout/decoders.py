@@ -1,7 +1,7 @@
 """Decoders that run transformers' forward: with its cache, over whole rows, and apart for prompts of each length.
 
-`CacheDecoder` takes any model whose forward hands out a cache of transformers, recurrent states included. `WholeDecoder` needs no
-cache and runs whole rows at every step. `ByLength` runs another decoder for each group of prompts that may share a
+`CacheDecoder` takes any model whose forward hands out a cache of transformers, recurrent states included.
+`WholeDecoder` needs no cache and runs whole rows at every step. `ByLength` runs another decoder for each group of prompts that may share a
 pass. `engine` picks the first decoder that gives the model's own logits.
 
 Shapes: B prompts of P tokens, R rows, n rows still decoding, V vocabulary.

@@ -31,6 +31,8 @@ from rlhf_fast.training.batches import micro_batches, offline_batches
 from rlhf_fast.training.evaluation import make_evaluator
 from rlhf_fast.training.learner import autocast
 from rlhf_fast.training.listeners import Listener
+from rlhf_fast.training.progress import passes
+from rlhf_fast.training.reference_logprobs import check_file, reference_logprobs
 from rlhf_fast.training.resume import load_policy_and_reference
 from rlhf_fast.training.run import Run
 from rlhf_fast.training.tally import Tally
@@ -39,6 +41,7 @@ from rlhf_fast.training.tally import Tally
 def train(config: DPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
     """Trains `config.model` on preference pairs; the result goes to `config.output_dir`."""
     device = default_device()
+    check_file(config.reference_logprobs)
     tokenizer = with_template(load_tokenizer(config.model), config.chat_template)
     if config.reference is not None:
         check_tokenizer(config.reference, tokenizer, "reference")
@@ -89,7 +92,7 @@ def train(config: DPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
     def look(run: Run) -> dict[str, float]:
         tally, first = Tally(), len(data.examples)
         with autocast(device, config.bf16):
-            for rows in micro_batches(len(held_out), size):
+            for rows in passes("held-out pairs", micro_batches(len(held_out), size)):
                 loss(list(range(first + rows.start, first + rows.stop)), len(held_out), tally)
         sums = tally.read()
         metrics = {"eval/loss": sums["loss"], "eval/accuracy": sums["rewards/accuracies"]}
@@ -109,10 +112,20 @@ def train(config: DPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
         listeners=listeners,
     )
     with stage.training(data) as run:
-        with run.meter.phase("reference"):
-            parts = (pair_sequences(examples[rows], pad, device) for rows in micro_batches(len(examples), size))
+
+        def compute() -> dict[str, Tensor]:
+            cut = passes("DPO reference, pairs", micro_batches(len(examples), size), always=True)
+            parts = (pair_sequences(examples[rows], pad, device) for rows in cut)
             logps = summed_logprobs(Objectives(reference, fused=config.fused_head), parts, config.bf16)
-            refs = torch.cat([part.view(2, -1) for part in logps], dim=1)
+            chosen, rejected = torch.cat([part.view(2, -1) for part in logps], dim=1)
+            return {"chosen": chosen, "rejected": rejected}
+
+        with run.meter.phase("reference"):
+            ids = [(e.prompt_ids, e.chosen_ids, e.rejected_ids) for e in examples]
+            names = ("chosen", "rejected")
+            found = reference_logprobs(config, reference, ids, names, compute, run.say)
+            refs = torch.stack([found[name] for name in names])
+        del compute
         if evaluator is None:
             del reference
         stage.steps(loss)

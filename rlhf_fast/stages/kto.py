@@ -28,6 +28,8 @@ from rlhf_fast.training.batches import micro_batches, offline_batches
 from rlhf_fast.training.evaluation import make_evaluator
 from rlhf_fast.training.learner import autocast
 from rlhf_fast.training.listeners import Listener
+from rlhf_fast.training.progress import passes
+from rlhf_fast.training.reference_logprobs import check_file, reference_logprobs
 from rlhf_fast.training.resume import load_policy_and_reference
 from rlhf_fast.training.run import Run
 from rlhf_fast.training.tally import Tally
@@ -44,6 +46,7 @@ class Whole(NamedTuple):
 def train(config: KTOConfig, *, listeners: Sequence[Listener] = ()) -> None:
     """Trains `config.model` on labelled completions; the result goes to `config.output_dir`."""
     device = default_device()
+    check_file(config.reference_logprobs)
     tokenizer = with_template(load_tokenizer(config.model), config.chat_template)
     if config.reference is not None:
         check_tokenizer(config.reference, tokenizer, "reference")
@@ -61,8 +64,9 @@ def train(config: KTOConfig, *, listeners: Sequence[Listener] = ()) -> None:
     with_kl = config.loss_type == "kto"
     refs = unrelated_refs = torch.empty(0)  # the reference's log-probs of all examples, and of unrelated completions
 
-    def logps(of: Objectives, rows: list[int], unrelated: bool) -> Tensor:
-        chosen = [[examples[i] for i in rows[part]] for part in micro_batches(len(rows), size)]
+    def logps(of: Objectives, rows: list[int], unrelated: bool, shown: str | None = None) -> Tensor:
+        cut = micro_batches(len(rows), size)
+        chosen = ([examples[i] for i in rows[part]] for part in (passes(shown, cut, always=True) if shown else cut))
         parts = (sequences(some, pad, device, unrelated=unrelated) for some in chosen)
         return torch.cat(summed_logprobs(of, parts, config.bf16))
 
@@ -106,7 +110,7 @@ def train(config: KTOConfig, *, listeners: Sequence[Listener] = ()) -> None:
         tally, rows = Tally(), list(range(len(data.examples), len(examples)))
         with autocast(device, config.bf16):
             whole = look_at(rows)
-            for part in micro_batches(len(rows), size):
+            for part in passes("held-out rows", micro_batches(len(rows), size)):
                 loss(rows[part], whole, tally)
         metrics = {"eval/loss": tally.read()["loss"]}
         run.note(**metrics)
@@ -126,12 +130,20 @@ def train(config: KTOConfig, *, listeners: Sequence[Listener] = ()) -> None:
         listeners=listeners,
     )
     with stage.training(data) as run:
-        with run.meter.phase("reference"):
+
+        def compute() -> dict[str, Tensor]:
             frozen, everything = Objectives(reference, fused=config.fused_head), list(range(len(examples)))
-            refs = logps(frozen, everything, False)
-            if with_kl:
-                unrelated_refs = logps(frozen, everything, True)
-            del frozen
+            own = {"own": logps(frozen, everything, False, "KTO reference, rows")}
+            if not with_kl:
+                return own
+            return own | {"unrelated": logps(frozen, everything, True, "KTO reference, unrelated rows")}
+
+        with run.meter.phase("reference"):
+            ids = [(e.prompt_ids, e.completion_ids, *(e.unrelated if with_kl else ())) for e in examples]
+            names = ("own", "unrelated") if with_kl else ("own",)
+            found = reference_logprobs(config, reference, ids, names, compute, run.say)
+            refs, unrelated_refs = found["own"], found.get("unrelated", unrelated_refs)
+        del compute
         if evaluator is None:
             del reference
         stage.steps(loss)

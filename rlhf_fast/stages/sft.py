@@ -22,6 +22,7 @@ from rlhf_fast.stages.offline import Offline
 from rlhf_fast.training.batches import micro_batches, offline_batches
 from rlhf_fast.training.learner import autocast
 from rlhf_fast.training.listeners import Listener
+from rlhf_fast.training.progress import passes
 from rlhf_fast.training.resume import resume_directory
 from rlhf_fast.training.tally import Tally
 
@@ -87,6 +88,6 @@ def held_out_loss(objectives: Objectives, examples: list[SFTExample], pad: int, 
     size = config.micro_batch_size or config.batch_size
     total: Tensor | float = 0.0
     with autocast(device, config.bf16):
-        for rows in micro_batches(len(examples), size):
+        for rows in passes("held-out rows", micro_batches(len(examples), size)):
             total = total - objectives.logprobs(*completions(examples[rows], pad, device)).logprobs.double().sum()
     return float(total) / sum(map(trained_tokens, examples))
