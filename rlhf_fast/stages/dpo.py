@@ -51,7 +51,7 @@ def train(config: DPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
     rows = [e.prompt_ids + ids for e in examples for ids in (e.chosen_ids, e.rejected_ids)]
     check_rows(policy, tokenizer, rows, "max_length")
     check_rows(reference, tokenizer, rows, "max_length", role="reference")
-    objectives = Objectives(policy, fused=config.fused_head)
+    objectives = Objectives(policy, fused=config.fused_head, balanced=True)
     evaluator = make_evaluator(config, tokenizer, device, reference, None)
     refs = torch.empty(2, 0)  # the reference's log-probs of the chosen and rejected answers of all examples
 
@@ -70,8 +70,10 @@ def train(config: DPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
             rejected_lengths=rejected_lengths,
         )
         margins = out.chosen_rewards - out.rejected_rewards
+        tally.add("loss", out.loss)
+        if objectives.aux_loss is not None:
+            tally.add("aux_loss", objectives.aux_loss)
         values = {
-            "loss": out.losses,
             "rewards/chosen": out.chosen_rewards,
             "rewards/rejected": out.rejected_rewards,
             "rewards/margins": margins,

@@ -58,7 +58,7 @@ def train(config: KTOConfig, *, listeners: Sequence[Listener] = ()) -> None:
     whole_rows = [prompt + ids for e in examples for prompt, ids in ((e.prompt_ids, e.completion_ids), e.unrelated)]
     check_rows(policy, tokenizer, whole_rows, "max_length")
     check_rows(reference, tokenizer, whole_rows, "max_length", role="reference")
-    objectives = Objectives(policy, fused=config.fused_head)
+    objectives = Objectives(policy, fused=config.fused_head, balanced=True)
     evaluator = make_evaluator(config, tokenizer, device, reference, None)
     with_kl = config.loss_type == "kto"
     refs = unrelated_refs = torch.empty(0)  # the reference's log-probs of all examples, and of unrelated completions
@@ -94,6 +94,8 @@ def train(config: KTOConfig, *, listeners: Sequence[Listener] = ()) -> None:
             undesirable_weight=config.undesirable_weight,
         )
         tally.add("loss", out.loss)
+        if objectives.aux_loss is not None:
+            tally.add("aux_loss", objectives.aux_loss)
         for name, mine, count in (("good", labels, whole.good), ("bad", ~labels, whole.rows - whole.good)):
             if count:  # a batch may lack good rows, or bad rows
                 tally.add(f"rewards/{name}", out.rewards.where(mine, 0.0).sum().double() / count)
