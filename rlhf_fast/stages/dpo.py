@@ -89,7 +89,7 @@ def train(config: DPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
     def look(run: Run) -> dict[str, float]:
         tally, first = Tally(), len(data.examples)
         with autocast(device, config.bf16):
-            for rows in passes("held-out pairs", micro_batches(len(held_out), size)):
+            for rows in passes("held out", micro_batches(len(held_out), size)):
                 loss(list(range(first + rows.start, first + rows.stop)), len(held_out), tally)
         sums = tally.read()
         metrics = {"eval/loss": sums["loss"], "eval/accuracy": sums["rewards/accuracies"]}
@@ -111,7 +111,7 @@ def train(config: DPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
     with stage.training(data) as run:
 
         def compute() -> dict[str, Tensor]:
-            cut = passes("DPO reference, pairs", micro_batches(len(examples), size), always=True)
+            cut = passes("reference", micro_batches(len(examples), size), always=True)
             parts = (pair_sequences(examples[rows], pad, device) for rows in cut)
             logps = summed_logprobs(Objectives(reference, fused=config.fused_head), parts, config.bf16)
             chosen, rejected = torch.cat([part.view(2, -1) for part in logps], dim=1)

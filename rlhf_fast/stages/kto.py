@@ -109,7 +109,7 @@ def train(config: KTOConfig, *, listeners: Sequence[Listener] = ()) -> None:
         tally, rows = Tally(), list(range(len(data.examples), len(examples)))
         with autocast(device, config.bf16):
             whole = look_at(rows)
-            for part in passes("held-out rows", micro_batches(len(rows), size)):
+            for part in passes("held out", micro_batches(len(rows), size)):
                 loss(rows[part], whole, tally)
         metrics = {"eval/loss": tally.read()["loss"]}
         run.note(**metrics)
@@ -132,10 +132,10 @@ def train(config: KTOConfig, *, listeners: Sequence[Listener] = ()) -> None:
 
         def compute() -> dict[str, Tensor]:
             frozen, everything = Objectives(reference, fused=config.fused_head), list(range(len(examples)))
-            own = {"own": logps(frozen, everything, False, "KTO reference, rows")}
+            own = {"own": logps(frozen, everything, False, "reference")}
             if not with_kl:
                 return own
-            return own | {"unrelated": logps(frozen, everything, True, "KTO reference, unrelated rows")}
+            return own | {"unrelated": logps(frozen, everything, True, "reference, unrelated rows")}
 
         with run.meter.phase("reference"):
             ids = [(e.prompt_ids, e.completion_ids, *(e.unrelated if with_kl else ())) for e in examples]

@@ -132,7 +132,7 @@ def evaluate(model: PreTrainedModel, examples: list[Example], pad: int, config: 
     """Held-out loss and pair accuracy, as means over pairs, and the accuracy's standard error."""
     pairs, tally = sum(map(_pairs, examples)), Tally()
     with autocast(model.device, config.bf16):
-        for rows in passes("held-out rows", micro_batches(len(examples), config.micro_batch_size or config.batch_size)):
+        for rows in passes("held out", micro_batches(len(examples), config.micro_batch_size or config.batch_size)):
             out = preference_loss(model, examples[rows], pad, config.center_coef)
             weight = sum(map(_pairs, examples[rows])) / pairs
             tally.add("eval/loss", weight * out.loss.double())
@@ -153,7 +153,7 @@ def normalize(
     sampler = LocalSampler(policy, tokenizer, max_new_tokens=config.max_response_length)
     scorer, scores = Scores(model), []
     with autocast(model.device, config.bf16):
-        for rows in passes("samples for the offset", micro_batches(len(prompts), 4 * config.batch_size)):
+        for rows in passes("offset", micro_batches(len(prompts), 4 * config.batch_size)):
             scores.append(scorer.of(sampler(prompts[rows], seed=config.seed).sampled.sequences))
     mean, se = mean_and_se(torch.cat(scores).cpu())
     set_score_offset(model, getattr(model.config, "score_offset", 0.0) + mean)

@@ -83,6 +83,6 @@ def held_out_loss(objectives: Objectives, examples: list[SFTExample], pad: int, 
     size = config.micro_batch_size or config.batch_size
     total: Tensor | float = 0.0
     with autocast(device, config.bf16):
-        for rows in passes("held-out rows", micro_batches(len(examples), size)):
+        for rows in passes("held out", micro_batches(len(examples), size)):
             total = total - objectives.logprobs(*completions(examples[rows], pad, device)).logprobs.double().sum()
     return float(total) / sum(map(trained_tokens, examples))
