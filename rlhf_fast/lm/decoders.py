@@ -27,7 +27,9 @@ def check_family(config: PreTrainedConfig, path: str) -> None:
     """ValueError where the family of the model at `path` is known to be no decoder of text."""
     if config.model_type in _REFUSED:
         kind = " or ".join(config.architectures or [config.model_type])
-        raise ValueError(f"model: expected a decoder of text, got {kind} at {path}, which {_REFUSED[config.model_type]}")
+        raise ValueError(
+            f"model: expected a decoder of text, got {kind} at {path}, which {_REFUSED[config.model_type]}"
+        )
 
 
 @torch.no_grad()
@@ -41,7 +43,9 @@ def check_decoder(model: PreTrainedModel) -> None:
             whole, part = (model(input_ids=ids[:, :n], use_cache=False).logits for n in (9, 5))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f"whose forward raises {type(error).__name__}: {str(error).strip().splitlines()[0]}"
-        raise ValueError(f"model: expected a decoder that takes token ids alone, got {name}{where}, {reason}") from error
+        raise ValueError(
+            f"model: expected a decoder that takes token ids alone, got {name}{where}, {reason}"
+        ) from error
     except Exception:  # a model that cannot run on this device; the first step says it
         return
     finally:

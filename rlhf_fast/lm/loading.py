@@ -13,6 +13,7 @@ Left out on purpose: devices, autocast and gradients, which belong to the caller
 import copy
 import json
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -227,9 +228,21 @@ def _return_objects(config: PreTrainedConfig) -> None:
 
 @contextmanager
 def _known_family(kind: type, path: str) -> Iterator[None]:
-    """Inside, transformers' list of every config there is becomes one line that names the family at `path`."""
+    """Inside, transformers' list of every config there is becomes one line that names the family at `path`.
+
+    So does the hint on how to install a package that the family's model needs.
+    """
     try:
         yield
+    except ImportError as error:
+        package = re.search(r"requires the (\w+) library", str(error))
+        if package is None:
+            raise
+        family = AutoConfig.from_pretrained(path).model_type
+        raise ValueError(
+            f"model: expected a model that is made of installed packages, got {family} at {path}, which needs the "
+            f"package {package[1]}"
+        ) from error
     except ValueError as error:
         if not str(error).startswith("Unrecognized configuration class"):
             raise

@@ -1,8 +1,8 @@
 """Decoders that run transformers' forward: with its cache, over whole rows, and apart for prompts of each length.
 
-`CacheDecoder` takes any model whose forward hands out a cache of transformers, recurrent states included. `WholeDecoder` needs no
-cache and runs whole rows at every step. `ByLength` runs another decoder for each group of prompts that may share a
-pass. `engine` picks the first decoder that gives the model's own logits.
+`CacheDecoder` takes any model whose forward hands out a cache of transformers, recurrent states included.
+`WholeDecoder` needs no cache and runs whole rows at every step. `ByLength` runs another decoder for each group of
+prompts that may share a pass. `engine` picks the first decoder that gives the model's own logits.
 
 Shapes: B prompts of P tokens, R rows, n rows still decoding, V vocabulary.
 """
@@ -146,7 +146,13 @@ class ByLength:
 
 
 def last_logits(
-    model: PreTrainedModel, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Cache | None, *, cached: bool = True
+    model: PreTrainedModel,
+    ids: Tensor,
+    mask: Tensor | None,
+    positions: Tensor,
+    cache: Cache | None,
+    *,
+    cached: bool = True,
 ) -> tuple[Tensor, Cache | None]:
     """The model's own logits [n, V] behind the last column of ids [n, L], and its cache.
 
