@@ -32,7 +32,7 @@ from transformers import (
 
 from rlhf_fast.lm import adapters
 from rlhf_fast.lm.adapters import LoRA
-from rlhf_fast.lm.decoders import check_decoder, check_family
+from rlhf_fast.lm.causal import check_decoder, check_family
 from rlhf_fast.lm.dtypes import DTYPES, Dtype, cast
 from rlhf_fast.lm.noise import as_before, silence
 from rlhf_fast.lm.paths import existing
