@@ -15,6 +15,7 @@ Left out on purpose: devices, autocast and gradients, which belong to the caller
 import copy
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -27,7 +28,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from rlhf_fast.lm import adapters
 from rlhf_fast.lm.adapters import LoRA
-from rlhf_fast.lm.decoders import check_decoder, check_family
+from rlhf_fast.lm.causal import check_decoder, check_family
 from rlhf_fast.lm.dtypes import DTYPES, Dtype, cast
 from rlhf_fast.lm.families import is_classifier, language_class, reads, scorer_class, trunk_of
 from rlhf_fast.lm.noise import as_before, silence
@@ -246,7 +247,7 @@ def _load(
     """The model at `path`, and the names of the weights that the files lack and that are random now."""
     part = reads(model_class, config)
     options = {} if part is config else {"key_mapping": {r"^language_model\.": ""}}  # the text model of a larger one
-    with _quiet_loading():
+    with _quiet_loading(), _packages(config, path):
         model, found = model_class.from_pretrained(path, config=part, dtype=dtype, output_loading_info=True, **options)
     if options:
         forget_renaming(model)
@@ -270,6 +271,21 @@ def _return_objects(config: PreTrainedConfig) -> None:
     parts = [getattr(config, name, None) for name in config.sub_configs]
     for part in (config, *(part for part in parts if isinstance(part, PreTrainedConfig))):
         part.return_dict, part.output_hidden_states, part.output_attentions = True, False, False
+
+
+@contextmanager
+def _packages(config: PreTrainedConfig, path: str) -> Iterator[None]:
+    """Inside, transformers' hint on how to install a package that the family needs becomes one line."""
+    try:
+        yield
+    except ImportError as error:
+        package = re.search(r"requires the (\w+) library", str(error))
+        if package is None:
+            raise
+        raise ValueError(
+            f"model: expected a model that is made of installed packages, got {config.model_type} at {path}, which "
+            f"needs the package {package[1]}"
+        ) from error
 
 
 @contextmanager

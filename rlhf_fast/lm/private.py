@@ -59,13 +59,29 @@ def keys_and_values(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
     return [(layer.keys, layer.values) for layer in layers]
 
 
-def lengthen(cache: DynamicCache, rows: int, slots: int) -> None:
-    """Makes room for so many slots of so many rows in every layer, in place; what the slots hold is not set."""
+def lengthen(cache: Cache, rows: int, slots: int) -> None:
+    """Makes room for so many slots of so many rows in every layer, in place; what the slots hold is not set.
+
+    A layer with a sliding window keeps no more than its window. A recurrent layer has no slots.
+    """
     layers: list[Any] = [*cache.layers]
     for layer in layers:
-        layer.keys, layer.values = (
-            x.new_empty(rows, x.shape[1], slots, x.shape[3]) for x in (layer.keys, layer.values)
-        )
+        if not isinstance(getattr(layer, "keys", None), Tensor):
+            continue
+        kept = slots
+        if getattr(layer, "is_sliding", False):
+            kept, layer.cumulative_length = min(slots, layer.sliding_window - 1), slots
+        layer.keys, layer.values = (x.new_empty(rows, x.shape[1], kept, x.shape[3]) for x in (layer.keys, layer.values))
+
+
+def cache_bytes(cache: Cache) -> int:
+    """The bytes of all keys, values and recurrent states."""
+    layers: list[Any] = [*cache.layers]
+    held: list[Any] = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
+    for name in ("conv_states", "recurrent_states"):
+        held += [state for layer in layers for state in getattr(layer, name, {}).values()]
+    held += getattr(cache, "linear_cache", None) or []
+    return sum(x.nbytes for x in held if isinstance(x, Tensor))
 
 
 def choose_rows(cache: Cache, rows: Tensor) -> None:

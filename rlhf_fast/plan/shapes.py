@@ -109,8 +109,9 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
 def _shortened(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     config = copy.deepcopy(config)
     text = config.get_text_config()
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:layers]
+    for name, value in vars(text).items():  # what each layer is, by names such as layer_types and mlp_layer_types
+        if isinstance(value, list) and len(value) == text.num_hidden_layers and "token" not in name:
+            setattr(text, name, value[:layers])
     text.num_hidden_layers = layers
     return config
 

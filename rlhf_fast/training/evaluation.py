@@ -87,7 +87,7 @@ class Evaluator:
         sampler = LocalSampler(policy, self.tokenizer, **self.sampling)
         objectives = self.objectives(policy)
         rewards, kls, lengths, entropies, completions = [], [], [], [], []
-        for rows in passes("evaluation, prompts", micro_batches(len(self.prompts), self.batch_size)):
+        for rows in passes("evaluation", micro_batches(len(self.prompts), self.batch_size)):
             prompts = self.prompts[rows]
             with autocast(policy.device, self.bf16):
                 ids = [p.prompt_ids for p in prompts]
@@ -189,7 +189,7 @@ def completion_rewards(prompts: list[PromptExample], reward: Reward) -> Tensor |
         return None
     pairs = [p.own for p in prompts if p.own is not None]
     known, found = len(pairs) == len(prompts), []
-    for rows in passes("rewards of the rows' completions", micro_batches(len(prompts), EVAL_ROWS)):
+    for rows in passes("completions", micro_batches(len(prompts), EVAL_ROWS)):
         own = pairs[rows] if known else None
         found.append(reward.of_texts(completions[rows], prompt_columns(prompts[rows]), pairs=own).cpu())
     return torch.cat(found)

@@ -1,4 +1,4 @@
-"""Trials of half-precision models: a deep model keeps its fast paths in bf16, and wrong paths are found out there too."""
+"""Trials of half-precision models: a deep model keeps its fast paths in bf16, and a wrong path is still found out."""
 
 import pytest
 import torch
