@@ -117,6 +117,7 @@ def load_scorer(
         kind = "an adapter without a score head" if adapters.is_adapter(path) else _kind(config)
         raise ValueError(f"reward: expected a reward model or an adapter with one, got {kind} at {path}")
     if shared is None:
+        check_family(config, base)
         scorer = _class_at(base, argument, scorer_class, config)
         reads(scorer, config).num_labels = 1
         model, missing = _load(scorer, base, config, _loaded_as(path, dtype, lora))

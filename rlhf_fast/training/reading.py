@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_fast.data.answers import encode_texts, fit_answer
 from rlhf_fast.data.chat import prompt_of
 from rlhf_fast.data.encoding import encode_answers
+from rlhf_fast.data.parts import as_read
 from rlhf_fast.data.readers import Row
 
 _MARK = "\ue000end\ue001"  # private characters, which no template strips
@@ -88,9 +89,8 @@ class Reader:
         answer = begun + text + ("" if finished else _MARK)
         options = {**prompt.options.get("chat_template_kwargs", {}), "tools": prompt.options.get("tools")}
         try:
-            whole = self.tokenizer.apply_chat_template(
-                [*messages, {"role": "assistant", "content": answer}], tokenize=False, **options
-            )
+            turns = as_read([*messages, {"role": "assistant", "content": answer}], self.tokenizer)
+            whole = self.tokenizer.apply_chat_template(turns, tokenize=False, **options)
         except (TemplateError, ValueError, TypeError) as error:
             raise ValueError(f"reward: the chat template of {self.name} refuses a conversation: {error}") from error
         return cast(str, whole).rpartition(_MARK)[0] or cast(str, whole)
