@@ -41,7 +41,7 @@ def language_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     for found in _generative(config, named):
         if found.config_class is type(config) or (found in named and reads(found, config) is not config):
             return found
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if causal is None:
         raise ValueError(f"expected a family with a class for language models in transformers, got {config.model_type}")
     return causal
@@ -59,7 +59,7 @@ def scorer_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     A config that names a classifier of transformers gets that classifier, whatever its head. Raises ValueError as
     `language_class`.
     """
-    own = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
+    own: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
     if own is not None and (own in _named(config) or (not is_classifier(config) and _scores(own, config))):
         return own
     language = language_class(config)
@@ -105,12 +105,12 @@ def _trunk_name(language: type[PreTrainedModel]) -> str | None:
 @functools.cache
 def _scorer_of(language: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """A classifier on the trunk of `language`, with the names of weights that `language` has."""
-    family = next(base for base in language.__mro__ if PreTrainedModel in base.__bases__)
+    family: Any = next(base for base in language.__mro__ if PreTrainedModel in base.__bases__)
     name = _trunk_name(language)
     if name is None:
         raise ValueError(f"expected a language model with a trunk to put a score head on, got {language.__name__}")
 
-    def init(self: Any, config: PreTrainedConfig) -> None:
+    def init(self: Any, config: Any) -> None:
         family.__init__(self, config)
         self.num_labels = config.num_labels
         setattr(self, name, getattr(language(config), name))
@@ -124,4 +124,5 @@ def _scorer_of(language: type[PreTrainedModel]) -> type[PreTrainedModel]:
     parts["__module__"] = family.__module__
     title = f"{stem}Score{_CLASSIFIER}" if taken else stem + _CLASSIFIER
     rename_as(language.__name__, title)
-    return type(title, (GenericForSequenceClassification, family), parts)
+    made: Any = type(title, (GenericForSequenceClassification, family), parts)
+    return made

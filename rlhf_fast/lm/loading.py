@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -196,7 +196,7 @@ def _scorer_on(language_model: PreTrainedModel) -> PreTrainedModel:
         model = made_of(scorer, config, torch.float32)
     setattr(model, model.base_model_prefix, trunk_of(language_model))
     if hasattr(model, "score"):
-        model.score.to_empty(device=language_model.device)
+        score_head(model).to_empty(device=language_model.device)
     model.name_or_path = language_model.name_or_path
     return model
 
@@ -243,7 +243,7 @@ def _loaded_as(path: str | Path, dtype: Dtype, lora: LoRA | None) -> torch.dtype
 
 
 def _load(
-    model_class: type[PreTrainedModel], path: str, config: PreTrainedConfig, dtype: torch.dtype
+    model_class: Any, path: str, config: PreTrainedConfig, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, list[str]]:
     """The model at `path`, and the names of the weights that the files lack and that are random now."""
     part = reads(model_class, config)
