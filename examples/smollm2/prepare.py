@@ -102,7 +102,7 @@ def write_instructions(path: Path) -> None:
 def write_pairs(folder: Path) -> None:
     for split, suffix in (("train", ""), ("test", "_test")):
         rows = [row for row in load_rows(folder / f"{split}.jsonl.gz", "preference") if "helpful" in row["subset"]]
-        short = [row for row in rows if words(row["prompt"], max(row["chosen"], row["rejected"], key=words)) <= 120]
+        short = [row for row in rows if words(row["prompt"], max(row["chosen"], row["rejected"], key=words)) <= 80]
         answers = ("chosen", "rejected")
         write(
             f"pairs{suffix}.jsonl.gz",
@@ -116,7 +116,8 @@ def main() -> None:
     parser.add_argument("pairs", type=Path)
     args = parser.parse_args()
     OUT.mkdir(exist_ok=True)
-    make_model(OUT / "model")
+    if not (OUT / "model" / "config.json").is_file():
+        make_model(OUT / "model")
     write_instructions(args.instructions)
     write_pairs(args.pairs)
 

@@ -3,43 +3,33 @@
 import re
 
 RULES = {
-    "one sentence": "Answer in one sentence of at most 15 words.",
-    "list": "Answer with a list of exactly three lines. Each line starts with a dash.",
-    "capitals": "Answer in at most 20 words. Write all of them in CAPITAL LETTERS.",
-    "quotes": 'Answer in at most 20 words. Put the whole answer in "double quotes".',
+    "short": "Answer in at most 12 words.",
+    "sentence": "Answer in exactly one sentence.",
+    "list": "Answer with a list of three items. Start every line with a dash.",
 }
 
 
-def _at_most(text: str, limit: int) -> float:
-    """1 up to `limit` words, then less by the share of words too many."""
-    count = len(text.split())
-    return limit / count if count > limit else 1.0
+def _short(answer: str) -> float:
+    """1.0 up to 12 words, then 12 divided by the number of words."""
+    return min(1.0, 12 / len(answer.split()))
 
 
-def _one_sentence(text: str) -> float:
-    ends = len(re.findall(r"[.!?](?=\s|$)", text))
-    return _at_most(text, 15) * (ends == 1 and text[-1] in ".!?" and "\n" not in text)
+def _sentence(answer: str) -> float:
+    """1 divided by the number of sentences; a beginning without an end counts as two."""
+    ends = len(re.findall(r"[.!?](?=\s|$)", answer))
+    return 1 / (ends if answer[-1] in ".!?" else ends + 2)
 
 
-def _list(text: str) -> float:
-    lines = text.split("\n")
-    return sum(bool(re.match(r"- \S", line)) for line in lines) / max(3, len(lines))
+def _list(answer: str) -> float:
+    """The share of three lines, or of all lines where there are more, that start with a dash and have a word."""
+    lines = answer.splitlines()
+    return sum(bool(re.match(r"\s*- *\w", line)) for line in lines) / max(3, len(lines))
 
 
-def _capitals(text: str) -> float:
-    letters = [letter for letter in text if letter.isalpha()]
-    return _at_most(text, 20) * sum(map(str.isupper, letters)) / max(1, len(letters))
-
-
-def _quotes(text: str) -> float:
-    inside = len(text) > 2 and text[0] == text[-1] == '"' and '"' not in text[1:-1]
-    return _at_most(text, 20) * inside
-
-
-_CHECKS = {"one sentence": _one_sentence, "list": _list, "capitals": _capitals, "quotes": _quotes}
+_CHECKS = {"short": _short, "sentence": _sentence, "list": _list}
 
 
 def keeps_rule(completions: list[str], rule: list[str], **_: object) -> list[float]:
-    """1.0 for an answer that keeps its rule whole, less for an answer that keeps a part of the rule, 0.0 for no answer."""
+    """In [0, 1]: 1.0 for an answer that keeps its rule, less the further it is from that, 0.0 for no answer."""
     answers = [completion.strip() for completion in completions]
     return [_CHECKS[name](answer) if answer else 0.0 for name, answer in zip(rule, answers, strict=True)]

@@ -9,6 +9,7 @@ short row cannot tell.
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from rlhf_fast.lm.precision import exact
 from rlhf_fast.lm.switches import agree, trial_rows
 
 _AUDIO = "predicts several audio codes a step"
@@ -27,9 +28,8 @@ def check_family(config: PreTrainedConfig, path: str) -> None:
     """ValueError where the family of the model at `path` is known to be no decoder of text."""
     if config.model_type in _REFUSED:
         kind = " or ".join(config.architectures or [config.model_type])
-        raise ValueError(
-            f"model: expected a decoder of text, got {kind} at {path}, which {_REFUSED[config.model_type]}"
-        )
+        reason = _REFUSED[config.model_type]
+        raise ValueError(f"model: expected a decoder of text, got {kind} at {path}, which {reason}")
 
 
 @torch.no_grad()
@@ -39,13 +39,12 @@ def check_decoder(model: PreTrainedModel) -> None:
     where = f" at {model.name_or_path}" if model.name_or_path else ""
     model.eval()
     try:
-        with torch.autocast(model.device.type, enabled=False):
+        with exact(model):
             whole, part = (model(input_ids=ids[:, :n], use_cache=False).logits for n in (9, 5))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f"whose forward raises {type(error).__name__}: {str(error).strip().splitlines()[0]}"
-        raise ValueError(
-            f"model: expected a decoder that takes token ids alone, got {name}{where}, {reason}"
-        ) from error
+        got = f"{name}{where}, {reason}"
+        raise ValueError(f"model: expected a decoder that takes token ids alone, got {got}") from error
     except Exception:  # a model that cannot run on this device; the first step says it
         return
     finally:

@@ -10,6 +10,7 @@ Left out: float16, and bf16 in quantised layers.
 """
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -17,11 +18,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_fast.lm.fast_paths import not_taken
+from rlhf_fast.lm.precision import HALVES, is_half
 from rlhf_fast.lm.switches import trial_rows
 
 Dtype = Literal["fp32", "bf16", "mixed"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "mixed": torch.bfloat16}
-HALVES = (torch.bfloat16, torch.float16)
 
 _CONTEXTS = "rlhf_fast_autocasts"  # the attribute of a module that holds the contexts of its running calls
 
@@ -73,13 +74,20 @@ def widen_new(model: PreTrainedModel, old: set[int]) -> None:
             parameter.data = parameter.data.float()
 
 
+def as_it_runs(model: PreTrainedModel) -> AbstractContextManager[Any]:
+    """The context of code that computes with the weights of a model outside the model's forward: autocast if mixed."""
+    if any(hook is _enter for hook in model._forward_pre_hooks.values()):
+        return torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=is_half(model))
+    return nullcontext()
+
+
 def _widened(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
     return output.float()
 
 
 def _enter(module: nn.Module, inputs: Any) -> None:
-    weight = next(module.parameters())
-    context = torch.autocast(weight.device.type, dtype=torch.bfloat16)
+    weight = next(module.parameters())  # in a trial in fp32 (`precision`) the pass has to be in fp32 too
+    context = torch.autocast(weight.device.type, dtype=torch.bfloat16, enabled=is_half(module))
     vars(module).setdefault(_CONTEXTS, []).append(context)
     context.__enter__()
 

@@ -2,9 +2,12 @@
 
 import functools
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from transformers.utils import cached_file  # pyright: ignore[reportPrivateImportUsage]
+
+_MAY_LACK = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 
 
 def existing(path: str | Path, argument: str = "model") -> str:
@@ -29,3 +32,16 @@ def existing(path: str | Path, argument: str = "model") -> str:
 @functools.cache
 def _on_hub(name: str) -> None:
     cached_file(name, "config.json")
+
+
+def beside(path: str, names: Iterable[str]) -> dict[str, bytes]:
+    """Those files of a checkpoint that are there, by their names."""
+    found = {}
+    for name in names:
+        file = Path(path, name)
+        if not Path(path).is_dir():
+            cached = cached_file(path, name, **_MAY_LACK)
+            file = Path(cached) if cached is not None else file
+        if file.is_file():
+            found[name] = file.read_bytes()
+    return found

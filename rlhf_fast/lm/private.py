@@ -8,8 +8,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.modeling_layers import GenericForSequenceClassification as GenericForSequenceClassification
 
 try:
     from transformers.pytorch_utils import Conv1D
@@ -184,6 +190,24 @@ def original_of(module: Part) -> nn.Module:
 
 
 # Parts of a model by their names
+
+
+def made_of(model_class: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A model with random weights of this dtype, on the device of the context; `config` becomes the model's."""
+    return model_class._from_config(config, dtype=dtype)
+
+
+def rename_as(known: str, new: str) -> None:
+    """Makes transformers read and write the weights of the class of name `new` by the names in files of `known`."""
+    renaming = get_checkpoint_conversion_mapping(known)
+    if renaming is not None:
+        register_checkpoint_conversion_mapping(new, renaming, overwrite=True)
+
+
+def forget_renaming(model: PreTrainedModel) -> None:
+    """Makes `save_pretrained` write the names that the model itself has, not those of the files that it came from."""
+    if hasattr(model, "_weight_conversions"):
+        del model._weight_conversions
 
 
 def score_head(model: PreTrainedModel) -> Part:

@@ -19,12 +19,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from rlhf_fast.lm.precision import exact, is_half
+
 _WINDOW = re.compile(r"^(sliding_windows?(_size)?|(local_)?attention_(window|chunk)(_size)?|window_size)$")
 _LENGTH = re.compile(r"^(original_max_position_embeddings|floor_scale|index_topk(_blocks)?|indexer_budget)$")
 _BOUND = re.compile(r"^time_step_limit$")  # of Mamba 2's steps: the smallest and the largest
 # The rows of a trial cross both. Where the prompts of a trial have 7 and 9 tokens, a prefill crosses the first number
 # and decoding crosses the second.
 SMALL = (5, 10)
+_COARSE = 0.25  # of the size of a half-precision result: a wrong path differs by about its whole size
 _LARGE_STEP = (0.5, math.inf)  # most steps of Mamba 2 are below
 
 
@@ -80,9 +83,23 @@ def difference(
     replaces: whether `own` computes something in place of the model's code. Then a window that makes no difference to
         `plain` counts as a difference, because nothing can be told of it. GPT-Neo reads its window while it is made.
     None where the numbers agree; "" where they differ at once; else the switch, such as "past its sliding_window".
+
+    A half-precision model is compared in fp32 (`precision`), and then once, coarsely, as it is.
     """
-    usual, half = plain(), any(p.dtype.itemsize == 2 for p in model.parameters())  # a mixed model returns fp32
-    if not agree(own(), usual, half=half):
+    with exact(model):
+        where = _difference(model, plain, own, replaces=replaces)
+    if where is None and is_half(model):
+        mine, theirs = own().float(), plain().float()
+        if not (mine - theirs).norm() <= _COARSE * theirs.norm():
+            return ""
+    return where
+
+
+def _difference(
+    model: PreTrainedModel, plain: Callable[[], Tensor], own: Callable[[], Tensor], *, replaces: bool
+) -> str | None:
+    usual = plain()
+    if not agree(own(), usual):
         return ""
     for switch in switches(model):
         with shrunk(model, switch):
@@ -94,17 +111,14 @@ def difference(
                 continue  # read while the model was made
             mine = own()
         # A model with random weights may change by less than the tolerance.
-        if not agree(mine, truth, half=half) or (mine - truth).norm() > effect / 2:
+        if not agree(mine, truth) or (mine - truth).norm() > effect / 2:
             return f"past its {switch.name}"
     return None
 
 
-def agree(mine: Tensor, theirs: Tensor, *, half: bool = False) -> bool:
-    """Whether two results of one computation are equal up to the rounding of their dtype, beside their own size.
-
-    half: they were computed in half precision, whatever their dtype.
-    """
-    tolerance = 5e-4 if theirs.dtype == torch.float32 and not half else 3e-2
+def agree(mine: Tensor, theirs: Tensor) -> bool:
+    """Whether two results of one computation are equal up to the rounding of their dtype, beside their own size."""
+    tolerance = 5e-4 if theirs.dtype == torch.float32 else 3e-2
     mine, theirs = mine.float(), theirs.float()
     size = theirs.square().mean().sqrt().item()
     return torch.allclose(mine, theirs, rtol=tolerance, atol=tolerance * size)

@@ -154,12 +154,16 @@ def show(planner: Planner, report: dict[str, Any]) -> None:
 def explanation(planner: Planner, report: dict[str, Any]) -> list[str]:
     """The arithmetic, a line per figure; bytes unless said otherwise."""
     plan, lines = planner.plan, ["Static memory"]
-    gradient, optimizer = bytes_per_trained(plan)
+    each = bytes_per_trained(plan)
     for name, role in planner.roles.items():
         size = role.shape.dtype.itemsize
         lines.append(f"  {name}: weights {role.own:,} x {size}" + ("" if role.own else " (another role's)"))
+        if extra := role.weight_bytes - role.own * size:
+            lines[-1] += f" + {extra:,} as adapters are fp32"
         if role.trained:
-            lines[-1] += f", gradients {role.trained:,} x {gradient:g}, optimizer {role.trained:,} x {optimizer:g}"
+            lines[-1] += f", gradients {role.trained:,} x {each.gradient:g}"
+            lines[-1] += f", optimizer {role.trained:,} x {each.optimizer:g}"
+            lines[-1] += f" (fp32 copies {each.master:g}, moments {each.moments:g})" if each.master else ""
         if plan.gpus > 1:
             lines[-1] += (
                 f"; {plan.gpus} GPUs: {', '.join(f'{k} {v:,}' for k, v in planner.static[name]._asdict().items())}"

@@ -33,6 +33,8 @@ SAME = (
     "micro_batch_size",
     "minibatches",
     "group_size",
+    "dtype",
+    "frozen_dtype",
     "bf16",
     "gradient_checkpointing",
     "fused_head",
@@ -62,7 +64,7 @@ def measure(planner: Planner) -> dict[str, int]:
     Raises ValueError for what runs on a CPU in one process cannot show: other layouts, several GPUs, offloading.
     """
     plan = planner.plan
-    shown = {"dtype": "fp32", "gpus": 1, "offload": False, "offload_optimizer": False}
+    shown = {"gpus": 1, "offload": False, "offload_optimizer": False}
     for name, needed in shown.items():
         if getattr(plan, name) != needed:
             raise ValueError(f"measure: expected {name}={needed}, got {getattr(plan, name)}")

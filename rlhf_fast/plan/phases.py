@@ -13,7 +13,7 @@ from rlhf_fast.ops import backend
 from rlhf_fast.ops.heads import MEMORY_BUDGET, Layer, working_bytes
 from rlhf_fast.plan.config import PlanConfig
 from rlhf_fast.plan.passes import Curve, Lengths, Run, inference, rollout, set_bytes, simulate, training
-from rlhf_fast.plan.roles import Role, roles_of, static_bytes, zero_stage
+from rlhf_fast.plan.roles import Role, master_bytes, roles_of, static_bytes, zero_stage
 from rlhf_fast.plan.shapes import Shape
 from rlhf_fast.training.evaluation import EVAL_ROWS
 
@@ -97,13 +97,14 @@ class Planner:
     def _resident(self, at_work: str | None, *, stepped: bool = True) -> dict[str, int]:
         """Weights and optimizer states on the GPU while the role `at_work` runs.
 
-        stepped: an optimizer step has been taken, so that the states are there.
+        stepped: an optimizer step has been taken, so that the states are there; fp32 copies of bf16 weights always are.
         """
         parts = {}
         for name, role in self.roles.items():
             parts[f"{name} weights"] = self._weights(name, role, at_work == name)
-            if stepped and not self.plan.offload_optimizer:
-                parts[f"{name} optimizer"] = self.static[name].optimizer
+            if not self.plan.offload_optimizer:
+                there = self.static[name].optimizer if stepped else master_bytes(role, self.plan)
+                parts[f"{name} optimizer"] = there
         return {name: size for name, size in parts.items() if size}
 
     def _weights(self, name: str, role: Role, at_work: bool) -> int:

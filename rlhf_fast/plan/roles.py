@@ -1,18 +1,19 @@
 """The models of a method, how many parameters each has, and the bytes it holds as long as the run lasts.
 
 With AdamW a trained parameter costs 16 bytes, in either layout: fp32 weight 4 + gradient 4 + two moments 8, or bf16
-weight 2 + gradient 2 + fp32 master weight 4 + two moments 8. A frozen one costs 4 or 2. ZeRO divides by the number of
+weight 2 + gradient 2 + fp32 master weight 4 + two moments 8. A LoRA adapter is fp32 on a base in either dtype. A frozen
+parameter costs 4 or 2; beside trained fp32 weights its bf16 passes run under autocast. ZeRO divides by the number of
 GPUs: the optimizer's part (stage 1), the gradients' (2) and the weights' (3).
 """
 
 from typing import NamedTuple
 
-import torch
 from transformers.configuration_utils import PreTrainedConfig
 
 from rlhf_fast.lm.adapters import base_path
+from rlhf_fast.lm.dtypes import DTYPES
 from rlhf_fast.plan.config import PlanConfig
-from rlhf_fast.plan.shapes import DTYPES, Head, Shape, layers_of, period, read_config
+from rlhf_fast.plan.shapes import Head, Shape, layers_of, period, read_config
 
 
 class Counts(NamedTuple):
@@ -32,6 +33,12 @@ class Role(NamedTuple):
     own: int  # parameters not held by another role
     trained: int
     frozen: bool  # reference or reward: may be offloaded
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the parameters that no other role holds. Adapters are fp32."""
+        adapters = self.counts.trainable if self.own and self.shape.lora_rank else 0
+        return (self.own - adapters) * self.shape.dtype.itemsize + adapters * 4
 
     @property
     def gathered_bytes(self) -> int:
@@ -58,7 +65,11 @@ def roles_of(plan: PlanConfig) -> dict[str, Role]:
             configs[source] = read_config(source)
         rank = plan.lora_rank if trained or on_base else 0
         checkpointing = plan.gradient_checkpointing and trained
-        shape = Shape(configs[source], head, DTYPES[plan.dtype], plan.bf16, trained, checkpointing, rank)
+        # A model on the policy's base, an adapter's or the reference under LoRA, has the base's dtype.
+        on_policy = on_base or (not trained and head == "policy" and _is_base(plan))
+        weights = plan.dtype if trained or on_policy else plan.frozen_weights
+        autocast = plan.bf16 or weights == "mixed"
+        shape = Shape(configs[source], head, DTYPES[weights], autocast, trained, checkpointing, rank)
         if (source, head, rank) not in counted:
             counted[source, head, rank] = _count(shape._replace(trained=True))
         counts = counted[source, head, rank]
@@ -81,9 +92,15 @@ def roles_of(plan: PlanConfig) -> dict[str, Role]:
         roles["reward"] = role("score", plan.reward, trained=False, on_base=plan.share_base)
     if "reference" in others:
         roles["reference"] = role("policy", plan.reference, trained=False)
-        if plan.lora_rank and base_path(plan.reference or plan.model) == base_path(plan.model):
+        if _is_base(plan):
             roles["reference"] = roles["reference"]._replace(own=0)  # the policy's base, adapters off
     return roles
+
+
+def _is_base(plan: PlanConfig) -> bool:
+    """Whether the reference is the policy's base without the adapter."""
+    same = base_path(plan.reference or plan.model) == base_path(plan.model)
+    return bool(plan.lora_rank and same and plan.frozen_dtype in (None, plan.dtype))
 
 
 def _count(shape: Shape) -> Counts:
@@ -101,12 +118,24 @@ def _count(shape: Shape) -> Counts:
     )
 
 
-def bytes_per_trained(plan: PlanConfig) -> tuple[float, float]:
-    """Gradient and optimizer bytes of one trained parameter."""
-    dtype = DTYPES[plan.dtype]
+class Trained(NamedTuple):
+    """Bytes of one trained parameter besides its weight."""
+
+    gradient: float
+    moments: float
+    master: float  # fp32 copy of a bf16 weight, there before the first step
+
+    @property
+    def optimizer(self) -> float:
+        return self.moments + self.master
+
+
+def bytes_per_trained(plan: PlanConfig) -> Trained:
+    """A trained parameter's bytes; adapters and the head that is trained with them are fp32."""
     moments = 8.0 if plan.optimizer == "adamw" else 2 + 2 * 4 / 256  # a byte each, an fp32 scale per 256 of them
-    master = 0 if dtype == torch.float32 else 4
-    return (0 if plan.optimizer_in_backward else dtype.itemsize), moments + master
+    half = plan.dtype == "bf16" and not plan.lora_rank
+    gradient = 0 if plan.optimizer_in_backward else 2 if half else 4
+    return Trained(gradient, moments, 4 if half else 0)
 
 
 def zero_stage(role: Role, plan: PlanConfig) -> int:
@@ -119,12 +148,17 @@ def zero_stage(role: Role, plan: PlanConfig) -> int:
 def static_bytes(role: Role, plan: PlanConfig) -> StaticBytes:
     """Bytes of a role per GPU; they lie on the GPU or, where they are offloaded, in CPU memory."""
     zero = zero_stage(role, plan)
-    gradient, optimizer = bytes_per_trained(plan)
+    each = bytes_per_trained(plan)
     return StaticBytes(
-        _share(role.own * role.shape.dtype.itemsize, plan.gpus if zero >= 3 else 1),
-        _share(role.trained * gradient, plan.gpus if zero >= 2 else 1),
-        _share(role.trained * optimizer, plan.gpus if zero >= 1 else 1),
+        _share(role.weight_bytes, plan.gpus if zero >= 3 else 1),
+        _share(role.trained * each.gradient, plan.gpus if zero >= 2 else 1),
+        _share(role.trained * each.optimizer, plan.gpus if zero >= 1 else 1),
     )
+
+
+def master_bytes(role: Role, plan: PlanConfig) -> int:
+    """Of the optimizer's bytes per GPU, those that are there before the first step."""
+    return _share(role.trained * bytes_per_trained(plan).master, plan.gpus if zero_stage(role, plan) >= 1 else 1)
 
 
 def _share(size: float, gpus: int) -> int:

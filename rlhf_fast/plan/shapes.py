@@ -7,15 +7,18 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
 from rlhf_fast.lm.adapters import LoRA, base_path, put_on
+from rlhf_fast.lm.dtypes import mix
+from rlhf_fast.lm.families import language_class, reads, scorer_class
+from rlhf_fast.lm.parked import freeze, park
 from rlhf_fast.lm.paths import existing
+from rlhf_fast.lm.private import made_of
 from rlhf_fast.training.learner import checkpoint_activations
 
 Head = Literal["policy", "score"]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def read_config(path: str) -> PreTrainedConfig:
@@ -45,19 +48,26 @@ class Shape(NamedTuple):
     config: PreTrainedConfig
     head: Head
     dtype: torch.dtype
-    autocast: bool = False  # bfloat16
+    autocast: bool = False  # bfloat16; a frozen model with bf16 weights is "mixed" then
     trained: bool = False
     checkpointing: bool = False
     lora_rank: int = 0
 
+    @property
+    def mixed(self) -> bool:
+        """Whether frozen bf16 weights run under autocast."""
+        return self.autocast and not self.trained and self.dtype == torch.bfloat16
+
     def instantiate(self, config: PreTrainedConfig) -> PreTrainedModel:
         """A model of `config` with random weights, on the device of the context."""
-        if self.head == "policy":
-            return AutoModelForCausalLM.from_config(config, dtype=self.dtype)
-        config = copy.deepcopy(config)
-        config.num_labels = 1
-        model = AutoModelForSequenceClassification.from_config(config, dtype=self.dtype)
-        if not hasattr(model, "score"):
+        dtype = torch.float32 if self.mixed else self.dtype  # `build` makes a mixed model of fp32 weights
+        scores = self.head == "score"
+        model_class = (scorer_class if scores else language_class)(config)
+        config = copy.deepcopy(reads(model_class, config))
+        if scores:
+            config.num_labels = 1
+        model = made_of(model_class, config, dtype)
+        if scores and not hasattr(model, "score"):
             raise ValueError(f"model: expected an architecture with a `score` head (decoder type), got {type(model)}")
         return model
 
@@ -65,10 +75,14 @@ class Shape(NamedTuple):
         """The model, or one of its first `layers` layers, on the meta device."""
         with torch.device("meta"):
             model = self.instantiate(self.config if layers is None else _shortened(self.config, layers))
+            park(model, keep=False)  # the stages keep such parts in CPU memory, whatever the device
         model.requires_grad_(self.trained and not self.lora_rank)
+        freeze(model)
         if self.lora_rank:
             with torch.device("meta"):
                 put_on(model, "base", LoRA(self.lora_rank, 1.0, 0), trainable=True)
+        if self.mixed:
+            mix(model)
         if self.checkpointing:
             checkpoint_activations(model)
         return model.train(self.trained)

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from rlhf_fast.lm.causal import check_decoder
+from rlhf_fast.lm.dtypes import as_it_runs
 from rlhf_fast.lm.fast_paths import not_taken
 from rlhf_fast.lm.passes import forward_inputs
 from rlhf_fast.lm.private import keys_and_values
@@ -36,7 +37,7 @@ def decoder(model: PreTrainedModel, new_tokens: int) -> Decoder:
 
     Warns once where a model has to take another decoder than `StaticDecoder`.
     """
-    dtype = torch.get_autocast_dtype(model.device.type) if torch.is_autocast_enabled(model.device.type) else None
+    dtype = _autocast_dtype(model)
     if model not in _chosen:
         _chosen[model] = _choice(model)
     choice, limit = _chosen[model], switching_length(model.config)
@@ -50,6 +51,10 @@ def decoder(model: PreTrainedModel, new_tokens: int) -> Decoder:
     if choice in ("static", "cache"):
         return make() if limit is None else ByLength(make, limit)
     return ByLength(make)
+
+
+def _autocast_dtype(model: PreTrainedModel) -> torch.dtype | None:
+    return torch.get_autocast_dtype(model.device.type) if torch.is_autocast_enabled(model.device.type) else None
 
 
 class StaticDecoder:
@@ -231,7 +236,7 @@ def _choice(model: PreTrainedModel) -> str:
     """The first decoder that gives the model's own logits: "static", "cache", "cache by length" or "whole"."""
 
     def static() -> Decoder:
-        parts = blocks.read(model)  # anew in every trial, because it reads the windows
+        parts = blocks.read(model, _autocast_dtype(model))  # anew in every trial, because it reads the windows
         assert parts is not None
         return StaticDecoder(model, parts, _STEPS)
 
@@ -276,6 +281,10 @@ def _refusal(model: PreTrainedModel, make: Callable[[], Decoder], *, replaces: b
     next_tokens = torch.stack([long[9:], short[7:]])
 
     def own() -> Tensor:
+        with as_it_runs(model):
+            return decoded()
+
+    def decoded() -> Tensor:
         steps, rows = make(), torch.arange(4, device=ids.device)
         logits, found = steps.prefill(ids, mask, 2), []
         for t in range(_STEPS + 1):

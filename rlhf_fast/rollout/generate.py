@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_fast.data.turns import end_ids
+from rlhf_fast.lm.dtypes import as_it_runs
 from rlhf_fast.lm.limits import check_completions
 from rlhf_fast.lm.sequences import Sequences
 from rlhf_fast.lm.switches import switching_length
@@ -130,7 +131,7 @@ def generate(
     keys_R = prompt_keys(prompt_ids, prompt_mask_R)
     uniforms_RT = row_uniforms(seed, keys_R, max_new_tokens)
 
-    with _evaluating(model):
+    with _evaluating(model), as_it_runs(model):
         stretches = _decode(
             decoder(model, max_new_tokens),
             prompt_ids[::copies],

@@ -8,19 +8,16 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from rlhf_fast.config import DPOConfig
 from rlhf_fast.data.chat import with_template
 from rlhf_fast.data.encoding import (
-    Encoded,
     PreferenceExample,
-    encode_preferences,
-    load_rows,
     pad_id,
     pad_left,
     pad_right,
 )
+from rlhf_fast.data.stage_rows import encode_stage
 from rlhf_fast.lm.limits import check_rows
 from rlhf_fast.lm.loading import default_device
 from rlhf_fast.lm.objectives import Objectives
@@ -31,6 +28,8 @@ from rlhf_fast.training.batches import micro_batches, offline_batches
 from rlhf_fast.training.evaluation import make_evaluator
 from rlhf_fast.training.learner import autocast
 from rlhf_fast.training.listeners import Listener
+from rlhf_fast.training.progress import passes
+from rlhf_fast.training.reference_logprobs import check_file, reference_logprobs
 from rlhf_fast.training.resume import load_policy_and_reference
 from rlhf_fast.training.run import Run
 from rlhf_fast.training.tally import Tally
@@ -39,11 +38,12 @@ from rlhf_fast.training.tally import Tally
 def train(config: DPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
     """Trains `config.model` on preference pairs; the result goes to `config.output_dir`."""
     device = default_device()
+    check_file(config.reference_logprobs)
     tokenizer = with_template(load_tokenizer(config.model), config.chat_template)
     if config.reference is not None:
         check_tokenizer(config.reference, tokenizer, "reference")
-    data = _encode(config.train_data, tokenizer, config)
-    held_out = _encode(config.eval_pairs, tokenizer, config).examples if config.eval_pairs else []
+    data = encode_stage("dpo", config.train_data, tokenizer, config)
+    held_out = encode_stage("dpo", config.eval_pairs, tokenizer, config).examples if config.eval_pairs else []
     batches = offline_batches(len(data.examples), config.batch_size, config.epochs, config.seed)
     examples, pad, size = [*data.examples, *held_out], pad_id(tokenizer), config.micro_batch_size or config.batch_size
     policy, reference = load_policy_and_reference(config, device)
@@ -51,7 +51,7 @@ def train(config: DPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
     rows = [e.prompt_ids + ids for e in examples for ids in (e.chosen_ids, e.rejected_ids)]
     check_rows(policy, tokenizer, rows, "max_length")
     check_rows(reference, tokenizer, rows, "max_length", role="reference")
-    objectives = Objectives(policy, fused=config.fused_head)
+    objectives = Objectives(policy, fused=config.fused_head, balanced=True)
     evaluator = make_evaluator(config, tokenizer, device, reference, None)
     refs = torch.empty(2, 0)  # the reference's log-probs of the chosen and rejected answers of all examples
 
@@ -70,8 +70,10 @@ def train(config: DPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
             rejected_lengths=rejected_lengths,
         )
         margins = out.chosen_rewards - out.rejected_rewards
+        tally.add("loss", out.loss)
+        if objectives.aux_loss is not None:
+            tally.add("aux_loss", objectives.aux_loss)
         values = {
-            "loss": out.losses,
             "rewards/chosen": out.chosen_rewards,
             "rewards/rejected": out.rejected_rewards,
             "rewards/margins": margins,
@@ -87,7 +89,7 @@ def train(config: DPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
     def look(run: Run) -> dict[str, float]:
         tally, first = Tally(), len(data.examples)
         with autocast(device, config.bf16):
-            for rows in micro_batches(len(held_out), size):
+            for rows in passes("held out", micro_batches(len(held_out), size)):
                 loss(list(range(first + rows.start, first + rows.stop)), len(held_out), tally)
         sums = tally.read()
         metrics = {"eval/loss": sums["loss"], "eval/accuracy": sums["rewards/accuracies"]}
@@ -107,18 +109,23 @@ def train(config: DPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
         listeners=listeners,
     )
     with stage.training(data) as run:
-        with run.meter.phase("reference"):
-            parts = (pair_sequences(examples[rows], pad, device) for rows in micro_batches(len(examples), size))
+
+        def compute() -> dict[str, Tensor]:
+            cut = passes("reference", micro_batches(len(examples), size), always=True)
+            parts = (pair_sequences(examples[rows], pad, device) for rows in cut)
             logps = summed_logprobs(Objectives(reference, fused=config.fused_head), parts, config.bf16)
-            refs = torch.cat([part.view(2, -1) for part in logps], dim=1)
+            chosen, rejected = torch.cat([part.view(2, -1) for part in logps], dim=1)
+            return {"chosen": chosen, "rejected": rejected}
+
+        with run.meter.phase("reference"):
+            ids = [(e.prompt_ids, e.chosen_ids, e.rejected_ids) for e in examples]
+            names = ("chosen", "rejected")
+            found = reference_logprobs(config, reference, ids, names, compute, run.say)
+            refs = torch.stack([found[name] for name in names])
+        del compute
         if evaluator is None:
             del reference
         stage.steps(loss)
-
-
-def _encode(path: str, tokenizer: PreTrainedTokenizerBase, config: DPOConfig) -> Encoded:
-    rows = load_rows(path, "preference", config.columns)
-    return encode_preferences(rows, tokenizer, config.max_length, config.max_prompt_length, config.chat_template_kwargs)
 
 
 def pair_sequences(batch: list[PreferenceExample], pad: int, device: torch.device) -> Sequences:

@@ -12,12 +12,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from rlhf_fast.config import KTOConfig
 from rlhf_fast.data.chat import with_template
-from rlhf_fast.data.encoding import Encoded, UnpairedExample, encode_unpaired, pad_id, pad_left, pad_right
-from rlhf_fast.data.rows import load_unpaired
+from rlhf_fast.data.encoding import UnpairedExample, pad_id, pad_left, pad_right
+from rlhf_fast.data.stage_rows import encode_stage
 from rlhf_fast.lm.limits import check_rows
 from rlhf_fast.lm.loading import default_device
 from rlhf_fast.lm.objectives import Objectives
@@ -28,6 +27,8 @@ from rlhf_fast.training.batches import micro_batches, offline_batches
 from rlhf_fast.training.evaluation import make_evaluator
 from rlhf_fast.training.learner import autocast
 from rlhf_fast.training.listeners import Listener
+from rlhf_fast.training.progress import passes
+from rlhf_fast.training.reference_logprobs import check_file, reference_logprobs
 from rlhf_fast.training.resume import load_policy_and_reference
 from rlhf_fast.training.run import Run
 from rlhf_fast.training.tally import Tally
@@ -44,11 +45,12 @@ class Whole(NamedTuple):
 def train(config: KTOConfig, *, listeners: Sequence[Listener] = ()) -> None:
     """Trains `config.model` on labelled completions; the result goes to `config.output_dir`."""
     device = default_device()
+    check_file(config.reference_logprobs)
     tokenizer = with_template(load_tokenizer(config.model), config.chat_template)
     if config.reference is not None:
         check_tokenizer(config.reference, tokenizer, "reference")
-    data = _encode(config.train_data, tokenizer, config)
-    held_out = _encode(config.eval_rows, tokenizer, config).examples if config.eval_rows else []
+    data = encode_stage("kto", config.train_data, tokenizer, config)
+    held_out = encode_stage("kto", config.eval_rows, tokenizer, config).examples if config.eval_rows else []
     batches = offline_batches(len(data.examples), config.batch_size, config.epochs, config.seed)
     examples, pad, size = [*data.examples, *held_out], pad_id(tokenizer), config.micro_batch_size or config.batch_size
     policy, reference = load_policy_and_reference(config, device)
@@ -56,13 +58,14 @@ def train(config: KTOConfig, *, listeners: Sequence[Listener] = ()) -> None:
     whole_rows = [prompt + ids for e in examples for prompt, ids in ((e.prompt_ids, e.completion_ids), e.unrelated)]
     check_rows(policy, tokenizer, whole_rows, "max_length")
     check_rows(reference, tokenizer, whole_rows, "max_length", role="reference")
-    objectives = Objectives(policy, fused=config.fused_head)
+    objectives = Objectives(policy, fused=config.fused_head, balanced=True)
     evaluator = make_evaluator(config, tokenizer, device, reference, None)
     with_kl = config.loss_type == "kto"
     refs = unrelated_refs = torch.empty(0)  # the reference's log-probs of all examples, and of unrelated completions
 
-    def logps(of: Objectives, rows: list[int], unrelated: bool) -> Tensor:
-        chosen = [[examples[i] for i in rows[part]] for part in micro_batches(len(rows), size)]
+    def logps(of: Objectives, rows: list[int], unrelated: bool, shown: str | None = None) -> Tensor:
+        cut = micro_batches(len(rows), size)
+        chosen = ([examples[i] for i in rows[part]] for part in (passes(shown, cut, always=True) if shown else cut))
         parts = (sequences(some, pad, device, unrelated=unrelated) for some in chosen)
         return torch.cat(summed_logprobs(of, parts, config.bf16))
 
@@ -91,6 +94,8 @@ def train(config: KTOConfig, *, listeners: Sequence[Listener] = ()) -> None:
             undesirable_weight=config.undesirable_weight,
         )
         tally.add("loss", out.loss)
+        if objectives.aux_loss is not None:
+            tally.add("aux_loss", objectives.aux_loss)
         for name, mine, count in (("good", labels, whole.good), ("bad", ~labels, whole.rows - whole.good)):
             if count:  # a batch may lack good rows, or bad rows
                 tally.add(f"rewards/{name}", out.rewards.where(mine, 0.0).sum().double() / count)
@@ -104,7 +109,7 @@ def train(config: KTOConfig, *, listeners: Sequence[Listener] = ()) -> None:
         tally, rows = Tally(), list(range(len(data.examples), len(examples)))
         with autocast(device, config.bf16):
             whole = look_at(rows)
-            for part in micro_batches(len(rows), size):
+            for part in passes("held out", micro_batches(len(rows), size)):
                 loss(rows[part], whole, tally)
         metrics = {"eval/loss": tally.read()["loss"]}
         run.note(**metrics)
@@ -124,12 +129,20 @@ def train(config: KTOConfig, *, listeners: Sequence[Listener] = ()) -> None:
         listeners=listeners,
     )
     with stage.training(data) as run:
-        with run.meter.phase("reference"):
+
+        def compute() -> dict[str, Tensor]:
             frozen, everything = Objectives(reference, fused=config.fused_head), list(range(len(examples)))
-            refs = logps(frozen, everything, False)
-            if with_kl:
-                unrelated_refs = logps(frozen, everything, True)
-            del frozen
+            own = {"own": logps(frozen, everything, False, "reference")}
+            if not with_kl:
+                return own
+            return own | {"unrelated": logps(frozen, everything, True, "reference, unrelated rows")}
+
+        with run.meter.phase("reference"):
+            ids = [(e.prompt_ids, e.completion_ids, *(e.unrelated if with_kl else ())) for e in examples]
+            names = ("own", "unrelated") if with_kl else ("own",)
+            found = reference_logprobs(config, reference, ids, names, compute, run.say)
+            refs, unrelated_refs = found["own"], found.get("unrelated", unrelated_refs)
+        del compute
         if evaluator is None:
             del reference
         stage.steps(loss)
@@ -140,8 +153,3 @@ def sequences(examples: list[UnpairedExample], pad: int, device: torch.device, *
     rows = [e.unrelated if unrelated else (e.prompt_ids, e.completion_ids) for e in examples]
     prompts, completions = (list(column) for column in zip(*rows, strict=True))
     return Sequences(*pad_left(prompts, pad), *pad_right(completions, pad)).to(device)
-
-
-def _encode(path: str, tokenizer: PreTrainedTokenizerBase, config: KTOConfig) -> Encoded:
-    rows = load_unpaired(path, config.columns)
-    return encode_unpaired(rows, tokenizer, config.max_length, config.max_prompt_length, config.chat_template_kwargs)

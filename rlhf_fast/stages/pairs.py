@@ -16,6 +16,7 @@ from rlhf_fast.lm.tokenizers import load_tokenizer
 from rlhf_fast.rollout.sampler import LocalSampler
 from rlhf_fast.training.batches import micro_batches
 from rlhf_fast.training.evaluation import check_prompts, prompt_columns, scored_prompts
+from rlhf_fast.training.progress import passes
 from rlhf_fast.training.rewards import Reward, id_pairs
 
 
@@ -45,7 +46,7 @@ def sample(config: PairsConfig) -> None:
     sampler = LocalSampler(policy, tokenizer, max_new_tokens=config.max_response_length, temperature=config.temperature)
     labels = torch.Generator().manual_seed(config.seed)
     pairs = []
-    for rows in micro_batches(len(prompts), config.batch_size):
+    for rows in passes("pairs", micro_batches(len(prompts), config.batch_size)):
         batch = prompts[rows]
         rollout = sampler([p.prompt_ids for p in batch], seed=config.seed, samples=2).sampled
         scores = reward(rollout, prompt_columns([p for p in batch for _ in range(2)])).view(-1, 2).cpu()

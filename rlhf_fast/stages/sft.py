@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from rlhf_fast.config import SFTConfig
 from rlhf_fast.data.chat import with_template
-from rlhf_fast.data.encoding import Encoded, SFTExample, encode_sft, load_rows, pad_id, pad_right
+from rlhf_fast.data.encoding import SFTExample, pad_id, pad_right
+from rlhf_fast.data.stage_rows import encode_stage
 from rlhf_fast.lm.adapters import lora_of
 from rlhf_fast.lm.limits import check_rows
 from rlhf_fast.lm.loading import default_device, load_policy
@@ -22,6 +22,7 @@ from rlhf_fast.stages.offline import Offline
 from rlhf_fast.training.batches import micro_batches, offline_batches
 from rlhf_fast.training.learner import autocast
 from rlhf_fast.training.listeners import Listener
+from rlhf_fast.training.progress import passes
 from rlhf_fast.training.resume import resume_directory
 from rlhf_fast.training.tally import Tally
 
@@ -31,17 +32,19 @@ def train(config: SFTConfig, *, listeners: Sequence[Listener] = ()) -> None:
     device = default_device()
     tokenizer = with_template(load_tokenizer(config.model), config.chat_template)
     pad = pad_id(tokenizer)
-    data = _encode(config.train_data, tokenizer, config)
-    held_out = _encode(config.eval_data, tokenizer, config).examples if config.eval_data else []
+    data = encode_stage("sft", config.train_data, tokenizer, config)
+    held_out = encode_stage("sft", config.eval_data, tokenizer, config).examples if config.eval_data else []
     batches = offline_batches(len(data.examples), config.batch_size, config.epochs, config.seed)
     start = resume_directory(config) or config.model
     policy = load_policy(start, dtype=config.dtype, lora=lora_of(config)).to(device)  # pyright: ignore[reportArgumentType]
     check_rows(policy, tokenizer, [e.input_ids for e in (*data.examples, *held_out)], "max_length")
-    objectives = Objectives(policy, fused=config.fused_head)
+    objectives = Objectives(policy, fused=config.fused_head, balanced=True)
 
     def loss(rows: list[int], tokens: int, tally: Tally) -> Tensor:
         out = objectives.sft(*completions([data.examples[i] for i in rows], pad, device), max(1, tokens))
         tally.add("loss", out.loss)
+        if objectives.aux_loss is not None:
+            tally.add("aux_loss", objectives.aux_loss)
         tally.add("entropy", out.entropy.sum().double() / max(1, tokens))
         tally.add("num_tokens", sum(trained_tokens(data.examples[i]) for i in rows))
         return out.loss
@@ -58,11 +61,6 @@ def train(config: SFTConfig, *, listeners: Sequence[Listener] = ()) -> None:
     )
     with stage.training(data):
         stage.steps(loss)
-
-
-def _encode(path: str, tokenizer: PreTrainedTokenizerBase, config: SFTConfig) -> Encoded:
-    rows = load_rows(path, "sft", config.columns)
-    return encode_sft(rows, tokenizer, config.max_length, config.max_prompt_length, config.chat_template_kwargs)
 
 
 def trained_tokens(example: SFTExample) -> int:
@@ -85,6 +83,6 @@ def held_out_loss(objectives: Objectives, examples: list[SFTExample], pad: int, 
     size = config.micro_batch_size or config.batch_size
     total: Tensor | float = 0.0
     with autocast(device, config.bf16):
-        for rows in micro_batches(len(examples), size):
+        for rows in passes("held out", micro_batches(len(examples), size)):
             total = total - objectives.logprobs(*completions(examples[rows], pad, device)).logprobs.double().sum()
     return float(total) / sum(map(trained_tokens, examples))

@@ -26,6 +26,7 @@ from rlhf_fast.rollout.sampler import LocalSampler
 from rlhf_fast.training.batches import micro_batches
 from rlhf_fast.training.learner import autocast
 from rlhf_fast.training.metrics import mean_and_se
+from rlhf_fast.training.progress import passes
 from rlhf_fast.training.rewards import Reward, decode_responses
 
 EVAL_ROWS = 64  # prompts that an evaluation samples at once
@@ -85,7 +86,7 @@ class Evaluator:
         sampler = LocalSampler(policy, self.tokenizer, **self.sampling)
         objectives = self.objectives(policy)
         rewards, kls, lengths, entropies, completions = [], [], [], [], []
-        for rows in micro_batches(len(self.prompts), self.batch_size):
+        for rows in passes("evaluation", micro_batches(len(self.prompts), self.batch_size)):
             prompts = self.prompts[rows]
             with autocast(policy.device, self.bf16):
                 ids = [p.prompt_ids for p in prompts]
@@ -186,8 +187,11 @@ def completion_rewards(prompts: list[PromptExample], reward: Reward) -> Tensor |
     if len(completions) < len(prompts):
         return None
     pairs = [p.own for p in prompts if p.own is not None]
-    own = pairs if len(pairs) == len(prompts) else None
-    return reward.of_texts(completions, prompt_columns(prompts), pairs=own).cpu()
+    known, found = len(pairs) == len(prompts), []
+    for rows in passes("completions", micro_batches(len(prompts), EVAL_ROWS)):
+        own = pairs[rows] if known else None
+        found.append(reward.of_texts(completions[rows], prompt_columns(prompts[rows]), pairs=own).cpu())
+    return torch.cat(found)
 
 
 def _text_of(completion: Any) -> str:

@@ -1,4 +1,4 @@
-"""What a run's data holds, as a short text, so that a resumed run notices a file that was replaced."""
+"""What a run's data and models hold, as a short text, so that a file that was replaced is noticed."""
 
 import glob
 import gzip
@@ -8,11 +8,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+import torch
+from transformers import PreTrainedModel
+
 from rlhf_fast.config import StageConfig
 
 DATA_FIELDS = ("train_data", "eval_data", "eval_pairs", "eval_rows")
 """The fields of configs that name rows."""
 _PIECE = 1 << 20  # bytes
+_ABOUT_FILES = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")  # not about what a model computes
 
 
 def fingerprints(config: StageConfig) -> dict[str, str]:
@@ -40,6 +44,25 @@ def fingerprint(source: Any) -> str | None:
         return None
     for row in cast(Iterable, source):
         digest.update(json.dumps(row, sort_keys=True, default=_kind).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def of_values(rows: Iterable[Any]) -> str:
+    """SHA-256 of values that JSON can hold."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def of_weights(model: PreTrainedModel) -> str:
+    """SHA-256 of a model's weights, by name, dtype and bits, and of the config that says what is computed of them."""
+    settings = model.config.to_dict()
+    named = {name: value for name, value in settings.items() if name not in _ABOUT_FILES}
+    digest = hashlib.sha256(json.dumps([type(model).__name__, named], sort_keys=True, default=_kind).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

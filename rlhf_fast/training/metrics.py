@@ -9,21 +9,21 @@ Left out: TensorBoard and trackers, which are `listeners`.
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Column, Table
+from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
 from rlhf_fast.data.files import write_text
+from rlhf_fast.training.progress import drawn, new_bars
 
 
 class MetricsLogger:
@@ -63,25 +63,13 @@ class MetricsLogger:
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = self.path.open("a")
         self._start = time.perf_counter() - (kept[-1]["time/elapsed"] if kept else 0.0)
-        self._bar = None
+        self._bar, self._screen = None, ExitStack()
         if self._console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=16),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("<"),
-                TimeRemainingColumn(),
-                TextColumn(
-                    "{task.fields[numbers]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")
-                ),
-                console=self._console,
-                redirect_stdout=sys.stdout.isatty(),  # to a pipe, print() goes past the bar
-            )
-            self._bar.start()
+            self._bar = new_bars(self._console)
             self._task = self._bar.add_task(
                 self.description, total=self.total_steps, completed=self.resume_step, numbers=""
             )
+            self._screen.enter_context(drawn(self._bar))
         return self
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,8 +108,7 @@ class MetricsLogger:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._file.close()
-        if self._bar:
-            self._bar.stop()
+        self._screen.close()
 
 
 def _plain(value: Any) -> Any:

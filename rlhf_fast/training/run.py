@@ -222,6 +222,10 @@ class Run:
                 cut = f"{count} of {self._facts[kind]} {kind}"
                 self.logger.say(f"{self.description}: {cut} are too long and were truncated")
 
+    def say(self, line: str) -> None:
+        """Prints a line about the run, above the bar where there is one."""
+        self.logger.say(f"{self.description}: {line}")
+
     def finish(self) -> None:
         """Writes the trained models, run.json (config, versions, time, memory) and the last evaluation's samples."""
         if self.evaluator and self.last_evaluation is None:  # it raised an exception after the last step, before resume

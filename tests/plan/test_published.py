@@ -15,14 +15,15 @@ def test_parameters(shape, parameters, shapes):
     assert roles["policy"].trained == parameters and roles["reference"].trained == 0
 
 
-def static(shapes: dict[str, str], method: str) -> dict[str, tuple[int, int]]:
+def static(shapes: dict[str, str], method: str, **precision: object) -> dict[str, tuple[int, int]]:
     """Role -> parameters and static bytes."""
-    plan = PlanConfig(model=shapes["llama-2-7b"], method=method, dtype="bf16")
+    plan = PlanConfig(model=shapes["llama-2-7b"], method=method, **precision)
     return {name: (role.counts.all, sum(static_bytes(role, plan))) for name, role in roles_of(plan).items()}
 
 
-def test_bytes_per_parameter_and_what_the_value_model_costs(shapes):
-    ppo, remax = static(shapes, "ppo"), static(shapes, "remax")
+@pytest.mark.parametrize("precision", [{"dtype": "bf16"}, {"bf16": True}])
+def test_bytes_per_parameter_and_what_the_value_model_costs(precision, shapes):
+    ppo, remax = (static(shapes, method, **precision) for method in ("ppo", "remax"))
     assert {name: size / count for name, (count, size) in ppo.items()} == {
         "policy": 16, "value": 16, "reward": 2, "reference": 2,
     }  # fmt: skip

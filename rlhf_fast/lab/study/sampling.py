@@ -8,6 +8,7 @@ from rlhf_fast.data.encoding import PromptExample
 from rlhf_fast.rollout.sampler import LocalSampler
 from rlhf_fast.training.batches import micro_batches
 from rlhf_fast.training.evaluation import prompt_columns
+from rlhf_fast.training.progress import passes
 from rlhf_fast.training.rewards import Reward
 
 _ROWS = 512  # decoded at once
@@ -31,7 +32,7 @@ def sample_scores(
         raise ValueError(f"samples: expected 1 at temperature 0, got {samples}")
     sampler = LocalSampler(model, tokenizer, max_new_tokens=max_new_tokens, temperature=temperature or 1.0)
     scores: list[list[Tensor]] = [[] for _ in rewards]
-    for rows in micro_batches(len(prompts), max(1, _ROWS // samples)):
+    for rows in passes("samples", micro_batches(len(prompts), max(1, _ROWS // samples))):
         part = prompts[rows]
         sampled, likeliest = sampler(
             [p.prompt_ids for p in part], seed=seed, samples=0 if greedy else samples, greedy=greedy
