@@ -3,9 +3,9 @@
 Dropout, dropped layers, router jitter and sampled routing would make the log-probs of decoding and of training differ.
 `silence` sets to 0 every dropout that the model's modules and configs name: `p` of a dropout module,
 `attention_dropout`, `layerdrop`. It then compares two passes in train mode with a pass in eval mode. Where noise is
-left, or where a jitter is named, the modules inside the layers that checkpoint their activations stay in eval mode. The
-jitter keeps its value, because PhiMoE's routing reads it in eval mode too. Where noise is left even then, the model is
-refused.
+left, where a jitter is named, or where a pass still draws random numbers, the modules inside the layers that checkpoint
+their activations stay in eval mode. The jitter keeps its value, because PhiMoE's routing reads it in eval mode too.
+Where noise is left even then, the model is refused.
 
 eval() alone would turn the noise off too, but transformers checkpoints activations in train mode only.
 """
@@ -36,7 +36,7 @@ def silence(model: PreTrainedModel, *, trained: bool = True) -> None:
     with torch.random.fork_rng(devices=[]):  # the passes must not shift what the caller draws
         usual = _trial(model, training=False) if trained else None
         _drop_nothing(model)
-        if usual is None or (not _jitters(model) and _is_quiet(model, usual)):
+        if usual is None or not (_jitters(model) or _draws(model)) and _is_quiet(model, usual):
             return
         for module in _outermost_without_checkpointing(model):
             module.train = MethodType(_stay_in_eval, module)
@@ -68,11 +68,12 @@ def _owners(model: PreTrainedModel) -> list[dict[str, Any]]:
 
 
 def _jitters(model: PreTrainedModel) -> bool:
-    return any(
-        _JITTER.search(name) and isinstance(value, float) and value > 0
-        for owner in _owners(model)
-        for name, value in owner.items()
-    )
+    return any(_JITTER.search(name) and _is_rate(value) for owner in _owners(model) for name, value in owner.items())
+
+
+def _is_rate(value: object) -> bool:
+    """Some configs (MPT) have whole numbers as rates."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
 
 
 def _drop_nothing(model: PreTrainedModel) -> None:
@@ -80,21 +81,38 @@ def _drop_nothing(model: PreTrainedModel) -> None:
         (owner, name, value)
         for owner in _owners(model)
         for name, value in owner.items()
-        if "drop" in name and isinstance(value, float) and value > 0
+        if "drop" in name and _is_rate(value)
     ]
     parts = {id(vars(config)): part for part, config in _configs(model).items()}
     rates = {(parts[id(owner)], name): value for owner, name, value in found if id(owner) in parts}
     setattr(model, _RATES, getattr(model, _RATES, {}) | rates)
     for owner, name, _ in found:
-        owner[name] = 0.0
+        owner[name] = type(owner[name])(0)
     for module in model.modules():
         if isinstance(module, nn.Dropout) or "drop" in type(module).__name__.lower() and hasattr(module, "p"):
             vars(module)["p"] = 0.0
 
 
 def _configs(model: PreTrainedModel) -> dict[str, PreTrainedConfig]:
-    """The model's config by the name "", and the configs inside it by their own names."""
-    return {"": model.config} | {n: c for n, c in vars(model.config).items() if isinstance(c, PreTrainedConfig)}
+    """The model's config by the name "", and the configs inside it, at any depth, by dotted names."""
+    found, left = {}, [("", model.config)]
+    while left:
+        place, config = left.pop()
+        found[place] = config
+        inside = [(name, part) for name, part in vars(config).items() if isinstance(part, PreTrainedConfig)]
+        left += [(f"{place}.{name}", part) for name, part in inside if all(part is not seen for seen in found.values())]
+    return found
+
+
+def _draws(model: PreTrainedModel) -> bool:
+    """Whether a pass in train mode draws random numbers. A sampled routing may choose the same experts twice."""
+    before = _random_state(model)
+    _trial(model, training=True)
+    return not torch.equal(_random_state(model), before)
+
+
+def _random_state(model: PreTrainedModel) -> Tensor:
+    return torch.cuda.get_rng_state(model.device) if model.device.type == "cuda" else torch.get_rng_state()
 
 
 def _is_quiet(model: PreTrainedModel, usual: Tensor) -> bool:

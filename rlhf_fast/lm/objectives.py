@@ -12,13 +12,15 @@ Shapes: B rows, T response tokens, H hidden, V vocabulary.
 """
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlhf_fast.lm import balance
 from rlhf_fast.lm.dtypes import HALVES
 from rlhf_fast.lm.forward import call, one_pass, within
 from rlhf_fast.lm.passes import response_hidden, response_logits
@@ -45,6 +47,8 @@ from rlhf_fast.ops import (
 )
 from rlhf_fast.ops.truncation import unpacked
 
+Loss = TypeVar("Loss", LinearLoss, LinearDPOLoss, LinearKTOLoss)
+
 
 class OutputHead(NamedTuple):
     """The output embedding. A pass reads its weight, because a wrapper may replace the weight between passes."""
@@ -57,14 +61,20 @@ class Objectives:
     """The losses of one model.
 
     temperature: logits are divided by it, as in sampling. fused: losses are computed from hidden states where
-        `output_head` finds a head, else from logits.
+        `output_head` finds a head, else from logits. balanced: `sft`, `dpo` and `kto` add the load-balancing loss of
+        the experts where the model's config asks for it (`balance`).
+    aux_loss: the load-balancing loss of the last such pass times the pass's part of its batch, 0-dim and detached,
+        before its coefficient; None without one.
     Many methods take `kept`, the tokens that could be drawn: [B, T, ceil(V / 8)] uint8 (bits, as in `sample_tokens`),
     or None for all tokens.
     """
 
-    def __init__(self, model: PreTrainedModel, *, temperature: float = 1.0, fused: bool = True) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, temperature: float = 1.0, fused: bool = True, balanced: bool = False
+    ) -> None:
         self.model, self.temperature = model, temperature
         self.head = output_head(model) if fused else None
+        self.balanced, self.aux_loss = balanced and within(model, balance.balanced, model), None
 
     @one_pass
     def logprobs(
@@ -79,6 +89,10 @@ class Objectives:
     @one_pass
     def sft(self, sequences: Sequences, token_ids: Tensor, normalizer: float) -> LinearLoss:
         """-sum of log p(token) / normalizer over the `token_ids` [B, T] that are not -100."""
+        part = (token_ids != -100).sum() / normalizer
+        return self._with_balance(part, self._sft, sequences, token_ids, normalizer)
+
+    def _sft(self, sequences: Sequences, token_ids: Tensor, normalizer: float) -> LinearLoss:
         if self.head is None:
             out = self._trained_logprobs(sequences, token_ids)
             return LinearLoss(-out.logprobs.sum() / normalizer, out.logprobs.detach(), out.entropy.detach())
@@ -138,6 +152,17 @@ class Objectives:
 
         pairs: 2 B rows, first the B chosen answers, then the B rejected answers. ref_logps: [B] each.
         """
+        part = len(ref_logps[0]) / normalizer
+        return self._with_balance(part, self._dpo, pairs, ref_logps, normalizer, kept, **options)
+
+    def _dpo(
+        self,
+        pairs: Sequences,
+        ref_logps: tuple[Tensor, Tensor],
+        normalizer: float,
+        kept: Tensor | None,
+        **options: Any,
+    ) -> LinearDPOLoss:
         ids = _response_ids(pairs)
         if self.head is None or kept is not None:
             chosen, rejected = self._trained_logprobs(pairs, ids, kept).logprobs.sum(dim=1).chunk(2)
@@ -162,6 +187,18 @@ class Objectives:
 
         ref_logps: [B]. labels: [B] bool, True = good. kl: 0-dim in nats, or None where the loss uses none.
         """
+        part = len(ref_logps) / normalizer
+        return self._with_balance(part, self._kto, sequences, ref_logps, labels, kl, normalizer, **options)
+
+    def _kto(
+        self,
+        sequences: Sequences,
+        ref_logps: Tensor,
+        labels: Tensor,
+        kl: Tensor | None,
+        normalizer: float,
+        **options: Any,
+    ) -> LinearKTOLoss:
         ids = _response_ids(sequences)
         if self.head is None:
             logps = self._trained_logprobs(sequences, ids).logprobs.sum(dim=1)
@@ -188,6 +225,17 @@ class Objectives:
             return token_kl(logits, ref_logits, ids, temperature=self.temperature).kl
         own, other = self._layer(sequences), reference._layer(sequences)
         return linear_token_kl(*own, *other, ids, ref_bias=theirs.layer.bias, **self._options()).kl
+
+    def _with_balance(self, part: Tensor | float, loss: Callable[..., Loss], *args: Any, **options: Any) -> Loss:
+        """`loss(*args, **options)` with the load-balancing loss of its passes; part: of the batch, in these passes."""
+        self.aux_loss = None
+        if not (self.balanced and torch.is_grad_enabled()):
+            return loss(*args, **options)
+        with balance.routed(self.model) as found:
+            out = loss(*args, **options)
+            aux = found.loss() * part
+        self.aux_loss = aux.detach()
+        return out._replace(loss=out.loss + balance.coefficient(self.model) * aux)
 
     def _trained_logprobs(self, sequences: Sequences, token_ids: Tensor, kept: Tensor | None = None) -> TokenLogprobs:
         """Log-probs whose backward writes the gradient over the logits. Nothing else reads these logits."""

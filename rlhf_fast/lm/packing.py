@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from rlhf_fast.lm import layers
+from rlhf_fast.lm import balance, layers
 from rlhf_fast.lm.fast_paths import not_taken
 from rlhf_fast.lm.limits import sides
 from rlhf_fast.lm.private import attention_as, attention_of, checkpoints_activations
@@ -55,6 +55,7 @@ def real_hidden(
         behind = torch.tensor([0, *(len(states) for states, _ in found[:-1])], device=ids_BL.device).cumsum(dim=0)
         starts_B = torch.cat([starts + n for (_, starts), n in zip(found, behind, strict=True)])
         return torch.cat([states for states, _ in found]), starts_B[torch.cat(parts).argsort()]
+    last = last or bool(balance.asks())  # routers are balanced over last tokens too
     if limit is not None and int(counts_B.max()) == limit + 1:
         last = True  # without their last tokens these rows would be on the other side
     lengths_B = (counts_B if last else counts_B - 1).clamp(min=1)
@@ -71,7 +72,7 @@ def real_hidden(
         return _packed(backbone, ids_N, positions_N, layout, says=True), starts_B
     if tokens < B * width and not _can_pad(backbone):
         return _alone(backbone, [ids[None] for ids in ids_N.split(lengths)]), starts_B
-    return _padded(backbone, ids_N.new_zeros(B * width).index_copy(0, slots_N, ids_N).view(B, width))
+    return _padded(backbone, ids_N.new_zeros(B * width).index_copy(0, slots_N, ids_N).view(B, width), slots_N)
 
 
 def _planned(backbone: PreTrainedModel, ids_BL: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,10 +84,12 @@ def _planned(backbone: PreTrainedModel, ids_BL: Tensor) -> tuple[Tensor, Tensor]
     return states_NH, torch.arange(B, device=ids_BL.device) * L
 
 
-def _padded(backbone: PreTrainedModel, ids_BL: Tensor) -> tuple[Tensor, Tensor]:
+def _padded(backbone: PreTrainedModel, ids_BL: Tensor, slots_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """slots_N: where in [B L] the real tokens stand; None where all tokens are real."""
     # With no mask transformers warns of pad ids it finds, which padding on the right hides from every real token.
     mask = None if is_fake(ids_BL) else torch.ones_like(ids_BL)
-    states_BLH = backbone(input_ids=ids_BL, attention_mask=mask, use_cache=False).last_hidden_state
+    out = backbone(input_ids=ids_BL, attention_mask=mask, use_cache=False, **balance.asks())
+    states_BLH = balance.record(out, slots_N).last_hidden_state
     return states_BLH.flatten(0, 1), torch.arange(len(ids_BL), device=ids_BL.device) * ids_BL.shape[1]
 
 
@@ -100,7 +103,7 @@ def _packed(
     if says and wanted and not known:
         _not_fused(backbone, layers.refusal(backbone))
     with attention_as(backbone.config, _NAME), layers.fused(backbone) if known else nullcontext():
-        return backbone(**inputs, use_cache=False).last_hidden_state[0]
+        return balance.record(backbone(**inputs, use_cache=False, **balance.asks())).last_hidden_state[0]
 
 
 def _attention(
@@ -219,4 +222,5 @@ def _compared(
 
 def _alone(backbone: PreTrainedModel, rows: list[Tensor]) -> Tensor:
     """The last hidden states [N, H] of rows [1, L] that run one by one."""
-    return torch.cat([backbone(input_ids=ids, use_cache=False).last_hidden_state[0] for ids in rows])
+    outs = (balance.record(backbone(input_ids=ids, use_cache=False, **balance.asks())) for ids in rows)
+    return torch.cat([out.last_hidden_state[0] for out in outs])

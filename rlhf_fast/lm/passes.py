@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from rlhf_fast.lm import balance
 from rlhf_fast.lm.forward import call, one_pass
 from rlhf_fast.lm.limits import sides
 from rlhf_fast.lm.packing import real_hidden
@@ -132,12 +133,16 @@ def _predicting(sequences: Sequences) -> slice:
     return slice(P - 1, P + T - 1)
 
 
-def _logits(model: PreTrainedModel, inputs: dict[str, Tensor], columns: slice) -> Tensor:
-    """The logits [B, columns, V] of these columns alone."""
+def _logits(model: PreTrainedModel, inputs: dict[str, Tensor], columns: slice, real: Tensor | None = None) -> Tensor:
+    """The logits [B, columns, V] of these columns alone. real: the real tokens; None where the mask says them."""
     positions = torch.arange(columns.start, columns.stop, device=inputs["input_ids"].device)
+    options: dict[str, Any] = balance.asks()
     if "logits_to_keep" in forward_parameters(model):
-        return call(model, **inputs, use_cache=False, logits_to_keep=positions).logits
-    return call(model, **inputs, use_cache=False).logits[:, positions]
+        options["logits_to_keep"] = positions
+    out = call(model, **inputs, use_cache=False, **options)
+    real = (inputs["attention_mask"] if real is None else real).flatten().nonzero().squeeze(1)
+    logits = balance.record(out, real).logits
+    return logits if "logits_to_keep" in options else logits[:, positions]
 
 
 def _logits_of_rows_on_the_left(model: PreTrainedModel, sequences: Sequences) -> Tensor:
@@ -147,7 +152,8 @@ def _logits_of_rows_on_the_left(model: PreTrainedModel, sequences: Sequences) ->
     ids, T = sequences.input_ids().gather(1, order), sequences.response_ids.shape[1]
     first, last = int(prompts_B.min()) - 1, min(int(prompts_B.max()) - 1 + T, ids.shape[1])
     mask = torch.ones_like(ids, dtype=torch.bool)
-    logits = _logits(model, forward_inputs(model, ids, mask, position_ids(mask)), slice(first, last))
+    real = torch.arange(ids.shape[1], device=ids.device) < mask_BL.sum(dim=1, keepdim=True)
+    logits = _logits(model, forward_inputs(model, ids, mask, position_ids(mask)), slice(first, last), real)
     columns_BT = prompts_B[:, None] - 1 - first + torch.arange(T, device=ids.device)
     return logits[torch.arange(len(ids), device=ids.device)[:, None], columns_BT.clamp(max=last - first - 1)]
 

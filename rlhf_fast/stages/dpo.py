@@ -51,7 +51,7 @@ def train(config: DPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
     rows = [e.prompt_ids + ids for e in examples for ids in (e.chosen_ids, e.rejected_ids)]
     check_rows(policy, tokenizer, rows, "max_length")
     check_rows(reference, tokenizer, rows, "max_length", role="reference")
-    objectives = Objectives(policy, fused=config.fused_head)
+    objectives = Objectives(policy, fused=config.fused_head, balanced=True)
     evaluator = make_evaluator(config, tokenizer, device, reference, None)
     refs = torch.empty(2, 0)  # the reference's log-probs of the chosen and rejected answers of all examples
 
@@ -70,8 +70,10 @@ def train(config: DPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
             rejected_lengths=rejected_lengths,
         )
         margins = out.chosen_rewards - out.rejected_rewards
+        tally.add("loss", out.loss)
+        if objectives.aux_loss is not None:
+            tally.add("aux_loss", objectives.aux_loss)
         values = {
-            "loss": out.losses,
             "rewards/chosen": out.chosen_rewards,
             "rewards/rejected": out.rejected_rewards,
             "rewards/margins": margins,
@@ -87,7 +89,7 @@ def train(config: DPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
     def look(run: Run) -> dict[str, float]:
         tally, first = Tally(), len(data.examples)
         with autocast(device, config.bf16):
-            for rows in passes("held-out pairs", micro_batches(len(held_out), size)):
+            for rows in passes("held out", micro_batches(len(held_out), size)):
                 loss(list(range(first + rows.start, first + rows.stop)), len(held_out), tally)
         sums = tally.read()
         metrics = {"eval/loss": sums["loss"], "eval/accuracy": sums["rewards/accuracies"]}
@@ -109,7 +111,7 @@ def train(config: DPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
     with stage.training(data) as run:
 
         def compute() -> dict[str, Tensor]:
-            cut = passes("DPO reference, pairs", micro_batches(len(examples), size), always=True)
+            cut = passes("reference", micro_batches(len(examples), size), always=True)
             parts = (pair_sequences(examples[rows], pad, device) for rows in cut)
             logps = summed_logprobs(Objectives(reference, fused=config.fused_head), parts, config.bf16)
             chosen, rejected = torch.cat([part.view(2, -1) for part in logps], dim=1)

@@ -58,7 +58,7 @@ def train(config: KTOConfig, *, listeners: Sequence[Listener] = ()) -> None:
     whole_rows = [prompt + ids for e in examples for prompt, ids in ((e.prompt_ids, e.completion_ids), e.unrelated)]
     check_rows(policy, tokenizer, whole_rows, "max_length")
     check_rows(reference, tokenizer, whole_rows, "max_length", role="reference")
-    objectives = Objectives(policy, fused=config.fused_head)
+    objectives = Objectives(policy, fused=config.fused_head, balanced=True)
     evaluator = make_evaluator(config, tokenizer, device, reference, None)
     with_kl = config.loss_type == "kto"
     refs = unrelated_refs = torch.empty(0)  # the reference's log-probs of all examples, and of unrelated completions
@@ -94,6 +94,8 @@ def train(config: KTOConfig, *, listeners: Sequence[Listener] = ()) -> None:
             undesirable_weight=config.undesirable_weight,
         )
         tally.add("loss", out.loss)
+        if objectives.aux_loss is not None:
+            tally.add("aux_loss", objectives.aux_loss)
         for name, mine, count in (("good", labels, whole.good), ("bad", ~labels, whole.rows - whole.good)):
             if count:  # a batch may lack good rows, or bad rows
                 tally.add(f"rewards/{name}", out.rewards.where(mine, 0.0).sum().double() / count)
@@ -107,7 +109,7 @@ def train(config: KTOConfig, *, listeners: Sequence[Listener] = ()) -> None:
         tally, rows = Tally(), list(range(len(data.examples), len(examples)))
         with autocast(device, config.bf16):
             whole = look_at(rows)
-            for part in passes("held-out rows", micro_batches(len(rows), size)):
+            for part in passes("held out", micro_batches(len(rows), size)):
                 loss(rows[part], whole, tally)
         metrics = {"eval/loss": tally.read()["loss"]}
         run.note(**metrics)
@@ -130,10 +132,10 @@ def train(config: KTOConfig, *, listeners: Sequence[Listener] = ()) -> None:
 
         def compute() -> dict[str, Tensor]:
             frozen, everything = Objectives(reference, fused=config.fused_head), list(range(len(examples)))
-            own = {"own": logps(frozen, everything, False, "KTO reference, rows")}
+            own = {"own": logps(frozen, everything, False, "reference")}
             if not with_kl:
                 return own
-            return own | {"unrelated": logps(frozen, everything, True, "KTO reference, unrelated rows")}
+            return own | {"unrelated": logps(frozen, everything, True, "reference, unrelated rows")}
 
         with run.meter.phase("reference"):
             ids = [(e.prompt_ids, e.completion_ids, *(e.unrelated if with_kl else ())) for e in examples]

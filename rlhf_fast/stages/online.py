@@ -16,6 +16,7 @@ from rlhf_fast.config import OnlineConfig
 from rlhf_fast.data.chat import with_template
 from rlhf_fast.data.encoding import PromptExample, epoch_batches
 from rlhf_fast.data.rows import load_rows
+from rlhf_fast.lm.balance import leave_out
 from rlhf_fast.lm.loading import default_device
 from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.lm.offload import place, visiting
@@ -86,6 +87,7 @@ class Online(Generic[Config]):
                 f"train_data: expected at least {self.prompts_per_round} prompts (one round), got {len(self.prompts)}"
             )
         self.policy, reference = load_policy_and_reference(config, self.device)
+        leave_out(self.policy, "an online stage")
         self.reference = place(reference, self.device, config.offload)
         with visiting(self.reference):
             self.objectives, self.reference_objectives = (

@@ -38,11 +38,13 @@ def train(config: SFTConfig, *, listeners: Sequence[Listener] = ()) -> None:
     start = resume_directory(config) or config.model
     policy = load_policy(start, dtype=config.dtype, lora=lora_of(config)).to(device)  # pyright: ignore[reportArgumentType]
     check_rows(policy, tokenizer, [e.input_ids for e in (*data.examples, *held_out)], "max_length")
-    objectives = Objectives(policy, fused=config.fused_head)
+    objectives = Objectives(policy, fused=config.fused_head, balanced=True)
 
     def loss(rows: list[int], tokens: int, tally: Tally) -> Tensor:
         out = objectives.sft(*completions([data.examples[i] for i in rows], pad, device), max(1, tokens))
         tally.add("loss", out.loss)
+        if objectives.aux_loss is not None:
+            tally.add("aux_loss", objectives.aux_loss)
         tally.add("entropy", out.entropy.sum().double() / max(1, tokens))
         tally.add("num_tokens", sum(trained_tokens(data.examples[i]) for i in rows))
         return out.loss
@@ -81,6 +83,6 @@ def held_out_loss(objectives: Objectives, examples: list[SFTExample], pad: int, 
     size = config.micro_batch_size or config.batch_size
     total: Tensor | float = 0.0
     with autocast(device, config.bf16):
-        for rows in passes("held-out rows", micro_batches(len(examples), size)):
+        for rows in passes("held out", micro_batches(len(examples), size)):
             total = total - objectives.logprobs(*completions(examples[rows], pad, device)).logprobs.double().sum()
     return float(total) / sum(map(trained_tokens, examples))

@@ -149,3 +149,35 @@ def test_a_name_that_is_nowhere_names_the_argument(tmp_path, monkeypatch, tokeni
     assert asked == ["lama", "out/reward"]
     with pytest.raises(ValueError, match=f"^reference: expected a checkpoint .* found no directory {tmp_path}/none$"):
         existing(tmp_path / "none", "reference")
+
+
+def test_a_family_that_transformers_does_not_know_is_one_line(tiny_model, tmp_path):
+    """Not a question at the terminal."""
+    shutil.copytree(tiny_model, tmp_path / "own")
+    path = tmp_path / "own" / "config.json"
+    settings = json.loads(path.read_text()) | {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}
+    path.write_text(json.dumps(settings))
+    for load in (load_policy, load_scorer, load_tokenizer):
+        with pytest.raises(
+            ValueError, match=r"^model: expected a family of transformers 5\S+, got mine at .* beside its"
+        ):
+            load(tmp_path / "own")
+    settings |= {"model_type": "llama", "auto_map": {"AutoModelForCausalLM": "mine.Model"}}
+    path.write_text(json.dumps(settings))
+    load_policy(tmp_path / "own")  # transformers has this family, so its own class is taken
+
+
+def test_what_a_run_saves_loads_again_as_it_came(tmp_path):
+    """Shards, float16, a head tied or not: all weights are there, in files that the Auto class reads."""
+    for tied in (False, True):
+        model = random_policy("llama").half()
+        model.config.tie_word_embeddings = tied
+        model.tie_weights()
+        model.save_pretrained(tmp_path / f"{tied}", max_shard_size="20KB")
+        assert (tmp_path / f"{tied}" / "model.safetensors.index.json").is_file()
+        checkpoint.save(tmp_path / f"{tied}-out", models={"": load_policy(tmp_path / f"{tied}")})
+        again, found = AutoModelForCausalLM.from_pretrained(tmp_path / f"{tied}-out", output_loading_info=True)
+        assert not any(found.values()) and again.config.architectures == ["LlamaForCausalLM"]
+        assert (again.lm_head.weight is again.model.embed_tokens.weight) is tied
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(again.state_dict()[name], tensor.float()), name

@@ -44,6 +44,31 @@ def test_train_mode_gives_the_numbers_of_eval_mode(architecture):
     torch.testing.assert_close(copy.deepcopy(model).train()(IDS).logits, expected, rtol=1e-5, atol=1e-5)
 
 
+@torch.no_grad()
+def test_routing_that_is_sure_of_itself_is_still_sampled():
+    """The two passes of a trial agree here, because they choose the same experts. Passes over more tokens would not."""
+    model = made("phimoe", router_jitter_noise=0.0, input_jitter_noise=0.0, lm_head_bias=False)
+    for layer in model.model.layers:
+        layer.mlp.router.weight.mul_(300)
+    assert torch.equal(*(noise._trial(model, training=True) for _ in range(2)))
+    silence(model)
+    state = torch.get_rng_state()
+    model.train()(IDS)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@torch.no_grad()
+def test_rates_of_configs_at_any_depth():
+    """A whole number is a rate too."""
+    model = made("llama")
+    inner, outer = AutoConfig.for_model("falcon", hidden_dropout=0.3), AutoConfig.for_model("mpt", attn_pdrop=1)
+    outer.inner, model.config.outer = inner, outer
+    silence(model)
+    assert (inner.hidden_dropout, outer.attn_pdrop) == (0.0, 0)
+    with as_before(model):
+        assert (inner.hidden_dropout, outer.attn_pdrop) == (0.3, 1)
+
+
 @pytest.mark.parametrize("architecture", ["phimoe", "falcon"])
 def test_activations_are_checkpointed_all_the_same(architecture):
     model = made(architecture)
