@@ -18,6 +18,7 @@ class Command(NamedTuple):
     config: str  # package.module:dataclass
     run: str  # package.module:function of the config
     help: str
+    first: str = ""  # the field that a first argument without a flag fills in
 
 
 def _stage(name: str) -> Command:
@@ -32,6 +33,9 @@ COMMANDS = {
         "config:PipelineConfig", "report.pipeline:run", "SFT, reward model and every method, with a report"
     ),
     "init": Command("config:InitConfig", "stages.init:init", "train a tokenizer and make a model from a config"),
+    "data": Command(
+        "config:DataConfig", "report.doctor:run", "show a file's rows as training will see them", first="data"
+    ),
     "sft": _stage("sft"),
     "pairs": Command("config:PairsConfig", "stages.pairs:sample", "sample preference pairs and label them by a reward"),
     "reward": _stage("reward"),
@@ -105,9 +109,12 @@ def main(argv: list[str] | None = None) -> int:
     if name not in COMMANDS:
         return _fail(f"unknown command {nearest(name, list(COMMANDS))}", 2)
     command = COMMANDS[name]
+    if command.first and arguments and not arguments[0].startswith("-"):
+        arguments = [f"--{command.first}", *arguments]
     debug, dry_run = "--debug" in arguments, "--dry-run" in arguments
     try:
-        parsed = parse(load(command.config), arguments, f"rlhf-fast {name}")
+        shown = f"{name} {command.first.upper()}" if command.first else name
+        parsed = parse(load(command.config), arguments, f"rlhf-fast {shown}")
     except ValueError as error:
         if debug:
             raise

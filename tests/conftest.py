@@ -18,8 +18,19 @@ from transformers import PreTrainedTokenizerBase  # noqa: E402
 
 from rlhf_fast.lab.world import build_tokenizer, preference_rows, prompt_rows, sft_rows  # noqa: E402
 from rlhf_fast.stages.init import init_model  # noqa: E402
+from tests.support import zoo_turns  # noqa: E402
 from tests.support.models import model_config  # noqa: E402
 from tests.support.stages import write_rows  # noqa: E402
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--zoo", default="", help="members of the zoo to test beside the core: all, none or a turn such as 3"
+    )
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    terminalreporter.write_line(zoo_turns.summary(config.getoption("--zoo")))
 
 
 @pytest.fixture(scope="session")

@@ -13,9 +13,10 @@ from rlhf_fast.config.fields import (
     required,
 )
 from rlhf_fast.config.stages import CHAT_TEMPLATE_HELP, CHAT_TEMPLATE_KWARGS_HELP, COLUMNS_HELP, Dtype
-from rlhf_fast.methods import METHODS, section
+from rlhf_fast.methods import METHODS, STAGES, section
 
 __all__ = [
+    "DataConfig",
     "DemoConfig",
     "InitConfig",
     "PairsConfig",
@@ -76,6 +77,28 @@ class PairsConfig:
             check(self, name, lambda v: str(v).endswith((".jsonl", ".jsonl.gz")), "a .jsonl or .jsonl.gz file")
         if bool(self.eval_rows) != bool(self.eval_output):
             raise ValueError(f"eval_rows: expected both it and eval_output, or neither, got {self.eval_rows}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Rows as a training stage sees them: ids, text, trained tokens, what is cut, what is odd."""
+
+    data: str = required("Rows to look at: a file, a folder or glob of shards, or hub:NAME:SPLIT.")
+    model: str = required("Checkpoint directory or hub name, whose tokenizer and chat template read the rows.")
+    stage: str = arg("sft", "Stage that would train on them: sft, reward, dpo, kto, ppo, ...")
+    columns: dict[str, str] = arg({}, COLUMNS_HELP)
+    chat_template: str | None = arg(None, CHAT_TEMPLATE_HELP)
+    chat_template_kwargs: dict[str, Any] = arg({}, CHAT_TEMPLATE_KWARGS_HELP)
+    max_length: int | None = arg(None, "Longest prompt + completion in tokens; default: the stage's own.", at_least=2)
+    max_prompt_length: int | None = arg(None, "Longest prompt in tokens; default: the stage's own.", at_least=1)
+    rows: int = arg(3, "Rows to show, from the first on.", at_least=0)
+    row: list[int] = arg([], "Numbers of rows to show whole in place of the first rows; lines count from 1.")
+    html: str | None = arg(None, "File for a page of these rows, whole, that needs nothing else.")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_row_options(self)
+        check(self, "stage", lambda v: v in STAGES, f"one of {', '.join(STAGES)}")
 
 
 def _with_a_section_per_method(cls: Class) -> Class:

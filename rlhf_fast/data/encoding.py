@@ -15,13 +15,13 @@
 Left out: packing several rows into one sequence.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_fast.data.answers import continuations, encode_texts, fit, fit_answer, tokenized, with_end
-from rlhf_fast.data.chat import Prompt, TemplateOptions, options_of, prompt_of, write_prompt, write_turns
+from rlhf_fast.data.chat import Prompt, TemplateOptions, Text, options_of, prompt_of, write_prompt, write_turns
 from rlhf_fast.data.examples import (
     Cut,
     Encoded,
@@ -78,21 +78,25 @@ def encode_sft(
     that writes the messages in front of an answer otherwise once the answer follows; the other encoders do too.
     Raises ValueError also for a row without a trained token. The first token is never trained, as nothing predicts it.
     """
-    turns, prompts = turns_of(tokenizer), [n for n, row in enumerate(rows) if row.get("messages") is None]
-    answers, some = [[rows[n]["completion"]] for n in prompts], [rows[n] for n in prompts]
-    finished = [[is_finished(row, "completion")] for row in some]
-    written = _written(some, answers, tokenizer, chat_template_kwargs, finished, prompts)
-    parts: list[tuple[int, list[int], list[int], list[bool]]] = [
-        (n, prompt, answer, [True] * len(answer))
-        for n, (prompt, (answer,)) in zip(prompts, tokenized(written, tokenizer), strict=True)
-    ]
-    texts = []
+    turns = turns_of(tokenizer)
+    prompts: list[tuple[tuple[int, int], Prompt]] = []  # (number of a row, of its text), a prompt and its answer
+    talks: list[tuple[tuple[int, int], Text]] = []  # (number of a row, of its text), several trained turns
     for n, row in enumerate(rows):
-        if row.get("messages") is not None:
-            options = options_of(row, chat_template_kwargs)
-            texts += [(n, text) for text in write_turns(row["messages"], tokenizer, turns, place(row, n + 1), options)]
-    whole = tokenize(tokenizer, [text.text for _, text in texts], [text.spans for _, text in texts])
-    for (n, text), (ids, spans, _) in zip(texts, whole, strict=True):
+        where, options = place(row, n + 1), options_of(row, chat_template_kwargs)
+        if row.get("messages") is None:
+            asked, finished = prompt_of(row, tokenizer), [is_finished(row, "completion")]
+            written = write_prompt(asked, [row["completion"]], finished, tokenizer, turns, where, options)
+            prompts.append(((n, 0), written))
+            continue
+        for k, text in enumerate(write_turns(row["messages"], tokenizer, turns, where, options)):
+            if len(text.spans) == 1:
+                prompts.append(((n, k), Prompt(text.text[: text.spans[0][0]], [text], False)))
+            else:
+                talks.append(((n, k), text))
+    encoded = tokenized([prompt for _, prompt in prompts], tokenizer)
+    parts = [(n, ids, own, [True] * len(own)) for (n, _), (ids, (own,)) in zip(prompts, encoded, strict=True)]
+    whole = tokenize(tokenizer, [text.text for _, text in talks], [text.spans for _, text in talks])
+    for (n, text), (ids, spans, _) in zip(talks, whole, strict=True):
         first = spans[0][0]
         rest = with_end(ids[first:], text.end, turns.eos)
         trained = [False] * len(rest)
@@ -100,7 +104,7 @@ def encode_sft(
             trained[begin - first : stop - first] = [True] * (stop - begin)
         parts.append((n, ids[:first], rest, trained))
     examples, cuts = [], []
-    for n, prompt, rest, trained in sorted(parts, key=lambda part: part[0]):
+    for (n, _), prompt, rest, trained in sorted(parts, key=lambda part: part[0]):
         prompt, (rest,), cut = fit(n, prompt, [rest], tokenizer, max_length, max_prompt_length)
         mask = [False] * len(prompt) + trained[: len(rest)]
         if not any(mask[1:]):
@@ -221,7 +225,11 @@ def encode_answers(
 
     max_length: None cuts no answer. finished: for each answer whether it ends; default: all.
     """
-    written = _written(rows, answers, tokenizer, chat_template_kwargs, finished)
+    turns, written = turns_of(tokenizer), []
+    for n, (row, completions) in enumerate(zip(rows, answers, strict=True)):
+        options, where = options_of(row, chat_template_kwargs), place(row, n + 1)
+        ends = [True] * len(completions) if finished is None else finished[n]
+        written.append(write_prompt(prompt_of(row, tokenizer), completions, ends, tokenizer, turns, where, options))
     for n, (text, (prompt, ids)) in enumerate(zip(written, tokenized(written, tokenizer), strict=True)):
         prompt = _nonempty(prompt, place(rows[n], n + 1))
         yield *fit(n, prompt, ids, tokenizer, max_length, max_prompt_length), text.text
@@ -230,24 +238,6 @@ def encode_answers(
 def is_finished(row: Row, column: str) -> bool:
     """Whether the text in `column` ends, or a length limit cut it off."""
     return row.get(f"{column}_finished") is not False
-
-
-def _written(
-    rows: list[Row],
-    answers: list[list[Any]],
-    tokenizer: PreTrainedTokenizerBase,
-    chat_template_kwargs: TemplateOptions,
-    finished: list[list[bool]] | None = None,
-    numbers: Sequence[int] | None = None,
-) -> list[Prompt]:
-    """Rows and their answers as texts. numbers: of the rows, for messages; default: in their order."""
-    turns, written = turns_of(tokenizer), []
-    for n, (row, completions) in enumerate(zip(rows, answers, strict=True)):
-        options, where = options_of(row, chat_template_kwargs), place(row, (n if numbers is None else numbers[n]) + 1)
-        ends = [True] * len(completions) if finished is None else finished[n]
-        prompt = prompt_of(row, tokenizer)
-        written.append(write_prompt(prompt, completions, ends, tokenizer, turns, where, options))
-    return written
 
 
 def _nonempty(prompt: list[int], where: str) -> list[int]:

@@ -42,7 +42,12 @@ class LocatedRow(dict):
     where: str  # file and line, or the number of the row
 
 
-def load_rows(source: str | Path | Iterable[Row], kind: str, columns: Mapping[str, str] | None = None) -> list[Row]:
+def load_rows(
+    source: str | Path | Iterable[Row],
+    kind: str,
+    columns: Mapping[str, str] | None = None,
+    errors: list[str] | None = None,
+) -> list[Row]:
     """Reads and checks rows.
 
     source: a `.jsonl`, `.json` (an array, or JSON lines), `.csv` or `.tsv` file, each also with `.gz`, a `.parquet`
@@ -60,6 +65,7 @@ def load_rows(source: str | Path | Iterable[Row], kind: str, columns: Mapping[st
       the first and the last are assistant turns.
       `forms` says which other forms are read too.
     columns: our name -> the name in the data, for columns that the data name otherwise.
+    errors: gets what is wrong with malformed rows, which are left out; default: the first such row is an error.
 
     Raises ValueError with the file, the line and the column that is missing or has the wrong type. Lines count from 1;
     where a file has no lines, rows count. Raises FileNotFoundError if there is no such path.
@@ -68,20 +74,33 @@ def load_rows(source: str | Path | Iterable[Row], kind: str, columns: Mapping[st
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
     rows: list[Row] = []
     for where, row in read_rows(source):
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: expected an object with named columns, got {type_name(row)}")
-        row = in_our_form(renamed(row, columns, kind, where) if columns else row, kind, where)
-        _check_row(row, kind, where)
-        _check_text(row, kind, where)
-        located = LocatedRow(row)
-        located.where = where
-        rows.append(located)
-    if not rows:
+        try:
+            rows.append(_checked(row, kind, columns, where))
+        except ValueError as error:
+            if errors is None:
+                raise
+            errors.append(str(error))
+    if not rows and not errors:
         raise ValueError(f"{source if isinstance(source, (str, Path)) else 'rows'}: no rows")
     return rows
 
 
-def load_unpaired(source: str | Path | Iterable[Row], columns: Mapping[str, str] | None = None) -> list[Row]:
+def _checked(row: Any, kind: str, columns: Mapping[str, str] | None, where: str) -> LocatedRow:
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected an object with named columns, got {type_name(row)}")
+    row = in_our_form(renamed(row, columns, kind, where) if columns else row, kind, where)
+    _check_row(row, kind, where)
+    _check_text(row, kind, where)
+    located = LocatedRow(row)
+    located.where = where
+    return located
+
+
+def load_unpaired(
+    source: str | Path | Iterable[Row],
+    columns: Mapping[str, str] | None = None,
+    errors: list[str] | None = None,
+) -> list[Row]:
     """Rows of kind unpaired. Where the first row has `chosen`, rows of kind preference are read, and each makes two.
 
     The chosen completion gets the label true, the rejected completion false. Takes and raises what `load_rows` does.
@@ -91,9 +110,9 @@ def load_unpaired(source: str | Path | Iterable[Row], columns: Mapping[str, str]
     _, first = next(iter(read_rows(source)), ("", {}))
     chosen = (columns or {}).get("chosen", "chosen")
     if not (isinstance(first, dict) and first.get(chosen) is not None):
-        return load_rows(source, "unpaired", columns)
+        return load_rows(source, "unpaired", columns, errors)
     rows: list[Row] = []
-    for n, pair in enumerate(load_rows(source, "preference", columns), 1):
+    for n, pair in enumerate(load_rows(source, "preference", columns, errors), 1):
         for name, label in (("chosen", True), ("rejected", False)):
             rest = {name: pair[name] for name in _USED if name in pair and name != "messages"}
             row = LocatedRow(rest, completion=pair[name], label=label)

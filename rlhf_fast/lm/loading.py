@@ -1,8 +1,10 @@
 """Policies, reward and value models: loading them, and saving them again.
 
-A policy is an `AutoModelForCausalLM`. Reward and value models are `AutoModelForSequenceClassification` with one label,
+`families` says which class a checkpoint is loaded as. Reward and value models are sequence classifiers with one label,
 whose `score` head `passes` applies. transformers' own forward looks for the pad id to find the last token, which is
 wrong where pad == eos, where padding is on the left, and where there is no pad token.
+
+Of a checkpoint for text and images the parts for images are `parked` while the model runs, and saved with it.
 
 A directory with a peft adapter is a model too: the adapter's base with the adapter on. With `lora` the adapter is
 trained; otherwise it is merged into the weights. `shared` is a model whose frozen base the new model stands on.
@@ -13,32 +15,41 @@ Left out on purpose: devices, autocast and gradients, which belong to the caller
 import copy
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Literal
 
 import torch
 import transformers
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from rlhf_fast.lm import adapters
 from rlhf_fast.lm.adapters import LoRA
-from rlhf_fast.lm.decoders import check_decoder, check_family
+from rlhf_fast.lm.causal import check_decoder, check_family
 from rlhf_fast.lm.dtypes import DTYPES, Dtype, cast
+from rlhf_fast.lm.families import is_classifier, language_class, reads, scorer_class, trunk_of
 from rlhf_fast.lm.noise import as_before, silence
-from rlhf_fast.lm.paths import existing
-from rlhf_fast.lm.private import score_head
+from rlhf_fast.lm.parked import freeze, park, whole
+from rlhf_fast.lm.paths import beside, existing
+from rlhf_fast.lm.private import forget_renaming, made_of, score_head
 
-# Holds the score offset of an adapter, because transformers writes no config.json beside an adapter.
+# Holds what the config says of an adapter's scores, because transformers writes no config.json beside an adapter.
 _ADAPTER_SCORE = "score.json"
+_SCORE_NOTES = ("score_offset", "score_at_end_of_turn")
+
+# How a checkpoint prepares images and sounds, and writes conversations with them: kept as it came.
+PROCESSOR_FILES = (
+    "audio_tokenizer_config.json",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
+# The attribute of a model that keeps these files, because a checkpoint to resume from may be gone at the end.
+_FILES = "rlhf_fast_files"
 
 
 def default_device() -> torch.device:
@@ -64,11 +75,13 @@ def load_policy(
     shared = shared if adapters.can_share(path) else None
     if shared is None:
         config = AutoConfig.from_pretrained(existing(base))
-        if _is_classifier(config):
+        if is_classifier(config):
             raise ValueError(f"model: expected a language model, got {_kind(config)} at {base}")
         check_family(config, base)
-        model, missing = _load(AutoModelForCausalLM, base, _loaded_as(path, dtype, lora))
+        language = _class_at(base, "model", language_class, config)
+        model, missing = _load(language, base, config, _loaded_as(path, dtype, lora))
         _check_complete("model", base, model, missing)
+        park(model, keep=trainable)
         if trainable:
             check_decoder(model)
     else:
@@ -96,23 +109,27 @@ def load_scorer(
     base = adapters.base_path(path)
     shared = shared if adapters.can_share(path) else None
     config = AutoConfig.from_pretrained(existing(base, argument))
-    is_classifier = _is_classifier(config)
-    if is_classifier and config.num_labels != 1:
+    scores = is_classifier(config)
+    if scores and config.num_labels != 1:
         labels = config.num_labels
         raise ValueError(f"{argument}: expected a reward model with one label at {base}, got {labels} labels")
-    if head is None and not is_classifier and not adapters.holds_score(path):
+    if head is None and not scores and not adapters.holds_score(path):
         kind = "an adapter without a score head" if adapters.is_adapter(path) else _kind(config)
         raise ValueError(f"reward: expected a reward model or an adapter with one, got {kind} at {path}")
     if shared is None:
-        model, missing = _load(AutoModelForSequenceClassification, base, _loaded_as(path, dtype, lora), num_labels=1)
+        check_family(config, base)
+        scorer = _class_at(base, argument, scorer_class, config)
+        reads(scorer, config).num_labels = 1
+        model, missing = _load(scorer, base, config, _loaded_as(path, dtype, lora))
+        park(model, keep=trainable)
     else:
         model, missing = _scorer_on(adapters.base_of(shared, base)), []
     if not hasattr(model, "score"):
         kind = type(model).__name__
         raise ValueError(f"{argument}: expected a model with a `score` head (decoder type) at {base}, got {kind}")
-    new = () if is_classifier else ("score.weight", "score.bias")
+    new = () if scores else ("score.weight", "score.bias")
     _check_complete(argument, base, model, [name for name in missing if name not in new])
-    if not is_classifier:
+    if not scores:
         with torch.no_grad():
             score = score_head(model)
             std = 1 / math.sqrt(score.in_features + 1) if head == "normal" else 0.0
@@ -120,7 +137,8 @@ def load_scorer(
             if score.bias is not None:
                 score.bias.zero_()
     if Path(path, _ADAPTER_SCORE).is_file():
-        set_score_offset(model, json.loads(Path(path, _ADAPTER_SCORE).read_text())["score_offset"])
+        for name, value in json.loads(Path(path, _ADAPTER_SCORE).read_text()).items():
+            setattr(model.config, name, value)
     return _prepare(model, path, dtype, trainable, lora, shared is not None)
 
 
@@ -142,10 +160,24 @@ def value_head_on(policy: PreTrainedModel, saved: Path | None) -> PreTrainedMode
 
 def save_model(model: PreTrainedModel, directory: Path) -> None:
     """`save_pretrained`. Of a model with an adapter it saves the adapter alone, in peft's format."""
-    with as_before(model):
+    with as_before(model), nullcontext() if adapters.has_adapter(model) else whole(model):
         model.save_pretrained(directory, state_dict=adapters.own_weights(model))
-    if adapters.has_adapter(model) and hasattr(model.config, "score_offset"):
-        (directory / _ADAPTER_SCORE).write_text(json.dumps({"score_offset": model.config.score_offset}) + "\n")
+    if not adapters.has_adapter(model):
+        for name, content in getattr(model, _FILES, {}).items():
+            (directory / name).write_bytes(content)
+    notes = {name: getattr(model.config, name) for name in _SCORE_NOTES if hasattr(model.config, name)}
+    if adapters.has_adapter(model) and notes:
+        (directory / _ADAPTER_SCORE).write_text(json.dumps(notes) + "\n")
+
+
+def mark_trained_here(model: PreTrainedModel) -> None:
+    """Notes in the config that training ended every answer at the end of the turn; `trained_here` reads it."""
+    model.config.score_at_end_of_turn = True
+
+
+def trained_here(model: PreTrainedModel) -> bool:
+    """Whether a stage of this package trained the reward model."""
+    return getattr(model.config, "score_at_end_of_turn", hasattr(model.config, "score_offset"))
 
 
 def set_score_offset(model: PreTrainedModel, offset: float) -> None:
@@ -157,10 +189,12 @@ def _scorer_on(language_model: PreTrainedModel) -> PreTrainedModel:
     """The classifier of this architecture on the trunk of `language_model` itself; its head is not initialised."""
     with as_before(language_model):
         config = copy.deepcopy(language_model.config)
+    scorer = _class_at(str(language_model.name_or_path), "model", scorer_class, config)
+    config = reads(scorer, config)
     config.num_labels = 1
-    with torch.device("meta"), _known_family(AutoModelForSequenceClassification, str(language_model.name_or_path)):
-        model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
-    setattr(model, model.base_model_prefix, language_model.base_model)
+    with torch.device("meta"):
+        model = made_of(scorer, config, torch.float32)
+    setattr(model, model.base_model_prefix, trunk_of(language_model))
     if hasattr(model, "score"):
         model.score.to_empty(device=language_model.device)
     model.name_or_path = language_model.name_or_path
@@ -179,16 +213,23 @@ def _prepare(
             cast(model, dtype)
     elif dtype == "mixed" and not shared:
         cast(model, dtype)
+    freeze(model)
     silence(model, trained=trainable)
     return model.train(trainable)
 
 
-def _is_classifier(config: PreTrainedConfig) -> bool:
-    return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
-
-
 def _kind(config: PreTrainedConfig) -> str:
     return " or ".join(config.architectures or ["a model of no known kind"])
+
+
+def _class_at(
+    path: str, argument: str, choose: Callable[[PreTrainedConfig], type[PreTrainedModel]], config: PreTrainedConfig
+) -> type[PreTrainedModel]:
+    """What `choose` says of the model at `path`. argument: the name that messages give `path`."""
+    try:
+        return choose(config)
+    except ValueError as error:
+        raise ValueError(f"{argument}: {error} at {path}") from error
 
 
 def _loaded_as(path: str | Path, dtype: Dtype, lora: LoRA | None) -> torch.dtype:
@@ -201,10 +242,18 @@ def _loaded_as(path: str | Path, dtype: Dtype, lora: LoRA | None) -> torch.dtype
     return torch.float32 if merged or dtype == "mixed" else DTYPES[dtype]
 
 
-def _load(kind: type, path: str, dtype: torch.dtype, **options: int) -> tuple[PreTrainedModel, list[str]]:
+def _load(
+    model_class: type[PreTrainedModel], path: str, config: PreTrainedConfig, dtype: torch.dtype
+) -> tuple[PreTrainedModel, list[str]]:
     """The model at `path`, and the names of the weights that the files lack and that are random now."""
-    with _quiet_loading(), _known_family(kind, path):
-        model, found = kind.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
+    part = reads(model_class, config)
+    options = {} if part is config else {"key_mapping": {r"^language_model\.": ""}}  # the text model of a larger one
+    with _quiet_loading(), _packages(config, path):
+        model, found = model_class.from_pretrained(path, config=part, dtype=dtype, output_loading_info=True, **options)
+    if options:
+        forget_renaming(model)
+    if model.config.sub_configs:
+        setattr(model, _FILES, beside(path, PROCESSOR_FILES))
     _return_objects(model.config)
     return model, sorted(found["missing_keys"])
 
@@ -226,17 +275,17 @@ def _return_objects(config: PreTrainedConfig) -> None:
 
 
 @contextmanager
-def _known_family(kind: type, path: str) -> Iterator[None]:
-    """Inside, transformers' list of every config there is becomes one line that names the family at `path`."""
+def _packages(config: PreTrainedConfig, path: str) -> Iterator[None]:
+    """Inside, transformers' hint on how to install a package that the family needs becomes one line."""
     try:
         yield
-    except ValueError as error:
-        if not str(error).startswith("Unrecognized configuration class"):
+    except ImportError as error:
+        package = re.search(r"requires the (\w+) library", str(error))
+        if package is None:
             raise
-        family = AutoConfig.from_pretrained(path).model_type
-        wanted = kind.__name__.removeprefix("AutoModelFor")
         raise ValueError(
-            f"model: expected a family with a class for {wanted} in transformers, got {family} at {path}"
+            f"model: expected a model that is made of installed packages, got {config.model_type} at {path}, which "
+            f"needs the package {package[1]}"
         ) from error
 
 

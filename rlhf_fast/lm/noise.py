@@ -105,7 +105,7 @@ def _configs(model: PreTrainedModel) -> dict[str, PreTrainedConfig]:
 
 
 def _draws(model: PreTrainedModel) -> bool:
-    """Whether a pass in train mode draws random numbers. Two passes of a sampled routing may agree."""
+    """Whether a pass in train mode draws random numbers. A sampled routing may choose the same experts twice."""
     before = _random_state(model)
     _trial(model, training=True)
     return not torch.equal(_random_state(model), before)

@@ -23,7 +23,7 @@ from rlhf_fast.lm import balance
 from rlhf_fast.lm.forward import call, one_pass
 from rlhf_fast.lm.limits import sides
 from rlhf_fast.lm.packing import real_hidden
-from rlhf_fast.lm.precision import exact
+from rlhf_fast.lm.precision import trial
 from rlhf_fast.lm.private import score_head
 from rlhf_fast.lm.sequences import Sequences, position_ids
 from rlhf_fast.lm.switches import agree, difference, trial_rows
@@ -120,7 +120,7 @@ def _trial_mode(model: PreTrainedModel) -> Iterator[None]:
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), exact(model):
+        with torch.no_grad(), trial(model):
             yield
     finally:
         model.train(training)

@@ -8,8 +8,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.modeling_layers import GenericForSequenceClassification as GenericForSequenceClassification
 
 try:
     from transformers.pytorch_utils import Conv1D
@@ -53,13 +59,29 @@ def keys_and_values(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
     return [(layer.keys, layer.values) for layer in layers]
 
 
-def lengthen(cache: DynamicCache, rows: int, slots: int) -> None:
-    """Makes room for so many slots of so many rows in every layer, in place; what the slots hold is not set."""
+def lengthen(cache: Cache, rows: int, slots: int) -> None:
+    """Makes room for so many slots of so many rows in every layer, in place; what the slots hold is not set.
+
+    A layer with a sliding window keeps no more than its window. A recurrent layer has no slots.
+    """
     layers: list[Any] = [*cache.layers]
     for layer in layers:
-        layer.keys, layer.values = (
-            x.new_empty(rows, x.shape[1], slots, x.shape[3]) for x in (layer.keys, layer.values)
-        )
+        if not isinstance(getattr(layer, "keys", None), Tensor):
+            continue
+        kept = slots
+        if getattr(layer, "is_sliding", False):
+            kept, layer.cumulative_length = min(slots, layer.sliding_window - 1), slots
+        layer.keys, layer.values = (x.new_empty(rows, x.shape[1], kept, x.shape[3]) for x in (layer.keys, layer.values))
+
+
+def cache_bytes(cache: Cache) -> int:
+    """The bytes of all keys, values and recurrent states."""
+    layers: list[Any] = [*cache.layers]
+    held: list[Any] = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
+    for name in ("conv_states", "recurrent_states"):
+        held += [state for layer in layers for state in getattr(layer, name, {}).values()]
+    held += getattr(cache, "linear_cache", None) or []
+    return sum(x.nbytes for x in held if isinstance(x, Tensor))
 
 
 def choose_rows(cache: Cache, rows: Tensor) -> None:
@@ -170,6 +192,24 @@ def original_of(module: Part) -> nn.Module:
 
 
 # Parts of a model by their names
+
+
+def made_of(model_class: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A model with random weights of this dtype, on the device of the context; `config` becomes the model's."""
+    return model_class._from_config(config, dtype=dtype)
+
+
+def rename_as(known: str, new: str) -> None:
+    """Makes transformers read and write the weights of the class of name `new` by the names in files of `known`."""
+    renaming = get_checkpoint_conversion_mapping(known)
+    if renaming is not None:
+        register_checkpoint_conversion_mapping(new, renaming, overwrite=True)
+
+
+def forget_renaming(model: PreTrainedModel) -> None:
+    """Makes `save_pretrained` write the names that the model itself has, not those of the files that it came from."""
+    if hasattr(model, "_weight_conversions"):
+        del model._weight_conversions
 
 
 def score_head(model: PreTrainedModel) -> Part:

@@ -21,13 +21,14 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from rlhf_fast.lm.objectives import kept_logits
 from rlhf_fast.lm.passes import response_hidden, sequence_scores, token_values
-from rlhf_fast.lm.private import keys_and_values, lengthen
+from rlhf_fast.lm.private import cache_bytes, lengthen
 from rlhf_fast.lm.sequences import Sequences
 from rlhf_fast.ops.private import FakeTensorMode
 from rlhf_fast.ops.truncation import kept_tokens, packed
 from rlhf_fast.plan.shapes import Shape, layer_count, layers_of, make_fake, period
 from rlhf_fast.rollout import blocks
-from rlhf_fast.rollout.engine import CacheDecoder, StaticDecoder
+from rlhf_fast.rollout.decoders import CacheDecoder, WholeDecoder, takes_cache
+from rlhf_fast.rollout.engine import StaticDecoder
 from rlhf_fast.training.learner import autocast
 from rlhf_fast.training.tensor_bytes import TensorBytes
 
@@ -216,7 +217,7 @@ def _outputs(
         return [token_values(model, sequences)]
     if loss == "scores":
         return [sequence_scores(model, sequences)]
-    if not fused:
+    if not fused or model.base_model is model:  # as `output_head` decides
         return [_LogitsLoss.apply(kept_logits(model, sequences, kept))]
     hidden, layer = response_hidden(model, sequences), model.get_output_embeddings()
     assert isinstance(layer, torch.nn.Linear)  # a fused loss needs an output embedding
@@ -272,7 +273,10 @@ def rollout(shape: Shape, lengths: Lengths, rows_per_prompt: int, top_k: int, to
         ):
             ids, mask, _, _ = lengths.sequences(prompts)
             parts = blocks.read(model, torch.bfloat16 if shape.autocast else None)
-            steps = CacheDecoder(model) if parts is None else StaticDecoder(model, parts, lengths.response)
+            if parts is not None:
+                steps = StaticDecoder(model, parts, lengths.response)
+            else:
+                steps = CacheDecoder(model) if takes_cache(model) else WholeDecoder(model)
             steps.prefill(ids, mask, rows_per_prompt)
             prefill = counter.take_peak()
             kv_cache = _full_cache(steps, sum(lengths))
@@ -296,11 +300,17 @@ def _truncate(logits: Tensor, top_k: int, top_p: float) -> None:
     packed(kept)
 
 
-def _full_cache(steps: StaticDecoder | CacheDecoder, length: int) -> int:
-    """Bytes of the cache once it holds `length` tokens a row; one that grows is made to hold all but the last."""
+def _full_cache(steps: StaticDecoder | CacheDecoder | WholeDecoder, length: int) -> int:
+    """Bytes of the cache once it holds `length` tokens a row; a cache that grows is left with all but the last."""
     if isinstance(steps, StaticDecoder):
         return steps.cache.nbytes
-    rows = len(steps.mask)
-    lengthen(steps.cache, rows, length - 1)
+    if isinstance(steps, WholeDecoder):
+        steps.ids = steps.ids.new_zeros(len(steps.ids), length - 1)
+        return 0
+    cache, rows = steps.cache, len(steps.mask)
+    assert cache is not None  # `prefill` has run
+    lengthen(cache, rows, length)
+    held = cache_bytes(cache)
+    lengthen(cache, rows, length - 1)
     steps.mask = steps.mask.new_ones(rows, length - 1)
-    return sum(x.nbytes * length // (length - 1) for both in keys_and_values(steps.cache) for x in both)
+    return held

@@ -7,12 +7,15 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
 from rlhf_fast.lm.adapters import LoRA, base_path, put_on
 from rlhf_fast.lm.dtypes import mix
+from rlhf_fast.lm.families import language_class, reads, scorer_class
+from rlhf_fast.lm.parked import freeze, park
 from rlhf_fast.lm.paths import existing
+from rlhf_fast.lm.private import made_of
 from rlhf_fast.training.learner import checkpoint_activations
 
 Head = Literal["policy", "score"]
@@ -58,12 +61,13 @@ class Shape(NamedTuple):
     def instantiate(self, config: PreTrainedConfig) -> PreTrainedModel:
         """A model of `config` with random weights, on the device of the context."""
         dtype = torch.float32 if self.mixed else self.dtype  # `build` makes a mixed model of fp32 weights
-        if self.head == "policy":
-            return AutoModelForCausalLM.from_config(config, dtype=dtype)
-        config = copy.deepcopy(config)
-        config.num_labels = 1
-        model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
-        if not hasattr(model, "score"):
+        scores = self.head == "score"
+        model_class = (scorer_class if scores else language_class)(config)
+        config = copy.deepcopy(reads(model_class, config))
+        if scores:
+            config.num_labels = 1
+        model = made_of(model_class, config, dtype)
+        if scores and not hasattr(model, "score"):
             raise ValueError(f"model: expected an architecture with a `score` head (decoder type), got {type(model)}")
         return model
 
@@ -71,7 +75,9 @@ class Shape(NamedTuple):
         """The model, or one of its first `layers` layers, on the meta device."""
         with torch.device("meta"):
             model = self.instantiate(self.config if layers is None else _shortened(self.config, layers))
+            park(model, keep=False)  # the stages keep such parts in CPU memory, whatever the device
         model.requires_grad_(self.trained and not self.lora_rank)
+        freeze(model)
         if self.lora_rank:
             with torch.device("meta"):
                 put_on(model, "base", LoRA(self.lora_rank, 1.0, 0), trainable=True)
@@ -103,8 +109,9 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
 def _shortened(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     config = copy.deepcopy(config)
     text = config.get_text_config()
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:layers]
+    for name, value in vars(text).items():  # what each layer is, by names such as layer_types and mlp_layer_types
+        if isinstance(value, list) and len(value) == text.num_hidden_layers and "token" not in name:
+            setattr(text, name, value[:layers])
     text.num_hidden_layers = layers
     return config
 

@@ -1,8 +1,8 @@
 """Decoders that run transformers' forward: with its cache, over whole rows, and apart for prompts of each length.
 
 `CacheDecoder` takes any model whose forward hands out a cache of transformers, recurrent states included.
-`WholeDecoder` needs no cache and runs whole rows at every step. `ByLength` runs another decoder for each group of prompts that may share a
-pass. `engine` picks the first decoder that gives the model's own logits.
+`WholeDecoder` needs no cache and runs whole rows at every step. `ByLength` runs another decoder for each group of
+prompts that may share a pass. `engine` picks the first decoder that gives the model's own logits.
 
 Shapes: B prompts of P tokens, R rows, n rows still decoding, V vocabulary.
 """
@@ -18,6 +18,7 @@ from transformers import Cache, PreTrainedModel
 from rlhf_fast.lm.passes import forward_inputs, forward_parameters
 from rlhf_fast.lm.private import choose_rows
 from rlhf_fast.lm.sequences import position_ids
+from rlhf_fast.ops.private import is_fake
 
 
 class Decoder(Protocol):
@@ -83,7 +84,7 @@ class WholeDecoder:
 
     def prefill(self, ids: Tensor, mask: Tensor, copies: int) -> Tensor:
         """As in `Decoder`, for prompts of one length, which need no mask."""
-        if not mask.all():
+        if not is_fake(mask) and not mask.all():
             raise ValueError("mask: expected prompts of one length, got padding")
         self.ids = ids.repeat_interleave(copies, dim=0)
         return self._logits(ids).repeat_interleave(copies, dim=0)
@@ -145,6 +146,11 @@ class ByLength:
         return torch.cat(logits).index_select(0, rows.argsort())
 
 
+def takes_cache(model: PreTrainedModel) -> bool:
+    """Whether the model's forward takes a cache by a name that this package knows."""
+    return not forward_parameters(model).isdisjoint(("past_key_values", "cache_params"))
+
+
 def last_logits(
     model: PreTrainedModel,
     ids: Tensor,
@@ -158,13 +164,12 @@ def last_logits(
 
     cache: None where the model is to make the cache. cached: False runs without any.
     """
-    takes, name, options = forward_parameters(model), "past_key_values", {}
+    takes, options = forward_parameters(model), {}
+    name = "cache_params" if "cache_params" in takes else "past_key_values"
     if "logits_to_keep" in takes:
         options["logits_to_keep"] = 1
-    if cached and name not in takes:
-        name = "cache_params"
-        if name not in takes:
-            raise TypeError(f"{type(model).__name__}.forward takes no cache")
+    if cached and not takes_cache(model):
+        raise TypeError(f"{type(model).__name__}.forward takes no cache")
     if cache is not None:
         options[name] = cache
     inputs: dict[str, Any] = forward_inputs(model, ids, ids if mask is None else mask, positions) | options

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from rlhf_fast.lm.decoders import check_decoder
+from rlhf_fast.lm.causal import check_decoder
 from rlhf_fast.lm.dtypes import as_it_runs
 from rlhf_fast.lm.fast_paths import not_taken
 from rlhf_fast.lm.passes import forward_inputs

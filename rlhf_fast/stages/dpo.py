@@ -8,19 +8,16 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from rlhf_fast.config import DPOConfig
 from rlhf_fast.data.chat import with_template
 from rlhf_fast.data.encoding import (
-    Encoded,
     PreferenceExample,
-    encode_preferences,
-    load_rows,
     pad_id,
     pad_left,
     pad_right,
 )
+from rlhf_fast.data.stage_rows import encode_stage
 from rlhf_fast.lm.limits import check_rows
 from rlhf_fast.lm.loading import default_device
 from rlhf_fast.lm.objectives import Objectives
@@ -45,8 +42,8 @@ def train(config: DPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
     tokenizer = with_template(load_tokenizer(config.model), config.chat_template)
     if config.reference is not None:
         check_tokenizer(config.reference, tokenizer, "reference")
-    data = _encode(config.train_data, tokenizer, config)
-    held_out = _encode(config.eval_pairs, tokenizer, config).examples if config.eval_pairs else []
+    data = encode_stage("dpo", config.train_data, tokenizer, config)
+    held_out = encode_stage("dpo", config.eval_pairs, tokenizer, config).examples if config.eval_pairs else []
     batches = offline_batches(len(data.examples), config.batch_size, config.epochs, config.seed)
     examples, pad, size = [*data.examples, *held_out], pad_id(tokenizer), config.micro_batch_size or config.batch_size
     policy, reference = load_policy_and_reference(config, device)
@@ -92,7 +89,7 @@ def train(config: DPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
     def look(run: Run) -> dict[str, float]:
         tally, first = Tally(), len(data.examples)
         with autocast(device, config.bf16):
-            for rows in passes("held-out pairs", micro_batches(len(held_out), size)):
+            for rows in passes("held out", micro_batches(len(held_out), size)):
                 loss(list(range(first + rows.start, first + rows.stop)), len(held_out), tally)
         sums = tally.read()
         metrics = {"eval/loss": sums["loss"], "eval/accuracy": sums["rewards/accuracies"]}
@@ -114,7 +111,7 @@ def train(config: DPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
     with stage.training(data) as run:
 
         def compute() -> dict[str, Tensor]:
-            cut = passes("DPO reference, pairs", micro_batches(len(examples), size), always=True)
+            cut = passes("reference", micro_batches(len(examples), size), always=True)
             parts = (pair_sequences(examples[rows], pad, device) for rows in cut)
             logps = summed_logprobs(Objectives(reference, fused=config.fused_head), parts, config.bf16)
             chosen, rejected = torch.cat([part.view(2, -1) for part in logps], dim=1)
@@ -129,11 +126,6 @@ def train(config: DPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
         if evaluator is None:
             del reference
         stage.steps(loss)
-
-
-def _encode(path: str, tokenizer: PreTrainedTokenizerBase, config: DPOConfig) -> Encoded:
-    rows = load_rows(path, "preference", config.columns)
-    return encode_preferences(rows, tokenizer, config.max_length, config.max_prompt_length, config.chat_template_kwargs)
 
 
 def pair_sequences(batch: list[PreferenceExample], pad: int, device: torch.device) -> Sequences:

@@ -12,12 +12,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from rlhf_fast.config import KTOConfig
 from rlhf_fast.data.chat import with_template
-from rlhf_fast.data.encoding import Encoded, UnpairedExample, encode_unpaired, pad_id, pad_left, pad_right
-from rlhf_fast.data.rows import load_unpaired
+from rlhf_fast.data.encoding import UnpairedExample, pad_id, pad_left, pad_right
+from rlhf_fast.data.stage_rows import encode_stage
 from rlhf_fast.lm.limits import check_rows
 from rlhf_fast.lm.loading import default_device
 from rlhf_fast.lm.objectives import Objectives
@@ -50,8 +49,8 @@ def train(config: KTOConfig, *, listeners: Sequence[Listener] = ()) -> None:
     tokenizer = with_template(load_tokenizer(config.model), config.chat_template)
     if config.reference is not None:
         check_tokenizer(config.reference, tokenizer, "reference")
-    data = _encode(config.train_data, tokenizer, config)
-    held_out = _encode(config.eval_rows, tokenizer, config).examples if config.eval_rows else []
+    data = encode_stage("kto", config.train_data, tokenizer, config)
+    held_out = encode_stage("kto", config.eval_rows, tokenizer, config).examples if config.eval_rows else []
     batches = offline_batches(len(data.examples), config.batch_size, config.epochs, config.seed)
     examples, pad, size = [*data.examples, *held_out], pad_id(tokenizer), config.micro_batch_size or config.batch_size
     policy, reference = load_policy_and_reference(config, device)
@@ -110,7 +109,7 @@ def train(config: KTOConfig, *, listeners: Sequence[Listener] = ()) -> None:
         tally, rows = Tally(), list(range(len(data.examples), len(examples)))
         with autocast(device, config.bf16):
             whole = look_at(rows)
-            for part in passes("held-out rows", micro_batches(len(rows), size)):
+            for part in passes("held out", micro_batches(len(rows), size)):
                 loss(rows[part], whole, tally)
         metrics = {"eval/loss": tally.read()["loss"]}
         run.note(**metrics)
@@ -133,10 +132,10 @@ def train(config: KTOConfig, *, listeners: Sequence[Listener] = ()) -> None:
 
         def compute() -> dict[str, Tensor]:
             frozen, everything = Objectives(reference, fused=config.fused_head), list(range(len(examples)))
-            own = {"own": logps(frozen, everything, False, "KTO reference, rows")}
+            own = {"own": logps(frozen, everything, False, "reference")}
             if not with_kl:
                 return own
-            return own | {"unrelated": logps(frozen, everything, True, "KTO reference, unrelated rows")}
+            return own | {"unrelated": logps(frozen, everything, True, "reference, unrelated rows")}
 
         with run.meter.phase("reference"):
             ids = [(e.prompt_ids, e.completion_ids, *(e.unrelated if with_kl else ())) for e in examples]
@@ -154,8 +153,3 @@ def sequences(examples: list[UnpairedExample], pad: int, device: torch.device, *
     rows = [e.unrelated if unrelated else (e.prompt_ids, e.completion_ids) for e in examples]
     prompts, completions = (list(column) for column in zip(*rows, strict=True))
     return Sequences(*pad_left(prompts, pad), *pad_right(completions, pad)).to(device)
-
-
-def _encode(path: str, tokenizer: PreTrainedTokenizerBase, config: KTOConfig) -> Encoded:
-    rows = load_unpaired(path, config.columns)
-    return encode_unpaired(rows, tokenizer, config.max_length, config.max_prompt_length, config.chat_template_kwargs)

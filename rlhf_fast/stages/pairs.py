@@ -46,7 +46,7 @@ def sample(config: PairsConfig) -> None:
     sampler = LocalSampler(policy, tokenizer, max_new_tokens=config.max_response_length, temperature=config.temperature)
     labels = torch.Generator().manual_seed(config.seed)
     pairs = []
-    for rows in passes("pairs, prompts", micro_batches(len(prompts), config.batch_size)):
+    for rows in passes("pairs", micro_batches(len(prompts), config.batch_size)):
         batch = prompts[rows]
         rollout = sampler([p.prompt_ids for p in batch], seed=config.seed, samples=2).sampled
         scores = reward(rollout, prompt_columns([p for p in batch for _ in range(2)])).view(-1, 2).cpu()

@@ -15,21 +15,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_fast.config import RewardConfig
 from rlhf_fast.data.chat import with_template
 from rlhf_fast.data.encoding import (
-    Encoded,
     PreferenceExample,
     RankingExample,
-    encode_preferences,
-    encode_rankings,
-    load_rows,
     pad_id,
     pad_left,
     pad_right,
 )
-from rlhf_fast.data.rows import read_rows
+from rlhf_fast.data.stage_rows import encode_stage
 from rlhf_fast.lm.adapters import lora_of
 from rlhf_fast.lm.balance import leave_out
 from rlhf_fast.lm.limits import check_rows
-from rlhf_fast.lm.loading import default_device, load_policy, load_scorer, set_score_offset
+from rlhf_fast.lm.loading import default_device, load_policy, load_scorer, mark_trained_here, set_score_offset
 from rlhf_fast.lm.scores import Scores
 from rlhf_fast.lm.sequences import Sequences
 from rlhf_fast.lm.tokenizers import load_tokenizer
@@ -53,13 +49,14 @@ def train(config: RewardConfig, *, listeners: Sequence[Listener] = ()) -> None:
     device = default_device()
     tokenizer = with_template(load_tokenizer(config.model), config.chat_template)
     pad = pad_id(tokenizer)
-    data = _encode(config.train_data, tokenizer, config)
+    data = encode_stage("reward", config.train_data, tokenizer, config)
     examples: list[Example] = data.examples
-    held_out = _encode(config.eval_data, tokenizer, config).examples if config.eval_data else []
+    held_out = encode_stage("reward", config.eval_data, tokenizer, config).examples if config.eval_data else []
     batches = offline_batches(len(examples), config.batch_size, config.epochs, config.seed)
     torch.manual_seed(config.seed)  # for the new head
     start = resume_directory(config) or config.model
     model = load_scorer(start, dtype=config.dtype, lora=lora_of(config)).to(device)  # pyright: ignore[reportArgumentType]
+    mark_trained_here(model)
     leave_out(model, "the reward stage")
     check_rows(model, tokenizer, [row for e in (*examples, *held_out) for row in _answers(e)], "max_length")
     prompts = [e.prompt_ids for e in examples[: config.normalize_samples]]
@@ -136,7 +133,7 @@ def evaluate(model: PreTrainedModel, examples: list[Example], pad: int, config: 
     """Held-out loss and pair accuracy, as means over pairs, and the accuracy's standard error."""
     pairs, tally = sum(map(_pairs, examples)), Tally()
     with autocast(model.device, config.bf16):
-        for rows in passes("held-out rows", micro_batches(len(examples), config.micro_batch_size or config.batch_size)):
+        for rows in passes("held out", micro_batches(len(examples), config.micro_batch_size or config.batch_size)):
             out = preference_loss(model, examples[rows], pad, config.center_coef)
             weight = sum(map(_pairs, examples[rows])) / pairs
             tally.add("eval/loss", weight * out.loss.double())
@@ -157,21 +154,11 @@ def normalize(
     sampler = LocalSampler(policy, tokenizer, max_new_tokens=config.max_response_length)
     scorer, scores = Scores(model), []
     with autocast(model.device, config.bf16):
-        for rows in passes("samples for the offset", micro_batches(len(prompts), 4 * config.batch_size)):
+        for rows in passes("offset", micro_batches(len(prompts), 4 * config.batch_size)):
             scores.append(scorer.of(sampler(prompts[rows], seed=config.seed).sampled.sequences))
     mean, se = mean_and_se(torch.cat(scores).cpu())
     set_score_offset(model, getattr(model.config, "score_offset", 0.0) + mean)
     return mean, se
-
-
-def _encode(path: str, tokenizer: PreTrainedTokenizerBase, config: RewardConfig) -> Encoded:
-    _, first = next(iter(read_rows(path)), ("", {}))
-    ranks, completions, chosen = (config.columns.get(name, name) for name in ("ranks", "completions", "chosen"))
-    ranked = isinstance(first, dict) and (ranks in first or (completions in first and chosen not in first))
-    kind = "ranking" if ranked else "preference"
-    encode = encode_rankings if kind == "ranking" else encode_preferences
-    rows = load_rows(path, kind, config.columns)
-    return encode(rows, tokenizer, config.max_length, config.max_prompt_length, config.chat_template_kwargs)
 
 
 def _answers(example: Example) -> list[list[int]]:

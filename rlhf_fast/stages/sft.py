@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from rlhf_fast.config import SFTConfig
 from rlhf_fast.data.chat import with_template
-from rlhf_fast.data.encoding import Encoded, SFTExample, encode_sft, load_rows, pad_id, pad_right
+from rlhf_fast.data.encoding import SFTExample, pad_id, pad_right
+from rlhf_fast.data.stage_rows import encode_stage
 from rlhf_fast.lm.adapters import lora_of
 from rlhf_fast.lm.limits import check_rows
 from rlhf_fast.lm.loading import default_device, load_policy
@@ -32,8 +32,8 @@ def train(config: SFTConfig, *, listeners: Sequence[Listener] = ()) -> None:
     device = default_device()
     tokenizer = with_template(load_tokenizer(config.model), config.chat_template)
     pad = pad_id(tokenizer)
-    data = _encode(config.train_data, tokenizer, config)
-    held_out = _encode(config.eval_data, tokenizer, config).examples if config.eval_data else []
+    data = encode_stage("sft", config.train_data, tokenizer, config)
+    held_out = encode_stage("sft", config.eval_data, tokenizer, config).examples if config.eval_data else []
     batches = offline_batches(len(data.examples), config.batch_size, config.epochs, config.seed)
     start = resume_directory(config) or config.model
     policy = load_policy(start, dtype=config.dtype, lora=lora_of(config)).to(device)  # pyright: ignore[reportArgumentType]
@@ -63,11 +63,6 @@ def train(config: SFTConfig, *, listeners: Sequence[Listener] = ()) -> None:
         stage.steps(loss)
 
 
-def _encode(path: str, tokenizer: PreTrainedTokenizerBase, config: SFTConfig) -> Encoded:
-    rows = load_rows(path, "sft", config.columns)
-    return encode_sft(rows, tokenizer, config.max_length, config.max_prompt_length, config.chat_template_kwargs)
-
-
 def trained_tokens(example: SFTExample) -> int:
     """The number of a row's tokens that the loss counts. The first token does not count, as nothing predicts it."""
     return sum(example.mask[1:])
@@ -88,6 +83,6 @@ def held_out_loss(objectives: Objectives, examples: list[SFTExample], pad: int, 
     size = config.micro_batch_size or config.batch_size
     total: Tensor | float = 0.0
     with autocast(device, config.bf16):
-        for rows in passes("held-out rows", micro_batches(len(examples), size)):
+        for rows in passes("held out", micro_batches(len(examples), size)):
             total = total - objectives.logprobs(*completions(examples[rows], pad, device)).logprobs.double().sum()
     return float(total) / sum(map(trained_tokens, examples))

@@ -31,7 +31,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from rlhf_fast.data.files import write_json
-from rlhf_fast.lm.loading import save_model
+from rlhf_fast.lm.loading import PROCESSOR_FILES, save_model
 from rlhf_fast.lm.private import has_adapter
 
 _MANIFEST = "checkpoint.json"
@@ -49,6 +49,7 @@ MODEL_FILES = frozenset(  # the files that `save` writes for most models and tok
         "special_tokens_map.json",
         "tokenizer.json",
         "tokenizer_config.json",
+        *PROCESSOR_FILES,
     }
 )
 

@@ -27,6 +27,7 @@ from rlhf_fast.training.batches import micro_batches
 from rlhf_fast.training.learner import autocast
 from rlhf_fast.training.metrics import mean_and_se
 from rlhf_fast.training.progress import passes
+from rlhf_fast.training.reading import Conversation
 from rlhf_fast.training.rewards import Reward, decode_responses
 
 EVAL_ROWS = 64  # prompts that an evaluation samples at once
@@ -86,7 +87,7 @@ class Evaluator:
         sampler = LocalSampler(policy, self.tokenizer, **self.sampling)
         objectives = self.objectives(policy)
         rewards, kls, lengths, entropies, completions = [], [], [], [], []
-        for rows in passes("evaluation, prompts", micro_batches(len(self.prompts), self.batch_size)):
+        for rows in passes("evaluation", micro_batches(len(self.prompts), self.batch_size)):
             prompts = self.prompts[rows]
             with autocast(policy.device, self.bf16):
                 ids = [p.prompt_ids for p in prompts]
@@ -188,7 +189,7 @@ def completion_rewards(prompts: list[PromptExample], reward: Reward) -> Tensor |
         return None
     pairs = [p.own for p in prompts if p.own is not None]
     known, found = len(pairs) == len(prompts), []
-    for rows in passes("rewards of the rows' completions", micro_batches(len(prompts), EVAL_ROWS)):
+    for rows in passes("completions", micro_batches(len(prompts), EVAL_ROWS)):
         own = pairs[rows] if known else None
         found.append(reward.of_texts(completions[rows], prompt_columns(prompts[rows]), pairs=own).cpu())
     return torch.cat(found)
@@ -219,13 +220,15 @@ def scored_prompts(
     """`encode_prompts` of rows whose completions a reward will score.
 
     A prompt that is a conversation stands in the column `messages` too, because `prompt` is its text. A row's own
-    column of this name stays.
+    column of this name stays. Reward models find the messages with the text, which is a `Conversation`.
     """
     data = encode_prompts(rows, tokenizer, max_prompt_length, chat_template_kwargs or {})
     examples = []
     for row, example in zip(rows, data.examples, strict=True):
-        chat = {} if isinstance(row["prompt"], str) else {"messages": row["prompt"]}
-        examples.append(example._replace(columns={**chat, **example.columns}))
+        if not isinstance(row["prompt"], str):
+            prompt = Conversation(example.prompt, row["prompt"], row)
+            example = example._replace(prompt=prompt, columns={"messages": row["prompt"], **example.columns})
+        examples.append(example)
     return data._replace(examples=examples)
 
 

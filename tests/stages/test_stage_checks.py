@@ -14,6 +14,7 @@ from rlhf_fast.data.encoding import (
     encode_unpaired,
 )
 from rlhf_fast.data.rows import load_rows, load_unpaired
+from rlhf_fast.data.stage_rows import encode_stage
 from rlhf_fast.lm.loading import load_scorer
 from rlhf_fast.lm.passes import sequence_scores
 from rlhf_fast.lm.tokenizers import load_tokenizer
@@ -86,11 +87,11 @@ def test_ranks_make_a_ranking(ranked, files, tiny_model, tmp_path):
     extra = {"completions": ["good .", "bad ."]} | ({"ranks": [0, 1]} if ranked else {})
     rows = [{"prompt": "the film was", "chosen": "good .", "rejected": "bad .", **extra}] * 16
     config = stage_config(RewardConfig, files, tiny_model, tmp_path, train_data=write_rows(tmp_path / "a.jsonl", rows))
-    examples = reward._encode(config.train_data, load_tokenizer(tiny_model), config).examples
+    examples = encode_stage("reward", config.train_data, load_tokenizer(tiny_model), config).examples
     assert {type(example) for example in examples} == {RankingExample if ranked else PreferenceExample}
     bare = write_rows(tmp_path / "b.jsonl", [{"prompt": "the film was", "completions": ["good .", "bad ."]}])
     with pytest.raises(ValueError, match="line 1: missing ranks; a row of kind ranking"):
-        reward._encode(bare, load_tokenizer(tiny_model), config)
+        encode_stage("reward", bare, load_tokenizer(tiny_model), config)
 
 
 @pytest.mark.parametrize("evaluated", [False, True])

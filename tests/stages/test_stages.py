@@ -19,6 +19,7 @@ from rlhf_fast.config import (
     SFTConfig,
 )
 from rlhf_fast.data.encoding import encode_preferences, encode_prompts, encode_sft, load_rows, pad_id
+from rlhf_fast.data.stage_rows import encode_stage
 from rlhf_fast.lm.loading import load_policy
 from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.lm.passes import response_logits
@@ -108,7 +109,7 @@ def test_reward_model_learns_and_is_centred_on_samples_of_its_start(files, tiny_
     from rlhf_fast.lm.loading import load_scorer
 
     model, tokenizer = load_scorer(tmp_path), load_tokenizer(str(tmp_path))
-    examples = reward._encode(files["pairs"], tokenizer, config)[0]
+    examples = encode_stage("reward", files["pairs"], tokenizer, config)[0]
     again, _ = reward.normalize(model, examples, tokenizer, config)
     assert abs(run["score_offset"]) > 1e-3
     assert again == pytest.approx(0, abs=1e-5)  # normalising a second time has nothing left to shift

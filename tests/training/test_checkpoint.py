@@ -74,7 +74,7 @@ def test_round_trip(tmp_path, capfd):
         assert torch.equal(restored.state[parameter]["exp_avg"], optimizer.state[parameter]["exp_avg"])
 
 
-class BrokenModel:
+class BrokenModel(torch.nn.Module):
     def save_pretrained(self, path):
         os.makedirs(path)
         with open(os.path.join(path, "config.json"), "w") as file:

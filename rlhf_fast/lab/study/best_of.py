@@ -9,16 +9,20 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlhf_fast.config.fields import arg, required
-from rlhf_fast.data.encoding import encode_prompts, load_rows
+from rlhf_fast.config.stages import CHAT_TEMPLATE_HELP, CHAT_TEMPLATE_KWARGS_HELP, COLUMNS_HELP
+from rlhf_fast.data.chat import with_template
+from rlhf_fast.data.encoding import load_rows
 from rlhf_fast.data.files import write_json
 from rlhf_fast.lab.study.sampling import sample_scores
 from rlhf_fast.lm.loading import default_device, load_policy
 from rlhf_fast.lm.tokenizers import load_tokenizer
+from rlhf_fast.training.evaluation import scored_prompts
 from rlhf_fast.training.rewards import Reward
 
 
@@ -31,6 +35,9 @@ class BestOfConfig:
     reward: str = required("Reward that chooses.")
     eval_data: str = required("Held-out prompts.")
     eval_reward: str = required("Reward that judges.")
+    columns: dict[str, str] = arg({}, COLUMNS_HELP)
+    chat_template: str | None = arg(None, CHAT_TEMPLATE_HELP)
+    chat_template_kwargs: dict[str, Any] = arg({}, CHAT_TEMPLATE_KWARGS_HELP)
     samples: int = arg(64, "Completions per prompt.")
     max_prompt_length: int = arg(256, "Longest prompt in tokens.")
     max_response_length: int = arg(64, "Longest completion in tokens.")
@@ -39,10 +46,12 @@ class BestOfConfig:
 
 def sample(config: BestOfConfig) -> None:
     """Writes run.json: config, and `scores` and `rewards` [prompts][samples]."""
-    device, tokenizer = default_device(), load_tokenizer(config.model)
+    device, tokenizer = default_device(), with_template(load_tokenizer(config.model), config.chat_template)
     model = load_policy(config.model, trainable=False).to(device)  # pyright: ignore[reportArgumentType]
-    prompts = encode_prompts(load_rows(config.eval_data, "prompt"), tokenizer, config.max_prompt_length).examples
-    rewards = [Reward(spec, tokenizer, device) for spec in (config.reward, config.eval_reward)]
+    rows, length = load_rows(config.eval_data, "prompt", config.columns), config.max_prompt_length
+    prompts = scored_prompts(rows, tokenizer, length, config.chat_template_kwargs).examples
+    specs = (config.reward, config.eval_reward)
+    rewards = [Reward(spec, tokenizer, device, max_prompt_length=length) for spec in specs]
     scores, judged = sample_scores(
         model,
         tokenizer,

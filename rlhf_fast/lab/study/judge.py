@@ -15,15 +15,17 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.config.fields import arg, required
-from rlhf_fast.data.encoding import encode_prompts, load_rows
+from rlhf_fast.config.stages import CHAT_TEMPLATE_HELP, CHAT_TEMPLATE_KWARGS_HELP, COLUMNS_HELP
+from rlhf_fast.data.chat import with_template
+from rlhf_fast.data.encoding import load_rows
 from rlhf_fast.data.files import write_json
 from rlhf_fast.lab.study.config import TrainedStudyConfig
-from rlhf_fast.lab.study.methods import Cell
+from rlhf_fast.lab.study.methods import ROW_OPTIONS, Cell
 from rlhf_fast.lab.study.runs import Job, run_jobs
 from rlhf_fast.lab.study.sampling import sample_scores
 from rlhf_fast.lm.loading import default_device, load_policy
 from rlhf_fast.lm.tokenizers import load_tokenizer
-from rlhf_fast.training.evaluation import completion_rewards
+from rlhf_fast.training.evaluation import compared_prompts, completion_rewards
 from rlhf_fast.training.rewards import Reward
 
 BEST_OF = 16
@@ -37,6 +39,9 @@ class JudgeConfig:
     model: str = required("Policy.")
     eval_data: str = required("Prompts, with a completion column to compare with.")
     eval_reward: str = required("Reward that judges.")
+    columns: dict[str, str] = arg({}, COLUMNS_HELP)
+    chat_template: str | None = arg(None, CHAT_TEMPLATE_HELP)
+    chat_template_kwargs: dict[str, Any] = arg({}, CHAT_TEMPLATE_KWARGS_HELP)
     temperature: float = arg(1.0, "Sampling temperature; 0 takes the likeliest tokens.")
     best_of: int = arg(1, "Completions per prompt, of which the reward model's best is judged.")
     reward: str | None = arg(None, "Reward model that chooses, where best_of is above 1.")
@@ -60,14 +65,22 @@ class Judged(NamedTuple):
 
 
 def judge_all(
-    config: TrainedStudyConfig, cells: Sequence[Cell], data: str, temperatures: Sequence[float]
+    config: TrainedStudyConfig,
+    cells: Sequence[Cell],
+    data: str,
+    temperatures: Sequence[float],
+    columns: dict[str, str] | None = None,
 ) -> dict[float, Judged]:
-    """Every policy of `cells`, the SFT models and the rows' own completions on the prompts of `data`."""
+    """Every policy of `cells`, the SFT models and the rows' own completions on the prompts of `data`.
+
+    columns: our names -> the names in `data`; default: those of the cells.
+    """
     files = {
         (method, seed, temperature): (directory / f"judged-{Path(data).name.split('.')[0]}-{temperature:g}.json", one)
         for method, seed, directory, base in _policies(cells)
         for temperature in temperatures
-        for one in [dataclasses.replace(base, eval_data=data, temperature=float(temperature))]
+        for own in [base.columns if columns is None else columns]
+        for one in [dataclasses.replace(base, eval_data=data, temperature=float(temperature), columns=own)]
     }
     missing: dict[tuple[str, int], list[tuple[Path, JudgeConfig]]] = {}
     for (method, seed, _), file in files.items():
@@ -94,7 +107,7 @@ def _policies(cells: Sequence[Cell]) -> list[tuple[str, int, Path, JudgeConfig]]
     """(method, seed, its directory, how it samples) of every policy; data and temperature are filled in later."""
     policies = []
     for cell in cells:
-        names = ("max_prompt_length", "max_response_length", "seed", "eval_data")
+        names = ("max_prompt_length", "max_response_length", "seed", "eval_data", *ROW_OPTIONS)
         shared: dict[str, Any] = {name: getattr(cell.config, name) for name in names}
         shared["eval_reward"] = cell.config.eval_reward
         if not any(method == SFT and seed == cell.seed for method, seed, *_ in policies):
@@ -115,11 +128,12 @@ def _is_there(path: Path, config: JudgeConfig) -> bool:
 def _judge(parts: Sequence[tuple[Path, JudgeConfig]]) -> None:
     """Of one policy and one set of prompts, at several temperatures."""
     first = parts[0][1]
-    device, tokenizer = default_device(), load_tokenizer(first.model)
+    device, tokenizer = default_device(), with_template(load_tokenizer(first.model), first.chat_template)
     model = load_policy(first.model, trainable=False).to(device)  # pyright: ignore[reportArgumentType]
-    prompts = encode_prompts(load_rows(first.eval_data, "prompt"), tokenizer, first.max_prompt_length).examples
-    judge = Reward(first.eval_reward, tokenizer, device)
-    rewards = [judge] if first.reward is None else [judge, Reward(first.reward, tokenizer, device)]
+    rows = load_rows(first.eval_data, "prompt", first.columns)
+    prompts = compared_prompts(rows, tokenizer, first.max_prompt_length, first.chat_template_kwargs)
+    specs = [first.eval_reward] if first.reward is None else [first.eval_reward, first.reward]
+    judge, *_ = rewards = [Reward(one, tokenizer, device, max_prompt_length=first.max_prompt_length) for one in specs]
     completions = completion_rewards(prompts, judge)
     if completions is None:
         raise ValueError(f"{first.eval_data}: expected a completion column in every row, to compare with")

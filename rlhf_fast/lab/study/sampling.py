@@ -32,7 +32,7 @@ def sample_scores(
         raise ValueError(f"samples: expected 1 at temperature 0, got {samples}")
     sampler = LocalSampler(model, tokenizer, max_new_tokens=max_new_tokens, temperature=temperature or 1.0)
     scores: list[list[Tensor]] = [[] for _ in rewards]
-    for rows in passes("samples, prompts", micro_batches(len(prompts), max(1, _ROWS // samples))):
+    for rows in passes("samples", micro_batches(len(prompts), max(1, _ROWS // samples))):
         part = prompts[rows]
         sampled, likeliest = sampler(
             [p.prompt_ids for p in part], seed=seed, samples=0 if greedy else samples, greedy=greedy

@@ -33,16 +33,23 @@ def run(config: ShiftConfig) -> dict[str, Any]:
     """Trains what is not there yet, prints the table, writes shift.json and shift.png to `config.out`."""
     cells = train(config, MAIN)
     data = Path(config.out) / "shift"
-    held_out, training = _split(config)
+    held_out, training = _split(config, cells[0].config.columns)
     data.mkdir(exist_ok=True)
     write_rows(data / "shifted.jsonl", held_out)
     online = [cell for cell in cells if cell.method in BOTH_DOMAINS]
     if online:
-        write_rows(data / "prompts.jsonl", [*load_rows(online[0].config.train_data, "prompt"), *training])
+        names = online[0].config.columns
+        own = load_rows(online[0].config.train_data, "prompt", names)
+        # under the data's own names, because one mapping reads these rows and eval_data
+        rows = [{names.get(name, name): value for name, value in row.items()} for row in (*own, *training)]
+        write_rows(data / "prompts.jsonl", rows)
     both = [_on_both(cell, data / "prompts.jsonl") for cell in online]
     train_cells(both, config.workers)
-    domains = {"own": cells[0].config.eval_data, "shifted": str(data / "shifted.jsonl")}
-    judged = {name: judge_all(config, [*cells, *both], path, [1.0])[1.0] for name, path in domains.items()}
+    policies, own_data = [*cells, *both], cells[0].config
+    judged = {
+        "own": judge_all(config, policies, own_data.eval_data, [1.0], own_data.columns)[1.0],
+        "shifted": judge_all(config, policies, str(data / "shifted.jsonl"), [1.0], {})[1.0],
+    }
     content = {"reward_name": reward_name_of(cells[0].config.eval_reward), "strengths": MAIN, **summary(judged)}
     record = write_record(Path(config.out) / "shift.json", config, content)
     save(Path(config.out) / "shift.png", shift_figure, record)
@@ -71,13 +78,13 @@ def _figures(rewards: dict[tuple[str, int], Tensor], method: str, seeds: list[in
     return {name: mean_error([value.mean().item() for value in values]) for name, values in per_seed.items()}
 
 
-def _split(config: ShiftConfig) -> tuple[list[Row], list[Row]]:
-    """Rows of the other domain to evaluate on, and others to roll out from."""
+def _split(config: ShiftConfig, columns: dict[str, str]) -> tuple[list[Row], list[Row]]:
+    """Rows of the other domain, in our form, to evaluate on, and others to roll out from. columns: of shift_data."""
     if config.shift_data is None:
         shorten = 10 if config.quick else 1
         rows = world.prompt_rows(6500 // shorten, seed=7, completions=True, style=world.SHIFTED)
     else:
-        rows = load_rows(config.shift_data, "prompt")
+        rows = load_rows(config.shift_data, "prompt", columns)
         if len(rows) < 2:
             raise ValueError(f"shift_data: expected at least 2 rows, got {len(rows)} in {config.shift_data}")
     evaluated = min(EVALUATED, len(rows) // 2)

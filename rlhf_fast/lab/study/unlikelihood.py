@@ -12,7 +12,8 @@ from torch import Tensor
 from rlhf_fast.config import OfflineConfig
 from rlhf_fast.config.fields import arg
 from rlhf_fast.data.chat import with_template
-from rlhf_fast.data.encoding import encode_preferences, load_rows, pad_id
+from rlhf_fast.data.encoding import pad_id
+from rlhf_fast.data.stage_rows import encode_stage
 from rlhf_fast.lm.loading import default_device
 from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.lm.tokenizers import load_tokenizer
@@ -36,9 +37,7 @@ def train(config: UnlikelihoodConfig, *, listeners: Sequence[Listener] = ()) -> 
     """Train `config.model` on preference pairs; the result goes to `config.output_dir`."""
     device = default_device()
     tokenizer = with_template(load_tokenizer(config.model), config.chat_template)
-    rows = load_rows(config.train_data, "preference", config.columns)
-    lengths = config.max_length, config.max_prompt_length
-    data = encode_preferences(rows, tokenizer, *lengths, config.chat_template_kwargs)
+    data = encode_stage("dpo", config.train_data, tokenizer, config)
     batches = offline_batches(len(data.examples), config.batch_size, config.epochs, config.seed)
     policy, reference = load_policy_and_reference(config, device)
     evaluator = make_evaluator(config, tokenizer, device, reference.to(device), None)  # pyright: ignore[reportArgumentType]

@@ -347,3 +347,34 @@ def test_rows_without_completions_are_an_error(tmp_path, tiny_model):
     with pytest.raises(ValueError, match=r"eval.jsonl: expected a completion column"):
         judge._judge([(Path(tmp_path / "judged.json"), config)])
     assert not (tmp_path / "judged.json").exists()
+
+
+def test_policies_are_judged_on_rows_as_their_stages_read_them(tmp_path, tiny_model):
+    """Columns, template and its options of the run: the completions are those of a row in our form."""
+    template = (
+        "{% for m in messages %}{{ 'the ' if m.role == 'assistant' }}{{ m.content }} {% endfor %}"
+        "{% if add_generation_prompt %}{{ 'the ' if the else 'never ' }}{% endif %}"
+    )
+    names = {"prompt": "question", "completion": "answer"}
+    rows = [{"question": [{"role": "user", "content": "film was"}], "answer": "good ."}]
+    write_rows(tmp_path / "chat.jsonl", rows)
+    write_rows(tmp_path / "text.jsonl", [{"prompt": "film was the", "completion": "good ."}])
+    shared = {"model": tiny_model, "eval_reward": REWARD, "temperature": 0.0, "max_response_length": 6}
+    options = {"columns": names, "chat_template": template, "chat_template_kwargs": {"the": True}}
+    parts = []
+    for name, more in (("chat", options), ("text", {})):
+        config = judge.JudgeConfig(eval_data=str(tmp_path / f"{name}.jsonl"), **shared, **more)
+        judge._judge([(tmp_path / f"{name}.json", config)])
+        parts.append(json.loads((tmp_path / f"{name}.json").read_text()))
+        chosen = best_of.BestOfConfig(
+            **{name: value for name, value in shared.items() if name != "temperature"},
+            eval_data=str(tmp_path / f"{name}.jsonl"),
+            output_dir=str(tmp_path / name),
+            reward=REWARD,
+            samples=2,
+            **more,
+        )
+        best_of.sample(chosen)
+    for key in ("rewards", "completion_rewards"):
+        assert parts[0][key] == parts[1][key]
+    assert torch.equal(best_of.load(tmp_path / "chat")[1], best_of.load(tmp_path / "text")[1])
