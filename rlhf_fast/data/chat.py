@@ -16,6 +16,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from rlhf_fast.data.forms import Instruction
 from rlhf_fast.data.messages import is_trained
+from rlhf_fast.data.parts import as_read
 from rlhf_fast.data.readers import Row
 from rlhf_fast.data.turns import Turns
 
@@ -230,7 +231,7 @@ def _render(
     """open: with the generation prompt. continued: up to the end of the last message's text, as it goes on."""
     kinds = {"add_generation_prompt": open, "continue_final_message": continued}
     with _errors_of(tokenizer, where):
-        text = tokenizer.apply_chat_template(messages, tokenize=False, **kinds, **options)
+        text = tokenizer.apply_chat_template(as_read(messages, tokenizer), tokenize=False, **kinds, **options)
     return cast(str, text)  # token ids only with tokenize=True
 
 
@@ -239,6 +240,7 @@ def _render_tagged(
 ) -> tuple[str, list[tuple[int, int]]]:
     """The conversation, and the places of what stands in {% generation %}."""
     given = [{name: value for name, value in message.items() if value is not None} for message in messages]
+    given = as_read(given, tokenizer)
     with _errors_of(tokenizer, where):
         (text,), (places,) = render_jinja_template(
             [given],
@@ -246,7 +248,7 @@ def _render_tagged(
             return_assistant_tokens_mask=True,
             **{**tokenizer.special_tokens_map, **options},
         )
-    return text, [(start, stop) for start, stop in places if stop > start]
+    return text, [(int(start), int(stop)) for start, stop in places if stop > start]
 
 
 @contextmanager

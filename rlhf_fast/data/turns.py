@@ -17,6 +17,8 @@ from typing import Any, NamedTuple, cast
 
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_fast.data.parts import as_read
+
 _LISTED = "rlhf_fast_listed_ends"
 _QUESTION, _ANSWER = "Which colour?", "The colour of the sky."
 
@@ -88,7 +90,7 @@ def _written(
     def write(*texts: str, **options: Any) -> str:
         roles = ("user", "assistant", "user")
         messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
-        return cast(str, tokenizer.apply_chat_template(messages, tokenize=False, **options))
+        return cast(str, tokenizer.apply_chat_template(as_read(messages, tokenizer), tokenize=False, **options))
 
     asked, answered = write(_QUESTION, add_generation_prompt=True), write(_QUESTION, _ANSWER)
     _, answer, tail = answered.rpartition(_ANSWER)

@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_fast.config import StageConfig
@@ -122,8 +122,13 @@ def put_on(model: PreTrainedModel, path: str | os.PathLike, lora: LoRA | None, *
     else:
         assert lora is not None  # only a stage that trains an adapter puts a new adapter on
         transposed = any(map(is_transposed, model.modules()))  # GPT-2
+        others = [name for name, module in model.named_modules() if _is_router(module)]
         config = peft.LoraConfig(
-            r=lora.rank, lora_alpha=lora.alpha, target_modules="all-linear", fan_in_fan_out=transposed
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            target_modules="all-linear",
+            exclude_modules=others or None,
+            fan_in_fan_out=transposed,
         )
     base = base_path(path)
     config.base_model_name_or_path = os.path.abspath(base) if os.path.isdir(base) else base
@@ -199,6 +204,12 @@ def _one_line(path: str | os.PathLike) -> Iterator[None]:
     except (ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"model: expected an adapter that fits its base in {path}, got {reason[:300]}") from error
+
+
+def _is_router(module: nn.Module) -> bool:
+    """Whether a linear layer routes to experts by a forward of its own, which returns more than a product (Llama 4)."""
+    own = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+    return own and "router" in type(module).__name__.lower()
 
 
 def adopt(scorer: PreTrainedModel, policy: PreTrainedModel) -> None:

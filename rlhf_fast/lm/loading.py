@@ -36,8 +36,9 @@ from rlhf_fast.lm.parked import freeze, park, whole
 from rlhf_fast.lm.paths import beside, existing
 from rlhf_fast.lm.private import forget_renaming, made_of, score_head
 
-# Holds the score offset of an adapter, because transformers writes no config.json beside an adapter.
+# Holds what the config says of an adapter's scores, because transformers writes no config.json beside an adapter.
 _ADAPTER_SCORE = "score.json"
+_SCORE_NOTES = ("score_offset", "score_at_end_of_turn")
 
 # How a checkpoint prepares images and sounds, and writes conversations with them: kept as it came.
 PROCESSOR_FILES = (
@@ -116,6 +117,7 @@ def load_scorer(
         kind = "an adapter without a score head" if adapters.is_adapter(path) else _kind(config)
         raise ValueError(f"reward: expected a reward model or an adapter with one, got {kind} at {path}")
     if shared is None:
+        check_family(config, base)
         scorer = _class_at(base, argument, scorer_class, config)
         reads(scorer, config).num_labels = 1
         model, missing = _load(scorer, base, config, _loaded_as(path, dtype, lora))
@@ -135,7 +137,8 @@ def load_scorer(
             if score.bias is not None:
                 score.bias.zero_()
     if Path(path, _ADAPTER_SCORE).is_file():
-        set_score_offset(model, json.loads(Path(path, _ADAPTER_SCORE).read_text())["score_offset"])
+        for name, value in json.loads(Path(path, _ADAPTER_SCORE).read_text()).items():
+            setattr(model.config, name, value)
     return _prepare(model, path, dtype, trainable, lora, shared is not None)
 
 
@@ -162,8 +165,19 @@ def save_model(model: PreTrainedModel, directory: Path) -> None:
     if not adapters.has_adapter(model):
         for name, content in getattr(model, _FILES, {}).items():
             (directory / name).write_bytes(content)
-    if adapters.has_adapter(model) and hasattr(model.config, "score_offset"):
-        (directory / _ADAPTER_SCORE).write_text(json.dumps({"score_offset": model.config.score_offset}) + "\n")
+    notes = {name: getattr(model.config, name) for name in _SCORE_NOTES if hasattr(model.config, name)}
+    if adapters.has_adapter(model) and notes:
+        (directory / _ADAPTER_SCORE).write_text(json.dumps(notes) + "\n")
+
+
+def mark_trained_here(model: PreTrainedModel) -> None:
+    """Notes in the config that training ended every answer at the end of the turn; `trained_here` reads it."""
+    model.config.score_at_end_of_turn = True
+
+
+def trained_here(model: PreTrainedModel) -> bool:
+    """Whether a stage of this package trained the reward model."""
+    return getattr(model.config, "score_at_end_of_turn", hasattr(model.config, "score_offset"))
 
 
 def set_score_offset(model: PreTrainedModel, offset: float) -> None:

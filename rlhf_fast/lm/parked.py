@@ -125,13 +125,13 @@ def _candidates(model: PreTrainedModel) -> list[tuple[nn.Module, str]]:
     for owner in {id(part): part for part in (model, model.base_model)}.values():
         children = dict(owner.named_children())
         texts = [name for name, child in children.items() if any(part is embeddings for part in child.modules())]
-        nested = owner is model.base_model and all(children[name] is not embeddings for name in texts)
+        nested = owner is model.base_model and any(isinstance(children[name], PreTrainedModel) for name in texts)
         found += [
             (owner, name)
             for name, child in children.items()
             if name not in texts
             and child is not model.get_output_embeddings()
-            and ((nested and texts) or _BESIDE_TEXT.search(name))
+            and (nested or _BESIDE_TEXT.search(name))
         ]
     return found
 

@@ -1,10 +1,13 @@
 """Where a model is found: a checkpoint directory, or a name on the hub."""
 
 import functools
+import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from transformers import CONFIG_MAPPING
+from transformers import __version__ as VERSION
 from transformers.utils import cached_file  # pyright: ignore[reportPrivateImportUsage]
 
 _MAY_LACK = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
@@ -23,15 +26,30 @@ def existing(path: str | Path, argument: str = "model") -> str:
         if local:
             raise ValueError(expected)
         try:
-            _on_hub(text)
+            config = _on_hub(text)
         except OSError as error:
             raise ValueError(f"{expected} and none of that name on the hub: {error}") from error
+    else:
+        config = Path(text, "config.json")
+    _check_family(config, text, argument)
     return text
 
 
+def _check_family(config: Path, path: str, argument: str) -> None:
+    """ValueError for a family that transformers does not know: it would ask at the terminal whether to run its code."""
+    try:
+        values = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none, as beside an adapter, or a broken one, of which transformers tells
+        return
+    family = values.get("model_type") if isinstance(values, dict) else None
+    if family is not None and family not in CONFIG_MAPPING:
+        own = ", whose code stands beside its weights" if "auto_map" in values else ""
+        raise ValueError(f"{argument}: expected a family of transformers {VERSION}, got {family} at {path}{own}")
+
+
 @functools.cache
-def _on_hub(name: str) -> None:
-    cached_file(name, "config.json")
+def _on_hub(name: str) -> Path:
+    return Path(str(cached_file(name, "config.json")))
 
 
 def beside(path: str, names: Iterable[str]) -> dict[str, bytes]:

@@ -1,5 +1,6 @@
 """A model's tokenizer, and whether two models read the same token ids."""
 
+import json
 from pathlib import Path
 
 from transformers import (
@@ -11,7 +12,7 @@ from transformers import (
 
 from rlhf_fast.data.turns import note_listed_ends
 from rlhf_fast.lm import adapters
-from rlhf_fast.lm.paths import existing
+from rlhf_fast.lm.paths import beside, existing
 
 
 def load_tokenizer(path: str | Path, argument: str = "model") -> PreTrainedTokenizerBase:
@@ -24,6 +25,9 @@ def load_tokenizer(path: str | Path, argument: str = "model") -> PreTrainedToken
     """
     tokenizer = AutoTokenizer.from_pretrained(existing(path, argument))
     base = adapters.base_path(path)
+    if tokenizer.chat_template is None:  # a processor's template, as LLaVA's checkpoints have it
+        template = beside(str(path), ["chat_template.json"]).get("chat_template.json")
+        tokenizer.chat_template = None if template is None else json.loads(template).get("chat_template")
     if Path(base).is_dir() and not Path(base, "config.json").is_file():
         return tokenizer
     config = AutoConfig.from_pretrained(existing(base, argument)).get_text_config()

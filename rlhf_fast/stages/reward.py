@@ -25,7 +25,7 @@ from rlhf_fast.data.stage_rows import encode_stage
 from rlhf_fast.lm.adapters import lora_of
 from rlhf_fast.lm.balance import leave_out
 from rlhf_fast.lm.limits import check_rows
-from rlhf_fast.lm.loading import default_device, load_policy, load_scorer, set_score_offset
+from rlhf_fast.lm.loading import default_device, load_policy, load_scorer, mark_trained_here, set_score_offset
 from rlhf_fast.lm.scores import Scores
 from rlhf_fast.lm.sequences import Sequences
 from rlhf_fast.lm.tokenizers import load_tokenizer
@@ -56,6 +56,7 @@ def train(config: RewardConfig, *, listeners: Sequence[Listener] = ()) -> None:
     torch.manual_seed(config.seed)  # for the new head
     start = resume_directory(config) or config.model
     model = load_scorer(start, dtype=config.dtype, lora=lora_of(config)).to(device)  # pyright: ignore[reportArgumentType]
+    mark_trained_here(model)
     leave_out(model, "the reward stage")
     check_rows(model, tokenizer, [row for e in (*examples, *held_out) for row in _answers(e)], "max_length")
     prompts = [e.prompt_ids for e in examples[: config.normalize_samples]]

@@ -27,6 +27,7 @@ from rlhf_fast.training.batches import micro_batches
 from rlhf_fast.training.learner import autocast
 from rlhf_fast.training.metrics import mean_and_se
 from rlhf_fast.training.progress import passes
+from rlhf_fast.training.reading import Conversation
 from rlhf_fast.training.rewards import Reward, decode_responses
 
 EVAL_ROWS = 64  # prompts that an evaluation samples at once
@@ -219,13 +220,15 @@ def scored_prompts(
     """`encode_prompts` of rows whose completions a reward will score.
 
     A prompt that is a conversation stands in the column `messages` too, because `prompt` is its text. A row's own
-    column of this name stays.
+    column of this name stays. Reward models find the messages with the text, which is a `Conversation`.
     """
     data = encode_prompts(rows, tokenizer, max_prompt_length, chat_template_kwargs or {})
     examples = []
     for row, example in zip(rows, data.examples, strict=True):
-        chat = {} if isinstance(row["prompt"], str) else {"messages": row["prompt"]}
-        examples.append(example._replace(columns={**chat, **example.columns}))
+        if not isinstance(row["prompt"], str):
+            prompt = Conversation(example.prompt, row["prompt"], row)
+            example = example._replace(prompt=prompt, columns={"messages": row["prompt"], **example.columns})
+        examples.append(example)
     return data._replace(examples=examples)
 
 

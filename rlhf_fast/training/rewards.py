@@ -2,7 +2,8 @@
 
 A completion's score is the weighted sum of its parts' scores. `reward_functions` says how a function is called. A
 function that answers None for a completion takes no part in this completion's sum. A reward model with the policy's
-vocabulary scores the token ids that the policy produced. For any other reward model the text is tokenised anew.
+vocabulary scores the token ids that the policy produced. For any other reward model the text is tokenised anew. A
+conversation is read by the reward model's own chat template, which `reading` does.
 """
 
 import sys
@@ -18,12 +19,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_fast.data.encoding import continuations, encode_texts, fit_answer, pad_id, pad_left, pad_right
 from rlhf_fast.lm.dtypes import Dtype
 from rlhf_fast.lm.limits import check_rows, context_length
-from rlhf_fast.lm.loading import load_scorer
+from rlhf_fast.lm.loading import load_scorer, trained_here
 from rlhf_fast.lm.offload import place, visiting
 from rlhf_fast.lm.scores import Scores
 from rlhf_fast.lm.sequences import Sequences
 from rlhf_fast.lm.tokenizers import load_tokenizer
 from rlhf_fast.rollout.generate import Rollout
+from rlhf_fast.training.reading import Conversation, Reader
 from rlhf_fast.training.reward_functions import FunctionReward, RewardFunction, finite, load_function
 
 __all__ = ["Answers", "ModelReward", "Reward", "RewardFunction", "Scored", "decode_responses", "load_function"]
@@ -124,10 +126,16 @@ class ModelReward:
         place(self.model, device, offload)
         own = load_tokenizer(spec, "reward")
         self.retokenizer = None if own.get_vocab() == tokenizer.get_vocab() else own
+        self.context = context_length(self.model.config) or sys.maxsize
+        others = own.chat_template not in (None, tokenizer.chat_template)
+        self.reader = None
+        if self.retokenizer is not None or others:
+            self.reader = Reader(own, self.name, as_trained=trained_here(self.model), context=self.context)
 
     def __call__(self, answers: Answers) -> Tensor:
         """Scores [B] fp32. Raises ValueError where the model gives a score that is not finite."""
-        if answers.rollout is not None and self.retokenizer is None:
+        read_anew = self.retokenizer is not None or self._conversations(answers.columns["prompt"])
+        if answers.rollout is not None and not read_anew:
             sequences = answers.rollout.sequences
         else:
             sequences = self.tokenize(answers)
@@ -141,18 +149,33 @@ class ModelReward:
             finite(scores_B[row].item(), self.name, row)
         return scores_B
 
+    def _conversations(self, prompts: Sequence[str]) -> list[int]:
+        """The rows that this model reads by its own template."""
+        return [n for n, prompt in enumerate(prompts) if self.reader is not None and isinstance(prompt, Conversation)]
+
     def tokenize(self, answers: Answers) -> Sequences:
         """The texts as token ids of this model, the end behind the finished completions."""
-        tok = self.retokenizer or self.tokenizer
-        limits = context_length(self.model.config) or sys.maxsize, self.max_prompt_length
-        if self.retokenizer is None:
-            pairs = [fit_answer(prompt, answer, tok, *limits) for prompt, answer in answers.pairs]
-        else:
+        tok, prompts = self.retokenizer or self.tokenizer, answers.columns["prompt"]
+        chats = self._conversations(prompts)
+        pairs = {}
+        if self.reader is not None and chats:
+            texts = [(answers.continued if prompts[n].begun else answers.texts)[n] for n in chats]
+            read = self.reader.encode([prompts[n] for n in chats], texts, [answers.finished[n] for n in chats])
+            pairs = dict(zip(chats, read, strict=True))
+        rest = [n for n in range(len(answers)) if n not in pairs]
+        limits = self.context, self.max_prompt_length
+        if self.retokenizer is None and rest:
+            own = answers.pairs if answers.rollout is None else id_pairs(answers.rollout)
+            pairs |= {n: fit_answer(*own[n], tok, *limits) for n in rest}
+        elif rest:
             bos = str(self.tokenizer.bos_token or "")  # chat templates write BOS
-            prompts = [text.removeprefix(bos) for text in answers.columns["prompt"]]
-            pairs = encode_texts(prompts, answers.continued, answers.finished, tok, *limits)
-        check_rows(self.model, tok, [ids for pair in pairs for ids in pair], "max_prompt_length", role="reward")
-        prompt_rows, responses = (list(rows) for rows in zip(*pairs, strict=True))
+            texts = [prompts[n].removeprefix(bos) for n in rest]
+            ends = [answers.finished[n] for n in rest]
+            read = encode_texts(texts, [answers.continued[n] for n in rest], ends, tok, *limits)
+            pairs |= dict(zip(rest, read, strict=True))
+        rows = [pairs[n] for n in range(len(answers))]
+        check_rows(self.model, tok, [ids for pair in rows for ids in pair], "max_prompt_length", role="reward")
+        prompt_rows, responses = (list(side) for side in zip(*rows, strict=True))
         return Sequences(*pad_left(prompt_rows, pad_id(tok)), *pad_right(responses, pad_id(tok))).to(self.device)
 
 
@@ -210,8 +233,14 @@ class Reward:
         names = [part.name for part in self.parts if isinstance(part, ModelReward) and part.retokenizer is None]
         return names[0] if names else None
 
-    def check(self, columns: Iterable[str]) -> None:
-        """ValueError unless rows with these columns have every argument that the reward functions need."""
+    def check(self, columns: Mapping[str, Sequence]) -> None:
+        """ValueError unless the functions find their arguments, and the reward models' templates write the prompts."""
+        self._check_names(columns)
+        for part in self.parts:
+            if isinstance(part, ModelReward) and part.reader is not None:
+                part.reader.check(columns["prompt"])
+
+    def _check_names(self, columns: Iterable[str]) -> None:
         columns = list(columns)
         for part in self.parts:
             if isinstance(part, FunctionReward):
@@ -241,7 +270,7 @@ class Reward:
 
         Raises ValueError where no part judges a completion, and where a sum is not finite in float32.
         """
-        self.check(answers.columns)
+        self._check_names(answers.columns)
         arguments, found = answers.arguments(), []
         for part in self.parts:
             found.append(part(answers) if isinstance(part, ModelReward) else part(arguments, len(answers)))

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from rlhf_fast.data.turns import turns_of
 from rlhf_fast.lm import paths
 from rlhf_fast.lm.adapters import LoRA
 from rlhf_fast.lm.loading import load_policy, load_scorer
@@ -17,6 +18,7 @@ from rlhf_fast.stages.init import train_bpe
 from rlhf_fast.training import checkpoint
 from rlhf_fast.training.rewards import Reward
 from tests.support.models import random_policy
+from tests.support.templates import byte_tokenizer
 
 
 def without(source, target, *parts: str) -> str:
@@ -97,6 +99,21 @@ def test_a_pad_token_without_an_embedding_is_taken_off(tmp_path):
     assert load_tokenizer(tmp_path).pad_token_id == tokenizer.pad_token_id
 
 
+@pytest.mark.parametrize("listed", [[1, 4], 4, None])
+def test_a_tokenizer_knows_the_ends_that_its_models_generation_config_lists(tmp_path, listed):
+    tokenizer = byte_tokenizer("glm4")
+    ends = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|user|>"])
+    assert ends == [1, 4]
+    model = random_policy("llama", vocab_size=len(tokenizer))
+    model.generation_config.eos_token_id = listed
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    turns = turns_of(load_tokenizer(tmp_path))
+    assert (turns.end, sorted(turns.ends.values())) == ((1, [1]) if listed is None else (4, [1, 4]))
+    (tmp_path / "generation_config.json").unlink()  # then the model's own config says it
+    assert turns_of(load_tokenizer(tmp_path)).end == 1
+
+
 def test_nothing_to_fill_with_is_an_error(tmp_path):
     tokenizer = train_bpe(["a b c"], 300, pad_token=None)
     random_policy("gpt2", vocab_size=len(tokenizer)).save_pretrained(tmp_path)
@@ -132,3 +149,35 @@ def test_a_name_that_is_nowhere_names_the_argument(tmp_path, monkeypatch, tokeni
     assert asked == ["lama", "out/reward"]
     with pytest.raises(ValueError, match=f"^reference: expected a checkpoint .* found no directory {tmp_path}/none$"):
         existing(tmp_path / "none", "reference")
+
+
+def test_a_family_that_transformers_does_not_know_is_one_line(tiny_model, tmp_path):
+    """Not a question at the terminal."""
+    shutil.copytree(tiny_model, tmp_path / "own")
+    path = tmp_path / "own" / "config.json"
+    settings = json.loads(path.read_text()) | {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}
+    path.write_text(json.dumps(settings))
+    for load in (load_policy, load_scorer, load_tokenizer):
+        with pytest.raises(
+            ValueError, match=r"^model: expected a family of transformers 5\S+, got mine at .* beside its"
+        ):
+            load(tmp_path / "own")
+    settings |= {"model_type": "llama", "auto_map": {"AutoModelForCausalLM": "mine.Model"}}
+    path.write_text(json.dumps(settings))
+    load_policy(tmp_path / "own")  # transformers has this family, so its own class is taken
+
+
+def test_what_a_run_saves_loads_again_as_it_came(tmp_path):
+    """Shards, float16, a head tied or not: all weights are there, in files that the Auto class reads."""
+    for tied in (False, True):
+        model = random_policy("llama").half()
+        model.config.tie_word_embeddings = tied
+        model.tie_weights()
+        model.save_pretrained(tmp_path / f"{tied}", max_shard_size="20KB")
+        assert (tmp_path / f"{tied}" / "model.safetensors.index.json").is_file()
+        checkpoint.save(tmp_path / f"{tied}-out", models={"": load_policy(tmp_path / f"{tied}")})
+        again, found = AutoModelForCausalLM.from_pretrained(tmp_path / f"{tied}-out", output_loading_info=True)
+        assert not any(found.values()) and again.config.architectures == ["LlamaForCausalLM"]
+        assert (again.lm_head.weight is again.model.embed_tokens.weight) is tied
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(again.state_dict()[name], tensor.float()), name
