@@ -1,11 +1,12 @@
 """The dtype of a model's weights: fp32, bf16, or bf16 in passes under autocast ("mixed").
 
 A trained model has fp32 or bf16 weights. A frozen model beside trained bf16 weights has bf16 weights too, so that both
-run the same passes. A frozen model beside trained fp32 weights is "mixed". Its forward turns autocast on. Its
-linear layers are bf16, as autocast casts them. Its embeddings and its head are bf16 where that changes no number, as in most
-published checkpoints, and fp32 elsewhere. Its vectors (norms, biases) and what its embeddings return are fp32. Its
-passes thus give the very numbers of fp32 weights under autocast, in half the memory. Policy and reference agree before
-the first step.
+run the same passes.
+
+A frozen model beside trained fp32 weights is "mixed". Its forward turns autocast on. Its linear layers are bf16, as
+autocast casts them. Its embeddings and its head are bf16 where that changes no number, as in published checkpoints,
+and fp32 elsewhere. Its vectors (norms, biases) and what its embeddings return are fp32. Its passes thus give the very
+numbers of fp32 weights under autocast, in half the memory. Policy and reference agree before the first step.
 
 Left out: float16, and bf16 in quantised layers.
 """
