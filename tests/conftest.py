@@ -29,8 +29,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_report_header(config: pytest.Config) -> str:
-    return zoo_turns.header(config.getoption("--zoo"))
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    terminalreporter.write_line(zoo_turns.summary(config.getoption("--zoo")))
 
 
 @pytest.fixture(scope="session")

@@ -100,8 +100,8 @@ def continuations(
     alone: list[str] = tokenizer.batch_decode(answers, skip_special_tokens=True)  # pyright: ignore[reportAssignmentType]
 
     def shared(texts: list[str], rows: list[int]) -> list[int]:
-        chosen = [[source[n] for n in rows] for source in (prompts, ended)]
-        encoded = encode_texts(chosen[0], texts, chosen[1], tokenizer, sys.maxsize, sys.maxsize)
+        asked, ends = [prompts[n] for n in rows], [ended[n] for n in rows]
+        encoded = encode_texts(asked, texts, ends, tokenizer, sys.maxsize, sys.maxsize)
         return [len(commonprefix([ids, pairs[n][1]])) for n, (_, ids) in zip(rows, encoded, strict=True)]
 
     alike = shared(alone, list(range(len(pairs))))

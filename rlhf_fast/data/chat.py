@@ -248,7 +248,7 @@ def _render_tagged(
             return_assistant_tokens_mask=True,
             **{**tokenizer.special_tokens_map, **options},
         )
-    return text, [(start, stop) for start, stop in places if stop > start]
+    return text, [(int(start), int(stop)) for start, stop in places if stop > start]
 
 
 @contextmanager

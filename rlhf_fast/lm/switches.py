@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from rlhf_fast.lm.precision import exact, is_half
+from rlhf_fast.lm.precision import is_half, trial
 
 _WINDOW = re.compile(r"^(sliding_windows?(_size)?|(local_)?attention_(window|chunk)(_size)?|window_size)$")
 _LENGTH = re.compile(r"^(original_max_position_embeddings|floor_scale|index_topk(_blocks)?|indexer_budget)$")
@@ -86,7 +86,7 @@ def difference(
 
     A half-precision model is compared in fp32 (`precision`), and then once, coarsely, as it is.
     """
-    with exact(model):
+    with trial(model):
         where = _difference(model, plain, own, replaces=replaces)
     if where is None and is_half(model):
         mine, theirs = own().float(), plain().float()

@@ -74,6 +74,11 @@ class Planner:
         result["policy_update"] = self._update(self.main, min(rows, step), rows < step, device)
         if "value" in self.roles and not self.plan.shared_critic:
             result["value_update"] = self._update("value", min(rows, step), rows < step, device)
+        for name, role in self._first_passes().items():
+            if name in result:
+                result[name] = max(
+                    result[name], self._trial(role, decoding=name == "rollout"), key=lambda phase: phase.peak_bytes
+                )
         gradients = {} if self.plan.offload_optimizer else {n: self.static[n].gradients for n in self.trained}
         result["optimizer"] = Phase(
             self._resident(None) | {f"{n} gradients": size for n, size in gradients.items()}, ""
@@ -132,6 +137,18 @@ class Planner:
         text = f"{rows} rows: KV cache {at['kv_cache']:,} at {sum(self.lengths)} tokens, "
         text += f"the last decode step with it {at['decode']:,}; prefill of {prompts} prompts {at['prefill']:,}"
         return Phase(self._resident("policy") | {"pass": part}, text)
+
+    def _first_passes(self) -> dict[str, str]:
+        """Phase -> the role with bf16 weights whose fast paths are tried in it, before the first step."""
+        first = {"rollout": "policy", "scoring": "reward", "reference": "reference", "value": "value", "kl": "policy"}
+        first |= {"policy_update": self.main}
+        return {phase: role for phase, role in first.items() if role in self.roles and self.roles[role].counts.trial}
+
+    def _trial(self, name: str, *, decoding: bool) -> Phase:
+        counts = self.roles[name].counts
+        copied = counts.trial + (counts.trial_head if decoding else 0)
+        text = f"the first pass tries fast paths on fp32 copies of {copied:,} weights, see lm/precision.py"
+        return Phase(self._resident(name, stepped=False) | {"fp32 trial pass": 4 * copied}, text)
 
     def _idle(self) -> Phase:
         return Phase(self._resident(None), "")

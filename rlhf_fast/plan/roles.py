@@ -8,10 +8,12 @@ GPUs: the optimizer's part (stage 1), the gradients' (2) and the weights' (3).
 
 from typing import NamedTuple
 
+from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 
 from rlhf_fast.lm.adapters import base_path
 from rlhf_fast.lm.dtypes import DTYPES
+from rlhf_fast.lm.precision import HALVES, layers_of_a_trial
 from rlhf_fast.plan.config import PlanConfig
 from rlhf_fast.plan.shapes import Head, Shape, layers_of, period, read_config
 
@@ -23,6 +25,8 @@ class Counts(NamedTuple):
     trainable: int  # adapters and score head under LoRA
     layer: int  # the largest layer's
     outside: int  # the largest matrix outside the layers, an embedding
+    trial: int  # bf16 parameters of the trunk that trials of fast paths copy to fp32, see `lm.precision`
+    trial_head: int  # the same of a head that is not the embedding, which trials of decoding copy too
 
 
 class Role(NamedTuple):
@@ -70,9 +74,10 @@ def roles_of(plan: PlanConfig) -> dict[str, Role]:
         weights = plan.dtype if trained or on_policy else plan.frozen_weights
         autocast = plan.bf16 or weights == "mixed"
         shape = Shape(configs[source], head, DTYPES[weights], autocast, trained, checkpointing, rank)
-        if (source, head, rank) not in counted:
-            counted[source, head, rank] = _count(shape._replace(trained=True))
-        counts = counted[source, head, rank]
+        key = (source, head, rank, weights)
+        if key not in counted:
+            counted[key] = _count(shape._replace(trained=True))
+        counts = counted[key]
         own = counts.trainable if on_base else counts.all
         return Role(shape, counts, own, counts.trainable if trained else 0, frozen=not trained)
 
@@ -110,11 +115,19 @@ def _count(shape: Shape) -> Counts:
     if any(size != sizes[i % unit] for i, size in enumerate(sizes)):  # passes are simulated on a few of them
         raise ValueError(f"model: expected layers of equal size, or of a repeating pattern of {unit}, got {sizes}")
     inside = {id(p) for p in layers.parameters()}
+    left_out = layers[layers_of_a_trial(layers, shape.config.get_text_config()) :]
+    uncopied = {id(p) for p in left_out.parameters()}
+
+    def copied(part: nn.Module) -> int:
+        return sum(p.numel() for p in part.parameters() if p.dtype in HALVES and id(p) not in uncopied)
+
     return Counts(
         sum(p.numel() for p in model.parameters()),
         sum(p.numel() for p in model.parameters() if p.requires_grad),
         max(sizes),
         max(p.numel() for p in model.parameters() if id(p) not in inside),
+        copied(model.base_model),
+        copied(model) - copied(model.base_model),
     )
 
 

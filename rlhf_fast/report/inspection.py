@@ -91,15 +91,14 @@ def inspect(source: Any, tokenizer: PreTrainedTokenizerBase, config: DataConfig)
 def lengths_of(config: DataConfig) -> tuple[int | None, int]:
     """(max_length, max_prompt_length): what the config gives, else the stage's defaults. None: the stage has none."""
     config_class = load(STAGES[config.stage].config)
-    defaults = {field.name: field.default for field in dataclasses.fields(config_class)}
-    given = {"max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
-    lengths = {name: given[name] if given[name] is not None else defaults.get(name) for name in given}
-    if "max_length" not in defaults:
-        if config.max_length is not None:
-            expected = f"max_length: expected none with {config.stage}, which reads prompts"
-            raise ValueError(f"{expected}; got {config.max_length}")
-        return None, int(lengths["max_prompt_length"] or 1)
-    return lengths["max_length"], int(lengths["max_prompt_length"] or 1)
+    defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(config_class)}
+    prompt = defaults["max_prompt_length"] if config.max_prompt_length is None else config.max_prompt_length
+    if "max_length" in defaults:
+        return defaults["max_length"] if config.max_length is None else config.max_length, prompt
+    if config.max_length is not None:
+        expected = f"max_length: expected none with {config.stage}, which reads prompts"
+        raise ValueError(f"{expected}; got {config.max_length}")
+    return None, prompt
 
 
 def show(example: Inspected, tokenizer: PreTrainedTokenizerBase) -> list[Shown]:
@@ -114,8 +113,8 @@ def show(example: Inspected, tokenizer: PreTrainedTokenizerBase) -> list[Shown]:
             kinds.append("prompt" if not on else "end" if last and token in ends else "trained")
         with_bos = ids[0] == tokenizer.bos_token_id and len(part.prompt) > example.cut.prompt + 1  # which stays
         start = int(example.cut.prompt > 0 and with_bos)
-        kinds[start : start + example.cut.prompt] = ["lost"] * example.cut.prompt
-        kinds[len(kinds) - cut :] = ["lost"] * cut
+        lost_in_front = range(start, start + example.cut.prompt)
+        kinds = ["lost" if n in lost_in_front or n >= len(kinds) - cut else kind for n, kind in enumerate(kinds)]
         shown.append(Shown(part.name, _pieces(ids, kinds, tokenizer)))
     return shown
 

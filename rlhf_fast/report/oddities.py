@@ -70,7 +70,7 @@ def oddities(
         found.append("the prompt is an answer that has begun: the completion goes on in it")
     written = _letters(str(tokenizer.decode(last[0].prompt + last[0].answer)))
     for message in messages or []:
-        if row.get("messages") is not None and message["role"] != "assistant" and message is messages[-1]:
+        if row.get("messages") is not None and message["role"] != "assistant" and message is row["messages"][-1]:
             continue  # no answer follows it, so that the row ends before it
         content, role = message.get("content") or "", message["role"]
         if role != "assistant" and _letters(content)[:_LOOKED_AT] not in written:

@@ -196,3 +196,11 @@ def test_templates_that_refuse_the_question_leave_eos():
     assert end_ids(word_tokenizer(), [4]) == [4]
     with pytest.raises(ValueError, match="^tokenizer: has no EOS token"):
         turns_of(word_tokenizer())
+
+
+def test_templates_that_read_parts_end_turns_too():
+    tokenizer = byte_tokenizer("gemma")
+    parts = "{% for part in m.content %}{{ part.text }}{% endfor %}"
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ m.content | trim }}", parts)
+    assert turns_of(tokenizer).text == "<end_of_turn>"
+    assert trained(tokenizer, sft(tokenizer, *ASK, BLUE)[0]) == "Blue.<end_of_turn>"

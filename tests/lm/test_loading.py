@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from rlhf_fast.data.turns import turns_of
 from rlhf_fast.lm import paths
 from rlhf_fast.lm.adapters import LoRA
 from rlhf_fast.lm.loading import load_policy, load_scorer
@@ -17,6 +18,7 @@ from rlhf_fast.stages.init import train_bpe
 from rlhf_fast.training import checkpoint
 from rlhf_fast.training.rewards import Reward
 from tests.support.models import random_policy
+from tests.support.templates import byte_tokenizer
 
 
 def without(source, target, *parts: str) -> str:
@@ -95,6 +97,21 @@ def test_a_pad_token_without_an_embedding_is_taken_off(tmp_path):
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     assert load_tokenizer(tmp_path).pad_token_id == tokenizer.pad_token_id
+
+
+@pytest.mark.parametrize("listed", [[1, 4], 4, None])
+def test_a_tokenizer_knows_the_ends_that_its_models_generation_config_lists(tmp_path, listed):
+    tokenizer = byte_tokenizer("glm4")
+    ends = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|user|>"])
+    assert ends == [1, 4]
+    model = random_policy("llama", vocab_size=len(tokenizer))
+    model.generation_config.eos_token_id = listed
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    turns = turns_of(load_tokenizer(tmp_path))
+    assert (turns.end, sorted(turns.ends.values())) == ((1, [1]) if listed is None else (4, [1, 4]))
+    (tmp_path / "generation_config.json").unlink()  # then the model's own config says it
+    assert turns_of(load_tokenizer(tmp_path)).end == 1
 
 
 def test_nothing_to_fill_with_is_an_error(tmp_path):

@@ -6,10 +6,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from rlhf_fast.lm import packing, passes
 from rlhf_fast.lm.dtypes import cast
-from rlhf_fast.lm.precision import exact, is_half
+from rlhf_fast.lm.precision import exact, is_half, trial
 from rlhf_fast.lm.switches import difference, trial_rows
 from rlhf_fast.rollout import engine
 from rlhf_fast.rollout.generate import generate
+from tests.support.models import random_policy
 
 
 def deep(dtype):
@@ -69,3 +70,29 @@ def test_a_wrong_path_is_found_out_in_bf16_and_a_path_that_fails_in_bf16_alone_r
     assert difference(model, plain, lambda: plain() if not is_half(model) else -plain(), replaces=False) == ""
     with pytest.raises(RuntimeError, match="dtype"):
         difference(model, plain, lambda: plain() @ torch.eye(97), replaces=False)
+
+
+def test_a_trial_leaves_out_layers_like_earlier_layers():
+    model = deep("bf16")
+    layers, weights = list(model.model.layers), sum(p.numel() for p in model.parameters())
+    with trial(model):
+        assert list(model.model.layers) == layers[:2] and model.config.num_hidden_layers == 2
+        wide = sum(p.numel() for p in model.parameters() if p.dtype == torch.float32)
+    assert list(model.model.layers) == layers and model.config.num_hidden_layers == 24
+    assert wide < 0.2 * weights
+    layers[5].self_attn.scaling *= 2  # a kind of its own
+    with trial(model.model):
+        assert list(model.model.layers) == layers[:6]
+    full = deep("bf16").float()
+    with trial(full):
+        assert len(full.model.layers) == 24
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gpt2", "opt", "gemma2", "qwen3"])
+def test_trials_of_few_layers_choose_the_paths_of_whole_models(name, recwarn):
+    model = random_policy(name).to(torch.bfloat16)
+    ids = torch.randint(3, 37, (2, 9))
+    generate(model, ids, torch.ones_like(ids, dtype=torch.bool), max_new_tokens=3, eos_ids=[2], pad_id=0, seed=0)
+    assert engine._chosen[model] == "static"
+    assert packing._can_pack(model.base_model) == (name != "gemma2")

@@ -60,19 +60,20 @@ def test_options(method, shape, options, shapes):
 
 
 @pytest.mark.parametrize(
-    ("method", "shape", "options"),
+    ("method", "shape", "options", "within"),
     [
-        ("ppo", "small", {"dtype": "bf16"}),
-        ("dpo", "gpt2", {"dtype": "bf16"}),
-        ("dpo", "small", {"bf16": True}),
-        ("remax", "small", {"frozen_dtype": "bf16"}),
-        ("sft", "gpt2", {"dtype": "bf16", "optimizer_in_backward": True}),
-        ("ppo", "grouped", {"dtype": "bf16", "lora_rank": 4, "share_base": True}),
-        ("remax", "small", {"dtype": "bf16", "frozen_dtype": "fp32"}),
+        ("ppo", "small", {"dtype": "bf16"}, 0.03),
+        ("dpo", "gpt2", {"dtype": "bf16"}, 0.03),
+        ("dpo", "small", {"bf16": True}, 0.03),
+        ("remax", "small", {"frozen_dtype": "bf16"}, 0.03),
+        ("sft", "gpt2", {"dtype": "bf16", "optimizer_in_backward": True}, 0.03),
+        ("remax", "small", {"dtype": "bf16", "frozen_dtype": "fp32"}, 0.03),
+        # a trial of decoding puts weights of less than 1 MiB side by side
+        ("ppo", "grouped", {"dtype": "bf16", "lora_rank": 4, "share_base": True}, 0.1),
     ],
 )
-def test_bf16_weights(method, shape, options, shapes):
-    check(PlanConfig(model=shapes[shape], method=method, **LENGTHS | options), within=0.03)
+def test_bf16_weights(method, shape, options, within, shapes):
+    check(PlanConfig(model=shapes[shape], method=method, **LENGTHS | options), within=within)
 
 
 @pytest.mark.parametrize(

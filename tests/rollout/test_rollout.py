@@ -7,6 +7,7 @@ from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.ops.truncation import unpacked
 from rlhf_fast.rollout.generate import eos_token_ids, generate
 from tests.support.models import ARCHITECTURES, random_policy, random_sequences
+from tests.support.templates import byte_tokenizer
 
 EOS, PAD = 1, 0
 
@@ -167,3 +168,6 @@ def test_eos_ids_come_from_tokenizer_and_generation_config(tokenizer):
     assert eos_token_ids(model, tokenizer) == [1]
     model.generation_config.eos_token_id = [5, 9]
     assert eos_token_ids(model, tokenizer) == [1, 5, 9]
+    gemma = byte_tokenizer("gemma")
+    model.generation_config.eos_token_id = None
+    assert eos_token_ids(model, gemma) == gemma.convert_tokens_to_ids(["<eos>", "<end_of_turn>"])

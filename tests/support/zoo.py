@@ -393,6 +393,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "xlm that looks ahead": (AHEAD, dict(emb_dim=32, n_layers=2, n_heads=4)),
     "xlnet": (AHEAD, dict(max_position_embeddings=..., d_inner=48, d_head=8)),
 }
+SINCE = {"cohere_compass_text": (5, 23)}  # versions of transformers before do not make these
 ZOO: dict[str, dict[str, Any]] = {name: OWN.get(name, {}) for name in sorted({*PLAIN, *OWN})}
 
 

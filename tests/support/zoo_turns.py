@@ -4,9 +4,10 @@ import functools
 import subprocess
 from pathlib import Path
 
+import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from tests.support.zoo import ZOO, model_type
+from tests.support.zoo import SINCE, ZOO, model_type
 
 # One of each way to decode, to pack and to place a token.
 CORE = (
@@ -18,7 +19,8 @@ TURNS = 6
 
 def members(option: str) -> list[str]:
     """The members of a run. option: of `--zoo`; "" is the turn of the commit."""
-    known = [name for name in ZOO if model_type(name) in CONFIG_MAPPING_NAMES]
+    have = tuple(map(int, transformers.__version__.split(".")[:2]))
+    known = [name for name in ZOO if model_type(name) in CONFIG_MAPPING_NAMES and SINCE.get(name, (0,)) <= have]
     others = [name for name in known if name not in CORE]
     if option == "all":
         return known
@@ -26,7 +28,7 @@ def members(option: str) -> list[str]:
     return [name for name in known if name in CORE or name in chosen]
 
 
-def header(option: str) -> str:
+def summary(option: str) -> str:
     """What a run says of the members that it takes."""
     number = len(members(option))
     turn = {"all": "all of it", "none": "the core"}.get(option, f"the core and turn {option or _turn_of_commit()}")
