@@ -75,7 +75,7 @@ def test_round_trip(tmp_path, capfd):
 
 
 class BrokenModel(torch.nn.Module):
-    def save_pretrained(self, path):
+    def save_pretrained(self, path, **_):
         os.makedirs(path)
         with open(os.path.join(path, "config.json"), "w") as file:
             file.write("{")
