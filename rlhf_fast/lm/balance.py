@@ -56,7 +56,8 @@ class Routed:
 
     def loss(self) -> Tensor:
         """The load-balancing loss, 0-dim, before its coefficient."""
-        trunk, head = self.model.base_model, self.model.get_output_embeddings().weight
+        model: Any = self.model
+        trunk, head = model.base_model, model.get_output_embeddings().weight
         out = _Trunk(head.new_zeros(1, 1, head.shape[-1]), tuple(torch.cat(each, dim=-2) for each in self.logits))
         usual = vars(trunk).get("forward")
         trunk.forward = lambda *_, **__: out

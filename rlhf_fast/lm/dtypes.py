@@ -1,10 +1,12 @@
 """The dtype of a model's weights: fp32, bf16, or bf16 in passes under autocast ("mixed").
 
 A trained model has fp32 or bf16 weights. A frozen model beside trained bf16 weights has bf16 weights too, so that both
-run the same passes. A frozen model beside trained fp32 weights is "mixed": its matrices are bf16. Its vectors (norms,
-biases), what its embeddings return, and embeddings that scale their rows (Gemma's) are fp32. Its forward turns autocast
-on. Its passes then give the very numbers of fp32 weights under autocast, where the checkpoint's weights are bf16
-numbers, in half the memory. Policy and reference therefore agree before the first step.
+run the same passes.
+
+A frozen model beside trained fp32 weights is "mixed". Its forward turns autocast on. Its linear layers are bf16, as
+autocast casts them. Its embeddings and its head are bf16 where that changes no number, as in published checkpoints,
+and fp32 elsewhere. Its vectors (norms, biases) and what its embeddings return are fp32. Its passes thus give the very
+numbers of fp32 weights under autocast, in half the memory. Policy and reference agree before the first step.
 
 Left out: float16, and bf16 in quantised layers.
 """
@@ -19,6 +21,7 @@ from transformers import PreTrainedModel
 
 from rlhf_fast.lm.fast_paths import not_taken
 from rlhf_fast.lm.precision import HALVES, is_half
+from rlhf_fast.lm.private import is_transposed
 from rlhf_fast.lm.switches import trial_rows
 
 Dtype = Literal["fp32", "bf16", "mixed"]
@@ -47,18 +50,25 @@ def cast(model: PreTrainedModel, dtype: Dtype) -> None:
 
 def mix(model: PreTrainedModel) -> None:
     """Makes a mixed model of a model, without a trial."""
+    layers: Any = [m for m in model.base_model.modules() if isinstance(m, nn.Linear) or is_transposed(m)]
+    linear = {id(layer.weight) for layer in layers}
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     # Gemma's embeddings multiply by a factor, which they round to their weight's dtype.
     plain = [module for module in embeddings if type(module).forward is nn.Embedding.forward]
-    wide = {id(module.weight) for module in embeddings if module not in plain}
-    narrow = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in wide]
-    _convert(narrow, torch.bfloat16)
+    scaled = {id(module.weight) for module in embeddings if module not in plain}
+    others = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in scaled | linear]
+    _convert([layer.weight for layer in layers] + list(filter(_fits_bf16, others)), torch.bfloat16)
     for module in plain:
         module.register_forward_hook(_widened)
     for module in {model, model.base_model}:
         # Hooks, and not a forward that is replaced, because a module that holds its own method outlives its last use.
         module.register_forward_pre_hook(_enter)
         module.register_forward_hook(_leave, always_call=True)
+
+
+def _fits_bf16(weight: Tensor) -> bool:
+    """Whether bf16 holds every number of a weight. A weight without data counts as a published checkpoint's."""
+    return weight.device.type == "meta" or torch.equal(weight.bfloat16().to(weight.dtype), weight)
 
 
 def _convert(parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> None:

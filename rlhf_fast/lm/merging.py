@@ -21,8 +21,9 @@ def merge(model: PreTrainedModel, name: str, path: object, tokens: tuple[int, ..
     Raises ValueError where peft cannot merge the adapter, and where the merged model computes something else.
     """
     before = _trial(model, tokens)
-    embedding, head = (_bare(part, name) for part in _embeddings(model))
-    tied = head is not None and head is not embedding and head.weight is embedding.weight
+    embedding, head = _embeddings(model)
+    embedding, head = _bare(embedding, name), _bare(head, name)
+    tied = None not in (embedding, head) and head is not embedding and head.weight is embedding.weight
     if tied:
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
     try:

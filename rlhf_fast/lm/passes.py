@@ -136,13 +136,14 @@ def _predicting(sequences: Sequences) -> slice:
 def _logits(model: PreTrainedModel, inputs: dict[str, Tensor], columns: slice, real: Tensor | None = None) -> Tensor:
     """The logits [B, columns, V] of these columns alone. real: the real tokens; None where the mask says them."""
     positions = torch.arange(columns.start, columns.stop, device=inputs["input_ids"].device)
-    options: dict[str, Any] = balance.asks()
-    if "logits_to_keep" in forward_parameters(model):
-        options["logits_to_keep"] = positions
-    out = call(model, **inputs, use_cache=False, **options)
-    real = (inputs["attention_mask"] if real is None else real).flatten().nonzero().squeeze(1)
-    logits = balance.record(out, real).logits
-    return logits if "logits_to_keep" in options else logits[:, positions]
+    keeps = "logits_to_keep" in forward_parameters(model)
+    options: dict[str, Any] = {"logits_to_keep": positions} if keeps else {}
+    asked = balance.asks()
+    out = call(model, **inputs, use_cache=False, **options, **asked)
+    if asked:
+        real = inputs["attention_mask"] if real is None else real
+        balance.record(out, real.flatten().nonzero().squeeze(1))
+    return out.logits if keeps else out.logits[:, positions]
 
 
 def _logits_of_rows_on_the_left(model: PreTrainedModel, sequences: Sequences) -> Tensor:

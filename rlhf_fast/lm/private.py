@@ -162,15 +162,17 @@ def without_adapter(module: Part, name: str, *, merge: bool) -> nn.Module | None
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    if isinstance(module, AuxiliaryTrainingWrapper) and not merge:
-        return module.original_module
-    if not isinstance(module, AuxiliaryTrainingWrapper | BaseTunerLayer):
+    auxiliary = isinstance(module, AuxiliaryTrainingWrapper)
+    if not auxiliary and not isinstance(module, BaseTunerLayer):
         return None
-    if hasattr(module, "unload_and_optionally_merge_module"):
-        return module.unload_and_optionally_merge_module(merge=merge, safe_merge=False, adapter_names=[name])
+    layer: Part = module
+    if auxiliary and not merge:
+        return layer.original_module
+    if hasattr(layer, "unload_and_optionally_merge_module"):
+        return layer.unload_and_optionally_merge_module(merge=merge, safe_merge=False, adapter_names=[name])
     if merge:
-        module.merge()
-    return module.get_base_layer()
+        layer.merge()
+    return layer.get_base_layer()
 
 
 def untie(model: Part) -> None:

@@ -138,6 +138,7 @@ def _tokenizer(vocabulary: int, end: int) -> PreTrainedTokenizerFast:
 def _save_model(shape: Shape, directory: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     config = copy.deepcopy(shape.config)
     config.eos_token_id = None  # else it ends samples beside the tokenizer's
+    shape = shape._replace(autocast=False)  # a mixed model comes from a checkpoint in bf16
     checkpoint.save(directory, models={"": shape.instantiate(config)}, tokenizer=tokenizer)
 
 

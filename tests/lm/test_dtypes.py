@@ -39,6 +39,19 @@ def test_a_mixed_model_gives_the_numbers_of_fp32_weights_under_autocast(saved):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_weights_that_bf16_cannot_hold_change_nothing_either(name, tmp_path):
+    random_policy(name).save_pretrained(tmp_path)
+    sequences = random_sequences()
+    mixed, full = (load_policy(tmp_path, dtype=dtype, trainable=False) for dtype in ("mixed", "fp32"))
+    objectives = Objectives(full)
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs = objectives.logprobs(sequences).logprobs
+    assert torch.equal(Objectives(mixed).logprobs(sequences).logprobs, theirs)
+    assert sum(p.nbytes for p in mixed.parameters()) < sum(p.nbytes for p in full.parameters())
+
+
+@torch.no_grad()
 def test_bf16_weights_give_the_log_probs_of_transformers(saved):
     sequences = random_sequences()
     model = load_policy(saved, dtype="bf16", trainable=False)

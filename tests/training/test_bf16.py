@@ -114,16 +114,16 @@ def test_resume_with_the_other_optimizers(options, files, tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize("options", [{"dtype": "bf16"}, {"bf16": True}, {"dtype": "bf16", "lora_rank": 2}])
-def test_policy_equals_reference_before_the_first_step(options, files, half_model, tmp_path):
-    dpo.train(stage_config(DPOConfig, files, half_model, tmp_path, **options))
+def test_policy_equals_reference_before_the_first_step(options, files, tiny_model, tmp_path):
+    dpo.train(stage_config(DPOConfig, files, tiny_model, tmp_path, **options))
     first = read_metrics(tmp_path / "metrics.jsonl")[0]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)
 
 
-def test_frozen_models_take_two_bytes_a_weight_and_can_be_kept_in_four(files, tiny_model, tmp_path):
+def test_frozen_models_take_two_bytes_a_weight_and_can_be_kept_in_four(files, half_model, tmp_path):
     module, cls = STAGES["reward"]
-    module.train(stage_config(cls, files, tiny_model, tmp_path / "reward"))
+    module.train(stage_config(cls, files, half_model, tmp_path / "reward", dtype="bf16"))
     held = {}
     for label, options in (
         ("fp32", {}),
@@ -133,7 +133,7 @@ def test_frozen_models_take_two_bytes_a_weight_and_can_be_kept_in_four(files, ti
         ("wanted", {"frozen_dtype": "bf16"}),
     ):
         options |= {"reward": str(tmp_path / "reward"), "steps": 2}
-        ppo.train(stage_config(PPOConfig, files, tiny_model, tmp_path / label, **options))
+        ppo.train(stage_config(PPOConfig, files, half_model, tmp_path / label, **options))
         run = json.loads((tmp_path / label / "run.json").read_text())
         count = {"reference": run["parameters"]["policy"], "reward": run["parameters"]["value"], **run["parameters"]}
         held[label] = {role: sum(b.values()) / count[role] for role, b in run["static_bytes"].items()}
