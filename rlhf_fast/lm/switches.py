@@ -133,7 +133,7 @@ def trial_rows(model: PreTrainedModel, lengths: tuple[int, ...]) -> list[Tensor]
 def vocabulary(model: PreTrainedModel) -> int:
     """The number of token ids that the model can read."""
     try:
-        return model.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportIndexIssue]
+        return int(model.get_input_embeddings().weight.shape[0])  # pyright: ignore
     except NotImplementedError:  # the decoder half of Bart
         return model.config.get_text_config().vocab_size
 
