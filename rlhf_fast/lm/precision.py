@@ -50,8 +50,11 @@ def exact(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _few_layers(model: nn.Module) -> Iterator[None]:
     config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if config is not None else None
-    found = None if text is None else _layers(model, text.num_hidden_layers)
+    if config is None:
+        yield
+        return
+    text: Any = config.get_text_config()
+    found = _layers(model, text.num_hidden_layers)
     count = 0 if found is None else layers_of_a_trial(found[2], text)
     if found is None or count == len(found[2]):
         yield

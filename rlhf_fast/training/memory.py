@@ -71,7 +71,7 @@ class Stateful(Protocol):
 
 
 def static_bytes(
-    models: dict[str, nn.Module], optimizers: Mapping[str, Stateful] | None = None
+    models: Mapping[str, nn.Module], optimizers: Mapping[str, Stateful] | None = None
 ) -> dict[str, dict[str, int]]:
     """Bytes held now, {role: {"weights", "gradients", "optimizer"}}.
 

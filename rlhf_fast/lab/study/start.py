@@ -31,6 +31,9 @@ def pipeline_of(config_file: str | None, out: str | Path, seed: int, *, shorten:
     check_file(PipelineConfig, config_file)
     values = yaml.safe_load(Path(config_file).read_text())
     config = from_dict(PipelineConfig, values, config_file)
+    for name in ("sft", "reward"):
+        if getattr(config, name) is None:
+            raise ValueError(f"{config_file}: {name}: expected a section, because every study starts there, got null")
     return dataclasses.replace(config, output_dir=directory, seed=seed, resume=True)
 
 
@@ -47,7 +50,7 @@ def prepare(config: PipelineConfig, *, embedded: bool) -> None:
 def _sections(config: PipelineConfig, data: Path) -> dict[str, dict]:
     """The sections that differ from the demo's: data in a directory that all seeds share, more passes for DPO."""
     return {
-        "sft": config.sft | {"train_data": str(data / "sft.jsonl")},
+        "sft": (config.sft or {}) | {"train_data": str(data / "sft.jsonl")},
         "pairs": config.pairs | {"prompts": str(data / "prompts.jsonl")},
         # after one pass DPO is far from done; the demo has no time for more
         "dpo": getattr(config, section("dpo")) | {"epochs": 3},

@@ -378,3 +378,11 @@ def test_policies_are_judged_on_rows_as_their_stages_read_them(tmp_path, tiny_mo
     for key in ("rewards", "completion_rewards"):
         assert parts[0][key] == parts[1][key]
     assert torch.equal(best_of.load(tmp_path / "chat")[1], best_of.load(tmp_path / "text")[1])
+
+
+@pytest.mark.parametrize("name", ["sft", "reward"])
+def test_a_pipeline_without_a_stage_is_no_start(name, tmp_path):
+    file = tmp_path / "pipeline.yaml"
+    file.write_text(f"model: m\noutput_dir: out\n{name}: null\n")
+    with pytest.raises(ValueError, match=f"pipeline.yaml: {name}: expected a section, because every study starts"):
+        pipeline_of(str(file), tmp_path, 0)
