@@ -1,7 +1,8 @@
 """The table of training stages: one row has everything that the package knows about a stage by its name.
 
 The command line, the pipeline, the planner, `compare`, the studies and the plots read this table. A new method needs a
-config class in `config/stages.py`, a module in `stages/` and a row here; then tests, docs and the changelog.
+config class in `config/online.py` or `config/stages.py`, a module in `stages/` and a row here; then tests, docs and the
+changelog.
 
 This module imports nothing of the package, so that every other module may import it. A row therefore names classes and
 functions by strings of the form "package.module:name", and `load` imports them when they are used.

@@ -10,7 +10,8 @@ from rlhf_fast import cli
 from rlhf_fast.config import DPOConfig, PairsConfig, PPOConfig, RewardConfig, RLOOConfig, SFTConfig, StageConfig
 from rlhf_fast.config.arguments import make_parser
 from rlhf_fast.config.fields import arg, check_fields, random_seed
-from rlhf_fast.config.stages import DPOLossType, RemaxVariant
+from rlhf_fast.config.online import RemaxVariant
+from rlhf_fast.config.stages import DPOLossType
 from rlhf_fast.methods import load
 from rlhf_fast.ops.preference import LOSS_TYPES
 from rlhf_fast.ops.returns import REMAX_VARIANTS

@@ -1,0 +1,198 @@
+"""The configs of the methods that sample from their policy; `stages` says how configs are built."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rlhf_fast.config.fields import arg, check, check_reward_weights, required
+from rlhf_fast.config.stages import (
+    BETA_HELP,
+    FUSED_HEAD_HELP,
+    LABEL_SMOOTHING_HELP,
+    DPOLossType,
+    MethodConfig,
+    check_label_smoothing,
+)
+
+__all__ = [
+    "ClippedConfig",
+    "GRPOConfig",
+    "OnlineConfig",
+    "OnlineDPOConfig",
+    "PPOConfig",
+    "RLOOConfig",
+    "ReMaxConfig",
+    "ReinforceConfig",
+]
+
+Critic = Literal["model", "shared"]
+RemaxVariant = Literal["official", "paper", "verl"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineConfig(MethodConfig):
+    """What every method takes that samples from its policy."""
+
+    train_data: str = required("Rows with a prompt column; extra columns go to a Python reward function.")
+    reward: str | list[str] = required(
+        "Reward-model directory, or a function `package.module:name` or `file.py:name`; repeated: their sum."
+    )
+    reward_weights: list[float] | None = arg(None, "Weight of each of several rewards; default: 1 for each.")
+    eval_reward: str | None = arg(None, "Reward for evaluation only (a ground truth, say); default: `reward`.")
+    steps: int = arg(100, "Rollout + update rounds.", at_least=1)
+    batch_size: int = arg(32, "Sampled completions per round.", at_least=1)
+    micro_batch_size: int | None = arg(
+        None, "Completions per forward pass; default: as many as the batch allows.", at_least=1
+    )
+    temperature: float = arg(1.0, "Sampling temperature; also applied in every training pass.", above=0)
+    top_k: int = arg(0, "Draw from the k likeliest tokens, in evaluations too; 0: from all tokens.", at_least=0)
+    top_p: float = arg(
+        1.0,
+        "Draw from the likeliest tokens that hold this probability, in evaluations too; 1: from all tokens.",
+        above=0,
+        at_most=1,
+    )
+    fused_head: bool = arg(
+        True,
+        f"{FUSED_HEAD_HELP} With top_k or top_p losses always come from logits, "
+        "because a training pass then needs the set that each token was drawn from (V / 8 bytes a token).",
+    )
+    kl_coef: float = arg(0.05, "Weight of the per-token KL penalty in the reward (k1 estimate).", at_least=0)
+    kl_target: float | None = arg(
+        None, "Adapt kl_coef towards this KL per completion in nats; default: fixed.", above=0
+    )
+    kl_horizon: float = arg(
+        10_000, "kl_coef moves by 20 % over so many completions while the KL is 20 % or more off kl_target.", above=0
+    )
+    share_base: bool = arg(
+        False, "Reward (and value) model as adapters on the policy's base: one frozen model for all; needs lora_rank."
+    )
+    offload: bool = arg(False, "Reference and reward model wait in CPU memory for their phase; no effect on a CPU.")
+    missing_eos_penalty: float = arg(0.0, "Subtracted from the score of a completion that never ends.")
+    max_logprob_drift: float | None = arg(
+        None,
+        "Stop where a token's log-probs of decoding and of training differ by more; default: 0.01; in bf16 the mean "
+        "difference of the tokens may be 0.1.",
+        at_least=0,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_reward_weights(self)
+        if self.share_base and not self.lora_rank:
+            raise ValueError("lora_rank: expected > 0 with share_base, since a shared base is frozen; got 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClippedConfig(OnlineConfig):
+    """What a method takes that makes several clipped updates of each rollout."""
+
+    epochs: int = arg(1, "Passes over each rollout.", at_least=1)
+    minibatches: int = arg(1, "Optimizer steps per pass.", at_least=1)
+    clip: float = arg(0.2, "The probability ratio is clipped to [1 - clip, 1 + clip].", above=0)
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of one optimizer step, a part of each rollout."""
+        return self.batch_size // self.minibatches
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch_size % self.minibatches:
+            raise ValueError(f"minibatches: expected a divisor of batch_size={self.batch_size}, got {self.minibatches}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig(ClippedConfig):
+    """PPO with policy, value, reward and reference models (Schulman et al. 2017; Ziegler et al. 2019)."""
+
+    learning_rate: float = arg(3e-6, "Peak learning rate of the policy.", above=0)
+    epochs: int = arg(4, "Passes over each rollout.", at_least=1)
+    critic: Critic = arg("model", "A value model of its own, or a value head on the policy's trunk.")
+    value_coef: float = arg(0.1, "Weight of the value loss in the joint backward pass of a shared critic.", at_least=0)
+    value_model: str | None = arg(None, "Value model to start from; default: the reward model, else `model`.")
+    value_learning_rate: float = arg(
+        1e-5, "Peak learning rate of the value model, or of a shared critic's head.", above=0
+    )
+    value_clip: float = arg(0.2, "New values are clipped to the old value +- this.", above=0)
+    gamma: float = arg(1.0, "Discount.", at_least=0, at_most=1)
+    lam: float = arg(0.95, "GAE lambda.", at_least=0, at_most=1)
+    whiten_rewards: bool = arg(False, "Divide the shaped rewards by their standard deviation.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.critic == "shared" and self.value_model is not None:
+            raise ValueError(f"value_model: expected none with the shared critic, got {self.value_model!r}")
+        if self.critic == "shared" and not self.fused_head:
+            raise ValueError("fused_head: expected true with the shared critic, which needs the hidden states")
+        if self.critic == "shared" and (self.top_k or self.top_p < 1):
+            raise ValueError("critic: expected a model of its own beside top_k or top_p, which go through the logits")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReMaxConfig(OnlineConfig):
+    """ReMax: REINFORCE with the greedy completion's score as baseline (arXiv 2310.10505)."""
+
+    greedy_response_length: int | None = arg(
+        None, "End greedy completions at this many tokens (ReMax-fast); default: max_response_length.", at_least=1
+    )
+    variant: RemaxVariant = arg("official", "Per-token weights: the authors' code, the paper, or verl's form.")
+    gamma: float = arg(1.0, "Discount of the official variant (its scripts use 0.99).", at_least=0, at_most=1)
+    score_clip: float = arg(
+        5.0, "The score difference is clipped to +- this (official, paper); 0 turns clipping off.", at_least=0
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReinforceConfig(OnlineConfig):
+    """REINFORCE without a baseline (Williams 1992), the yardstick of ReMax."""
+
+    gamma: float = arg(1.0, "Discount of the score towards earlier tokens.", at_least=0, at_most=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLOOConfig(OnlineConfig):
+    """RLOO: each sample's baseline is the mean of the others of its prompt (arXiv 2402.14740)."""
+
+    group_size: int = arg(4, "Samples per prompt; batch_size counts samples.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_groups(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPOConfig(ClippedConfig):
+    """GRPO: scores whitened within each prompt's group, PPO's clipped loss, KL in the loss (arXiv 2402.03300)."""
+
+    group_size: int = arg(8, "Samples per prompt; batch_size counts samples.")
+    kl_coef: float = arg(0.04, "Weight of the per-token KL to the reference in the loss (k3 estimate).", at_least=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_groups(self)
+
+
+def _check_groups(config: RLOOConfig | GRPOConfig) -> None:
+    if config.group_size < 2 or config.batch_size % config.group_size:
+        raise ValueError(f"group_size: expected >= 2 and a divisor of batch_size, got {config.group_size}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineDPOConfig(OnlineConfig):
+    """Online DPO: the reward labels two samples of the policy, DPO learns from the pair (arXiv 2402.04792)."""
+
+    batch_size: int = arg(32, "Sampled completions per round, two of each prompt.", at_least=1)
+    beta: float = arg(0.1, BETA_HELP, above=0)
+    loss_type: DPOLossType = arg("sigmoid", "Loss on the log-ratio difference, named as in TRL.")
+    label_smoothing: float = arg(0.0, LABEL_SMOOTHING_HELP)
+    kl_coef: float = arg(
+        0.0,
+        "A completion's score is less this times its KL to the reference, before the scores are compared.",
+        at_least=0,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_label_smoothing(self)
+        for name in ("batch_size", "micro_batch_size"):
+            check(self, name, lambda v: v % 2 == 0, "an even number, since two completions make a pair")
