@@ -283,7 +283,7 @@ def _mark_start(axes: Axes, runs: Sequence[MethodRun], x_key: str) -> None:
         markeredgecolor="white",
         linestyle="",
         zorder=5,
-        label="SFT (start)",
+        label="start",
     )
 
 

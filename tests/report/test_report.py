@@ -174,7 +174,7 @@ def test_figures_draw_the_numbers(runs):
     figures = plots.make_plots(runs, VARIANCE)
     lines = {line.get_label(): line for line in figures["reward_kl"].axes[0].lines}
     assert lines["PPO"].get_xydata().tolist() == [[0.0, 0.5], [4.0, 0.8]]
-    assert lines["SFT (start)"].get_xydata().tolist() == [[0.0, 0.5]]
+    assert lines["start"].get_xydata().tolist() == [[0.0, 0.5]]
     assert lines["PPO"].get_color() == "#0072B2" and lines["ReMax"].get_color() == "#D55E00"
     lines = {line.get_label(): line for line in figures["reward_time"].axes[0].lines}
     assert lines["ReMax"].get_xydata().tolist() == [[0.0, 0.5], [1.0, 0.7]]
