@@ -47,7 +47,8 @@ class Experience(NamedTuple):
     parts: dict[str, Tensor]  # of several rewards: name -> scores [B] float64, NaN where it does not judge
 
 
-_DRIFT, _MEAN_DRIFT = "val/logprob_drift", "val/logprob_drift_mean"  # of single tokens, in nats
+_DRIFT, _MEAN_DRIFT = "val/logprob_drift", "val/logprob_drift_mean"  # the largest, and the mean, in nats a token
+_DRIFT_SUM, _DRIFT_TOKENS = "val/logprob_drift_sum", "val/logprob_drift_tokens"  # what the mean is made of
 
 
 Config = TypeVar("Config", bound=OnlineConfig)
@@ -190,8 +191,8 @@ class Online(Generic[Config]):
         """
         drift_BT = (logprobs.detach() - rollout.logprobs).abs()
         tally.raise_to(_DRIFT, drift_BT.max())
-        mask_BT = rollout.response_mask
-        tally.raise_to(_MEAN_DRIFT, torch.where(mask_BT, drift_BT, 0.0).sum() / mask_BT.sum().clamp(min=1))
+        tally.add(_DRIFT_SUM, torch.where(rollout.response_mask, drift_BT, 0.0).sum())
+        tally.add(_DRIFT_TOKENS, rollout.response_mask.sum())
 
     def note_mean_drift(self, tally: Tally, logps: Tensor, rollout: Rollout) -> None:
         """`note_drift` of the mean over a completion's tokens, where only summed log-probs [B] are known.
@@ -199,12 +200,18 @@ class Online(Generic[Config]):
         logps: [B], summed over the tokens of each completion.
         """
         decoded_B, tokens_B = rollout.logprobs.sum(dim=1), rollout.response_mask.sum(dim=1)
-        drift = ((logps.detach() - decoded_B) / tokens_B).abs().max()
-        tally.raise_to(_DRIFT, drift)
-        tally.raise_to(_MEAN_DRIFT, drift)
+        drift_B = (logps.detach() - decoded_B).abs()
+        tally.raise_to(_DRIFT, (drift_B / tokens_B).max())
+        tally.add(_DRIFT_SUM, drift_B.sum())
+        tally.add(_DRIFT_TOKENS, tokens_B.sum())
 
     def check_drift(self, metrics: dict[str, float]) -> None:
-        """Stopped where a drift among a step's metrics is past its bound."""
+        """Makes the mean drift of a step's sums in `metrics`. Stopped where a drift is past its bound.
+
+        The mean is of all tokens of a step, because a micro-batch may hold a single short completion.
+        """
+        if _DRIFT in metrics:
+            metrics[_MEAN_DRIFT] = metrics.pop(_DRIFT_SUM) / max(1.0, metrics.pop(_DRIFT_TOKENS))
         key, bound, name = self.drift_bound
         if key in metrics and not metrics[key] <= bound:
             raise Stopped(

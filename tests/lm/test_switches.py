@@ -14,6 +14,7 @@ from rlhf_fast.lm.sequences import Sequences
 from rlhf_fast.rollout import engine
 from rlhf_fast.rollout.generate import generate
 from tests.support.models import random_policy
+from tests.support.zoo_checks import ragged
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"num_key_value_heads": 2, "vocab_size": 61, "max_position_embeddings": 256}
@@ -76,14 +77,7 @@ def composite() -> PreTrainedModel:
     return spread(AutoModelForImageTextToText.from_config(config))
 
 
-def ragged(lengths=((14, 18), (2, 3), (9, 12), (1, 30))) -> Sequences:
-    """Prompts and responses of these lengths, padded apart."""
-    generator = torch.Generator().manual_seed(3)
-    P, T = (max(each) for each in zip(*lengths, strict=True))
-    ids = torch.randint(2, 57, (len(lengths), P + T), generator=generator)
-    prompt_mask = torch.stack([torch.arange(P) >= P - p for p, _ in lengths])
-    response_mask = torch.stack([torch.arange(T) < t for _, t in lengths])
-    return Sequences(ids[:, :P] * prompt_mask, prompt_mask, ids[:, P:] * response_mask, response_mask)
+MIXED = ((14, 18), (2, 3), (9, 12), (1, 30))  # lengths of prompts and responses
 
 
 @torch.no_grad()
@@ -100,7 +94,7 @@ def plain_logprobs(model: PreTrainedModel, sequences: Sequences) -> list[torch.T
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("kind", [*KINDS, "gemma3"])
 def test_logprobs_are_those_of_each_row_alone(kind, fused):
-    model, sequences = composite() if kind == "gemma3" else made(kind), ragged()
+    model, sequences = composite() if kind == "gemma3" else made(kind), ragged(MIXED)
     expected = plain_logprobs(model, sequences)
     with torch.no_grad():
         out = Objectives(model, fused=fused).logprobs(sequences).logprobs

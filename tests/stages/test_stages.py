@@ -276,6 +276,11 @@ def test_a_single_unlikely_token_may_drift_in_bf16(files, tiny_model, tmp_path, 
     (row,) = read_metrics(tmp_path / "free" / "metrics.jsonl")
     assert row["val/logprob_drift"] == pytest.approx(0.8, abs=0.1)
     assert 0.8 / 16 / 12 < row["val/logprob_drift_mean"] < 0.1
+    options = {"steps": 1, "bf16": True, "micro_batch_size": 1}  # the mean is the step's, not the micro-batch's
+    remax.train(stage_config(ReMaxConfig, files, tiny_model, tmp_path / "single", **options))
+    (single,) = read_metrics(tmp_path / "single" / "metrics.jsonl")
+    assert single["val/logprob_drift_mean"] == pytest.approx(row["val/logprob_drift_mean"], rel=0.2)
+    assert not {"val/logprob_drift_sum", "val/logprob_drift_tokens"} & single.keys()
     bound = stage_config(ReMaxConfig, files, tiny_model, tmp_path / "bound", steps=1, bf16=True, max_logprob_drift=0.5)
     with pytest.raises(RuntimeError, match=r"log-probs differ by 0\.[78]\d*, more than max_logprob_drift=0.5;"):
         remax.train(bound)
