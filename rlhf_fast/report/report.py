@@ -196,7 +196,8 @@ def _sample_table(runs: Sequence[MethodRun], samples: Sequence[Mapping[str, Any]
     rows = {start: samples, **{run.name: run.samples for run in runs}}
     return [
         {
-            "prompt": samples[i]["prompt"],
+            "prompt": _readable(samples[i]),
+            "goes_on": "messages" not in samples[i],
             "completions": [
                 {"method": name, "completion": of[i]["completion"], "reward": of[i]["reward"]}
                 for name, of in rows.items()
@@ -204,6 +205,20 @@ def _sample_table(runs: Sequence[MethodRun], samples: Sequence[Mapping[str, Any]
         }
         for i in chosen
     ]
+
+
+def _readable(sample: Mapping[str, Any]) -> str:
+    """The prompt of a sample; of a conversation a line per message, without the chat template's tokens."""
+    if "messages" not in sample:
+        return sample["prompt"]
+    return "\n".join(f"{message['role']}: {_content(message.get('content'))}" for message in sample["messages"])
+
+
+def _content(content: Any) -> str:
+    """The text of a message's content, which may be parts, or nothing beside a call of a tool."""
+    if isinstance(content, list):
+        return " ".join(part.get("text") or f"[{part.get('type', 'part')}]" for part in content)
+    return content or ""
 
 
 def _svg_uri(figure: Any) -> str:

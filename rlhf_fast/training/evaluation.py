@@ -39,7 +39,7 @@ class Evaluation(NamedTuple):
     """The result of one evaluation."""
 
     metrics: dict[str, float]
-    samples: list[dict[str, str | float]]  # prompt, completion and reward of every row
+    samples: list[dict[str, Any]]  # prompt, its messages if it is a conversation, completion and reward of every row
 
 
 class Evaluator:
@@ -106,7 +106,7 @@ class Evaluator:
         for name, values in columns.items():
             metrics[f"eval/{name}"], metrics[f"eval/{name}_se"] = mean_and_se(values)
         rows = zip(self.prompts, completions, columns["reward"].tolist(), strict=True)
-        return Evaluation(metrics, [{"prompt": p.prompt, "completion": c, "reward": r} for p, c, r in rows])
+        return Evaluation(metrics, [{**_asked(p.prompt), "completion": c, "reward": r} for p, c, r in rows])
 
     def _kl(self, objectives: Objectives, rollout: Rollout) -> Tensor:
         """sum_t KL(policy(.|s_t) || reference(.|s_t)) over each completion [B], in micro-batches."""
@@ -252,6 +252,11 @@ def compared_prompts(
     options = tokenizer, None, max_prompt_length, chat_template_kwargs
     encoded = encode_answers(rows, texts, *options, finished=finished)
     return [p._replace(own=(ids, own)) for p, (ids, (own,), *_) in zip(prompts, encoded, strict=True)]
+
+
+def _asked(prompt: str) -> dict[str, Any]:
+    """What a sample says of its prompt: the text, and a conversation's messages, which people read more easily."""
+    return {"prompt": prompt} | ({"messages": prompt.messages} if isinstance(prompt, Conversation) else {})
 
 
 def prompt_columns(prompts: list[PromptExample]) -> dict[str, list]:

@@ -151,6 +151,24 @@ def test_a_few_samples_are_shown_from_the_lowest_to_the_highest(tmp_path, runs):
     assert [row["completions"][0]["reward"] for row in shown] == [0, 0.25, 0.5, 0.7, 0.95]
 
 
+def test_a_conversation_is_shown_by_its_messages(tmp_path, runs):
+    parts = [{"type": "image"}, {"type": "text", "text": "Is <b> blue?"}]
+    said = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": parts}]
+    called = {"role": "assistant", "content": None}
+    start = [
+        {"prompt": "<|system|>Be brief.<|end|>", "messages": [*said, called], "completion": "Yes", "reward": 0.1},
+        {"prompt": "The film", "completion": "was", "reward": 0.9},
+    ]
+    runs = [dataclasses.replace(run, samples=start) for run in runs]
+    write_report(tmp_path / "report.html", runs, title="t", samples=start)
+    shown = json.loads((tmp_path / "report.json").read_text())["samples"]
+    assert [row["prompt"] for row in shown] == [
+        "system: Be brief.\nuser: [image] Is <b> blue?\nassistant: ", "The film"
+    ]  # fmt: skip
+    html = (tmp_path / "report.html").read_text()
+    assert "user: [image] Is &lt;b&gt; blue?\nassistant: </p>" in html and "The film …</p>" in html
+
+
 def test_unpaired_gain_and_no_samples(tmp_path, runs):
     write_report(tmp_path / "report.html", runs, title="t", reward_name="model score")
     report = json.loads((tmp_path / "report.json").read_text())
