@@ -2,12 +2,14 @@
 
 `SIZES` holds the sizes by the names that families give them; a family gets those that its config has. `OWN` has the
 settings beyond these, such as the types of layers; a member without any is in `PLAIN`. What makes a variant follows the
-model type in its name, as in "llama yarn". `REFUSED` has what the message says of models that cannot be trained.
+model type in its name, as in "llama yarn". The models that cannot be trained are in `zoo_refused`.
 """
 
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
+
+from tests.support.zoo_refused import REFUSED
 
 VERSION = "5.23.0"  # of transformers, whose classes are all here
 
@@ -355,43 +357,6 @@ OWN: dict[str, dict[str, Any]] = {
     ),
     "zamba2": dict(layers_block_type=["linear_attention", "hybrid"], mamba_headdim=8, mamba_ngroups=1),
     "zaya": dict(num_experts_per_tok=1, router_hidden_size=16),
-}
-AHEAD = "depend on no later token"
-REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
-    "bert that looks ahead": (AHEAD, {}),
-    "blt": ("cuts the bytes of a whole row into patches", {}),
-    "cpmant": (AHEAD, dict(dim_head=8, dim_ff=48, prompt_types=33, prompt_length=2)),
-    # The class of the text model finds none of its weights in a checkpoint of the whole model.
-    "emu3": (
-        "all weights of Emu3ForCausalLM",
-        dict(
-            text_config=dict(vocab_size=61, num_hidden_layers=1, hidden_size=32, pad_token_id=0, intermediate_size=16)
-        ),
-    ),
-    "gemma3n": ("needs the package timm", {}),
-    "gemma4_assistant": (
-        "continues the hidden states of another model",
-        dict(
-            text_config={"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
-        ),
-    ),
-    "gemma4_unified_assistant": ("continues the hidden states of another model", {}),
-    "musicgen": ("predicts several audio codes a step", {}),
-    "musicgen_melody": ("predicts several audio codes a step", {}),
-    "prophetnet": (
-        AHEAD,
-        dict(
-            DECODER,
-            num_hidden_layers=...,
-            num_encoder_layers=1,
-            num_decoder_layers=2,
-            num_encoder_attention_heads=4,
-            num_decoder_attention_heads=4,
-        ),
-    ),
-    "reformer": ("sorts its keys by random numbers", {}),
-    "xlm that looks ahead": (AHEAD, dict(emb_dim=32, n_layers=2, n_heads=4)),
-    "xlnet": (AHEAD, dict(max_position_embeddings=..., d_inner=48, d_head=8)),
 }
 SINCE = {"cohere_compass_text": (5, 23)}  # versions of transformers before do not make these
 ZOO: dict[str, dict[str, Any]] = {name: OWN.get(name, {}) for name in sorted({*PLAIN, *OWN})}

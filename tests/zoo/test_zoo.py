@@ -13,8 +13,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from rlhf_fast.lm.loading import load_policy
 from rlhf_fast.rollout.generate import generate
 from tests.support import zoo_table, zoo_turns
-from tests.support.zoo import AHEAD, REFUSED, VERSION, ZOO, make_config, model_type
+from tests.support.zoo import VERSION, ZOO, make_config, model_type
 from tests.support.zoo_checks import measure, save_member
+from tests.support.zoo_refused import AHEAD, REFUSED
 
 MOST = 5e-5  # of every error
 
