@@ -1,6 +1,7 @@
 """The configs of the commands around the training stages: init, pairs, pipeline and demo."""
 
-from dataclasses import dataclass
+import dataclasses
+from dataclasses import MISSING, dataclass
 from typing import Any, TypeVar
 
 from rlhf_fast.config.fields import (
@@ -133,6 +134,10 @@ class PipelineConfig:
     )
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # an empty section in a YAML file is null
+            usual = field.default_factory
+            if getattr(self, field.name) is None and field.name not in ("sft", "reward") and usual is not MISSING:
+                object.__setattr__(self, field.name, usual())
         check_fields(self)
 
 

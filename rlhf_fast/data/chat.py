@@ -11,6 +11,7 @@ from os.path import commonprefix
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -53,6 +54,13 @@ def with_template(tokenizer: PreTrainedTokenizerBase, template: str | Path | Non
                 raise ValueError(f"chat_template: expected a Jinja file or a template, found no file {text}")
             text = Path(text).read_text(encoding="utf-8-sig")
         tokenizer.chat_template = text
+        try:
+            tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+        except TemplateSyntaxError as error:
+            reason = f"a syntax error in line {error.lineno}: {error.message}"
+            raise ValueError(f"chat_template: expected a Jinja template, got {reason}") from error
+        except Exception:  # the template refuses this message; the rows decide
+            return tokenizer
     return tokenizer
 
 

@@ -6,6 +6,17 @@ from pathlib import Path
 from typing import Any
 
 
+def check_writable(argument: str, path: str | os.PathLike) -> None:
+    """ValueError, naming the argument, where no file could be written to `path`. Changes nothing."""
+    if Path(path).is_dir():
+        raise ValueError(f"{argument}: expected a file to write, got the directory {path}")
+    parent = Path(path).absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"{argument}: expected a file that can be written, got {path}, but {parent} takes no files")
+
+
 def write_bytes(path: str | os.PathLike, content: bytes) -> None:
     """Writes bytes to the file `path`, and makes its directory."""
     path = Path(path)

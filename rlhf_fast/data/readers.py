@@ -117,7 +117,7 @@ def _read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")  # Windows writes a byte order mark first
                 if text.strip():
                     yield f"{path}, line {number}", json.loads(text)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also for numbers of thousands of digits, and endless nesting
         raise ValueError(f"{path}, line {number}: not JSON in UTF-8: {error}") from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}, after line {number}: damaged gzip file: {error}") from error
@@ -130,8 +130,9 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
         return _read_json_lines(path)
     try:
         return _numbered(str(path), json.loads(text))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not JSON in UTF-8: {error}") from error
+    except (ValueError, RecursionError) as error:
+        where = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise ValueError(f"{path}{where}: not JSON in UTF-8: {error}") from error
 
 
 def _read_table(path: Path, delimiter: str) -> Iterator[tuple[str, Any]]:

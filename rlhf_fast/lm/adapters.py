@@ -261,7 +261,10 @@ def merge(model: PreTrainedModel, path: str | os.PathLike) -> None:
 
 
 def _read_config(path: str | os.PathLike) -> dict[str, Any]:
-    return json.loads(Path(path, _CONFIG).read_text())
+    try:
+        return json.loads(Path(path, _CONFIG).read_text())
+    except ValueError as error:
+        raise ValueError(f"model: expected JSON in {path}/{_CONFIG}, got {error}") from error
 
 
 def _for_class_of(model: PreTrainedModel, config: Any) -> None:

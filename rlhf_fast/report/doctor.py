@@ -16,7 +16,7 @@ from rich.text import Text
 
 from rlhf_fast.config import DataConfig
 from rlhf_fast.data.chat import with_template
-from rlhf_fast.data.files import write_text
+from rlhf_fast.data.files import check_writable, write_text
 from rlhf_fast.lm.tokenizers import load_tokenizer
 from rlhf_fast.report.inspection import (
     Inspected,
@@ -39,12 +39,15 @@ _MARKS: dict[Kind, tuple[str, str]] = {
     "lost": ("⟨", "⟩"),
 }
 _LONGEST: dict[Kind, int] = {"prompt": 400, "trained": 800, "end": 800, "lost": 120}  # letters of a piece, if not whole
+_GENERATOR = b'<meta name="generator" content="rlhf-fast data">'  # in every page
 _IDS = 24  # of a text, if not whole
 _REFUSED = 5  # malformed rows whose errors are shown
 
 
 def run(config: DataConfig) -> None:
     """Shows the rows; with `html` also writes the page. Raises ValueError where a row would stop the stage."""
+    if config.html:
+        _check_page(Path(config.html))
     tokenizer = with_template(load_tokenizer(config.model), config.chat_template)
     limits, found = lengths_of(config), inspect(config.data, tokenizer, config)
     chosen = _chosen(found, config)
@@ -70,6 +73,16 @@ def _chosen(found: Inspection, config: DataConfig) -> list[Inspected]:
     if missing:
         raise ValueError(f"row: expected numbers of rows of {config.data} that can be read, got {missing[0]}")
     return [example for example in found.examples if example.number in config.row]
+
+
+def _check_page(path: Path) -> None:
+    """ValueError where the page cannot be written, or would take the place of a file that is no such page."""
+    check_writable("html", path)
+    if path.exists():
+        with open(path, "rb") as file:
+            start = file.read(1000)
+        if _GENERATOR not in start:
+            raise ValueError(f"html: expected a new file or an earlier page, got {path}, which holds something else")
 
 
 def _title(found: Inspection, config: DataConfig, limits: tuple[int | None, int]) -> str:

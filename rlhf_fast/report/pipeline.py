@@ -41,6 +41,12 @@ def make_plan(config: PipelineConfig) -> dict[str, Any]:
     for method in config.methods:
         if method not in METHODS:
             raise ValueError(f"methods: expected some of {sorted(METHODS)}, got {method!r}")
+        if config.methods.count(method) > 1:
+            raise ValueError(f"methods: expected each method once, got {method} {config.methods.count(method)} times")
+    for method, row in METHODS.items():  # a section of a method that does not run is checked all the same
+        unknown = getattr(config, section(method)).keys() - _fields(load(row.config))
+        if unknown and method not in config.methods:
+            raise ValueError(f"section {section(method)!r}: unknown key {min(unknown)!r}")
     classes = {method: load(METHODS[method].config) for method in config.methods}
     for key in config.common:
         if not any(key in _fields(cls) for cls in classes.values()):
@@ -77,6 +83,8 @@ def make_plan(config: PipelineConfig) -> dict[str, Any]:
             if "eval_data" in given and learned:
                 given = {"eval_reward": learned["reward"]} | given
         plan[method] = stage(cls, method, given, model=start, **learned)
+    if not plan:
+        raise ValueError("methods: expected at least one where sft and reward are null, got none")
     return plan
 
 

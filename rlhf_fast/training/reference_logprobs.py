@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_fast.config import DPOConfig, KTOConfig
-from rlhf_fast.data.files import write_bytes
+from rlhf_fast.data.files import check_writable, write_bytes
 from rlhf_fast.training.fingerprint import of_values, of_weights
 
 _KIND = "reference log-probs of rlhf_fast"
@@ -28,9 +28,11 @@ _OTHER = {
 
 
 def check_file(path: str | None) -> None:
-    """ValueError where `path` is there and holds something else. Call it before models are loaded."""
-    if path is not None and Path(path).exists():
-        _metadata(Path(path))
+    """ValueError where `path` holds something else or cannot be written. Call it before models are loaded."""
+    if path is not None:
+        if Path(path).exists():
+            _metadata(Path(path))
+        check_writable("reference_logprobs", path)
 
 
 def reference_logprobs(

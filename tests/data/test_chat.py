@@ -85,6 +85,8 @@ def test_templates_from_a_file(tmp_path):
         ValueError, match="^chat_template: expected a Jinja file or a template, found no file no.jinja$"
     ):
         with_template(tokenizer, "no.jinja")
+    with pytest.raises(ValueError, match="chat_template: expected a Jinja template, got a syntax error in line 2"):
+        with_template(tokenizer, "{{ bos_token }}\n{{ x")
 
 
 def test_alpaca_goes_through_the_template(tokenizer):

@@ -252,3 +252,12 @@ def test_hub_names_that_cannot_be_loaded(failure, monkeypatch):
         ValueError, match="^hub:user/rows: expected hub:NAME:SPLIT, such as hub:openai/gsm8k:main:train"
     ):
         load_rows("hub:user/rows", "sft")
+
+
+@pytest.mark.parametrize("value", ["[" * 100_000 + "]" * 100_000, "9" * 5000], ids=["nested", "digits"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_json_that_python_cannot_hold_names_the_file(name, value, tmp_path):
+    row = '{"prompt": "a", "completion": ' + value + "}"
+    (tmp_path / name).write_text(row if name == "rows.jsonl" else f"[{row}]")
+    with pytest.raises(ValueError, match=f"{name}.*not JSON in UTF-8"):
+        load_rows(tmp_path / name, "sft")

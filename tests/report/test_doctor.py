@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -147,6 +148,11 @@ def test_the_command(model, sft, tmp_path, capsys):
     assert "&lt;|im_end|&gt;" in html and "<|im_end|>" not in html  # the rows' text is text
     assert '<span class="trained"> end</span><span class="end">&lt;|im_end|&gt;</span>' in html
     assert "http" not in html.replace("https", "http")
+    assert cli.main(["data", sft, *flags]) == 1 and page.read_text() == html  # a page takes an earlier page's place
+    capsys.readouterr()
+    rows = Path(sft).read_bytes()
+    assert cli.main(["data", sft, "--model", model, "--html", sft]) == 1 and Path(sft).read_bytes() == rows
+    assert "html: expected a new file or an earlier page, got" in capsys.readouterr().err
     assert cli.main(["data", sft, "--model", model, "--row", "5"]) == 1
     assert "row: expected numbers of rows of" in capsys.readouterr().err
     assert cli.main(["data", sft, "--model", model, "--stage", "ppo", "--max-length", "9"]) == 1

@@ -271,3 +271,17 @@ def test_offline_methods_are_measured_by_the_reward_model(files, tiny_model, tmp
     assert pipeline.make_plan(alone)["dpo"].train_data == f"{tmp_path}/pairs.jsonl.gz"
     own = pipeline.make_plan(dataclasses.replace(alone, dpo={"train_data": "own"}))["dpo"]
     assert (own.train_data, own.eval_reward) == ("own", None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"methods": ["dpo", "dpo"]}, "methods: expected each method once, got dpo 2 times"),
+        ({"grpo": {"learning_rat": 1}}, "section 'grpo': unknown key 'learning_rat'"),
+        ({"methods": [], "sft": None, "reward": None, "pairs": None, "common": None}, "methods: expected at least one"),
+        ({"methods": ["dpo"], "dpo": None, "sft": None, "reward": None, "pairs": None, "common": None}, "'train_data'"),
+    ],
+)
+def test_sections_that_are_empty_or_do_not_run(options, message, files, tiny_model, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        pipeline.make_plan(pipeline_config(files, tiny_model, tmp_path, **options))
