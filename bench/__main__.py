@@ -7,6 +7,8 @@
     python -m bench exactness                    errors beside other libraries' (the extra `rivals`), -inf and all;
                                                  exit code 1 where ours is beyond its tolerance
     python -m bench rollout --check              decoding beside transformers' generate
+    python -m bench rollout --model DIR --data DIR --check
+                                                 the same with a checkpoint in fp32, under bf16 autocast, and in bf16
     python -m bench trainers --trl-python P --ppo-python Q --check
                                                  whole training runs beside TRL's trainers; P and Q are the interpreters
                                                  of environments with trl==1.16.0 and trl==1.12.0
@@ -53,12 +55,8 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--trl-python", metavar="PATH", help="trainers: of an environment with trl==1.16.0")
     parser.add_argument("--ppo-python", metavar="PATH", help="trainers: of an environment with trl==1.12.0")
-    parser.add_argument(
-        "--model", type=Path, metavar="DIR", help="trainers: a checkpoint, in place of the demo's model"
-    )
-    parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="trainers: the rows for --model, sft.jsonl.gz and others"
-    )
+    parser.add_argument("--model", type=Path, metavar="DIR", help="rollout, trainers: a checkpoint")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="the rows for --model: sft.jsonl.gz and others")
     parser.add_argument(
         "--dtypes",
         nargs="+",

@@ -6,13 +6,17 @@ Tokens and log-probs are checked before anything is timed. `python -m bench roll
 import pytest
 import torch
 
-from bench.rollout import FOLDED, GREEDY, SAMPLED, THEIRS, THEIRS_GREEDY, set_up, shapes
+from bench.rollout import FOLDED, GREEDY, SAMPLED, THEIRS, THEIRS_GREEDY, check, contenders, shapes, untrained
 
 
 @pytest.fixture(scope="module")
 def everyone(request):
     """The contenders, checked."""
-    return set_up(shapes("cpu", request.config.getoption("quick"))[0], "cpu")[1]
+    shape = shapes("cpu", request.config.getoption("quick"))[0]
+    loaded = untrained(shape, "cpu")
+    found = contenders(shape, loaded)
+    check(shape, loaded, found)
+    return found
 
 
 @pytest.mark.parametrize("name", [SAMPLED, GREEDY, FOLDED, THEIRS, THEIRS_GREEDY])

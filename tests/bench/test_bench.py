@@ -1,6 +1,7 @@
 """The bench itself: it times nothing that is wrong, lets the contenders take turns, and judges bars as it says."""
 
 import dataclasses
+import gzip
 import json
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import bench.measure
 import bench.report
 import bench.rollout
 import rlhf_fast
+from rlhf_fast.lab.world import build_tokenizer, prompt_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -160,14 +162,17 @@ def test_a_gpu_that_is_not_there_is_an_error(monkeypatch, capsys):
 
 def test_rollout_bars_are_ratios_of_medians():
     rollout = bench.rollout
-    seconds = {rollout.SAMPLED: 2.0, rollout.FOLDED: 2.4, rollout.THEIRS: 5.1, rollout.THEIRS_GREEDY: 4.0}
-    times = {name: {"median": x, "p20": x, "p80": x} for name, x in seconds.items()}
-    times[f"{rollout.THEIRS} and greedy"] = {"median": 9.1}
-    rows = rollout.bar_rows({"seconds": times}, "cpu")
+    seconds = {rollout.SAMPLED: 2.0, rollout.FOLDED: 2.4, rollout.THEIRS: 5.1, rollout.THEIRS_BOTH: 9.1}
+    times = {name: {"median": x} for name, x in seconds.items()}
+    slower = {name: {"median": 3 * x} for name, x in seconds.items()}
+    results = [{"seconds": times, "precision": "bfloat16"}, {"seconds": slower, "precision": "float32"}]
+    rows = rollout.bar_rows(results, rollout.bars("cpu"))
     assert [row["measured"] for row in rows] == pytest.approx([5.1 / 2, 9.1 / 2.4, 2 / 2.4])
     assert [row["met"] for row in rows] == ["yes", "yes", "yes"]
+    (row,) = rollout.bar_rows(results, [rollout.Bar(rollout.SAMPLED, rollout.SAMPLED, 1.5, 0, 1)])
+    assert row["measured"] == pytest.approx(3) and row["against"].endswith("float32")
     times[rollout.SAMPLED]["median"] = 2.1
-    assert [row["met"] for row in rollout.bar_rows({"seconds": times}, "cpu")] == ["NO", "yes", "yes"]
+    assert [row["met"] for row in rollout.bar_rows(results, rollout.bars("cpu"))] == ["NO", "yes", "yes"]
 
 
 def test_a_decode_that_differs_from_generate_is_not_timed(monkeypatch):
@@ -175,4 +180,28 @@ def test_a_decode_that_differs_from_generate_is_not_timed(monkeypatch):
     original = GenerationMixin.generate
     monkeypatch.setattr(GenerationMixin, "generate", lambda *args, **kwargs: original(*args, **kwargs).flip(0))
     with pytest.raises(bench.measure.Disagreement, match="greedy tokens differ from generate's"):
-        bench.rollout.set_up(shape, "cpu")
+        bench.rollout.measure({shape: bench.rollout.untrained(shape, "cpu")}, 1, 0.0, bench.device.CPU())
+
+
+def test_a_checkpoint_decodes_in_three_precisions_by_turns(tmp_path, capsys, monkeypatch):
+    import bench.__main__ as command
+
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    shape = bench.rollout.shapes("cpu", quick=True)[0]
+    bench.rollout.untrained(shape, "cpu").model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in prompt_rows(3, seed=0)]
+    with gzip.open(tmp_path / "prompts.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    out = tmp_path / "out.json"
+    options = ["--model", str(tmp_path / "model"), "--data", str(tmp_path), "--quick", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["bench", "rollout", *options])
+    assert command.main() == 0
+    record = json.loads(out.read_text())
+    precisions = [result["precision"] for result in record["results"]]
+    assert precisions == ["float32", "float32 under bf16 autocast", "bfloat16"]
+    assert [result["rounds"] for result in record["results"]] == [2, 2, 2]
+    assert record["results"][0]["logprob_drift"] < 1e-4 and record["bars"] == []
+    table = bench.rollout.bar_rows(record["results"], bench.rollout.checkpoint_bars())
+    assert [row["bar"] for row in table] == [">= 1.3", ">= 1.67"] * 3 + [">= 1.5"]
