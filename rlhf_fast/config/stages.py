@@ -66,6 +66,7 @@ _FROZEN_DTYPE = (
 _REFERENCE_LOGPROBS = (
     "Safetensors file of the reference's log-probs: read where weights, rows and precision match, else (re)written."
 )
+ALPHA = 16.0  # of LoRA
 BETA_HELP = "Strength of the implicit KL constraint."
 LABEL_SMOOTHING_HELP = "Probability that a label is flipped (cDPO, robust)."
 
@@ -116,7 +117,7 @@ class StageConfig:
     lora_rank: int = arg(
         0, "Train LoRA adapters of this rank on all linear layers but the head; 0: all weights.", at_least=0
     )
-    lora_alpha: float = arg(16.0, "The adapters' output is scaled by lora_alpha / lora_rank.", above=0)
+    lora_alpha: float = arg(ALPHA, "The adapters' output is scaled by lora_alpha / lora_rank.", above=0)
     dtype: Dtype = arg("fp32", DTYPE_HELP)
     bf16: bool = arg(False, "Run forward and backward passes in bfloat16 autocast, over fp32 weights.")
     gradient_checkpointing: bool = arg(False, "Recompute activations in backward to save memory.")
@@ -140,6 +141,10 @@ class StageConfig:
         check_fields(self)
         check_row_options(self)
         check_precision(self)
+        if self.lora_alpha != ALPHA and not self.lora_rank:
+            raise ValueError(
+                f"lora_alpha: expected lora_rank above 0 beside it, got {self.lora_alpha:g} with lora_rank=0"
+            )
         micro, batch = self.micro_batch_size, self.batch_size
         if micro is not None and batch % micro:
             raise ValueError(f"micro_batch_size: expected a divisor of batch_size={batch}, got {micro}")
