@@ -207,6 +207,14 @@ class MethodConfig(StageConfig):
     eval_reward: str | None = arg(None, "Reward that scores these samples: a directory or a Python function.")
     eval_steps: int = arg(0, "Evaluate every so many steps too; 0: before and after training only.", at_least=0)
     max_response_length: int = arg(64, "Longest sampled completion in tokens.", at_least=1)
+    temperature: float = arg(1.0, "Temperature of the evaluations' samples.", above=0)
+    top_k: int = arg(0, "Evaluations draw from the k likeliest tokens; 0: from all tokens.", at_least=0)
+    top_p: float = arg(
+        1.0,
+        "Evaluations draw from the likeliest tokens that hold this probability; 1: from all tokens.",
+        above=0,
+        at_most=1,
+    )
 
 
 def check_label_smoothing(config: Any) -> None:
