@@ -21,7 +21,7 @@ def _sentence(answer: str) -> float:
 
 
 def _list(answer: str) -> float:
-    """The share of three lines, or of all lines where there are more, that begin "1. ", "2. " and "3. " in this order."""
+    """The share of three lines, or of all lines where there are more, that begin with 1., 2. and 3. in this order."""
     lines = answer.splitlines()
     return sum(bool(re.match(rf"{n}\. *\w", line)) for n, line in enumerate(lines[:3], 1)) / max(3, len(lines))
 
