@@ -15,6 +15,7 @@ from rlhf_fast import config as configs
 from rlhf_fast.config import PipelineConfig
 from rlhf_fast.config.arguments import from_dict
 from rlhf_fast.methods import METHODS, STAGES, load, section
+from rlhf_fast.training import checkpoint
 from rlhf_fast.training.metrics import print_table
 
 BEFORE_METHODS = ("sft", "pairs", "reward")  # the stages that make what every method starts from
@@ -160,4 +161,4 @@ def _fields(cls: type) -> set[str]:
 def _finished(name: str, config: Any) -> bool:
     if name == "pairs":
         return Path(config.output).is_file()
-    return (Path(config.output_dir) / "run.json").is_file()
+    return checkpoint.finished(config.output_dir) is not None

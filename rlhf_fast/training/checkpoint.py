@@ -5,7 +5,7 @@ this place is renamed away first and deleted last. A crash at any moment leaves 
 A directory that has to stay (an output directory with its metrics, an empty directory, a mounted volume) keeps its
 place and its other files. The checkpoint is then written to `.new` inside the directory, so that both are on the same
 file system, and its entries are renamed into place one by one. A crash between two of these renames leaves a checkpoint
-that is marked as incomplete.
+that is marked as incomplete, which no reader takes. run.json, which says that a run has finished, is renamed last.
 
     <directory>/model.safetensors, config.json, tokenizer files   the model saved under ""; other models have
                                      sub-directories; a model with an adapter has adapter_model.safetensors and
@@ -30,11 +30,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from rlhf_fast.data.files import write_json
+from rlhf_fast.lm import manifest
 from rlhf_fast.lm.loading import PROCESSOR_FILES, save_model
+from rlhf_fast.lm.manifest import Manifest
 from rlhf_fast.lm.private import has_adapter
 
-_MANIFEST = "checkpoint.json"
+FINISHED = "run.json"  # in the directory of a run that has finished
 _SAID = 240  # characters of transformers' reason that a message repeats
 _INSIDE = ".new"  # where a checkpoint is put together in a directory that stays
 MODEL_FILES = frozenset(  # the files that `save` writes for most models and tokenizers
@@ -88,7 +89,7 @@ def save(
     for name, content in (extra_files or {}).items():
         (new / name).write_text(json.dumps(content, indent=2) + "\n")
     entries = set(os.listdir(new))
-    _write_manifest(new, entries, complete=True)
+    manifest.write(new, Manifest(sorted(entries), complete=True))
     if clash := sorted(entries & foreign(directory)):
         found = f"{directory} holds files that no checkpoint put there: {', '.join(clash)}"
         raise ValueError(f"directory: {found}; what was to be saved is in {new}")
@@ -127,7 +128,7 @@ def check_savable(models: Iterable[PreTrainedModel], tokenizer: PreTrainedTokeni
 def foreign(directory: str | os.PathLike) -> set[str]:
     """The names in `directory` that no `save` put there and none may overwrite."""
     directory = Path(directory)
-    ours = {*_manifest(directory)["entries"], _MANIFEST, _INSIDE}
+    ours = {*_entries(directory), manifest.NAME, _INSIDE}
     return set(os.listdir(directory)) - ours if directory.is_dir() else set()
 
 
@@ -135,7 +136,7 @@ def _stays(directory: Path) -> bool:
     """Whether `directory` is there, and cannot be renamed away as a whole or must not be."""
     if not directory.is_dir():
         return False
-    replaceable = _manifest(directory)["entries"] and not foreign(directory) and not directory.is_mount()
+    replaceable = _entries(directory) and not foreign(directory) and not directory.is_mount()
     return not (replaceable and os.access(directory.parent, os.W_OK))
 
 
@@ -153,9 +154,10 @@ def _no_progress_bars() -> Iterator[None]:
 
 def _merge(new: Path, directory: Path, entries: set[str]) -> None:
     """Moves a complete checkpoint into a directory with other files, and deletes the old checkpoint's entries."""
-    previous = set(_manifest(directory)["entries"])
-    _write_manifest(directory, entries | previous, complete=False)
-    for name in previous | entries:
+    previous = _entries(directory)
+    (directory / FINISHED).unlink(missing_ok=True)
+    manifest.write(directory, Manifest(sorted(entries | previous), complete=False))
+    for name in sorted((previous | entries) - {FINISHED}):
         target = directory / name
         if target.is_dir():
             shutil.rmtree(target)
@@ -163,17 +165,24 @@ def _merge(new: Path, directory: Path, entries: set[str]) -> None:
             target.unlink(missing_ok=True)
         if name in entries:
             os.replace(new / name, target)
-    os.replace(new / _MANIFEST, directory / _MANIFEST)
+    os.replace(new / manifest.NAME, directory / manifest.NAME)
+    if FINISHED in entries:
+        os.replace(new / FINISHED, directory / FINISHED)
     new.rmdir()
 
 
-def _manifest(directory: Path) -> dict[str, Any]:
-    path = directory / _MANIFEST
-    return json.loads(path.read_text()) if path.is_file() else {"entries": [], "complete": False}
+def _entries(directory: Path) -> set[str]:
+    found = manifest.read(directory)
+    return set(found.entries) if found is not None else set()
 
 
-def _write_manifest(directory: Path, entries: set[str], *, complete: bool) -> None:
-    write_json(directory / _MANIFEST, {"complete": complete, "entries": sorted(entries)})
+def finished(output_dir: str | os.PathLike) -> dict[str, Any] | None:
+    """The run.json of the run that has finished in `output_dir`, or None. A crash in the final save leaves none."""
+    path = Path(output_dir, FINISHED)
+    found = manifest.read(output_dir)
+    if not path.is_file() or (found is not None and not found.complete):
+        return None
+    return json.loads(path.read_text())
 
 
 def load_state(directory: str | os.PathLike) -> dict[str, Any]:
@@ -219,6 +228,7 @@ def _checkpoints(output_dir: Path) -> list[Path]:
     steps = {}
     for path in output_dir.glob("checkpoint-*"):
         match = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        if match and _manifest(path)["complete"]:
+        found = manifest.read(path) if match else None
+        if match and found is not None and found.complete:
             steps[int(match[1])] = path
     return [steps[step] for step in sorted(steps)]

@@ -113,7 +113,7 @@ class Run:
 
     def _make_room(self) -> None:
         """Clears a finished run's files, so that none passes for a file of this run; refuses an unfinished run's."""
-        finished = Path(self.config.output_dir) / "run.json"
+        finished = Path(self.config.output_dir) / checkpoint.FINISHED
         left = checkpoint.latest(self.config.output_dir)
         if left is not None and not finished.exists():
             raise ValueError(
@@ -247,7 +247,7 @@ class Run:
             **self._facts,
             "environment": environment(self.meter.device),
         }
-        files: dict[str, Any] = {"run.json": summary}
+        files: dict[str, Any] = {checkpoint.FINISHED: summary}
         if self.last_evaluation is not None:
             summary["evaluation"] = self.last_evaluation.metrics
             files["samples.json"] = self.last_evaluation.samples

@@ -1,8 +1,11 @@
 """Round trips, crashes at the worst moments, and exact continuation of the random generators."""
 
+import itertools
 import json
 import os
 import random
+import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from rlhf_fast.lm import manifest
+from rlhf_fast.lm.loading import load_policy, load_scorer
+from rlhf_fast.lm.tokenizers import load_tokenizer
 from rlhf_fast.training import checkpoint
 
 
@@ -152,6 +158,49 @@ def test_output_directory_keeps_its_other_files(tmp_path, monkeypatch):
     checkpoint.save(tmp_path, models={}, state={"step": 4})
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-1", "checkpoint.json", "metrics.jsonl", "state.pt"]
     assert checkpoint.load_state(tmp_path) == {"step": 4}
+
+
+def test_run_json_is_renamed_last_and_nothing_reads_what_a_crash_left(tmp_path, monkeypatch, tiny_model):
+    """A crash at every rename and every deletion of the final save over an earlier run's model."""
+    out = tmp_path / "out"
+    model, seconds = AutoModelForCausalLM.from_pretrained(tiny_model), iter(range(99))
+
+    def save():
+        run = {"run.json": {"seconds": next(seconds)}, "samples.json": {}}
+        models = {"": model, "value": LlamaForSequenceClassification(config(num_labels=1))}
+        checkpoint.save(out, models=models, tokenizer=AutoTokenizer.from_pretrained(tiny_model), extra_files=run)
+
+    out.mkdir()
+    (out / "metrics.jsonl").write_text("")
+    save()
+    assert checkpoint.finished(out) == {"seconds": 0}
+    refused, renamed = 0, []
+    for at in range(100):
+        done = itertools.count()
+
+        def dies(real, *arguments, done=done, at=at, **options):
+            if next(done) == at:
+                raise KeyboardInterrupt
+            renamed.append(Path(arguments[-1]).name)
+            return real(*arguments, **options)
+
+        for module, name in ((os, "replace"), (shutil, "rmtree"), (os, "unlink")):
+            monkeypatch.setattr(module, name, partial(dies, getattr(module, name)))
+        try:
+            save()
+            break
+        except KeyboardInterrupt:
+            monkeypatch.undo()
+        if manifest.read(out).complete:
+            load_policy(out)
+        else:
+            assert checkpoint.finished(out) is None
+            for load in (load_policy, load_tokenizer, lambda path: load_scorer(path / "value")):
+                with pytest.raises(ValueError, match=f"model: expected a complete checkpoint, .* wrote {out}$"):
+                    load(out)
+            refused += 1
+    assert renamed[-1] == "run.json" and refused > 6
+    assert checkpoint.finished(out)["seconds"] == at + 1
 
 
 def test_foreign_files_are_never_overwritten(tmp_path):

@@ -119,7 +119,7 @@ def _demo(out: Path, config: CompareConfig) -> Start:
     stages = pipeline.make_plan(plan)
     pipeline.run_stages(plan, pipeline.BEFORE_METHODS)
     adapter = str(out / f"reward_lora{config.lora_rank}") if config.lora_rank else None
-    if adapter and not Path(adapter, "run.json").is_file():
+    if adapter and checkpoint.finished(adapter) is None:
         lora = {"output_dir": adapter, "lora_rank": config.lora_rank, "resume": False}
         lora |= {"learning_rate": LORA_RATE * stages["reward"].learning_rate}
         reward_stage.train(dataclasses.replace(stages["reward"], **lora))

@@ -27,6 +27,7 @@ from rlhf_fast.lab.study.methods import Cell, Strengths, cells_of
 from rlhf_fast.lab.study.start import pipeline_of, prepare
 from rlhf_fast.methods import load
 from rlhf_fast.report import pipeline
+from rlhf_fast.training import checkpoint
 
 
 class Job(NamedTuple):
@@ -154,9 +155,10 @@ def _train(argument: tuple[str, Any]) -> None:
 
 def is_made_with(path: Path, config: dict[str, Any]) -> bool:
     """Whether the run that leaves this file is finished; raises ValueError where it had another config."""
-    if not path.is_file():
+    record = checkpoint.finished(path.parent) if path.name == checkpoint.FINISHED else None
+    if record is None and (path.name == checkpoint.FINISHED or not path.is_file()):
         return False
-    was, now = json.loads(path.read_text())["config"], json.loads(json.dumps(config))
+    was, now = (record or json.loads(path.read_text()))["config"], json.loads(json.dumps(config))
     for name in now:
         if name != "resume" and was.get(name) != now[name]:
             raise ValueError(
