@@ -160,5 +160,5 @@ def _fields(cls: type) -> set[str]:
 
 def _finished(name: str, config: Any) -> bool:
     if name == "pairs":
-        return Path(config.output).is_file()
+        return all(Path(file).is_file() for file in (config.output, config.eval_output) if file)
     return checkpoint.finished(config.output_dir) is not None

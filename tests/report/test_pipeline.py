@@ -138,6 +138,28 @@ def test_pairs_are_written_whole_or_not_at_all(files, tiny_model, tmp_path, monk
     assert gzip.decompress(target.read_bytes()) == b"old\n"
 
 
+def test_held_out_pairs_are_written_before_the_pairs(files, tiny_model, tmp_path, monkeypatch):
+    """A pipeline that is killed between the two files samples the pairs again, because either may be missing."""
+    plan = pipeline.make_plan(pipeline_config(files, tiny_model, tmp_path, sft=None))
+    write, paths = pairs.write_rows, []
+
+    def dies_at_the_second(path, rows):
+        if paths:
+            raise KeyboardInterrupt
+        paths.append(path)
+        write(path, rows)
+
+    monkeypatch.setattr(pairs, "write_rows", dies_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        pairs.sample(plan["pairs"])
+    assert paths == [plan["pairs"].eval_output] and not pipeline._finished("pairs", plan["pairs"])
+    monkeypatch.undo()
+    pairs.sample(plan["pairs"])
+    assert pipeline._finished("pairs", plan["pairs"])
+    (tmp_path / "pairs_eval.jsonl.gz").unlink()
+    assert not pipeline._finished("pairs", plan["pairs"])
+
+
 def test_sequence_kl_is_the_exact_sum_over_the_vocabulary():
     policy, reference = random_policy("llama", seed=0), random_policy("llama", seed=1)
     sequences = random_sequences()
