@@ -43,8 +43,7 @@ def run(config: DemoConfig) -> None:
     out = Path(config.output_dir)
     shorten = 10 if config.quick else 1
     write_data(out / "data", config.seed, shorten)
-    if not (config.resume and (out / "init" / "config.json").is_file()):
-        init_model(MODEL, build_tokenizer(), out / "init", config.seed)
+    init_model(MODEL, build_tokenizer(), out / "init", config.seed)  # the same each time, so that stages can be reused
     plan = pipeline_config(config, shorten)
     pipeline.run_stages(plan)
     remax = dataclasses.replace(

@@ -56,6 +56,15 @@ def _on_hub(name: str) -> Path:
     return Path(str(cached_file(name, "config.json")))
 
 
+def commit_of(name: str) -> str | None:
+    """The commit of the hub's model `name` in the cache of this machine, or None. Looks for nothing on the hub."""
+    try:
+        found = cached_file(name, "config.json", local_files_only=True, **_MAY_LACK)
+    except (OSError, ValueError):  # no name that the hub could have
+        return None
+    return Path(found).parent.name if found is not None else None
+
+
 def beside(path: str, names: Iterable[str]) -> dict[str, bytes]:
     """Those files of a checkpoint that are there, by their names."""
     found = {}

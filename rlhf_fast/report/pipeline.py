@@ -12,11 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_fast import config as configs
-from rlhf_fast.config import PipelineConfig
+from rlhf_fast.config import PairsConfig, PipelineConfig, StageConfig
 from rlhf_fast.config.arguments import from_dict
+from rlhf_fast.data.files import write_json
 from rlhf_fast.methods import METHODS, STAGES, load, section
 from rlhf_fast.training import checkpoint
+from rlhf_fast.training.fingerprint import fingerprint
+from rlhf_fast.training.made import difference, made_with
 from rlhf_fast.training.metrics import print_table
+from rlhf_fast.training.resume import resume_directory
 
 BEFORE_METHODS = ("sft", "pairs", "reward")  # the stages that make what every method starts from
 
@@ -30,11 +34,65 @@ def run(config: PipelineConfig) -> None:
 def run_stages(config: PipelineConfig, names: Collection[str] | None = None) -> None:
     """Run the stages, or only the stages of these names.
 
-    With `resume` finished stages are skipped, and an interrupted stage continues from its checkpoint.
+    With `resume` finished stages are skipped, and an interrupted stage continues from its checkpoint. A stage whose
+    settings, data, models or rewards are not those that it was made with is made anew.
     """
+    note = Path(config.output_dir, "pairs.json")
     for name, stage_config in make_plan(config).items():
-        if (names is None or name in names) and not (config.resume and _finished(name, stage_config)):
-            load("stages.pairs:sample" if name == "pairs" else STAGES[name].train)(stage_config)
+        if names is None or name in names:
+            if name == "pairs":
+                make_pairs(stage_config, note, resume=config.resume)
+            else:
+                make_stage(name, stage_config)
+
+
+def make_stage(name: str, config: StageConfig) -> None:
+    """Runs a stage. With `config.resume` a finished stage is left as it is, unless it was made with something else."""
+    if config.resume:
+        if (record := checkpoint.finished(config.output_dir)) is not None:
+            changed = difference(record, made_with(config))
+            if changed is None:
+                return
+        else:
+            changed = _resumable(config)
+        if changed is not None:
+            print(f"{name}: made anew, because {changed}", flush=True)
+            checkpoint.clear(config.output_dir)
+            config = dataclasses.replace(config, resume=False)
+    load(STAGES[name].train)(config)
+
+
+def make_pairs(config: PairsConfig, note: Path, *, resume: bool) -> None:
+    """Samples pairs. note: the file that says what they were made with; it is written when the pairs are whole.
+
+    With `resume` pairs that are there are left as they are, unless they were made with something else.
+    """
+    if resume and note.is_file():
+        if (changed := _other_pairs(config, note)) is None:
+            return
+        print(f"pairs: made anew, because {changed}", flush=True)
+    note.unlink(missing_ok=True)
+    load("stages.pairs:sample")(config)
+    write_json(note, {**made_with(config), "pairs": _pairs_of(config)})
+
+
+def _other_pairs(config: PairsConfig, note: Path) -> str | None:
+    record = json.loads(note.read_text())
+    changed = difference(record, made_with(config))
+    return changed or (None if record["pairs"] == _pairs_of(config) else "other files are in the place of the pairs")
+
+
+def _pairs_of(config: PairsConfig) -> dict[str, str | None]:
+    return {name: fingerprint(file) for name in ("output", "eval_output") if (file := getattr(config, name))}
+
+
+def _resumable(config: StageConfig) -> str | None:
+    """Why an interrupted stage cannot go on, or None."""
+    try:
+        resume_directory(config)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def make_plan(config: PipelineConfig) -> dict[str, Any]:
@@ -156,9 +214,3 @@ def _record(directory: Path) -> dict[str, Any]:
 
 def _fields(cls: type) -> set[str]:
     return {f.name for f in dataclasses.fields(cls)}
-
-
-def _finished(name: str, config: Any) -> bool:
-    if name == "pairs":
-        return all(Path(file).is_file() for file in (config.output, config.eval_output) if file)
-    return checkpoint.finished(config.output_dir) is not None

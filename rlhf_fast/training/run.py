@@ -27,7 +27,7 @@ from rlhf_fast.training.listeners import Listener, TensorBoard
 from rlhf_fast.training.memory import static_bytes
 from rlhf_fast.training.meter import Meter
 from rlhf_fast.training.metrics import MetricsLogger
-from rlhf_fast.training.resume import _DATA, _RUN_CONFIG, resume_directory
+from rlhf_fast.training.resume import MADE_OF, RUN_CONFIG, resume_directory
 
 
 class Run:
@@ -71,7 +71,7 @@ class Run:
         self.meter = Meter(self.models[""].device)
         self.states = {**learners, **(states or {}), "meter": self.meter}
         self.described = describe(config)  # now, because a failure after the training would lose the model
-        self.data = fingerprints(config)
+        self.made_of = fingerprints(config)
         self.first_step, self.train_seconds, self._facts = 1, 0.0, {}
         self._good, self._finishing = 0, False  # the last step whose updates are complete
         self._schedules: dict[str, dict[str, Any]] = {}
@@ -196,7 +196,7 @@ class Run:
         """Writes the checkpoint from which a resumed run goes on after `step`."""
         state = {name: part.state_dict() for name, part in self.states.items()}
         state |= {"step": step, "train_seconds": self.train_seconds, "facts": self._facts}
-        files = {_RUN_CONFIG: {**self.described, _DATA: self.data}}
+        files = {RUN_CONFIG: {**self.described, MADE_OF: self.made_of}}
         checkpoint.save(
             self._state_at(step), models=self.models, tokenizer=self.tokenizer, state=state, extra_files=files
         )
@@ -234,6 +234,7 @@ class Run:
         summary = {
             "stage": self.description,
             "config": self.described,
+            "made_of": self.made_of,
             "steps": self.total_steps,
             "train_seconds": self.train_seconds,
             "phases": self.meter.summary(),
