@@ -7,21 +7,24 @@ start from `model`. `reward: null` leaves out the reward model: the methods name
 
 import dataclasses
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from rlhf_fast import config as configs
-from rlhf_fast.config import PairsConfig, PipelineConfig, StageConfig
+from rlhf_fast.config import PipelineConfig
 from rlhf_fast.config.arguments import from_dict
-from rlhf_fast.data.files import write_json
-from rlhf_fast.methods import METHODS, STAGES, load, section
-from rlhf_fast.training import checkpoint
-from rlhf_fast.training.fingerprint import fingerprint
-from rlhf_fast.training.made import difference, made_with
+from rlhf_fast.data.readers import data_files
+from rlhf_fast.lm.adapters import base_path
+from rlhf_fast.lm.paths import existing
+from rlhf_fast.methods import METHODS, load, section
+from rlhf_fast.report.reuse import make_pairs, make_stage
 from rlhf_fast.training.metrics import print_table
-from rlhf_fast.training.resume import resume_directory
+from rlhf_fast.training.reward_functions import FunctionReward
+from rlhf_fast.training.rewards import is_function
 
+_DATA = ("train_data", "eval_data", "eval_pairs", "eval_rows", "prompts")  # the fields of configs that name data
+_MODELS = ("model", "reference", "value_model", "reward", "eval_reward")
 BEFORE_METHODS = ("sft", "pairs", "reward")  # the stages that make what every method starts from
 
 
@@ -37,62 +40,14 @@ def run_stages(config: PipelineConfig, names: Collection[str] | None = None) -> 
     With `resume` finished stages are skipped, and an interrupted stage continues from its checkpoint. A stage whose
     settings, data, models or rewards are not those that it was made with is made anew.
     """
-    note = Path(config.output_dir, "pairs.json")
-    for name, stage_config in make_plan(config).items():
+    plan, note = make_plan(config), Path(config.output_dir, "pairs.json")
+    look_up(plan, Path(config.output_dir))
+    for name, stage_config in plan.items():
         if names is None or name in names:
             if name == "pairs":
                 make_pairs(stage_config, note, resume=config.resume)
             else:
                 make_stage(name, stage_config)
-
-
-def make_stage(name: str, config: StageConfig) -> None:
-    """Runs a stage. With `config.resume` a finished stage is left as it is, unless it was made with something else."""
-    if config.resume:
-        if (record := checkpoint.finished(config.output_dir)) is not None:
-            changed = difference(record, made_with(config))
-            if changed is None:
-                return
-        else:
-            changed = _resumable(config)
-        if changed is not None:
-            print(f"{name}: made anew, because {changed}", flush=True)
-            checkpoint.clear(config.output_dir)
-            config = dataclasses.replace(config, resume=False)
-    load(STAGES[name].train)(config)
-
-
-def make_pairs(config: PairsConfig, note: Path, *, resume: bool) -> None:
-    """Samples pairs. note: the file that says what they were made with; it is written when the pairs are whole.
-
-    With `resume` pairs that are there are left as they are, unless they were made with something else.
-    """
-    if resume and note.is_file():
-        if (changed := _other_pairs(config, note)) is None:
-            return
-        print(f"pairs: made anew, because {changed}", flush=True)
-    note.unlink(missing_ok=True)
-    load("stages.pairs:sample")(config)
-    write_json(note, {**made_with(config), "pairs": _pairs_of(config)})
-
-
-def _other_pairs(config: PairsConfig, note: Path) -> str | None:
-    record = json.loads(note.read_text())
-    changed = difference(record, made_with(config))
-    return changed or (None if record["pairs"] == _pairs_of(config) else "other files are in the place of the pairs")
-
-
-def _pairs_of(config: PairsConfig) -> dict[str, str | None]:
-    return {name: fingerprint(file) for name in ("output", "eval_output") if (file := getattr(config, name))}
-
-
-def _resumable(config: StageConfig) -> str | None:
-    """Why an interrupted stage cannot go on, or None."""
-    try:
-        resume_directory(config)
-    except ValueError as error:
-        return str(error)
-    return None
 
 
 def make_plan(config: PipelineConfig) -> dict[str, Any]:
@@ -145,6 +100,39 @@ def make_plan(config: PipelineConfig) -> dict[str, Any]:
     if not plan:
         raise ValueError("methods: expected at least one where sft and reward are null, got none")
     return plan
+
+
+def look_up(plan: Mapping[str, Any], out: Path) -> None:
+    """Raises ValueError or FileNotFoundError where a stage names data, a model or a reward that is not there.
+
+    The last stage's are thus found missing before the first stage runs. What an earlier stage makes is in `out`.
+    """
+    seen = set()
+    for name, config in plan.items():
+        for key in (*_DATA, *_MODELS):
+            given = getattr(config, key, None)
+            for value in given if isinstance(given, list) else [given]:
+                if (
+                    not isinstance(value, str)
+                    or Path(value).resolve().is_relative_to(out.resolve())
+                    or (key, value) in seen
+                ):
+                    continue
+                seen.add((key, value))
+                try:
+                    _look_up(key, value)
+                except (ValueError, FileNotFoundError) as error:
+                    raise type(error)(f"section {section(name)!r}: {error}") from error
+
+
+def _look_up(key: str, value: str) -> None:
+    if key in _DATA:
+        if not value.startswith("hub:"):
+            data_files(value)
+    elif is_function(value):
+        FunctionReward(value)
+    else:
+        existing(base_path(value), key)
 
 
 def write_report(

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rlhf_fast import methods
 from rlhf_fast.config import PairsConfig, PipelineConfig, ReMaxConfig
 from rlhf_fast.data import rows as data_rows
 from rlhf_fast.data.encoding import PromptExample, encode_prompts, load_rows
@@ -19,7 +18,8 @@ from rlhf_fast.lm.loading import load_policy
 from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.lm.passes import response_logits
 from rlhf_fast.lm.tokenizers import load_tokenizer
-from rlhf_fast.report import pipeline
+from rlhf_fast.report import pipeline, reuse
+from rlhf_fast.report.reuse import make_pairs
 from rlhf_fast.stages import pairs
 from rlhf_fast.stages.online import Online
 from rlhf_fast.training import checkpoint
@@ -110,7 +110,7 @@ def test_a_stage_made_with_something_else_is_made_anew(files, tiny_model, tmp_pa
     What depends on an edited stage is made anew too, because the model that it starts from is another one.
     """
     (tmp_path / "words.py").write_text(f"from {shortness.__module__} import shortness as score\n")
-    monkeypatch.setattr(pipeline, "load", lambda path: trained if path.startswith("stages.") else methods.load(path))
+    monkeypatch.setattr(reuse, "load", lambda path: trained)
     options = {"methods": ["remax"], "pairs": {}, "reward": {"train_data": files["pairs"]}}
     options["remax"] = {"reward": f"{tmp_path}/words.py:score"}
     out, seeds = tmp_path / "out", []
@@ -137,7 +137,7 @@ def test_a_stage_made_with_something_else_is_made_anew(files, tiny_model, tmp_pa
     assert made_anew(resume=True) == {"remax": changed}
     # a second run in the directory is killed when it has made its first stage
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(pipeline, "make_stage", partial(dies_after_sft, pipeline.make_stage))
+        patch.setattr(pipeline, "make_stage", partial(dies_after_sft, reuse.make_stage))
         made_anew(seed=6)
     assert list(made_anew(seed=6, resume=True)) == ["reward", "remax"] and seeds == [6, 6, 6]
     out.rename(tmp_path / "moved")
@@ -165,13 +165,13 @@ def dies_after_sft(make, name, config):
 def test_pairs_are_made_anew_for_another_scale_or_where_others_are_in_their_place(files, tiny_model, tmp_path, capsys):
     note = tmp_path / "pairs.json"
     plan = pipeline.make_plan(pipeline_config(files, tiny_model, tmp_path, sft=None))["pairs"]
-    pipeline.make_pairs(plan, note, resume=True)
-    pipeline.make_pairs(plan, note, resume=True)
+    make_pairs(plan, note, resume=True)
+    make_pairs(plan, note, resume=True)
     assert capsys.readouterr().out == ""
-    pipeline.make_pairs(dataclasses.replace(plan, scale=2.0), note, resume=True)
+    make_pairs(dataclasses.replace(plan, scale=2.0), note, resume=True)
     assert capsys.readouterr().out == "pairs: made anew, because scale is 2.0 and was 1.0\n"
     data_rows.write_rows(plan.eval_output, [])
-    pipeline.make_pairs(dataclasses.replace(plan, scale=2.0), note, resume=True)
+    make_pairs(dataclasses.replace(plan, scale=2.0), note, resume=True)
     assert capsys.readouterr().out == "pairs: made anew, because other files are in the place of the pairs\n"
 
 
@@ -227,15 +227,15 @@ def test_held_out_pairs_are_written_before_the_pairs(files, tiny_model, tmp_path
 
     monkeypatch.setattr(pairs, "write_rows", dies_at_the_second)
     with pytest.raises(KeyboardInterrupt):
-        pipeline.make_pairs(plan["pairs"], note, resume=True)
+        make_pairs(plan["pairs"], note, resume=True)
     assert paths == [plan["pairs"].eval_output]
     monkeypatch.undo()
     for missing in ("pairs.jsonl.gz", "pairs_eval.jsonl.gz"):
         (tmp_path / missing).unlink(missing_ok=True)
-        pipeline.make_pairs(plan["pairs"], note, resume=True)
+        make_pairs(plan["pairs"], note, resume=True)
         assert (tmp_path / missing).is_file()
     monkeypatch.setattr(pairs, "write_rows", lambda *_: 1 / 0)
-    pipeline.make_pairs(plan["pairs"], note, resume=True)  # both are there: nothing is sampled
+    make_pairs(plan["pairs"], note, resume=True)  # both are there: nothing is sampled
 
 
 def test_sequence_kl_is_the_exact_sum_over_the_vocabulary():
@@ -385,3 +385,22 @@ def test_offline_methods_are_measured_by_the_reward_model(files, tiny_model, tmp
 def test_sections_that_are_empty_or_do_not_run(options, message, files, tiny_model, tmp_path):
     with pytest.raises(ValueError, match=message):
         pipeline.make_plan(pipeline_config(files, tiny_model, tmp_path, **options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dpo": {"reference": "{out}/../nowhere"}}, "section 'dpo': reference: expected a checkpoint directory"),
+        (
+            {"rloo": {"reward": "{out}/../rules.py:no"}},
+            "section 'rloo': reward: expected .file.py:name. with an existing",
+        ),
+        ({"remax": {"eval_reward": "json:no_such"}}, "section 'remax': reward: expected a function 'no_such' in json"),
+        ({"reward": {"eval_data": "{out}/../rows.jsonl"}}, "section 'reward': .*rows.jsonl: no such file"),
+    ],
+)
+def test_the_last_stage_is_looked_up_before_the_first_runs(options, message, files, tiny_model, tmp_path):
+    options = {s: {k: v.format(out=tmp_path / "out") for k, v in keys.items()} for s, keys in options.items()}
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        pipeline.run(pipeline_config(files, tiny_model, tmp_path / "out", **options))
+    assert not (tmp_path / "out").exists()

@@ -23,6 +23,7 @@ from rlhf_fast.lm.loading import load_scorer
 from rlhf_fast.lm.tokenizers import load_tokenizer
 from rlhf_fast.methods import METHODS, section
 from rlhf_fast.report import pipeline
+from rlhf_fast.report.reuse import make_stage
 from rlhf_fast.stages.init import init_model
 from rlhf_fast.training import checkpoint
 
@@ -120,7 +121,7 @@ def _demo(out: Path, config: CompareConfig) -> Start:
     if adapter:
         lora = {"output_dir": adapter, "lora_rank": config.lora_rank}
         lora |= {"learning_rate": LORA_RATE * stages["reward"].learning_rate}
-        pipeline.make_stage("reward", dataclasses.replace(stages["reward"], **lora))
+        make_stage("reward", dataclasses.replace(stages["reward"], **lora))
     options = {method: getattr(plan, section(method)) for method in METHODS}
     lengths = {"prompt_length": 18, "response_length": 40}
     common = {k: v for k, v in plan.common.items() if k not in ("train_data", "steps", "batch_size")}
