@@ -18,6 +18,7 @@ from rlhf_fast.lab.world import build_tokenizer, prompt_rows, sft_rows
 from rlhf_fast.methods import METHODS
 from rlhf_fast.report import pipeline
 from rlhf_fast.stages.init import init_model
+from rlhf_fast.training.lock import writes_alone
 
 MEASURED = ("ppo", "remax", "reinforce", "rloo")  # methods on whose policies the gradient variance is measured
 VARIANCE_NOTE = (
@@ -38,6 +39,7 @@ MODEL = {
 }
 
 
+@writes_alone("output_dir")
 def run(config: DemoConfig) -> None:
     """Run the whole demo; everything goes to `config.output_dir`, the report to report.html in it."""
     out = Path(config.output_dir)

@@ -19,6 +19,7 @@ from rlhf_fast.lm.adapters import base_path
 from rlhf_fast.lm.paths import existing
 from rlhf_fast.methods import METHODS, load, section
 from rlhf_fast.report.reuse import make_pairs, make_stage
+from rlhf_fast.training.lock import writes_alone
 from rlhf_fast.training.metrics import print_table
 from rlhf_fast.training.reward_functions import FunctionReward
 from rlhf_fast.training.rewards import is_function
@@ -28,6 +29,7 @@ _MODELS = ("model", "reference", "value_model", "reward", "eval_reward")
 BEFORE_METHODS = ("sft", "pairs", "reward")  # the stages that make what every method starts from
 
 
+@writes_alone("output_dir")
 def run(config: PipelineConfig) -> None:
     """Run every stage of `config` and write the report; everything goes to `config.output_dir`."""
     run_stages(config)

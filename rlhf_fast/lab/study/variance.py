@@ -28,11 +28,13 @@ from rlhf_fast.lab.study.records import write_record
 from rlhf_fast.lab.study.runs import Job, is_made_with, prepare_starts, run_jobs
 from rlhf_fast.lab.study.variance_plots import TITLES, bandit_figure, training_figure
 from rlhf_fast.lab.study.variance_seed import METHODS, PANELS, measure_seed, measured_file, read_by, settings, stages_of
+from rlhf_fast.training.lock import writes_alone
 from rlhf_fast.training.metrics import print_table
 
 ROWS = {"ReMax": 2}  # rows decoded per sampled completion; 1 for the other estimators
 
 
+@writes_alone("out")
 def run(config: VarianceStudyConfig) -> dict[str, Any]:
     """Measures the seeds that are not there yet; writes variance.json and its figures to `config.out`."""
     out, starts = Path(config.out), prepare_starts(config)

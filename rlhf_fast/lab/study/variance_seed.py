@@ -43,6 +43,7 @@ from rlhf_fast.stages.ppo import value_start
 from rlhf_fast.training.batches import micro_batches
 from rlhf_fast.training.fingerprint import fingerprints
 from rlhf_fast.training.learner import Learner, take_step
+from rlhf_fast.training.lock import held
 from rlhf_fast.training.run import Run
 from rlhf_fast.training.tally import Tally
 
@@ -55,9 +56,10 @@ def measure_seed(argument: tuple[PipelineConfig, VarianceStudyConfig]) -> None:
     """Trains and measures from a prepared start; the figures go to variance/measured.json in the seed's directory."""
     start, config = argument
     began = time.perf_counter()
-    seed = SeedRun(start, config)
-    seed.online.run(seed.update)
-    seed.measure()  # the trained policy
+    with held(measured_file(start).parent):
+        seed = SeedRun(start, config)
+        seed.online.run(seed.update)
+        seed.measure()  # the trained policy
     seconds = time.perf_counter() - began
     record = {"config": settings(start, config), "made_of": read_by(start), "seed": start.seed, "seconds": seconds}
     write_json(measured_file(start), {**record, "points": seed.points})
