@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import rlhf_fast
 from rlhf_fast.methods import METHODS, STAGES, load
+from rlhf_fast.training.console import outlast, shown
 from rlhf_fast.training.stopped import Stopped
 
 
@@ -87,8 +88,14 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command and returns its exit code."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Runs one command and returns its exit code. argv: default: the arguments of the process, which it then is."""
+    if argv is None:
+        outlast()
+        return _run(sys.argv[1:])
+    return _run(argv)
+
+
+def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(_overview("", list(COMMANDS)))
         return 0
@@ -113,8 +120,8 @@ def main(argv: list[str] | None = None) -> int:
         arguments = [f"--{command.first}", *arguments]
     debug, dry_run = "--debug" in arguments, "--dry-run" in arguments
     try:
-        shown = f"{name} {command.first.upper()}" if command.first else name
-        parsed = parse(load(command.config), arguments, f"rlhf-fast {shown}")
+        title = f"{name} {command.first.upper()}" if command.first else name
+        parsed = parse(load(command.config), arguments, f"rlhf-fast {title}")
     except ValueError as error:
         if debug:
             raise
@@ -134,13 +141,13 @@ def main(argv: list[str] | None = None) -> int:
         return _fail("interrupted", 130)
     written = next((getattr(parsed, key) for key in ("output_dir", "output", "out") if hasattr(parsed, key)), None)
     if written:
-        print(f"{name}: wrote {written}")
+        print(shown(f"{name}: wrote {written}"))
     return 0
 
 
 def _fail(message: str, code: int) -> int:
     red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")
-    print(f"{red}rlhf-fast: {' '.join(message.split())}{plain}", file=sys.stderr)
+    print(f"{red}rlhf-fast: {shown(' '.join(message.split()))}{plain}", file=sys.stderr)
     return code
 
 

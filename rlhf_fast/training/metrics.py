@@ -23,6 +23,7 @@ from rich.text import Text
 from torch import Tensor
 
 from rlhf_fast.data.files import write_text
+from rlhf_fast.training.console import error_console, shown
 from rlhf_fast.training.progress import drawn, new_bars
 
 
@@ -55,7 +56,7 @@ class MetricsLogger:
         self.description = description
         self.resume_step = resume_step
         self.show = tuple(show)
-        self._console = Console(stderr=True)
+        self._console = error_console()
         self._tenth = resume_step * 10 // total_steps
 
     def __enter__(self) -> "MetricsLogger":
@@ -91,7 +92,7 @@ class MetricsLogger:
     def _display(self, step: int, row: dict[str, Any]) -> None:
         numbers = "  ".join(f"{key.split('/')[-1]} {format_value(key, row[key])}" for key in self.show if key in row)
         if self._bar:
-            self._bar.update(self._task, completed=step, numbers=numbers)
+            self._bar.update(self._task, completed=step, numbers=shown(numbers))
             return
         tenth = step * 10 // self.total_steps
         if tenth > self._tenth or step == self.resume_step + 1:
@@ -102,7 +103,7 @@ class MetricsLogger:
 
     def say(self, line: str) -> None:
         """Prints a line, above the bar where there is one."""
-        self._console.print(line, highlight=False, soft_wrap=True, markup=False)
+        self._console.print(shown(line), highlight=False, soft_wrap=True, markup=False)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -143,7 +144,7 @@ def format_value(key: str, value: Any) -> str:
         digits = min(4, max(0, 1 - math.floor(math.log10(error)))) if error and math.isfinite(error) else 3
         return f"{mean:.{digits}f} ± {error:.{digits}f}"
     if isinstance(value, bool | str) or not isinstance(value, int | float):
-        return str(value)
+        return shown(str(value))
     if key.startswith("memory/") or key.endswith("bytes"):
         return f"{value / 2**20:,.1f} MiB"
     if key.startswith("time/") or key.endswith("seconds"):
@@ -164,10 +165,11 @@ def print_table(title: str, rows: Sequence[Mapping[str, Any]], *, console: Conso
     table = Table()
     for column in columns:
         numeric = all(not isinstance(row.get(column), str) for row in rows)
-        table.add_column(column, justify="right" if numeric else "left")
+        table.add_column(Text(shown(column)), justify="right" if numeric else "left")
     for row in rows:
         table.add_row(*(Text(format_value(column, row.get(column))) for column in columns))
-    console.print(Text(title, style="italic"), soft_wrap=True)  # a narrow table would break a path in its own title
+    # Unwrapped, because a narrow table would break a path in its own title.
+    console.print(Text(shown(title), style="italic"), soft_wrap=True)
     console.print(table)
 
 
