@@ -77,6 +77,9 @@ def _of_target(kind: Kind, target: str, world: World, tally: Tally) -> Iterator[
         tally.losses.append({"case": f"{target}/uninterrupted", "said": str(lost), "command": ""})
 
 
+_TURN = 3  # tries of a target in a quick campaign before the next one, whose uninterrupted run takes time
+
+
 def _drawn(
     kind: Kind, targets: list[str], world: World, tally: Tally, rng: random.Random, *, shuffled: bool
 ) -> Iterator[Case]:
@@ -84,13 +87,14 @@ def _drawn(
     if shuffled:
         rng.shuffle(targets)
     left: dict[str, list[Case]] = {}
+    turn = 1 if shuffled else _TURN
     for target in itertools.cycle(targets):
         if target not in left:
             left[target] = list(_of_target(kind, target, world, tally))
             rng.shuffle(left[target])
-        if left[target]:
+        for _ in range(min(turn, len(left[target]))):
             yield left[target].pop()
-        elif len(left) == len(targets) and not any(left.values()):
+        if len(left) == len(targets) and not any(left.values()):
             return
 
 
