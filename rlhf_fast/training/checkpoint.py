@@ -2,8 +2,9 @@
 
 A checkpoint is written to a hidden sibling directory and renamed into place when it is complete. An old checkpoint in
 this place is renamed away first and deleted last. A crash at any moment leaves either the old checkpoint or the new.
+`data.files` says what becomes of the hidden names.
 A directory that has to stay (an output directory with its metrics, an empty directory, a mounted volume) keeps its
-place and its other files. The checkpoint is then written to `.new` inside the directory, so that both are on the same
+place and its other files. The checkpoint is then written to a hidden directory inside, so that both are on the same
 file system, and its entries are renamed into place one by one. A crash between two of these renames leaves a checkpoint
 that is marked as incomplete, which no reader takes. run.json, which says that a run has finished, is renamed last.
 
@@ -30,6 +31,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from rlhf_fast.data.files import DELETING, OURS, REPLACED, WRITING, beside, remove
 from rlhf_fast.lm import manifest
 from rlhf_fast.lm.loading import PROCESSOR_FILES, save_model
 from rlhf_fast.lm.manifest import Manifest
@@ -37,7 +39,8 @@ from rlhf_fast.lm.private import has_adapter
 
 FINISHED = "run.json"  # in the directory of a run that has finished
 _SAID = 240  # characters of transformers' reason that a message repeats
-_INSIDE = ".new"  # where a checkpoint is put together in a directory that stays
+_INSIDE = f"{WRITING}inside"  # where a checkpoint is put together in a directory that stays
+_UNSAVED = f"{OURS}unsaved"  # what could not be saved without overwriting somebody's files
 MODEL_FILES = frozenset(  # the files that `save` writes for most models and tokenizers
     {
         "adapter_config.json",
@@ -68,16 +71,16 @@ def save(
     models: sub-directory -> model, "" for the directory itself; saved as safetensors with their config.
     state: nested dicts and lists of tensors and plain values; `load_state` reads it back.
     extra_files: file name -> anything that JSON can hold.
-    Raises ValueError where a file that no `save` wrote would be overwritten. The new files then stay where they were
-    written, and the error says where.
+    Raises ValueError where a file that no `save` wrote would be overwritten. The new files are then kept elsewhere in
+    `directory`, and the error says where.
     """
     directory = Path(directory).resolve()
-    beside, old = (directory.with_name(f".{directory.name}.{suffix}") for suffix in ("new", "old"))
+    outside, old = beside(directory, WRITING), beside(directory, REPLACED)
     if old.exists() and not directory.exists():  # an earlier save died between its two renames
         os.replace(old, directory)
-    for leftover in (beside, directory / _INSIDE, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    new = directory / _INSIDE if _stays(directory) else beside
+    for leftover in (outside, directory / _INSIDE, old):
+        remove(leftover)
+    new = directory / _INSIDE if _stays(directory) else outside
     new.mkdir(parents=True)
     with _no_progress_bars():
         for subdirectory, model in models.items():
@@ -91,15 +94,17 @@ def save(
     entries = set(os.listdir(new))
     manifest.write(new, Manifest(sorted(entries), complete=True))
     if clash := sorted(entries & foreign(directory)):
-        found = f"{directory} holds files that no checkpoint put there: {', '.join(clash)}"
-        raise ValueError(f"directory: {found}; what was to be saved is in {new}")
+        found, kept = f"{directory} holds files that no checkpoint put there: {', '.join(clash)}", directory / _UNSAVED
+        remove(kept)
+        os.replace(new, kept)
+        raise ValueError(f"directory: {found}; what was to be saved is in {kept}")
     if new.parent == directory:
         _merge(new, directory, entries)
     else:
         if directory.exists():
             os.replace(directory, old)
         os.replace(new, directory)
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
     return directory
 
 
@@ -128,8 +133,8 @@ def check_savable(models: Iterable[PreTrainedModel], tokenizer: PreTrainedTokeni
 def foreign(directory: str | os.PathLike) -> set[str]:
     """The names in `directory` that no `save` put there and none may overwrite."""
     directory = Path(directory)
-    ours = {*_entries(directory), manifest.NAME, _INSIDE}
-    return set(os.listdir(directory)) - ours if directory.is_dir() else set()
+    ours = {*_entries(directory), manifest.NAME}
+    return {name for name in os.listdir(directory) if not name.startswith(OURS)} - ours if directory.is_dir() else set()
 
 
 def _stays(directory: Path) -> bool:
@@ -165,6 +170,7 @@ def _merge(new: Path, directory: Path, entries: set[str]) -> None:
             target.unlink(missing_ok=True)
         if name in entries:
             os.replace(new / name, target)
+    remove(directory / _UNSAVED)
     os.replace(new / manifest.NAME, directory / manifest.NAME)
     if FINISHED in entries:
         os.replace(new / FINISHED, directory / FINISHED)
@@ -219,9 +225,10 @@ def clear(output_dir: str | os.PathLike) -> None:
 def delete(path: Path) -> None:
     """Deletes one output_dir/checkpoint-<step>, if it is there."""
     if path.is_dir():
-        doomed = path.with_name(f".{path.name}.old")
+        doomed = beside(path, DELETING)
+        remove(doomed)
         os.replace(path, doomed)  # renamed first, so that nothing half-deleted is taken for a checkpoint
-        shutil.rmtree(doomed)
+        remove(doomed)
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:

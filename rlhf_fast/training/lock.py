@@ -21,6 +21,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from rlhf_fast.data.files import sweep
+
 NAME = ".rlhf_fast.lock"
 _held: dict[tuple[str, int], "_Lock"] = {}  # by directory and thread
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -28,7 +30,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 @contextmanager
 def held(directory: str | os.PathLike, argument: str = "output_dir") -> Iterator[None]:
-    """Inside, this thread alone writes to `directory`, which is made. The same thread may enter again.
+    """Inside, this thread alone writes to `directory`, which is made, and in which leftovers of a crash are cleaned up.
+
+    The same thread may enter again.
 
     Raises ValueError, naming the argument and the holder, where another process or thread writes there. Nothing is
     written then.
@@ -42,6 +46,7 @@ def held(directory: str | os.PathLike, argument: str = "output_dir") -> Iterator
     try:
         own = _held[key] = _lock(path, argument)
         try:
+            sweep(path.parent)
             yield
         finally:
             if _held.pop(key, None) is own:  # not in a process that was forked inside

@@ -254,6 +254,7 @@ class Run:
             files["samples.json"] = self.last_evaluation.samples
         checkpoint.save(self.config.output_dir, models=self.models, tokenizer=self.tokenizer, extra_files=files)
         checkpoint.delete(self._state_at(self.total_steps))  # the final model makes it useless
+        checkpoint.prune(self.config.output_dir, keep=1)  # a crash may have left an older one
 
     def _static_bytes(self) -> dict[str, dict[str, int]]:
         """Bytes of every role. Weights that several roles share belong to the first of these roles."""
