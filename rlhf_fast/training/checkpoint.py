@@ -170,6 +170,7 @@ def _merge(new: Path, directory: Path, entries: set[str]) -> None:
             target.unlink(missing_ok=True)
         if name in entries:
             os.replace(new / name, target)
+    remove(directory / _UNSAVED)
     os.replace(new / manifest.NAME, directory / manifest.NAME)
     if FINISHED in entries:
         os.replace(new / FINISHED, directory / FINISHED)
