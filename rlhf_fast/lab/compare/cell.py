@@ -15,6 +15,8 @@ from rlhf_fast.config.arguments import from_dict
 from rlhf_fast.data.files import write_json
 from rlhf_fast.lm.loading import default_device
 from rlhf_fast.methods import METHODS, load
+from rlhf_fast.training.console import outlast
+from rlhf_fast.training.ending import signals
 from rlhf_fast.training.memory import current_bytes
 
 
@@ -39,4 +41,6 @@ def main(method: str, config_file: str, result_file: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    outlast()
+    with signals():
+        main(*sys.argv[1:])

@@ -40,6 +40,7 @@ from rlhf_fast.rollout.generate import Rollout
 from rlhf_fast.stages import remax
 from rlhf_fast.stages.online import Experience, Online
 from rlhf_fast.stages.ppo import value_start
+from rlhf_fast.training import checkpoint
 from rlhf_fast.training.batches import micro_batches
 from rlhf_fast.training.learner import Learner, take_step
 from rlhf_fast.training.run import Run
@@ -55,6 +56,7 @@ def measure_seed(argument: tuple[PipelineConfig, VarianceStudyConfig]) -> None:
     start, config = argument
     began = time.perf_counter()
     seed = SeedRun(start, config)
+    checkpoint.clear(Path(start.output_dir) / "variance")  # of a run that was cut off: its figures are not on the disk
     seed.online.run(seed.update)
     seed.measure()  # the trained policy
     seconds = time.perf_counter() - began
