@@ -178,6 +178,8 @@ class Run:
         moved = any(self._schedules[role] != learner.scheduler.state_dict() for role, learner in self.learners.items())
         if good == 0 or not all(learner.whole for learner in learners) or (exactly and moved):
             return
+        if not Path(self.config.output_dir).is_dir():  # somebody has taken it away, and does not expect a new one
+            return
         if checkpoint.latest(self.config.output_dir) != self._state_at(good):
             try:
                 for role, learner in self.learners.items():
@@ -264,6 +266,7 @@ class Run:
         """Writes the trained models, run.json (config, versions, time, memory) and the last evaluation's samples."""
         if self.evaluator and self.last_evaluation is None:  # it raised an exception after the last step, before resume
             self._evaluate()
+        self.logger.check_there()
         self._finishing = True
         summary = {
             "stage": self.description,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -208,3 +209,28 @@ def test_a_console_that_is_gone(console, place, whole):
     os.close(writer)
     assert same(place.out, whole)
     assert json.loads((place.out / "run.json").read_text())["steps"] == STEPS
+
+
+@pytest.mark.parametrize("gone", ["deleted", "renamed", "replaced"])
+def test_an_output_directory_that_vanishes(gone, place):
+    """The run ends in one line and makes no directory anew. Its state is saved where metrics.jsonl alone is replaced."""
+    place.pace(0.1)
+    run = place.run()
+    run.until(lambda: place.rows >= 2)
+    metrics = place.out / "metrics.jsonl"
+    if gone == "deleted":
+        shutil.rmtree(place.out)
+        found = f"{place.out} to stay while the run writes, found no {metrics} (No such file or directory)"
+    elif gone == "renamed":
+        place.out.rename(place.directory / "other")
+        found = f"{place.out} to stay while the run writes, found no {metrics} (No such file or directory)"
+    else:
+        shutil.copy(metrics, place.out / "copy")
+        os.replace(place.out / "copy", metrics)
+        found = f"{metrics} to stay while the run writes, found another file there"
+    assert run.code() == 1
+    last = run.said.splitlines()[-1]
+    assert last == f"rlhf-fast: output_dir: expected {found} (--debug shows where)"
+    assert "Traceback" not in run.said and place.out.exists() == (gone == "replaced")
+    if gone == "replaced":
+        assert checkpoint.latest(place.out) is not None
