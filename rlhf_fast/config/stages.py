@@ -66,6 +66,7 @@ _FROZEN_DTYPE = (
 _REFERENCE_LOGPROBS = (
     "Safetensors file of the reference's log-probs: read where weights, rows and precision match, else (re)written."
 )
+ALPHA = 16.0  # of LoRA
 BETA_HELP = "Strength of the implicit KL constraint."
 LABEL_SMOOTHING_HELP = "Probability that a label is flipped (cDPO, robust)."
 
@@ -116,7 +117,7 @@ class StageConfig:
     lora_rank: int = arg(
         0, "Train LoRA adapters of this rank on all linear layers but the head; 0: all weights.", at_least=0
     )
-    lora_alpha: float = arg(16.0, "The adapters' output is scaled by lora_alpha / lora_rank.", above=0)
+    lora_alpha: float = arg(ALPHA, "The adapters' output is scaled by lora_alpha / lora_rank.", above=0)
     dtype: Dtype = arg("fp32", DTYPE_HELP)
     bf16: bool = arg(False, "Run forward and backward passes in bfloat16 autocast, over fp32 weights.")
     gradient_checkpointing: bool = arg(False, "Recompute activations in backward to save memory.")
@@ -140,6 +141,10 @@ class StageConfig:
         check_fields(self)
         check_row_options(self)
         check_precision(self)
+        if self.lora_alpha != ALPHA and not self.lora_rank:
+            raise ValueError(
+                f"lora_alpha: expected lora_rank above 0 beside it, got {self.lora_alpha:g} with lora_rank=0"
+            )
         micro, batch = self.micro_batch_size, self.batch_size
         if micro is not None and batch % micro:
             raise ValueError(f"micro_batch_size: expected a divisor of batch_size={batch}, got {micro}")
@@ -202,6 +207,14 @@ class MethodConfig(StageConfig):
     eval_reward: str | None = arg(None, "Reward that scores these samples: a directory or a Python function.")
     eval_steps: int = arg(0, "Evaluate every so many steps too; 0: before and after training only.", at_least=0)
     max_response_length: int = arg(64, "Longest sampled completion in tokens.", at_least=1)
+    temperature: float = arg(1.0, "Temperature of the evaluations' samples.", above=0)
+    top_k: int = arg(0, "Evaluations draw from the k likeliest tokens; 0: from all tokens.", at_least=0)
+    top_p: float = arg(
+        1.0,
+        "Evaluations draw from the likeliest tokens that hold this probability; 1: from all tokens.",
+        above=0,
+        at_most=1,
+    )
 
 
 def check_label_smoothing(config: Any) -> None:

@@ -116,11 +116,20 @@ def _read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
             for number, line in enumerate(file, 1):
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")  # Windows writes a byte order mark first
                 if text.strip():
-                    yield f"{path}, line {number}", json.loads(text)
+                    yield f"{path}, line {number}", json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:  # also for numbers of thousands of digits, and endless nesting
         raise ValueError(f"{path}, line {number}: not JSON in UTF-8: {error}") from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}, after line {number}: damaged gzip file: {error}") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for a key that stands twice, because one of its two values would be lost."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"expected every key once, got {max(names, key=names.count)!r} twice")
+    return values
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
@@ -129,7 +138,7 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
     if not text.lstrip().startswith("["):
         return _read_json_lines(path)
     try:
-        return _numbered(str(path), json.loads(text))
+        return _numbered(str(path), json.loads(text, object_pairs_hook=_object))
     except (ValueError, RecursionError) as error:
         where = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise ValueError(f"{path}{where}: not JSON in UTF-8: {error}") from error

@@ -7,16 +7,23 @@ start from `model`. `reward: null` leaves out the reward model: the methods name
 
 import dataclasses
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from rlhf_fast import config as configs
 from rlhf_fast.config import PipelineConfig
 from rlhf_fast.config.arguments import from_dict
+from rlhf_fast.data.readers import data_files
+from rlhf_fast.lm.adapters import base_path
+from rlhf_fast.lm.paths import existing
 from rlhf_fast.methods import METHODS, STAGES, load, section
 from rlhf_fast.training.metrics import print_table
+from rlhf_fast.training.reward_functions import FunctionReward
+from rlhf_fast.training.rewards import is_function
 
+_DATA = ("train_data", "eval_data", "eval_pairs", "eval_rows", "prompts")  # the fields of configs that name data
+_MODELS = ("model", "reference", "value_model", "reward", "eval_reward")
 BEFORE_METHODS = ("sft", "pairs", "reward")  # the stages that make what every method starts from
 
 
@@ -31,7 +38,9 @@ def run_stages(config: PipelineConfig, names: Collection[str] | None = None) -> 
 
     With `resume` finished stages are skipped, and an interrupted stage continues from its checkpoint.
     """
-    for name, stage_config in make_plan(config).items():
+    plan = make_plan(config)
+    look_up(plan, Path(config.output_dir))
+    for name, stage_config in plan.items():
         if (names is None or name in names) and not (config.resume and _finished(name, stage_config)):
             load("stages.pairs:sample" if name == "pairs" else STAGES[name].train)(stage_config)
 
@@ -86,6 +95,39 @@ def make_plan(config: PipelineConfig) -> dict[str, Any]:
     if not plan:
         raise ValueError("methods: expected at least one where sft and reward are null, got none")
     return plan
+
+
+def look_up(plan: Mapping[str, Any], out: Path) -> None:
+    """Raises ValueError or FileNotFoundError where a stage names data, a model or a reward that is not there.
+
+    The last stage's are thus found missing before the first stage runs. What an earlier stage makes is in `out`.
+    """
+    seen = set()
+    for name, config in plan.items():
+        for key in (*_DATA, *_MODELS):
+            given = getattr(config, key, None)
+            for value in given if isinstance(given, list) else [given]:
+                if (
+                    not isinstance(value, str)
+                    or Path(value).resolve().is_relative_to(out.resolve())
+                    or (key, value) in seen
+                ):
+                    continue
+                seen.add((key, value))
+                try:
+                    _look_up(key, value)
+                except (ValueError, FileNotFoundError) as error:
+                    raise type(error)(f"section {section(name)!r}: {error}") from error
+
+
+def _look_up(key: str, value: str) -> None:
+    if key in _DATA:
+        if not value.startswith("hub:"):
+            data_files(value)
+    elif is_function(value):
+        FunctionReward(value)
+    else:
+        existing(base_path(value), key)
 
 
 def write_report(

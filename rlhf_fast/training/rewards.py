@@ -210,7 +210,7 @@ class Reward:
             raise ValueError(f"reward_weights: expected one for each of {len(specs)} rewards, got {len(self.weights)}")
         model = (micro_batch_size, max_prompt_length, shared, offload, dtype)
         self.parts = [
-            FunctionReward(one) if _is_function(one) else ModelReward(one, tokenizer, device, *model)  # pyright: ignore[reportArgumentType]
+            FunctionReward(one) if is_function(one) else ModelReward(one, tokenizer, device, *model)  # pyright: ignore[reportArgumentType]
             for one in specs
         ]
         self.name = ", ".join(part.name for part in self.parts)
@@ -303,7 +303,8 @@ def _nan(score: float | None) -> float:
     return float("nan") if score is None else score
 
 
-def _is_function(spec: Any) -> bool:
+def is_function(spec: Any) -> bool:
+    """Whether a reward's spec is a function or the name of a function, and not a model."""
     return callable(spec) or (":" in str(spec) and not Path(spec).is_dir())
 
 

@@ -92,6 +92,12 @@ def test_long_cells(length, tmp_path):
     ("name", "content", "error"),
     [
         ("rows.json", b'[{"prompt": "a"},\n {"prompt": ]', "{path}, line 2: not JSON in UTF-8: Expecting value"),
+        ("rows.json", b'[{"a": "b", "a": "c"}]', "{path}: not JSON in UTF-8: expected every key once, got 'a' twice"),
+        (
+            "rows.json",
+            b'{"prompt": "a"}\n{"a": [{"b": 1, "b": 2}]}\n',
+            "{path}, line 2: not JSON in UTF-8: expected every key once, got 'b' twice",
+        ),
         ("rows.json", b'{"prompt": "a"}\n{"prompt"}\n', "{path}, line 2: not JSON in UTF-8: Expecting ':'"),
         ("rows.json", b"[]", "{path}: no rows"),
         ("rows.json", b'["a"]', "{path}, row 1: expected an object with named columns, got str"),

@@ -285,3 +285,22 @@ def test_offline_methods_are_measured_by_the_reward_model(files, tiny_model, tmp
 def test_sections_that_are_empty_or_do_not_run(options, message, files, tiny_model, tmp_path):
     with pytest.raises(ValueError, match=message):
         pipeline.make_plan(pipeline_config(files, tiny_model, tmp_path, **options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dpo": {"reference": "{out}/../nowhere"}}, "section 'dpo': reference: expected a checkpoint directory"),
+        (
+            {"rloo": {"reward": "{out}/../rules.py:no"}},
+            "section 'rloo': reward: expected .file.py:name. with an existing",
+        ),
+        ({"remax": {"eval_reward": "json:no_such"}}, "section 'remax': reward: expected a function 'no_such' in json"),
+        ({"reward": {"eval_data": "{out}/../rows.jsonl"}}, "section 'reward': .*rows.jsonl: no such file"),
+    ],
+)
+def test_the_last_stage_is_looked_up_before_the_first_runs(options, message, files, tiny_model, tmp_path):
+    options = {s: {k: v.format(out=tmp_path / "out") for k, v in keys.items()} for s, keys in options.items()}
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        pipeline.run(pipeline_config(files, tiny_model, tmp_path / "out", **options))
+    assert not (tmp_path / "out").exists()

@@ -159,6 +159,14 @@ def test_truncated_rows_are_said(files, tiny_model, tmp_path, capsys):
     assert "truncated" not in capsys.readouterr().err
 
 
+def test_the_samples_of_an_offline_method_are_drawn_as_an_online_method_draws_its_own(files, tiny_model, tmp_path):
+    options = {"eval_data": files["prompts"], "temperature": 0.3, "top_k": 3, "max_response_length": 6}
+    rloo.train(stage_config(RLOOConfig, files, tiny_model, tmp_path / "a", steps=1, seed=4, **options))
+    dpo.train(stage_config(DPOConfig, files, tiny_model, tmp_path / "b", seed=4, eval_reward=REWARD, **options))
+    online, offline = (json.loads((tmp_path / name / "samples_before.json").read_text()) for name in ("a", "b"))
+    assert online == offline and len({row["completion"] for row in offline}) > 1
+
+
 def test_held_out_prompts_alone_are_evaluated_before_and_after(files, tiny_model, tmp_path):
     config = stage_config(RLOOConfig, files, tiny_model, tmp_path, steps=3, eval_data=files["prompts"])
     rloo.train(config)
