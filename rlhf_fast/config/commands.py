@@ -13,7 +13,13 @@ from rlhf_fast.config.fields import (
     random_seed,
     required,
 )
-from rlhf_fast.config.stages import CHAT_TEMPLATE_HELP, CHAT_TEMPLATE_KWARGS_HELP, COLUMNS_HELP, Dtype
+from rlhf_fast.config.stages import (
+    CHAT_TEMPLATE_HELP,
+    CHAT_TEMPLATE_KWARGS_HELP,
+    COLUMNS_HELP,
+    REWARD_TIMEOUT_HELP,
+    Dtype,
+)
 from rlhf_fast.methods import METHODS, STAGES, section
 
 __all__ = [
@@ -58,6 +64,7 @@ class PairsConfig:
         "Reward-model directory, or a function `package.module:name` or `file.py:name`; repeated: their sum."
     )
     reward_weights: list[float] | None = arg(None, "Weight of each of several rewards; default: 1 for each.")
+    reward_timeout: float | None = arg(None, REWARD_TIMEOUT_HELP, above=0)
     output: str = required("JSONL file (.jsonl or .jsonl.gz) to write: prompt, chosen, rejected.")
     scale: float = arg(1.0, "P(a preferred) = sigmoid(scale * (reward(a) - reward(b))).", at_least=0)
     eval_output: str | None = arg(None, "Second file, for the pairs of the last eval_rows prompts.")

@@ -36,6 +36,7 @@ def sample(config: PairsConfig) -> None:
         weights=config.reward_weights,
         max_prompt_length=config.max_prompt_length,
         dtype=config.dtype,
+        timeout=config.reward_timeout,
     )
     rows = load_rows(config.prompts, "prompt", config.columns)[: config.max_rows]
     prompts = scored_prompts(rows, tokenizer, config.max_prompt_length, config.chat_template_kwargs).examples

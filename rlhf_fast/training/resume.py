@@ -26,6 +26,7 @@ _MAY_CHANGE = {  # fields that a resumed run may change: where it writes, what i
     "gradient_checkpointing",
     "offload",
     "max_logprob_drift",
+    "reward_timeout",
     "reference_logprobs",
 }
 

@@ -213,7 +213,7 @@ def test_a_console_that_is_gone(console, place, whole):
 
 @pytest.mark.parametrize("gone", ["deleted", "renamed", "replaced"])
 def test_an_output_directory_that_vanishes(gone, place):
-    """The run ends in one line and makes no directory anew. Its state is saved where metrics.jsonl alone is replaced."""
+    """The run ends in one line and makes no directory anew. It saves where metrics.jsonl alone is replaced."""
     place.pace(0.1)
     run = place.run()
     run.until(lambda: place.rows >= 2)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.config.fields import arg, required
-from rlhf_fast.config.stages import CHAT_TEMPLATE_HELP, CHAT_TEMPLATE_KWARGS_HELP, COLUMNS_HELP
+from rlhf_fast.config.stages import CHAT_TEMPLATE_HELP, CHAT_TEMPLATE_KWARGS_HELP, COLUMNS_HELP, REWARD_TIMEOUT_HELP
 from rlhf_fast.data.chat import with_template
 from rlhf_fast.data.encoding import load_rows
 from rlhf_fast.data.files import write_json
@@ -38,6 +38,7 @@ class BestOfConfig:
     columns: dict[str, str] = arg({}, COLUMNS_HELP)
     chat_template: str | None = arg(None, CHAT_TEMPLATE_HELP)
     chat_template_kwargs: dict[str, Any] = arg({}, CHAT_TEMPLATE_KWARGS_HELP)
+    reward_timeout: float | None = arg(None, REWARD_TIMEOUT_HELP)
     samples: int = arg(64, "Completions per prompt.")
     max_prompt_length: int = arg(256, "Longest prompt in tokens.")
     max_response_length: int = arg(64, "Longest completion in tokens.")
@@ -51,7 +52,8 @@ def sample(config: BestOfConfig) -> None:
     rows, length = load_rows(config.eval_data, "prompt", config.columns), config.max_prompt_length
     prompts = scored_prompts(rows, tokenizer, length, config.chat_template_kwargs).examples
     specs = (config.reward, config.eval_reward)
-    rewards = [Reward(spec, tokenizer, device, max_prompt_length=length) for spec in specs]
+    options = {"max_prompt_length": length, "timeout": config.reward_timeout}
+    rewards = [Reward(spec, tokenizer, device, **options) for spec in specs]
     scores, judged = sample_scores(
         model,
         tokenizer,
