@@ -66,6 +66,6 @@ def sample(config: PairsConfig) -> None:
                     row[f"{name}_finished"] = False
             pairs.append(row if useful else None)
     training = len(pairs) - config.eval_rows
-    write_rows(config.output, filter(None, pairs[:training]))
-    if config.eval_output:
+    if config.eval_output:  # first, because `output` says that both are there
         write_rows(config.eval_output, filter(None, pairs[training:]))
+    write_rows(config.output, filter(None, pairs[:training]))
