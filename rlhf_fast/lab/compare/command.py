@@ -15,6 +15,7 @@ from rlhf_fast.lab.compare.figures import figures_of, median_over_seeds, time_mo
 from rlhf_fast.lab.compare.plots import write_plots
 from rlhf_fast.lab.compare.start import prepare
 from rlhf_fast.lab.compare.tables import markdown, show
+from rlhf_fast.lm.trust import trusts_as_asked
 from rlhf_fast.methods import METHODS, load
 from rlhf_fast.plan.command import largest_batch, plan_of
 from rlhf_fast.plan.gpus import parse_memory
@@ -24,6 +25,7 @@ from rlhf_fast.training.lock import writes_alone
 
 
 @writes_alone("output_dir")
+@trusts_as_asked
 def run(config: CompareConfig) -> None:
     """Everything goes to `config.output_dir`: compare.json, compare.md, plots/ and a folder per run."""
     out = Path(config.output_dir)
@@ -56,7 +58,7 @@ def run(config: CompareConfig) -> None:
     print(f"compare: wrote {out / 'compare.md'}")
 
 
-def _run_cell(cell: Cell, directory: Path, memory: int | None, resume: bool) -> None:
+def _run_cell(cell: Cell, directory: Path, memory: int | None, resume: bool = False) -> None:
     """Run one cell in a process of its own. Its output goes to a file; if it fails, the last lines are shown.
 
     resume: a cell that a signal ended goes on from its checkpoint.

@@ -34,6 +34,7 @@ from rlhf_fast.lab.variance import gradient_moments, token_weights
 from rlhf_fast.lm.loading import load_scorer
 from rlhf_fast.lm.scores import Scores
 from rlhf_fast.lm.tokenizers import check_tokenizer
+from rlhf_fast.lm.trust import trusting
 from rlhf_fast.ops import ppo_value_loss, rloo_advantages
 from rlhf_fast.report import pipeline
 from rlhf_fast.rollout.generate import Rollout
@@ -58,7 +59,7 @@ def measure_seed(argument: tuple[PipelineConfig, VarianceStudyConfig]) -> None:
     start, config = argument
     began = time.perf_counter()
     directory = measured_file(start).parent
-    with held(directory):
+    with held(directory), trusting(start.trust_remote_code):
         checkpoint.clear(directory)  # of a run that was cut off: its figures are not on the disk
         seed = SeedRun(start, config)
         seed.online.run(seed.update)
