@@ -1,7 +1,7 @@
 """The `rlhf-fast` command: one sub-command per stage, whose flags and YAML keys are the fields of the stage's config.
 
 The training stages come from the table in `rlhf_fast.methods`. Exit codes: 0 done, 1 the stage failed, 2 the config is
-wrong, 130 interrupted. torch is imported when a stage runs.
+wrong, 130 interrupted, 143 and 129 ended by SIGTERM and SIGHUP. torch is imported when a stage runs.
 """
 
 import sys
@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import rlhf_fast
 from rlhf_fast.methods import METHODS, STAGES, load
+from rlhf_fast.training import ending
 from rlhf_fast.training.console import outlast, shown
 from rlhf_fast.training.stopped import Stopped
 
@@ -91,7 +92,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code. argv: default: the arguments of the process, which it then is."""
     if argv is None:
         outlast()
-        return _run(sys.argv[1:])
+        with ending.signals():
+            return _run(sys.argv[1:])
     return _run(argv)
 
 
@@ -137,12 +139,23 @@ def _run(argv: list[str]) -> int:
         if debug:
             raise
         return _fail(f"{error} (--debug shows where)", 1)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+    except KeyboardInterrupt as error:
+        return _fail(str(error) or f"interrupted; {_left(name)}", 130)
+    except ending.Ended as error:
+        return _fail(error.line or f"{error}; {_left(name)}", 128 + error.signum)
     written = next((getattr(parsed, key) for key in ("output_dir", "output", "out") if hasattr(parsed, key)), None)
     if written:
         print(shown(f"{name}: wrote {written}"))
     return 0
+
+
+def _left(command: str) -> str:
+    """What a command leaves that a signal ended outside of a run."""
+    if command in ("pipeline", "demo", "compare"):
+        return "--resume goes on with what is not finished"
+    if command.startswith("study"):
+        return "the same command goes on with what is not finished"
+    return "no step was taken" if command in STAGES else "nothing was written"
 
 
 def _fail(message: str, code: int) -> int:

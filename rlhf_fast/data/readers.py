@@ -213,8 +213,10 @@ def _read_hub(source: str) -> Iterable[Row]:
     from datasets.exceptions import DatasetsError
 
     load: Callable[..., Any] = datasets.load_dataset
+    # Before 4.0 a data set could bring code of its own, and `datasets` asked at the terminal whether to run it.
+    options = {"trust_remote_code": False} if int(datasets.__version__.partition(".")[0]) < 4 else {}
     try:
-        dataset = load(parts[1], parts[2], split=parts[3])
+        dataset = load(parts[1], parts[2], split=parts[3], **options)
     except (ValueError, OSError, DatasetsError) as error:
         raise ValueError(f"{source}: `datasets` cannot load it: {' '.join(str(error).split())}") from error
     return _one_split(dataset, source, "name one")

@@ -18,6 +18,7 @@ from rlhf_fast.config import DataConfig
 from rlhf_fast.data.chat import with_template
 from rlhf_fast.data.files import check_writable, write_text
 from rlhf_fast.lm.tokenizers import load_tokenizer
+from rlhf_fast.lm.trust import trusts_as_asked
 from rlhf_fast.report.inspection import (
     Inspected,
     Inspection,
@@ -45,6 +46,7 @@ _IDS = 24  # of a text, if not whole
 _REFUSED = 5  # malformed rows whose errors are shown
 
 
+@trusts_as_asked
 def run(config: DataConfig) -> None:
     """Shows the rows; with `html` also writes the page. Raises ValueError where a row would stop the stage."""
     if config.html:

@@ -25,6 +25,7 @@ from torch import Tensor
 from rlhf_fast.data.files import write_text
 from rlhf_fast.training.console import error_console, shown
 from rlhf_fast.training.progress import drawn, new_bars
+from rlhf_fast.training.stopped import Stopped
 
 
 class MetricsLogger:
@@ -77,7 +78,9 @@ class MetricsLogger:
         """Records the metrics of `step` (from 1 on) and returns the row.
 
         metrics: numbers, strings, or tensors and arrays of one element.
+        Raises Stopped where the file has been deleted, renamed or replaced.
         """
+        self.check_there()
         row = {"step": step, "time/elapsed": round(time.perf_counter() - self._start, 3)}
         row |= {key: _plain(value) for key, value in metrics.items()}
         self._write(row)
@@ -88,6 +91,16 @@ class MetricsLogger:
         safe = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
         self._file.write(json.dumps(safe, allow_nan=False) + "\n")
         self._file.flush()
+
+    def check_there(self) -> None:
+        """Raises Stopped where the file is no longer the one at its path, so that what is written would be lost."""
+        try:
+            at_path = self.path.stat()
+        except OSError as error:
+            found = f"found no {self.path} ({error.strerror})"
+            raise Stopped(f"output_dir: expected {self.path.parent} to stay while the run writes, {found}") from error
+        if not os.path.samestat(at_path, os.fstat(self._file.fileno())):
+            raise Stopped(f"output_dir: expected {self.path} to stay while the run writes, found another file there")
 
     def _display(self, step: int, row: dict[str, Any]) -> None:
         numbers = "  ".join(f"{key.split('/')[-1]} {format_value(key, row[key])}" for key in self.show if key in row)
