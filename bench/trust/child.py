@@ -41,6 +41,7 @@ class Child:
         sys.stdout.flush()
         sys.stderr.flush()
         log.parent.mkdir(parents=True, exist_ok=True)
+        log.touch()
         self.log, self.began = log, time.monotonic()
         self.pid = os.fork()
         if self.pid == 0:

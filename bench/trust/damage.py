@@ -24,7 +24,7 @@ Damage = Callable[[Path, Path, Random], None]  # of a file, with the same file o
 
 def cases(world: World, target: str) -> Iterator[Case]:
     """Every damage of every file of an interrupted run, then the edited states."""
-    run, other = interrupted(world, target), interrupted(world, target, "--seed", "1")
+    run = interrupted(world, target)
     files = [
         path.relative_to(run) for path in sorted(run.rglob("*")) if path.is_file() and not path.name.startswith(".")
     ]
@@ -38,7 +38,8 @@ def cases(world: World, target: str) -> Iterator[Case]:
 
             def attempt(directory: Path, rng: Random, file: Path = file, damage: Damage = damage) -> None:
                 out = copy(run, directory / "out")
-                damage(out / file, other / file, rng)
+                other = interrupted(world, target, "--seed", "1") / file if damage is _swap else file
+                damage(out / file, other, rng)
                 resumed(world, target, directory, forgiven=file.parts[0] == newest)
 
             yield Case(f"{target}/{name} {str(file).replace('/', ':')}", attempt)
@@ -192,6 +193,6 @@ EDITS: dict[str, Callable[[dict], Any]] = {
 KIND = Kind(
     "flipped bits, truncated, removed and swapped files, edited optimizer states, then --resume",
     STAGE_TARGETS,
-    ("sft", "ppo", "dpo"),
+    ("sft", "ppo"),
     cases,
 )

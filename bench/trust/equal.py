@@ -13,19 +13,9 @@ from typing import Any
 
 import torch
 
-_MEASURED = re.compile(r"(^|[/_ ])(time|memory|seconds|bytes|peak|rate|sec)([/_ ]|$)|per_(second|minute)")
-_ABOUT = {
-    "output_dir",
-    "environment",
-    "resume",
-    "command",
-    "date",
-    "phases",
-    "time_model",
-    "phase_seconds",
-    "static_bytes",
-    "meter",
-}
+_MEASURED = re.compile(r"(^|[/_ ])(time|memory|seconds|bytes)([/_ ]|$)|per_(second|minute)")
+_ABOUT = {"output_dir", "environment", "resume", "command", "date", "phases", "time_model", "phase_seconds"}
+_ABOUT |= {"static_bytes", "meter"}
 _PICTURES = {".png", ".html", ".md", ".txt", ".csv"}  # drawn with times in them, or logs
 
 

@@ -140,5 +140,5 @@ HARMLESS = {
     "default dtype": "torch.set_default_dtype(torch.float64); return good(completions)",
 }
 STATEFUL = {"changes directory", "gradients off", "default dtype"}  # these may be refused, in one line
-_ABOUT_REWARDS = frozenset({"config", "made_of", "reward", "eval_reward"})  # in run.json
+_ABOUT_REWARDS = frozenset({"config", "made_of", "reward", "eval_reward", "reward_timeout"})  # in run.json
 KIND = Kind("reward functions that raise, exit, hang, fork or return wrong things", ONLINE, ("remax", "ppo"), cases)
