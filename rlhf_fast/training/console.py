@@ -78,9 +78,16 @@ def error_console() -> Console:
 
 def outlast() -> None:
     """For the rest of the process: prints last, and exceptions and warnings are shown without control characters."""
+    for number, mode in enumerate((os.O_RDONLY, os.O_WRONLY, os.O_WRONLY)):
+        try:
+            os.fstat(number)
+        except OSError:  # it is closed, and the next file that is opened would get the number and all that is printed
+            os.dup2(os.open(os.devnull, mode), number)
     for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed when Python started
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # for the rest of the process
         stream = getattr(sys, name)
-        if stream is not None and not isinstance(stream, Lasting):
+        if not isinstance(stream, Lasting):
             setattr(sys, name, Lasting(lambda stream=stream: stream))
             atexit.register(_flush, stream)
     usual = warnings.formatwarning
