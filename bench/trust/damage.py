@@ -104,8 +104,7 @@ def _newest(run: Path) -> Path:
 
 def sign(checkpoint: Path) -> None:
     """Writes the manifest anew, with the checksums of what is there now."""
-    if hasattr(manifest, "of_files"):
-        manifest.write(checkpoint, manifest.of_files(checkpoint))
+    manifest.write(checkpoint, manifest.of_files(checkpoint))
 
 
 def _flip(file: Path, other: Path, rng: Random) -> None:
