@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.trust.kind import Case, Kind, Lost
-from bench.trust.world import World
+from bench.trust.world import HEAVY, World
 
 
 @dataclasses.dataclass
@@ -86,6 +86,7 @@ def _drawn(
     """The targets by turns, and of each a case at random."""
     if shuffled:
         rng.shuffle(targets)
+        targets.sort(key=HEAVY.__contains__)  # a short campaign does not get to them
     left: dict[str, list[Case]] = {}
     turn = 1 if shuffled else _TURN
     for target in itertools.cycle(targets):
