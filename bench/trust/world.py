@@ -32,7 +32,16 @@ MODEL = {
 }
 TRUE_REWARD = "rlhf_fast.world:true_reward"
 STAGE_TARGETS = tuple(STAGES)
-HEAVY = {"pipeline", "over pipeline", "compare", "demo", "study"}  # a run takes ten stages' time, or imports torch anew
+HEAVY = {
+    "pipeline",
+    "over pipeline",
+    "compare",
+    "demo",
+    "study",
+    "remax long",
+    "ppo long",
+    "sft long",
+}  # a run takes ten stages' time, or imports torch anew
 TARGETS = ("pairs", *STAGE_TARGETS, "exact study", "pipeline", "compare", "demo", "study")
 LENGTHS = {"max_prompt_length": 12, "max_response_length": 6, "max_length": 24}
 
