@@ -124,6 +124,9 @@ class StageConfig:
     save_steps: int = arg(
         0, "Write a resumable checkpoint every so many steps; 0 writes only the final model.", at_least=0
     )
+    save_total_limit: int = arg(
+        2, "Checkpoints kept; where the newest is damaged, a resumed run goes on from the one before.", at_least=1
+    )
     resume: bool = arg(False, "Continue from the newest checkpoint in output_dir.")
     tensorboard: bool = arg(False, "Also write TensorBoard event files to output_dir/tensorboard.")
 

@@ -10,14 +10,14 @@ from transformers import CONFIG_MAPPING
 from transformers import __version__ as VERSION
 from transformers.utils import cached_file  # pyright: ignore[reportPrivateImportUsage]
 
-from rlhf_fast.lm.manifest import check_complete
+from rlhf_fast.lm.manifest import check
 
 _MAY_LACK = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 
 
 def existing(path: str | Path, argument: str = "model") -> str:
-    """`path` as text. Raises ValueError where it is neither a directory nor a name on the hub, and where a crash left
-    the directory incomplete.
+    """`path` as text. Raises ValueError where it is neither a directory nor a name on the hub, and where a directory
+    of ours is incomplete or damaged, its weights aside.
 
     argument: the name that the message gives `path`. A path that is plainly local is not looked for on the hub, because
     the hub takes minutes to fail.
@@ -33,7 +33,7 @@ def existing(path: str | Path, argument: str = "model") -> str:
         except OSError as error:
             raise ValueError(f"{expected} and none of that name on the hub: {error}") from error
     else:
-        check_complete(text, argument)
+        check(text, argument)
         config = Path(text, "config.json")
     _check_family(config, text, argument)
     return text

@@ -82,7 +82,8 @@ class Run:
             found = f"{', '.join(clash)} in {self.config.output_dir}"
             raise ValueError(f"output_dir: expected no model that another program wrote, found {found}")
         checkpoint.check_savable(self.models.values(), self.tokenizer)
-        resumed = resume_directory(self.config)
+        passed: list[str] = []
+        resumed = resume_directory(self.config, passed.append)
         if resumed is not None:
             state = checkpoint.load_state(resumed)
             for name, part in self.states.items():
@@ -99,6 +100,8 @@ class Run:
             show=self.show,
         )
         self.logger.__enter__()
+        for line in passed:
+            self.say(line)
         self._mark_good(self.first_step - 1)
         try:
             for listener in self.listeners:
@@ -152,7 +155,7 @@ class Run:
                 for role, learner in self.learners.items():
                     learner.scheduler.load_state_dict(self._schedules[role])  # the step is taken again
                 self.save_state(good)
-                checkpoint.prune(self.config.output_dir, keep=1)
+                checkpoint.prune(self.config.output_dir, self.config.save_total_limit, good)
             except Exception as error:  # such as a full disk; the exception that ended the run matters more
                 self.logger.say(f"{self.description}: no checkpoint of step {good} could be written: {error}")
                 return
@@ -185,7 +188,7 @@ class Run:
             self._log(step, {**metrics, **measured, "time/total": self.train_seconds})
         if self.config.save_steps and step % self.config.save_steps == 0 and not last:
             self.save_state(step)
-            checkpoint.prune(self.config.output_dir, keep=1)
+            checkpoint.prune(self.config.output_dir, self.config.save_total_limit, step)
 
     def _log(self, step: int, metrics: dict[str, Any]) -> None:
         row = self.logger.log(step, metrics)
@@ -254,7 +257,7 @@ class Run:
             files["samples.json"] = self.last_evaluation.samples
         checkpoint.save(self.config.output_dir, models=self.models, tokenizer=self.tokenizer, extra_files=files)
         checkpoint.delete(self._state_at(self.total_steps))  # the final model makes it useless
-        checkpoint.prune(self.config.output_dir, keep=1)  # a crash may have left an older one
+        checkpoint.prune(self.config.output_dir, self.config.save_total_limit)  # a crash may have left an older one
 
     def _static_bytes(self) -> dict[str, dict[str, int]]:
         """Bytes of every role. Weights that several roles share belong to the first of these roles."""

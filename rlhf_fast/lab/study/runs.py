@@ -25,6 +25,7 @@ from rlhf_fast.lab import demo
 from rlhf_fast.lab.study.config import MethodsStudyConfig, TrainedStudyConfig
 from rlhf_fast.lab.study.methods import Cell, Strengths, cells_of
 from rlhf_fast.lab.study.start import pipeline_of, prepare
+from rlhf_fast.lm import manifest
 from rlhf_fast.methods import load
 from rlhf_fast.report import pipeline
 from rlhf_fast.training import checkpoint
@@ -178,6 +179,9 @@ def is_made_with(path: Path, config: dict[str, Any], made_of: dict[str, Any]) ->
     """
     record = checkpoint.finished(path.parent) if path.name == checkpoint.FINISHED else None
     if record is None and (path.name == checkpoint.FINISHED or not path.is_file()):
+        return False
+    if record is not None and manifest.read(path.parent) and (wrong := manifest.damage(path.parent)):
+        print(f"{path.parent}: {wrong}; it is made anew", flush=True)
         return False
     record = record or json.loads(path.read_text())
     was, now = record["config"], json.loads(json.dumps(config))
