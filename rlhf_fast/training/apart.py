@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_fast.config import StageConfig
+from rlhf_fast.config.stages import KINDS
 from rlhf_fast.lm import adapters
-from rlhf_fast.training.fingerprint import KINDS
 
 
 def check_apart(config: Any) -> None:
