@@ -1,10 +1,12 @@
 """`rlhf-fast compare`: run the cells, put their figures into tables, JSON, Markdown and plots."""
 
 import datetime
+import json
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from rlhf_fast.config.arguments import from_dict
 from rlhf_fast.data.files import write_json, write_text
@@ -14,11 +16,13 @@ from rlhf_fast.lab.compare.figures import figures_of, median_over_seeds, time_mo
 from rlhf_fast.lab.compare.plots import write_plots
 from rlhf_fast.lab.compare.start import prepare
 from rlhf_fast.lab.compare.tables import markdown, show
+from rlhf_fast.lm import manifest
 from rlhf_fast.methods import METHODS, load
 from rlhf_fast.plan.command import largest_batch, plan_of
 from rlhf_fast.plan.gpus import parse_memory
 from rlhf_fast.plan.phases import Planner
 from rlhf_fast.training.lock import writes_alone
+from rlhf_fast.training.made import difference, made_with
 
 
 @writes_alone("output_dir")
@@ -29,8 +33,10 @@ def run(config: CompareConfig) -> None:
     cells = cells_of(config, start)
     memory = parse_memory(config.memory) if config.memory else None
     for number, cell in enumerate(cells, 1):
-        if not (config.resume and (out / cell.key / "result.json").is_file()):
-            print(f"[{number}/{len(cells)}] {cell.name}, seed {cell.seed}", flush=True)
+        changed = _changed(cell, out / cell.key, memory) if config.resume else ""
+        if changed is not None:
+            why = f": made anew, because {changed}" if changed else ""
+            print(f"[{number}/{len(cells)}] {cell.name}, seed {cell.seed}{why}", flush=True)
             _run_cell(cell, out / cell.key, memory)
     results = [figures_of(cell, out / cell.key) for cell in cells]
     rows = median_over_seeds(results)
@@ -54,6 +60,22 @@ def run(config: CompareConfig) -> None:
     print(f"compare: wrote {out / 'compare.md'}")
 
 
+def _changed(cell: Cell, directory: Path, memory: int | None) -> str | None:
+    """Why the run in `directory` cannot be taken: "" where none has finished; None where it is just this cell's."""
+    if not (directory / "result.json").is_file():
+        return ""
+    record = json.loads((directory / "result.json").read_text())
+    if record.get("memory") != memory:
+        return f"memory is {memory} bytes and was {record.get('memory')}"
+    if record["ran"] and (wrong := manifest.damage(directory)):
+        return wrong
+    return difference(record, made_with(_config(cell, directory)))
+
+
+def _config(cell: Cell, directory: Path) -> Any:
+    return from_dict(load(METHODS[cell.method].config), cell.options | {"output_dir": str(directory)}, cell.name)
+
+
 def _run_cell(cell: Cell, directory: Path, memory: int | None) -> None:
     """Run one cell in a process of its own. Its output goes to a file; if it fails, the last lines are shown."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -69,5 +91,4 @@ def _run_cell(cell: Cell, directory: Path, memory: int | None) -> None:
 
 
 def _largest_batch(cell: Cell, memory: int) -> int:
-    config = from_dict(load(METHODS[cell.method].config), cell.options | {"output_dir": "unused"}, cell.name)
-    return largest_batch(Planner(plan_of(cell.method, config)), memory)
+    return largest_batch(Planner(plan_of(cell.method, _config(cell, Path("unused")))), memory)

@@ -9,6 +9,7 @@ import pytest
 from rlhf_fast.cli import main
 from rlhf_fast.config import PPOConfig
 from rlhf_fast.lab.compare import command
+from rlhf_fast.lab.compare.cell import main as cell_main
 from rlhf_fast.lab.compare.cells import cells_of
 from rlhf_fast.lab.compare.config import CompareConfig
 from rlhf_fast.lab.compare.start import SHAPES, Shape, Start, prepare
@@ -99,6 +100,37 @@ def test_the_whole_command(start, tiny_model, tmp_path, capsys):
     assert PPOConfig(model="a", output_dir="b", train_data="c", reward="d").epochs == 4  # compare's 1 is its own
 
 
+def test_a_run_of_other_settings_data_or_memory_or_a_damaged_one_is_not_taken(start, tiny_model, tmp_path):
+    config = CompareConfig(
+        model=tiny_model,
+        output_dir=str(tmp_path / "out"),
+        reward=start.reward,
+        train_data=start.prompts,
+        pairs=start.pairs,
+        methods=["dpo"],
+        steps=1,
+        batch_size=4,
+        prompt_length=18,
+        response_length=8,
+    )
+    (cell,) = cells_of(config, prepare(config))
+    directory, memory = tmp_path / "out" / cell.key, 24 * 2**30
+    directory.mkdir()
+    assert command._changed(cell, directory, memory) == ""
+    given = directory / "cell.json"
+    given.write_text(json.dumps(cell.options | {"output_dir": str(directory), "memory": memory}))
+    cell_main("dpo", str(given), str(directory / "result.json"))
+    assert command._changed(cell, directory, memory) is None
+    assert command._changed(cell, directory, None) == f"memory is None bytes and was {memory}"
+    other = cell._replace(options=cell.options | {"micro_batch_size": 1})
+    assert command._changed(other, directory, memory) == "micro_batch_size is 1 and was None"
+    pairs = Path(cell.options["train_data"])
+    pairs.write_text(pairs.read_text().replace("e", "a", 1))
+    assert command._changed(cell, directory, memory) == f"the content of train_data, '{pairs}', has changed"
+    (directory / "config.json").unlink()
+    assert command._changed(cell, directory, memory) == "config.json is missing"
+
+
 def test_a_built_in_shapes_data_have_the_lengths_asked_for(tmp_path, monkeypatch):
     small = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
     small |= {"num_attention_heads": 2}
@@ -113,3 +145,7 @@ def test_a_built_in_shapes_data_have_the_lengths_asked_for(tmp_path, monkeypatch
         assert lengths == [prompt, response - 1, response - 1]  # an EOS follows the answers
     scorer = load_scorer(start.reward_adapter, trainable=False)
     assert scorer.score.in_features == 32 and load_scorer(start.small_critic).score.in_features == 16
+    before = (tmp_path / "start" / "policy" / "model.safetensors").read_bytes()
+    prepare(CompareConfig(model="10M", output_dir=str(tmp_path), seeds=[1], **(sizes | {"lora_rank": 3})))
+    assert (tmp_path / "start" / "policy" / "model.safetensors").read_bytes() != before  # another seed: other weights
+    assert not Path(start.reward_adapter).exists()  # it stood on the earlier policy
