@@ -6,7 +6,9 @@ process held before any model was loaded, so that peaks can be told from the int
 
 import importlib
 import json
+import os
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -42,5 +44,16 @@ def main(method: str, config_file: str, result_file: str) -> None:
     write_json(Path(result_file), result)
 
 
+def end_with(pipe: int) -> None:
+    """Ends this process when the process at the other end of the pipe ends, which writes nothing, in whatever way."""
+
+    def wait() -> None:
+        os.read(pipe, 1)
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 if __name__ == "__main__":
+    end_with(sys.stdin.fileno())
     main(*sys.argv[1:])

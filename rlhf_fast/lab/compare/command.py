@@ -83,8 +83,10 @@ def _run_cell(cell: Cell, directory: Path, memory: int | None) -> None:
     result.unlink(missing_ok=True)
     write_json(config_file, cell.options | {"output_dir": str(directory), "memory": memory})
     command = [sys.executable, "-m", "rlhf_fast.lab.compare.cell", cell.method, str(config_file), str(result)]
-    with log.open("w") as file:
-        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
+    # the pipe has no content, and its end tells the cell that this process has ended
+    options: dict[str, Any] = {"stdin": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with log.open("w") as file, subprocess.Popen(command, stdout=file, **options) as process:
+        code = process.wait()
     if code:
         print("\n".join(log.read_text().splitlines()[-20:]), file=sys.stderr)
         raise ValueError(f"{cell.name} failed with exit code {code}; its last lines are above, all of them in {log}")
