@@ -26,7 +26,7 @@ from rlhf_fast.training.learner import Learner
 from rlhf_fast.training.listeners import Listener, TensorBoard
 from rlhf_fast.training.memory import static_bytes
 from rlhf_fast.training.meter import Meter
-from rlhf_fast.training.metrics import MetricsLogger
+from rlhf_fast.training.metrics import MetricsLogger, is_metrics
 from rlhf_fast.training.resume import MADE_OF, RUN_CONFIG, resume_directory
 
 
@@ -77,10 +77,13 @@ class Run:
         self._schedules: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> "Run":
-        mine = checkpoint.MODEL_FILES | self.models.keys()
-        if clash := sorted(checkpoint.foreign(self.config.output_dir) & mine):
-            found = f"{', '.join(clash)} in {self.config.output_dir}"
-            raise ValueError(f"output_dir: expected no model that another program wrote, found {found}")
+        models, runs = checkpoint.MODEL_FILES | self.models.keys(), {checkpoint.FINISHED, "samples.json"}
+        clash = sorted(checkpoint.foreign(self.config.output_dir) & (models | runs))
+        if not is_metrics(Path(self.config.output_dir, "metrics.jsonl")):
+            clash.append("metrics.jsonl")
+        if clash:
+            what, found = "model" if models & {*clash} else "run", f"{', '.join(clash)} in {self.config.output_dir}"
+            raise ValueError(f"output_dir: expected no {what} that another program wrote, found {found}")
         checkpoint.check_savable(self.models.values(), self.tokenizer)
         passed: list[str] = []
         resumed = resume_directory(self.config, passed.append)
