@@ -61,7 +61,7 @@ def check_name(argument: str, path: str | os.PathLike, room: int = 0) -> None:
         raise ValueError(f"{argument}: expected a path in which ~ is expanded, got {text}; ./{text} means the name")
     try:
         text.encode()
-        os.lstat(os.path.join(text, "x" * room) if room else text)
+        os.lstat(os.path.join(os.path.abspath(text), "x" * room))
     except UnicodeEncodeError as error:
         raise ValueError(f"{argument}: expected a path in UTF-8, got {text!r}") from error
     except OSError as error:

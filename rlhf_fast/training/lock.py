@@ -55,6 +55,8 @@ def held(directory: str | os.PathLike, argument: str = "output_dir") -> Iterator
             if _held.pop(key, None) is own:  # not in a process that was forked inside
                 if own.is_at(path):
                     path.unlink()  # before the lock goes, so that nobody else's file is deleted
+                else:
+                    made.clear()  # somebody else's directories are in their place
                 os.close(own.file)
     finally:
         for parent in made:

@@ -24,10 +24,12 @@ from rlhf_fast.training.evaluation import Evaluation
 from rlhf_fast.training.fingerprint import fingerprints
 from rlhf_fast.training.learner import Learner
 from rlhf_fast.training.listeners import Listener, TensorBoard
+from rlhf_fast.training.lock import lost
 from rlhf_fast.training.memory import static_bytes
 from rlhf_fast.training.meter import Meter
 from rlhf_fast.training.metrics import MetricsLogger, is_metrics
 from rlhf_fast.training.resume import MADE_OF, RUN_CONFIG, resume_directory
+from rlhf_fast.training.stopped import Stopped
 
 
 class Run:
@@ -155,6 +157,8 @@ class Run:
         moved = any(self._schedules[role] != learner.scheduler.state_dict() for role, learner in self.learners.items())
         if good == 0 or not all(learner.whole for learner in learners):
             return
+        if lost(self.config.output_dir) and Path(self.config.output_dir).exists():  # it may be another run's by now
+            return
         if checkpoint.latest(self.config.output_dir) != self._state_at(good):
             try:
                 for role, learner in self.learners.items():
@@ -182,6 +186,7 @@ class Run:
     def end_step(self, step: int, metrics: dict[str, float]) -> None:
         """Evaluates where it is due, logs the step with its times and peaks, writes a checkpoint where it is due."""
         self._mark_good(step)
+        self._check_place()
         last = step == self.total_steps
         try:
             # every config that asks for an evaluator has eval_steps
@@ -194,6 +199,11 @@ class Run:
         if self.config.save_steps and step % self.config.save_steps == 0 and not last:
             self.save_state(step)
             checkpoint.prune(self.config.output_dir, self.config.save_total_limit, step)
+
+    def _check_place(self) -> None:
+        """Stopped where output_dir is no longer the directory that this run has locked: its metrics are lost then."""
+        if lost(self.config.output_dir):
+            raise Stopped(f"output_dir: {self.config.output_dir} was removed, renamed or replaced during the run")
 
     def _log(self, step: int, metrics: dict[str, Any]) -> None:
         row = self.logger.log(step, metrics)
@@ -238,6 +248,7 @@ class Run:
         """Writes the trained models, run.json (config, versions, time, memory) and the last evaluation's samples."""
         if self.evaluator and self.last_evaluation is None:  # it raised an exception after the last step, before resume
             self._evaluate()
+        self._check_place()
         self._finishing = True
         summary = {
             "stage": self.description,
