@@ -21,10 +21,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from rlhf_fast.data.files import sweep
+from rlhf_fast.data.files import check_name, sweep
 from rlhf_fast.training.apart import check_apart
 
 NAME = ".rlhf_fast.lock"
+_ROOM = 120  # bytes of the longest path in a checkpoint
 _held: dict[tuple[str, int], "_Lock"] = {}  # by directory and thread
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -38,6 +39,7 @@ def held(directory: str | os.PathLike, argument: str = "output_dir") -> Iterator
     Raises ValueError, naming the argument and the holder, where another process or thread writes there. Nothing is
     written then.
     """
+    check_name(argument, directory, _ROOM)
     key = _key(directory)
     if key in _held:
         yield
@@ -53,6 +55,8 @@ def held(directory: str | os.PathLike, argument: str = "output_dir") -> Iterator
             if _held.pop(key, None) is own:  # not in a process that was forked inside
                 if own.is_at(path):
                     path.unlink()  # before the lock goes, so that nobody else's file is deleted
+                else:
+                    made.clear()  # somebody else's directories are in their place
                 os.close(own.file)
     finally:
         for parent in made:

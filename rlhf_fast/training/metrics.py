@@ -62,6 +62,11 @@ class MetricsLogger:
 
     def __enter__(self) -> "MetricsLogger":
         kept = [row for row in read_metrics(self.path) if row["step"] <= self.resume_step] if self.resume_step else []
+        lost = set(range(1, self.resume_step + 1)) - {row["step"] for row in kept}
+        if lost:
+            self.say(
+                f"{self.description}: {self.path} lacks {len(lost)} of the {self.resume_step} steps before this one"
+            )
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = self.path.open("a")
         self._start = time.perf_counter() - (kept[-1]["time/elapsed"] if kept else 0.0)
@@ -130,6 +135,18 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "item"):
         value = value.item()
     return value
+
+
+def is_metrics(path: str | os.PathLike) -> bool:
+    """Whether the file at `path` is a metrics.jsonl of ours, or none, or an empty one."""
+    try:
+        with Path(path).open("rb") as file:
+            first = file.readline()
+        return not first.strip() or {"step", "time/elapsed"} <= json.loads(first).keys()
+    except (ValueError, AttributeError, TypeError):
+        return False
+    except FileNotFoundError:
+        return True
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
