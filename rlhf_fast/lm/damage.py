@@ -21,8 +21,9 @@ def names_damage(function: Function) -> Function:
         try:
             return function(path, *arguments, **options)
         except Exception as error:
-            if not (isinstance(error, ValueError) and str(path) in str(error)):  # our own errors name the path
-                check_files(path)
+            places = [str(place) for place in (Path(path), Path(path).parent) if place.parts]
+            if not (isinstance(error, ValueError) and any(place in str(error) for place in places)):
+                check_files(path)  # our own errors name the place
             raise
 
     return cast(Function, naming)
