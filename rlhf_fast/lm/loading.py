@@ -27,9 +27,11 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from rlhf_fast.data.damage import read_json
 from rlhf_fast.lm import adapters, manifest
 from rlhf_fast.lm.adapters import LoRA
 from rlhf_fast.lm.causal import check_decoder, check_family
+from rlhf_fast.lm.damage import names_damage
 from rlhf_fast.lm.dtypes import DTYPES, Dtype, cast
 from rlhf_fast.lm.families import is_classifier, language_class, reads, scorer_class, trunk_of
 from rlhf_fast.lm.noise import as_before, silence
@@ -59,6 +61,7 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@names_damage
 def load_policy(
     path: str | Path,
     *,
@@ -92,6 +95,7 @@ def load_policy(
     return _prepare(model, path, dtype, trainable, lora, shared is not None)
 
 
+@names_damage
 def load_scorer(
     path: str | Path,
     *,
@@ -141,7 +145,7 @@ def load_scorer(
             if score.bias is not None:
                 score.bias.zero_()
     if Path(path, _ADAPTER_SCORE).is_file():
-        for name, value in json.loads(Path(path, _ADAPTER_SCORE).read_text()).items():
+        for name, value in read_json(Path(path, _ADAPTER_SCORE)).items():
             setattr(model.config, name, value)
     return _prepare(model, path, dtype, trainable, lora, shared is not None)
 

@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from rlhf_fast.data.damage import writing
 from rlhf_fast.data.files import check_name, sweep
 from rlhf_fast.training.apart import check_apart
 
@@ -95,9 +96,9 @@ class _Lock:
     def __init__(self, file: int) -> None:
         self.file = file
         host = platform.node().replace(" ", "-")
-        self.text = f"{os.getpid()} {host} {shlex.join(sys.argv)}\n{time.time_ns()}\n".encode(errors="replace")
+        text = f"{os.getpid()} {host} {shlex.join(sys.argv)}\n{time.time_ns()}\n".encode(errors="replace")
         os.ftruncate(file, 0)
-        os.pwrite(file, self.text, 0)
+        self.text = text[: os.pwrite(file, text, 0)]  # less where there is little room
 
     def is_at(self, path: Path) -> bool:
         """Whether the file at `path` is this one, by its text, because some file systems number files anew."""
@@ -127,7 +128,8 @@ def _lock(path: Path, argument: str) -> _Lock:
         except OSError as error:
             said = f"{argument}: {path.parent} cannot be locked ({error.strerror}); start no second run there"
             print(said, file=sys.stderr)
-        own = _Lock(file)
+        with writing(path):
+            own = _Lock(file)
         if own.is_at(path):
             return own
         os.close(file)  # the holder deleted this file between our two calls, because it had ended
