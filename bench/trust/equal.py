@@ -15,7 +15,7 @@ import torch
 
 _MEASURED = re.compile(r"(^|[/_ ])(time|memory|seconds|bytes)([/_ ]|$)|per_(second|minute)")
 _ABOUT = {"output_dir", "environment", "resume", "command", "date", "phases", "time_model", "phase_seconds"}
-_ABOUT |= {"static_bytes", "meter"}
+_ABOUT |= {"static_bytes", "meter", "resumed"}
 _PICTURES = {".png", ".html", ".md", ".txt", ".csv"}  # drawn with times in them, or logs
 
 
@@ -77,6 +77,8 @@ def _first(got: Any, wanted: Any, where: str = "") -> list[str]:
     """The first place where two values differ, if there is one."""
     if isinstance(got, dict) and isinstance(wanted, dict) and got.keys() == wanted.keys():
         pairs = [(f"{where}.{key}", got[key], wanted[key]) for key in got]
+    elif isinstance(got, dict) and isinstance(wanted, dict):
+        return [f"{where} has other keys: {', '.join(sorted(got.keys() ^ wanted.keys()))}"]
     elif isinstance(got, list) and isinstance(wanted, list) and len(got) == len(wanted):
         pairs = [(f"{where}[{i}]", *both) for i, both in enumerate(zip(got, wanted, strict=True))]
     else:
@@ -87,9 +89,9 @@ def _first(got: Any, wanted: Any, where: str = "") -> list[str]:
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        keys = [key for key in a if not isinstance(key, str) or (key not in _ABOUT and not _MEASURED.search(key))]
-        return isinstance(b, dict) and a.keys() == b.keys() and all(_same(a[key], b[key]) for key in keys)
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = {key for key in a.keys() | b.keys() if key not in _ABOUT and not _MEASURED.search(str(key))}
+        return all(key in a and key in b and _same(a[key], b[key]) for key in keys)
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(_same, a, b))
     return a == b
