@@ -87,7 +87,7 @@ def resumed(world: World, target: str, directory: Path) -> None:
     """The resumed run ends with one line, or with the results of an undamaged run."""
     out, wanted = directory / "out", world.baseline(target).directory
     newest = _newest(out).name
-    ended = child.run(world.start(target, out, resume=True), directory / "log")
+    ended = child.run(world.start(target, out, resume=True), directory / "log", 60)
     expect(ended.code >= 0, f"expected an error or the right results, got death by signal {-ended.code}: {ended.last}")
     if ended.code:
         clear = "Traceback" not in ended.output and ended.last.startswith("rlhf-fast: ")
