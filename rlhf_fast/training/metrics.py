@@ -23,6 +23,7 @@ from rich.text import Text
 from torch import Tensor
 
 from rlhf_fast.data.files import write_text
+from rlhf_fast.ranks import current
 from rlhf_fast.training.progress import drawn, new_bars
 
 
@@ -55,16 +56,17 @@ class MetricsLogger:
         self.description = description
         self.resume_step = resume_step
         self.show = tuple(show)
-        self._console = Console(stderr=True)
+        self._console = Console(stderr=True, quiet=not current().first)
         self._tenth = resume_step * 10 // total_steps
 
     def __enter__(self) -> "MetricsLogger":
         kept = [row for row in read_metrics(self.path) if row["step"] <= self.resume_step] if self.resume_step else []
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = self.path.open("a")
+        if current().first:
+            write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = self.path.open("a") if current().first else open(os.devnull, "w")
         self._start = time.perf_counter() - (kept[-1]["time/elapsed"] if kept else 0.0)
         self._bar, self._screen = None, ExitStack()
-        if self._console.is_terminal:
+        if self._console.is_terminal and current().first:
             self._bar = new_bars(self._console)
             self._task = self._bar.add_task(
                 self.description, total=self.total_steps, completed=self.resume_step, numbers=""

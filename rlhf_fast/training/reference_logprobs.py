@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from rlhf_fast.config import DPOConfig, KTOConfig
 from rlhf_fast.data.files import check_writable, write_bytes
+from rlhf_fast.ranks import current
 from rlhf_fast.training.fingerprint import of_values, of_weights
 
 _KIND = "reference log-probs of rlhf_fast"
@@ -67,9 +68,11 @@ def reference_logprobs(
                 return {name: file.get_tensor(name).to(reference.device) for name in names}
         why = " and ".join(text for name, text in _OTHER.items() if name in differing)
         say(f"reference_logprobs: {path} is of {why}, and is written anew")
+    current().wait()  # because the other processes have to have read the file too
     tensors = compute()
     content = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, {"kind": _KIND, **wanted})
-    write_bytes(path, content)
+    if current().first:
+        write_bytes(path, content)
     return tensors
 
 

@@ -18,6 +18,7 @@ import rlhf_fast
 from rlhf_fast.config import StageConfig
 from rlhf_fast.config.fields import describe
 from rlhf_fast.data.files import write_json
+from rlhf_fast.ranks import current
 from rlhf_fast.training import checkpoint
 from rlhf_fast.training.batches import seed_everything
 from rlhf_fast.training.evaluation import Evaluation
@@ -42,6 +43,7 @@ class Run:
     listeners: who hears of every row of metrics. TensorBoard is added where the config asks for it.
     Entering raises ValueError where output_dir holds another program's model or an unfinished run that `resume` does
     not continue, and where a model or the tokenizer cannot be saved.
+    With several processes the first process writes and speaks.
     A run that an exception ends writes a checkpoint of its last good step, from which `resume` goes on.
     """
 
@@ -59,7 +61,7 @@ class Run:
         show: tuple[str, ...] = (),
         listeners: Sequence[Listener] = (),
     ) -> None:
-        self.evaluator = evaluator
+        self.evaluator, self.ranks = evaluator, current()
         self.last_evaluation: Evaluation | None = None
         self.config, self.description, self.total_steps, self.show = config, description, total_steps, show
         self.learners, self.tokenizer = learners, tokenizer
@@ -90,7 +92,9 @@ class Run:
             self.first_step, self.train_seconds = state["step"] + 1, state["train_seconds"]
             self._facts = state["facts"]
         else:
-            self._make_room()
+            self.ranks.wait()  # because the other processes have to have looked for a checkpoint too
+            if self.ranks.first:
+                self._make_room()
         self.logger = MetricsLogger(
             self.config.output_dir,
             self.total_steps,
@@ -145,7 +149,7 @@ class Run:
         """
         learners, good = self.learners.values(), self._good
         moved = any(self._schedules[role] != learner.scheduler.state_dict() for role, learner in self.learners.items())
-        if good == 0 or not all(learner.whole for learner in learners):
+        if good == 0 or not self.ranks.first or not all(learner.whole for learner in learners):
             return
         if checkpoint.latest(self.config.output_dir) != self._state_at(good):
             try:
@@ -165,7 +169,8 @@ class Run:
         if self.evaluator and self.first_step == 1:
             before = self._evaluate()
             self._log(0, {**before.metrics, "time/total": 0.0})
-            write_json(Path(self.config.output_dir) / "samples_before.json", before.samples)
+            if self.ranks.first:
+                write_json(Path(self.config.output_dir) / "samples_before.json", before.samples)
             self.meter.step(counted=False)
         for step in range(self.first_step, self.total_steps + 1):
             seed_everything(self.config.seed, step)
@@ -185,7 +190,8 @@ class Run:
             self._log(step, {**metrics, **measured, "time/total": self.train_seconds})
         if self.config.save_steps and step % self.config.save_steps == 0 and not last:
             self.save_state(step)
-            checkpoint.prune(self.config.output_dir, keep=1)
+            if self.ranks.first:
+                checkpoint.prune(self.config.output_dir, keep=1)
 
     def _log(self, step: int, metrics: dict[str, Any]) -> None:
         row = self.logger.log(step, metrics)
@@ -193,7 +199,9 @@ class Run:
             listener.log(step, row)
 
     def save_state(self, step: int) -> None:
-        """Writes the checkpoint from which a resumed run goes on after `step`."""
+        """Writes the checkpoint from which a resumed run goes on after `step`. One process writes it."""
+        if not self.ranks.first:
+            return
         state = {name: part.state_dict() for name, part in self.states.items()}
         state |= {"step": step, "train_seconds": self.train_seconds, "facts": self._facts}
         files = {_RUN_CONFIG: {**self.described, _DATA: self.data}}
@@ -231,6 +239,9 @@ class Run:
         if self.evaluator and self.last_evaluation is None:  # it raised an exception after the last step, before resume
             self._evaluate()
         self._finishing = True
+        if not self.ranks.first:
+            self.ranks.wait()
+            return
         summary = {
             "stage": self.description,
             "config": self.described,
@@ -253,6 +264,7 @@ class Run:
             files["samples.json"] = self.last_evaluation.samples
         checkpoint.save(self.config.output_dir, models=self.models, tokenizer=self.tokenizer, extra_files=files)
         checkpoint.delete(self._state_at(self.total_steps))  # the final model makes it useless
+        self.ranks.wait()  # a stage that reads the model starts when it is whole
 
     def _static_bytes(self) -> dict[str, dict[str, int]]:
         """Bytes of every role. Weights that several roles share belong to the first of these roles."""

@@ -1,0 +1,96 @@
+"""Several processes train as one: the same metrics, weights and tokens; one process writes and speaks."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf_fast.data.rows import write_rows
+from rlhf_fast.ranks import Ranks
+from tests.support.ranks import train, train_in
+from tests.support.stages import LENGTHS, REWARD, distance, numbers, weights
+
+COMMON = {"batch_size": 16, "learning_rate": 3e-4, "lr_schedule": "constant", "seed": 3}
+LORA = {"lora_rank": 4, "lora_alpha": 8.0}
+JOBS = {
+    "sft": ("sft", {"epochs": 1, "micro_batch_size": 4, "max_length": 48}),
+    "sft_lora": ("sft", {"epochs": 1, "max_length": 48, **LORA}),
+    "sft_in_backward": ("sft", {"epochs": 1, "max_length": 48, "optimizer_in_backward": True, "max_grad_norm": 0}),
+    "reward": ("reward", {"epochs": 1, "normalize_samples": 20, **LENGTHS}),
+    "dpo": ("dpo", {"epochs": 1, "eval_reward": REWARD, "eval_data": "prompts", "eval_pairs": "pairs", **LENGTHS}),
+    "kto": ("kto", {"epochs": 1, "eval_rows": "unpaired", **LENGTHS}),
+    "ppo": ("ppo", {"steps": 3, "minibatches": 4, "epochs": 2, "whiten_rewards": True, "eval_data": "prompts"}),
+    "ppo_shared": ("ppo", {"steps": 2, "critic": "shared", "micro_batch_size": 4}),
+    "remax": ("remax", {"steps": 3, "kl_target": 0.5, "kl_horizon": 100}),
+    "reinforce": ("reinforce", {"steps": 2, "gradient_checkpointing": True}),
+    "rloo": ("rloo", {"steps": 3, "group_size": 2, "top_k": 5}),
+    "grpo": ("grpo", {"steps": 2, "group_size": 4, "minibatches": 2, "epochs": 2}),
+    "online_dpo": ("online-dpo", {"steps": 2}),
+}
+DATA = {"sft": "sft", "reward": "pairs", "dpo": "pairs", "kto": "unpaired"}
+
+
+def jobs_in(directory: Path, files: dict[str, str], model: str) -> list[tuple[str, dict]]:
+    made = []
+    for name, (stage, options) in JOBS.items():
+        options = {k: files.get(v, v) if k.startswith("eval_") else v for k, v in options.items()}
+        online = stage not in DATA
+        own = {"reward": REWARD, **LENGTHS} if online else {}
+        files_of = {"train_data": files[DATA.get(stage, "repeated")], "model": model}
+        made.append((stage, {**COMMON, **own, **files_of, **options, "output_dir": str(directory / name)}))
+    return made
+
+
+@pytest.fixture(scope="module")
+def trained(files, tiny_model, tmp_path_factory):
+    """Size -> the directory of runs with so many processes; and what the processes said."""
+    directory = tmp_path_factory.mktemp("ranks")
+    rows = [json.loads(line) for line in Path(files["prompts"]).read_text().splitlines()]
+    files = files | {"repeated": str(directory / "repeated.jsonl")}  # the processes have equal prompts in a round
+    write_rows(files["repeated"], [row for row in rows[:6] for _ in range(4)])
+    said = {}
+    train(jobs_in(directory / "1", files, tiny_model))
+    for size in (2, 3):
+        said[size] = train_in(size, jobs_in(directory / str(size), files, tiny_model), directory)
+    return directory, said
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("name", JOBS)
+def test_several_processes_give_the_numbers_of_one(name, size, trained):
+    directory, said = trained
+    assert [result.returncode for result in said[size]] == [0] * size, said[size][0].stderr
+    one, several = directory / "1" / name, directory / str(size) / name
+    rows, others = numbers(one), numbers(several)
+    assert len(rows) == len(others) > 1
+    for row, other in zip(rows, others, strict=True):
+        assert row.keys() == other.keys()
+        for key in row.keys() - {"val/logprob_drift", "val/logprob_drift_mean"}:  # differences of rounding
+            assert other[key] == pytest.approx(row[key], rel=1e-4, abs=1e-5), (row["step"], key)
+    assert distance(weights(one), weights(several)) < 1e-5
+    for file in ("samples.json", "samples_before.json"):
+        if (one / file).exists():
+            mine, theirs = (json.loads((path / file).read_text()) for path in (one, several))
+            assert [row["completion"] for row in mine] == [row["completion"] for row in theirs]
+
+
+def test_the_first_process_alone_speaks(trained):
+    _, said = trained
+    first, *others = said[3]
+    assert "SFT  1/" in first.stderr
+    assert [other.stdout + other.stderr for other in others] == ["", ""]
+
+
+def test_shares_are_consecutive_and_differ_by_one_row_at_most():
+    rows = list(range(11))
+    shares = [Ranks(rank, 3).share(rows) for rank in range(3)]
+    assert [row for share in shares for row in share] == rows and [len(share) for share in shares] == [3, 4, 4]
+    assert Ranks(2, 3).earlier(rows) == rows[:7] and Ranks().share(rows) is rows
+    assert Ranks(1, 2).share([5]) == [5] and Ranks(0, 2).share([5]) == []
+
+
+def test_one_process_needs_no_group():
+    x = torch.arange(3.0)
+    assert Ranks().sum(x) is x and Ranks().gather(2) == [2] and Ranks().join([[1], [2, 3]]) == [1, 2, 3]
+    Ranks().wait()
