@@ -117,6 +117,7 @@ class Ranks:
 
 
 _current: Ranks | None = None
+_store: dist.Store | None = None  # of the process group
 
 
 def current() -> Ranks:
@@ -130,26 +131,29 @@ def current() -> Ranks:
     return _current
 
 
-def launched() -> bool:
-    """Whether a launcher has started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+def first_to_fail() -> bool:
+    """Whether this process is the first that fails. The others mostly fail because this process is gone.
 
-
-def one_process(command: str) -> None:
-    """ValueError where a launcher has started several processes of a command that is made for one process."""
-    if launched():
-        size = os.environ["WORLD_SIZE"]
-        raise ValueError(f"{command}: expected one process, got {size}; start it without torchrun")
+    Where the processes have not joined yet, all of them fail in the same way, and the first process says so.
+    """
+    if _store is None:
+        return os.environ.get("RANK", "0") == "0"
+    try:
+        return _store.add("rlhf_fast/failed", 1) == 1
+    except (RuntimeError, OSError):  # the process that keeps the store is gone
+        return False
 
 
 def _join() -> Ranks:
-    if not launched():
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Ranks()
     if missing := [name for name in _VARIABLES if name not in os.environ]:
         raise ValueError(f"WORLD_SIZE: expected {', '.join(missing)} beside it in the environment; torchrun sets them")
     if not dist.is_initialized():
+        global _store
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=_WAIT)
+        _store, rank, size = next(dist.rendezvous("env://", timeout=_WAIT))
+        dist.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=_WAIT)
         atexit.register(_leave)
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
     if torch.cuda.is_available():

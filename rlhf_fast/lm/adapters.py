@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from rlhf_fast.config import StageConfig
 from rlhf_fast.lm import merging
 from rlhf_fast.lm.dtypes import widen_new
+from rlhf_fast.lm.manifest import check_complete
 from rlhf_fast.lm.private import (
     adapter_config,
     has_adapter,
@@ -69,8 +70,9 @@ def base_path(path: str | os.PathLike) -> str:
     """The directory or hub name of the model that the adapter in `path` belongs to; `path` itself without an adapter.
 
     Raises ValueError where the adapter names no base, names a directory that is not there or that is an adapter too,
-    and where `path` holds adapters in folders of their own.
+    where `path` holds adapters in folders of their own, and where a crash left `path` incomplete.
     """
+    check_complete(path)
     if not is_adapter(path):
         found = sorted(str(file.parent) for file in Path(path).glob(f"*/{_CONFIG}"))
         if found and not Path(path, "config.json").is_file():

@@ -10,11 +10,14 @@ from transformers import CONFIG_MAPPING
 from transformers import __version__ as VERSION
 from transformers.utils import cached_file  # pyright: ignore[reportPrivateImportUsage]
 
+from rlhf_fast.lm.manifest import check_complete
+
 _MAY_LACK = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 
 
 def existing(path: str | Path, argument: str = "model") -> str:
-    """`path` as text. Raises ValueError where it is neither a directory nor a name on the hub.
+    """`path` as text. Raises ValueError where it is neither a directory nor a name on the hub, and where a crash left
+    the directory incomplete.
 
     argument: the name that the message gives `path`. A path that is plainly local is not looked for on the hub, because
     the hub takes minutes to fail.
@@ -30,6 +33,7 @@ def existing(path: str | Path, argument: str = "model") -> str:
         except OSError as error:
             raise ValueError(f"{expected} and none of that name on the hub: {error}") from error
     else:
+        check_complete(text, argument)
         config = Path(text, "config.json")
     _check_family(config, text, argument)
     return text
@@ -50,6 +54,15 @@ def _check_family(config: Path, path: str, argument: str) -> None:
 @functools.cache
 def _on_hub(name: str) -> Path:
     return Path(str(cached_file(name, "config.json")))
+
+
+def commit_of(name: str) -> str | None:
+    """The commit of the hub's model `name` in the cache of this machine, or None. Looks for nothing on the hub."""
+    try:
+        found = cached_file(name, "config.json", local_files_only=True, **_MAY_LACK)
+    except (OSError, ValueError):  # no name that the hub could have
+        return None
+    return Path(found).parent.name if found is not None else None
 
 
 def beside(path: str, names: Iterable[str]) -> dict[str, bytes]:

@@ -17,7 +17,10 @@ from rlhf_fast.config.arguments import from_dict
 from rlhf_fast.data.readers import data_files
 from rlhf_fast.lm.adapters import base_path
 from rlhf_fast.lm.paths import existing
-from rlhf_fast.methods import METHODS, STAGES, load, section
+from rlhf_fast.methods import METHODS, load, section
+from rlhf_fast.ranks import current
+from rlhf_fast.report.reuse import make_pairs, make_stage
+from rlhf_fast.training.lock import writes_alone
 from rlhf_fast.training.metrics import print_table
 from rlhf_fast.training.reward_functions import FunctionReward
 from rlhf_fast.training.rewards import is_function
@@ -27,22 +30,29 @@ _MODELS = ("model", "reference", "value_model", "reward", "eval_reward")
 BEFORE_METHODS = ("sft", "pairs", "reward")  # the stages that make what every method starts from
 
 
+@writes_alone("output_dir")
 def run(config: PipelineConfig) -> None:
     """Run every stage of `config` and write the report; everything goes to `config.output_dir`."""
     run_stages(config)
-    write_report(config)
+    if current().first:
+        write_report(config)
+    current().wait()
 
 
 def run_stages(config: PipelineConfig, names: Collection[str] | None = None) -> None:
     """Run the stages, or only the stages of these names.
 
-    With `resume` finished stages are skipped, and an interrupted stage continues from its checkpoint.
+    With `resume` finished stages are skipped, and an interrupted stage continues from its checkpoint. A stage whose
+    settings, data, models or rewards are not those that it was made with is made anew.
     """
-    plan = make_plan(config)
+    plan, note = make_plan(config), Path(config.output_dir, "pairs.json")
     look_up(plan, Path(config.output_dir))
     for name, stage_config in plan.items():
-        if (names is None or name in names) and not (config.resume and _finished(name, stage_config)):
-            load("stages.pairs:sample" if name == "pairs" else STAGES[name].train)(stage_config)
+        if names is None or name in names:
+            if name == "pairs":
+                make_pairs(stage_config, note, resume=config.resume)
+            else:
+                make_stage(name, stage_config)
 
 
 def make_plan(config: PipelineConfig) -> dict[str, Any]:
@@ -197,9 +207,3 @@ def _record(directory: Path) -> dict[str, Any]:
 
 def _fields(cls: type) -> set[str]:
     return {f.name for f in dataclasses.fields(cls)}
-
-
-def _finished(name: str, config: Any) -> bool:
-    if name == "pairs":
-        return Path(config.output).is_file()
-    return (Path(config.output_dir) / "run.json").is_file()

@@ -21,10 +21,12 @@ from rlhf_fast.stages.updates import several_epochs
 from rlhf_fast.training.batches import micro_batches
 from rlhf_fast.training.learner import take_step
 from rlhf_fast.training.listeners import Listener
+from rlhf_fast.training.lock import writes_alone
 from rlhf_fast.training.run import Run
 from rlhf_fast.training.tally import Tally
 
 
+@writes_alone("output_dir")
 def train(config: GRPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
     """Trains `config.model` by GRPO; the result goes to `config.output_dir`."""
     updates = config.epochs * config.minibatches

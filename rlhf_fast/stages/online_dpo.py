@@ -17,10 +17,12 @@ from rlhf_fast.stages.online import Experience, Online
 from rlhf_fast.training.batches import micro_batches
 from rlhf_fast.training.learner import take_step
 from rlhf_fast.training.listeners import Listener
+from rlhf_fast.training.lock import writes_alone
 from rlhf_fast.training.run import Run
 from rlhf_fast.training.tally import Tally
 
 
+@writes_alone("output_dir")
 def train(config: OnlineDPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
     """Trains `config.model` by online DPO; the result goes to `config.output_dir`."""
     online = Online(config, "online DPO", samples=2)

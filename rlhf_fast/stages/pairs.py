@@ -76,7 +76,7 @@ def sample(config: PairsConfig) -> None:
         ranks.wait()
         return
     training = len(pairs) - config.eval_rows
-    write_rows(config.output, filter(None, pairs[:training]))
-    if config.eval_output:
+    if config.eval_output:  # first, because `output` says that both are there
         write_rows(config.eval_output, filter(None, pairs[training:]))
+    write_rows(config.output, filter(None, pairs[:training]))
     ranks.wait()  # a stage that reads the pairs starts when the files are whole

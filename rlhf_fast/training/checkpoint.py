@@ -2,10 +2,11 @@
 
 A checkpoint is written to a hidden sibling directory and renamed into place when it is complete. An old checkpoint in
 this place is renamed away first and deleted last. A crash at any moment leaves either the old checkpoint or the new.
+`data.files` says what becomes of the hidden names.
 A directory that has to stay (an output directory with its metrics, an empty directory, a mounted volume) keeps its
-place and its other files. The checkpoint is then written to `.new` inside the directory, so that both are on the same
+place and its other files. The checkpoint is then written to a hidden directory inside, so that both are on the same
 file system, and its entries are renamed into place one by one. A crash between two of these renames leaves a checkpoint
-that is marked as incomplete.
+that is marked as incomplete, which no reader takes. run.json, which says that a run has finished, is renamed last.
 
     <directory>/model.safetensors, config.json, tokenizer files   the model saved under ""; other models have
                                      sub-directories; a model with an adapter has adapter_model.safetensors and
@@ -30,13 +31,16 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from rlhf_fast.data.files import write_json
+from rlhf_fast.data.files import DELETING, OURS, REPLACED, WRITING, beside, remove
+from rlhf_fast.lm import manifest
 from rlhf_fast.lm.loading import PROCESSOR_FILES, save_model
+from rlhf_fast.lm.manifest import Manifest
 from rlhf_fast.lm.private import has_adapter
 
-_MANIFEST = "checkpoint.json"
+FINISHED = "run.json"  # in the directory of a run that has finished
 _SAID = 240  # characters of transformers' reason that a message repeats
-_INSIDE = ".new"  # where a checkpoint is put together in a directory that stays
+_INSIDE = f"{WRITING}inside"  # where a checkpoint is put together in a directory that stays
+_UNSAVED = f"{OURS}unsaved"  # what could not be saved without overwriting somebody's files
 MODEL_FILES = frozenset(  # the files that `save` writes for most models and tokenizers
     {
         "adapter_config.json",
@@ -67,16 +71,16 @@ def save(
     models: sub-directory -> model, "" for the directory itself; saved as safetensors with their config.
     state: nested dicts and lists of tensors and plain values; `load_state` reads it back.
     extra_files: file name -> anything that JSON can hold.
-    Raises ValueError where a file that no `save` wrote would be overwritten. The new files then stay where they were
-    written, and the error says where.
+    Raises ValueError where a file that no `save` wrote would be overwritten. The new files are then kept elsewhere in
+    `directory`, and the error says where.
     """
     directory = Path(directory).resolve()
-    beside, old = (directory.with_name(f".{directory.name}.{suffix}") for suffix in ("new", "old"))
+    outside, old = beside(directory, WRITING), beside(directory, REPLACED)
     if old.exists() and not directory.exists():  # an earlier save died between its two renames
         os.replace(old, directory)
-    for leftover in (beside, directory / _INSIDE, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    new = directory / _INSIDE if _stays(directory) else beside
+    for leftover in (outside, directory / _INSIDE, old):
+        remove(leftover)
+    new = directory / _INSIDE if _stays(directory) else outside
     new.mkdir(parents=True)
     with _no_progress_bars():
         for subdirectory, model in models.items():
@@ -88,17 +92,19 @@ def save(
     for name, content in (extra_files or {}).items():
         (new / name).write_text(json.dumps(content, indent=2) + "\n")
     entries = set(os.listdir(new))
-    _write_manifest(new, entries, complete=True)
+    manifest.write(new, Manifest(sorted(entries), complete=True))
     if clash := sorted(entries & foreign(directory)):
-        found = f"{directory} holds files that no checkpoint put there: {', '.join(clash)}"
-        raise ValueError(f"directory: {found}; what was to be saved is in {new}")
+        found, kept = f"{directory} holds files that no checkpoint put there: {', '.join(clash)}", directory / _UNSAVED
+        remove(kept)
+        os.replace(new, kept)
+        raise ValueError(f"directory: {found}; what was to be saved is in {kept}")
     if new.parent == directory:
         _merge(new, directory, entries)
     else:
         if directory.exists():
             os.replace(directory, old)
         os.replace(new, directory)
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
     return directory
 
 
@@ -127,15 +133,15 @@ def check_savable(models: Iterable[PreTrainedModel], tokenizer: PreTrainedTokeni
 def foreign(directory: str | os.PathLike) -> set[str]:
     """The names in `directory` that no `save` put there and none may overwrite."""
     directory = Path(directory)
-    ours = {*_manifest(directory)["entries"], _MANIFEST, _INSIDE}
-    return set(os.listdir(directory)) - ours if directory.is_dir() else set()
+    ours = {*_entries(directory), manifest.NAME}
+    return {name for name in os.listdir(directory) if not name.startswith(OURS)} - ours if directory.is_dir() else set()
 
 
 def _stays(directory: Path) -> bool:
     """Whether `directory` is there, and cannot be renamed away as a whole or must not be."""
     if not directory.is_dir():
         return False
-    replaceable = _manifest(directory)["entries"] and not foreign(directory) and not directory.is_mount()
+    replaceable = _entries(directory) and not foreign(directory) and not directory.is_mount()
     return not (replaceable and os.access(directory.parent, os.W_OK))
 
 
@@ -153,9 +159,10 @@ def _no_progress_bars() -> Iterator[None]:
 
 def _merge(new: Path, directory: Path, entries: set[str]) -> None:
     """Moves a complete checkpoint into a directory with other files, and deletes the old checkpoint's entries."""
-    previous = set(_manifest(directory)["entries"])
-    _write_manifest(directory, entries | previous, complete=False)
-    for name in previous | entries:
+    previous = _entries(directory)
+    (directory / FINISHED).unlink(missing_ok=True)
+    manifest.write(directory, Manifest(sorted(entries | previous), complete=False))
+    for name in sorted((previous | entries) - {FINISHED}):
         target = directory / name
         if target.is_dir():
             shutil.rmtree(target)
@@ -163,17 +170,25 @@ def _merge(new: Path, directory: Path, entries: set[str]) -> None:
             target.unlink(missing_ok=True)
         if name in entries:
             os.replace(new / name, target)
-    os.replace(new / _MANIFEST, directory / _MANIFEST)
+    remove(directory / _UNSAVED)
+    os.replace(new / manifest.NAME, directory / manifest.NAME)
+    if FINISHED in entries:
+        os.replace(new / FINISHED, directory / FINISHED)
     new.rmdir()
 
 
-def _manifest(directory: Path) -> dict[str, Any]:
-    path = directory / _MANIFEST
-    return json.loads(path.read_text()) if path.is_file() else {"entries": [], "complete": False}
+def _entries(directory: Path) -> set[str]:
+    found = manifest.read(directory)
+    return set(found.entries) if found is not None else set()
 
 
-def _write_manifest(directory: Path, entries: set[str], *, complete: bool) -> None:
-    write_json(directory / _MANIFEST, {"complete": complete, "entries": sorted(entries)})
+def finished(output_dir: str | os.PathLike) -> dict[str, Any] | None:
+    """The run.json of the run that has finished in `output_dir`, or None. A crash in the final save leaves none."""
+    path = Path(output_dir, FINISHED)
+    found = manifest.read(output_dir)
+    if not path.is_file() or (found is not None and not found.complete):
+        return None
+    return json.loads(path.read_text())
 
 
 def load_state(directory: str | os.PathLike) -> dict[str, Any]:
@@ -210,15 +225,17 @@ def clear(output_dir: str | os.PathLike) -> None:
 def delete(path: Path) -> None:
     """Deletes one output_dir/checkpoint-<step>, if it is there."""
     if path.is_dir():
-        doomed = path.with_name(f".{path.name}.old")
+        doomed = beside(path, DELETING)
+        remove(doomed)
         os.replace(path, doomed)  # renamed first, so that nothing half-deleted is taken for a checkpoint
-        shutil.rmtree(doomed)
+        remove(doomed)
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:
     steps = {}
     for path in output_dir.glob("checkpoint-*"):
         match = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        if match and _manifest(path)["complete"]:
+        found = manifest.read(path) if match else None
+        if match and found is not None and found.complete:
             steps[int(match[1])] = path
     return [steps[step] for step in sorted(steps)]

@@ -28,7 +28,7 @@ from rlhf_fast.training.listeners import Listener, TensorBoard
 from rlhf_fast.training.memory import static_bytes
 from rlhf_fast.training.meter import Meter
 from rlhf_fast.training.metrics import MetricsLogger
-from rlhf_fast.training.resume import _DATA, _RUN_CONFIG, resume_directory
+from rlhf_fast.training.resume import MADE_OF, RUN_CONFIG, resume_directory
 
 
 class Run:
@@ -73,7 +73,7 @@ class Run:
         self.meter = Meter(self.models[""].device)
         self.states = {**learners, **(states or {}), "meter": self.meter}
         self.described = describe(config)  # now, because a failure after the training would lose the model
-        self.data = fingerprints(config)
+        self.made_of = fingerprints(config)
         self.first_step, self.train_seconds, self._facts = 1, 0.0, {}
         self._good, self._finishing = 0, False  # the last step whose updates are complete
         self._schedules: dict[str, dict[str, Any]] = {}
@@ -117,7 +117,7 @@ class Run:
 
     def _make_room(self) -> None:
         """Clears a finished run's files, so that none passes for a file of this run; refuses an unfinished run's."""
-        finished = Path(self.config.output_dir) / "run.json"
+        finished = Path(self.config.output_dir) / checkpoint.FINISHED
         left = checkpoint.latest(self.config.output_dir)
         if left is not None and not finished.exists():
             raise ValueError(
@@ -204,7 +204,7 @@ class Run:
             return
         state = {name: part.state_dict() for name, part in self.states.items()}
         state |= {"step": step, "train_seconds": self.train_seconds, "facts": self._facts}
-        files = {_RUN_CONFIG: {**self.described, _DATA: self.data}}
+        files = {RUN_CONFIG: {**self.described, MADE_OF: self.made_of}}
         checkpoint.save(
             self._state_at(step), models=self.models, tokenizer=self.tokenizer, state=state, extra_files=files
         )
@@ -245,6 +245,7 @@ class Run:
         summary = {
             "stage": self.description,
             "config": self.described,
+            "made_of": self.made_of,
             "steps": self.total_steps,
             "train_seconds": self.train_seconds,
             "phases": self.meter.summary(),
@@ -258,12 +259,13 @@ class Run:
             **self._facts,
             "environment": environment(self.meter.device),
         }
-        files: dict[str, Any] = {"run.json": summary}
+        files: dict[str, Any] = {checkpoint.FINISHED: summary}
         if self.last_evaluation is not None:
             summary["evaluation"] = self.last_evaluation.metrics
             files["samples.json"] = self.last_evaluation.samples
         checkpoint.save(self.config.output_dir, models=self.models, tokenizer=self.tokenizer, extra_files=files)
         checkpoint.delete(self._state_at(self.total_steps))  # the final model makes it useless
+        checkpoint.prune(self.config.output_dir, keep=1)  # a crash may have left an older one
         self.ranks.wait()  # a stage that reads the model starts when it is whole
 
     def _static_bytes(self) -> dict[str, dict[str, int]]:

@@ -18,8 +18,10 @@ from rlhf_fast.methods import METHODS, load
 from rlhf_fast.plan.command import largest_batch, plan_of
 from rlhf_fast.plan.gpus import parse_memory
 from rlhf_fast.plan.phases import Planner
+from rlhf_fast.training.lock import writes_alone
 
 
+@writes_alone("output_dir")
 def run(config: CompareConfig) -> None:
     """Everything goes to `config.output_dir`: compare.json, compare.md, plots/ and a folder per run."""
     out = Path(config.output_dir)

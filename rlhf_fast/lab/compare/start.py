@@ -23,7 +23,7 @@ from rlhf_fast.lm.loading import load_scorer
 from rlhf_fast.lm.tokenizers import load_tokenizer
 from rlhf_fast.methods import METHODS, section
 from rlhf_fast.report import pipeline
-from rlhf_fast.stages import reward as reward_stage
+from rlhf_fast.report.reuse import make_stage
 from rlhf_fast.stages.init import init_model
 from rlhf_fast.training import checkpoint
 
@@ -114,15 +114,14 @@ def _demo(out: Path, config: CompareConfig) -> Start:
     demo.write_data(out / "data", seed, 1)
     tokenizer = build_tokenizer()
     for name, model in (("init", demo.MODEL), ("small", _DEMO_SMALL)):
-        if not (out / name / "config.json").is_file():
-            init_model(model, tokenizer, out / name, seed)
+        init_model(model, tokenizer, out / name, seed)
     stages = pipeline.make_plan(plan)
     pipeline.run_stages(plan, pipeline.BEFORE_METHODS)
     adapter = str(out / f"reward_lora{config.lora_rank}") if config.lora_rank else None
-    if adapter and not Path(adapter, "run.json").is_file():
-        lora = {"output_dir": adapter, "lora_rank": config.lora_rank, "resume": False}
+    if adapter:
+        lora = {"output_dir": adapter, "lora_rank": config.lora_rank}
         lora |= {"learning_rate": LORA_RATE * stages["reward"].learning_rate}
-        reward_stage.train(dataclasses.replace(stages["reward"], **lora))
+        make_stage("reward", dataclasses.replace(stages["reward"], **lora))
     options = {method: getattr(plan, section(method)) for method in METHODS}
     lengths = {"prompt_length": 18, "response_length": 40}
     common = {k: v for k, v in plan.common.items() if k not in ("train_data", "steps", "batch_size")}

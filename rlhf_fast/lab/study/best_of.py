@@ -23,6 +23,8 @@ from rlhf_fast.lab.study.sampling import sample_scores
 from rlhf_fast.lm.loading import default_device, load_policy
 from rlhf_fast.lm.tokenizers import load_tokenizer
 from rlhf_fast.training.evaluation import scored_prompts
+from rlhf_fast.training.fingerprint import fingerprints
+from rlhf_fast.training.lock import writes_alone
 from rlhf_fast.training.rewards import Reward
 
 
@@ -44,6 +46,7 @@ class BestOfConfig:
     seed: int = arg(0, "Seed of sampling.")
 
 
+@writes_alone("output_dir")
 def sample(config: BestOfConfig) -> None:
     """Writes run.json: config, and `scores` and `rewards` [prompts][samples]."""
     device, tokenizer = default_device(), with_template(load_tokenizer(config.model), config.chat_template)
@@ -62,7 +65,12 @@ def sample(config: BestOfConfig) -> None:
         seed=config.seed,
     )
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-    record = {"config": asdict(config), "scores": scores.tolist(), "rewards": judged.tolist()}
+    record = {
+        "config": asdict(config),
+        "made_of": fingerprints(config),
+        "scores": scores.tolist(),
+        "rewards": judged.tolist(),
+    }
     write_json(Path(config.output_dir) / "run.json", record)
 
 

@@ -26,6 +26,7 @@ from rlhf_fast.lab.study.sampling import sample_scores
 from rlhf_fast.lm.loading import default_device, load_policy
 from rlhf_fast.lm.tokenizers import load_tokenizer
 from rlhf_fast.training.evaluation import compared_prompts, completion_rewards
+from rlhf_fast.training.fingerprint import fingerprints
 from rlhf_fast.training.rewards import Reward
 
 BEST_OF = 16
@@ -122,7 +123,8 @@ def _policies(cells: Sequence[Cell]) -> list[tuple[str, int, Path, JudgeConfig]]
 
 
 def _is_there(path: Path, config: JudgeConfig) -> bool:
-    return path.is_file() and json.loads(path.read_text())["config"] == dataclasses.asdict(config)
+    wanted = {"config": dataclasses.asdict(config), "made_of": fingerprints(config)}
+    return path.is_file() and wanted.items() <= json.loads(path.read_text()).items()
 
 
 def _judge(parts: Sequence[tuple[Path, JudgeConfig]]) -> None:
@@ -149,5 +151,6 @@ def _judge(parts: Sequence[tuple[Path, JudgeConfig]]) -> None:
             seed=config.seed,
         )
         best = scores[0].argmax(dim=1, keepdim=True) if scores else torch.zeros(len(prompts), 1, dtype=torch.int64)
-        record = {"config": dataclasses.asdict(config), "rewards": judged.gather(1, best)[:, 0].tolist()}
+        record: dict[str, Any] = {"config": dataclasses.asdict(config), "made_of": fingerprints(config)}
+        record |= {"rewards": judged.gather(1, best)[:, 0].tolist()}
         write_json(path, record | {"completion_rewards": completions.tolist()})

@@ -27,6 +27,9 @@ from rlhf_fast.lab.study.methods import Cell, Strengths, cells_of
 from rlhf_fast.lab.study.start import pipeline_of, prepare
 from rlhf_fast.methods import load
 from rlhf_fast.report import pipeline
+from rlhf_fast.training import checkpoint
+from rlhf_fast.training.fingerprint import fingerprints
+from rlhf_fast.training.made import FREE
 
 
 class Job(NamedTuple):
@@ -59,9 +62,9 @@ def prepare_starts(config: TrainedStudyConfig) -> list[PipelineConfig]:
     """
     out, shorten = Path(config.out), 10 if config.quick else 1
     starts = [pipeline_of(config.pipeline, out, seed, shorten=shorten) for seed in range(config.seeds)]
-    missing = [start for start in starts if not is_made_with(_note(start), _settings(start))]
-    if config.pipeline is None and missing:
-        demo.write_data(out / "data", 0, shorten)
+    if config.pipeline is None:
+        demo.write_data(out / "data", 0, shorten)  # the same each time, so that runs can be reused
+    missing = [start for start in starts if not is_made_with(_note(start), _settings(start), _read_by(start))]
     run_jobs(
         [
             Job(f"SFT, pairs and reward model, seed {s.seed}", _note(s).with_name("log.txt"), _prepare, (s, config))
@@ -74,7 +77,11 @@ def prepare_starts(config: TrainedStudyConfig) -> list[PipelineConfig]:
 
 def train_cells(cells: Sequence[Cell], workers: int) -> None:
     """Trains what is not there yet."""
-    missing = [c for c in cells if not is_made_with(c.directory / "run.json", dataclasses.asdict(c.config))]
+    missing = [
+        cell
+        for cell in cells
+        if not is_made_with(cell.directory / "run.json", dataclasses.asdict(cell.config), fingerprints(cell.config))
+    ]
     run_jobs([Job(c.name, c.directory / "log.txt", _train, (c.target, c.config)) for c in missing], workers)
 
 
@@ -134,7 +141,7 @@ def _logged(log: Path, function: Callable[[Any], None], argument: Any) -> None:
 def _prepare(argument: tuple[PipelineConfig, TrainedStudyConfig]) -> None:
     start, config = argument
     prepare(start, embedded=config.pipeline is None)
-    write_json(_note(start), {"config": _settings(start)})
+    write_json(_note(start), {"config": _settings(start), "made_of": _read_by(start)})
 
 
 def _note(start: PipelineConfig) -> Path:
@@ -147,20 +154,40 @@ def _settings(start: PipelineConfig) -> dict[str, Any]:
     return {name: getattr(start, name) for name in ("model", "seed", *pipeline.BEFORE_METHODS)}
 
 
+def _read_by(start: PipelineConfig) -> dict[str, Any]:
+    """Fingerprints of the data and models that these stages read, of those that no stage makes."""
+    stages = {name: stage for name, stage in pipeline.make_plan(start).items() if name in pipeline.BEFORE_METHODS}
+    own = Path(start.output_dir)
+    return {
+        f"{name}.{field}": value
+        for name, stage in stages.items()
+        for field, value in fingerprints(stage).items()
+        if not Path(str(getattr(stage, field))).is_relative_to(own)
+    }
+
+
 def _train(argument: tuple[str, Any]) -> None:
     target, config = argument
     load(target)(config)
 
 
-def is_made_with(path: Path, config: dict[str, Any]) -> bool:
-    """Whether the run that leaves this file is finished; raises ValueError where it had another config."""
-    if not path.is_file():
+def is_made_with(path: Path, config: dict[str, Any], made_of: dict[str, Any]) -> bool:
+    """Whether the run that leaves this file is finished; raises ValueError where it had another config or other data.
+
+    made_of: fingerprints of what the run reads, which count in place of paths.
+    """
+    record = checkpoint.finished(path.parent) if path.name == checkpoint.FINISHED else None
+    if record is None and (path.name == checkpoint.FINISHED or not path.is_file()):
         return False
-    was, now = json.loads(path.read_text())["config"], json.loads(json.dumps(config))
+    record = record or json.loads(path.read_text())
+    was, now = record["config"], json.loads(json.dumps(config))
     for name in now:
-        if name != "resume" and was.get(name) != now[name]:
+        if name not in FREE and name not in made_of and was.get(name) != now[name]:
             raise ValueError(
                 f"out: {path.parent} was made with {name}={was.get(name)!r}, and this study has {now[name]!r}; "
                 "name another directory"
             )
+    for name, value in made_of.items():
+        if record.get("made_of", {}).get(name) != value:
+            raise ValueError(f"out: {path.parent} was made with another content of {name}; name another directory")
     return True

@@ -22,6 +22,7 @@ from rlhf_fast.stages.offline import Offline
 from rlhf_fast.training.batches import offline_batches
 from rlhf_fast.training.evaluation import make_evaluator
 from rlhf_fast.training.listeners import Listener
+from rlhf_fast.training.lock import writes_alone
 from rlhf_fast.training.resume import load_policy_and_reference
 from rlhf_fast.training.tally import Tally
 
@@ -33,6 +34,7 @@ class UnlikelihoodConfig(OfflineConfig):
     alpha: float = arg(0.0, "Weight of the rejected completions' log-probs.", at_least=0)
 
 
+@writes_alone("output_dir")
 def train(config: UnlikelihoodConfig, *, listeners: Sequence[Listener] = ()) -> None:
     """Train `config.model` on preference pairs; the result goes to `config.output_dir`."""
     device = default_device()

@@ -27,19 +27,21 @@ from rlhf_fast.lab.study.plots import save
 from rlhf_fast.lab.study.records import write_record
 from rlhf_fast.lab.study.runs import Job, is_made_with, prepare_starts, run_jobs
 from rlhf_fast.lab.study.variance_plots import TITLES, bandit_figure, training_figure
-from rlhf_fast.lab.study.variance_seed import METHODS, PANELS, measure_seed, measured_file, settings, stages_of
+from rlhf_fast.lab.study.variance_seed import METHODS, PANELS, measure_seed, measured_file, read_by, settings, stages_of
+from rlhf_fast.training.lock import writes_alone
 from rlhf_fast.training.metrics import print_table
 
 ROWS = {"ReMax": 2}  # rows decoded per sampled completion; 1 for the other estimators
 
 
+@writes_alone("out")
 def run(config: VarianceStudyConfig) -> dict[str, Any]:
     """Measures the seeds that are not there yet; writes variance.json and its figures to `config.out`."""
     out, starts = Path(config.out), prepare_starts(config)
     jobs = [
         Job(f"ReMax and gradient variance, seed {start.seed}", file.with_name("log.txt"), measure_seed, (start, config))
         for start, file in ((start, measured_file(start)) for start in starts)
-        if not is_made_with(file, settings(start, config))
+        if not is_made_with(file, settings(start, config), read_by(start))
     ]
     run_jobs(jobs, config.workers)
     seeds = [json.loads(measured_file(start).read_text()) for start in starts]

@@ -41,7 +41,9 @@ from rlhf_fast.stages import remax
 from rlhf_fast.stages.online import Experience, Online
 from rlhf_fast.stages.ppo import value_start
 from rlhf_fast.training.batches import micro_batches
+from rlhf_fast.training.fingerprint import fingerprints
 from rlhf_fast.training.learner import Learner, take_step
+from rlhf_fast.training.lock import held
 from rlhf_fast.training.run import Run
 from rlhf_fast.training.tally import Tally
 
@@ -54,12 +56,13 @@ def measure_seed(argument: tuple[PipelineConfig, VarianceStudyConfig]) -> None:
     """Trains and measures from a prepared start; the figures go to variance/measured.json in the seed's directory."""
     start, config = argument
     began = time.perf_counter()
-    seed = SeedRun(start, config)
-    seed.online.run(seed.update)
-    seed.measure()  # the trained policy
+    with held(measured_file(start).parent):
+        seed = SeedRun(start, config)
+        seed.online.run(seed.update)
+        seed.measure()  # the trained policy
     seconds = time.perf_counter() - began
-    record = {"config": settings(start, config), "seed": start.seed, "seconds": seconds, "points": seed.points}
-    write_json(measured_file(start), record)
+    record = {"config": settings(start, config), "made_of": read_by(start), "seed": start.seed, "seconds": seconds}
+    write_json(measured_file(start), {**record, "points": seed.points})
 
 
 def measured_file(start: PipelineConfig) -> Path:
@@ -77,6 +80,11 @@ def settings(start: PipelineConfig, config: VarianceStudyConfig) -> dict[str, An
         **{f"remax.{name}": value for name, value in dataclasses.asdict(remax_config).items()},
         **{f"ppo.{name}": value for name, value in dataclasses.asdict(ppo_config).items()},
     }
+
+
+def read_by(start: PipelineConfig) -> dict[str, Any]:
+    """Fingerprints of the models and data that a seed's figures depend on."""
+    return {f"remax.{name}": value for name, value in fingerprints(stages_of(start)[0]).items()}
 
 
 def stages_of(start: PipelineConfig) -> tuple[ReMaxConfig, PPOConfig, int]:
