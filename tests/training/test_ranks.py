@@ -8,7 +8,8 @@ import torch
 
 from rlhf_fast.data.rows import write_rows
 from rlhf_fast.ranks import Ranks
-from tests.support.ranks import train, train_in
+from rlhf_fast.training.lock import held
+from tests.support.ranks import launch, train, train_in
 from tests.support.stages import LENGTHS, REWARD, distance, numbers, weights
 
 COMMON = {"batch_size": 16, "learning_rate": 3e-4, "lr_schedule": "constant", "seed": 3}
@@ -94,3 +95,31 @@ def test_one_process_needs_no_group():
     x = torch.arange(3.0)
     assert Ranks().sum(x) is x and Ranks().gather(2) == [2] and Ranks().join([[1], [2, 3]]) == [1, 2, 3]
     Ranks().wait()
+
+
+def test_a_failure_is_said_once_with_its_process(files, tiny_model, tmp_path):
+    (tmp_path / "bad.py").write_text(
+        "import os\n\ndef bad(completions):\n    if os.environ['RANK'] == '1':\n        raise RuntimeError('no luck')\n"
+        "    return [0.0] * len(completions)\n"
+    )
+    options = [f"--model={tiny_model}", f"--train-data={files['prompts']}", f"--output-dir={tmp_path / 'out'}"]
+    options += [f"--reward={tmp_path / 'bad.py'}:bad", "--steps=2", "--batch-size=4", "--max-response-length=8"]
+    first, second = launch(2, "-m", "rlhf_fast", "reinforce", *options)
+    assert first.returncode == second.returncode == 1
+    assert "process 1 of 2" in second.stderr and "no luck" in second.stderr
+    assert "no luck" not in first.stderr and "Traceback" not in first.stderr
+
+
+def test_a_second_run_in_the_directory_is_refused_in_every_process(files, tiny_model, tmp_path):
+    options = [f"--model={tiny_model}", f"--train-data={files['sft']}", f"--output-dir={tmp_path}"]
+    with held(tmp_path):
+        results = launch(2, "-m", "rlhf_fast", "sft", *options)
+    assert [result.returncode for result in results] == [1, 1]
+    said = [line for result in results for line in result.stderr.splitlines() if line.startswith("rlhf-fast: ")]
+    assert len(said) == 1 and "expected no other run in" in said[0]
+
+
+def test_commands_for_one_process_refuse_several():
+    first, second = launch(2, "-m", "rlhf_fast", "demo")
+    assert first.returncode == second.returncode == 2 and second.stderr == ""
+    assert first.stderr == "rlhf-fast: process 0 of 2: demo: expected one process, got 2; start it without torchrun\n"
