@@ -10,7 +10,7 @@ from rlhf_fast.data.rows import write_rows
 from rlhf_fast.ranks import Ranks
 from rlhf_fast.training.lock import held
 from tests.support.ranks import launch, train, train_in
-from tests.support.stages import LENGTHS, REWARD, distance, numbers, weights
+from tests.support.stages import LENGTHS, REWARD, distance, interrupted, numbers, weights
 
 COMMON = {"batch_size": 16, "learning_rate": 3e-4, "lr_schedule": "constant", "seed": 3}
 LORA = {"lora_rank": 4, "lora_alpha": 8.0}
@@ -123,3 +123,21 @@ def test_commands_for_one_process_refuse_several():
     first, second = launch(2, "-m", "rlhf_fast", "demo")
     assert first.returncode == second.returncode == 2 and second.stderr == ""
     assert first.stderr == "rlhf-fast: process 0 of 2: demo: expected one process, got 2; start it without torchrun\n"
+
+
+@pytest.mark.parametrize(("stage", "size"), [("sft", 1), ("ppo", 3), ("remax", 2)])
+def test_a_run_goes_on_with_another_number_of_processes(stage, size, files, tiny_model, tmp_path):
+    own = (
+        {"train_data": files["sft"], "max_length": 48} if stage == "sft" else {"steps": 6, "reward": REWARD, **LENGTHS}
+    )
+    options = {**COMMON, "train_data": files["prompts"], "model": tiny_model, "save_steps": 4, **own}
+    train_in(2, [(stage, {**options, "output_dir": str(tmp_path / "whole")})], tmp_path)
+    cut = tmp_path / "cut"
+    whole = tmp_path / "whole"
+    assert [path.name for path in whole.glob("checkpoint-*")] == ["checkpoint-4"]
+    interrupted(whole, cut)
+    results = train_in(size, [(stage, {**options, "output_dir": str(cut), "resume": True})], tmp_path)
+    assert [result.returncode for result in results] == [0] * size, results[0].stderr
+    largest = distance(weights(whole), weights(cut))
+    assert largest == 0 if size == 2 else largest < 1e-5
+    assert [row["step"] for row in numbers(cut)] == [row["step"] for row in numbers(whole)]
