@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_fast.config import StageConfig
-from rlhf_fast.lm import merging
+from rlhf_fast.lm import manifest, merging
 from rlhf_fast.lm.dtypes import widen_new
-from rlhf_fast.lm.manifest import check_complete
+from rlhf_fast.lm.eight_bits import import_bitsandbytes
 from rlhf_fast.lm.private import (
     adapter_config,
     has_adapter,
@@ -70,9 +70,9 @@ def base_path(path: str | os.PathLike) -> str:
     """The directory or hub name of the model that the adapter in `path` belongs to; `path` itself without an adapter.
 
     Raises ValueError where the adapter names no base, names a directory that is not there or that is an adapter too,
-    where `path` holds adapters in folders of their own, and where a crash left `path` incomplete.
+    where `path` holds adapters in folders of their own, and where `path` is incomplete or damaged.
     """
-    check_complete(path)
+    manifest.check(path)
     if not is_adapter(path):
         found = sorted(str(file.parent) for file in Path(path).glob(f"*/{_CONFIG}"))
         if found and not Path(path, "config.json").is_file():
@@ -333,6 +333,7 @@ def _check_same(lora: LoRA, settings: dict[str, Any], path: str | os.PathLike) -
 def _peft(argument: str) -> ModuleType:
     if find_spec("peft") is None:
         raise ValueError(f'{argument}: expected peft for LoRA adapters, not installed: pip install -e ".[lora]"')
+    import_bitsandbytes()  # peft imports it
     import peft
 
     return peft

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rlhf_fast.config import PairsConfig, StageConfig
 from rlhf_fast.data.files import write_json
+from rlhf_fast.lm import manifest
 from rlhf_fast.methods import STAGES, load
 from rlhf_fast.training import checkpoint
 from rlhf_fast.training.fingerprint import fingerprint
@@ -21,7 +22,7 @@ def make_stage(name: str, config: StageConfig) -> None:
     """Runs a stage. With `config.resume` a finished stage is left as it is, unless it was made with something else."""
     if config.resume:
         if (record := checkpoint.finished(config.output_dir)) is not None:
-            changed = difference(record, made_with(config))
+            changed = manifest.damage(config.output_dir) or difference(record, made_with(config))
             if changed is None:
                 return
         else:

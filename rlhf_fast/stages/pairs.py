@@ -13,6 +13,7 @@ from rlhf_fast.data.encoding import continuations
 from rlhf_fast.data.rows import load_rows, write_rows
 from rlhf_fast.lm.loading import default_device, load_policy
 from rlhf_fast.lm.tokenizers import load_tokenizer
+from rlhf_fast.lm.trust import trusts_as_asked
 from rlhf_fast.ranks import current
 from rlhf_fast.rollout.sampler import LocalSampler
 from rlhf_fast.training.batches import micro_batches
@@ -21,6 +22,7 @@ from rlhf_fast.training.progress import passes
 from rlhf_fast.training.rewards import Reward, id_pairs
 
 
+@trusts_as_asked
 def sample(config: PairsConfig) -> None:
     """Writes a {prompt, chosen, rejected} row per prompt to `config.output`.
 
@@ -37,6 +39,7 @@ def sample(config: PairsConfig) -> None:
         weights=config.reward_weights,
         max_prompt_length=config.max_prompt_length,
         dtype=config.dtype,
+        timeout=config.reward_timeout,
     )
     rows = load_rows(config.prompts, "prompt", config.columns)[: config.max_rows]
     prompts = scored_prompts(rows, tokenizer, config.max_prompt_length, config.chat_template_kwargs).examples

@@ -20,7 +20,6 @@ Left out: fsync (a power failure can lose the newest checkpoint) and sharded sta
 import json
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -92,7 +91,7 @@ def save(
     for name, content in (extra_files or {}).items():
         (new / name).write_text(json.dumps(content, indent=2) + "\n")
     entries = set(os.listdir(new))
-    manifest.write(new, Manifest(sorted(entries), complete=True))
+    manifest.write(new, manifest.of_files(new))
     if clash := sorted(entries & foreign(directory)):
         found, kept = f"{directory} holds files that no checkpoint put there: {', '.join(clash)}", directory / _UNSAVED
         remove(kept)
@@ -160,14 +159,13 @@ def _no_progress_bars() -> Iterator[None]:
 def _merge(new: Path, directory: Path, entries: set[str]) -> None:
     """Moves a complete checkpoint into a directory with other files, and deletes the old checkpoint's entries."""
     previous = _entries(directory)
-    (directory / FINISHED).unlink(missing_ok=True)
+    if FINISHED in previous:
+        (directory / FINISHED).unlink(missing_ok=True)
     manifest.write(directory, Manifest(sorted(entries | previous), complete=False))
     for name in sorted((previous | entries) - {FINISHED}):
         target = directory / name
-        if target.is_dir():
-            shutil.rmtree(target)
-        elif name not in entries:
-            target.unlink(missing_ok=True)
+        if target.is_dir() or name not in entries:
+            remove(target)
         if name in entries:
             os.replace(new / name, target)
     remove(directory / _UNSAVED)
@@ -178,17 +176,29 @@ def _merge(new: Path, directory: Path, entries: set[str]) -> None:
 
 
 def _entries(directory: Path) -> set[str]:
-    found = manifest.read(directory)
+    try:
+        found = manifest.read(directory)
+    except ValueError:
+        if _step_of(directory) is None:
+            raise
+        return set(os.listdir(directory))  # a checkpoint-<step> whose checkpoint.json is damaged
     return set(found.entries) if found is not None else set()
 
 
 def finished(output_dir: str | os.PathLike) -> dict[str, Any] | None:
-    """The run.json of the run that has finished in `output_dir`, or None. A crash in the final save leaves none."""
+    """The run.json of the run that has finished in `output_dir`, or None; {} where it is damaged.
+
+    A crash in the final save leaves none.
+    """
     path = Path(output_dir, FINISHED)
     found = manifest.read(output_dir)
     if not path.is_file() or (found is not None and not found.complete):
         return None
-    return json.loads(path.read_text())
+    try:
+        record = json.loads(path.read_bytes())
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def load_state(directory: str | os.PathLike) -> dict[str, Any]:
@@ -203,17 +213,39 @@ def load_state(directory: str | os.PathLike) -> dict[str, Any]:
 
 
 def latest(output_dir: str | os.PathLike) -> Path | None:
-    """The complete output_dir/checkpoint-<step> with the largest step, or None."""
+    """The complete output_dir/checkpoint-<step> with the largest step, or None. Its files are not looked at."""
     checkpoints = _checkpoints(Path(output_dir))
     return checkpoints[-1] if checkpoints else None
 
 
-def prune(output_dir: str | os.PathLike, keep: int) -> None:
-    """Deletes every output_dir/checkpoint-<step> but the `keep` newest. Raises ValueError for keep < 1."""
+def newest_whole(output_dir: str | os.PathLike) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose files are as they were saved, or None; and what is wrong with each newer checkpoint.
+
+    Raises ValueError where there are checkpoints, and all of them are damaged.
+    """
+    passed: list[str] = []
+    for path in reversed(_checkpoints(Path(output_dir))):
+        if (wrong := manifest.damage(path)) is None:
+            return path, passed
+        passed.append(f"{path}: {wrong}")
+    if passed:
+        raise ValueError(f"resume: expected a checkpoint that is not damaged, got {'; '.join(passed)}")
+    return None, passed
+
+
+def prune(output_dir: str | os.PathLike, keep: int, step: int | None = None) -> None:
+    """Deletes every output_dir/checkpoint-<step> but the `keep` newest. Raises ValueError for keep < 1.
+
+    step: that of the newest checkpoint of the run. Checkpoints of later steps are deleted: they were damaged, so that
+        the run went on from an earlier checkpoint.
+    """
     if keep < 1:
         raise ValueError(f"keep: expected at least 1, got {keep}")
-    for path in _checkpoints(Path(output_dir))[:-keep]:
-        delete(path)
+    checkpoints = _checkpoints(Path(output_dir))
+    kept = [path for path in checkpoints if step is None or (_step_of(path) or 0) <= step][-keep:]
+    for path in checkpoints:
+        if path not in kept:
+            delete(path)
 
 
 def clear(output_dir: str | os.PathLike) -> None:
@@ -232,10 +264,20 @@ def delete(path: Path) -> None:
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:
+    """Those that are complete, or whose checkpoint.json is damaged, by their steps."""
     steps = {}
     for path in output_dir.glob("checkpoint-*"):
-        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        found = manifest.read(path) if match else None
-        if match and found is not None and found.complete:
-            steps[int(match[1])] = path
+        if (step := _step_of(path)) is not None:
+            try:
+                found = manifest.read(path)
+            except ValueError:
+                steps[step] = path
+            else:
+                if found is not None and found.complete:
+                    steps[step] = path
     return [steps[step] for step in sorted(steps)]
+
+
+def _step_of(path: Path) -> int | None:
+    match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+    return int(match[1]) if match else None

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 
 from rlhf_fast.ranks import current
+from rlhf_fast.training.console import error_console
 
 _EVERY = 10.0  # seconds from line to line
 _on_screen: list[Progress] = []  # rich draws one group of bars at a time
@@ -59,7 +60,7 @@ def passes(what: str, parts: Sequence[slice], *, always: bool = False) -> Iterat
 
     what: the name of the pass. always: without a terminal, also say the end of a short pass.
     """
-    total, console = parts[-1].stop if parts else 0, Console(stderr=True)
+    total, console = parts[-1].stop if parts else 0, error_console()
     if not current().first:
         yield from parts
     elif not console.is_terminal:

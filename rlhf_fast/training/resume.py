@@ -1,6 +1,7 @@
 """Going on with a run that was cut off: from which checkpoint, under which config, with which models."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -38,16 +39,20 @@ def load_policy_and_reference(
     return policy, load_policy(reference, dtype=config.frozen_weights, trainable=False, shared=shared)
 
 
-def resume_directory(config: StageConfig) -> Path | None:
+def resume_directory(config: StageConfig, say: Callable[[str], None] = lambda line: None) -> Path | None:
     """The checkpoint that this run continues from, or None; stages load their trained models from it.
+
+    It is the newest checkpoint whose files are as they were saved. say: gets a line where a newer one is damaged.
 
     Raises ValueError where a run with another config, or on other rows, models or rewards wrote the checkpoint. With a
     constant learning rate the new config may have more steps (offline stages: epochs). With any other schedule it may
     not, because a longer run would have decayed its learning rate differently from the start.
     """
-    found = checkpoint.latest(config.output_dir) if config.resume else None
+    found, passed = checkpoint.newest_whole(config.output_dir) if config.resume else (None, [])
     if found is None:
         return None
+    for damaged in passed:
+        say(f"{damaged}; the run goes on from {found.name}")
     if not (found / RUN_CONFIG).is_file():
         raise ValueError(f"resume: expected a checkpoint with its {RUN_CONFIG}, found none in {found}")
     length = "steps" if isinstance(config, OnlineConfig) else "epochs"

@@ -19,8 +19,9 @@ from rlhf_fast.config import StageConfig
 from rlhf_fast.config.fields import describe
 from rlhf_fast.data.files import write_json
 from rlhf_fast.ranks import current
-from rlhf_fast.training import checkpoint
+from rlhf_fast.training import checkpoint, ending
 from rlhf_fast.training.batches import seed_everything
+from rlhf_fast.training.ending import Ended
 from rlhf_fast.training.evaluation import Evaluation
 from rlhf_fast.training.fingerprint import fingerprints
 from rlhf_fast.training.learner import Learner
@@ -44,7 +45,8 @@ class Run:
     Entering raises ValueError where output_dir holds another program's model or an unfinished run that `resume` does
     not continue, and where a model or the tokenizer cannot be saved.
     With several processes the first process writes and speaks.
-    A run that an exception ends writes a checkpoint of its last good step, from which `resume` goes on.
+    A run that an exception ends writes a checkpoint of its last good step, from which `resume` goes on. A run that a
+    signal ends does so as `ending` says.
     """
 
     def __init__(
@@ -65,7 +67,7 @@ class Run:
         self.last_evaluation: Evaluation | None = None
         self.config, self.description, self.total_steps, self.show = config, description, total_steps, show
         self.learners, self.tokenizer = learners, tokenizer
-        self.listeners = [*listeners, *([TensorBoard()] if config.tensorboard else [])]
+        self.listeners = [*listeners, *([TensorBoard()] if config.tensorboard and self.ranks.first else [])]
         self._begun: list[Listener] = []
         self.frozen = {role: model for role, model in (frozen or {}).items() if model is not None}
         product, *others = learners
@@ -77,6 +79,7 @@ class Run:
         self.first_step, self.train_seconds, self._facts = 1, 0.0, {}
         self._good, self._finishing = 0, False  # the last step whose updates are complete
         self._schedules: dict[str, dict[str, Any]] = {}
+        self._deferring = ExitStack()
 
     def __enter__(self) -> "Run":
         mine = checkpoint.MODEL_FILES | self.models.keys()
@@ -84,7 +87,8 @@ class Run:
             found = f"{', '.join(clash)} in {self.config.output_dir}"
             raise ValueError(f"output_dir: expected no model that another program wrote, found {found}")
         checkpoint.check_savable(self.models.values(), self.tokenizer)
-        resumed = resume_directory(self.config)
+        passed: list[str] = []
+        resumed = resume_directory(self.config, passed.append)
         if resumed is not None:
             state = checkpoint.load_state(resumed)
             for name, part in self.states.items():
@@ -103,6 +107,8 @@ class Run:
             show=self.show,
         )
         self.logger.__enter__()
+        for line in passed:
+            self.say(line)
         self._mark_good(self.first_step - 1)
         try:
             for listener in self.listeners:
@@ -113,6 +119,7 @@ class Run:
             raise
         if self.config.resume and resumed is None:
             self.logger.say(f"{self.description}: no checkpoint to resume in {self.config.output_dir}, starts anew")
+        self._deferring.enter_context(ending.after_the_step(self._kept))
         return self
 
     def _make_room(self) -> None:
@@ -127,10 +134,19 @@ class Run:
         finished.unlink(missing_ok=True)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        # Not after an interruption, because it may stand in the middle of an optimizer's step.
-        if isinstance(error, Exception) and not self._finishing:
-            self._keep_good_step()
+        self._deferring.close()
+        # Ctrl-C writes nothing, because the next run of the same command would find an unfinished run.
+        if isinstance(error, Exception | Ended) and not self._finishing:
+            self._keep_good_step(exactly=isinstance(error, Ended))
         self._close(kind, error, trace)
+        if isinstance(error, KeyboardInterrupt):
+            advice = "" if checkpoint.latest(self.config.output_dir) else " (SIGTERM saves before it ends a run)"
+            error.args = (f"{self.description}: interrupted in step {self._good + 1}; {self._kept()}{advice}",)
+        elif isinstance(error, Ended):
+            error.line = f"{self.description}: ended by {ending.name(error.signum)}; {self._kept()}"
+        elif error is None and (signum := ending.asked()) is not None:
+            wrote = f"it was finished, and wrote {self.config.output_dir}"
+            raise Ended(signum, f"{self.description}: ended by {ending.name(signum)}; {wrote}")
 
     def _close(self, *exc: Any) -> None:
         with ExitStack() as ending:  # a listener that raises keeps no other from its end
@@ -139,30 +155,59 @@ class Run:
             self.logger.__exit__(*exc)
 
     def _mark_good(self, step: int) -> None:
-        self._good = step
-        self._schedules = {role: learner.scheduler.state_dict() for role, learner in self.learners.items()}
+        schedules = {role: learner.scheduler.state_dict() for role, learner in self.learners.items()}
+        self._good, self._schedules = step, schedules  # together, because a signal may come in between
 
-    def _keep_good_step(self) -> None:
+    def _kept(self) -> str:
+        """What is on the disk, and how to go on."""
+        kept = checkpoint.latest(self.config.output_dir)
+        if kept is None:
+            return "nothing is saved" + ("" if self.config.save_steps else ", because save_steps is 0")
+        return f"{kept} is saved, and --resume goes on from there"
+
+    def _end_if_asked(self, step: int) -> None:
+        """Where a signal has asked a process for the end, writes the state after `step` and raises Ended in all of them."""
+        asked = [signum for signum in self.ranks.gather(ending.asked()) if signum is not None]
+        if not asked:
+            return
+        signum = asked[0]
+        ending.reached()
+        if (
+            self.ranks.first
+            and step >= self.first_step
+            and checkpoint.latest(self.config.output_dir) != self._state_at(step)
+        ):
+            self.save_state(step)
+            checkpoint.prune(self.config.output_dir, self.config.save_total_limit, step)
+        raise Ended(signum)
+
+    def _keep_good_step(self, *, exactly: bool = False) -> None:
         """Writes the checkpoint of the last good step, if there is one, and says so.
 
         Where the broken step has made whole updates before, as several epochs of minibatches do, these are kept.
+        exactly: writes nothing then, because the run that goes on would differ from one that was never broken off.
         """
         learners, good = self.learners.values(), self._good
         moved = any(self._schedules[role] != learner.scheduler.state_dict() for role, learner in self.learners.items())
-        if good == 0 or not self.ranks.first or not all(learner.whole for learner in learners):
+        if good == 0 or not self.ranks.first:
+            return
+        if not all(learner.whole for learner in learners) or (exactly and moved):
+            return
+        if not Path(self.config.output_dir).is_dir():  # somebody has taken it away, and does not expect a new one
             return
         if checkpoint.latest(self.config.output_dir) != self._state_at(good):
             try:
                 for role, learner in self.learners.items():
                     learner.scheduler.load_state_dict(self._schedules[role])  # the step is taken again
                 self.save_state(good)
-                checkpoint.prune(self.config.output_dir, keep=1)
+                checkpoint.prune(self.config.output_dir, self.config.save_total_limit, good)
             except Exception as error:  # such as a full disk; the exception that ended the run matters more
                 self.logger.say(f"{self.description}: no checkpoint of step {good} could be written: {error}")
                 return
             updates = f", with updates of step {good + 1}" if moved else ""
             self.logger.say(f"{self.description}: wrote the state after step {good}{updates} to {self._state_at(good)}")
-        self.logger.say(f"{self.description}: --resume goes on after step {good}")
+        if not exactly:  # the line of a signal says it
+            self.logger.say(f"{self.description}: --resume goes on after step {good}")
 
     def steps(self) -> Iterator[int]:
         """Step numbers from 1 on, or from the checkpoint on. The global generators are seeded anew for each step."""
@@ -172,6 +217,7 @@ class Run:
             if self.ranks.first:
                 write_json(Path(self.config.output_dir) / "samples_before.json", before.samples)
             self.meter.step(counted=False)
+        self._end_if_asked(self.first_step - 1)
         for step in range(self.first_step, self.total_steps + 1):
             seed_everything(self.config.seed, step)
             yield step
@@ -191,7 +237,8 @@ class Run:
         if self.config.save_steps and step % self.config.save_steps == 0 and not last:
             self.save_state(step)
             if self.ranks.first:
-                checkpoint.prune(self.config.output_dir, keep=1)
+                checkpoint.prune(self.config.output_dir, self.config.save_total_limit, step)
+        self._end_if_asked(step)
 
     def _log(self, step: int, metrics: dict[str, Any]) -> None:
         row = self.logger.log(step, metrics)
@@ -238,6 +285,7 @@ class Run:
         """Writes the trained models, run.json (config, versions, time, memory) and the last evaluation's samples."""
         if self.evaluator and self.last_evaluation is None:  # it raised an exception after the last step, before resume
             self._evaluate()
+        self.logger.check_there()
         self._finishing = True
         if not self.ranks.first:
             self.ranks.wait()
@@ -265,7 +313,7 @@ class Run:
             files["samples.json"] = self.last_evaluation.samples
         checkpoint.save(self.config.output_dir, models=self.models, tokenizer=self.tokenizer, extra_files=files)
         checkpoint.delete(self._state_at(self.total_steps))  # the final model makes it useless
-        checkpoint.prune(self.config.output_dir, keep=1)  # a crash may have left an older one
+        checkpoint.prune(self.config.output_dir, self.config.save_total_limit)  # a crash may have left an older one
         self.ranks.wait()  # a stage that reads the model starts when it is whole
 
     def _static_bytes(self) -> dict[str, dict[str, int]]:

@@ -282,6 +282,57 @@ def test_sweeping_gives_back_what_nothing_has_replaced_and_leaves_folders_of_oth
     assert checkpoint.load_state(tmp_path / "checkpoint-1") == {"step": 1}
 
 
+def flipped(path: Path) -> None:
+    """Flips a bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+DAMAGES = {"flipped": flipped, "cut": lambda path: os.truncate(path, path.stat().st_size // 2), "gone": Path.unlink}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_every_damaged_file_is_found(damage, tmp_path, tiny_model):
+    """Each file of a checkpoint in turn: the checkpoint before it is taken, and a damaged model is not loaded."""
+    model, tokens = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
+    models = {"": model, "value": LlamaForSequenceClassification(config(num_labels=1))}
+    for step in (1, 2):
+        checkpoint.save(tmp_path / f"checkpoint-{step}", models=models, tokenizer=tokens, state={"step": step})
+    names = manifest.read(tmp_path / "checkpoint-2").files
+    assert {"model.safetensors", "state.pt", "value/model.safetensors", "tokenizer.json"} <= names.keys()
+    assert checkpoint.newest_whole(tmp_path) == (tmp_path / "checkpoint-2", [])
+    load_policy(tmp_path / "checkpoint-2")
+    for name in (*names, "checkpoint.json"):
+        path, whole = tmp_path / "checkpoint-2" / name, (tmp_path / "checkpoint-2" / name).read_bytes()
+        DAMAGES[damage](path)
+        if name != "checkpoint.json":
+            wrong = f"{name} is missing" if damage == "gone" else f"{name} has changed or is damaged"
+            line = f"{tmp_path / 'checkpoint-2'}: {wrong}"
+            assert checkpoint.newest_whole(tmp_path) == (tmp_path / "checkpoint-1", [line])
+            if name != "state.pt":
+                load = load_scorer if name.startswith("value") else load_policy
+                with pytest.raises(ValueError, match=f"expected .*checkpoint-2 as it was saved, but {wrong}; after an"):
+                    load(path.parent)
+        else:  # the others' checksums are gone with it
+            assert checkpoint.newest_whole(tmp_path)[0] == tmp_path / "checkpoint-1"
+        path.write_bytes(whole)
+    flipped(tmp_path / "checkpoint-1" / "state.pt")
+    flipped(tmp_path / "checkpoint-2" / "state.pt")
+    with pytest.raises(ValueError, match="resume: expected a checkpoint that is not damaged, got .*-2: state.pt has"):
+        checkpoint.newest_whole(tmp_path)
+
+
+def test_a_checkpoint_takes_the_place_of_a_damaged_one(tmp_path):
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path / f"checkpoint-{step}", models={}, state={"step": step})
+    (tmp_path / "checkpoint-2" / "checkpoint.json").write_text("[]")
+    checkpoint.save(tmp_path / "checkpoint-2", models={}, state={"step": 22})
+    assert checkpoint.load_state(tmp_path / "checkpoint-2") == {"step": 22}
+    checkpoint.prune(tmp_path, keep=2, step=2)  # the run went on from checkpoint-1
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-1", "checkpoint-2"]
+
+
 def test_latest_and_prune(tmp_path):
     assert checkpoint.latest(tmp_path) is None and checkpoint.latest(tmp_path / "absent") is None
     for step in (2, 10, 9):

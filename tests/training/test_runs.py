@@ -142,6 +142,22 @@ def test_run_json_covers_the_whole_run(files, tiny_model, tmp_path):
         assert phases["evaluation"]["count"] == 4  # the one before the first step is timed, but is no step
 
 
+def test_a_damaged_checkpoint_is_passed_over(files, tiny_model, tmp_path, capsys):
+    """The last bit of the optimizer's state is flipped; the run from the checkpoint before ends in the same weights."""
+    config = stage_config(SFTConfig, files, tiny_model, tmp_path / "cut", save_steps=2)
+    sft.train(config)
+    (tmp_path / "cut" / "model.safetensors").rename(tmp_path / "whole.safetensors")
+    assert sorted(path.name for path in (tmp_path / "cut").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    state = tmp_path / "cut" / "checkpoint-4" / "state.pt"
+    state.write_bytes(state.read_bytes()[:-1] + b"x")
+    capsys.readouterr()
+    sft.train(dataclasses.replace(config, resume=True))
+    said = f"SFT: {state.parent}: state.pt has changed or is damaged; the run goes on from checkpoint-2\n"
+    assert capsys.readouterr().err.count(said) == 1
+    assert (tmp_path / "cut" / "model.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    assert checkpoint.newest_whole(tmp_path / "cut") == (state.parent, [])
+
+
 def test_nothing_to_resume_is_said(files, tiny_model, tmp_path, capsys):
     config = stage_config(SFTConfig, files, tiny_model, tmp_path)
     sft.train(config)

@@ -37,7 +37,7 @@ class Failing:
 @pytest.mark.parametrize("at", [1, 3])
 def test_an_exception_of_a_reward_keeps_the_last_good_step(at, files, tiny_model, tmp_path, capsys):
     config = stage_config(RLOOConfig, files, tiny_model, tmp_path / "cut", reward=Failing(at))
-    with pytest.raises(Stopped, match=r"^reward reward: OSError: no server \(test_stopped_runs.py, line \d+\)$"):
+    with pytest.raises(Stopped, match=r"^reward reward raised OSError: no server \(test_stopped_runs.py, line \d+\)$"):
         rloo.train(config)
     assert checkpoint.latest(tmp_path / "cut") == (tmp_path / "cut" / "checkpoint-2" if at == 3 else None)
     assert ("RLOO: --resume goes on after step 2\n" in capsys.readouterr().err) == (at == 3)
@@ -101,7 +101,7 @@ def test_the_command_prints_one_line(files, tiny_model, tmp_path, capsys):
     flags += ["--output-dir", str(tmp_path / "out"), "--batch-size", "8", "--max-response-length", "4"]
     assert cli.main(["rloo", *flags]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == f"rlhf-fast: reward {tmp_path}/f.py:f: KeyError: 1 (f.py, line 2) (--debug shows where)"
+    assert last == f"rlhf-fast: reward {tmp_path}/f.py:f raised KeyError: 1 (f.py, line 2) (--debug shows where)"
 
 
 def edited(model: str, target: Path, file: str, **keys) -> str:

@@ -13,8 +13,11 @@ import torch
 
 from rlhf_fast.config.arguments import from_dict
 from rlhf_fast.data.files import write_json
+from rlhf_fast.lm.eight_bits import import_bitsandbytes
 from rlhf_fast.lm.loading import default_device
 from rlhf_fast.methods import METHODS, load
+from rlhf_fast.training.console import outlast
+from rlhf_fast.training.ending import signals
 from rlhf_fast.training.memory import current_bytes
 
 
@@ -29,6 +32,7 @@ def main(method: str, config_file: str, result_file: str) -> None:
         )
     train, config_class = load(METHODS[method].train), load(METHODS[method].config)
     if given["lora_rank"]:
+        import_bitsandbytes()
         importlib.import_module("peft")  # part of the process's own memory
     result = {"ran": True, "baseline_bytes": current_bytes(device)}
     try:
@@ -39,4 +43,6 @@ def main(method: str, config_file: str, result_file: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    outlast()
+    with signals():
+        main(*sys.argv[1:])

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,9 +26,11 @@ from rlhf_fast.lab import demo
 from rlhf_fast.lab.study.config import MethodsStudyConfig, TrainedStudyConfig
 from rlhf_fast.lab.study.methods import Cell, Strengths, cells_of
 from rlhf_fast.lab.study.start import pipeline_of, prepare
+from rlhf_fast.lm import manifest
 from rlhf_fast.methods import load
 from rlhf_fast.report import pipeline
-from rlhf_fast.training import checkpoint
+from rlhf_fast.training import checkpoint, ending
+from rlhf_fast.training.console import Lasting
 from rlhf_fast.training.fingerprint import fingerprints
 from rlhf_fast.training.made import FREE
 
@@ -107,14 +110,16 @@ def run_jobs(jobs: Sequence[Job], workers: int) -> None:
 
 @contextmanager
 def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that share the cores. An exception, such as an interruption, leaves without waiting for them."""
+    """Processes that share the cores. An exception leaves without waiting for them, and a signal goes on to them."""
     threads = max(1, torch.get_num_threads() // workers)
     context = multiprocessing.get_context("spawn")  # a forked copy of a process with threads may hang
     pool = ProcessPoolExecutor(workers, context, _begin, (threads,))
     try:
         yield pool
-    except BaseException:
+    except BaseException as error:
         pool.shutdown(wait=False, cancel_futures=True)
+        if isinstance(error, KeyboardInterrupt | ending.Ended):
+            ending.end_children(getattr(error, "signum", signal.SIGINT))
         raise
     pool.shutdown()
 
@@ -134,8 +139,14 @@ def _end_with_parent() -> None:
 
 def _logged(log: Path, function: Callable[[Any], None], argument: Any) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as file, redirect_stdout(file), redirect_stderr(file):
-        function(argument)
+    with log.open("w") as file:
+        lasting = Lasting(lambda: file)
+        with redirect_stdout(lasting), redirect_stderr(lasting), ending.signals():
+            try:
+                function(argument)
+            except (KeyboardInterrupt, ending.Ended) as error:
+                print(error, flush=True)
+                os._exit(getattr(error, "code", 130))  # else the pool would give this process another job
 
 
 def _prepare(argument: tuple[PipelineConfig, TrainedStudyConfig]) -> None:
@@ -178,6 +189,9 @@ def is_made_with(path: Path, config: dict[str, Any], made_of: dict[str, Any]) ->
     """
     record = checkpoint.finished(path.parent) if path.name == checkpoint.FINISHED else None
     if record is None and (path.name == checkpoint.FINISHED or not path.is_file()):
+        return False
+    if record is not None and manifest.read(path.parent) and (wrong := manifest.damage(path.parent)):
+        print(f"{path.parent}: {wrong}; it is made anew", flush=True)
         return False
     record = record or json.loads(path.read_text())
     was, now = record["config"], json.loads(json.dumps(config))
