@@ -97,6 +97,8 @@ class MetricsLogger:
 
     def check_there(self) -> None:
         """Raises Stopped where the file is no longer the one at its path, so that what is written would be lost."""
+        if not current().first:
+            return
         try:
             at_path = self.path.stat()
         except OSError as error:

@@ -166,17 +166,14 @@ class Run:
         return f"{kept} is saved, and --resume goes on from there"
 
     def _end_if_asked(self, step: int) -> None:
-        """Where a signal has asked a process for the end, writes the state after `step` and raises Ended in all of them."""
+        """Where a signal has asked for the end, writes the state after `step` and raises Ended in every process."""
         asked = [signum for signum in self.ranks.gather(ending.asked()) if signum is not None]
         if not asked:
             return
         signum = asked[0]
         ending.reached()
-        if (
-            self.ranks.first
-            and step >= self.first_step
-            and checkpoint.latest(self.config.output_dir) != self._state_at(step)
-        ):
+        new = step >= self.first_step and checkpoint.latest(self.config.output_dir) != self._state_at(step)
+        if new and self.ranks.first:
             self.save_state(step)
             checkpoint.prune(self.config.output_dir, self.config.save_total_limit, step)
         raise Ended(signum)

@@ -15,13 +15,13 @@ ROOT = Path(__file__).parent.parent.parent
 Job = tuple[str, dict[str, Any]]  # the name of a stage, and the fields of its config
 
 
-def launch(size: int, *command: str, **environment: str) -> list[subprocess.CompletedProcess[str]]:
-    """Runs `python COMMAND` in `size` processes with the variables of a launcher; the results by rank."""
+def start(size: int, *command: str, **environment: str) -> list[subprocess.Popen[str]]:
+    """Starts `python COMMAND` in `size` processes with the variables of a launcher."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    running = [
+    return [
         subprocess.Popen(
             [sys.executable, *command],
             cwd=ROOT,
@@ -32,6 +32,15 @@ def launch(size: int, *command: str, **environment: str) -> list[subprocess.Comp
         )
         for rank in range(size)
     ]
+
+
+def launch(size: int, *command: str, **environment: str) -> list[subprocess.CompletedProcess[str]]:
+    """Runs `python COMMAND` in `size` processes; the results by rank."""
+    return results_of(start(size, *command, **environment))
+
+
+def results_of(running: list[subprocess.Popen[str]]) -> list[subprocess.CompletedProcess[str]]:
+    """Waits for the processes; their results by rank."""
     results = []
     for process in running:
         out, err = process.communicate(timeout=240)

@@ -1,6 +1,8 @@
 """Several processes train as one: the same metrics, weights and tokens; one process writes and speaks."""
 
 import json
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -8,8 +10,10 @@ import torch
 
 from rlhf_fast.data.rows import write_rows
 from rlhf_fast.ranks import Ranks
+from rlhf_fast.training import checkpoint
 from rlhf_fast.training.lock import held
-from tests.support.ranks import launch, train, train_in
+from rlhf_fast.training.metrics import read_metrics
+from tests.support.ranks import launch, results_of, start, train, train_in
 from tests.support.stages import LENGTHS, REWARD, distance, interrupted, numbers, weights
 
 COMMON = {"batch_size": 16, "learning_rate": 3e-4, "lr_schedule": "constant", "seed": 3}
@@ -108,6 +112,33 @@ def test_a_failure_is_said_once_with_its_process(files, tiny_model, tmp_path):
     assert first.returncode == second.returncode == 1
     assert "process 1 of 2" in second.stderr and "no luck" in second.stderr
     assert "no luck" not in first.stderr and "Traceback" not in first.stderr
+
+
+def test_a_signal_ends_all_processes_after_the_same_step(files, tiny_model, tmp_path):
+    options = [f"--model={tiny_model}", f"--train-data={files['sft']}", f"--output-dir={tmp_path}", "--epochs=500"]
+    running = start(2, "-m", "rlhf_fast", "sft", *options)
+    while len(read_metrics(tmp_path / "metrics.jsonl")) < 3:
+        time.sleep(0.05)
+    running[1].send_signal(signal.SIGTERM)  # one process alone, as where a scheduler is slow
+    results = results_of(running)
+    assert [result.returncode for result in results] == [143, 143]
+    last = read_metrics(tmp_path / "metrics.jsonl")[-1]["step"]
+    assert checkpoint.latest(tmp_path) == tmp_path / f"checkpoint-{last}"
+    said = [line for result in results for line in result.stderr.splitlines() if "ended by SIGTERM" in line]
+    assert len(said) == 1 and f"checkpoint-{last} is saved" in said[0]
+
+
+def test_the_death_of_a_process_ends_the_others(files, tiny_model, tmp_path):
+    options = [f"--model={tiny_model}", f"--train-data={files['sft']}", f"--output-dir={tmp_path}", "--epochs=500"]
+    running = start(2, "-m", "rlhf_fast", "sft", "--save-steps=2", *options)
+    while len(read_metrics(tmp_path / "metrics.jsonl")) < 5:
+        time.sleep(0.05)
+    running[1].kill()
+    began = time.monotonic()
+    first, _ = results_of(running)
+    assert first.returncode == 1 and time.monotonic() - began < 30
+    assert "another process of the run has ended" in first.stderr and "Traceback" not in first.stderr
+    assert checkpoint.latest(tmp_path) is not None
 
 
 def test_a_second_run_in_the_directory_is_refused_in_every_process(files, tiny_model, tmp_path):
