@@ -8,13 +8,14 @@ MASTER_PORT. Without them there is one process, and every function here returns 
     total = ranks.sum(loss_of(mine))  # the same number in every process
 
 Every process makes the same calls in the same order, because a call waits for the calls of the other processes. torch's
-process groups are used in this module alone.
+process groups are used in this module alone. A call raises ConnectionError where another process is gone.
 """
 
 import atexit
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -60,7 +61,8 @@ class Ranks:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        with _together():
+            dist.all_gather_object(values, value)
         return values
 
     def join(self, parts: list[list[Row]]) -> list[Row]:
@@ -103,7 +105,8 @@ class Ranks:
             return
         parameters = list(parameters)
         there = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
-        dist.all_reduce(there, dist.ReduceOp.MAX)
+        with _together():
+            dist.all_reduce(there, dist.ReduceOp.MAX)
         found = [p for p, anywhere in zip(parameters, there.tolist(), strict=True) if anywhere]
         for parameter in found:
             if parameter.grad is None:
@@ -111,7 +114,8 @@ class Ranks:
         for bucket in _buckets([p.grad for p in found if p.grad is not None]):
             dtype = torch.promote_types(bucket[0].dtype, torch.float32)
             flat = torch.cat([gradient.flatten().to(dtype) for gradient in bucket])
-            dist.all_reduce(flat)
+            with _together():
+                dist.all_reduce(flat)
             for gradient, added in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
                 gradient.copy_(added.view_as(gradient))
 
@@ -161,6 +165,16 @@ def _join() -> Ranks:
     if not ranks.first:
         warnings.simplefilter("ignore")  # the first process says the same
     return ranks
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Inside, torch's errors about a process that is gone become ConnectionErrors of one sentence."""
+    try:
+        yield
+    except RuntimeError as error:
+        said = str(error).partition("\n")[0]
+        raise ConnectionError(f"another process of the run has ended, or does not answer ({said:.200})") from error
 
 
 def _leave() -> None:

@@ -176,6 +176,7 @@ class Run:
         if new and self.ranks.first:
             self.save_state(step)
             checkpoint.prune(self.config.output_dir, self.config.save_total_limit, step)
+        self.ranks.wait()  # every process then says what is saved
         raise Ended(signum)
 
     def _keep_good_step(self, *, exactly: bool = False) -> None:
