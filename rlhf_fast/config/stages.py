@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from rlhf_fast.config.fields import (
     arg,
+    check,
     check_fields,
     check_row_options,
     random_seed,
@@ -36,6 +37,13 @@ __all__ = [
     "StageConfig",
 ]
 
+KINDS = {
+    **dict.fromkeys(("train_data", "eval_data", "eval_pairs", "eval_rows", "prompts"), "rows"),
+    **dict.fromkeys(("model", "reference", "value_model"), "model"),
+    **dict.fromkeys(("reward", "eval_reward"), "reward"),
+    "chat_template": "template",
+}
+"""The fields of configs that name something to be read, and what it is."""
 LRSchedule = Literal["constant", "linear", "cosine"]
 Optimizer = Literal["adamw", "adamw_8bit"]
 DPOLossType = Literal[
@@ -131,6 +139,10 @@ class StageConfig:
         2, "Checkpoints kept; where the newest is damaged, a resumed run goes on from the one before.", at_least=1
     )
     resume: bool = arg(False, "Continue from the newest checkpoint in output_dir.")
+    accept_changed: list[str] = arg(
+        [],
+        "What a resumed run may read in another version: reward, where its file was mended, train_data ...",
+    )
     tensorboard: bool = arg(False, "Also write TensorBoard event files to output_dir/tensorboard.")
 
     @property
@@ -147,6 +159,7 @@ class StageConfig:
         check_fields(self)
         check_row_options(self)
         check_precision(self)
+        check(self, "accept_changed", lambda v: set(v) <= KINDS.keys(), f"some of {', '.join(KINDS)}")
         if self.lora_alpha != ALPHA and not self.lora_rank:
             raise ValueError(
                 f"lora_alpha: expected lora_rank above 0 beside it, got {self.lora_alpha:g} with lora_rank=0"

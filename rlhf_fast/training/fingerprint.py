@@ -13,16 +13,10 @@ from typing import Any, BinaryIO, cast
 import torch
 from transformers import PreTrainedModel
 
+from rlhf_fast.config.stages import KINDS
 from rlhf_fast.lm import adapters, manifest
 from rlhf_fast.lm.paths import commit_of
 
-KINDS = {
-    **dict.fromkeys(("train_data", "eval_data", "eval_pairs", "eval_rows", "prompts"), "rows"),
-    **dict.fromkeys(("model", "reference", "value_model"), "model"),
-    **dict.fromkeys(("reward", "eval_reward"), "reward"),
-    "chat_template": "template",
-}
-"""The fields of configs that name something to be read, and what it is."""
 _PIECE = 1 << 20  # bytes
 _ABOUT_FILES = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")  # not about what a model computes
 

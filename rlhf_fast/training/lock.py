@@ -23,6 +23,7 @@ from typing import Any, TypeVar, cast
 
 from rlhf_fast.data.files import sweep
 from rlhf_fast.ranks import current
+from rlhf_fast.training.apart import check_apart
 
 NAME = ".rlhf_fast.lock"
 _held: dict[tuple[str, int], "_Lock"] = {}  # by directory and thread
@@ -81,11 +82,16 @@ def _following(key: tuple[str, int]) -> Iterator[None]:
 
 
 def writes_alone(field: str) -> Callable[[Function], Function]:
-    """Decorates a function of a config: it runs with the lock on the directory that the config's `field` names."""
+    """Decorates a function of a config: it runs with the lock on the directory that the config's `field` names.
+
+    The function reads nothing in `output_dir`; `apart` says what is checked.
+    """
 
     def decorate(function: Function) -> Function:
         @functools.wraps(function)
         def alone(config: Any, *arguments: Any, **options: Any) -> Any:
+            if field == "output_dir":
+                check_apart(config)
             with held(getattr(config, field), field):
                 return function(config, *arguments, **options)
 

@@ -10,6 +10,7 @@ from rlhf_fast.config.fields import describe
 from rlhf_fast.training.fingerprint import fingerprints
 
 FREE = {
+    "accept_changed",
     "output_dir",
     "reference_logprobs",
     "resume",
@@ -19,7 +20,7 @@ FREE = {
     "tensorboard",
 }
 """Fields on which no number of a finished run depends."""
-_SHOWN = 80  # characters of a value in a message
+_SHOWN = 200  # characters of a value in a message
 
 
 def made_with(config: Any) -> dict[str, Any]:

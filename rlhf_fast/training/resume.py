@@ -9,10 +9,11 @@ from transformers import PreTrainedModel
 
 from rlhf_fast.config import OfflineConfig, OnlineConfig, StageConfig
 from rlhf_fast.config.fields import describe
+from rlhf_fast.config.stages import KINDS
 from rlhf_fast.lm import adapters
 from rlhf_fast.lm.loading import load_policy
 from rlhf_fast.training import checkpoint
-from rlhf_fast.training.fingerprint import KINDS, fingerprints
+from rlhf_fast.training.fingerprint import fingerprints
 from rlhf_fast.training.made import FREE
 
 RUN_CONFIG = "run_config.json"  # in every checkpoint
@@ -42,7 +43,8 @@ def load_policy_and_reference(
 def resume_directory(config: StageConfig, say: Callable[[str], None] = lambda line: None) -> Path | None:
     """The checkpoint that this run continues from, or None; stages load their trained models from it.
 
-    It is the newest checkpoint whose files are as they were saved. say: gets a line where a newer one is damaged.
+    It is the newest checkpoint whose files are as they were saved. say: gets a line where a newer one is damaged, and
+    where something that `accept_changed` names is not what the run has read before.
 
     Raises ValueError where a run with another config, or on other rows, models or rewards wrote the checkpoint. With a
     constant learning rate the new config may have more steps (offline stages: epochs). With any other schedule it may
@@ -61,13 +63,17 @@ def resume_directory(config: StageConfig, say: Callable[[str], None] = lambda li
     read = written.pop(MADE_OF, {})
     for name, then in written.items():
         longer = name == length and config.lr_schedule == "constant" and now[name] > then
+        free = name in _MAY_CHANGE or name in config.accept_changed or longer
         same = now.get(name) == then or (name in read and read[name] == content.get(name))
-        if name not in _MAY_CHANGE and not same and not longer:
+        if not same and not free:
             raise ValueError(f"{name}: expected {then!r} as in the run to resume, {found}, got {now.get(name)!r}")
     for name, then in read.items():
-        if content.get(name) not in (then, None):
+        if content.get(name) in (then, None):
+            continue
+        if name not in config.accept_changed:
             raise ValueError(
                 f"{name}: expected the {KINDS[name]} of the run to resume, {found}, but the content of {now[name]} has "
-                "changed"
+                f"changed; --accept-changed {name} goes on with it"
             )
+        say(f"the content of {name} has changed since {found.name}; the run goes on with it")
     return found

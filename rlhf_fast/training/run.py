@@ -95,6 +95,8 @@ class Run:
                 part.load_state_dict(state[name])
             self.first_step, self.train_seconds = state["step"] + 1, state["train_seconds"]
             self._facts = state["facts"]
+            if passed:
+                self._facts["resumed"] = [*self._facts.get("resumed", []), *passed]
         else:
             self.ranks.wait()  # because the other processes have to have looked for a checkpoint too
             if self.ranks.first:

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import datasets
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_fast.config import DPOConfig, ReMaxConfig, RewardConfig, RLOOConfig, SFTConfig
 from rlhf_fast.data.encoding import load_rows
+from rlhf_fast.lm.adapters import LoRA
 from rlhf_fast.lm.loading import load_policy
 from rlhf_fast.stages import dpo, remax, reward, rloo, sft
 from rlhf_fast.training import checkpoint
@@ -67,8 +69,28 @@ def test_files_of_another_program_are_found_before_the_first_step(files, tiny_mo
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path)
     before = sorted(os.listdir(tmp_path))
     with pytest.raises(ValueError, match="output_dir: expected no model that another program wrote, found config.json"):
-        sft.train(stage_config(SFTConfig, files, str(tmp_path), tmp_path))
+        sft.train(stage_config(SFTConfig, files, tiny_model, tmp_path))
     assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize("field", ["model", "reference", "reward", "eval_reward", "train_data", "base", "checkpoint"])
+def test_a_run_writes_to_no_directory_that_it_reads(field, files, tiny_model, tmp_path):
+    """`base`: that of an adapter. `checkpoint`: one that the run would delete when it begins."""
+    out, options = tmp_path / "out", {"eval_data": files["prompts"]}
+    shutil.copytree(tiny_model, out / "checkpoint-4" if field == "checkpoint" else out)
+    (tmp_path / "link").symlink_to(out)
+    if field == "base":
+        checkpoint.save(tmp_path / "adapter", models={"": load_policy(out, lora=LoRA(2, 4.0, 0))})
+        options["model"] = str(tmp_path / "adapter")
+    elif field == "checkpoint":
+        options["model"] = str(out / "checkpoint-4")
+    else:
+        options[field] = str(tmp_path / "link")
+    config = dataclasses.replace(stage_config(ReMaxConfig, files, tiny_model, out), **options)
+    name, read = (field, "it") if field in options else ("model", "it" if field == "base" else out / "checkpoint-4")
+    message = f"output_dir: expected a directory that the run does not read, got {out}, but {name} reads {read}"
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        remax.train(config)
 
 
 def test_a_reward_model_outlives_its_normalisation(files, tiny_model, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,42 @@ def test_data_that_changed_is_refused_on_resume(in_memory, files, tiny_model, tm
     data.write_text(Path(files["prompts"]).read_text())
     rows[0]["prompt"] = rows[0]["prompt"].removesuffix(" !")
     rloo.train(again)
+
+
+def test_another_model_or_reward_behind_the_same_path_is_refused_on_resume(files, tiny_model, tmp_path, capsys):
+    """Model, reference and reward's file, each changed where it stands; a mended reward goes on where it is named."""
+    paths = {name: tmp_path / name for name in ("model", "reference")}
+    for path in paths.values():
+        shutil.copytree(tiny_model, path)
+    broken = "def score(completions):\n    return [float(len(c)) for c in completions]\n"
+    (tmp_path / "f.py").write_text(broken)
+    config = stage_config(RLOOConfig, files, str(paths["model"]), tmp_path / "out", reward=f"{tmp_path}/f.py:score")
+    config = dataclasses.replace(config, reference=str(paths["reference"]), save_steps=2)
+    rloo.train(config)
+    again = dataclasses.replace(config, resume=True)
+    shutil.copytree(tmp_path / "model", tmp_path / "elsewhere")
+    rloo.train(dataclasses.replace(again, model=str(tmp_path / "elsewhere")))  # the same model in another place
+    for name, path in paths.items():
+        file = path / "generation_config.json"
+        kept = file.read_text()
+        file.write_text(kept + " ")
+        with pytest.raises(
+            ValueError, match=f"^{name}: expected the model of the run to resume, .*content of .*{name} h"
+        ):
+            rloo.train(again)
+        file.write_text(kept)
+    (tmp_path / "f.py").write_text(f"# mended\n{broken}")
+    with pytest.raises(
+        ValueError, match="^reward: expected the reward of .* has changed; --accept-changed reward goes"
+    ):
+        rloo.train(again)
+    capsys.readouterr()
+    rloo.train(dataclasses.replace(again, accept_changed=["reward"]))
+    line = "the content of reward has changed since checkpoint-2; the run goes on with it"
+    assert f"RLOO: {line}\n" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["resumed"] == [line]
+    with pytest.raises(ValueError, match="accept_changed: expected some of train_data, .*, got .'seed'"):
+        dataclasses.replace(again, accept_changed=["seed"])
 
 
 def test_fingerprints_are_of_content(tmp_path):

@@ -7,6 +7,8 @@ random weights, which show time and memory only.
 """
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_fast.config import DemoConfig
+from rlhf_fast.data.files import write_json
 from rlhf_fast.data.rows import write_rows
 from rlhf_fast.lab import demo
 from rlhf_fast.lab.compare.config import CompareConfig
@@ -70,6 +73,7 @@ SHAPES = {
 _DEMO_SMALL = {**demo.MODEL, "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 1}
 LORA_RATE = 10  # times the learning rate of full training
 _ROWS = 512  # of data for a model with random weights
+_NOTE = "made.json"  # says what the models with random weights were made with; written last
 
 
 class Start(NamedTuple):
@@ -110,6 +114,7 @@ def prepare(config: CompareConfig) -> Start:
 
 def _demo(out: Path, config: CompareConfig) -> Start:
     seed = config.seeds[0]
+    (out / _NOTE).unlink(missing_ok=True)  # the demo's reward model takes the place of another shape's
     plan = demo.pipeline_config(DemoConfig(output_dir=str(out), seed=seed, resume=True), 1)
     demo.write_data(out / "data", seed, 1)
     tokenizer = build_tokenizer()
@@ -139,10 +144,16 @@ def _demo(out: Path, config: CompareConfig) -> Start:
 def _random(out: Path, shape: Shape, config: CompareConfig) -> Start:
     length = config.prompt_length + config.response_length
     tokenizer = _padded(build_tokenizer(), shape.vocabulary)
-    if not (out / "reward" / "config.json").is_file():
+    positions = {"max_position_embeddings": max(2048, length)}
+    made = {"seed": config.seeds[0], **shape._asdict(), **positions}
+    if not (out / _NOTE).is_file() or json.loads((out / _NOTE).read_text()) != made:
+        (out / _NOTE).unlink(missing_ok=True)
+        for stale in out.glob("reward_lora*"):
+            shutil.rmtree(stale)
         for name, model in (("policy", shape.policy), ("small", shape.small)):
-            init_model(model | {"max_position_embeddings": max(2048, length)}, tokenizer, out / name, config.seeds[0])
+            init_model(model | positions, tokenizer, out / name, config.seeds[0])
         _write_reward_model(out / "policy", out / "reward", None)
+        write_json(out / _NOTE, made)
     texts = sft_rows(_ROWS, 1)
     prompts = [_stretched(row["prompt"], config.prompt_length, tokenizer) for row in texts]
     answers = [_stretched(row["completion"], config.response_length - 1, tokenizer) for row in texts]
