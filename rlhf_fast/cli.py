@@ -7,7 +7,7 @@ wrong, 130 interrupted, 143 and 129 ended by SIGTERM and SIGHUP. torch is import
 import io
 import os
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import rlhf_fast
 from rlhf_fast.methods import METHODS, STAGES, load
@@ -149,7 +149,10 @@ def _run(argv: list[str]) -> int:
     except (ValueError, OSError, Stopped) as error:
         if debug:
             raise
-        return _fail(f"{error} (--debug shows where)", 1)
+        where = ""
+        if isinstance(error, OSError) and error.errno and not error.filename and str(error).startswith("[Errno"):
+            where = f"{_written(parsed)}: "  # writes that fail half-way, as on a full disk, name no file
+        return _fail(f"{where}{error} (--debug shows where)", 1)
     except Exception:
         if _failed_before():
             return 1
@@ -158,10 +161,14 @@ def _run(argv: list[str]) -> int:
         return _fail(str(error) or f"interrupted; {_left(name)}", 130)
     except ending.Ended as error:
         return _fail(error.line or f"{error}; {_left(name)}", 128 + error.signum)
-    written = next((getattr(parsed, key) for key in ("output_dir", "output", "out") if hasattr(parsed, key)), None)
-    if written:
+    if written := _written(parsed):
         print(shown(f"{name}: wrote {written}"))
     return 0
+
+
+def _written(config: Any) -> str | None:
+    """The file or directory that a command writes."""
+    return next((getattr(config, key) for key in ("output_dir", "output", "out") if hasattr(config, key)), None)
 
 
 def _left(command: str) -> str:

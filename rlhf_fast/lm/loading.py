@@ -16,7 +16,8 @@ import copy
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -26,9 +27,11 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from rlhf_fast.data.damage import read_json
 from rlhf_fast.lm import adapters, manifest
 from rlhf_fast.lm.adapters import LoRA
 from rlhf_fast.lm.causal import check_decoder, check_family
+from rlhf_fast.lm.damage import names_damage
 from rlhf_fast.lm.dtypes import DTYPES, Dtype, cast
 from rlhf_fast.lm.families import is_classifier, language_class, reads, scorer_class, trunk_of
 from rlhf_fast.lm.noise import as_before, silence
@@ -62,6 +65,7 @@ def default_device() -> torch.device:
     return torch.device("cuda", ranks.local) if ranks.size > 1 else torch.device("cuda")
 
 
+@names_damage
 def load_policy(
     path: str | Path,
     *,
@@ -95,6 +99,7 @@ def load_policy(
     return _prepare(model, path, dtype, trainable, lora, shared is not None)
 
 
+@names_damage
 def load_scorer(
     path: str | Path,
     *,
@@ -144,7 +149,7 @@ def load_scorer(
             if score.bias is not None:
                 score.bias.zero_()
     if Path(path, _ADAPTER_SCORE).is_file():
-        for name, value in json.loads(Path(path, _ADAPTER_SCORE).read_text()).items():
+        for name, value in read_json(Path(path, _ADAPTER_SCORE)).items():
             setattr(model.config, name, value)
     return _prepare(model, path, dtype, trainable, lora, shared is not None)
 
@@ -270,7 +275,16 @@ def _load(
     if model.config.sub_configs:
         setattr(model, _FILES, beside(path, PROCESSOR_FILES))
     _return_objects(model.config)
+    _say_left_out(model, path, found["unexpected_keys"])
     return model, sorted(found["missing_keys"])
+
+
+def _say_left_out(model: PreTrainedModel, path: str, names: Iterable[str]) -> None:
+    """Warns where the files have layers past the config's last one, as where config.json was edited."""
+    own = {re.sub(r"\d+", "#", name) for name in model.state_dict()}
+    if past := sorted(name for name in names if re.sub(r"\d+", "#", name) in own):
+        left = f"{past[0]} and {len(past) - 1} more" if len(past) > 1 else past[0]
+        warnings.warn(f"model: config.json at {path} has fewer layers than the weights; left out: {left}", stacklevel=3)
 
 
 def _check_complete(argument: str, path: str, model: PreTrainedModel, missing: list[str]) -> None:

@@ -6,7 +6,6 @@ start from `model`. `reward: null` leaves out the reward model: the methods name
 """
 
 import dataclasses
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from rlhf_fast import config as configs
 from rlhf_fast.config import PipelineConfig
 from rlhf_fast.config.arguments import from_dict
+from rlhf_fast.data.damage import read_json
 from rlhf_fast.data.readers import data_files
 from rlhf_fast.lm.adapters import base_path
 from rlhf_fast.lm.paths import existing
@@ -164,7 +164,7 @@ def write_report(
     if not methods:
         return
     runs = [report.load_run(METHODS[m].title, out / m) for m in methods]
-    before = json.loads((out / methods[0] / "samples_before.json").read_text())
+    before = read_json(out / methods[0] / "samples_before.json", list)
     reward_name = reward_name_of(plan[methods[0]].eval_reward or getattr(plan[methods[0]], "reward", None))
     start = "start" if config.sft is None else "SFT"
     labels = {"reward_name": reward_name, "gradient_variance": variance, "start": start}
@@ -209,7 +209,7 @@ def _notes(config: PipelineConfig, out: Path) -> list[str]:
 
 
 def _record(directory: Path) -> dict[str, Any]:
-    return json.loads((directory / "run.json").read_text())
+    return read_json(directory / "run.json")
 
 
 def _fields(cls: type) -> set[str]:

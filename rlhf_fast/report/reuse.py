@@ -5,10 +5,10 @@ stages that start from it are then made anew too, because they would start from 
 """
 
 import dataclasses
-import json
 from pathlib import Path
 
 from rlhf_fast.config import PairsConfig, StageConfig
+from rlhf_fast.data.damage import read_json
 from rlhf_fast.data.files import write_json
 from rlhf_fast.lm import manifest
 from rlhf_fast.methods import STAGES, load
@@ -49,7 +49,7 @@ def make_pairs(config: PairsConfig, note: Path, *, resume: bool) -> None:
 
 
 def _other_pairs(config: PairsConfig, note: Path) -> str | None:
-    record = json.loads(note.read_text())
+    record = read_json(note)
     changed = difference(record, made_with(config))
     return changed or (None if record["pairs"] == _pairs_of(config) else "other files are in the place of the pairs")
 

@@ -10,6 +10,7 @@ import torch
 from rlhf_fast.config import PairsConfig
 from rlhf_fast.data.chat import with_template
 from rlhf_fast.data.encoding import continuations
+from rlhf_fast.data.files import check_writable
 from rlhf_fast.data.rows import load_rows, write_rows
 from rlhf_fast.lm.loading import default_device, load_policy
 from rlhf_fast.lm.tokenizers import load_tokenizer
@@ -29,6 +30,9 @@ def sample(config: PairsConfig) -> None:
     Rows of the last config.eval_rows prompts go to config.eval_output instead. A prompt with equal completions or with
     an empty completion is left out. A row says of a completion without an end that it is not finished.
     """
+    for name in ("output", "eval_output"):
+        if getattr(config, name) is not None:
+            check_writable(name, getattr(config, name))
     device, ranks = default_device(), current()
     tokenizer = with_template(load_tokenizer(config.model), config.chat_template)
     policy = load_policy(config.model, dtype=config.dtype, trainable=False).to(device)  # pyright: ignore[reportArgumentType]

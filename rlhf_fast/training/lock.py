@@ -21,11 +21,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from rlhf_fast.data.files import sweep
+from rlhf_fast.data.damage import writing
+from rlhf_fast.data.files import check_name, sweep
 from rlhf_fast.ranks import current
 from rlhf_fast.training.apart import check_apart
 
 NAME = ".rlhf_fast.lock"
+_ROOM = 120  # bytes of the longest path in a checkpoint
 _held: dict[tuple[str, int], "_Lock"] = {}  # by directory and thread
 _followed: set[tuple[str, int]] = set()  # directories whose lock the run's first process holds
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -40,6 +42,7 @@ def held(directory: str | os.PathLike, argument: str = "output_dir") -> Iterator
     Raises ValueError, naming the argument and the holder, where another process or thread writes there. Nothing is
     written then.
     """
+    check_name(argument, directory, _ROOM)
     key = _key(directory)
     if key in _held or key in _followed:
         yield
@@ -63,6 +66,8 @@ def held(directory: str | os.PathLike, argument: str = "output_dir") -> Iterator
             if _held.pop(key, None) is own:  # not in a process that was forked inside
                 if own.is_at(path):
                     path.unlink()  # before the lock goes, so that nobody else's file is deleted
+                else:
+                    made.clear()  # somebody else's directories are in their place
                 os.close(own.file)
     finally:
         for parent in made:
@@ -112,9 +117,9 @@ class _Lock:
     def __init__(self, file: int) -> None:
         self.file = file
         host = platform.node().replace(" ", "-")
-        self.text = f"{os.getpid()} {host} {shlex.join(sys.argv)}\n{time.time_ns()}\n".encode(errors="replace")
+        text = f"{os.getpid()} {host} {shlex.join(sys.argv)}\n{time.time_ns()}\n".encode(errors="replace")
         os.ftruncate(file, 0)
-        os.pwrite(file, self.text, 0)
+        self.text = text[: os.pwrite(file, text, 0)]  # less where there is little room
 
     def is_at(self, path: Path) -> bool:
         """Whether the file at `path` is this one, by its text, because some file systems number files anew."""
@@ -144,7 +149,8 @@ def _lock(path: Path, argument: str) -> _Lock:
         except OSError as error:
             said = f"{argument}: {path.parent} cannot be locked ({error.strerror}); start no second run there"
             print(said, file=sys.stderr)
-        own = _Lock(file)
+        with writing(path):
+            own = _Lock(file)
         if own.is_at(path):
             return own
         os.close(file)  # the holder deleted this file between our two calls, because it had ended

@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from rlhf_fast.data.damage import sentence, writing
 from rlhf_fast.data.files import write_text
 from rlhf_fast.ranks import current
 from rlhf_fast.training.console import error_console, shown
@@ -64,6 +65,11 @@ class MetricsLogger:
 
     def __enter__(self) -> "MetricsLogger":
         kept = [row for row in read_metrics(self.path) if row["step"] <= self.resume_step] if self.resume_step else []
+        lost = set(range(1, self.resume_step + 1)) - {row["step"] for row in kept}
+        if lost:
+            self.say(
+                f"{self.description}: {self.path} lacks {len(lost)} of the {self.resume_step} steps before this one"
+            )
         if current().first:
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = self.path.open("a") if current().first else open(os.devnull, "w")
@@ -92,8 +98,9 @@ class MetricsLogger:
 
     def _write(self, row: dict[str, Any]) -> None:
         safe = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
-        self._file.write(json.dumps(safe, allow_nan=False) + "\n")
-        self._file.flush()
+        with writing(self.path):
+            self._file.write(json.dumps(safe, allow_nan=False) + "\n")
+            self._file.flush()
 
     def check_there(self) -> None:
         """Raises Stopped where the file is no longer the one at its path, so that what is written would be lost."""
@@ -126,7 +133,8 @@ class MetricsLogger:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._file.close()
+        with suppress(OSError):  # a row that found no room was told of when it was written
+            self._file.close()
         self._screen.close()
 
 
@@ -137,11 +145,36 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def is_metrics(path: str | os.PathLike) -> bool:
+    """Whether the file at `path` is a metrics.jsonl of ours, or none, or an empty one."""
+    try:
+        with Path(path).open("rb") as file:
+            first = file.readline()
+        return not first.strip() or {"step", "time/elapsed"} <= json.loads(first).keys()
+    except (ValueError, AttributeError, TypeError):
+        return False
+    except FileNotFoundError:
+        return True
+
+
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; [] where there is no file. A last line that a crash has cut short is left out."""
+    """The rows of a metrics.jsonl; [] where there is no file. A last line that a crash has cut short is left out.
+
+    Raises ValueError, naming the file and the line, where the file is damaged.
+    """
     path = Path(path)
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    return [_row(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.endswith(b"\n")]
+
+
+def _row(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: expected metrics, but the line is damaged: {sentence(error)}") from error
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        raise ValueError(f"{where}: expected the metrics of a step, got {sentence(ValueError(line.decode()))}")
+    return row
 
 
 def mean_and_se(values: Tensor) -> tuple[float, float]:

@@ -26,10 +26,12 @@ from rlhf_fast.training.evaluation import Evaluation
 from rlhf_fast.training.fingerprint import fingerprints
 from rlhf_fast.training.learner import Learner
 from rlhf_fast.training.listeners import Listener, TensorBoard
+from rlhf_fast.training.lock import lost
 from rlhf_fast.training.memory import static_bytes
 from rlhf_fast.training.meter import Meter
-from rlhf_fast.training.metrics import MetricsLogger
+from rlhf_fast.training.metrics import MetricsLogger, is_metrics
 from rlhf_fast.training.resume import MADE_OF, RUN_CONFIG, resume_directory
+from rlhf_fast.training.stopped import Stopped
 
 
 class Run:
@@ -82,10 +84,13 @@ class Run:
         self._deferring = ExitStack()
 
     def __enter__(self) -> "Run":
-        mine = checkpoint.MODEL_FILES | self.models.keys()
-        if clash := sorted(checkpoint.foreign(self.config.output_dir) & mine):
-            found = f"{', '.join(clash)} in {self.config.output_dir}"
-            raise ValueError(f"output_dir: expected no model that another program wrote, found {found}")
+        models, runs = checkpoint.MODEL_FILES | self.models.keys(), {checkpoint.FINISHED, "samples.json"}
+        clash = sorted(checkpoint.foreign(self.config.output_dir) & (models | runs))
+        if not is_metrics(Path(self.config.output_dir, "metrics.jsonl")):
+            clash.append("metrics.jsonl")
+        if clash:
+            what, found = "model" if models & {*clash} else "run", f"{', '.join(clash)} in {self.config.output_dir}"
+            raise ValueError(f"output_dir: expected no {what} that another program wrote, found {found}")
         checkpoint.check_savable(self.models.values(), self.tokenizer)
         passed: list[str] = []
         resumed = resume_directory(self.config, passed.append)
@@ -195,6 +200,8 @@ class Run:
             return
         if not Path(self.config.output_dir).is_dir():  # somebody has taken it away, and does not expect a new one
             return
+        if lost(self.config.output_dir) and Path(self.config.output_dir).exists():  # it may be another run's by now
+            return
         if checkpoint.latest(self.config.output_dir) != self._state_at(good):
             try:
                 for role, learner in self.learners.items():
@@ -225,6 +232,7 @@ class Run:
     def end_step(self, step: int, metrics: dict[str, float]) -> None:
         """Evaluates where it is due, logs the step with its times and peaks, writes a checkpoint where it is due."""
         self._mark_good(step)
+        self._check_place()
         last = step == self.total_steps
         try:
             # every config that asks for an evaluator has eval_steps
@@ -239,6 +247,11 @@ class Run:
             if self.ranks.first:
                 checkpoint.prune(self.config.output_dir, self.config.save_total_limit, step)
         self._end_if_asked(step)
+
+    def _check_place(self) -> None:
+        """Stopped where output_dir is no longer the directory that this run has locked: its metrics are lost then."""
+        if lost(self.config.output_dir):
+            raise Stopped(f"output_dir: {self.config.output_dir} was removed, renamed or replaced during the run")
 
     def _log(self, step: int, metrics: dict[str, Any]) -> None:
         row = self.logger.log(step, metrics)
@@ -285,6 +298,7 @@ class Run:
         """Writes the trained models, run.json (config, versions, time, memory) and the last evaluation's samples."""
         if self.evaluator and self.last_evaluation is None:  # it raised an exception after the last step, before resume
             self._evaluate()
+        self._check_place()
         self.logger.check_there()
         self._finishing = True
         if not self.ranks.first:
