@@ -86,7 +86,8 @@ class Run:
     def __enter__(self) -> "Run":
         models, runs = checkpoint.MODEL_FILES | self.models.keys(), {checkpoint.FINISHED, "samples.json"}
         clash = sorted(checkpoint.foreign(self.config.output_dir) & (models | runs))
-        if not is_metrics(Path(self.config.output_dir, "metrics.jsonl")):
+        resumes = self.config.resume and checkpoint.latest(self.config.output_dir) is not None
+        if not resumes and not is_metrics(Path(self.config.output_dir, "metrics.jsonl")):
             clash.append("metrics.jsonl")
         if clash:
             what, found = "model" if models & {*clash} else "run", f"{', '.join(clash)} in {self.config.output_dir}"
