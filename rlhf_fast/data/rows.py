@@ -170,7 +170,7 @@ def _check_row(row: Row, kind: str, where: str) -> None:
         if name != "label":
             _check_completion(row[name], chat, f"{where}: {name}", several=kind == "preference")
     if kind == "preference" and row.get("margin") is not None:
-        margin = row["margin"]
+        margin: Any = row["margin"]
         if isinstance(margin, bool) or not isinstance(margin, Real) or not abs(margin) < math.inf:
             raise ValueError(f"{where}: margin: expected a finite number, got {margin!r}")
         if abs(margin) > _LARGEST:
