@@ -8,6 +8,7 @@ that passes for something else, and the next run in the directory cleans it up:
     .rlhf_fast-deleting-NAME   deleted
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -52,8 +53,29 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def check_name(argument: str, path: str | os.PathLike, room: int = 0) -> None:
+    """ValueError, naming the argument, for a path that no file system takes, or that its user did not mean.
+
+    room: bytes that the paths of files below `path` are longer.
+    """
+    text = os.fspath(path)
+    if text.startswith("~"):  # the shell expands ~ at the begin of a word alone, and so not in --output-dir=~/x
+        raise ValueError(f"{argument}: expected a path in which ~ is expanded, got {text}; ./{text} means the name")
+    try:
+        text.encode()
+        os.lstat(os.path.join(os.path.abspath(text), "x" * room))
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{argument}: expected a path in UTF-8, got {text!r}") from error
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise ValueError(
+                f"{argument}: expected a shorter path or name, got {len(os.fsencode(text))} bytes"
+            ) from error
+
+
 def check_writable(argument: str, path: str | os.PathLike) -> None:
     """ValueError, naming the argument, where no file could be written to `path`. Changes nothing."""
+    check_name(argument, path)
     if Path(path).is_dir():
         raise ValueError(f"{argument}: expected a file to write, got the directory {path}")
     parent = Path(path).absolute().parent

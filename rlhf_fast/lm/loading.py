@@ -16,7 +16,8 @@ import copy
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +39,7 @@ from rlhf_fast.lm.parked import freeze, park, whole
 from rlhf_fast.lm.paths import beside, existing
 from rlhf_fast.lm.private import forget_renaming, made_of, score_head
 from rlhf_fast.lm.trust import trusted
+from rlhf_fast.ranks import current
 
 # Holds what the config says of an adapter's scores, because transformers writes no config.json beside an adapter.
 _ADAPTER_SCORE = "score.json"
@@ -56,8 +58,11 @@ _FILES = "rlhf_fast_files"
 
 
 def default_device() -> torch.device:
-    """CUDA where there is a GPU, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The GPU of this process where there is one, else the CPU. Joins the run's other processes, if there are any."""
+    ranks = current()
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", ranks.local) if ranks.size > 1 else torch.device("cuda")
 
 
 @names_damage
@@ -270,7 +275,16 @@ def _load(
     if model.config.sub_configs:
         setattr(model, _FILES, beside(path, PROCESSOR_FILES))
     _return_objects(model.config)
+    _say_left_out(model, path, found["unexpected_keys"])
     return model, sorted(found["missing_keys"])
+
+
+def _say_left_out(model: PreTrainedModel, path: str, names: Iterable[str]) -> None:
+    """Warns where the files have layers past the config's last one, as where config.json was edited."""
+    own = {re.sub(r"\d+", "#", name) for name in model.state_dict()}
+    if past := sorted(name for name in names if re.sub(r"\d+", "#", name) in own):
+        left = f"{past[0]} and {len(past) - 1} more" if len(past) > 1 else past[0]
+        warnings.warn(f"model: config.json at {path} has fewer layers than the weights; left out: {left}", stacklevel=3)
 
 
 def _check_complete(argument: str, path: str, model: PreTrainedModel, missing: list[str]) -> None:

@@ -75,6 +75,8 @@ def save(
     no `save` wrote would be overwritten. The new files are then kept elsewhere in
     `directory`, and the error says where.
     """
+    if _step_of(Path(directory)) is not None and os.path.islink(directory):
+        os.unlink(directory)  # a checkpoint that somebody keeps elsewhere stays as it is
     directory = Path(directory).resolve()
     outside, old = beside(directory, WRITING), beside(directory, REPLACED)
     if old.exists() and not directory.exists():  # an earlier save died between its two renames
@@ -268,8 +270,10 @@ def clear(output_dir: str | os.PathLike) -> None:
 
 
 def delete(path: Path) -> None:
-    """Deletes one output_dir/checkpoint-<step>, if it is there."""
-    if path.is_dir():
+    """Deletes one output_dir/checkpoint-<step>, if it is there. Of a link only the link is deleted."""
+    if path.is_symlink():
+        path.unlink()
+    elif path.is_dir():
         doomed = beside(path, DELETING)
         remove(doomed)
         os.replace(path, doomed)  # renamed first, so that nothing half-deleted is taken for a checkpoint

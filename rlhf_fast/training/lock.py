@@ -22,11 +22,14 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from rlhf_fast.data.damage import writing
-from rlhf_fast.data.files import sweep
+from rlhf_fast.data.files import check_name, sweep
+from rlhf_fast.ranks import current
 from rlhf_fast.training.apart import check_apart
 
 NAME = ".rlhf_fast.lock"
+_ROOM = 120  # bytes of the longest path in a checkpoint
 _held: dict[tuple[str, int], "_Lock"] = {}  # by directory and thread
+_followed: set[tuple[str, int]] = set()  # directories whose lock the run's first process holds
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -39,14 +42,23 @@ def held(directory: str | os.PathLike, argument: str = "output_dir") -> Iterator
     Raises ValueError, naming the argument and the holder, where another process or thread writes there. Nothing is
     written then.
     """
+    check_name(argument, directory, _ROOM)
     key = _key(directory)
-    if key in _held:
+    if key in _held or key in _followed:
         yield
+        return
+    if not current().first:
+        yield from _following(key)
         return
     made = _make(Path(key[0]))
     path = Path(key[0], NAME)
     try:
-        own = _held[key] = _lock(path, argument)
+        try:
+            own = _held[key] = _lock(path, argument)
+        except ValueError as error:
+            current().gather(str(error))
+            raise
+        current().gather(None)
         try:
             sweep(path.parent)
             yield
@@ -54,11 +66,24 @@ def held(directory: str | os.PathLike, argument: str = "output_dir") -> Iterator
             if _held.pop(key, None) is own:  # not in a process that was forked inside
                 if own.is_at(path):
                     path.unlink()  # before the lock goes, so that nobody else's file is deleted
+                else:
+                    made.clear()  # somebody else's directories are in their place
                 os.close(own.file)
     finally:
         for parent in made:
             with suppress(OSError):  # it is not empty, or gone
                 parent.rmdir()
+
+
+def _following(key: tuple[str, int]) -> Iterator[None]:
+    """The inside of `held` in the processes beside the first process of a run, which holds the lock for all of them."""
+    if refused := current().gather(None)[0]:
+        raise ValueError(refused)
+    _followed.add(key)
+    try:
+        yield
+    finally:
+        _followed.discard(key)
 
 
 def writes_alone(field: str) -> Callable[[Function], Function]:

@@ -151,6 +151,14 @@ def test_a_name_that_is_nowhere_names_the_argument(tmp_path, monkeypatch, tokeni
         existing(tmp_path / "none", "reference")
 
 
+def test_layers_that_the_config_does_not_have_are_said(tiny_model, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "fewer")
+    path = tmp_path / "fewer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 1, "layer_types": None}))
+    with pytest.warns(UserWarning, match=r"has fewer layers than the weights; left out: model.layers.1.\S+ and 8 more"):
+        load_policy(tmp_path / "fewer")
+
+
 def test_a_family_that_transformers_does_not_know_is_one_line(tiny_model, tmp_path):
     """Not a question at the terminal."""
     shutil.copytree(tiny_model, tmp_path / "own")

@@ -333,6 +333,21 @@ def test_a_checkpoint_takes_the_place_of_a_damaged_one(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-1", "checkpoint-2"]
 
 
+def test_a_linked_checkpoint_is_left_where_it_is(tmp_path):
+    """Of a checkpoint that somebody moved to an archive, and linked, the link alone is deleted or replaced."""
+    archive, out = tmp_path / "archive", tmp_path / "out"
+    for step in (1, 2):
+        checkpoint.save(archive / f"checkpoint-{step}", models={}, state={"step": step})
+    out.mkdir()
+    for step in (1, 2):
+        (out / f"checkpoint-{step}").symlink_to(archive / f"checkpoint-{step}")
+    assert checkpoint.newest_whole(out) == (out / "checkpoint-2", [])
+    checkpoint.save(out / "checkpoint-2", models={}, state={"step": 22})
+    checkpoint.prune(out, keep=1)
+    assert os.listdir(out) == ["checkpoint-2"] and checkpoint.load_state(out / "checkpoint-2") == {"step": 22}
+    assert [checkpoint.load_state(archive / f"checkpoint-{n}")["step"] for n in (1, 2)] == [1, 2]
+
+
 def test_latest_and_prune(tmp_path):
     assert checkpoint.latest(tmp_path) is None and checkpoint.latest(tmp_path / "absent") is None
     for step in (2, 10, 9):

@@ -85,6 +85,22 @@ def test_a_lock_ends_with_its_process(forks, tmp_path):
         os.kill(child, signal.SIGKILL)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("~/x", "expected a path in which ~ is expanded, got ~/x; ./~/x means the name"),
+        (os.fsdecode(b"caf\xe9"), "expected a path in UTF-8, got 'caf.*e9'"),
+        ("n" * 256, "expected a shorter path or name, got 256 bytes"),
+        ("/".join(["n" * 99] * 40), "expected a shorter path or name, got 3999 bytes"),
+    ],
+)
+def test_names_that_cannot_be_written_are_found_at_once(name, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"^output_dir: {message}$"):
+        enter(name)
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_directory_that_was_moved_or_replaced_is_lost(tmp_path):
     out = tmp_path / "out"
     with held(out):

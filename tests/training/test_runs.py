@@ -180,6 +180,34 @@ def test_a_damaged_checkpoint_is_passed_over(files, tiny_model, tmp_path, capsys
     assert checkpoint.newest_whole(tmp_path / "cut") == (state.parent, [])
 
 
+def test_the_longest_name_is_written(files, tiny_model, tmp_path):
+    out = tmp_path / ("n" * 255)
+    sft.train(stage_config(SFTConfig, files, tiny_model, out, save_steps=4))
+    load_policy(out)
+    assert checkpoint.newest_whole(out)[0] == out / "checkpoint-4"
+
+
+@pytest.mark.parametrize("name", ["run.json", "samples.json", "metrics.jsonl"])
+def test_a_run_of_another_program_is_not_overwritten(name, files, tiny_model, tmp_path):
+    (tmp_path / name).write_text('{"mine": 1}\n')
+    message = f"output_dir: expected no run that another program wrote, found {name} in {tmp_path}"
+    with pytest.raises(ValueError, match=message):
+        sft.train(stage_config(SFTConfig, files, tiny_model, tmp_path))
+    assert os.listdir(tmp_path) == [name] and (tmp_path / name).read_text() == '{"mine": 1}\n'
+
+
+def test_lost_metrics_are_said(files, tiny_model, tmp_path, capsys):
+    config = stage_config(SFTConfig, files, tiny_model, tmp_path, save_steps=4)
+    sft.train(config)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_text("".join(lines[1:]))
+    sft.train(dataclasses.replace(config, resume=True))
+    assert f"SFT: {tmp_path}/metrics.jsonl lacks 1 of the 4 steps before this one\n" in capsys.readouterr().err
+    (tmp_path / "metrics.jsonl").unlink()
+    sft.train(dataclasses.replace(config, resume=True))
+    assert f"SFT: {tmp_path}/metrics.jsonl lacks 4 of the 4 steps before this one\n" in capsys.readouterr().err
+
+
 def test_nothing_to_resume_is_said(files, tiny_model, tmp_path, capsys):
     config = stage_config(SFTConfig, files, tiny_model, tmp_path)
     sft.train(config)

@@ -17,6 +17,7 @@ from rlhf_fast.stages import ppo, rloo, sft
 from rlhf_fast.training import checkpoint
 from rlhf_fast.training.fingerprint import fingerprint
 from rlhf_fast.training.learner import Learner
+from rlhf_fast.training.listeners import Listener
 from rlhf_fast.training.metrics import read_metrics
 from rlhf_fast.training.stopped import Stopped
 from tests.support.stages import distance, numbers, shortness, stage_config, weights
@@ -59,6 +60,36 @@ def test_an_exception_in_an_evaluation_loses_no_step(files, tiny_model, tmp_path
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1]
     rloo.train(dataclasses.replace(config, reward=Failing(99), resume=True))
     assert "eval/reward" in json.loads((tmp_path / "run.json").read_text())["evaluation"]
+
+
+class Mover(Listener):
+    """Renames the output directory, or puts another one in its place, after step 2."""
+
+    def __init__(self, out: Path, replaced: bool) -> None:
+        self.out, self.replaced = out, replaced
+
+    def log(self, step, row):
+        if step == 2:
+            self.out.rename(self.out.with_name("moved"))
+            if self.replaced:
+                self.out.mkdir()
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_directory_that_vanishes_ends_the_run(replaced, files, tiny_model, tmp_path):
+    """The training so far is kept where nothing stands in the directory's place."""
+    out = tmp_path / "out"
+    config = stage_config(SFTConfig, files, tiny_model, out)
+    with pytest.raises(Stopped, match=f"^output_dir: {out} was removed, renamed or replaced during the run$"):
+        sft.train(config, listeners=[Mover(out, replaced)])
+    assert len(read_metrics(tmp_path / "moved" / "metrics.jsonl")) == 2
+    assert checkpoint.latest(out) == (None if replaced else out / "checkpoint-3") and not checkpoint.finished(out)
+    if replaced:
+        assert not any(out.iterdir())
+    else:
+        sft.train(dataclasses.replace(config, resume=True))
+        sft.train(dataclasses.replace(config, output_dir=str(tmp_path / "whole")))
+        assert distance(weights(tmp_path / "whole"), weights(out)) == 0
 
 
 @pytest.mark.parametrize("in_backward", [False, True])
