@@ -171,7 +171,8 @@ def _check_row(row: Row, kind: str, where: str) -> None:
             _check_completion(row[name], chat, f"{where}: {name}", several=kind == "preference")
     if kind == "preference" and row.get("margin") is not None:
         margin: Any = row["margin"]
-        if isinstance(margin, bool) or not isinstance(margin, Real) or not abs(margin) < math.inf:
+        number = not isinstance(margin, bool) and isinstance(margin, Real)
+        if not number or not abs(margin) < math.inf:
             raise ValueError(f"{where}: margin: expected a finite number, got {margin!r}")
         if abs(margin) > _LARGEST:
             raise ValueError(f"{where}: margin: expected a number that float32 holds, got {margin!r:.80}")
