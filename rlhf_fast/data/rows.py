@@ -170,11 +170,11 @@ def _check_row(row: Row, kind: str, where: str) -> None:
         if name != "label":
             _check_completion(row[name], chat, f"{where}: {name}", several=kind == "preference")
     if kind == "preference" and row.get("margin") is not None:
-        margin: Any = row["margin"]
-        number = not isinstance(margin, bool) and isinstance(margin, Real)
-        if not number or not abs(margin) < math.inf:
+        margin = row["margin"]
+        size: Any = abs(margin) if isinstance(margin, Real) and not isinstance(margin, bool) else math.inf
+        if not size < math.inf:
             raise ValueError(f"{where}: margin: expected a finite number, got {margin!r}")
-        if abs(margin) > _LARGEST:
+        if size > _LARGEST:
             raise ValueError(f"{where}: margin: expected a number that float32 holds, got {margin!r:.80}")
 
 
