@@ -21,6 +21,7 @@ from typing import NamedTuple
 from rlhf_fast.data.files import write_json
 
 NAME = "checkpoint.json"
+_PIECE = 1 << 20  # bytes
 _WEIGHTS = {".bin", ".safetensors"}
 _OF_MODELS = _WEIGHTS | {".jinja", ".json", ".model", ".tiktoken", ".txt"}
 _OF_RUNS = {NAME, "run.json", "run_config.json", "samples.json", "samples_before.json", "training_args.bin"}
@@ -121,8 +122,11 @@ def digest(path: Path) -> str:
 
 @functools.cache
 def _digest(path: str, *_: int) -> str:
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _digests(files: Iterable[Path]) -> list[str]:

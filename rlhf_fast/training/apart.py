@@ -22,7 +22,7 @@ def check_apart(config: Any) -> None:
             if kind == "template" or not isinstance(one, str | Path) or not Path(one).is_dir():
                 continue
             paths = [one] if kind == "rows" else dict.fromkeys([str(one), adapters.base_path(one)])
-            for read in map(os.path.realpath, paths):
+            for read in [os.path.realpath(path) for path in paths]:
                 outer, inner = (read, out) if kind == "rows" else (out, read)
                 within = isinstance(config, StageConfig) and Path(inner).is_relative_to(outer)
                 if read == out or within:
