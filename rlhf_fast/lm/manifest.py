@@ -102,8 +102,15 @@ def check(path: str | os.PathLike, argument: str = "model", *, weights: bool = F
 
 
 def model_files(directory: str | os.PathLike) -> list[Path]:
-    """The files of `directory` that a model and its tokenizer are made of, in order; not what a run says of itself."""
+    """The files of `directory` that a model and its tokenizer are made of, in order; not what a run says of itself.
+
+    In a directory of ours they are among those that were saved. A study, for example, adds files of its own later.
+    """
+    saved = None
+    with suppress(ValueError):
+        saved = read(directory)
     files = [file for file in Path(directory).iterdir() if file.suffix in _OF_MODELS and file.name not in _OF_RUNS]
+    files = [file for file in files if saved is None or file.name in saved.entries]
     return sorted(file for file in files if not file.name.startswith(".") and file.is_file())
 
 

@@ -199,8 +199,6 @@ class Run:
             return
         if not all(learner.whole for learner in learners) or (exactly and moved):
             return
-        if not Path(self.config.output_dir).is_dir():  # somebody has taken it away, and does not expect a new one
-            return
         if lost(self.config.output_dir) and Path(self.config.output_dir).exists():  # it may be another run's by now
             return
         if checkpoint.latest(self.config.output_dir) != self._state_at(good):
