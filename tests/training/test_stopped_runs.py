@@ -77,13 +77,19 @@ class Mover(Listener):
 
 @pytest.mark.parametrize("replaced", [False, True])
 def test_a_directory_that_vanishes_ends_the_run(replaced, files, tiny_model, tmp_path):
-    """Nothing is written where the directory was, because somebody has taken it away."""
+    """The training so far is kept where nothing stands in the directory's place."""
     out = tmp_path / "out"
     config = stage_config(SFTConfig, files, tiny_model, out)
     with pytest.raises(Stopped, match=f"^output_dir: {out} was removed, renamed or replaced during the run$"):
         sft.train(config, listeners=[Mover(out, replaced)])
     assert len(read_metrics(tmp_path / "moved" / "metrics.jsonl")) == 2
-    assert out.exists() == replaced and not (replaced and any(out.iterdir()))
+    assert checkpoint.latest(out) == (None if replaced else out / "checkpoint-3") and not checkpoint.finished(out)
+    if replaced:
+        assert not any(out.iterdir())
+    else:
+        sft.train(dataclasses.replace(config, resume=True))
+        sft.train(dataclasses.replace(config, output_dir=str(tmp_path / "whole")))
+        assert distance(weights(tmp_path / "whole"), weights(out)) == 0
 
 
 @pytest.mark.parametrize("in_backward", [False, True])
