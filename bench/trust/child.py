@@ -5,6 +5,7 @@ reaches its children and nobody else.
 """
 
 import os
+import resource
 import select
 import signal
 import sys
@@ -18,6 +19,7 @@ from typing import NamedTuple
 from bench.trust.kind import Lost
 
 PATIENCE = 180.0  # seconds after which a try hangs
+MEMORY = 4 << 30  # bytes of a try; a run that a fault makes grow must not take the machine's memory from others
 
 
 class Ended(NamedTuple):
@@ -93,6 +95,7 @@ def _become(action: Callable[[], int | None], log: Path) -> None:
     code = 1
     try:
         os.setsid()
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -10,8 +10,8 @@ from bench.trust.kind import Case, Kind, expect
 from bench.trust.world import World
 from rlhf_fast.training.metrics import read_metrics
 
-STEPS = {"remax": 60, "remax long": 2000, "ppo long": 2000, "sft long": 2000}
-_EVERY = 0.25  # seconds between two looks
+STEPS = {"remax": 150, "remax long": 2000, "ppo long": 2000, "sft long": 2000}
+_EVERY = 0.05  # seconds between two looks
 RSS, TIME = 6.0, 1.6  # MiB, and the factor between the medians of the last and the second third
 
 

@@ -138,6 +138,8 @@ def test_a_child_says_how_it_ended(tmp_path):
     raised = child.run(lambda: 1 // 0, tmp_path / "2")
     assert (raised.code, raised.last) == (1, "ZeroDivisionError: integer division or modulo by zero")
     assert child.run(die, tmp_path / "3").code == -signal.SIGKILL
+    grown = child.run(lambda: len(bytearray(2 * child.MEMORY)), tmp_path / "5")
+    assert (grown.code, grown.last) == (1, "MemoryError")
     with pytest.raises(Lost, match="still runs after 0 s"):
         child.run(signal.pause, tmp_path / "4", 0.1)
 
