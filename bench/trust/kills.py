@@ -49,6 +49,7 @@ def killed(world: World, target: str, directory: Path, rng: Random, seconds: flo
             expect("Traceback" not in ended.output, f"expected one line after {name}, got a traceback: {ended.last}")
             if ended.code and target in STAGE_RUNS:
                 told = "--resume" in ended.output if saved else any(words in ended.last for words in _NOTHING)
+                told = told or "it was finished" in ended.last
                 expect(told, f"expected what is saved ({saved}) after {name}, got {ended.last}")
     ended = child.run(world.start(target, out, resume=True), directory / "log_resumed")
     expect(ended.code == 0, f"expected the resumed run to finish, got exit code {ended.code}: {ended.last}")
