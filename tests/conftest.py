@@ -40,11 +40,12 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Directory of a small Llama with the world's tokenizer."""
+    """Directory of a small Llama with the world's tokenizer, without checksums, so that tests may edit copies of it."""
     directory = tmp_path_factory.mktemp("tiny") / "llama"
     settings = model_config("llama", len(tokenizer))
     del settings["vocab_size"]
     init_model(settings, tokenizer, directory, seed=0)
+    (directory / "checkpoint.json").unlink()
     return str(directory)
 
 

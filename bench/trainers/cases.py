@@ -63,7 +63,7 @@ class Case:
     def at_real_size(self) -> "Case":
         """The case for a checkpoint: a step takes seconds, so fewer rows and steps; bars of their own."""
         bar, batch_size = REAL_SIZE[self.method]
-        return dataclasses.replace(self, bar=bar, batch_size=batch_size, steps_per_turn=1, warmup=2)
+        return dataclasses.replace(self, bar=bar, batch_size=batch_size, steps_per_turn=1, warmup=1)
 
 
 REAL_SIZE = {"sft": (1.2, 8), "reward": (1.2, 8), "dpo": (2.5, 8), "rloo": (2, 16), "ppo": (1.5, 16)}  # bar, batch

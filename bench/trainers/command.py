@@ -6,6 +6,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from bench.record import about_run
 from bench.trainers import cases, compare, report, starts
@@ -35,12 +36,17 @@ def run(args: argparse.Namespace) -> int:
                 directory = Path(scratch) / f"{case.method}_{dtype}"
                 results.append(compare.run(case, pythons[case.rival], start, rounds, directory, bf16=dtype == "bf16"))
                 shutil.rmtree(directory)  # a checkpoint's gradients take gigabytes
-    bars, equalities = report.bar_rows(results), report.equality_rows(results)
-    record |= {"cases": results, "bars": bars, "equalities": equalities}
-    for title, table in {record["command"]: report.rows(results), "First step": equalities, "Bars": bars}.items():
+                record |= _tables(results)
+                if args.out:  # after every case, because a checkpoint's cases take an hour
+                    write_text(args.out.with_suffix(".md"), report.markdown(record))
+                    write_text(args.out, json.dumps(record, indent=2, allow_nan=False) + "\n")
+    tables = {record["command"]: report.rows(results), "First step": record["equalities"], "Bars": record["bars"]}
+    for title, table in tables.items():
         print_table(title, table)
     if args.out:
-        write_text(args.out.with_suffix(".md"), report.markdown(record))
-        write_text(args.out, json.dumps(record, indent=2, allow_nan=False) + "\n")
         print(f"written: {args.out} and beside it .md")
-    return int(args.check and any(bar["met"] == "NO" for bar in bars))
+    return int(args.check and any(bar["met"] == "NO" for bar in record["bars"]))
+
+
+def _tables(results: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"cases": results, "bars": report.bar_rows(results), "equalities": report.equality_rows(results)}

@@ -82,6 +82,7 @@ def checkpoint(directory: Path, model: Path, data: Path) -> Start:
     """
     directory.mkdir(parents=True)
     tokenizer = AutoTokenizer.from_pretrained(model)
+    _give_pad_of_its_own(tokenizer)
     models = _models(directory, tokenizer, model, noise=lambda weight: 0.01 * weight.std())
     return checkpoint_with({"init": str(model), **models}, model, data)
 
@@ -111,6 +112,18 @@ def checkpoint_with(models: dict[str, str], model: Path, data: Path) -> Start:
     )
 
 
+def _give_pad_of_its_own(tokenizer: PreTrainedTokenizerBase) -> None:
+    """A pad token that is not EOS, because transformers' classifiers take every pad id at a row's end for padding."""
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        ends = {tokenizer.eos_token_id}
+        others = [
+            token
+            for token, n in zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
+            if n not in ends
+        ]
+        tokenizer.pad_token = others[-1]
+
+
 def _as_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """The row with its prompt rendered by the template, because DPOTrainer and PPOTrainer are handed plain text."""
     prompt = row["messages"][:-1] if "messages" in row else row["prompt"]
@@ -136,6 +149,7 @@ def _models(
             weight += noise(weight) * torch.randn_like(weight)
     torch.manual_seed(1)
     for name, model in {"policy": policy, "reward": load_scorer(trained)}.items():
+        model.config.pad_token_id = tokenizer.pad_token_id
         save(paths[name], models={"": model}, tokenizer=tokenizer, state=None, extra_files={})
     for name, load in {"sft": load_policy, "policy": load_policy, "reward": load_scorer}.items():
         paths[f"endless {name}"] = _without_end(load, paths[name], directory / f"endless_{name}")
@@ -146,6 +160,7 @@ def _without_end(load: Callable[[Path], PreTrainedModel], path: Path, copy: Path
     """A copy whose EOS is an id beyond the model's vocabulary."""
     model, tokenizer = load(path), AutoTokenizer.from_pretrained(path)
     tokenizer.add_special_tokens({"eos_token": "<end>"})
+    tokenizer.chat_template = None  # which names the end of a turn
     model.config.eos_token_id = None
     if isinstance(model, GenerationMixin):
         model.generation_config.eos_token_id = tokenizer.eos_token_id

@@ -5,7 +5,7 @@ import re
 RULES = {
     "short": "Answer in at most 12 words.",
     "sentence": "Answer in exactly one sentence.",
-    "list": "Answer with a list of three items. Start every line with a dash.",
+    "list": "Answer with a numbered list of three items.",
 }
 
 
@@ -21,9 +21,9 @@ def _sentence(answer: str) -> float:
 
 
 def _list(answer: str) -> float:
-    """The share of three lines, or of all lines where there are more, that start with a dash and have a word."""
+    """The share of three lines, or of all lines where there are more, that begin with 1., 2. and 3. in this order."""
     lines = answer.splitlines()
-    return sum(bool(re.match(r"\s*- *\w", line)) for line in lines) / max(3, len(lines))
+    return sum(bool(re.match(rf"{n}\. *\w", line)) for n, line in enumerate(lines[:3], 1)) / max(3, len(lines))
 
 
 _CHECKS = {"short": _short, "sentence": _sentence, "list": _list}

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from rlhf_fast.config.fields import (
     arg,
+    check,
     check_fields,
     check_row_options,
     random_seed,
@@ -36,6 +37,13 @@ __all__ = [
     "StageConfig",
 ]
 
+KINDS = {
+    **dict.fromkeys(("train_data", "eval_data", "eval_pairs", "eval_rows", "prompts"), "rows"),
+    **dict.fromkeys(("model", "reference", "value_model"), "model"),
+    **dict.fromkeys(("reward", "eval_reward"), "reward"),
+    "chat_template": "template",
+}
+"""The fields of configs that name something to be read, and what it is."""
 LRSchedule = Literal["constant", "linear", "cosine"]
 Optimizer = Literal["adamw", "adamw_8bit"]
 DPOLossType = Literal[
@@ -56,6 +64,8 @@ DTYPE_HELP = "Trained weights and their passes; bf16 keeps fp32 master weights i
 KTOLossType = Literal["kto", "apo_zero_unpaired"]
 FUSED_HEAD_HELP = "Take losses from hidden states, in chunks; false takes them from [B, T, V] logits."
 
+REWARD_TIMEOUT_HELP = "Seconds that a call of a reward function may take before the run ends; default: no limit."
+TRUST_REMOTE_CODE_HELP = "Run the Python files that stand beside the weights of a family of its own."
 COLUMNS_HELP = "Columns that the data name otherwise, ours first: prompt=question completion=answer."
 CHAT_TEMPLATE_HELP = "Jinja file (or the text) of the chat template; default: the tokenizer's own."
 CHAT_TEMPLATE_KWARGS_HELP = "Options of the chat template: enable_thinking=false; a row's own column of this name wins."
@@ -66,6 +76,7 @@ _FROZEN_DTYPE = (
 _REFERENCE_LOGPROBS = (
     "Safetensors file of the reference's log-probs: read where weights, rows and precision match, else (re)written."
 )
+ALPHA = 16.0  # of LoRA
 BETA_HELP = "Strength of the implicit KL constraint."
 LABEL_SMOOTHING_HELP = "Probability that a label is flipped (cDPO, robust)."
 
@@ -100,6 +111,7 @@ class StageConfig:
     columns: dict[str, str] = arg({}, COLUMNS_HELP)
     chat_template: str | None = arg(None, CHAT_TEMPLATE_HELP)
     chat_template_kwargs: dict[str, Any] = arg({}, CHAT_TEMPLATE_KWARGS_HELP)
+    trust_remote_code: bool = arg(False, TRUST_REMOTE_CODE_HELP)
     seed: int = random_seed("Seed of data order and sampling; same seed, same bits on CPU.")
     batch_size: int = arg(16, "Rows per optimizer step; a pair or a ranking is one row.", at_least=1)
     micro_batch_size: int | None = arg(None, "Rows per forward pass; default: the whole batch.", at_least=1)
@@ -116,14 +128,21 @@ class StageConfig:
     lora_rank: int = arg(
         0, "Train LoRA adapters of this rank on all linear layers but the head; 0: all weights.", at_least=0
     )
-    lora_alpha: float = arg(16.0, "The adapters' output is scaled by lora_alpha / lora_rank.", above=0)
+    lora_alpha: float = arg(ALPHA, "The adapters' output is scaled by lora_alpha / lora_rank.", above=0)
     dtype: Dtype = arg("fp32", DTYPE_HELP)
     bf16: bool = arg(False, "Run forward and backward passes in bfloat16 autocast, over fp32 weights.")
     gradient_checkpointing: bool = arg(False, "Recompute activations in backward to save memory.")
     save_steps: int = arg(
         0, "Write a resumable checkpoint every so many steps; 0 writes only the final model.", at_least=0
     )
+    save_total_limit: int = arg(
+        2, "Checkpoints kept; where the newest is damaged, a resumed run goes on from the one before.", at_least=1
+    )
     resume: bool = arg(False, "Continue from the newest checkpoint in output_dir.")
+    accept_changed: list[str] = arg(
+        [],
+        "What a resumed run may read in another version: reward, where its file was mended, train_data ...",
+    )
     tensorboard: bool = arg(False, "Also write TensorBoard event files to output_dir/tensorboard.")
 
     @property
@@ -140,6 +159,11 @@ class StageConfig:
         check_fields(self)
         check_row_options(self)
         check_precision(self)
+        check(self, "accept_changed", lambda v: set(v) <= KINDS.keys(), f"some of {', '.join(KINDS)}")
+        if self.lora_alpha != ALPHA and not self.lora_rank:
+            raise ValueError(
+                f"lora_alpha: expected lora_rank above 0 beside it, got {self.lora_alpha:g} with lora_rank=0"
+            )
         micro, batch = self.micro_batch_size, self.batch_size
         if micro is not None and batch % micro:
             raise ValueError(f"micro_batch_size: expected a divisor of batch_size={batch}, got {micro}")
@@ -202,6 +226,15 @@ class MethodConfig(StageConfig):
     eval_reward: str | None = arg(None, "Reward that scores these samples: a directory or a Python function.")
     eval_steps: int = arg(0, "Evaluate every so many steps too; 0: before and after training only.", at_least=0)
     max_response_length: int = arg(64, "Longest sampled completion in tokens.", at_least=1)
+    reward_timeout: float | None = arg(None, REWARD_TIMEOUT_HELP, above=0)
+    temperature: float = arg(1.0, "Temperature of the evaluations' samples.", above=0)
+    top_k: int = arg(0, "Evaluations draw from the k likeliest tokens; 0: from all tokens.", at_least=0)
+    top_p: float = arg(
+        1.0,
+        "Evaluations draw from the likeliest tokens that hold this probability; 1: from all tokens.",
+        above=0,
+        at_most=1,
+    )
 
 
 def check_label_smoothing(config: Any) -> None:

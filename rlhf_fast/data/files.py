@@ -1,13 +1,81 @@
-"""Files that are whole or not there, because they are written beside their place and then renamed into it."""
+"""Files that are whole or not there, because they are written beside their place and then renamed into it.
 
+What is being written, has been replaced or is being deleted has a name of its own kind, so that a crash leaves nothing
+that passes for something else, and the next run in the directory cleans it up:
+
+    .rlhf_fast-writing-NAME    deleted by `sweep`; that of a file names the process too, so that two may write at once
+    .rlhf_fast-replaced-NAME   gets its name back where nothing has taken its place, else deleted
+    .rlhf_fast-deleting-NAME   deleted
+"""
+
+import errno
+import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
+
+from rlhf_fast.data.damage import writing
+
+OURS = ".rlhf_fast-"
+WRITING, REPLACED, DELETING = (f"{OURS}{what}-" for what in ("writing", "replaced", "deleting"))
+_LONGEST = 255  # bytes of a name
+
+
+def beside(path: Path, kind: str) -> Path:
+    """The name beside `path` of what is WRITING, REPLACED or DELETING. A name that would be too long is a hash."""
+    name = f"{kind}{path.name}"
+    if len(os.fsencode(name)) > _LONGEST:
+        name = f"{kind}{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:32]}"
+    return path.with_name(name)
+
+
+def being_written(path: Path) -> Path:
+    """The name under which this process writes the file `path`."""
+    return beside(path, f"{WRITING}{os.getpid()}-")
+
+
+def sweep(directory: Path) -> None:
+    """Cleans up what a crash left in a directory to which nobody else writes now."""
+    for path in list(directory.iterdir()):
+        if path.name.startswith(REPLACED) and not (named := directory / path.name.removeprefix(REPLACED)).exists():
+            os.replace(path, named)
+        elif path.name.startswith((WRITING, REPLACED, DELETING)):
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Deletes a file, a link or a whole directory, where it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def check_name(argument: str, path: str | os.PathLike, room: int = 0) -> None:
+    """ValueError, naming the argument, for a path that no file system takes, or that its user did not mean.
+
+    room: bytes that the paths of files below `path` are longer.
+    """
+    text = os.fspath(path)
+    if text.startswith("~"):  # the shell expands ~ at the begin of a word alone, and so not in --output-dir=~/x
+        raise ValueError(f"{argument}: expected a path in which ~ is expanded, got {text}; ./{text} means the name")
+    try:
+        text.encode()
+        os.lstat(os.path.join(os.path.abspath(text), "x" * room))
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{argument}: expected a path in UTF-8, got {text!r}") from error
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise ValueError(
+                f"{argument}: expected a shorter path or name, got {len(os.fsencode(text))} bytes"
+            ) from error
 
 
 def check_writable(argument: str, path: str | os.PathLike) -> None:
     """ValueError, naming the argument, where no file could be written to `path`. Changes nothing."""
+    check_name(argument, path)
     if Path(path).is_dir():
         raise ValueError(f"{argument}: expected a file to write, got the directory {path}")
     parent = Path(path).absolute().parent
@@ -20,10 +88,15 @@ def check_writable(argument: str, path: str | os.PathLike) -> None:
 def write_bytes(path: str | os.PathLike, content: bytes) -> None:
     """Writes bytes to the file `path`, and makes its directory."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.new")
-    beside.write_bytes(content)
-    os.replace(beside, path)
+    written = being_written(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            written.write_bytes(content)
+            os.replace(written, path)
+        except OSError:
+            written.unlink(missing_ok=True)  # what was written of it would keep the disk full
+            raise
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

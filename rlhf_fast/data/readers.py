@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from rlhf_fast.data.damage import sentence
+
 Row = dict[str, Any]
 _TEXT_FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 _HUB = "hub:"
@@ -116,11 +118,20 @@ def _read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
             for number, line in enumerate(file, 1):
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")  # Windows writes a byte order mark first
                 if text.strip():
-                    yield f"{path}, line {number}", json.loads(text)
+                    yield f"{path}, line {number}", json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:  # also for numbers of thousands of digits, and endless nesting
         raise ValueError(f"{path}, line {number}: not JSON in UTF-8: {error}") from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}, after line {number}: damaged gzip file: {error}") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for a key that stands twice, because one of its two values would be lost."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"expected every key once, got {max(names, key=names.count)!r} twice")
+    return values
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
@@ -129,7 +140,7 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
     if not text.lstrip().startswith("["):
         return _read_json_lines(path)
     try:
-        return _numbered(str(path), json.loads(text))
+        return _numbered(str(path), json.loads(text, object_pairs_hook=_object))
     except (ValueError, RecursionError) as error:
         where = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise ValueError(f"{path}{where}: not JSON in UTF-8: {error}") from error
@@ -179,10 +190,10 @@ def _read_parquet(path: Path) -> Iterable[Row]:
 
     try:
         return pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path}: not a Parquet file: {error}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not text in UTF-8: {error}") from error
+    except Exception as error:  # pyarrow raises many kinds for damage: OSError, ArrowInvalid, MemoryError, TypeError
+        raise ValueError(f"{path}: not a Parquet file: {sentence(error)}") from error
 
 
 def _read_datasets(path: Path) -> Iterable[Row]:
@@ -192,7 +203,18 @@ def _read_datasets(path: Path) -> Iterable[Row]:
         dataset = datasets.load_from_disk(str(path))
     except FileNotFoundError as error:
         raise ValueError(f"{path}: not a directory written by `datasets.Dataset.save_to_disk`") from error
-    return _one_split(dataset, str(path), f"give the directory of one, {path}/<split>")
+    except Exception as error:
+        raise ValueError(f"{path}: a damaged directory of `datasets`: {sentence(error)}") from error
+    return _whole(_one_split(dataset, str(path), f"give the directory of one, {path}/<split>"), path)
+
+
+def _whole(rows: Any, path: Path) -> Iterator[Row]:
+    """The rows, whose bytes are read only now. Damaged bytes that pyarrow does not look at would end the process."""
+    try:
+        rows.data.validate(full=True)
+        yield from rows
+    except Exception as error:
+        raise ValueError(f"{path}: a damaged directory of `datasets`: {sentence(error)}") from error
 
 
 def _read_hub(source: str) -> Iterable[Row]:
@@ -204,8 +226,10 @@ def _read_hub(source: str) -> Iterable[Row]:
     from datasets.exceptions import DatasetsError
 
     load: Callable[..., Any] = datasets.load_dataset
+    # Before 4.0 a data set could bring code of its own, and `datasets` asked at the terminal whether to run it.
+    options = {"trust_remote_code": False} if int(datasets.__version__.partition(".")[0]) < 4 else {}
     try:
-        dataset = load(parts[1], parts[2], split=parts[3])
+        dataset = load(parts[1], parts[2], split=parts[3], **options)
     except (ValueError, OSError, DatasetsError) as error:
         raise ValueError(f"{source}: `datasets` cannot load it: {' '.join(str(error).split())}") from error
     return _one_split(dataset, source, "name one")

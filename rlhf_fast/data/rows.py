@@ -13,6 +13,8 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+from rlhf_fast.data.damage import writing
+from rlhf_fast.data.files import being_written
 from rlhf_fast.data.forms import COLUMNS, in_our_form, renamed
 from rlhf_fast.data.messages import is_trained, type_name
 from rlhf_fast.data.readers import Row, read_rows
@@ -31,6 +33,7 @@ __all__ = [
 ]
 
 KINDS = tuple(COLUMNS)
+_LARGEST = (2 - 2**-23) * 2**127  # of float32
 _USED = ("prompt", "messages", "tools", "chat_template_kwargs")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -131,11 +134,16 @@ def place(row: Row, number: int) -> str:
 def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
     """Writes a `.jsonl` or `.jsonl.gz` file under another name, then renames it; makes its directory."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.new")
-    with gzip.open(partial, "wt") if path.suffix == ".gz" else open(partial, "w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-    os.replace(partial, path)
+    partial = being_written(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with gzip.open(partial, "wt") if path.suffix == ".gz" else open(partial, "w") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+            os.replace(partial, path)
+        except OSError:
+            partial.unlink(missing_ok=True)  # what was written of it would keep the disk full
+            raise
 
 
 def _check_row(row: Row, kind: str, where: str) -> None:
@@ -163,8 +171,10 @@ def _check_row(row: Row, kind: str, where: str) -> None:
             _check_completion(row[name], chat, f"{where}: {name}", several=kind == "preference")
     if kind == "preference" and row.get("margin") is not None:
         margin = row["margin"]
-        if isinstance(margin, bool) or not isinstance(margin, Real) or not math.isfinite(margin):
+        if isinstance(margin, bool) or not isinstance(margin, Real) or not abs(margin) < math.inf:
             raise ValueError(f"{where}: margin: expected a finite number, got {margin!r}")
+        if abs(margin) > _LARGEST:
+            raise ValueError(f"{where}: margin: expected a number that float32 holds, got {margin!r:.80}")
 
 
 def _check_ranking(row: Row, chat: bool, where: str) -> None:
@@ -177,7 +187,7 @@ def _check_ranking(row: Row, chat: bool, where: str) -> None:
     if len(ranks) != len(completions):
         raise ValueError(f"{where}: ranks: {len(ranks)} ranks for {len(completions)} completions")
     if any(isinstance(rank, bool) or not isinstance(rank, Integral) or rank < 0 for rank in ranks):
-        raise ValueError(f"{where}: ranks: expected integers from 0 (the best), got {ranks!r}")
+        raise ValueError(f"{where}: ranks: expected integers from 0 (the best), got {ranks!r:.80}")
     if len(set(ranks)) < 2:
         raise ValueError(f"{where}: ranks: expected at least two different ranks, got {ranks!r}")
 

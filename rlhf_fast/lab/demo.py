@@ -18,6 +18,7 @@ from rlhf_fast.lab.world import build_tokenizer, prompt_rows, sft_rows
 from rlhf_fast.methods import METHODS
 from rlhf_fast.report import pipeline
 from rlhf_fast.stages.init import init_model
+from rlhf_fast.training.lock import writes_alone
 
 MEASURED = ("ppo", "remax", "reinforce", "rloo")  # methods on whose policies the gradient variance is measured
 VARIANCE_NOTE = (
@@ -38,13 +39,13 @@ MODEL = {
 }
 
 
+@writes_alone("output_dir")
 def run(config: DemoConfig) -> None:
     """Run the whole demo; everything goes to `config.output_dir`, the report to report.html in it."""
     out = Path(config.output_dir)
     shorten = 10 if config.quick else 1
     write_data(out / "data", config.seed, shorten)
-    if not (config.resume and (out / "init" / "config.json").is_file()):
-        init_model(MODEL, build_tokenizer(), out / "init", config.seed)
+    init_model(MODEL, build_tokenizer(), out / "init", config.seed)  # the same each time, so that stages can be reused
     plan = pipeline_config(config, shorten)
     pipeline.run_stages(plan)
     remax = dataclasses.replace(

@@ -9,7 +9,6 @@ training adapters that are not LoRA. Adapters of peft's other kinds are merged i
 """
 
 import copy
-import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -24,8 +23,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_fast.config import StageConfig
-from rlhf_fast.lm import merging
+from rlhf_fast.data.damage import read_json
+from rlhf_fast.lm import manifest, merging
 from rlhf_fast.lm.dtypes import widen_new
+from rlhf_fast.lm.eight_bits import import_bitsandbytes
 from rlhf_fast.lm.private import (
     adapter_config,
     has_adapter,
@@ -69,8 +70,9 @@ def base_path(path: str | os.PathLike) -> str:
     """The directory or hub name of the model that the adapter in `path` belongs to; `path` itself without an adapter.
 
     Raises ValueError where the adapter names no base, names a directory that is not there or that is an adapter too,
-    and where `path` holds adapters in folders of their own.
+    where `path` holds adapters in folders of their own, and where `path` is incomplete or damaged.
     """
+    manifest.check(path)
     if not is_adapter(path):
         found = sorted(str(file.parent) for file in Path(path).glob(f"*/{_CONFIG}"))
         if found and not Path(path, "config.json").is_file():
@@ -261,10 +263,7 @@ def merge(model: PreTrainedModel, path: str | os.PathLike) -> None:
 
 
 def _read_config(path: str | os.PathLike) -> dict[str, Any]:
-    try:
-        return json.loads(Path(path, _CONFIG).read_text())
-    except ValueError as error:
-        raise ValueError(f"model: expected JSON in {path}/{_CONFIG}, got {error}") from error
+    return read_json(Path(path, _CONFIG))
 
 
 def _for_class_of(model: PreTrainedModel, config: Any) -> None:
@@ -331,6 +330,7 @@ def _check_same(lora: LoRA, settings: dict[str, Any], path: str | os.PathLike) -
 def _peft(argument: str) -> ModuleType:
     if find_spec("peft") is None:
         raise ValueError(f'{argument}: expected peft for LoRA adapters, not installed: pip install -e ".[lora]"')
+    import_bitsandbytes()  # peft imports it
     import peft
 
     return peft

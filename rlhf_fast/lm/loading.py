@@ -16,7 +16,8 @@ import copy
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -26,15 +27,18 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from rlhf_fast.lm import adapters
+from rlhf_fast.data.damage import read_json
+from rlhf_fast.lm import adapters, manifest
 from rlhf_fast.lm.adapters import LoRA
 from rlhf_fast.lm.causal import check_decoder, check_family
+from rlhf_fast.lm.damage import names_damage
 from rlhf_fast.lm.dtypes import DTYPES, Dtype, cast
 from rlhf_fast.lm.families import is_classifier, language_class, reads, scorer_class, trunk_of
 from rlhf_fast.lm.noise import as_before, silence
 from rlhf_fast.lm.parked import freeze, park, whole
 from rlhf_fast.lm.paths import beside, existing
 from rlhf_fast.lm.private import forget_renaming, made_of, score_head
+from rlhf_fast.lm.trust import trusted
 
 # Holds what the config says of an adapter's scores, because transformers writes no config.json beside an adapter.
 _ADAPTER_SCORE = "score.json"
@@ -57,6 +61,7 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@names_damage
 def load_policy(
     path: str | Path,
     *,
@@ -69,12 +74,13 @@ def load_policy(
 
     dtype: of the weights, as in `dtypes`; an adapter on them is fp32. lora: the adapter to train. shared: a model whose
         base the new model stands on; the base keeps its dtype.
-    Raises ValueError where `path` holds no decoder of text, or a model with missing weights.
+    Raises ValueError where `path` holds no decoder of text, a model with missing weights, or a damaged model of ours.
     """
     base = adapters.base_path(path)
     shared = shared if adapters.can_share(path) else None
+    _check_weights(path, base, "model")
     if shared is None:
-        config = AutoConfig.from_pretrained(existing(base))
+        config = AutoConfig.from_pretrained(existing(base), trust_remote_code=trusted())
         if is_classifier(config):
             raise ValueError(f"model: expected a language model, got {_kind(config)} at {base}")
         check_family(config, base)
@@ -89,6 +95,7 @@ def load_policy(
     return _prepare(model, path, dtype, trainable, lora, shared is not None)
 
 
+@names_damage
 def load_scorer(
     path: str | Path,
     *,
@@ -103,12 +110,13 @@ def load_scorer(
     head: a new `score` head is drawn from N(0, 1/(H+1)) (`normal`, for reward models; arXiv 2009.01325) or is 0
         (`zero`, for value models, so that the first values are 0). With None, `path` must have a head.
     shared: a causal language model whose base the classifier stands on. The other arguments are `load_policy`'s.
-    Raises ValueError where the model has several labels, missing weights or no head.
+    Raises ValueError where the model has several labels, missing weights or no head, or is a damaged model of ours.
     """
     argument = "reward" if head is None else "model"
     base = adapters.base_path(path)
     shared = shared if adapters.can_share(path) else None
-    config = AutoConfig.from_pretrained(existing(base, argument))
+    _check_weights(path, base, argument)
+    config = AutoConfig.from_pretrained(existing(base, argument), trust_remote_code=trusted())
     scores = is_classifier(config)
     if scores and config.num_labels != 1:
         labels = config.num_labels
@@ -137,7 +145,7 @@ def load_scorer(
             if score.bias is not None:
                 score.bias.zero_()
     if Path(path, _ADAPTER_SCORE).is_file():
-        for name, value in json.loads(Path(path, _ADAPTER_SCORE).read_text()).items():
+        for name, value in read_json(Path(path, _ADAPTER_SCORE)).items():
             setattr(model.config, name, value)
     return _prepare(model, path, dtype, trainable, lora, shared is not None)
 
@@ -218,6 +226,12 @@ def _prepare(
     return model.train(trainable)
 
 
+def _check_weights(path: str | Path, base: str, argument: str) -> None:
+    """ValueError where this package wrote the model or its base, and its files are not as they were saved."""
+    for directory in dict.fromkeys((str(path), base)):
+        manifest.check(directory, argument, weights=True)
+
+
 def _kind(config: PreTrainedConfig) -> str:
     return " or ".join(config.architectures or ["a model of no known kind"])
 
@@ -249,13 +263,24 @@ def _load(
     part = reads(model_class, config)
     options = {} if part is config else {"key_mapping": {r"^language_model\.": ""}}  # the text model of a larger one
     with _quiet_loading(), _packages(config, path):
-        model, found = model_class.from_pretrained(path, config=part, dtype=dtype, output_loading_info=True, **options)
+        model, found = model_class.from_pretrained(
+            path, config=part, dtype=dtype, output_loading_info=True, trust_remote_code=trusted(), **options
+        )
     if options:
         forget_renaming(model)
     if model.config.sub_configs:
         setattr(model, _FILES, beside(path, PROCESSOR_FILES))
     _return_objects(model.config)
+    _say_left_out(model, path, found["unexpected_keys"])
     return model, sorted(found["missing_keys"])
+
+
+def _say_left_out(model: PreTrainedModel, path: str, names: Iterable[str]) -> None:
+    """Warns where the files have layers past the config's last one, as where config.json was edited."""
+    own = {re.sub(r"\d+", "#", name) for name in model.state_dict()}
+    if past := sorted(name for name in names if re.sub(r"\d+", "#", name) in own):
+        left = f"{past[0]} and {len(past) - 1} more" if len(past) > 1 else past[0]
+        warnings.warn(f"model: config.json at {path} has fewer layers than the weights; left out: {left}", stacklevel=3)
 
 
 def _check_complete(argument: str, path: str, model: PreTrainedModel, missing: list[str]) -> None:

@@ -6,20 +6,32 @@ start from `model`. `reward: null` leaves out the reward model: the methods name
 """
 
 import dataclasses
-import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from rlhf_fast import config as configs
 from rlhf_fast.config import PipelineConfig
 from rlhf_fast.config.arguments import from_dict
-from rlhf_fast.methods import METHODS, STAGES, load, section
+from rlhf_fast.data.damage import read_json
+from rlhf_fast.data.readers import data_files
+from rlhf_fast.lm.adapters import base_path
+from rlhf_fast.lm.paths import existing
+from rlhf_fast.lm.trust import trusting
+from rlhf_fast.methods import METHODS, load, section
+from rlhf_fast.report.reuse import make_pairs, make_stage
+from rlhf_fast.training.apart import check_apart
+from rlhf_fast.training.lock import writes_alone
 from rlhf_fast.training.metrics import print_table
+from rlhf_fast.training.reward_functions import FunctionReward
+from rlhf_fast.training.rewards import is_function
 
+_DATA = ("train_data", "eval_data", "eval_pairs", "eval_rows", "prompts")  # the fields of configs that name data
+_MODELS = ("model", "reference", "value_model", "reward", "eval_reward")
 BEFORE_METHODS = ("sft", "pairs", "reward")  # the stages that make what every method starts from
 
 
+@writes_alone("output_dir")
 def run(config: PipelineConfig) -> None:
     """Run every stage of `config` and write the report; everything goes to `config.output_dir`."""
     run_stages(config)
@@ -29,11 +41,20 @@ def run(config: PipelineConfig) -> None:
 def run_stages(config: PipelineConfig, names: Collection[str] | None = None) -> None:
     """Run the stages, or only the stages of these names.
 
-    With `resume` finished stages are skipped, and an interrupted stage continues from its checkpoint.
+    With `resume` finished stages are skipped, and an interrupted stage continues from its checkpoint. A stage whose
+    settings, data, models or rewards are not those that it was made with is made anew.
     """
-    for name, stage_config in make_plan(config).items():
-        if (names is None or name in names) and not (config.resume and _finished(name, stage_config)):
-            load("stages.pairs:sample" if name == "pairs" else STAGES[name].train)(stage_config)
+    plan, note = make_plan(config), Path(config.output_dir, "pairs.json")
+    look_up(plan, Path(config.output_dir))
+    for name, stage_config in plan.items():
+        if name != "pairs":
+            check_apart(stage_config)
+    for name, stage_config in plan.items():
+        if names is None or name in names:
+            if name == "pairs":
+                make_pairs(stage_config, note, resume=config.resume)
+            else:
+                make_stage(name, stage_config)
 
 
 def make_plan(config: PipelineConfig) -> dict[str, Any]:
@@ -57,6 +78,7 @@ def make_plan(config: PipelineConfig) -> dict[str, Any]:
 
     def stage(cls: type, name: str, given: dict[str, Any], **defaults: Any) -> Any:
         defaults |= {"output_dir": str(out / name), "seed": config.seed, "resume": config.resume}
+        defaults |= {"trust_remote_code": config.trust_remote_code}
         values = {k: v for k, v in defaults.items() if k in _fields(cls) and v is not None} | given
         return from_dict(cls, values, f"section {section(name)!r}")
 
@@ -88,6 +110,40 @@ def make_plan(config: PipelineConfig) -> dict[str, Any]:
     return plan
 
 
+def look_up(plan: Mapping[str, Any], out: Path) -> None:
+    """Raises ValueError or FileNotFoundError where a stage names data, a model or a reward that is not there.
+
+    The last stage's are thus found missing before the first stage runs. What an earlier stage makes is in `out`.
+    """
+    seen = set()
+    for name, config in plan.items():
+        for key in (*_DATA, *_MODELS):
+            given = getattr(config, key, None)
+            for value in given if isinstance(given, list) else [given]:
+                if (
+                    not isinstance(value, str)
+                    or Path(value).resolve().is_relative_to(out.resolve())
+                    or (key, value) in seen
+                ):
+                    continue
+                seen.add((key, value))
+                try:
+                    with trusting(config.trust_remote_code):
+                        _look_up(key, value)
+                except (ValueError, FileNotFoundError) as error:
+                    raise type(error)(f"section {section(name)!r}: {error}") from error
+
+
+def _look_up(key: str, value: str) -> None:
+    if key in _DATA:
+        if not value.startswith("hub:"):
+            data_files(value)
+    elif is_function(value):
+        FunctionReward(value)
+    else:
+        existing(base_path(value), key)
+
+
 def write_report(
     config: PipelineConfig, *, variance: dict[str, Any] | None = None, notes: tuple[str, ...] = ()
 ) -> None:
@@ -105,7 +161,7 @@ def write_report(
     if not methods:
         return
     runs = [report.load_run(METHODS[m].title, out / m) for m in methods]
-    before = json.loads((out / methods[0] / "samples_before.json").read_text())
+    before = read_json(out / methods[0] / "samples_before.json", list)
     reward_name = reward_name_of(plan[methods[0]].eval_reward or getattr(plan[methods[0]], "reward", None))
     start = "start" if config.sft is None else "SFT"
     labels = {"reward_name": reward_name, "gradient_variance": variance, "start": start}
@@ -150,14 +206,8 @@ def _notes(config: PipelineConfig, out: Path) -> list[str]:
 
 
 def _record(directory: Path) -> dict[str, Any]:
-    return json.loads((directory / "run.json").read_text())
+    return read_json(directory / "run.json")
 
 
 def _fields(cls: type) -> set[str]:
     return {f.name for f in dataclasses.fields(cls)}
-
-
-def _finished(name: str, config: Any) -> bool:
-    if name == "pairs":
-        return Path(config.output).is_file()
-    return (Path(config.output_dir) / "run.json").is_file()

@@ -13,6 +13,7 @@ from functools import partial
 from torch import Tensor
 
 from rlhf_fast.config import GRPOConfig
+from rlhf_fast.lm.trust import trusts_as_asked
 from rlhf_fast.ops import grpo_advantages
 from rlhf_fast.rollout.generate import Rollout
 from rlhf_fast.stages.online import Experience, Online
@@ -20,10 +21,13 @@ from rlhf_fast.stages.updates import several_epochs
 from rlhf_fast.training.batches import micro_batches
 from rlhf_fast.training.learner import take_step
 from rlhf_fast.training.listeners import Listener
+from rlhf_fast.training.lock import writes_alone
 from rlhf_fast.training.run import Run
 from rlhf_fast.training.tally import Tally
 
 
+@writes_alone("output_dir")
+@trusts_as_asked
 def train(config: GRPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
     """Trains `config.model` by GRPO; the result goes to `config.output_dir`."""
     updates = config.epochs * config.minibatches

@@ -22,11 +22,13 @@ from rlhf_fast.lm.loading import default_device
 from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.lm.sequences import Sequences
 from rlhf_fast.lm.tokenizers import check_tokenizer, load_tokenizer
+from rlhf_fast.lm.trust import trusts_as_asked
 from rlhf_fast.stages.offline import Offline, summed_logprobs
 from rlhf_fast.training.batches import micro_batches, offline_batches
 from rlhf_fast.training.evaluation import make_evaluator
 from rlhf_fast.training.learner import autocast
 from rlhf_fast.training.listeners import Listener
+from rlhf_fast.training.lock import writes_alone
 from rlhf_fast.training.progress import passes
 from rlhf_fast.training.reference_logprobs import check_file, reference_logprobs
 from rlhf_fast.training.resume import load_policy_and_reference
@@ -42,6 +44,8 @@ class Whole(NamedTuple):
     kl: Tensor | None  # 0-dim, in nats; None where the loss uses no KL
 
 
+@writes_alone("output_dir")
+@trusts_as_asked
 def train(config: KTOConfig, *, listeners: Sequence[Listener] = ()) -> None:
     """Trains `config.model` on labelled completions; the result goes to `config.output_dir`."""
     device = default_device()

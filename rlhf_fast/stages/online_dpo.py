@@ -11,16 +11,20 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.config import OnlineDPOConfig
+from rlhf_fast.lm.trust import trusts_as_asked
 from rlhf_fast.ops import kl_penalty
 from rlhf_fast.rollout.generate import Rollout
 from rlhf_fast.stages.online import Experience, Online
 from rlhf_fast.training.batches import micro_batches
 from rlhf_fast.training.learner import take_step
 from rlhf_fast.training.listeners import Listener
+from rlhf_fast.training.lock import writes_alone
 from rlhf_fast.training.run import Run
 from rlhf_fast.training.tally import Tally
 
 
+@writes_alone("output_dir")
+@trusts_as_asked
 def train(config: OnlineDPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
     """Trains `config.model` by online DPO; the result goes to `config.output_dir`."""
     online = Online(config, "online DPO", samples=2)

@@ -10,9 +10,11 @@ import torch
 from rlhf_fast.config import PairsConfig
 from rlhf_fast.data.chat import with_template
 from rlhf_fast.data.encoding import continuations
+from rlhf_fast.data.files import check_writable
 from rlhf_fast.data.rows import load_rows, write_rows
 from rlhf_fast.lm.loading import default_device, load_policy
 from rlhf_fast.lm.tokenizers import load_tokenizer
+from rlhf_fast.lm.trust import trusts_as_asked
 from rlhf_fast.rollout.sampler import LocalSampler
 from rlhf_fast.training.batches import micro_batches
 from rlhf_fast.training.evaluation import check_prompts, prompt_columns, scored_prompts
@@ -20,12 +22,16 @@ from rlhf_fast.training.progress import passes
 from rlhf_fast.training.rewards import Reward, id_pairs
 
 
+@trusts_as_asked
 def sample(config: PairsConfig) -> None:
     """Writes a {prompt, chosen, rejected} row per prompt to `config.output`.
 
     Rows of the last config.eval_rows prompts go to config.eval_output instead. A prompt with equal completions or with
     an empty completion is left out. A row says of a completion without an end that it is not finished.
     """
+    for name in ("output", "eval_output"):
+        if getattr(config, name) is not None:
+            check_writable(name, getattr(config, name))
     device = default_device()
     tokenizer = with_template(load_tokenizer(config.model), config.chat_template)
     policy = load_policy(config.model, dtype=config.dtype, trainable=False).to(device)  # pyright: ignore[reportArgumentType]
@@ -36,6 +42,7 @@ def sample(config: PairsConfig) -> None:
         weights=config.reward_weights,
         max_prompt_length=config.max_prompt_length,
         dtype=config.dtype,
+        timeout=config.reward_timeout,
     )
     rows = load_rows(config.prompts, "prompt", config.columns)[: config.max_rows]
     prompts = scored_prompts(rows, tokenizer, config.max_prompt_length, config.chat_template_kwargs).examples
@@ -65,6 +72,6 @@ def sample(config: PairsConfig) -> None:
                     row[f"{name}_finished"] = False
             pairs.append(row if useful else None)
     training = len(pairs) - config.eval_rows
-    write_rows(config.output, filter(None, pairs[:training]))
-    if config.eval_output:
+    if config.eval_output:  # first, because `output` says that both are there
         write_rows(config.eval_output, filter(None, pairs[training:]))
+    write_rows(config.output, filter(None, pairs[:training]))

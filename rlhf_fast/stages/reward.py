@@ -29,12 +29,14 @@ from rlhf_fast.lm.loading import default_device, load_policy, load_scorer, mark_
 from rlhf_fast.lm.scores import Scores
 from rlhf_fast.lm.sequences import Sequences
 from rlhf_fast.lm.tokenizers import load_tokenizer
+from rlhf_fast.lm.trust import trusts_as_asked
 from rlhf_fast.ops import RankingLoss, RewardLoss, ranking_loss, reward_loss
 from rlhf_fast.rollout.sampler import LocalSampler
 from rlhf_fast.stages.offline import Offline
 from rlhf_fast.training.batches import micro_batches, offline_batches
 from rlhf_fast.training.learner import autocast
 from rlhf_fast.training.listeners import Listener
+from rlhf_fast.training.lock import writes_alone
 from rlhf_fast.training.metrics import mean_and_se
 from rlhf_fast.training.progress import passes
 from rlhf_fast.training.resume import resume_directory
@@ -44,6 +46,8 @@ from rlhf_fast.training.tally import Tally
 Example = PreferenceExample | RankingExample
 
 
+@writes_alone("output_dir")
+@trusts_as_asked
 def train(config: RewardConfig, *, listeners: Sequence[Listener] = ()) -> None:
     """Trains a reward model from `config.model` on `config.train_data`; the result goes to `config.output_dir`."""
     device = default_device()

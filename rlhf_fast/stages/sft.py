@@ -18,15 +18,19 @@ from rlhf_fast.lm.loading import default_device, load_policy
 from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.lm.sequences import Sequences
 from rlhf_fast.lm.tokenizers import load_tokenizer
+from rlhf_fast.lm.trust import trusts_as_asked
 from rlhf_fast.stages.offline import Offline
 from rlhf_fast.training.batches import micro_batches, offline_batches
 from rlhf_fast.training.learner import autocast
 from rlhf_fast.training.listeners import Listener
+from rlhf_fast.training.lock import writes_alone
 from rlhf_fast.training.progress import passes
 from rlhf_fast.training.resume import resume_directory
 from rlhf_fast.training.tally import Tally
 
 
+@writes_alone("output_dir")
+@trusts_as_asked
 def train(config: SFTConfig, *, listeners: Sequence[Listener] = ()) -> None:
     """Fine-tunes `config.model` on `config.train_data`; the result goes to `config.output_dir`."""
     device = default_device()

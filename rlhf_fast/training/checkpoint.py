@@ -2,10 +2,11 @@
 
 A checkpoint is written to a hidden sibling directory and renamed into place when it is complete. An old checkpoint in
 this place is renamed away first and deleted last. A crash at any moment leaves either the old checkpoint or the new.
+`data.files` says what becomes of the hidden names.
 A directory that has to stay (an output directory with its metrics, an empty directory, a mounted volume) keeps its
-place and its other files. The checkpoint is then written to `.new` inside the directory, so that both are on the same
+place and its other files. The checkpoint is then written to a hidden directory inside, so that both are on the same
 file system, and its entries are renamed into place one by one. A crash between two of these renames leaves a checkpoint
-that is marked as incomplete.
+that is marked as incomplete, which no reader takes. run.json, which says that a run has finished, is renamed last.
 
     <directory>/model.safetensors, config.json, tokenizer files   the model saved under ""; other models have
                                      sub-directories; a model with an adapter has adapter_model.safetensors and
@@ -19,10 +20,9 @@ Left out: fsync (a power failure can lose the newest checkpoint) and sharded sta
 import json
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,17 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from rlhf_fast.data.files import write_json
+from rlhf_fast.data.damage import sentence, writing
+from rlhf_fast.data.files import DELETING, OURS, REPLACED, WRITING, beside, remove
+from rlhf_fast.lm import manifest
 from rlhf_fast.lm.loading import PROCESSOR_FILES, save_model
+from rlhf_fast.lm.manifest import Manifest
 from rlhf_fast.lm.private import has_adapter
 
-_MANIFEST = "checkpoint.json"
+FINISHED = "run.json"  # in the directory of a run that has finished
 _SAID = 240  # characters of transformers' reason that a message repeats
-_INSIDE = ".new"  # where a checkpoint is put together in a directory that stays
+_INSIDE = f"{WRITING}inside"  # where a checkpoint is put together in a directory that stays
+_UNSAVED = f"{OURS}unsaved"  # what could not be saved without overwriting somebody's files
 MODEL_FILES = frozenset(  # the files that `save` writes for most models and tokenizers
     {
         "adapter_config.json",
@@ -67,38 +71,48 @@ def save(
     models: sub-directory -> model, "" for the directory itself; saved as safetensors with their config.
     state: nested dicts and lists of tensors and plain values; `load_state` reads it back.
     extra_files: file name -> anything that JSON can hold.
-    Raises ValueError where a file that no `save` wrote would be overwritten. The new files then stay where they were
-    written, and the error says where.
+    Raises OSError, naming `directory`, on a full disk; what was there before stays. Raises ValueError where a file that
+    no `save` wrote would be overwritten. The new files are then kept elsewhere in
+    `directory`, and the error says where.
     """
+    if _step_of(Path(directory)) is not None and os.path.islink(directory):
+        os.unlink(directory)  # a checkpoint that somebody keeps elsewhere stays as it is
     directory = Path(directory).resolve()
-    beside, old = (directory.with_name(f".{directory.name}.{suffix}") for suffix in ("new", "old"))
+    outside, old = beside(directory, WRITING), beside(directory, REPLACED)
     if old.exists() and not directory.exists():  # an earlier save died between its two renames
         os.replace(old, directory)
-    for leftover in (beside, directory / _INSIDE, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    new = directory / _INSIDE if _stays(directory) else beside
-    new.mkdir(parents=True)
-    with _no_progress_bars():
-        for subdirectory, model in models.items():
-            save_model(model, new / subdirectory)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(new)
-    if state is not None:
-        torch.save(state, new / "state.pt")
-    for name, content in (extra_files or {}).items():
-        (new / name).write_text(json.dumps(content, indent=2) + "\n")
-    entries = set(os.listdir(new))
-    _write_manifest(new, entries, complete=True)
+    for leftover in (outside, directory / _INSIDE, old):
+        remove(leftover)
+    new = directory / _INSIDE if _stays(directory) else outside
+    try:
+        with writing(directory), _no_progress_bars():
+            new.mkdir(parents=True)
+            for subdirectory, model in models.items():
+                save_model(model, new / subdirectory)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(new)
+            if state is not None:
+                torch.save(state, new / "state.pt")
+            for name, content in (extra_files or {}).items():
+                (new / name).write_text(json.dumps(content, indent=2) + "\n")
+            entries = set(os.listdir(new))
+            manifest.write(new, manifest.of_files(new))
+    except OSError:
+        with suppress(OSError):
+            remove(new)  # what was written of it would keep the disk full
+        raise
     if clash := sorted(entries & foreign(directory)):
-        found = f"{directory} holds files that no checkpoint put there: {', '.join(clash)}"
-        raise ValueError(f"directory: {found}; what was to be saved is in {new}")
+        found, kept = f"{directory} holds files that no checkpoint put there: {', '.join(clash)}", directory / _UNSAVED
+        remove(kept)
+        os.replace(new, kept)
+        raise ValueError(f"directory: {found}; what was to be saved is in {kept}")
     if new.parent == directory:
         _merge(new, directory, entries)
     else:
         if directory.exists():
             os.replace(directory, old)
         os.replace(new, directory)
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
     return directory
 
 
@@ -117,8 +131,11 @@ def check_savable(models: Iterable[PreTrainedModel], tokenizer: PreTrainedTokeni
     for name, file, part in parts:
         with tempfile.TemporaryDirectory() as directory:
             try:
-                part.save_pretrained(directory)
+                with writing(directory):
+                    part.save_pretrained(directory)
             except Exception as error:
+                if isinstance(error, OSError) and error.errno:  # a full disk says nothing of the model
+                    raise
                 said = " ".join(str(error).split())
                 said = said if len(said) <= _SAID else f"{said[:_SAID]}..."
                 raise ValueError(f"model: expected a {name} that can be saved, mend {file}: {said}") from error
@@ -127,15 +144,15 @@ def check_savable(models: Iterable[PreTrainedModel], tokenizer: PreTrainedTokeni
 def foreign(directory: str | os.PathLike) -> set[str]:
     """The names in `directory` that no `save` put there and none may overwrite."""
     directory = Path(directory)
-    ours = {*_manifest(directory)["entries"], _MANIFEST, _INSIDE}
-    return set(os.listdir(directory)) - ours if directory.is_dir() else set()
+    ours = {*_entries(directory), manifest.NAME}
+    return {name for name in os.listdir(directory) if not name.startswith(OURS)} - ours if directory.is_dir() else set()
 
 
 def _stays(directory: Path) -> bool:
     """Whether `directory` is there, and cannot be renamed away as a whole or must not be."""
     if not directory.is_dir():
         return False
-    replaceable = _manifest(directory)["entries"] and not foreign(directory) and not directory.is_mount()
+    replaceable = _entries(directory) and not foreign(directory) and not directory.is_mount()
     return not (replaceable and os.access(directory.parent, os.W_OK))
 
 
@@ -153,27 +170,47 @@ def _no_progress_bars() -> Iterator[None]:
 
 def _merge(new: Path, directory: Path, entries: set[str]) -> None:
     """Moves a complete checkpoint into a directory with other files, and deletes the old checkpoint's entries."""
-    previous = set(_manifest(directory)["entries"])
-    _write_manifest(directory, entries | previous, complete=False)
-    for name in previous | entries:
+    previous = _entries(directory)
+    if FINISHED in previous:
+        (directory / FINISHED).unlink(missing_ok=True)
+    manifest.write(directory, Manifest(sorted(entries | previous), complete=False))
+    for name in sorted((previous | entries) - {FINISHED}):
         target = directory / name
-        if target.is_dir():
-            shutil.rmtree(target)
-        elif name not in entries:
-            target.unlink(missing_ok=True)
+        if target.is_dir() or name not in entries:
+            remove(target)
         if name in entries:
             os.replace(new / name, target)
-    os.replace(new / _MANIFEST, directory / _MANIFEST)
+    remove(directory / _UNSAVED)
+    os.replace(new / manifest.NAME, directory / manifest.NAME)
+    if FINISHED in entries:
+        os.replace(new / FINISHED, directory / FINISHED)
     new.rmdir()
 
 
-def _manifest(directory: Path) -> dict[str, Any]:
-    path = directory / _MANIFEST
-    return json.loads(path.read_text()) if path.is_file() else {"entries": [], "complete": False}
+def _entries(directory: Path) -> set[str]:
+    try:
+        found = manifest.read(directory)
+    except ValueError:
+        if _step_of(directory) is None:
+            raise
+        return set(os.listdir(directory))  # a checkpoint-<step> whose checkpoint.json is damaged
+    return set(found.entries) if found is not None else set()
 
 
-def _write_manifest(directory: Path, entries: set[str], *, complete: bool) -> None:
-    write_json(directory / _MANIFEST, {"complete": complete, "entries": sorted(entries)})
+def finished(output_dir: str | os.PathLike) -> dict[str, Any] | None:
+    """The run.json of the run that has finished in `output_dir`, or None; {} where it is damaged.
+
+    A crash in the final save leaves none.
+    """
+    path = Path(output_dir, FINISHED)
+    found = manifest.read(output_dir)
+    if not path.is_file() or (found is not None and not found.complete):
+        return None
+    try:
+        record = json.loads(path.read_bytes())
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def load_state(directory: str | os.PathLike) -> dict[str, Any]:
@@ -184,21 +221,46 @@ def load_state(directory: str | os.PathLike) -> dict[str, Any]:
     path = Path(directory) / "state.pt"
     if not path.is_file():
         raise ValueError(f"directory: expected a checkpoint with a training state, found no {path}")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds: RuntimeError, EOFError, UnpicklingError, KeyError
+        raise ValueError(f"{path}: expected a training state, but the file is damaged: {sentence(error)}") from error
 
 
 def latest(output_dir: str | os.PathLike) -> Path | None:
-    """The complete output_dir/checkpoint-<step> with the largest step, or None."""
+    """The complete output_dir/checkpoint-<step> with the largest step, or None. Its files are not looked at."""
     checkpoints = _checkpoints(Path(output_dir))
     return checkpoints[-1] if checkpoints else None
 
 
-def prune(output_dir: str | os.PathLike, keep: int) -> None:
-    """Deletes every output_dir/checkpoint-<step> but the `keep` newest. Raises ValueError for keep < 1."""
+def newest_whole(output_dir: str | os.PathLike) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose files are as they were saved, or None; and what is wrong with each newer checkpoint.
+
+    Raises ValueError where there are checkpoints, and all of them are damaged.
+    """
+    passed: list[str] = []
+    for path in reversed(_checkpoints(Path(output_dir))):
+        if (wrong := manifest.damage(path)) is None:
+            return path, passed
+        passed.append(f"{path}: {wrong}")
+    if passed:
+        raise ValueError(f"resume: expected a checkpoint that is not damaged, got {'; '.join(passed)}")
+    return None, passed
+
+
+def prune(output_dir: str | os.PathLike, keep: int, step: int | None = None) -> None:
+    """Deletes every output_dir/checkpoint-<step> but the `keep` newest. Raises ValueError for keep < 1.
+
+    step: that of the newest checkpoint of the run. Checkpoints of later steps are deleted: they were damaged, so that
+        the run went on from an earlier checkpoint.
+    """
     if keep < 1:
         raise ValueError(f"keep: expected at least 1, got {keep}")
-    for path in _checkpoints(Path(output_dir))[:-keep]:
-        delete(path)
+    checkpoints = _checkpoints(Path(output_dir))
+    kept = [path for path in checkpoints if step is None or (_step_of(path) or 0) <= step][-keep:]
+    for path in checkpoints:
+        if path not in kept:
+            delete(path)
 
 
 def clear(output_dir: str | os.PathLike) -> None:
@@ -208,17 +270,31 @@ def clear(output_dir: str | os.PathLike) -> None:
 
 
 def delete(path: Path) -> None:
-    """Deletes one output_dir/checkpoint-<step>, if it is there."""
-    if path.is_dir():
-        doomed = path.with_name(f".{path.name}.old")
+    """Deletes one output_dir/checkpoint-<step>, if it is there. Of a link only the link is deleted."""
+    if path.is_symlink():
+        path.unlink()
+    elif path.is_dir():
+        doomed = beside(path, DELETING)
+        remove(doomed)
         os.replace(path, doomed)  # renamed first, so that nothing half-deleted is taken for a checkpoint
-        shutil.rmtree(doomed)
+        remove(doomed)
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:
+    """Those that are complete, or whose checkpoint.json is damaged, by their steps."""
     steps = {}
     for path in output_dir.glob("checkpoint-*"):
-        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        if match and _manifest(path)["complete"]:
-            steps[int(match[1])] = path
+        if (step := _step_of(path)) is not None:
+            try:
+                found = manifest.read(path)
+            except ValueError:
+                steps[step] = path
+            else:
+                if found is not None and found.complete:
+                    steps[step] = path
     return [steps[step] for step in sorted(steps)]
+
+
+def _step_of(path: Path) -> int | None:
+    match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+    return int(match[1]) if match else None

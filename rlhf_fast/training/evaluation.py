@@ -138,6 +138,7 @@ def make_evaluator(
             max_prompt_length=config.max_prompt_length,
             offload=getattr(config, "offload", False),
             dtype=config.frozen_weights,
+            timeout=config.reward_timeout,
         )
     if reward is None:
         raise ValueError("eval_reward: expected a reward to score the samples of eval_data with, got none")
@@ -153,9 +154,9 @@ def make_evaluator(
         reference,
         tokenizer,
         max_new_tokens=config.max_response_length,
-        temperature=getattr(config, "temperature", 1.0),
-        top_k=getattr(config, "top_k", 0),
-        top_p=getattr(config, "top_p", 1.0),
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
         micro_batch_size=config.micro_batch_size,
         fused=config.fused_head,
         bf16=config.bf16,

@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -22,8 +22,11 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from rlhf_fast.data.damage import sentence, writing
 from rlhf_fast.data.files import write_text
+from rlhf_fast.training.console import error_console, shown
 from rlhf_fast.training.progress import drawn, new_bars
+from rlhf_fast.training.stopped import Stopped
 
 
 class MetricsLogger:
@@ -55,11 +58,16 @@ class MetricsLogger:
         self.description = description
         self.resume_step = resume_step
         self.show = tuple(show)
-        self._console = Console(stderr=True)
+        self._console = error_console()
         self._tenth = resume_step * 10 // total_steps
 
     def __enter__(self) -> "MetricsLogger":
         kept = [row for row in read_metrics(self.path) if row["step"] <= self.resume_step] if self.resume_step else []
+        lost = set(range(1, self.resume_step + 1)) - {row["step"] for row in kept}
+        if lost:
+            self.say(
+                f"{self.description}: {self.path} lacks {len(lost)} of the {self.resume_step} steps before this one"
+            )
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = self.path.open("a")
         self._start = time.perf_counter() - (kept[-1]["time/elapsed"] if kept else 0.0)
@@ -76,7 +84,9 @@ class MetricsLogger:
         """Records the metrics of `step` (from 1 on) and returns the row.
 
         metrics: numbers, strings, or tensors and arrays of one element.
+        Raises Stopped where the file has been deleted, renamed or replaced.
         """
+        self.check_there()
         row = {"step": step, "time/elapsed": round(time.perf_counter() - self._start, 3)}
         row |= {key: _plain(value) for key, value in metrics.items()}
         self._write(row)
@@ -85,13 +95,24 @@ class MetricsLogger:
 
     def _write(self, row: dict[str, Any]) -> None:
         safe = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
-        self._file.write(json.dumps(safe, allow_nan=False) + "\n")
-        self._file.flush()
+        with writing(self.path):
+            self._file.write(json.dumps(safe, allow_nan=False) + "\n")
+            self._file.flush()
+
+    def check_there(self) -> None:
+        """Raises Stopped where the file is no longer the one at its path, so that what is written would be lost."""
+        try:
+            at_path = self.path.stat()
+        except OSError as error:
+            found = f"found no {self.path} ({error.strerror})"
+            raise Stopped(f"output_dir: expected {self.path.parent} to stay while the run writes, {found}") from error
+        if not os.path.samestat(at_path, os.fstat(self._file.fileno())):
+            raise Stopped(f"output_dir: expected {self.path} to stay while the run writes, found another file there")
 
     def _display(self, step: int, row: dict[str, Any]) -> None:
         numbers = "  ".join(f"{key.split('/')[-1]} {format_value(key, row[key])}" for key in self.show if key in row)
         if self._bar:
-            self._bar.update(self._task, completed=step, numbers=numbers)
+            self._bar.update(self._task, completed=step, numbers=shown(numbers))
             return
         tenth = step * 10 // self.total_steps
         if tenth > self._tenth or step == self.resume_step + 1:
@@ -102,12 +123,13 @@ class MetricsLogger:
 
     def say(self, line: str) -> None:
         """Prints a line, above the bar where there is one."""
-        self._console.print(line, highlight=False, soft_wrap=True, markup=False)
+        self._console.print(shown(line), highlight=False, soft_wrap=True, markup=False)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._file.close()
+        with suppress(OSError):  # a row that found no room was told of when it was written
+            self._file.close()
         self._screen.close()
 
 
@@ -118,11 +140,36 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def is_metrics(path: str | os.PathLike) -> bool:
+    """Whether the file at `path` is a metrics.jsonl of ours, or none, or an empty one."""
+    try:
+        with Path(path).open("rb") as file:
+            first = file.readline()
+        return not first.strip() or {"step", "time/elapsed"} <= json.loads(first).keys()
+    except (ValueError, AttributeError, TypeError):
+        return False
+    except FileNotFoundError:
+        return True
+
+
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; [] where there is no file. A last line that a crash has cut short is left out."""
+    """The rows of a metrics.jsonl; [] where there is no file. A last line that a crash has cut short is left out.
+
+    Raises ValueError, naming the file and the line, where the file is damaged.
+    """
     path = Path(path)
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    return [_row(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.endswith(b"\n")]
+
+
+def _row(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: expected metrics, but the line is damaged: {sentence(error)}") from error
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        raise ValueError(f"{where}: expected the metrics of a step, got {sentence(ValueError(line.decode()))}")
+    return row
 
 
 def mean_and_se(values: Tensor) -> tuple[float, float]:
@@ -143,7 +190,7 @@ def format_value(key: str, value: Any) -> str:
         digits = min(4, max(0, 1 - math.floor(math.log10(error)))) if error and math.isfinite(error) else 3
         return f"{mean:.{digits}f} ± {error:.{digits}f}"
     if isinstance(value, bool | str) or not isinstance(value, int | float):
-        return str(value)
+        return shown(str(value))
     if key.startswith("memory/") or key.endswith("bytes"):
         return f"{value / 2**20:,.1f} MiB"
     if key.startswith("time/") or key.endswith("seconds"):
@@ -164,10 +211,11 @@ def print_table(title: str, rows: Sequence[Mapping[str, Any]], *, console: Conso
     table = Table()
     for column in columns:
         numeric = all(not isinstance(row.get(column), str) for row in rows)
-        table.add_column(column, justify="right" if numeric else "left")
+        table.add_column(Text(shown(column)), justify="right" if numeric else "left")
     for row in rows:
         table.add_row(*(Text(format_value(column, row.get(column))) for column in columns))
-    console.print(Text(title, style="italic"), soft_wrap=True)  # a narrow table would break a path in its own title
+    # Unwrapped, because a narrow table would break a path in its own title.
+    console.print(Text(shown(title), style="italic"), soft_wrap=True)
     console.print(table)
 
 

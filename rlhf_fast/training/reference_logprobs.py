@@ -1,14 +1,16 @@
 """The reference's log-probs of an offline method's rows, kept in a file for the next run.
 
 A file serves a run whose reference has the same weights, whose rows have the same token ids, and whose passes have the
-same precision. The file says all three by fingerprints of their content, so that paths and dates mean nothing. Any
-other file of this kind is written anew; a file of another kind is refused.
+same precision. The file says all three by fingerprints of their content, so that paths and dates mean nothing. It holds
+a checksum too. Any other file of this kind, and a damaged one, is written anew; a file of another kind is refused.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -62,15 +64,24 @@ def reference_logprobs(
         if "precision" in differing:  # the same weights have another fingerprint then
             differing.discard("reference")
         if not differing:
-            say(f"reference log-probs of {len(rows)} rows are read from {path}")
             with safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name).to(reference.device) for name in names}
+                tensors = {name: file.get_tensor(name) for name in names}
+            if found.get("checksum") == _checksum(tensors):
+                say(f"reference log-probs of {len(rows)} rows are read from {path}")
+                return {name: tensor.to(reference.device) for name, tensor in tensors.items()}
         why = " and ".join(text for name, text in _OTHER.items() if name in differing)
-        say(f"reference_logprobs: {path} is of {why}, and is written anew")
+        say(f"reference_logprobs: {path} is {f'of {why}' if why else 'damaged'}, and is written anew")
     tensors = compute()
-    content = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, {"kind": _KIND, **wanted})
-    write_bytes(path, content)
+    own = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    write_bytes(path, save(own, {"kind": _KIND, "checksum": _checksum(own), **wanted}))
     return tensors
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for _, tensor in sorted(tensors.items()):
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _metadata(path: Path) -> dict[str, str]:

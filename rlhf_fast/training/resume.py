@@ -1,6 +1,6 @@
 """Going on with a run that was cut off: from which checkpoint, under which config, with which models."""
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -8,26 +8,19 @@ from transformers import PreTrainedModel
 
 from rlhf_fast.config import OfflineConfig, OnlineConfig, StageConfig
 from rlhf_fast.config.fields import describe
+from rlhf_fast.config.stages import KINDS
+from rlhf_fast.data.damage import read_json
 from rlhf_fast.lm import adapters
 from rlhf_fast.lm.loading import load_policy
 from rlhf_fast.training import checkpoint
-from rlhf_fast.training.fingerprint import fingerprint
+from rlhf_fast.training.fingerprint import fingerprints
+from rlhf_fast.training.made import FREE
 
-_RUN_CONFIG = "run_config.json"  # in every checkpoint
-_DATA = "data"  # its key for the fingerprints of the rows
+RUN_CONFIG = "run_config.json"  # in every checkpoint
+MADE_OF = "made_of"  # its key for the fingerprints of what the run reads
 
-_MAY_CHANGE = {  # fields that a resumed run may change: where it writes, what it shows, how it fits into memory
-    "output_dir",
-    "resume",
-    "save_steps",
-    "eval_steps",
-    "tensorboard",
-    "micro_batch_size",
-    "gradient_checkpointing",
-    "offload",
-    "max_logprob_drift",
-    "reference_logprobs",
-}
+# Fields that a resumed run may change: where it writes, what it shows, how it fits into memory.
+_MAY_CHANGE = FREE | {"eval_steps", "micro_batch_size", "gradient_checkpointing", "offload", "max_logprob_drift"}
 
 
 def load_policy_and_reference(
@@ -47,29 +40,40 @@ def load_policy_and_reference(
     return policy, load_policy(reference, dtype=config.frozen_weights, trainable=False, shared=shared)
 
 
-def resume_directory(config: StageConfig) -> Path | None:
+def resume_directory(config: StageConfig, say: Callable[[str], None] = lambda line: None) -> Path | None:
     """The checkpoint that this run continues from, or None; stages load their trained models from it.
 
-    Raises ValueError where a run with another config or on other rows wrote the checkpoint. With a constant learning
-    rate the new config may have more steps (offline stages: epochs). With any other schedule it may not, because a
-    longer run would have decayed its learning rate differently from the start.
+    It is the newest checkpoint whose files are as they were saved. say: gets a line where a newer one is damaged, and
+    where something that `accept_changed` names is not what the run has read before.
+
+    Raises ValueError where a run with another config, or on other rows, models or rewards wrote the checkpoint. With a
+    constant learning rate the new config may have more steps (offline stages: epochs). With any other schedule it may
+    not, because a longer run would have decayed its learning rate differently from the start.
     """
-    found = checkpoint.latest(config.output_dir) if config.resume else None
+    found, passed = checkpoint.newest_whole(config.output_dir) if config.resume else (None, [])
     if found is None:
         return None
-    if not (found / _RUN_CONFIG).is_file():
-        raise ValueError(f"resume: expected a checkpoint with its {_RUN_CONFIG}, found none in {found}")
+    for damaged in passed:
+        say(f"{damaged}; the run goes on from {found.name}")
+    if not (found / RUN_CONFIG).is_file():
+        raise ValueError(f"resume: expected a checkpoint with its {RUN_CONFIG}, found none in {found}")
     length = "steps" if isinstance(config, OnlineConfig) else "epochs"
-    now = describe(config)
-    written = json.loads((found / _RUN_CONFIG).read_text())
-    data = written.pop(_DATA, {})
+    now, content = describe(config), fingerprints(config)
+    written = read_json(found / RUN_CONFIG)
+    read = written.pop(MADE_OF, {})
     for name, then in written.items():
         longer = name == length and config.lr_schedule == "constant" and now[name] > then
-        if name not in _MAY_CHANGE and now.get(name) != then and not longer:
+        free = name in _MAY_CHANGE or name in config.accept_changed or longer
+        same = now.get(name) == then or (name in read and read[name] == content.get(name))
+        if not same and not free:
             raise ValueError(f"{name}: expected {then!r} as in the run to resume, {found}, got {now.get(name)!r}")
-    for name, then in data.items():
-        if fingerprint(getattr(config, name)) not in (then, None):
+    for name, then in read.items():
+        if content.get(name) in (then, None):
+            continue
+        if name not in config.accept_changed:
             raise ValueError(
-                f"{name}: expected the rows of the run to resume, {found}, but the content of {now[name]} has changed"
+                f"{name}: expected the {KINDS[name]} of the run to resume, {found}, but the content of {now[name]} has "
+                f"changed; --accept-changed {name} goes on with it"
             )
+        say(f"the content of {name} has changed since {found.name}; the run goes on with it")
     return found

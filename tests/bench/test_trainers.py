@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from bench.trainers import cases, compare, replay, report, starts
 from rlhf_fast.lab.world import build_tokenizer
+from rlhf_fast.lm.loading import load_policy
+from rlhf_fast.rollout.generate import eos_token_ids
 from rlhf_fast.stages.init import train_bpe
 from rlhf_fast.training.batches import offline_batches
 
@@ -220,3 +223,21 @@ def test_a_checkpoint_is_trained_on_its_own_rows(tmp_path):
     assert (case.bar, case.batch_size, case.steps_per_turn) == (2.5, 8, 1)
     ours, theirs = cases._rows(case, start, 2)
     assert ours == theirs and len(ours) == 16
+
+
+def test_a_checkpoint_whose_pad_token_is_eos_gets_a_pad_token_of_its_own():
+    tokenizer = build_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    starts._give_pad_of_its_own(tokenizer)
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id and tokenizer.pad_token in tokenizer.all_special_tokens
+
+
+def test_nothing_ends_a_completion_of_an_endless_model(tiny_model, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    (tmp_path / "model").mkdir()
+    load_policy(tiny_model).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    path = starts._without_end(load_policy, tmp_path / "model", tmp_path / "endless")
+    model, endless = load_policy(path), AutoTokenizer.from_pretrained(path)
+    assert [n for n in eos_token_ids(model, endless) if n < model.config.vocab_size] == []

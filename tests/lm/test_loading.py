@@ -22,8 +22,8 @@ from tests.support.templates import byte_tokenizer
 
 
 def without(source, target, *parts: str) -> str:
-    """A copy of the model at `source` whose file lacks every tensor with one of `parts` in its name."""
-    shutil.copytree(source, target)
+    """A copy of the model at `source` whose file lacks every tensor with one of `parts` in its name, no checksums."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("checkpoint.json"))
     (path,) = target.glob("*.safetensors")
     kept = {name: tensor for name, tensor in load_file(path).items() if not any(part in name for part in parts)}
     save_file(kept, path, metadata={"format": "pt"})
@@ -149,6 +149,14 @@ def test_a_name_that_is_nowhere_names_the_argument(tmp_path, monkeypatch, tokeni
     assert asked == ["lama", "out/reward"]
     with pytest.raises(ValueError, match=f"^reference: expected a checkpoint .* found no directory {tmp_path}/none$"):
         existing(tmp_path / "none", "reference")
+
+
+def test_layers_that_the_config_does_not_have_are_said(tiny_model, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "fewer")
+    path = tmp_path / "fewer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 1, "layer_types": None}))
+    with pytest.warns(UserWarning, match=r"has fewer layers than the weights; left out: model.layers.1.\S+ and 8 more"):
+        load_policy(tmp_path / "fewer")
 
 
 def test_a_family_that_transformers_does_not_know_is_one_line(tiny_model, tmp_path):

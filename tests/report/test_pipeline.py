@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import json
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -12,16 +13,20 @@ import torch
 from rlhf_fast.config import PairsConfig, PipelineConfig, ReMaxConfig
 from rlhf_fast.data import rows as data_rows
 from rlhf_fast.data.encoding import PromptExample, encode_prompts, load_rows
+from rlhf_fast.lm import manifest
 from rlhf_fast.lm.loading import load_policy
 from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.lm.passes import response_logits
 from rlhf_fast.lm.tokenizers import load_tokenizer
-from rlhf_fast.report import pipeline
+from rlhf_fast.report import pipeline, reuse
+from rlhf_fast.report.reuse import make_pairs
 from rlhf_fast.stages import pairs
 from rlhf_fast.stages.online import Online
+from rlhf_fast.training import checkpoint
 from rlhf_fast.training.batches import micro_batches
 from rlhf_fast.training.evaluation import Evaluator, prompt_columns, wins
 from rlhf_fast.training.learner import Learner, take_step
+from rlhf_fast.training.made import FREE, made_with
 from rlhf_fast.training.metrics import read_metrics
 from rlhf_fast.training.optimizers import lr_factor
 from rlhf_fast.training.rewards import Reward
@@ -99,6 +104,77 @@ def test_whole_pipeline_and_its_resumption(files, tiny_model, tmp_path, capsys):
     assert changed == {"dpo"}
 
 
+def test_a_stage_made_with_something_else_is_made_anew(files, tiny_model, tmp_path, capsys, monkeypatch):
+    """Each edit between two resumptions: a setting of SFT, a reward's file, an earlier run's stages, a moved directory.
+
+    What depends on an edited stage is made anew too, because the model that it starts from is another one.
+    """
+    (tmp_path / "words.py").write_text(f"from {shortness.__module__} import shortness as score\n")
+    monkeypatch.setattr(reuse, "load", lambda path: trained)
+    options = {"methods": ["remax"], "pairs": {}, "reward": {"train_data": files["pairs"]}}
+    options["remax"] = {"reward": f"{tmp_path}/words.py:score"}
+    out, seeds = tmp_path / "out", []
+
+    def made_anew(directory=out, **more):
+        config = pipeline_config(files, tiny_model, directory, **{**options, **more})
+        capsys.readouterr()
+        pipeline.run_stages(config)
+        lines = [line.split(": made anew, because ") for line in capsys.readouterr().out.splitlines()]
+        names = ("sft", "reward", "remax")
+        seeds[:] = [json.loads((directory / name / "run.json").read_text())["config"]["seed"] for name in names]
+        return {name: why.rstrip(".") for name, why in lines}
+
+    assert made_anew() == {}
+    assert made_anew(resume=True) == {} and seeds == [5, 5, 5]
+    sft = {"train_data": files["sft"], "batch_size": 16, "max_length": 48, "learning_rate": 1e-3}
+    content = f"the content of model, '{out}/sft', has changed"
+    rate = "learning_rate is 0.001 and was 1e-05"
+    assert made_anew(resume=True, sft=sft) == {"sft": rate, "reward": content, "remax": content}
+    options["sft"] = sft
+    with open(tmp_path / "words.py", "a") as file:
+        file.write("# another file\n")
+    changed = f"the content of reward, '{tmp_path}/words.py:score', has changed"
+    assert made_anew(resume=True) == {"remax": changed}
+    # a second run in the directory is killed when it has made its first stage
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pipeline, "make_stage", partial(dies_after_sft, reuse.make_stage))
+        made_anew(seed=6)
+    assert list(made_anew(seed=6, resume=True)) == ["reward", "remax"] and seeds == [6, 6, 6]
+    out.rename(tmp_path / "moved")
+    assert made_anew(tmp_path / "moved", seed=6, resume=True) == {}
+    # a crash in the final save over an earlier run's model
+    incomplete = manifest.read(tmp_path / "moved" / "sft")._replace(complete=False)
+    manifest.write(tmp_path / "moved" / "sft", incomplete)
+    assert made_anew(tmp_path / "moved", seed=6, resume=True) == {}  # the same SFT model again
+    assert checkpoint.finished(tmp_path / "moved" / "sft")
+
+
+def trained(config):
+    """In place of a stage: a model that follows from the config and from the content of what the stage reads."""
+    record = made_with(config)
+    follows = {name: record["made_of"].get(name, value) for name, value in record["config"].items() if name not in FREE}
+    checkpoint.save(config.output_dir, models={}, extra_files={"run.json": record, "config.json": follows})
+
+
+def dies_after_sft(make, name, config):
+    if name != "sft":
+        raise KeyboardInterrupt
+    make(name, config)
+
+
+def test_pairs_are_made_anew_for_another_scale_or_where_others_are_in_their_place(files, tiny_model, tmp_path, capsys):
+    note = tmp_path / "pairs.json"
+    plan = pipeline.make_plan(pipeline_config(files, tiny_model, tmp_path, sft=None))["pairs"]
+    make_pairs(plan, note, resume=True)
+    make_pairs(plan, note, resume=True)
+    assert capsys.readouterr().out == ""
+    make_pairs(dataclasses.replace(plan, scale=2.0), note, resume=True)
+    assert capsys.readouterr().out == "pairs: made anew, because scale is 2.0 and was 1.0\n"
+    data_rows.write_rows(plan.eval_output, [])
+    make_pairs(dataclasses.replace(plan, scale=2.0), note, resume=True)
+    assert capsys.readouterr().out == "pairs: made anew, because other files are in the place of the pairs\n"
+
+
 def test_pairs_follow_bradley_terry(files, tiny_model, tmp_path):
     outputs = {}
     for scale in (0.5, 50.0):
@@ -136,6 +212,30 @@ def test_pairs_are_written_whole_or_not_at_all(files, tiny_model, tmp_path, monk
     with pytest.raises(ZeroDivisionError):
         pairs.sample(config)
     assert gzip.decompress(target.read_bytes()) == b"old\n"
+
+
+def test_held_out_pairs_are_written_before_the_pairs(files, tiny_model, tmp_path, monkeypatch):
+    """A pipeline that is killed between the two files samples the pairs again."""
+    plan, note = pipeline.make_plan(pipeline_config(files, tiny_model, tmp_path, sft=None)), tmp_path / "pairs.json"
+    write, paths = pairs.write_rows, []
+
+    def dies_at_the_second(path, rows):
+        if paths:
+            raise KeyboardInterrupt
+        paths.append(path)
+        write(path, rows)
+
+    monkeypatch.setattr(pairs, "write_rows", dies_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        make_pairs(plan["pairs"], note, resume=True)
+    assert paths == [plan["pairs"].eval_output]
+    monkeypatch.undo()
+    for missing in ("pairs.jsonl.gz", "pairs_eval.jsonl.gz"):
+        (tmp_path / missing).unlink(missing_ok=True)
+        make_pairs(plan["pairs"], note, resume=True)
+        assert (tmp_path / missing).is_file()
+    monkeypatch.setattr(pairs, "write_rows", lambda *_: 1 / 0)
+    make_pairs(plan["pairs"], note, resume=True)  # both are there: nothing is sampled
 
 
 def test_sequence_kl_is_the_exact_sum_over_the_vocabulary():
@@ -285,3 +385,22 @@ def test_offline_methods_are_measured_by_the_reward_model(files, tiny_model, tmp
 def test_sections_that_are_empty_or_do_not_run(options, message, files, tiny_model, tmp_path):
     with pytest.raises(ValueError, match=message):
         pipeline.make_plan(pipeline_config(files, tiny_model, tmp_path, **options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dpo": {"reference": "{out}/../nowhere"}}, "section 'dpo': reference: expected a checkpoint directory"),
+        (
+            {"rloo": {"reward": "{out}/../rules.py:no"}},
+            "section 'rloo': reward: expected .file.py:name. with an existing",
+        ),
+        ({"remax": {"eval_reward": "json:no_such"}}, "section 'remax': reward: expected a function 'no_such' in json"),
+        ({"reward": {"eval_data": "{out}/../rows.jsonl"}}, "section 'reward': .*rows.jsonl: no such file"),
+    ],
+)
+def test_the_last_stage_is_looked_up_before_the_first_runs(options, message, files, tiny_model, tmp_path):
+    options = {s: {k: v.format(out=tmp_path / "out") for k, v in keys.items()} for s, keys in options.items()}
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        pipeline.run(pipeline_config(files, tiny_model, tmp_path / "out", **options))
+    assert not (tmp_path / "out").exists()

@@ -212,6 +212,7 @@ def test_a_smaller_critic(files, tiny_model, tmp_path, tokenizer):
         (PPOConfig, {"minibatches": 3}, "minibatches: expected a divisor of batch_size=16, got 3"),
         (GRPOConfig, {"group_size": 5}, "group_size: expected >= 2 and a divisor"),
         (SFTConfig, {"lora_rank": -1}, "lora_rank: expected an integer >= 0, got -1"),
+        (SFTConfig, {"lora_alpha": 8.0}, "lora_alpha: expected lora_rank above 0 beside it, got 8 with lora_rank=0"),
         (SFTConfig, {"lora_alpha": 0.0}, "lora_alpha: expected a number > 0, got 0.0"),
         (SFTConfig, {"optimizer_in_backward": True}, "max_grad_norm: expected 0 with optimizer_in_backward, got 1.0"),
         (

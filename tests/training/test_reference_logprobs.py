@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 
 from rlhf_fast.config import DPOConfig, KTOConfig
 from rlhf_fast.lm.loading import load_policy
@@ -82,6 +82,19 @@ def test_a_file_of_something_else_is_written_anew(what, options, files, tiny_mod
     dpo.train(dataclasses.replace(config, output_dir=str(tmp_path / "c"), reference_logprobs=None, **options))
     assert distance(weights(tmp_path / "b"), weights(tmp_path / "c")) == 0
     assert (load_file(file)["chosen"] - first["chosen"]).abs().max() > 0
+
+
+def test_a_damaged_file_is_written_anew(files, tiny_model, tmp_path, capsys):
+    file = tmp_path / "reference.safetensors"
+    config = stage_config(DPOConfig, files, tiny_model, tmp_path / "a", reference_logprobs=str(file))
+    dpo.train(config)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
+    dpo.train(dataclasses.replace(config, output_dir=str(tmp_path / "b")))
+    assert f"reference_logprobs: {file} is damaged, and is written anew" in capsys.readouterr().err
+    mended, first = load_file(file), load(whole)
+    assert mended.keys() == first.keys() and all(torch.equal(mended[name], first[name]) for name in first)
+    assert distance(weights(tmp_path / "a"), weights(tmp_path / "b")) == 0
 
 
 def test_other_files_are_refused_and_kept(files, tiny_model, tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import datasets
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_fast.config import DPOConfig, ReMaxConfig, RewardConfig, RLOOConfig, SFTConfig
 from rlhf_fast.data.encoding import load_rows
+from rlhf_fast.lm.adapters import LoRA
 from rlhf_fast.lm.loading import load_policy
 from rlhf_fast.stages import dpo, remax, reward, rloo, sft
 from rlhf_fast.training import checkpoint
@@ -67,8 +69,28 @@ def test_files_of_another_program_are_found_before_the_first_step(files, tiny_mo
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path)
     before = sorted(os.listdir(tmp_path))
     with pytest.raises(ValueError, match="output_dir: expected no model that another program wrote, found config.json"):
-        sft.train(stage_config(SFTConfig, files, str(tmp_path), tmp_path))
+        sft.train(stage_config(SFTConfig, files, tiny_model, tmp_path))
     assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize("field", ["model", "reference", "reward", "eval_reward", "train_data", "base", "checkpoint"])
+def test_a_run_writes_to_no_directory_that_it_reads(field, files, tiny_model, tmp_path):
+    """`base`: that of an adapter. `checkpoint`: one that the run would delete when it begins."""
+    out, options = tmp_path / "out", {"eval_data": files["prompts"]}
+    shutil.copytree(tiny_model, out / "checkpoint-4" if field == "checkpoint" else out)
+    (tmp_path / "link").symlink_to(out)
+    if field == "base":
+        checkpoint.save(tmp_path / "adapter", models={"": load_policy(out, lora=LoRA(2, 4.0, 0))})
+        options["model"] = str(tmp_path / "adapter")
+    elif field == "checkpoint":
+        options["model"] = str(out / "checkpoint-4")
+    else:
+        options[field] = str(tmp_path / "link")
+    config = dataclasses.replace(stage_config(ReMaxConfig, files, tiny_model, out), **options)
+    name, read = (field, "it") if field in options else ("model", "it" if field == "base" else out / "checkpoint-4")
+    message = f"output_dir: expected a directory that the run does not read, got {out}, but {name} reads {read}"
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        remax.train(config)
 
 
 def test_a_reward_model_outlives_its_normalisation(files, tiny_model, tmp_path, monkeypatch):
@@ -142,6 +164,50 @@ def test_run_json_covers_the_whole_run(files, tiny_model, tmp_path):
         assert phases["evaluation"]["count"] == 4  # the one before the first step is timed, but is no step
 
 
+def test_a_damaged_checkpoint_is_passed_over(files, tiny_model, tmp_path, capsys):
+    """The last bit of the optimizer's state is flipped; the run from the checkpoint before ends in the same weights."""
+    config = stage_config(SFTConfig, files, tiny_model, tmp_path / "cut", save_steps=2)
+    sft.train(config)
+    (tmp_path / "cut" / "model.safetensors").rename(tmp_path / "whole.safetensors")
+    assert sorted(path.name for path in (tmp_path / "cut").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    state = tmp_path / "cut" / "checkpoint-4" / "state.pt"
+    state.write_bytes(state.read_bytes()[:-1] + b"x")
+    capsys.readouterr()
+    sft.train(dataclasses.replace(config, resume=True))
+    said = f"SFT: {state.parent}: state.pt has changed or is damaged; the run goes on from checkpoint-2\n"
+    assert capsys.readouterr().err.count(said) == 1
+    assert (tmp_path / "cut" / "model.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    assert checkpoint.newest_whole(tmp_path / "cut") == (state.parent, [])
+
+
+def test_the_longest_name_is_written(files, tiny_model, tmp_path):
+    out = tmp_path / ("n" * 255)
+    sft.train(stage_config(SFTConfig, files, tiny_model, out, save_steps=4))
+    load_policy(out)
+    assert checkpoint.newest_whole(out)[0] == out / "checkpoint-4"
+
+
+@pytest.mark.parametrize("name", ["run.json", "samples.json", "metrics.jsonl"])
+def test_a_run_of_another_program_is_not_overwritten(name, files, tiny_model, tmp_path):
+    (tmp_path / name).write_text('{"mine": 1}\n')
+    message = f"output_dir: expected no run that another program wrote, found {name} in {tmp_path}"
+    with pytest.raises(ValueError, match=message):
+        sft.train(stage_config(SFTConfig, files, tiny_model, tmp_path))
+    assert os.listdir(tmp_path) == [name] and (tmp_path / name).read_text() == '{"mine": 1}\n'
+
+
+def test_lost_metrics_are_said(files, tiny_model, tmp_path, capsys):
+    config = stage_config(SFTConfig, files, tiny_model, tmp_path, save_steps=4)
+    sft.train(config)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_text("".join(lines[1:]))
+    sft.train(dataclasses.replace(config, resume=True))
+    assert f"SFT: {tmp_path}/metrics.jsonl lacks 1 of the 4 steps before this one\n" in capsys.readouterr().err
+    (tmp_path / "metrics.jsonl").unlink()
+    sft.train(dataclasses.replace(config, resume=True))
+    assert f"SFT: {tmp_path}/metrics.jsonl lacks 4 of the 4 steps before this one\n" in capsys.readouterr().err
+
+
 def test_nothing_to_resume_is_said(files, tiny_model, tmp_path, capsys):
     config = stage_config(SFTConfig, files, tiny_model, tmp_path)
     sft.train(config)
@@ -157,6 +223,14 @@ def test_truncated_rows_are_said(files, tiny_model, tmp_path, capsys):
     assert "RLOO: 32 of 32 prompts are too long and were truncated\n" in capsys.readouterr().err
     sft.train(stage_config(SFTConfig, files, tiny_model, tmp_path / "c", max_prompt_length=64))
     assert "truncated" not in capsys.readouterr().err
+
+
+def test_the_samples_of_an_offline_method_are_drawn_as_an_online_method_draws_its_own(files, tiny_model, tmp_path):
+    options = {"eval_data": files["prompts"], "temperature": 0.3, "top_k": 3, "max_response_length": 6}
+    rloo.train(stage_config(RLOOConfig, files, tiny_model, tmp_path / "a", steps=1, seed=4, **options))
+    dpo.train(stage_config(DPOConfig, files, tiny_model, tmp_path / "b", seed=4, eval_reward=REWARD, **options))
+    online, offline = (json.loads((tmp_path / name / "samples_before.json").read_text()) for name in ("a", "b"))
+    assert online == offline and len({row["completion"] for row in offline}) > 1
 
 
 def test_held_out_prompts_alone_are_evaluated_before_and_after(files, tiny_model, tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from rlhf_fast.stages import ppo, rloo, sft
 from rlhf_fast.training import checkpoint
 from rlhf_fast.training.fingerprint import fingerprint
 from rlhf_fast.training.learner import Learner
+from rlhf_fast.training.listeners import Listener
 from rlhf_fast.training.metrics import read_metrics
 from rlhf_fast.training.stopped import Stopped
 from tests.support.stages import distance, numbers, shortness, stage_config, weights
@@ -37,7 +39,7 @@ class Failing:
 @pytest.mark.parametrize("at", [1, 3])
 def test_an_exception_of_a_reward_keeps_the_last_good_step(at, files, tiny_model, tmp_path, capsys):
     config = stage_config(RLOOConfig, files, tiny_model, tmp_path / "cut", reward=Failing(at))
-    with pytest.raises(Stopped, match=r"^reward reward: OSError: no server \(test_stopped_runs.py, line \d+\)$"):
+    with pytest.raises(Stopped, match=r"^reward reward raised OSError: no server \(test_stopped_runs.py, line \d+\)$"):
         rloo.train(config)
     assert checkpoint.latest(tmp_path / "cut") == (tmp_path / "cut" / "checkpoint-2" if at == 3 else None)
     assert ("RLOO: --resume goes on after step 2\n" in capsys.readouterr().err) == (at == 3)
@@ -58,6 +60,36 @@ def test_an_exception_in_an_evaluation_loses_no_step(files, tiny_model, tmp_path
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1]
     rloo.train(dataclasses.replace(config, reward=Failing(99), resume=True))
     assert "eval/reward" in json.loads((tmp_path / "run.json").read_text())["evaluation"]
+
+
+class Mover(Listener):
+    """Renames the output directory, or puts another one in its place, after step 2."""
+
+    def __init__(self, out: Path, replaced: bool) -> None:
+        self.out, self.replaced = out, replaced
+
+    def log(self, step, row):
+        if step == 2:
+            self.out.rename(self.out.with_name("moved"))
+            if self.replaced:
+                self.out.mkdir()
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_directory_that_vanishes_ends_the_run(replaced, files, tiny_model, tmp_path):
+    """The training so far is kept where nothing stands in the directory's place."""
+    out = tmp_path / "out"
+    config = stage_config(SFTConfig, files, tiny_model, out)
+    with pytest.raises(Stopped, match=f"^output_dir: {out} was removed, renamed or replaced during the run$"):
+        sft.train(config, listeners=[Mover(out, replaced)])
+    assert len(read_metrics(tmp_path / "moved" / "metrics.jsonl")) == 2
+    assert checkpoint.latest(out) == (None if replaced else out / "checkpoint-3") and not checkpoint.finished(out)
+    if replaced:
+        assert not any(out.iterdir())
+    else:
+        sft.train(dataclasses.replace(config, resume=True))
+        sft.train(dataclasses.replace(config, output_dir=str(tmp_path / "whole")))
+        assert distance(weights(tmp_path / "whole"), weights(out)) == 0
 
 
 @pytest.mark.parametrize("in_backward", [False, True])
@@ -101,7 +133,7 @@ def test_the_command_prints_one_line(files, tiny_model, tmp_path, capsys):
     flags += ["--output-dir", str(tmp_path / "out"), "--batch-size", "8", "--max-response-length", "4"]
     assert cli.main(["rloo", *flags]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == f"rlhf-fast: reward {tmp_path}/f.py:f: KeyError: 1 (f.py, line 2) (--debug shows where)"
+    assert last == f"rlhf-fast: reward {tmp_path}/f.py:f raised KeyError: 1 (f.py, line 2) (--debug shows where)"
 
 
 def edited(model: str, target: Path, file: str, **keys) -> str:
@@ -154,6 +186,42 @@ def test_data_that_changed_is_refused_on_resume(in_memory, files, tiny_model, tm
     data.write_text(Path(files["prompts"]).read_text())
     rows[0]["prompt"] = rows[0]["prompt"].removesuffix(" !")
     rloo.train(again)
+
+
+def test_another_model_or_reward_behind_the_same_path_is_refused_on_resume(files, tiny_model, tmp_path, capsys):
+    """Model, reference and reward's file, each changed where it stands; a mended reward goes on where it is named."""
+    paths = {name: tmp_path / name for name in ("model", "reference")}
+    for path in paths.values():
+        shutil.copytree(tiny_model, path)
+    broken = "def score(completions):\n    return [float(len(c)) for c in completions]\n"
+    (tmp_path / "f.py").write_text(broken)
+    config = stage_config(RLOOConfig, files, str(paths["model"]), tmp_path / "out", reward=f"{tmp_path}/f.py:score")
+    config = dataclasses.replace(config, reference=str(paths["reference"]), save_steps=2)
+    rloo.train(config)
+    again = dataclasses.replace(config, resume=True)
+    shutil.copytree(tmp_path / "model", tmp_path / "elsewhere")
+    rloo.train(dataclasses.replace(again, model=str(tmp_path / "elsewhere")))  # the same model in another place
+    for name, path in paths.items():
+        file = path / "generation_config.json"
+        kept = file.read_text()
+        file.write_text(kept + " ")
+        with pytest.raises(
+            ValueError, match=f"^{name}: expected the model of the run to resume, .*content of .*{name} h"
+        ):
+            rloo.train(again)
+        file.write_text(kept)
+    (tmp_path / "f.py").write_text(f"# mended\n{broken}")
+    with pytest.raises(
+        ValueError, match="^reward: expected the reward of .* has changed; --accept-changed reward goes"
+    ):
+        rloo.train(again)
+    capsys.readouterr()
+    rloo.train(dataclasses.replace(again, accept_changed=["reward"]))
+    line = "the content of reward has changed since checkpoint-2; the run goes on with it"
+    assert f"RLOO: {line}\n" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["resumed"] == [line]
+    with pytest.raises(ValueError, match="accept_changed: expected some of train_data, .*, got .'seed'"):
+        dataclasses.replace(again, accept_changed=["seed"])
 
 
 def test_fingerprints_are_of_content(tmp_path):

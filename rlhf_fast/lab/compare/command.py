@@ -1,10 +1,13 @@
 """`rlhf-fast compare`: run the cells, put their figures into tables, JSON, Markdown and plots."""
 
 import datetime
+import json
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from rlhf_fast.config.arguments import from_dict
 from rlhf_fast.data.files import write_json, write_text
@@ -14,12 +17,19 @@ from rlhf_fast.lab.compare.figures import figures_of, median_over_seeds, time_mo
 from rlhf_fast.lab.compare.plots import write_plots
 from rlhf_fast.lab.compare.start import prepare
 from rlhf_fast.lab.compare.tables import markdown, show
+from rlhf_fast.lm import manifest
+from rlhf_fast.lm.trust import trusts_as_asked
 from rlhf_fast.methods import METHODS, load
 from rlhf_fast.plan.command import largest_batch, plan_of
 from rlhf_fast.plan.gpus import parse_memory
 from rlhf_fast.plan.phases import Planner
+from rlhf_fast.training.ending import CHILDREN, Ended
+from rlhf_fast.training.lock import writes_alone
+from rlhf_fast.training.made import difference, made_with
 
 
+@writes_alone("output_dir")
+@trusts_as_asked
 def run(config: CompareConfig) -> None:
     """Everything goes to `config.output_dir`: compare.json, compare.md, plots/ and a folder per run."""
     out = Path(config.output_dir)
@@ -27,9 +37,11 @@ def run(config: CompareConfig) -> None:
     cells = cells_of(config, start)
     memory = parse_memory(config.memory) if config.memory else None
     for number, cell in enumerate(cells, 1):
-        if not (config.resume and (out / cell.key / "result.json").is_file()):
-            print(f"[{number}/{len(cells)}] {cell.name}, seed {cell.seed}", flush=True)
-            _run_cell(cell, out / cell.key, memory)
+        changed = _changed(cell, out / cell.key, memory) if config.resume else ""
+        if changed is not None:
+            why = f": made anew, because {changed}" if changed else ""
+            print(f"[{number}/{len(cells)}] {cell.name}, seed {cell.seed}{why}", flush=True)
+            _run_cell(cell, out / cell.key, memory, config.resume and not changed)
     results = [figures_of(cell, out / cell.key) for cell in cells]
     rows = median_over_seeds(results)
     if memory:
@@ -52,20 +64,53 @@ def run(config: CompareConfig) -> None:
     print(f"compare: wrote {out / 'compare.md'}")
 
 
-def _run_cell(cell: Cell, directory: Path, memory: int | None) -> None:
-    """Run one cell in a process of its own. Its output goes to a file; if it fails, the last lines are shown."""
+def _changed(cell: Cell, directory: Path, memory: int | None) -> str | None:
+    """Why the run in `directory` cannot be taken: "" where none has finished; None where it is just this cell's."""
+    if not (directory / "result.json").is_file():
+        return ""
+    record = json.loads((directory / "result.json").read_text())
+    if record.get("memory") != memory:
+        return f"memory is {memory} bytes and was {record.get('memory')}"
+    if record["ran"] and (wrong := manifest.damage(directory)):
+        return wrong
+    return difference(record, made_with(_config(cell, directory)))
+
+
+def _config(cell: Cell, directory: Path) -> Any:
+    return from_dict(load(METHODS[cell.method].config), cell.options | {"output_dir": str(directory)}, cell.name)
+
+
+def _run_cell(cell: Cell, directory: Path, memory: int | None, resume: bool = False) -> None:
+    """Run one cell in a process of its own. Its output goes to a file; if it fails, the last lines are shown.
+
+    resume: a cell that a signal ended goes on from its checkpoint.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     result, config_file, log = directory / "result.json", directory / "cell.json", directory / "output.txt"
     result.unlink(missing_ok=True)
-    write_json(config_file, cell.options | {"output_dir": str(directory), "memory": memory})
+    write_json(config_file, cell.options | {"output_dir": str(directory), "memory": memory, "resume": resume})
     command = [sys.executable, "-m", "rlhf_fast.lab.compare.cell", cell.method, str(config_file), str(result)]
-    with log.open("w") as file:
-        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
+    # the pipe has no content, and its end tells the cell that this process has ended
+    options: dict[str, Any] = {"stdin": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with log.open("w") as file, subprocess.Popen(command, stdout=file, **options) as process:
+        code = _wait_for(process)
     if code:
         print("\n".join(log.read_text().splitlines()[-20:]), file=sys.stderr)
         raise ValueError(f"{cell.name} failed with exit code {code}; its last lines are above, all of them in {log}")
 
 
+def _wait_for(process: subprocess.Popen) -> int:
+    """The exit code of the process. A signal that ends this process goes on to the other, which then has its time."""
+    try:
+        return process.wait()
+    except (KeyboardInterrupt, Ended) as error:
+        process.send_signal(getattr(error, "signum", signal.SIGINT))
+        try:
+            process.wait(CHILDREN)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        raise
+
+
 def _largest_batch(cell: Cell, memory: int) -> int:
-    config = from_dict(load(METHODS[cell.method].config), cell.options | {"output_dir": "unused"}, cell.name)
-    return largest_batch(Planner(plan_of(cell.method, config)), memory)
+    return largest_batch(Planner(plan_of(cell.method, _config(cell, Path("unused")))), memory)

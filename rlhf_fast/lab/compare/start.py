@@ -7,6 +7,8 @@ random weights, which show time and memory only.
 """
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from rlhf_fast.config import DemoConfig
+from rlhf_fast.data.files import write_json
 from rlhf_fast.data.rows import write_rows
 from rlhf_fast.lab import demo
 from rlhf_fast.lab.compare.config import CompareConfig
@@ -23,7 +26,7 @@ from rlhf_fast.lm.loading import load_scorer
 from rlhf_fast.lm.tokenizers import load_tokenizer
 from rlhf_fast.methods import METHODS, section
 from rlhf_fast.report import pipeline
-from rlhf_fast.stages import reward as reward_stage
+from rlhf_fast.report.reuse import make_stage
 from rlhf_fast.stages.init import init_model
 from rlhf_fast.training import checkpoint
 
@@ -70,6 +73,7 @@ SHAPES = {
 _DEMO_SMALL = {**demo.MODEL, "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 1}
 LORA_RATE = 10  # times the learning rate of full training
 _ROWS = 512  # of data for a model with random weights
+_NOTE = "made.json"  # says what the models with random weights were made with; written last
 
 
 class Start(NamedTuple):
@@ -110,19 +114,19 @@ def prepare(config: CompareConfig) -> Start:
 
 def _demo(out: Path, config: CompareConfig) -> Start:
     seed = config.seeds[0]
+    (out / _NOTE).unlink(missing_ok=True)  # the demo's reward model takes the place of another shape's
     plan = demo.pipeline_config(DemoConfig(output_dir=str(out), seed=seed, resume=True), 1)
     demo.write_data(out / "data", seed, 1)
     tokenizer = build_tokenizer()
     for name, model in (("init", demo.MODEL), ("small", _DEMO_SMALL)):
-        if not (out / name / "config.json").is_file():
-            init_model(model, tokenizer, out / name, seed)
+        init_model(model, tokenizer, out / name, seed)
     stages = pipeline.make_plan(plan)
     pipeline.run_stages(plan, pipeline.BEFORE_METHODS)
     adapter = str(out / f"reward_lora{config.lora_rank}") if config.lora_rank else None
-    if adapter and not Path(adapter, "run.json").is_file():
-        lora = {"output_dir": adapter, "lora_rank": config.lora_rank, "resume": False}
+    if adapter:
+        lora = {"output_dir": adapter, "lora_rank": config.lora_rank}
         lora |= {"learning_rate": LORA_RATE * stages["reward"].learning_rate}
-        reward_stage.train(dataclasses.replace(stages["reward"], **lora))
+        make_stage("reward", dataclasses.replace(stages["reward"], **lora))
     options = {method: getattr(plan, section(method)) for method in METHODS}
     lengths = {"prompt_length": 18, "response_length": 40}
     common = {k: v for k, v in plan.common.items() if k not in ("train_data", "steps", "batch_size")}
@@ -140,10 +144,16 @@ def _demo(out: Path, config: CompareConfig) -> Start:
 def _random(out: Path, shape: Shape, config: CompareConfig) -> Start:
     length = config.prompt_length + config.response_length
     tokenizer = _padded(build_tokenizer(), shape.vocabulary)
-    if not (out / "reward" / "config.json").is_file():
+    positions = {"max_position_embeddings": max(2048, length)}
+    made = {"seed": config.seeds[0], **shape._asdict(), **positions}
+    if not (out / _NOTE).is_file() or json.loads((out / _NOTE).read_text()) != made:
+        (out / _NOTE).unlink(missing_ok=True)
+        for stale in out.glob("reward_lora*"):
+            shutil.rmtree(stale)
         for name, model in (("policy", shape.policy), ("small", shape.small)):
-            init_model(model | {"max_position_embeddings": max(2048, length)}, tokenizer, out / name, config.seeds[0])
+            init_model(model | positions, tokenizer, out / name, config.seeds[0])
         _write_reward_model(out / "policy", out / "reward", None)
+        write_json(out / _NOTE, made)
     texts = sft_rows(_ROWS, 1)
     prompts = [_stretched(row["prompt"], config.prompt_length, tokenizer) for row in texts]
     answers = [_stretched(row["completion"], config.response_length - 1, tokenizer) for row in texts]

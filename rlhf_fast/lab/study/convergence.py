@@ -14,9 +14,11 @@ from rlhf_fast.lab.study.methods import MAIN, Cell
 from rlhf_fast.lab.study.plots import convergence_figure, save
 from rlhf_fast.lab.study.records import write_record
 from rlhf_fast.lab.study.runs import train
+from rlhf_fast.training.lock import writes_alone
 from rlhf_fast.training.metrics import print_table, read_metrics
 
 
+@writes_alone("out")
 def run(config: ConvergenceConfig) -> dict[str, Any]:
     """Trains what is not there yet, prints the table, writes convergence.json and convergence.png to `config.out`."""
     cells = train(config, {method: strengths for method, strengths in MAIN.items() if method != "Best-of-N"})

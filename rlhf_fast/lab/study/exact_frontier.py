@@ -26,12 +26,14 @@ from rlhf_fast.lab.study.exact_methods import OFFLINE, ONLINE, Update, best_of
 from rlhf_fast.lab.study.exact_plots import write_plot
 from rlhf_fast.lab.study.exact_world import World, learn_rewards, make_world, sample_pairs
 from rlhf_fast.lab.study.records import write_record
+from rlhf_fast.training.lock import writes_alone
 
 BETAS = tuple(10 ** (1 - i / 50) for i in range(151))  # of the learned reward's optimum
 BEST_OF = tuple(2**i for i in range(11))
 GRID = 100  # KLs at which envelope and frontier are compared
 
 
+@writes_alone("out")
 def run(config: ExactStudyConfig) -> None:
     """Trains everything, prints the table, writes exact.json and exact.png to `config.out`."""
     out = Path(config.out)

@@ -22,12 +22,14 @@ from rlhf_fast.lab.study.plots import frontier_figure, save
 from rlhf_fast.lab.study.records import write_record
 from rlhf_fast.lab.study.runs import train
 from rlhf_fast.report.pipeline import reward_name_of
+from rlhf_fast.training.lock import writes_alone
 from rlhf_fast.training.metrics import print_table, read_metrics
 
 GRID = 80  # KLs at which envelopes are taken
 BASELINE = "DPO"  # whose envelope the gains are over
 
 
+@writes_alone("out")
 def run(config: FrontierConfig) -> dict[str, Any]:
     """Trains what is not there yet, prints the table, writes frontier.json and frontier.png to `config.out`."""
     cells = train(config, STRENGTHS if config.strengths == "all" else MAIN)

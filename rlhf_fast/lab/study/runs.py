@@ -9,6 +9,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,13 +21,19 @@ from typing import Any, NamedTuple
 import torch
 
 from rlhf_fast.config import PipelineConfig
+from rlhf_fast.data.damage import read_json
 from rlhf_fast.data.files import write_json
 from rlhf_fast.lab import demo
 from rlhf_fast.lab.study.config import MethodsStudyConfig, TrainedStudyConfig
 from rlhf_fast.lab.study.methods import Cell, Strengths, cells_of
 from rlhf_fast.lab.study.start import pipeline_of, prepare
+from rlhf_fast.lm import manifest
 from rlhf_fast.methods import load
 from rlhf_fast.report import pipeline
+from rlhf_fast.training import checkpoint, ending
+from rlhf_fast.training.console import Lasting
+from rlhf_fast.training.fingerprint import fingerprints
+from rlhf_fast.training.made import FREE
 
 
 class Job(NamedTuple):
@@ -59,9 +66,9 @@ def prepare_starts(config: TrainedStudyConfig) -> list[PipelineConfig]:
     """
     out, shorten = Path(config.out), 10 if config.quick else 1
     starts = [pipeline_of(config.pipeline, out, seed, shorten=shorten) for seed in range(config.seeds)]
-    missing = [start for start in starts if not is_made_with(_note(start), _settings(start))]
-    if config.pipeline is None and missing:
-        demo.write_data(out / "data", 0, shorten)
+    if config.pipeline is None:
+        demo.write_data(out / "data", 0, shorten)  # the same each time, so that runs can be reused
+    missing = [start for start in starts if not is_made_with(_note(start), _settings(start), _read_by(start))]
     run_jobs(
         [
             Job(f"SFT, pairs and reward model, seed {s.seed}", _note(s).with_name("log.txt"), _prepare, (s, config))
@@ -74,7 +81,11 @@ def prepare_starts(config: TrainedStudyConfig) -> list[PipelineConfig]:
 
 def train_cells(cells: Sequence[Cell], workers: int) -> None:
     """Trains what is not there yet."""
-    missing = [c for c in cells if not is_made_with(c.directory / "run.json", dataclasses.asdict(c.config))]
+    missing = [
+        cell
+        for cell in cells
+        if not is_made_with(cell.directory / "run.json", dataclasses.asdict(cell.config), fingerprints(cell.config))
+    ]
     run_jobs([Job(c.name, c.directory / "log.txt", _train, (c.target, c.config)) for c in missing], workers)
 
 
@@ -100,14 +111,16 @@ def run_jobs(jobs: Sequence[Job], workers: int) -> None:
 
 @contextmanager
 def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that share the cores. An exception, such as an interruption, leaves without waiting for them."""
+    """Processes that share the cores. An exception leaves without waiting for them, and a signal goes on to them."""
     threads = max(1, torch.get_num_threads() // workers)
     context = multiprocessing.get_context("spawn")  # a forked copy of a process with threads may hang
     pool = ProcessPoolExecutor(workers, context, _begin, (threads,))
     try:
         yield pool
-    except BaseException:
+    except BaseException as error:
         pool.shutdown(wait=False, cancel_futures=True)
+        if isinstance(error, KeyboardInterrupt | ending.Ended):
+            ending.end_children(getattr(error, "signum", signal.SIGINT))
         raise
     pool.shutdown()
 
@@ -127,14 +140,20 @@ def _end_with_parent() -> None:
 
 def _logged(log: Path, function: Callable[[Any], None], argument: Any) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as file, redirect_stdout(file), redirect_stderr(file):
-        function(argument)
+    with log.open("w") as file:
+        lasting = Lasting(lambda: file)
+        with redirect_stdout(lasting), redirect_stderr(lasting), ending.signals():
+            try:
+                function(argument)
+            except (KeyboardInterrupt, ending.Ended) as error:
+                print(error, flush=True)
+                os._exit(getattr(error, "code", 130))  # else the pool would give this process another job
 
 
 def _prepare(argument: tuple[PipelineConfig, TrainedStudyConfig]) -> None:
     start, config = argument
     prepare(start, embedded=config.pipeline is None)
-    write_json(_note(start), {"config": _settings(start)})
+    write_json(_note(start), {"config": _settings(start), "made_of": _read_by(start)})
 
 
 def _note(start: PipelineConfig) -> Path:
@@ -147,20 +166,43 @@ def _settings(start: PipelineConfig) -> dict[str, Any]:
     return {name: getattr(start, name) for name in ("model", "seed", *pipeline.BEFORE_METHODS)}
 
 
+def _read_by(start: PipelineConfig) -> dict[str, Any]:
+    """Fingerprints of the data and models that these stages read, of those that no stage makes."""
+    stages = {name: stage for name, stage in pipeline.make_plan(start).items() if name in pipeline.BEFORE_METHODS}
+    own = Path(start.output_dir)
+    return {
+        f"{name}.{field}": value
+        for name, stage in stages.items()
+        for field, value in fingerprints(stage).items()
+        if not Path(str(getattr(stage, field))).is_relative_to(own)
+    }
+
+
 def _train(argument: tuple[str, Any]) -> None:
     target, config = argument
     load(target)(config)
 
 
-def is_made_with(path: Path, config: dict[str, Any]) -> bool:
-    """Whether the run that leaves this file is finished; raises ValueError where it had another config."""
-    if not path.is_file():
+def is_made_with(path: Path, config: dict[str, Any], made_of: dict[str, Any]) -> bool:
+    """Whether the run that leaves this file is finished; raises ValueError where it had another config or other data.
+
+    made_of: fingerprints of what the run reads, which count in place of paths.
+    """
+    record = checkpoint.finished(path.parent) if path.name == checkpoint.FINISHED else None
+    if record is None and (path.name == checkpoint.FINISHED or not path.is_file()):
         return False
-    was, now = json.loads(path.read_text())["config"], json.loads(json.dumps(config))
+    if record is not None and manifest.read(path.parent) and (wrong := manifest.damage(path.parent)):
+        print(f"{path.parent}: {wrong}; it is made anew", flush=True)
+        return False
+    record = record or read_json(path)
+    was, now = record["config"], json.loads(json.dumps(config))
     for name in now:
-        if name != "resume" and was.get(name) != now[name]:
+        if name not in FREE and name not in made_of and was.get(name) != now[name]:
             raise ValueError(
                 f"out: {path.parent} was made with {name}={was.get(name)!r}, and this study has {now[name]!r}; "
                 "name another directory"
             )
+    for name, value in made_of.items():
+        if record.get("made_of", {}).get(name) != value:
+            raise ValueError(f"out: {path.parent} was made with another content of {name}; name another directory")
     return True

@@ -23,12 +23,14 @@ from rlhf_fast.lab.study.records import write_record
 from rlhf_fast.lab.study.runs import train, train_cells
 from rlhf_fast.report.pipeline import reward_name_of
 from rlhf_fast.training.evaluation import wins
+from rlhf_fast.training.lock import writes_alone
 from rlhf_fast.training.metrics import print_table
 
 EVALUATED = 256  # prompts of the other domain, at most half of them; rollouts start from the others
 BOTH_DOMAINS = ("PPO", "ReMax")
 
 
+@writes_alone("out")
 def run(config: ShiftConfig) -> dict[str, Any]:
     """Trains what is not there yet, prints the table, writes shift.json and shift.png to `config.out`."""
     cells = train(config, MAIN)

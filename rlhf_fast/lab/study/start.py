@@ -42,7 +42,7 @@ def prepare(config: PipelineConfig, *, embedded: bool) -> None:
 
     Its data have to be there: `demo.write_data(<out>/data, 0)`.
     """
-    if embedded and not (Path(config.model) / "config.json").is_file():
+    if embedded:
         init_model(demo.MODEL, build_tokenizer(), Path(config.model), config.seed)
     pipeline.run_stages(config, pipeline.BEFORE_METHODS)
 

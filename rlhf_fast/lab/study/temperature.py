@@ -15,9 +15,11 @@ from rlhf_fast.lab.study.plots import save, temperature_figure
 from rlhf_fast.lab.study.records import write_record
 from rlhf_fast.lab.study.runs import train
 from rlhf_fast.training.evaluation import wins
+from rlhf_fast.training.lock import writes_alone
 from rlhf_fast.training.metrics import print_table
 
 
+@writes_alone("out")
 def run(config: TemperatureConfig) -> dict[str, Any]:
     """Trains what is not there yet, prints the table, writes temperature.json and temperature.png to `config.out`."""
     cells = train(config, MAIN)

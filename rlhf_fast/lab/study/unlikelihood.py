@@ -17,11 +17,13 @@ from rlhf_fast.data.stage_rows import encode_stage
 from rlhf_fast.lm.loading import default_device
 from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.lm.tokenizers import load_tokenizer
+from rlhf_fast.lm.trust import trusts_as_asked
 from rlhf_fast.stages.dpo import pair_sequences
 from rlhf_fast.stages.offline import Offline
 from rlhf_fast.training.batches import offline_batches
 from rlhf_fast.training.evaluation import make_evaluator
 from rlhf_fast.training.listeners import Listener
+from rlhf_fast.training.lock import writes_alone
 from rlhf_fast.training.resume import load_policy_and_reference
 from rlhf_fast.training.tally import Tally
 
@@ -33,6 +35,8 @@ class UnlikelihoodConfig(OfflineConfig):
     alpha: float = arg(0.0, "Weight of the rejected completions' log-probs.", at_least=0)
 
 
+@writes_alone("output_dir")
+@trusts_as_asked
 def train(config: UnlikelihoodConfig, *, listeners: Sequence[Listener] = ()) -> None:
     """Train `config.model` on preference pairs; the result goes to `config.output_dir`."""
     device = default_device()

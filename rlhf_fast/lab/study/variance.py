@@ -9,7 +9,6 @@ Variances are of equally many sampled completions. ReMax decodes a greedy comple
 has half as many sampled ones, hence twice the variance. The value model decodes no more but is trained and held.
 """
 
-import json
 from collections.abc import Sequence
 from functools import reduce
 from itertools import product
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_fast.data.damage import read_json
 from rlhf_fast.lab.study import two_armed
 from rlhf_fast.lab.study.config import VarianceStudyConfig
 from rlhf_fast.lab.study.envelopes import mean_errors
@@ -27,22 +27,24 @@ from rlhf_fast.lab.study.plots import save
 from rlhf_fast.lab.study.records import write_record
 from rlhf_fast.lab.study.runs import Job, is_made_with, prepare_starts, run_jobs
 from rlhf_fast.lab.study.variance_plots import TITLES, bandit_figure, training_figure
-from rlhf_fast.lab.study.variance_seed import METHODS, PANELS, measure_seed, measured_file, settings, stages_of
+from rlhf_fast.lab.study.variance_seed import METHODS, PANELS, measure_seed, measured_file, read_by, settings, stages_of
+from rlhf_fast.training.lock import writes_alone
 from rlhf_fast.training.metrics import print_table
 
 ROWS = {"ReMax": 2}  # rows decoded per sampled completion; 1 for the other estimators
 
 
+@writes_alone("out")
 def run(config: VarianceStudyConfig) -> dict[str, Any]:
     """Measures the seeds that are not there yet; writes variance.json and its figures to `config.out`."""
     out, starts = Path(config.out), prepare_starts(config)
     jobs = [
         Job(f"ReMax and gradient variance, seed {start.seed}", file.with_name("log.txt"), measure_seed, (start, config))
         for start, file in ((start, measured_file(start)) for start in starts)
-        if not is_made_with(file, settings(start, config))
+        if not is_made_with(file, settings(start, config), read_by(start))
     ]
     run_jobs(jobs, config.workers)
-    seeds = [json.loads(measured_file(start).read_text()) for start in starts]
+    seeds = [read_json(measured_file(start)) for start in starts]
     content = {
         "policy": "trained by ReMax from the SFT model",
         "completions": stages_of(starts[0])[0].batch_size,

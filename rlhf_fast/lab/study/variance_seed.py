@@ -34,14 +34,18 @@ from rlhf_fast.lab.variance import gradient_moments, token_weights
 from rlhf_fast.lm.loading import load_scorer
 from rlhf_fast.lm.scores import Scores
 from rlhf_fast.lm.tokenizers import check_tokenizer
+from rlhf_fast.lm.trust import trusting
 from rlhf_fast.ops import ppo_value_loss, rloo_advantages
 from rlhf_fast.report import pipeline
 from rlhf_fast.rollout.generate import Rollout
 from rlhf_fast.stages import remax
 from rlhf_fast.stages.online import Experience, Online
 from rlhf_fast.stages.ppo import value_start
+from rlhf_fast.training import checkpoint
 from rlhf_fast.training.batches import micro_batches
+from rlhf_fast.training.fingerprint import fingerprints
 from rlhf_fast.training.learner import Learner, take_step
+from rlhf_fast.training.lock import held
 from rlhf_fast.training.run import Run
 from rlhf_fast.training.tally import Tally
 
@@ -54,12 +58,15 @@ def measure_seed(argument: tuple[PipelineConfig, VarianceStudyConfig]) -> None:
     """Trains and measures from a prepared start; the figures go to variance/measured.json in the seed's directory."""
     start, config = argument
     began = time.perf_counter()
-    seed = SeedRun(start, config)
-    seed.online.run(seed.update)
-    seed.measure()  # the trained policy
+    directory = measured_file(start).parent
+    with held(directory), trusting(start.trust_remote_code):
+        checkpoint.clear(directory)  # of a run that was cut off: its figures are not on the disk
+        seed = SeedRun(start, config)
+        seed.online.run(seed.update)
+        seed.measure()  # the trained policy
     seconds = time.perf_counter() - began
-    record = {"config": settings(start, config), "seed": start.seed, "seconds": seconds, "points": seed.points}
-    write_json(measured_file(start), record)
+    record = {"config": settings(start, config), "made_of": read_by(start), "seed": start.seed, "seconds": seconds}
+    write_json(measured_file(start), {**record, "points": seed.points})
 
 
 def measured_file(start: PipelineConfig) -> Path:
@@ -77,6 +84,11 @@ def settings(start: PipelineConfig, config: VarianceStudyConfig) -> dict[str, An
         **{f"remax.{name}": value for name, value in dataclasses.asdict(remax_config).items()},
         **{f"ppo.{name}": value for name, value in dataclasses.asdict(ppo_config).items()},
     }
+
+
+def read_by(start: PipelineConfig) -> dict[str, Any]:
+    """Fingerprints of the models and data that a seed's figures depend on."""
+    return {f"remax.{name}": value for name, value in fingerprints(stages_of(start)[0]).items()}
 
 
 def stages_of(start: PipelineConfig) -> tuple[ReMaxConfig, PPOConfig, int]:

@@ -1,6 +1,12 @@
 """Which runs there are, and the whole command on a tiny model."""
 
+import inspect
 import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +15,8 @@ import pytest
 from rlhf_fast.cli import main
 from rlhf_fast.config import PPOConfig
 from rlhf_fast.lab.compare import command
+from rlhf_fast.lab.compare.cell import end_with
+from rlhf_fast.lab.compare.cell import main as cell_main
 from rlhf_fast.lab.compare.cells import cells_of
 from rlhf_fast.lab.compare.config import CompareConfig
 from rlhf_fast.lab.compare.start import SHAPES, Shape, Start, prepare
@@ -99,9 +107,73 @@ def test_the_whole_command(start, tiny_model, tmp_path, capsys):
     assert PPOConfig(model="a", output_dir="b", train_data="c", reward="d").epochs == 4  # compare's 1 is its own
 
 
+def test_a_run_of_other_settings_data_or_memory_or_a_damaged_one_is_not_taken(start, tiny_model, tmp_path):
+    config = CompareConfig(
+        model=tiny_model,
+        output_dir=str(tmp_path / "out"),
+        reward=start.reward,
+        train_data=start.prompts,
+        pairs=start.pairs,
+        methods=["dpo"],
+        steps=1,
+        batch_size=4,
+        prompt_length=18,
+        response_length=8,
+    )
+    (cell,) = cells_of(config, prepare(config))
+    directory, memory = tmp_path / "out" / cell.key, 24 * 2**30
+    directory.mkdir()
+    assert command._changed(cell, directory, memory) == ""
+    given = directory / "cell.json"
+    given.write_text(json.dumps(cell.options | {"output_dir": str(directory), "memory": memory}))
+    cell_main("dpo", str(given), str(directory / "result.json"))
+    assert command._changed(cell, directory, memory) is None
+    assert command._changed(cell, directory, None) == f"memory is None bytes and was {memory}"
+    other = cell._replace(options=cell.options | {"micro_batch_size": 1})
+    assert command._changed(other, directory, memory) == "micro_batch_size is 1 and was None"
+    pairs = Path(cell.options["train_data"])
+    pairs.write_text(pairs.read_text().replace("e", "a", 1))
+    assert command._changed(cell, directory, memory) == f"the content of train_data, '{pairs}', has changed"
+    (directory / "config.json").unlink()
+    assert command._changed(cell, directory, memory) == "config.json is missing"
+
+
+@pytest.mark.parametrize("how", ["killed", "interrupted"])
+def test_a_run_ends_with_the_command_that_started_it(how, tmp_path, monkeypatch):
+    """The run would sleep for a minute. A process that is killed runs no code of its own, so the pipe alone tells."""
+    lines = inspect.getsource(end_with) + "end_with(0)\nprint('there', flush=True)\ntime.sleep(60)\n"
+    program = [sys.executable, "-S", "-c", "import os, threading, time\n" + lines]
+    reading, writing = os.pipe()
+
+    class Sleeping(subprocess.Popen):
+        def __init__(self, _, stdin, stdout, stderr):
+            super().__init__(program, stdin=stdin, stdout=writing)
+            os.write(writing, f"{self.pid}\n".encode())
+
+        def wait(self, timeout=None):
+            if how == "interrupted" and timeout is None and not self.stdin.closed:
+                raise KeyboardInterrupt
+            return super().wait(timeout)
+
+    monkeypatch.setattr(command.subprocess, "Popen", Sleeping)
+    parent = os.fork()
+    if parent == 0:
+        with suppress(KeyboardInterrupt):
+            command._run_cell(SimpleNamespace(name="PPO", method="ppo", options={}), tmp_path, None)
+        os._exit(3)
+    os.close(writing)
+    with os.fdopen(reading) as file:
+        assert "there\n" in [file.readline(), file.readline()]  # beside the number of the process
+        if how == "killed":
+            os.kill(parent, signal.SIGKILL)
+        assert os.waitpid(parent, 0)[1] == (9 if how == "killed" else 3 << 8)
+        assert file.read() == ""  # its end comes when no process is left that could write
+
+
 def test_a_built_in_shapes_data_have_the_lengths_asked_for(tmp_path, monkeypatch):
     small = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
     small |= {"num_attention_heads": 2}
+    monkeypatch.setattr("rlhf_fast.lab.compare.start._ROWS", 16)
     monkeypatch.setitem(SHAPES, "10M", Shape(small | {"hidden_size": 32}, small, 200))
     for prompt, response in ((12, 6), (20, 9)):  # the second time the models are there already
         sizes = {"prompt_length": prompt, "response_length": response, "lora_rank": 2}
@@ -113,3 +185,7 @@ def test_a_built_in_shapes_data_have_the_lengths_asked_for(tmp_path, monkeypatch
         assert lengths == [prompt, response - 1, response - 1]  # an EOS follows the answers
     scorer = load_scorer(start.reward_adapter, trainable=False)
     assert scorer.score.in_features == 32 and load_scorer(start.small_critic).score.in_features == 16
+    before = (tmp_path / "start" / "policy" / "model.safetensors").read_bytes()
+    prepare(CompareConfig(model="10M", output_dir=str(tmp_path), seeds=[1], **(sizes | {"lora_rank": 3})))
+    assert (tmp_path / "start" / "policy" / "model.safetensors").read_bytes() != before  # another seed: other weights
+    assert not Path(start.reward_adapter).exists()  # it stood on the earlier policy
