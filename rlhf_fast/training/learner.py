@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from rlhf_fast.config import StageConfig
 from rlhf_fast.training.memory import static_bytes
+from rlhf_fast.training.moments import check_state
 from rlhf_fast.training.optimizers import MasterWeights, lr_factor, make_optimizer
 from rlhf_fast.training.stopped import Stopped
 from rlhf_fast.training.tally import Tally
@@ -114,7 +115,9 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores a `state_dict`."""
+        """Restores a `state_dict`. Raises ValueError where it is that of other weights or of another optimizer."""
+        names = {p: f"weight {i}" for i, p in enumerate(self.parameters)}
+        check_state(self.optimizer, state["optimizer"], names | {p: name for name, p in self.model.named_parameters()})
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.static_bytes = state["static_bytes"]

@@ -94,6 +94,8 @@ class Run:
         resumed = resume_directory(self.config, passed.append)
         if resumed is not None:
             state = checkpoint.load_state(resumed)
+            if missing := sorted({*self.states, "step", "train_seconds", "facts"} - state.keys()):
+                raise ValueError(f"{resumed / 'state.pt'}: expected the state of {', '.join(missing)}, found none")
             for name, part in self.states.items():
                 part.load_state_dict(state[name])
             self.first_step, self.train_seconds = state["step"] + 1, state["train_seconds"]
