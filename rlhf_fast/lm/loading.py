@@ -39,6 +39,7 @@ from rlhf_fast.lm.parked import freeze, park, whole
 from rlhf_fast.lm.paths import beside, existing
 from rlhf_fast.lm.private import forget_renaming, made_of, score_head
 from rlhf_fast.lm.trust import trusted
+from rlhf_fast.ranks import current
 
 # Holds what the config says of an adapter's scores, because transformers writes no config.json beside an adapter.
 _ADAPTER_SCORE = "score.json"
@@ -57,8 +58,11 @@ _FILES = "rlhf_fast_files"
 
 
 def default_device() -> torch.device:
-    """CUDA where there is a GPU, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The GPU of this process where there is one, else the CPU. Joins the run's other processes, if there are any."""
+    ranks = current()
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", ranks.local) if ranks.size > 1 else torch.device("cuda")
 
 
 @names_damage

@@ -19,6 +19,7 @@ from rlhf_fast.lm.adapters import base_path
 from rlhf_fast.lm.paths import existing
 from rlhf_fast.lm.trust import trusting
 from rlhf_fast.methods import METHODS, load, section
+from rlhf_fast.ranks import current
 from rlhf_fast.report.reuse import make_pairs, make_stage
 from rlhf_fast.training.apart import check_apart
 from rlhf_fast.training.lock import writes_alone
@@ -35,7 +36,9 @@ BEFORE_METHODS = ("sft", "pairs", "reward")  # the stages that make what every m
 def run(config: PipelineConfig) -> None:
     """Run every stage of `config` and write the report; everything goes to `config.output_dir`."""
     run_stages(config)
-    write_report(config)
+    if current().first:
+        write_report(config)
+    current().wait()
 
 
 def run_stages(config: PipelineConfig, names: Collection[str] | None = None) -> None:

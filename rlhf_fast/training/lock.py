@@ -23,11 +23,13 @@ from typing import Any, TypeVar, cast
 
 from rlhf_fast.data.damage import writing
 from rlhf_fast.data.files import check_name, sweep
+from rlhf_fast.ranks import current
 from rlhf_fast.training.apart import check_apart
 
 NAME = ".rlhf_fast.lock"
 _ROOM = 120  # bytes of the longest path in a checkpoint
 _held: dict[tuple[str, int], "_Lock"] = {}  # by directory and thread
+_followed: set[tuple[str, int]] = set()  # directories whose lock the run's first process holds
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -42,13 +44,21 @@ def held(directory: str | os.PathLike, argument: str = "output_dir") -> Iterator
     """
     check_name(argument, directory, _ROOM)
     key = _key(directory)
-    if key in _held:
+    if key in _held or key in _followed:
         yield
+        return
+    if not current().first:
+        yield from _following(key)
         return
     made = _make(Path(key[0]))
     path = Path(key[0], NAME)
     try:
-        own = _held[key] = _lock(path, argument)
+        try:
+            own = _held[key] = _lock(path, argument)
+        except ValueError as error:
+            current().gather(str(error))
+            raise
+        current().gather(None)
         try:
             sweep(path.parent)
             yield
@@ -63,6 +73,17 @@ def held(directory: str | os.PathLike, argument: str = "output_dir") -> Iterator
         for parent in made:
             with suppress(OSError):  # it is not empty, or gone
                 parent.rmdir()
+
+
+def _following(key: tuple[str, int]) -> Iterator[None]:
+    """The inside of `held` in the processes beside the first process of a run, which holds the lock for all of them."""
+    if refused := current().gather(None)[0]:
+        raise ValueError(refused)
+    _followed.add(key)
+    try:
+        yield
+    finally:
+        _followed.discard(key)
 
 
 def writes_alone(field: str) -> Callable[[Function], Function]:

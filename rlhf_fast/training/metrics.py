@@ -24,6 +24,7 @@ from torch import Tensor
 
 from rlhf_fast.data.damage import sentence, writing
 from rlhf_fast.data.files import write_text
+from rlhf_fast.ranks import current
 from rlhf_fast.training.console import error_console, shown
 from rlhf_fast.training.progress import drawn, new_bars
 from rlhf_fast.training.stopped import Stopped
@@ -59,6 +60,7 @@ class MetricsLogger:
         self.resume_step = resume_step
         self.show = tuple(show)
         self._console = error_console()
+        self._console.quiet = not current().first
         self._tenth = resume_step * 10 // total_steps
 
     def __enter__(self) -> "MetricsLogger":
@@ -68,11 +70,12 @@ class MetricsLogger:
             self.say(
                 f"{self.description}: {self.path} lacks {len(lost)} of the {self.resume_step} steps before this one"
             )
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = self.path.open("a")
+        if current().first:
+            write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = self.path.open("a") if current().first else open(os.devnull, "w")
         self._start = time.perf_counter() - (kept[-1]["time/elapsed"] if kept else 0.0)
         self._bar, self._screen = None, ExitStack()
-        if self._console.is_terminal:
+        if self._console.is_terminal and current().first:
             self._bar = new_bars(self._console)
             self._task = self._bar.add_task(
                 self.description, total=self.total_steps, completed=self.resume_step, numbers=""
@@ -101,6 +104,8 @@ class MetricsLogger:
 
     def check_there(self) -> None:
         """Raises Stopped where the file is no longer the one at its path, so that what is written would be lost."""
+        if not current().first:
+            return
         try:
             at_path = self.path.stat()
         except OSError as error:

@@ -1,15 +1,14 @@
 """`rlhf-fast compare`: run the cells, put their figures into tables, JSON, Markdown and plots."""
 
 import datetime
-import json
 import shlex
-import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from rlhf_fast.config.arguments import from_dict
+from rlhf_fast.data.damage import read_json
 from rlhf_fast.data.files import write_json, write_text
 from rlhf_fast.lab.compare.cells import Cell, cells_of
 from rlhf_fast.lab.compare.config import CompareConfig
@@ -68,7 +67,7 @@ def _changed(cell: Cell, directory: Path, memory: int | None) -> str | None:
     """Why the run in `directory` cannot be taken: "" where none has finished; None where it is just this cell's."""
     if not (directory / "result.json").is_file():
         return ""
-    record = json.loads((directory / "result.json").read_text())
+    record = read_json(directory / "result.json")
     if record.get("memory") != memory:
         return f"memory is {memory} bytes and was {record.get('memory')}"
     if record["ran"] and (wrong := manifest.damage(directory)):
@@ -100,11 +99,14 @@ def _run_cell(cell: Cell, directory: Path, memory: int | None, resume: bool = Fa
 
 
 def _wait_for(process: subprocess.Popen) -> int:
-    """The exit code of the process. A signal that ends this process goes on to the other, which then has its time."""
+    """The exit code of the process. SIGTERM or SIGHUP goes on to the process, which has its time to save.
+
+    After Ctrl-C the process ends with its pipe, because Ctrl-C saves nothing.
+    """
     try:
         return process.wait()
-    except (KeyboardInterrupt, Ended) as error:
-        process.send_signal(getattr(error, "signum", signal.SIGINT))
+    except Ended as error:
+        process.send_signal(error.signum)
         try:
             process.wait(CHILDREN)
         except subprocess.TimeoutExpired:
