@@ -98,7 +98,11 @@ class Answers:
     def arguments(self) -> dict[str, Callable[[], list]]:
         """The arguments of reward functions. Every function gets lists of its own, which it may change."""
         lists: dict[str, Callable[[], Iterable]] = {
-            **{name: (lambda values=values: map(_own, values)) for name, values in self.columns.items() if name != "prompt"},
+            **{
+                name: (lambda values=values: map(_own, values))
+                for name, values in self.columns.items()
+                if name != "prompt"
+            },
             "prompts": lambda: self.columns["prompt"],
             "completions": lambda: self.texts,
             "completion_ids": lambda: map(list, self.ids),
