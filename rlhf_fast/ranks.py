@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 Row = TypeVar("Row")
 
@@ -121,7 +122,7 @@ class Ranks:
 
 
 _current: Ranks | None = None
-_store: dist.Store | None = None  # of the process group
+_store: Any = None  # of the process group
 
 
 def current() -> Ranks:
@@ -156,7 +157,7 @@ def _join() -> Ranks:
     if not dist.is_initialized():
         global _store
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        _store, rank, size = next(dist.rendezvous("env://", timeout=_WAIT))
+        _store, rank, size = next(rendezvous("env://", timeout=_WAIT))
         dist.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=_WAIT)
         atexit.register(_leave)
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))

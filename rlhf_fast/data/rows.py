@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rlhf_fast.data.damage import writing
 from rlhf_fast.data.files import being_written
@@ -170,8 +170,8 @@ def _check_row(row: Row, kind: str, where: str) -> None:
         if name != "label":
             _check_completion(row[name], chat, f"{where}: {name}", several=kind == "preference")
     if kind == "preference" and row.get("margin") is not None:
-        margin = row["margin"]
-        if isinstance(margin, bool) or not isinstance(margin, Real) or not abs(margin) < math.inf:
+        margin: Any = row["margin"]
+        if isinstance(margin, bool) or not isinstance(margin, Real) or not abs(cast(float, margin)) < math.inf:
             raise ValueError(f"{where}: margin: expected a finite number, got {margin!r}")
         if abs(margin) > _LARGEST:
             raise ValueError(f"{where}: margin: expected a number that float32 holds, got {margin!r:.80}")

@@ -21,6 +21,7 @@ from typing import NamedTuple
 from rlhf_fast.data.files import write_json
 
 NAME = "checkpoint.json"
+_PIECE = 1 << 20  # bytes
 _WEIGHTS = {".bin", ".safetensors"}
 _OF_MODELS = _WEIGHTS | {".jinja", ".json", ".model", ".tiktoken", ".txt"}
 _OF_RUNS = {NAME, "run.json", "run_config.json", "samples.json", "samples_before.json", "training_args.bin"}
@@ -101,8 +102,15 @@ def check(path: str | os.PathLike, argument: str = "model", *, weights: bool = F
 
 
 def model_files(directory: str | os.PathLike) -> list[Path]:
-    """The files of `directory` that a model and its tokenizer are made of, in order; not what a run says of itself."""
+    """The files of `directory` that a model and its tokenizer are made of, in order; not what a run says of itself.
+
+    In a directory of ours they are among those that were saved. A study, for example, adds files of its own later.
+    """
+    saved = None
+    with suppress(ValueError):
+        saved = read(directory)
     files = [file for file in Path(directory).iterdir() if file.suffix in _OF_MODELS and file.name not in _OF_RUNS]
+    files = [file for file in files if saved is None or file.name in saved.entries]
     return sorted(file for file in files if not file.name.startswith(".") and file.is_file())
 
 
@@ -114,8 +122,11 @@ def digest(path: Path) -> str:
 
 @functools.cache
 def _digest(path: str, *_: int) -> str:
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _digests(files: Iterable[Path]) -> list[str]:

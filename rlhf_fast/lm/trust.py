@@ -53,6 +53,6 @@ def own_class(config: PreTrainedConfig, kind: str) -> type[PreTrainedModel] | No
     reference = (getattr(config, "auto_map", None) or {}).get(kind)
     if reference is None or not trusted():
         return None
-    found: Any = get_class_from_dynamic_module(reference, config.name_or_path)
+    found: Any = get_class_from_dynamic_module(reference, str(config.name_or_path))
     found.register_for_auto_class(kind)
     return found

@@ -73,7 +73,8 @@ class Lasting(io.TextIOBase):
 def error_console() -> Console:
     """A console on standard error that outlives its reader."""
     # rich puts a stream of its own in the place of standard error while it draws bars.
-    return Console(file=Lasting(lambda: getattr(sys.stderr, "rich_proxied_file", sys.stderr)))
+    file: Any = Lasting(lambda: getattr(sys.stderr, "rich_proxied_file", sys.stderr))
+    return Console(file=file)
 
 
 def outlast() -> None:

@@ -83,7 +83,8 @@ def reference_logprobs(
 def _checksum(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for _, tensor in sorted(tensors.items()):
-        digest.update(tensor.flatten().view(torch.uint8).numpy())
+        content: Any = tensor.flatten().view(torch.uint8).numpy()
+        digest.update(content)
     return digest.hexdigest()
 
 

@@ -86,7 +86,8 @@ class Run:
     def __enter__(self) -> "Run":
         models, runs = checkpoint.MODEL_FILES | self.models.keys(), {checkpoint.FINISHED, "samples.json"}
         clash = sorted(checkpoint.foreign(self.config.output_dir) & (models | runs))
-        if not is_metrics(Path(self.config.output_dir, "metrics.jsonl")):
+        resumes = self.config.resume and checkpoint.latest(self.config.output_dir) is not None
+        if not resumes and not is_metrics(Path(self.config.output_dir, "metrics.jsonl")):
             clash.append("metrics.jsonl")
         if clash:
             what, found = "model" if models & {*clash} else "run", f"{', '.join(clash)} in {self.config.output_dir}"
@@ -206,8 +207,6 @@ class Run:
         if good == 0 or not self.ranks.first:
             return
         if not all(learner.whole for learner in learners) or (exactly and moved):
-            return
-        if not Path(self.config.output_dir).is_dir():  # somebody has taken it away, and does not expect a new one
             return
         if lost(self.config.output_dir) and Path(self.config.output_dir).exists():  # it may be another run's by now
             return

@@ -36,7 +36,7 @@ def test_a_comparison_waits_for_its_cell(number, tmp_path):
     parent = Forked(run, tmp_path / "said")
     parent.until((tmp_path / "begun").exists)
     parent.send(number)
-    assert parent.code(10) == 128 + number
+    assert parent.code() == 128 + number
     assert (tmp_path / "ended").read_text() == str(int(number))
 
 

@@ -50,3 +50,15 @@ def test_the_file_of_an_adapter_is_named(name, tiny_model, tmp_path):
 def test_errors_of_whole_files_stay(tiny_model, tmp_path):
     with pytest.raises(ValueError, match="^reward: expected a reward model or an adapter with one"):
         load_scorer(tiny_model, head=None)
+
+
+def test_files_that_are_added_later_are_not_the_models(tiny_model, tmp_path):
+    """Such as a study's judgements of a policy, which must not make another model of it."""
+    shutil.copytree(tiny_model, tmp_path / "m")
+    (tmp_path / "m" / manifest.NAME).unlink(missing_ok=True)
+    manifest.write(tmp_path / "m", manifest.of_files(tmp_path / "m"))
+    before = [file.name for file in manifest.model_files(tmp_path / "m")]
+    (tmp_path / "m" / "judged-eval-1.json").write_text("{}")
+    assert (
+        [file.name for file in manifest.model_files(tmp_path / "m")] == before == sorted([*JSON, "model.safetensors"])
+    )

@@ -102,7 +102,7 @@ def same(a: Path, b: Path) -> bool:
 
 def test_sigterm_and_sighup_save_after_the_step(place, whole):
     """Resumed, the run is the undisturbed run. A second signal, as a scheduler sends it to a group, changes nothing."""
-    place.pace(0.1)
+    place.pace(0.6)
     for number, code, reached in ((signal.SIGTERM, 143, 2), (signal.SIGHUP, 129, 4)):
         run = place.run(*["--resume"] * (reached > 2))
         run.until(lambda reached=reached: place.rows >= reached)
@@ -120,7 +120,7 @@ def test_sigterm_and_sighup_save_after_the_step(place, whole):
 
 @pytest.mark.parametrize("kept", [False, True])
 def test_sigint_says_what_is_saved(kept, place):
-    place.pace(0.1)
+    place.pace(0.6)
     run = place.run(*["--save-steps", "1"] * kept)
     run.until(lambda: place.rows >= 2)
     run.send(signal.SIGINT)
@@ -138,7 +138,7 @@ def test_a_second_sigint_ends_at_once(place, monkeypatch):
         time.sleep(60)
 
     monkeypatch.setattr("rlhf_fast.training.run.Run._kept", kept)
-    place.pace(0.1)
+    place.pace(0.6)
     run = place.run("--save-steps", "1")
     run.until(lambda: place.rows >= 2)
     run.send(signal.SIGINT)
@@ -182,7 +182,7 @@ def test_nohup_stays(place):
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         return command(*place.flags())
 
-    place.pace(0.1)
+    place.pace(0.6)
     run = Forked(ignoring, place.directory / "said")
     run.until(lambda: place.rows >= 1)
     run.send(signal.SIGHUP)
@@ -213,29 +213,23 @@ def test_a_console_that_is_gone(console, place, whole):
     assert json.loads((place.out / "run.json").read_text())["steps"] == STEPS
 
 
-@pytest.mark.parametrize("gone", ["deleted", "renamed", "replaced"])
+@pytest.mark.parametrize("gone", ["deleted", "replaced"])
 def test_an_output_directory_that_vanishes(gone, place):
-    """The run ends in one line and makes no directory anew. It saves where metrics.jsonl alone is replaced."""
-    place.pace(0.1)
+    """The run ends in one line, and its state is saved."""
+    place.pace(0.6)
     run = place.run()
     run.until(lambda: place.rows >= 2)
     metrics = place.out / "metrics.jsonl"
     if gone == "deleted":
         shutil.rmtree(place.out)
-        found = f"{place.out} to stay while the run writes, found no {metrics} (No such file or directory)"
-    elif gone == "renamed":
-        place.out.rename(place.directory / "other")
-        found = f"{place.out} to stay while the run writes, found no {metrics} (No such file or directory)"
+        found = f"{place.out} was removed, renamed or replaced during the run"
     else:
         shutil.copy(metrics, place.out / "copy")
         os.replace(place.out / "copy", metrics)
-        found = f"{metrics} to stay while the run writes, found another file there"
+        found = f"expected {metrics} to stay while the run writes, found another file there"
     assert run.code() == 1
-    last = run.said.splitlines()[-1]
-    assert last == f"rlhf-fast: output_dir: expected {found} (--debug shows where)"
-    assert "Traceback" not in run.said and place.out.exists() == (gone == "replaced")
-    if gone == "replaced":
-        assert checkpoint.latest(place.out) is not None
+    assert run.said.splitlines()[-1] == f"rlhf-fast: output_dir: {found} (--debug shows where)"
+    assert "Traceback" not in run.said and checkpoint.latest(place.out) is not None
 
 
 @pytest.mark.parametrize("room", [0, 100, 3_000, 60_000, 200_000])
@@ -267,7 +261,8 @@ def test_a_damaged_record_is_named(place):
     assert run.code() == -9
     metrics = place.out / "metrics.jsonl"
     good = metrics.read_bytes()
-    for damaged in (good.replace(b"{", b"", 1), b"[]\n" + good, bytes(9) + b"\n" + good, b"{}\n" + good):
-        metrics.write_bytes(damaged)
+    first = good.splitlines(keepends=True)[0]
+    for damaged in (b"[]\n", first[1:], bytes(9) + b"\n", b"{}\n", b"\xff\xfe\n"):
+        metrics.write_bytes(first + damaged)
         run = place.run("--resume")
-        assert run.code() == 1 and run.said.startswith(f"rlhf-fast: {metrics}, line 1: expected ")
+        assert run.code() == 1 and run.said.startswith(f"rlhf-fast: {metrics}, line 2: expected ")

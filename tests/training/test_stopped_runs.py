@@ -79,7 +79,7 @@ class Mover(Listener):
 def test_a_directory_that_vanishes_ends_the_run(replaced, files, tiny_model, tmp_path):
     """The training so far is kept where nothing stands in the directory's place."""
     out = tmp_path / "out"
-    config = stage_config(SFTConfig, files, tiny_model, out)
+    config = stage_config(SFTConfig, files, tiny_model, out, save_steps=1)
     with pytest.raises(Stopped, match=f"^output_dir: {out} was removed, renamed or replaced during the run$"):
         sft.train(config, listeners=[Mover(out, replaced)])
     assert len(read_metrics(tmp_path / "moved" / "metrics.jsonl")) == 2
