@@ -164,7 +164,7 @@ def test_offsets_beyond_32_bits():
     dense = logits.contiguous()
     ids = torch.randint(V, (3,))
     x = (logits.requires_grad_(), dense.requires_grad_())
-    out = [token_logprobs(y, ids, inplace_backward=True) for y in x]
+    out = [token_logprobs(y.view_as(y), ids, inplace_backward=True) for y in x]  # a leaf itself is refused
     for o in out:
         (o.logprobs - o.entropy).sum().backward()
     assert torch.equal(out[0].logprobs, out[1].logprobs) and torch.equal(out[0].entropy, out[1].entropy)
@@ -261,6 +261,11 @@ class TestInplaceBackward:
         ids = torch.zeros(3, dtype=torch.int64)
         with pytest.raises(ValueError, match="inplace_backward: expected logits with a contiguous last dimension"):
             token_logprobs(torch.randn(9, 3).t(), ids, inplace_backward=True)
+        with pytest.raises(
+            ValueError, match="^inplace_backward: expected logits that a model has computed, got a leaf"
+        ):
+            token_logprobs(torch.randn(3, 9, requires_grad=True), ids, inplace_backward=True)
+        token_logprobs(torch.randn(3, 9), ids, inplace_backward=True)  # no gradient comes
         with pytest.raises(ValueError, match="inplace_backward: expected rows that do not overlap"):
             token_logprobs(torch.randn(9).expand(3, 9), ids, inplace_backward=True)
         with pytest.raises(ValueError, match="inplace_backward: expected rows that do not overlap"):
