@@ -308,7 +308,7 @@ def test_inplace_backward(dtype):
             if reference is not None:
                 assert torch.equal(kept, reference)
         assert torch.equal(*results)
-    with pytest.raises(ValueError, match="^inplace_backward: expected logits that a model has computed, got a leaf"):
+    with pytest.raises(ValueError, match="^inplace_backward: expected logits that a model has computed"):
         token_kl(values.requires_grad_(), ref_logits, ids, inplace_backward=True)
 
 
