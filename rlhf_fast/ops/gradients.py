@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.ops import private
-from rlhf_fast.ops.dispatch import ARGUMENTS, AUTOGRAD, KERNELS, LIBRARY, RESULTS
+from rlhf_fast.ops.dispatch import ARGUMENTS, AUTOGRAD, KERNELS, LIBRARY, RESULTS, overridden, override
 
 Context: TypeAlias = Any
 """torch's `FunctionCtx`, whose stubs know neither `saved_tensors` nor the attributes that a forward pass sets."""
@@ -38,12 +38,16 @@ def register_autograd(name: str, setup_context: Callable, backward: Callable, di
         def forward(ctx: Context, keyset: Any, args: tuple, *_: Tensor | None) -> tuple[Tensor, ...]:
             output = call_kernel(keyset, args)
             setup_context(ctx, args, output)
+            ctx.backend = override()
             return output
 
         @staticmethod
         def backward(ctx: Context, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             needed = ctx.needs_input_grad[2:]  # the first two are the keyset and the tuple of arguments
-            return None, None, *backward(ctx, needed, *grads)
+            if ctx.backend == override():
+                return None, None, *backward(ctx, needed, *grads)
+            with overridden(ctx.backend):  # autograd's thread of a GPU, or after the block
+                return None, None, *backward(ctx, needed, *grads)
 
     def autograd(keyset: Any, *args: Any) -> tuple[Tensor, ...]:
         """Called by torch's dispatcher with its keyset, and by `dispatch.call` past it, with None."""

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.ops import reference
-from rlhf_fast.ops.checks import FLOATS, INTEGERS, check_device, check_positive, expect
+from rlhf_fast.ops.checks import (
+    INTEGERS,
+    check_device,
+    check_dtype,
+    check_integer,
+    check_positive,
+    check_temperature,
+    expect,
+)
 from rlhf_fast.ops.dispatch import LIBRARY, define, has_kernel, kernel
 from rlhf_fast.ops.gradients import Context, no_second_derivative, register_autograd
 from rlhf_fast.ops.heads import MEMORY_BUDGET, Head, full_precision, kept_dtype
@@ -89,15 +97,15 @@ def check_head(
 ) -> int:
     """Check the arguments that all fused heads share; returns the memory budget in bytes."""
     check_layer(hidden, weight, bias)
-    expect(token_ids.dtype in INTEGERS, "token_ids", "dtype int64 or int32", token_ids.dtype)
+    check_dtype("token_ids", token_ids, INTEGERS)
     expected = f"shape {list(hidden.shape[:-1])} as the rows of hidden {list(hidden.shape)}"
     expect(token_ids.shape == hidden.shape[:-1], "token_ids", expected, list(token_ids.shape))
     check_device("token_ids", token_ids, "hidden", hidden)
-    check_positive("temperature", temperature)
+    check_temperature(temperature)
     if softcap is not None:
         check_positive("softcap", softcap)
     if memory_budget is not None:
-        check_positive("memory_budget", memory_budget)
+        check_integer("memory_budget", memory_budget, 1, "a finite number > 0 of whole bytes")
     check_ids(token_ids, weight.shape[0])
     return memory_budget or MEMORY_BUDGET.get(hidden.device.type, MEMORY_BUDGET["cpu"])
 
@@ -106,10 +114,9 @@ def check_layer(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str
     """Check one layer and its input. prefix: of the arguments' names in errors, such as "ref_" for a reference."""
     named = {f"{prefix}hidden": hidden, f"{prefix}weight": weight, f"{prefix}bias": bias}
     for name, x in named.items():
-        if x is None:
+        if x is None and name.endswith("bias"):
             continue
-        expect(isinstance(x, Tensor), name, "a tensor", type(x).__name__)
-        expect(x.dtype in FLOATS, name, "dtype float32, bfloat16, float16 or float64", x.dtype)
+        check_dtype(name, x)
         check_device(name, x, f"{prefix}hidden", hidden)
     shape = list(weight.shape)
     expect(weight.dim() == 2 and shape[0] > 0, f"{prefix}weight", "shape [V, H] with V > 0", shape)

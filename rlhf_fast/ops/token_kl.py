@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.ops import reference
-from rlhf_fast.ops.checks import check_like, expect
+from rlhf_fast.ops.checks import check_flag, check_like, expect
 from rlhf_fast.ops.dispatch import (
     LIBRARY,
     _cpu,
@@ -84,6 +84,7 @@ def token_kl(
     expect(ref_logits.dtype == logits.dtype, "ref_logits", f"dtype {logits.dtype} as logits", ref_logits.dtype)
     if token_ids.dtype != torch.int64:
         token_ids = token_ids.long()
+    check_flag("inplace_backward", inplace_backward)
     if inplace_backward and not torch.compiler.is_compiling():
         check_overwritable(logits)
     if not has_kernel("token_kl", logits):

@@ -31,7 +31,7 @@ from rlhf_fast.training.memory import static_bytes
 from rlhf_fast.training.meter import Meter
 from rlhf_fast.training.metrics import MetricsLogger, is_metrics
 from rlhf_fast.training.resume import MADE_OF, RUN_CONFIG, resume_directory
-from rlhf_fast.training.stopped import Stopped
+from rlhf_fast.training.stopped import Diverged, Stopped
 
 
 class Run:
@@ -97,6 +97,8 @@ class Run:
         resumed = resume_directory(self.config, passed.append)
         if resumed is not None:
             state = checkpoint.load_state(resumed)
+            if missing := sorted({*self.states, "step", "train_seconds", "facts"} - state.keys()):
+                raise ValueError(f"{resumed / 'state.pt'}: expected the state of {', '.join(missing)}, found none")
             for name, part in self.states.items():
                 part.load_state_dict(state[name])
             self.first_step, self.train_seconds = state["step"] + 1, state["train_seconds"]
@@ -150,6 +152,8 @@ class Run:
         if isinstance(error, KeyboardInterrupt):
             advice = "" if checkpoint.latest(self.config.output_dir) else " (SIGTERM saves before it ends a run)"
             error.args = (f"{self.description}: interrupted in step {self._good + 1}; {self._kept()}{advice}",)
+        elif isinstance(error, Diverged):
+            error.args = (f"{error}; {self._advice(error.remedy)}",)
         elif isinstance(error, Ended):
             error.line = f"{self.description}: ended by {ending.name(error.signum)}; {self._kept()}"
         elif error is None and (signum := ending.asked()) is not None:
@@ -172,6 +176,11 @@ class Run:
         if kept is None:
             return "nothing is saved" + ("" if self.config.save_steps else ", because save_steps is 0")
         return f"{kept} is saved, and --resume goes on from there"
+
+    def _advice(self, remedy: str) -> str:
+        """How to go on after numbers that are not what they must be."""
+        kept = checkpoint.latest(self.config.output_dir)
+        return f"{self._kept()}; " + (f"with {remedy}, start anew with --model {kept}" if kept else f"try {remedy}")
 
     def _end_if_asked(self, step: int) -> None:
         """Where a signal has asked for the end, writes the state after `step` and raises Ended in every process."""
@@ -207,6 +216,8 @@ class Run:
                     learner.scheduler.load_state_dict(self._schedules[role])  # the step is taken again
                 self.save_state(good)
                 checkpoint.prune(self.config.output_dir, self.config.save_total_limit, good)
+            except Diverged:  # the weights were broken before the error that ended the run, which says how to go on
+                return
             except Exception as error:  # such as a full disk; the exception that ended the run matters more
                 self.logger.say(f"{self.description}: no checkpoint of step {good} could be written: {error}")
                 return

@@ -1,6 +1,7 @@
 """Reward functions, reward models, and their errors."""
 
 import asyncio
+import itertools
 import sys
 
 import numpy
@@ -62,13 +63,31 @@ def test_function_gets_texts_and_columns(rollout, tokenizer):
     [
         ([1.0], "f: expected 2 scores, got 1"),
         ([1.0, 1e39], "f: expected scores that float32 holds, got 1e\\+39 for row 1"),
-        ([1.0, 10**400], "f: expected finite scores, got 10+ for row 1"),
+        ([1.0, 10**400], r"f: expected finite scores, got 10{79}\.\.\. for row 1"),
         ([1.0, float("nan")], "f: expected finite scores, got nan for row 1"),
         (None, "f: expected 2 scores, got None"),
         ("ab", "f: expected 2 scores, got 'ab'"),
         (["1", "2"], "f: expected finite scores, got '1' for row 0"),
         ([1.0, None], "f: expected finite scores, got None for row 1"),
         (torch.ones(2, 2), r"f: expected finite scores, got tensor\(\[1., 1.\]\) for row 0"),
+        ({0: 1.0, 1: 2.0}, "f: expected 2 scores, got {0: 1.0, 1: 2.0}$"),
+        ({1.0, 2.0}, "f: expected 2 scores, got {1.0, 2.0}$"),
+        (b"ab", "f: expected 2 scores, got b'ab'$"),
+        (bytearray(b"ab"), r"f: expected 2 scores, got bytearray\(b'ab'\)$"),
+        (torch.ones(()), r"f: expected 2 scores, got tensor\(1.\)$"),
+        (numpy.float32(1), "f: expected 2 scores, got "),
+        (itertools.count(), "f: expected 2 scores, got more$"),
+        ((x for x in [1.0]), "f: expected 2 scores, got 1$"),
+        ([1.0, b"1"], "f: expected finite scores, got b'1' for row 1$"),
+        ([memoryview(b"1"), 1.0], "f: expected finite scores, got <memory"),
+        (numpy.array(["1", "2"]), "f: expected finite scores, got "),
+        (numpy.array([b"1", b"2"]), "f: expected finite scores, got "),
+        ([numpy.array("1"), 1.0], "f: expected finite scores, got "),
+        ([1.0, 1j], "f: expected finite scores, got 1j for row 1$"),
+        ([1.0, 1e308], r"f: expected scores that float32 holds, got 1e\+308 for row 1$"),
+        ([1.0, 10**5000], "f: expected finite scores, got a value of class int that cannot be shown for row 1$"),
+        ([1.0, "x" * 999], r"f: expected finite scores, got 'x{79}\.\.\. for row 1$"),
+        ([1.0, {}], "f: expected finite scores, got {} for row 1$"),
     ],
 )
 def test_bad_scores_are_errors(rollout, tokenizer, returned, message):
@@ -77,6 +96,22 @@ def test_bad_scores_are_errors(rollout, tokenizer, returned, message):
 
     with pytest.raises(ValueError, match=f"^reward {message}"):
         Reward(f, tokenizer, CPU)(rollout, {"prompt": ["a", "b"]})
+
+
+def test_a_function_may_change_its_arguments(rollout, tokenizer):
+    """Neither the next function nor the next call sees what it did, in lists of lists and dicts too."""
+    columns = {"prompt": ["a", "b"], "parts": [["x"], ["y"]], "facts": [{"n": [1]}, {"n": [2]}]}
+    seen = []
+
+    def greedy(prompts, completions, completion_ids, parts, facts):
+        seen.append([list(prompts), list(completions), sum(map(len, completion_ids)), str(parts), str(facts)])
+        parts[0].clear(), facts[1]["n"].pop(), completion_ids[0].clear()
+        return [float(len(prompts.pop() + completions.pop())) for _ in range(2)]
+
+    score = Reward([greedy, greedy], tokenizer, CPU)
+    assert score(rollout, columns).tolist() == score(rollout, columns).tolist()
+    assert len(seen) == 4 and all(given == seen[0] for given in seen)
+    assert columns == {"prompt": ["a", "b"], "parts": [["x"], ["y"]], "facts": [{"n": [1]}, {"n": [2]}]}
 
 
 @pytest.mark.parametrize("returned", [torch.ones(2), torch.ones(2, 1), numpy.ones(2), (1, True)])

@@ -19,8 +19,8 @@ from rlhf_fast.training.fingerprint import fingerprint
 from rlhf_fast.training.learner import Learner
 from rlhf_fast.training.listeners import Listener
 from rlhf_fast.training.metrics import read_metrics
-from rlhf_fast.training.stopped import Stopped
-from tests.support.stages import distance, numbers, shortness, stage_config, weights
+from rlhf_fast.training.stopped import Diverged, Stopped
+from tests.support.stages import STAGES, distance, numbers, shortness, stage_config, weights
 
 
 class Failing:
@@ -104,9 +104,51 @@ def test_a_gradient_that_is_not_finite(in_backward, files, tiny_model, tmp_path,
 
     monkeypatch.setattr(Learner, "clip", spoil)
     options = {"max_grad_norm": 0, "optimizer_in_backward": in_backward}
-    with pytest.raises(Stopped, match="^gradient norm is nan; the weights were (left as they are|spoilt)"):
+    with pytest.raises(Stopped, match="^gradient norm is nan; the weights were (left as they are|spoilt)") as stopped:
         sft.train(stage_config(SFTConfig, files, tiny_model, tmp_path, **options))
-    assert checkpoint.latest(tmp_path) == (None if in_backward else tmp_path / "checkpoint-2")
+    kept = tmp_path / "checkpoint-2"
+    assert checkpoint.latest(tmp_path) == (None if in_backward else kept)
+    saved = f"{kept} is saved, and --resume goes on from there; with a smaller learning_rate, start anew with --model"
+    nothing = "nothing is saved, because save_steps is 0; try a smaller learning_rate"
+    assert str(stopped.value).endswith(f"; {nothing}" if in_backward else f"; {saved} {kept}")
+
+
+@pytest.mark.parametrize("name", ["sft", "remax", "dpo"])
+@pytest.mark.parametrize("last", [False, True])
+def test_weights_that_are_not_finite_replace_no_good_ones(name, last, files, tiny_model, tmp_path, monkeypatch, capsys):
+    """A step makes them, with a checkpoint due or as the last step: the checkpoint of the step before is what stays."""
+    module, cls = STAGES[name]
+    apply, calls = Learner.apply, []
+
+    def overflow(self):
+        apply(self)
+        calls.append(1)
+        if len(calls) == broken:
+            with torch.no_grad():
+                self.model.lm_head.weight[0, 0] = torch.inf
+
+    monkeypatch.setattr(Learner, "apply", overflow)
+    config = stage_config(cls, files, tiny_model, tmp_path / "out", save_steps=1)
+    rows = len(Path(str(config.train_data)).read_text().splitlines())
+    broken = 3 if not last else config.steps if name == "remax" else rows // config.batch_size
+    with pytest.raises(Diverged, match=r"^\S+ is not finite, so that it was not written to ") as stopped:
+        module.train(config)
+    kept = tmp_path / "out" / f"checkpoint-{broken - 1}"
+    assert f"; {kept} is saved, and --resume goes on from there; with a smaller" in str(stopped.value)
+    assert checkpoint.latest(tmp_path / "out") == kept and not checkpoint.finished(tmp_path / "out")
+    assert all(x.isfinite().all() for x in weights(kept).values())
+    assert "could be written" not in capsys.readouterr().err
+
+
+def test_a_learning_rate_that_no_float_holds(files, tiny_model, tmp_path, capsys):
+    """The one step of the run, on the command line: exit code 1, one line, no model."""
+    flags = ["--model", tiny_model, "--train-data", files["sft"], "--output-dir", str(tmp_path / "out")]
+    flags += ["--learning-rate", "1e38", "--batch-size", "32", "--max-length", "32", "--lr-schedule", "constant"]
+    assert cli.main(["sft", *flags]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "is not finite" in last or "gradient norm is nan" in last
+    assert "; nothing is saved, because save_steps is 0; try a smaller learning_rate" in last
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 
 def test_whole_updates_of_a_broken_step_are_kept(files, tiny_model, tmp_path, monkeypatch, capsys):
