@@ -1,7 +1,7 @@
 """The `rlhf-fast` command: one sub-command per stage, whose flags and YAML keys are the fields of the stage's config.
 
 The training stages come from the table in `rlhf_fast.methods`. Exit codes: 0 done, 1 the stage failed, 2 the config is
-wrong, 130 interrupted. torch is imported when a stage runs.
+wrong, 130 interrupted, 143 and 129 ended by SIGTERM and SIGHUP. torch is imported when a stage runs.
 """
 
 import sys
@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import rlhf_fast
 from rlhf_fast.methods import METHODS, STAGES, load
+from rlhf_fast.training import ending
+from rlhf_fast.training.console import outlast, shown
 from rlhf_fast.training.stopped import Stopped
 
 
@@ -87,8 +89,15 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command and returns its exit code."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Runs one command and returns its exit code. argv: default: the arguments of the process, which it then is."""
+    if argv is None:
+        outlast()
+        with ending.signals():
+            return _run(sys.argv[1:])
+    return _run(argv)
+
+
+def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(_overview("", list(COMMANDS)))
         return 0
@@ -113,8 +122,8 @@ def main(argv: list[str] | None = None) -> int:
         arguments = [f"--{command.first}", *arguments]
     debug, dry_run = "--debug" in arguments, "--dry-run" in arguments
     try:
-        shown = f"{name} {command.first.upper()}" if command.first else name
-        parsed = parse(load(command.config), arguments, f"rlhf-fast {shown}")
+        title = f"{name} {command.first.upper()}" if command.first else name
+        parsed = parse(load(command.config), arguments, f"rlhf-fast {title}")
     except ValueError as error:
         if debug:
             raise
@@ -130,17 +139,28 @@ def main(argv: list[str] | None = None) -> int:
         if debug:
             raise
         return _fail(f"{error} (--debug shows where)", 1)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+    except KeyboardInterrupt as error:
+        return _fail(str(error) or f"interrupted; {_left(name)}", 130)
+    except ending.Ended as error:
+        return _fail(error.line or f"{error}; {_left(name)}", 128 + error.signum)
     written = next((getattr(parsed, key) for key in ("output_dir", "output", "out") if hasattr(parsed, key)), None)
     if written:
-        print(f"{name}: wrote {written}")
+        print(shown(f"{name}: wrote {written}"))
     return 0
+
+
+def _left(command: str) -> str:
+    """What a command leaves that a signal ended outside of a run."""
+    if command in ("pipeline", "demo", "compare"):
+        return "--resume goes on with what is not finished"
+    if command.startswith("study"):
+        return "the same command goes on with what is not finished"
+    return "no step was taken" if command in STAGES else "nothing was written"
 
 
 def _fail(message: str, code: int) -> int:
     red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")
-    print(f"{red}rlhf-fast: {' '.join(message.split())}{plain}", file=sys.stderr)
+    print(f"{red}rlhf-fast: {shown(' '.join(message.split()))}{plain}", file=sys.stderr)
     return code
 
 

@@ -14,7 +14,8 @@ from rlhf_fast.lab.demo import MEASURED
 from rlhf_fast.lab.study.methods import STUDIED
 from rlhf_fast.methods import FIRST_STAGES, METHODS, STAGES, load, section
 
-FIRST = ["model", "output_dir", "methods", "seed", "title", "resume", "common", "sft", "pairs", "reward"]
+FIRST = ["model", "output_dir", "methods", "seed", "title", "resume", "trust_remote_code"]
+FIRST += ["common", "sft", "pairs", "reward"]
 
 
 @pytest.mark.parametrize("name", STAGES)

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import os
 import re
 from pathlib import Path
 from types import NoneType, UnionType
@@ -148,6 +149,7 @@ def check_file(config_class: type, file: str) -> dict[str, Any]:
 
     A field that takes one value or several has a list here.
     """
+    file = os.path.expanduser(file)
     if not Path(file).is_file():
         raise ValueError(f"--config: expected a YAML file, found no {file}")
     try:

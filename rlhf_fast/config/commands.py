@@ -13,7 +13,14 @@ from rlhf_fast.config.fields import (
     random_seed,
     required,
 )
-from rlhf_fast.config.stages import CHAT_TEMPLATE_HELP, CHAT_TEMPLATE_KWARGS_HELP, COLUMNS_HELP, Dtype
+from rlhf_fast.config.stages import (
+    CHAT_TEMPLATE_HELP,
+    CHAT_TEMPLATE_KWARGS_HELP,
+    COLUMNS_HELP,
+    REWARD_TIMEOUT_HELP,
+    TRUST_REMOTE_CODE_HELP,
+    Dtype,
+)
 from rlhf_fast.methods import METHODS, STAGES, section
 
 __all__ = [
@@ -54,10 +61,12 @@ class PairsConfig:
     columns: dict[str, str] = arg({}, COLUMNS_HELP)
     chat_template: str | None = arg(None, CHAT_TEMPLATE_HELP)
     chat_template_kwargs: dict[str, Any] = arg({}, CHAT_TEMPLATE_KWARGS_HELP)
+    trust_remote_code: bool = arg(False, TRUST_REMOTE_CODE_HELP)
     reward: str | list[str] = required(
         "Reward-model directory, or a function `package.module:name` or `file.py:name`; repeated: their sum."
     )
     reward_weights: list[float] | None = arg(None, "Weight of each of several rewards; default: 1 for each.")
+    reward_timeout: float | None = arg(None, REWARD_TIMEOUT_HELP, above=0)
     output: str = required("JSONL file (.jsonl or .jsonl.gz) to write: prompt, chosen, rejected.")
     scale: float = arg(1.0, "P(a preferred) = sigmoid(scale * (reward(a) - reward(b))).", at_least=0)
     eval_output: str | None = arg(None, "Second file, for the pairs of the last eval_rows prompts.")
@@ -90,6 +99,7 @@ class DataConfig:
     columns: dict[str, str] = arg({}, COLUMNS_HELP)
     chat_template: str | None = arg(None, CHAT_TEMPLATE_HELP)
     chat_template_kwargs: dict[str, Any] = arg({}, CHAT_TEMPLATE_KWARGS_HELP)
+    trust_remote_code: bool = arg(False, TRUST_REMOTE_CODE_HELP)
     max_length: int | None = arg(None, "Longest prompt + completion in tokens; default: the stage's own.", at_least=2)
     max_prompt_length: int | None = arg(None, "Longest prompt in tokens; default: the stage's own.", at_least=1)
     rows: int = arg(3, "Rows to show, from the first on.", at_least=0)
@@ -124,6 +134,7 @@ class PipelineConfig:
     seed: int = random_seed("Seed of every stage that does not set its own.")
     title: str = arg("RLHF pipeline", "Title of the report.")
     resume: bool = arg(False, "Skip stages that finished; continue the one that was cut off.")
+    trust_remote_code: bool = arg(False, TRUST_REMOTE_CODE_HELP)
     common: dict[str, Any] = arg({}, "Keys for every method that has them; a method's own section wins.")
     sft: dict[str, Any] | None = arg({}, "Keys of SFTConfig; null in the YAML file: no SFT.")
     pairs: dict[str, Any] = arg(

@@ -13,7 +13,9 @@ import dataclasses
 import math
 import operator
 import os
+import re
 from collections.abc import Callable
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -66,11 +68,29 @@ def check(config: Any, name: str, holds: Callable[[Any], bool], expected: str) -
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
+def expand_home(config: Any) -> None:
+    """Writes the home directory in place of a `~` that a text, a path or a text of a list begins with."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        # A list of anything else is rows in memory.
+        names = value if isinstance(value, list) and all(isinstance(item, str | Path) for item in value) else None
+        expanded = _expanded(value) if names is None else [_expanded(name) for name in names]
+        if expanded is not value and expanded != value:
+            object.__setattr__(config, field.name, expanded)
+
+
+def _expanded(value: Any) -> Any:
+    begins = isinstance(value, str | Path) and re.match(r"~[\w.-]*(/|$)", str(value))
+    return type(value)(os.path.expanduser(value)) if begins else value
+
+
 def check_fields(config: Any) -> None:
     """Raises ValueError, naming the field, for an unknown choice, for a wrong type and for a number out of its bounds.
 
+    Expands `~` first.
     Text is not looked at: in Python a path may be a `Path`, data may be rows, and a reward a function.
     """
+    expand_home(config)
     hints = get_type_hints(type(config))
     for field in dataclasses.fields(config):
         name, hint, value = field.name, hints[field.name], getattr(config, field.name)

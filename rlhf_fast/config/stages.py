@@ -64,6 +64,8 @@ DTYPE_HELP = "Trained weights and their passes; bf16 keeps fp32 master weights i
 KTOLossType = Literal["kto", "apo_zero_unpaired"]
 FUSED_HEAD_HELP = "Take losses from hidden states, in chunks; false takes them from [B, T, V] logits."
 
+REWARD_TIMEOUT_HELP = "Seconds that a call of a reward function may take before the run ends; default: no limit."
+TRUST_REMOTE_CODE_HELP = "Run the Python files that stand beside the weights of a family of its own."
 COLUMNS_HELP = "Columns that the data name otherwise, ours first: prompt=question completion=answer."
 CHAT_TEMPLATE_HELP = "Jinja file (or the text) of the chat template; default: the tokenizer's own."
 CHAT_TEMPLATE_KWARGS_HELP = "Options of the chat template: enable_thinking=false; a row's own column of this name wins."
@@ -109,6 +111,7 @@ class StageConfig:
     columns: dict[str, str] = arg({}, COLUMNS_HELP)
     chat_template: str | None = arg(None, CHAT_TEMPLATE_HELP)
     chat_template_kwargs: dict[str, Any] = arg({}, CHAT_TEMPLATE_KWARGS_HELP)
+    trust_remote_code: bool = arg(False, TRUST_REMOTE_CODE_HELP)
     seed: int = random_seed("Seed of data order and sampling; same seed, same bits on CPU.")
     batch_size: int = arg(16, "Rows per optimizer step; a pair or a ranking is one row.", at_least=1)
     micro_batch_size: int | None = arg(None, "Rows per forward pass; default: the whole batch.", at_least=1)
@@ -223,6 +226,7 @@ class MethodConfig(StageConfig):
     eval_reward: str | None = arg(None, "Reward that scores these samples: a directory or a Python function.")
     eval_steps: int = arg(0, "Evaluate every so many steps too; 0: before and after training only.", at_least=0)
     max_response_length: int = arg(64, "Longest sampled completion in tokens.", at_least=1)
+    reward_timeout: float | None = arg(None, REWARD_TIMEOUT_HELP, above=0)
     temperature: float = arg(1.0, "Temperature of the evaluations' samples.", above=0)
     top_k: int = arg(0, "Evaluations draw from the k likeliest tokens; 0: from all tokens.", at_least=0)
     top_p: float = arg(

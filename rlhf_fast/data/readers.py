@@ -19,6 +19,7 @@ Row = dict[str, Any]
 _TEXT_FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 _HUB = "hub:"
 _EXPECTED = ".jsonl, .json, .csv, .tsv (also with .gz), .parquet or a `datasets` directory"
+_SAID = 200  # characters of another package's reason that a message repeats
 _SHARD = re.compile(r"(.+)-\d+-of-(\d+)\.")
 
 
@@ -188,10 +189,10 @@ def _read_parquet(path: Path) -> Iterable[Row]:
 
     try:
         return pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path}: not a Parquet file: {error}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not text in UTF-8: {error}") from error
+    except Exception as error:  # pyarrow raises many kinds for damage: OSError, ArrowInvalid, MemoryError, TypeError
+        raise ValueError(f"{path}: not a Parquet file: {_sentence(error)}") from error
 
 
 def _read_datasets(path: Path) -> Iterable[Row]:
@@ -201,7 +202,23 @@ def _read_datasets(path: Path) -> Iterable[Row]:
         dataset = datasets.load_from_disk(str(path))
     except FileNotFoundError as error:
         raise ValueError(f"{path}: not a directory written by `datasets.Dataset.save_to_disk`") from error
-    return _one_split(dataset, str(path), f"give the directory of one, {path}/<split>")
+    except Exception as error:
+        raise ValueError(f"{path}: a damaged directory of `datasets`: {_sentence(error)}") from error
+    return _whole(_one_split(dataset, str(path), f"give the directory of one, {path}/<split>"), path)
+
+
+def _whole(rows: Any, path: Path) -> Iterator[Row]:
+    """The rows, whose bytes are read only now. Damaged bytes that pyarrow does not look at would end the process."""
+    try:
+        rows.data.validate(full=True)
+        yield from rows
+    except Exception as error:
+        raise ValueError(f"{path}: a damaged directory of `datasets`: {_sentence(error)}") from error
+
+
+def _sentence(error: Exception) -> str:
+    said = " ".join(str(error).split())
+    return f"{said[:_SAID]}..." if len(said) > _SAID else said or type(error).__name__
 
 
 def _read_hub(source: str) -> Iterable[Row]:
@@ -213,8 +230,10 @@ def _read_hub(source: str) -> Iterable[Row]:
     from datasets.exceptions import DatasetsError
 
     load: Callable[..., Any] = datasets.load_dataset
+    # Before 4.0 a data set could bring code of its own, and `datasets` asked at the terminal whether to run it.
+    options = {"trust_remote_code": False} if int(datasets.__version__.partition(".")[0]) < 4 else {}
     try:
-        dataset = load(parts[1], parts[2], split=parts[3])
+        dataset = load(parts[1], parts[2], split=parts[3], **options)
     except (ValueError, OSError, DatasetsError) as error:
         raise ValueError(f"{source}: `datasets` cannot load it: {' '.join(str(error).split())}") from error
     return _one_split(dataset, source, "name one")

@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 KINDS = tuple(COLUMNS)
+_LARGEST = (2 - 2**-23) * 2**127  # of float32
 _USED = ("prompt", "messages", "tools", "chat_template_kwargs")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -164,8 +165,10 @@ def _check_row(row: Row, kind: str, where: str) -> None:
             _check_completion(row[name], chat, f"{where}: {name}", several=kind == "preference")
     if kind == "preference" and row.get("margin") is not None:
         margin = row["margin"]
-        if isinstance(margin, bool) or not isinstance(margin, Real) or not math.isfinite(margin):
+        if isinstance(margin, bool) or not isinstance(margin, Real) or not abs(margin) < math.inf:
             raise ValueError(f"{where}: margin: expected a finite number, got {margin!r}")
+        if abs(margin) > _LARGEST:
+            raise ValueError(f"{where}: margin: expected a number that float32 holds, got {margin!r:.80}")
 
 
 def _check_ranking(row: Row, chat: bool, where: str) -> None:
@@ -178,7 +181,7 @@ def _check_ranking(row: Row, chat: bool, where: str) -> None:
     if len(ranks) != len(completions):
         raise ValueError(f"{where}: ranks: {len(ranks)} ranks for {len(completions)} completions")
     if any(isinstance(rank, bool) or not isinstance(rank, Integral) or rank < 0 for rank in ranks):
-        raise ValueError(f"{where}: ranks: expected integers from 0 (the best), got {ranks!r}")
+        raise ValueError(f"{where}: ranks: expected integers from 0 (the best), got {ranks!r:.80}")
     if len(set(ranks)) < 2:
         raise ValueError(f"{where}: ranks: expected at least two different ranks, got {ranks!r}")
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.config import ReMaxConfig
+from rlhf_fast.lm.trust import trusts_as_asked
 from rlhf_fast.ops import remax_returns
 from rlhf_fast.rollout.generate import Rollout
 from rlhf_fast.stages.online import Experience, Online
@@ -43,6 +44,7 @@ class Moments:
         return {"variance": self.squares / (self.n - 1), "norm": self.norms / self.n}
 
 
+@trusts_as_asked
 def gradient_variance(config: ReMaxConfig, batches: int) -> dict[str, dict[str, float]]:
     """{"REINFORCE" | "ReMax": {"variance", "norm"}} of the policy `config.model`; nothing is trained or written."""
     online = Online(config, "gradient variance", greedy=True)

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from rlhf_fast.config import StageConfig
 from rlhf_fast.lm import manifest, merging
 from rlhf_fast.lm.dtypes import widen_new
+from rlhf_fast.lm.eight_bits import import_bitsandbytes
 from rlhf_fast.lm.private import (
     adapter_config,
     has_adapter,
@@ -332,6 +333,7 @@ def _check_same(lora: LoRA, settings: dict[str, Any], path: str | os.PathLike) -
 def _peft(argument: str) -> ModuleType:
     if find_spec("peft") is None:
         raise ValueError(f'{argument}: expected peft for LoRA adapters, not installed: pip install -e ".[lora]"')
+    import_bitsandbytes()  # peft imports it
     import peft
 
     return peft

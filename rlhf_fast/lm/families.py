@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from rlhf_fast.lm.private import GenericForSequenceClassification, rename_as
+from rlhf_fast.lm.trust import own_class
 
 _CLASSIFIER = "ForSequenceClassification"
 
@@ -34,9 +35,12 @@ def is_classifier(config: PreTrainedConfig) -> bool:
 def language_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class of the language models of this config.
 
-    Where the config has parts beside a text model, it is the class that has these parts too. Raises ValueError for a
+    Where the config has parts beside a text model, it is the class that has these parts too. Trusted code beside the
+    weights comes first. Raises ValueError for a
     family without such a class.
     """
+    if (own := own_class(config, "AutoModelForCausalLM")) is not None:
+        return own
     named = _named(config) if config.sub_configs else []
     for found in _generative(config, named):
         if found.config_class is type(config) or (found in named and reads(found, config) is not config):
@@ -59,6 +63,8 @@ def scorer_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     A config that names a classifier of transformers gets that classifier, whatever its head. Raises ValueError as
     `language_class`.
     """
+    if is_classifier(config) and (written := own_class(config, "AutoModelForSequenceClassification")) is not None:
+        return written
     own: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
     if own is not None and (own in _named(config) or (not is_classifier(config) and _scores(own, config))):
         return own

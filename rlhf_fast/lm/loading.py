@@ -36,6 +36,7 @@ from rlhf_fast.lm.noise import as_before, silence
 from rlhf_fast.lm.parked import freeze, park, whole
 from rlhf_fast.lm.paths import beside, existing
 from rlhf_fast.lm.private import forget_renaming, made_of, score_head
+from rlhf_fast.lm.trust import trusted
 
 # Holds what the config says of an adapter's scores, because transformers writes no config.json beside an adapter.
 _ADAPTER_SCORE = "score.json"
@@ -76,7 +77,7 @@ def load_policy(
     shared = shared if adapters.can_share(path) else None
     _check_weights(path, base, "model")
     if shared is None:
-        config = AutoConfig.from_pretrained(existing(base))
+        config = AutoConfig.from_pretrained(existing(base), trust_remote_code=trusted())
         if is_classifier(config):
             raise ValueError(f"model: expected a language model, got {_kind(config)} at {base}")
         check_family(config, base)
@@ -111,7 +112,7 @@ def load_scorer(
     base = adapters.base_path(path)
     shared = shared if adapters.can_share(path) else None
     _check_weights(path, base, argument)
-    config = AutoConfig.from_pretrained(existing(base, argument))
+    config = AutoConfig.from_pretrained(existing(base, argument), trust_remote_code=trusted())
     scores = is_classifier(config)
     if scores and config.num_labels != 1:
         labels = config.num_labels
@@ -258,7 +259,9 @@ def _load(
     part = reads(model_class, config)
     options = {} if part is config else {"key_mapping": {r"^language_model\.": ""}}  # the text model of a larger one
     with _quiet_loading(), _packages(config, path):
-        model, found = model_class.from_pretrained(path, config=part, dtype=dtype, output_loading_info=True, **options)
+        model, found = model_class.from_pretrained(
+            path, config=part, dtype=dtype, output_loading_info=True, trust_remote_code=trusted(), **options
+        )
     if options:
         forget_renaming(model)
     if model.config.sub_configs:

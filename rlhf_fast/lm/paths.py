@@ -11,6 +11,7 @@ from transformers import __version__ as VERSION
 from transformers.utils import cached_file  # pyright: ignore[reportPrivateImportUsage]
 
 from rlhf_fast.lm.manifest import check
+from rlhf_fast.lm.trust import OPTION, trusted
 
 _MAY_LACK = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 
@@ -40,14 +41,17 @@ def existing(path: str | Path, argument: str = "model") -> str:
 
 
 def _check_family(config: Path, path: str, argument: str) -> None:
-    """ValueError for a family that transformers does not know: it would ask at the terminal whether to run its code."""
+    """ValueError for a family that transformers does not know, unless its own code is there and trusted."""
     try:
         values = json.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # none, as beside an adapter, or a broken one, of which transformers tells
         return
     family = values.get("model_type") if isinstance(values, dict) else None
     if family is not None and family not in CONFIG_MAPPING:
-        own = ", whose code stands beside its weights" if "auto_map" in values else ""
+        code = "AutoConfig" in (values.get("auto_map") or {})
+        if code and trusted():
+            return
+        own = f", whose code stands beside its weights; {OPTION} runs it" if code else ""
         raise ValueError(f"{argument}: expected a family of transformers {VERSION}, got {family} at {path}{own}")
 
 

@@ -9,10 +9,12 @@ from transformers import (
     GenerationConfig,
     PreTrainedTokenizerBase,
 )
+from transformers import __version__ as VERSION
 
 from rlhf_fast.data.turns import note_listed_ends
 from rlhf_fast.lm import adapters
 from rlhf_fast.lm.paths import beside, existing
+from rlhf_fast.lm.trust import OPTION, trusted
 
 
 def load_tokenizer(path: str | Path, argument: str = "model") -> PreTrainedTokenizerBase:
@@ -23,14 +25,21 @@ def load_tokenizer(path: str | Path, argument: str = "model") -> PreTrainedToken
 
     The tokenizer keeps the ends that the model's generation config lists, because `data.turns` looks at them.
     """
-    tokenizer = AutoTokenizer.from_pretrained(existing(path, argument))
+    found = existing(path, argument)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(found, trust_remote_code=trusted())
+    except ValueError as error:
+        if trusted() or "trust_remote_code" not in str(error):
+            raise
+        code = f"got one whose code stands beside it at {path}; {OPTION} runs it"
+        raise ValueError(f"{argument}: expected a tokenizer of transformers {VERSION}, {code}") from error
     base = adapters.base_path(path)
     if tokenizer.chat_template is None:  # a processor's template, as LLaVA's checkpoints have it
         template = beside(str(path), ["chat_template.json"]).get("chat_template.json")
         tokenizer.chat_template = None if template is None else json.loads(template).get("chat_template")
     if Path(base).is_dir() and not Path(base, "config.json").is_file():
         return tokenizer
-    config = AutoConfig.from_pretrained(existing(base, argument)).get_text_config()
+    config = AutoConfig.from_pretrained(existing(base, argument), trust_remote_code=trusted()).get_text_config()
     embeddings = config.vocab_size
     ids = _listed_ends(base, getattr(config, "eos_token_id", None))
     note_listed_ends(tokenizer, [n for n in ids if isinstance(n, int) and n < len(tokenizer)])

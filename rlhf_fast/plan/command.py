@@ -10,6 +10,7 @@ from rich.console import Console
 from rlhf_fast.config import StageConfig
 from rlhf_fast.data.files import write_text
 from rlhf_fast.lm.loading import default_device
+from rlhf_fast.lm.trust import trusts_as_asked
 from rlhf_fast.methods import METHODS, STAGES
 from rlhf_fast.plan.config import PlanConfig
 from rlhf_fast.plan.gpus import CONTEXT, FRAGMENTATION, GIB, MEMORY, needed, parse_memory
@@ -21,6 +22,7 @@ from rlhf_fast.training.metrics import print_table
 KINDS = "weights", "optimizer", "gradients", "kept", "pass"  # the last words of the parts of a phase
 
 
+@trusts_as_asked
 def run(plan: PlanConfig) -> None:
     """Make the plan, print it and, with `out`, write it."""
     planner = Planner(plan)

@@ -4,7 +4,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from rlhf_fast.config.fields import arg, check_fields, required
-from rlhf_fast.config.stages import DTYPE_HELP, Dtype, Optimizer, check_precision, frozen_weights
+from rlhf_fast.config.stages import (
+    DTYPE_HELP,
+    TRUST_REMOTE_CODE_HELP,
+    Dtype,
+    Optimizer,
+    check_precision,
+    frozen_weights,
+)
 from rlhf_fast.methods import METHODS, STAGES, Stage
 
 if TYPE_CHECKING:
@@ -18,6 +25,7 @@ class PlanConfig:
     """How much memory a run needs, by role and phase, from the models' configs alone; no weights are loaded."""
 
     model: str = required("Checkpoint directory, config.json or hub name of the trained model.")
+    trust_remote_code: bool = arg(False, TRUST_REMOTE_CODE_HELP)
     method: Method = required("Training method.")
     out: str | None = arg(None, "JSON file to write the plan to.")
     explain: bool = arg(False, "Show the arithmetic behind every figure.")

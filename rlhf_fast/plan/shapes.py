@@ -16,6 +16,7 @@ from rlhf_fast.lm.families import language_class, reads, scorer_class
 from rlhf_fast.lm.parked import freeze, park
 from rlhf_fast.lm.paths import existing
 from rlhf_fast.lm.private import made_of
+from rlhf_fast.lm.trust import trusted
 from rlhf_fast.training.learner import checkpoint_activations
 
 Head = Literal["policy", "score"]
@@ -35,7 +36,7 @@ def read_config(path: str) -> PreTrainedConfig:
             raise ValueError(f"model: expected a config with model_type, found none in {path}")
         config = AutoConfig.for_model(values.pop("model_type"), **values)
     else:
-        config = AutoConfig.from_pretrained(existing(base_path(path)))
+        config = AutoConfig.from_pretrained(existing(base_path(path)), trust_remote_code=trusted())
     for name, value in vars(config).items():
         if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)  # as the stages do

@@ -18,6 +18,7 @@ from rlhf_fast.config import DataConfig
 from rlhf_fast.data.chat import with_template
 from rlhf_fast.data.files import check_writable, write_text
 from rlhf_fast.lm.tokenizers import load_tokenizer
+from rlhf_fast.lm.trust import trusts_as_asked
 from rlhf_fast.report.inspection import (
     Inspected,
     Inspection,
@@ -29,6 +30,7 @@ from rlhf_fast.report.inspection import (
     shared_prompt,
     show,
 )
+from rlhf_fast.training.console import shown
 from rlhf_fast.training.metrics import print_table
 
 _STYLES: dict[Kind, str] = {"prompt": "dim", "trained": "green", "end": "bold reverse green", "lost": "red strike"}
@@ -44,6 +46,7 @@ _IDS = 24  # of a text, if not whole
 _REFUSED = 5  # malformed rows whose errors are shown
 
 
+@trusts_as_asked
 def run(config: DataConfig) -> None:
     """Shows the rows; with `html` also writes the page. Raises ValueError where a row would stop the stage."""
     if config.html:
@@ -59,7 +62,7 @@ def run(config: DataConfig) -> None:
     if config.html:
         values = {"title": Path(str(config.data)).name, "line": _title(found, config, limits)}
         write_text(config.html, _page(**values, counts=_counts(found), rows=rows, found=found))
-        console.print(f"data: wrote {config.html}", soft_wrap=True)
+        console.print(Text(shown(f"data: wrote {config.html}")), soft_wrap=True)
     if found.refused:
         raise ValueError(
             f"data: {len(found.refused)} of {found.rows} rows would stop the stage; the first: {found.refused[0]}"
@@ -136,7 +139,7 @@ def _quantiles(values: Sequence[int]) -> dict[str, int]:
 
 
 def _print(console: Console, title: str, counts: list[dict[str, Any]], lengths: list[dict[str, Any]]) -> None:
-    console.print(Text(title, style="bold"), soft_wrap=True)
+    console.print(Text(shown(title), style="bold"), soft_wrap=True)
     marks: list[tuple[Kind, str]] = [("prompt", "prompt"), ("trained", "trained"), ("end", "end"), ("lost", "lost")]
     legend = Text("  ")
     for kind, name in marks:
@@ -144,7 +147,7 @@ def _print(console: Console, title: str, counts: list[dict[str, Any]], lengths: 
     console.print(legend, soft_wrap=True)
     width = max(len(f"{line['count']:,}") for line in counts)
     for line in counts:
-        text = Text(f"  {line['count']:>{width},}  {line['what']}")
+        text = Text(shown(f"  {line['count']:>{width},}  {line['what']}"))
         text.append(f"  (rows {line['rows']})" if line["rows"] else "", style="dim")
         console.print(text, soft_wrap=True)
     if lengths:
@@ -153,9 +156,9 @@ def _print(console: Console, title: str, counts: list[dict[str, Any]], lengths: 
 
 def _print_row(console: Console, example: Inspected, texts: list[Shown], *, whole: bool) -> None:
     console.print()
-    console.print(Text(_headline(example, texts), style="bold"), soft_wrap=True)
+    console.print(Text(shown(_headline(example, texts)), style="bold"), soft_wrap=True)
     for what in example.odd:
-        console.print(Text(f"! {what}", style="yellow"), soft_wrap=True)
+        console.print(Text(shown(f"! {what}"), style="yellow"), soft_wrap=True)
     prompt, answers = shared_prompt(texts)
     for name, pieces in [("", prompt)] * bool(prompt) + [(text.name, text.pieces) for text in answers]:
         line = Text().append(f"{name}: " if name else "", style="bold")
@@ -176,6 +179,7 @@ def _headline(example: Inspected, texts: list[Shown]) -> str:
 
 
 def _marked(console: Console, kind: Kind, text: str) -> Text:
+    text = shown(text)
     if console.is_terminal:
         return Text(text, style=_STYLES[kind])
     return Text(text.join(_MARKS[kind]))

@@ -17,6 +17,7 @@ from rlhf_fast.config.arguments import from_dict
 from rlhf_fast.data.readers import data_files
 from rlhf_fast.lm.adapters import base_path
 from rlhf_fast.lm.paths import existing
+from rlhf_fast.lm.trust import trusting
 from rlhf_fast.methods import METHODS, load, section
 from rlhf_fast.report.reuse import make_pairs, make_stage
 from rlhf_fast.training.apart import check_apart
@@ -77,6 +78,7 @@ def make_plan(config: PipelineConfig) -> dict[str, Any]:
 
     def stage(cls: type, name: str, given: dict[str, Any], **defaults: Any) -> Any:
         defaults |= {"output_dir": str(out / name), "seed": config.seed, "resume": config.resume}
+        defaults |= {"trust_remote_code": config.trust_remote_code}
         values = {k: v for k, v in defaults.items() if k in _fields(cls) and v is not None} | given
         return from_dict(cls, values, f"section {section(name)!r}")
 
@@ -126,7 +128,8 @@ def look_up(plan: Mapping[str, Any], out: Path) -> None:
                     continue
                 seen.add((key, value))
                 try:
-                    _look_up(key, value)
+                    with trusting(config.trust_remote_code):
+                        _look_up(key, value)
                 except (ValueError, FileNotFoundError) as error:
                     raise type(error)(f"section {section(name)!r}: {error}") from error
 

@@ -23,6 +23,7 @@ from rlhf_fast.lm.loading import default_device
 from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.lm.sequences import Sequences
 from rlhf_fast.lm.tokenizers import check_tokenizer, load_tokenizer
+from rlhf_fast.lm.trust import trusts_as_asked
 from rlhf_fast.stages.offline import Offline, summed_logprobs
 from rlhf_fast.training.batches import micro_batches, offline_batches
 from rlhf_fast.training.evaluation import make_evaluator
@@ -37,6 +38,7 @@ from rlhf_fast.training.tally import Tally
 
 
 @writes_alone("output_dir")
+@trusts_as_asked
 def train(config: DPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
     """Trains `config.model` on preference pairs; the result goes to `config.output_dir`."""
     device = default_device()

@@ -13,6 +13,7 @@ from functools import partial
 from torch import Tensor
 
 from rlhf_fast.config import GRPOConfig
+from rlhf_fast.lm.trust import trusts_as_asked
 from rlhf_fast.ops import grpo_advantages
 from rlhf_fast.rollout.generate import Rollout
 from rlhf_fast.stages.online import Experience, Online
@@ -26,6 +27,7 @@ from rlhf_fast.training.tally import Tally
 
 
 @writes_alone("output_dir")
+@trusts_as_asked
 def train(config: GRPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
     """Trains `config.model` by GRPO; the result goes to `config.output_dir`."""
     updates = config.epochs * config.minibatches

@@ -105,6 +105,7 @@ class Online(Generic[Config]):
             shared=self.policy if config.share_base else None,
             offload=config.offload,
             dtype=config.frozen_weights,
+            timeout=config.reward_timeout,
         )
         self.reward.check(prompt_columns(self.prompts))
         self.sampler = LocalSampler(

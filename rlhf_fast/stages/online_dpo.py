@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.config import OnlineDPOConfig
+from rlhf_fast.lm.trust import trusts_as_asked
 from rlhf_fast.ops import kl_penalty
 from rlhf_fast.rollout.generate import Rollout
 from rlhf_fast.stages.online import Experience, Online
@@ -23,6 +24,7 @@ from rlhf_fast.training.tally import Tally
 
 
 @writes_alone("output_dir")
+@trusts_as_asked
 def train(config: OnlineDPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
     """Trains `config.model` by online DPO; the result goes to `config.output_dir`."""
     online = Online(config, "online DPO", samples=2)

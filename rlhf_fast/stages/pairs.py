@@ -14,6 +14,7 @@ from rlhf_fast.data.files import check_writable
 from rlhf_fast.data.rows import load_rows, write_rows
 from rlhf_fast.lm.loading import default_device, load_policy
 from rlhf_fast.lm.tokenizers import load_tokenizer
+from rlhf_fast.lm.trust import trusts_as_asked
 from rlhf_fast.rollout.sampler import LocalSampler
 from rlhf_fast.training.batches import micro_batches
 from rlhf_fast.training.evaluation import check_prompts, prompt_columns, scored_prompts
@@ -21,6 +22,7 @@ from rlhf_fast.training.progress import passes
 from rlhf_fast.training.rewards import Reward, id_pairs
 
 
+@trusts_as_asked
 def sample(config: PairsConfig) -> None:
     """Writes a {prompt, chosen, rejected} row per prompt to `config.output`.
 
@@ -40,6 +42,7 @@ def sample(config: PairsConfig) -> None:
         weights=config.reward_weights,
         max_prompt_length=config.max_prompt_length,
         dtype=config.dtype,
+        timeout=config.reward_timeout,
     )
     rows = load_rows(config.prompts, "prompt", config.columns)[: config.max_rows]
     prompts = scored_prompts(rows, tokenizer, config.max_prompt_length, config.chat_template_kwargs).examples

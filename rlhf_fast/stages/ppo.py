@@ -21,6 +21,7 @@ from rlhf_fast.lm.passes import response_hidden
 from rlhf_fast.lm.private import score_head
 from rlhf_fast.lm.scores import Scores
 from rlhf_fast.lm.tokenizers import check_tokenizer
+from rlhf_fast.lm.trust import trusts_as_asked
 from rlhf_fast.ops import LinearPPOLoss, ValueLoss, gae, ppo_value_loss, shape_rewards, whiten
 from rlhf_fast.rollout.generate import Rollout
 from rlhf_fast.stages.online import Experience, Online
@@ -43,6 +44,7 @@ class Targets(NamedTuple):
 
 
 @writes_alone("output_dir")
+@trusts_as_asked
 def train(config: PPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
     """Trains `config.model` by PPO; the policy goes to `config.output_dir`, the value model to its folder `value`."""
     online = Online(config, "PPO", updates_per_round=config.epochs * config.minibatches)

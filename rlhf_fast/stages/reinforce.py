@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from rlhf_fast.config import ReinforceConfig
+from rlhf_fast.lm.trust import trusts_as_asked
 from rlhf_fast.ops import remax_returns
 from rlhf_fast.stages.online import Experience, Online
 from rlhf_fast.stages.updates import policy_gradient_step
@@ -17,6 +18,7 @@ from rlhf_fast.training.run import Run
 
 
 @writes_alone("output_dir")
+@trusts_as_asked
 def train(config: ReinforceConfig, *, listeners: Sequence[Listener] = ()) -> None:
     """Trains `config.model` by REINFORCE; the result goes to `config.output_dir`."""
     online = Online(config, "REINFORCE")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from rlhf_fast.config import ReMaxConfig
+from rlhf_fast.lm.trust import trusts_as_asked
 from rlhf_fast.ops import remax_returns
 from rlhf_fast.stages.online import Experience, Online
 from rlhf_fast.stages.updates import policy_gradient_step
@@ -18,6 +19,7 @@ from rlhf_fast.training.run import Run
 
 
 @writes_alone("output_dir")
+@trusts_as_asked
 def train(config: ReMaxConfig, *, listeners: Sequence[Listener] = ()) -> None:
     """Trains `config.model` by ReMax; the result goes to `config.output_dir`."""
     online = Online(config, "ReMax", greedy=True, greedy_length=config.greedy_response_length)

@@ -29,6 +29,7 @@ from rlhf_fast.lm.loading import default_device, load_policy, load_scorer, mark_
 from rlhf_fast.lm.scores import Scores
 from rlhf_fast.lm.sequences import Sequences
 from rlhf_fast.lm.tokenizers import load_tokenizer
+from rlhf_fast.lm.trust import trusts_as_asked
 from rlhf_fast.ops import RankingLoss, RewardLoss, ranking_loss, reward_loss
 from rlhf_fast.rollout.sampler import LocalSampler
 from rlhf_fast.stages.offline import Offline
@@ -46,6 +47,7 @@ Example = PreferenceExample | RankingExample
 
 
 @writes_alone("output_dir")
+@trusts_as_asked
 def train(config: RewardConfig, *, listeners: Sequence[Listener] = ()) -> None:
     """Trains a reward model from `config.model` on `config.train_data`; the result goes to `config.output_dir`."""
     device = default_device()

@@ -18,6 +18,7 @@ from rlhf_fast.lm.loading import default_device, load_policy
 from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.lm.sequences import Sequences
 from rlhf_fast.lm.tokenizers import load_tokenizer
+from rlhf_fast.lm.trust import trusts_as_asked
 from rlhf_fast.stages.offline import Offline
 from rlhf_fast.training.batches import micro_batches, offline_batches
 from rlhf_fast.training.learner import autocast
@@ -29,6 +30,7 @@ from rlhf_fast.training.tally import Tally
 
 
 @writes_alone("output_dir")
+@trusts_as_asked
 def train(config: SFTConfig, *, listeners: Sequence[Listener] = ()) -> None:
     """Fine-tunes `config.model` on `config.train_data`; the result goes to `config.output_dir`."""
     device = default_device()

@@ -2,11 +2,15 @@
 
 import hashlib
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy
 import torch
 
 from rlhf_fast.data.encoding import epoch_batches
+
+_seeded = (0, 0)  # what the generators got last for a step, and how many guests have drawn since
 
 
 def seed_everything(seed: int, step: int) -> int:
@@ -14,14 +18,37 @@ def seed_everything(seed: int, step: int) -> int:
 
     A resumed run therefore draws the same numbers as an uninterrupted run.
     """
-    mixed = int.from_bytes(hashlib.sha256(f"{seed}/{step}".encode()).digest()[:8], "big") >> 1
+    global _seeded
+    _seeded = _mixed(seed, step), 0
+    _seed(_seeded[0])
+    return _seeded[0]
+
+
+@contextmanager
+def guest_draws() -> Iterator[None]:
+    """Inside, the global generators are a guest's, such as a reward function's; torch's then go on where they were.
+
+    Each guest of a step draws other numbers. A resumed run gives them the same numbers as an uninterrupted run.
+    """
+    global _seeded
+    _seeded = _seeded[0], _seeded[1] + 1
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices):
+        _seed(_mixed(*_seeded))
+        yield
+
+
+def _mixed(first: int, second: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{first}/{second}".encode()).digest()[:8], "big") >> 1
+
+
+def _seed(mixed: int) -> None:
     random.seed(mixed)
     numpy.random.seed(mixed % 2**32)
     # torch.manual_seed is slow: at every step it would note down the stack for every kind of device not in use.
     torch.default_generator.manual_seed(mixed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(mixed)
-    return mixed
 
 
 def micro_batches(rows: int, size: int | None) -> list[slice]:

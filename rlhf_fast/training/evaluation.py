@@ -138,6 +138,7 @@ def make_evaluator(
             max_prompt_length=config.max_prompt_length,
             offload=getattr(config, "offload", False),
             dtype=config.frozen_weights,
+            timeout=config.reward_timeout,
         )
     if reward is None:
         raise ValueError("eval_reward: expected a reward to score the samples of eval_data with, got none")

@@ -43,6 +43,7 @@ class Learner:
         groups = self.optimizer.inner if isinstance(self.optimizer, MasterWeights) else self.optimizer
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(groups, factor)
         self.in_backward, self.norms, self.spoilt = config.optimizer_in_backward, [], False
+        self._moving = False
         if self.in_backward:
             for parameter in self.parameters:
                 parameter.register_post_accumulate_grad_hook(self._step_in_backward)
@@ -82,6 +83,7 @@ class Learner:
 
     def apply(self) -> None:
         """Moves the weights by the clipped gradients and clears the gradients."""
+        self._moving = True
         first, weights = not self.static_bytes, {"": nn.ParameterList(self.parameters)}
         gradients = static_bytes(weights)[""]["gradients"] if first else 0  # a step may drop them
         if not self.in_backward:
@@ -91,11 +93,12 @@ class Learner:
             self.static_bytes = {"gradients": gradients, "optimizer": held["optimizer"]}
         self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step()
+        self._moving = False
 
     @property
     def whole(self) -> bool:
-        """Whether the weights hold whole updates alone: no backward pass that moves weights broke off half-way."""
-        return not (self.spoilt or self.norms)
+        """Whether the weights hold whole updates alone: nothing that moves weights broke off half-way."""
+        return not (self.spoilt or self.norms or self._moving)
 
     @property
     def lr(self) -> float:

@@ -9,7 +9,16 @@ from typing import Any
 from rlhf_fast.config.fields import describe
 from rlhf_fast.training.fingerprint import fingerprints
 
-FREE = {"accept_changed", "output_dir", "reference_logprobs", "resume", "save_steps", "save_total_limit", "tensorboard"}
+FREE = {
+    "accept_changed",
+    "output_dir",
+    "reference_logprobs",
+    "resume",
+    "reward_timeout",
+    "save_steps",
+    "save_total_limit",
+    "tensorboard",
+}
 """Fields on which no number of a finished run depends."""
 _SHOWN = 200  # characters of a value in a message
 

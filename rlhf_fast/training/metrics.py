@@ -23,7 +23,9 @@ from rich.text import Text
 from torch import Tensor
 
 from rlhf_fast.data.files import write_text
+from rlhf_fast.training.console import error_console, shown
 from rlhf_fast.training.progress import drawn, new_bars
+from rlhf_fast.training.stopped import Stopped
 
 
 class MetricsLogger:
@@ -55,7 +57,7 @@ class MetricsLogger:
         self.description = description
         self.resume_step = resume_step
         self.show = tuple(show)
-        self._console = Console(stderr=True)
+        self._console = error_console()
         self._tenth = resume_step * 10 // total_steps
 
     def __enter__(self) -> "MetricsLogger":
@@ -81,7 +83,9 @@ class MetricsLogger:
         """Records the metrics of `step` (from 1 on) and returns the row.
 
         metrics: numbers, strings, or tensors and arrays of one element.
+        Raises Stopped where the file has been deleted, renamed or replaced.
         """
+        self.check_there()
         row = {"step": step, "time/elapsed": round(time.perf_counter() - self._start, 3)}
         row |= {key: _plain(value) for key, value in metrics.items()}
         self._write(row)
@@ -93,10 +97,20 @@ class MetricsLogger:
         self._file.write(json.dumps(safe, allow_nan=False) + "\n")
         self._file.flush()
 
+    def check_there(self) -> None:
+        """Raises Stopped where the file is no longer the one at its path, so that what is written would be lost."""
+        try:
+            at_path = self.path.stat()
+        except OSError as error:
+            found = f"found no {self.path} ({error.strerror})"
+            raise Stopped(f"output_dir: expected {self.path.parent} to stay while the run writes, {found}") from error
+        if not os.path.samestat(at_path, os.fstat(self._file.fileno())):
+            raise Stopped(f"output_dir: expected {self.path} to stay while the run writes, found another file there")
+
     def _display(self, step: int, row: dict[str, Any]) -> None:
         numbers = "  ".join(f"{key.split('/')[-1]} {format_value(key, row[key])}" for key in self.show if key in row)
         if self._bar:
-            self._bar.update(self._task, completed=step, numbers=numbers)
+            self._bar.update(self._task, completed=step, numbers=shown(numbers))
             return
         tenth = step * 10 // self.total_steps
         if tenth > self._tenth or step == self.resume_step + 1:
@@ -107,7 +121,7 @@ class MetricsLogger:
 
     def say(self, line: str) -> None:
         """Prints a line, above the bar where there is one."""
-        self._console.print(line, highlight=False, soft_wrap=True, markup=False)
+        self._console.print(shown(line), highlight=False, soft_wrap=True, markup=False)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -160,7 +174,7 @@ def format_value(key: str, value: Any) -> str:
         digits = min(4, max(0, 1 - math.floor(math.log10(error)))) if error and math.isfinite(error) else 3
         return f"{mean:.{digits}f} ± {error:.{digits}f}"
     if isinstance(value, bool | str) or not isinstance(value, int | float):
-        return str(value)
+        return shown(str(value))
     if key.startswith("memory/") or key.endswith("bytes"):
         return f"{value / 2**20:,.1f} MiB"
     if key.startswith("time/") or key.endswith("seconds"):
@@ -181,10 +195,11 @@ def print_table(title: str, rows: Sequence[Mapping[str, Any]], *, console: Conso
     table = Table()
     for column in columns:
         numeric = all(not isinstance(row.get(column), str) for row in rows)
-        table.add_column(column, justify="right" if numeric else "left")
+        table.add_column(Text(shown(column)), justify="right" if numeric else "left")
     for row in rows:
         table.add_row(*(Text(format_value(column, row.get(column))) for column in columns))
-    console.print(Text(title, style="italic"), soft_wrap=True)  # a narrow table would break a path in its own title
+    # Unwrapped, because a narrow table would break a path in its own title.
+    console.print(Text(shown(title), style="italic"), soft_wrap=True)
     console.print(table)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rlhf_fast.config import StageConfig
 from rlhf_fast.lm.dtypes import HALVES
+from rlhf_fast.lm.eight_bits import import_bitsandbytes
 
 _BETAS = (0.9, 0.95)
 
@@ -109,6 +110,7 @@ def _adamw_8bit(groups: list[dict], lr: float) -> torch.optim.Optimizer:
     device = groups[0]["params"][0].device
     # Whether bitsandbytes runs depends on its build and on the device, so a trial step is taken. It has 4096 weights,
     # the fewest that bitsandbytes keeps in 8 bits.
+    import_bitsandbytes()
     try:
         from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportPrivateImportUsage]
 

@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column
 
+from rlhf_fast.training.console import error_console
+
 _EVERY = 10.0  # seconds from line to line
 _on_screen: list[Progress] = []  # rich draws one group of bars at a time
 
@@ -57,7 +59,7 @@ def passes(what: str, parts: Sequence[slice], *, always: bool = False) -> Iterat
 
     what: the name of the pass. always: without a terminal, also say the end of a short pass.
     """
-    total, console = parts[-1].stop if parts else 0, Console(stderr=True)
+    total, console = parts[-1].stop if parts else 0, error_console()
     if not console.is_terminal:
         yield from _with_lines(what, parts, total, console, always)
     elif _on_screen:

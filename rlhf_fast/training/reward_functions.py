@@ -12,23 +12,17 @@ With `**columns` it gets all of them. It returns one number for each completion,
 It may be `async`.
 """
 
-import asyncio
-import functools
-import importlib
-import importlib.util
 import inspect
 import math
-import sys
-import threading
-import traceback
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from rlhf_fast.training.stopped import Stopped
+from rlhf_fast.training.ending import Ended
+from rlhf_fast.training.reward_calls import call, described
+from rlhf_fast.training.reward_files import load_file, load_module
 
 RewardFunction = Callable[..., Any]  # of list[float | None], or of an awaitable of it
 RESERVED = ("prompts", "completions", "completion_ids")
@@ -36,12 +30,13 @@ RESERVED = ("prompts", "completions", "completion_ids")
 
 
 class FunctionReward:
-    """One reward function. spec: the function, or its name as in `load_function`.
+    """One reward function. spec: the function, or its name as in `load_function`. timeout: seconds a call may take.
 
     Raises ValueError where the function has an argument that cannot be given by name.
     """
 
-    def __init__(self, spec: str | RewardFunction) -> None:
+    def __init__(self, spec: str | RewardFunction, timeout: float | None = None) -> None:
+        self.timeout = timeout
         if callable(spec):
             self.function, self.name = spec, getattr(spec, "__name__", "reward")
         else:
@@ -79,15 +74,11 @@ class FunctionReward:
     def __call__(self, arguments: Mapping[str, Callable[[], list]], rows: int) -> list[float | None]:
         """The scores of `rows` completions. arguments: name -> a function that makes the list, called where needed.
 
-        Raises Stopped for an exception of the function and ValueError for scores of another kind or number.
+        Raises Stopped for an exception of the function and for all else that `call` tells of it, and ValueError for
+        scores of another kind or number.
         """
         given = {name: make() for name, make in arguments.items() if self.takes(name)}
-        try:
-            scores = self.function(**given)
-            if inspect.isawaitable(scores):
-                scores = _wait_for(scores)
-        except Exception as error:
-            raise Stopped(f"reward {self.name}: {_sentence(error, self.function)}") from error
+        scores = call(self.name, self.function, given, self.timeout)
         if isinstance(scores, str) or not hasattr(scores, "__iter__"):
             raise ValueError(f"reward {self.name}: expected {rows} scores, got {scores!r}")
         scores = list(scores)
@@ -120,78 +111,17 @@ def load_function(spec: str) -> RewardFunction:
     if module_name.endswith(".py") and not Path(module_name).is_file():
         raise ValueError(f"reward: expected `file.py:name` with an existing file, got {spec!r}")
     try:
-        module = _load_file(Path(module_name)) if module_name.endswith(".py") else _load_module(module_name)
+        module = load_file(Path(module_name)) if module_name.endswith(".py") else load_module(module_name)
     except ImportError as error:
         raise ValueError(
             f"reward: expected a directory, `package.module:name` or `file.py:name`, got {spec!r}: {error}"
         ) from error
-    except Exception as error:
-        raise ValueError(f"reward: expected {module_name} to load, got {_sentence(error, None)}") from error
+    except Ended:
+        raise
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"reward: expected {module_name} to load, got {described(error)}") from error
     function = getattr(module, name, None)
     if not callable(function):
         names = [n for n, v in vars(module).items() if inspect.isfunction(v)]
         raise ValueError(f"reward: expected a function {name!r} in {module_name}, which defines {names}")
     return function
-
-
-def _wait_for(awaitable: Awaitable[Sequence]) -> Sequence:
-    """The result of an `async` function. All calls share one event loop, because clients of servers keep to theirs."""
-
-    async def result() -> Sequence:
-        return await awaitable
-
-    future = asyncio.run_coroutine_threadsafe(result(), _event_loop())
-    try:
-        return future.result()
-    except BaseException:  # such as an interruption
-        future.cancel()
-        raise
-
-
-@functools.cache
-def _event_loop() -> asyncio.AbstractEventLoop:
-    """A loop in a thread of its own, so that it also runs in a notebook, whose thread has a running loop."""
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="rewards", daemon=True).start()
-    return loop
-
-
-def _sentence(error: Exception, function: RewardFunction | None) -> str:
-    """The exception with the line of the user's file that raised it: "KeyError: 'a' (my.py, line 3)"."""
-    frames = traceback.extract_tb(error.__traceback__)
-    code = getattr(inspect.unwrap(function), "__code__", None) if function is not None else None
-    own = [frame for frame in frames if code is not None and frame.filename == code.co_filename]
-    frame = (own or frames)[-1]
-    said = " ".join(str(error).split())
-    kind = type(error).__name__
-    return f"{kind}{': ' * bool(said)}{said} ({Path(frame.filename).name}, line {frame.lineno})"
-
-
-def _load_file(path: Path) -> ModuleType:
-    path = path.resolve()
-    name = f"rlhf_fast_reward {path}".replace(".", "_")  # a name that no import statement can hold
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None  # a path that ends in .py has a loader
-    module = importlib.util.module_from_spec(spec)
-    _make_importable(path.parent)
-    sys.modules[name] = module  # dataclasses and pickle look for it there
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
-
-
-def _load_module(name: str) -> ModuleType:
-    top = name.partition(".")[0]
-    if top not in sys.modules and importlib.util.find_spec(top) is None:
-        _make_importable(Path.cwd())  # a console script does not look there
-    return importlib.import_module(name)
-
-
-def _make_importable(folder: Path) -> None:
-    """Adds the folder to the end of the path, so that no file beside a reward function hides an installed package."""
-    if str(folder) not in sys.path:
-        sys.path.append(str(folder))
-        importlib.invalidate_caches()

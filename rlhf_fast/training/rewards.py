@@ -187,7 +187,7 @@ class Reward:
     tokenizer: the policy's. weights: one for each of several rewards; default: 1.
     max_prompt_length: tokens of a prompt that a reward model sees where it reads text.
     shared: a model whose base the reward models stand on. offload: reward models wait in CPU memory. dtype: of the
-        reward models' weights, as in `lm.dtypes`.
+        reward models' weights, as in `lm.dtypes`. timeout: seconds that a call of a function may take.
     """
 
     def __init__(
@@ -202,6 +202,7 @@ class Reward:
         shared: PreTrainedModel | None = None,
         offload: bool = False,
         dtype: Dtype = "fp32",
+        timeout: float | None = None,
     ) -> None:
         self.tokenizer, self.device = tokenizer, device
         specs = [spec] if isinstance(spec, str | Path) or callable(spec) else list(spec)
@@ -210,7 +211,7 @@ class Reward:
             raise ValueError(f"reward_weights: expected one for each of {len(specs)} rewards, got {len(self.weights)}")
         model = (micro_batch_size, max_prompt_length, shared, offload, dtype)
         self.parts = [
-            FunctionReward(one) if is_function(one) else ModelReward(one, tokenizer, device, *model)  # pyright: ignore[reportArgumentType]
+            FunctionReward(one, timeout) if is_function(one) else ModelReward(one, tokenizer, device, *model)  # pyright: ignore[reportArgumentType]
             for one in specs
         ]
         self.name = ", ".join(part.name for part in self.parts)

@@ -18,8 +18,9 @@ import rlhf_fast
 from rlhf_fast.config import StageConfig
 from rlhf_fast.config.fields import describe
 from rlhf_fast.data.files import write_json
-from rlhf_fast.training import checkpoint
+from rlhf_fast.training import checkpoint, ending
 from rlhf_fast.training.batches import seed_everything
+from rlhf_fast.training.ending import Ended
 from rlhf_fast.training.evaluation import Evaluation
 from rlhf_fast.training.fingerprint import fingerprints
 from rlhf_fast.training.learner import Learner
@@ -29,7 +30,6 @@ from rlhf_fast.training.memory import static_bytes
 from rlhf_fast.training.meter import Meter
 from rlhf_fast.training.metrics import MetricsLogger, is_metrics
 from rlhf_fast.training.resume import MADE_OF, RUN_CONFIG, resume_directory
-from rlhf_fast.training.stopped import Stopped
 
 
 class Run:
@@ -44,7 +44,8 @@ class Run:
     listeners: who hears of every row of metrics. TensorBoard is added where the config asks for it.
     Entering raises ValueError where output_dir holds another program's model or an unfinished run that `resume` does
     not continue, and where a model or the tokenizer cannot be saved.
-    A run that an exception ends writes a checkpoint of its last good step, from which `resume` goes on.
+    A run that an exception ends writes a checkpoint of its last good step, from which `resume` goes on. A run that a
+    signal ends does so as `ending` says.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Run:
         self.first_step, self.train_seconds, self._facts = 1, 0.0, {}
         self._good, self._finishing = 0, False  # the last step whose updates are complete
         self._schedules: dict[str, dict[str, Any]] = {}
+        self._deferring = ExitStack()
 
     def __enter__(self) -> "Run":
         models, runs = checkpoint.MODEL_FILES | self.models.keys(), {checkpoint.FINISHED, "samples.json"}
@@ -119,6 +121,7 @@ class Run:
             raise
         if self.config.resume and resumed is None:
             self.logger.say(f"{self.description}: no checkpoint to resume in {self.config.output_dir}, starts anew")
+        self._deferring.enter_context(ending.after_the_step(self._kept))
         return self
 
     def _make_room(self) -> None:
@@ -133,10 +136,19 @@ class Run:
         finished.unlink(missing_ok=True)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        # Not after an interruption, because it may stand in the middle of an optimizer's step.
-        if isinstance(error, Exception) and not self._finishing:
-            self._keep_good_step()
+        self._deferring.close()
+        # Ctrl-C writes nothing, because the next run of the same command would find an unfinished run.
+        if isinstance(error, Exception | Ended) and not self._finishing:
+            self._keep_good_step(exactly=isinstance(error, Ended))
         self._close(kind, error, trace)
+        if isinstance(error, KeyboardInterrupt):
+            advice = "" if checkpoint.latest(self.config.output_dir) else " (SIGTERM saves before it ends a run)"
+            error.args = (f"{self.description}: interrupted in step {self._good + 1}; {self._kept()}{advice}",)
+        elif isinstance(error, Ended):
+            error.line = f"{self.description}: ended by {ending.name(error.signum)}; {self._kept()}"
+        elif error is None and (signum := ending.asked()) is not None:
+            wrote = f"it was finished, and wrote {self.config.output_dir}"
+            raise Ended(signum, f"{self.description}: ended by {ending.name(signum)}; {wrote}")
 
     def _close(self, *exc: Any) -> None:
         with ExitStack() as ending:  # a listener that raises keeps no other from its end
@@ -145,19 +157,38 @@ class Run:
             self.logger.__exit__(*exc)
 
     def _mark_good(self, step: int) -> None:
-        self._good = step
-        self._schedules = {role: learner.scheduler.state_dict() for role, learner in self.learners.items()}
+        schedules = {role: learner.scheduler.state_dict() for role, learner in self.learners.items()}
+        self._good, self._schedules = step, schedules  # together, because a signal may come in between
 
-    def _keep_good_step(self) -> None:
+    def _kept(self) -> str:
+        """What is on the disk, and how to go on."""
+        kept = checkpoint.latest(self.config.output_dir)
+        if kept is None:
+            return "nothing is saved" + ("" if self.config.save_steps else ", because save_steps is 0")
+        return f"{kept} is saved, and --resume goes on from there"
+
+    def _end_if_asked(self, step: int) -> None:
+        """Where a signal has asked for the end, writes the state after `step` and raises Ended."""
+        if (signum := ending.asked()) is None:
+            return
+        ending.reached()
+        if step >= self.first_step and checkpoint.latest(self.config.output_dir) != self._state_at(step):
+            self.save_state(step)
+            checkpoint.prune(self.config.output_dir, self.config.save_total_limit, step)
+        raise Ended(signum)
+
+    def _keep_good_step(self, *, exactly: bool = False) -> None:
         """Writes the checkpoint of the last good step, if there is one, and says so.
 
         Where the broken step has made whole updates before, as several epochs of minibatches do, these are kept.
+        exactly: writes nothing then, because the run that goes on would differ from one that was never broken off.
         """
         learners, good = self.learners.values(), self._good
         moved = any(self._schedules[role] != learner.scheduler.state_dict() for role, learner in self.learners.items())
-        if good == 0 or not all(learner.whole for learner in learners):
+        if good == 0 or not all(learner.whole for learner in learners) or (exactly and moved):
             return
-        if lost(self.config.output_dir) and Path(self.config.output_dir).exists():  # it may be another run's by now
+        place = self.config.output_dir
+        if lost(place) or not Path(place).is_dir():  # somebody has taken it away; another run may have taken its place
             return
         if checkpoint.latest(self.config.output_dir) != self._state_at(good):
             try:
@@ -170,7 +201,8 @@ class Run:
                 return
             updates = f", with updates of step {good + 1}" if moved else ""
             self.logger.say(f"{self.description}: wrote the state after step {good}{updates} to {self._state_at(good)}")
-        self.logger.say(f"{self.description}: --resume goes on after step {good}")
+        if not exactly:  # the line of a signal says it
+            self.logger.say(f"{self.description}: --resume goes on after step {good}")
 
     def steps(self) -> Iterator[int]:
         """Step numbers from 1 on, or from the checkpoint on. The global generators are seeded anew for each step."""
@@ -179,6 +211,7 @@ class Run:
             self._log(0, {**before.metrics, "time/total": 0.0})
             write_json(Path(self.config.output_dir) / "samples_before.json", before.samples)
             self.meter.step(counted=False)
+        self._end_if_asked(self.first_step - 1)
         for step in range(self.first_step, self.total_steps + 1):
             seed_everything(self.config.seed, step)
             yield step
@@ -186,7 +219,6 @@ class Run:
     def end_step(self, step: int, metrics: dict[str, float]) -> None:
         """Evaluates where it is due, logs the step with its times and peaks, writes a checkpoint where it is due."""
         self._mark_good(step)
-        self._check_place()
         last = step == self.total_steps
         try:
             # every config that asks for an evaluator has eval_steps
@@ -199,11 +231,7 @@ class Run:
         if self.config.save_steps and step % self.config.save_steps == 0 and not last:
             self.save_state(step)
             checkpoint.prune(self.config.output_dir, self.config.save_total_limit, step)
-
-    def _check_place(self) -> None:
-        """Stopped where output_dir is no longer the directory that this run has locked: its metrics are lost then."""
-        if lost(self.config.output_dir):
-            raise Stopped(f"output_dir: {self.config.output_dir} was removed, renamed or replaced during the run")
+        self._end_if_asked(step)
 
     def _log(self, step: int, metrics: dict[str, Any]) -> None:
         row = self.logger.log(step, metrics)
@@ -212,6 +240,7 @@ class Run:
 
     def save_state(self, step: int) -> None:
         """Writes the checkpoint from which a resumed run goes on after `step`."""
+        self.logger.check_there()
         state = {name: part.state_dict() for name, part in self.states.items()}
         state |= {"step": step, "train_seconds": self.train_seconds, "facts": self._facts}
         files = {RUN_CONFIG: {**self.described, MADE_OF: self.made_of}}
@@ -248,7 +277,7 @@ class Run:
         """Writes the trained models, run.json (config, versions, time, memory) and the last evaluation's samples."""
         if self.evaluator and self.last_evaluation is None:  # it raised an exception after the last step, before resume
             self._evaluate()
-        self._check_place()
+        self.logger.check_there()
         self._finishing = True
         summary = {
             "stage": self.description,

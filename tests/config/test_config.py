@@ -8,9 +8,19 @@ from pathlib import Path
 import datasets
 import pytest
 
-from rlhf_fast.config import DPOConfig, InitConfig, PairsConfig, PPOConfig, ReMaxConfig, RLOOConfig, SFTConfig
-from rlhf_fast.config.arguments import from_dict, parse
+from rlhf_fast.config import (
+    DPOConfig,
+    InitConfig,
+    PairsConfig,
+    PipelineConfig,
+    PPOConfig,
+    ReMaxConfig,
+    RLOOConfig,
+    SFTConfig,
+)
+from rlhf_fast.config.arguments import check_file, from_dict, parse
 from rlhf_fast.config.fields import describe
+from rlhf_fast.report.pipeline import make_plan
 
 STAGE = {"model": "m", "output_dir": "o", "train_data": "t.jsonl"}
 ONLINE = {**STAGE, "reward": "f.py:score"}
@@ -134,3 +144,21 @@ def test_several_rewards_in_flags_and_files(tmp_path):
     with pytest.raises(ValueError, match=r"reward_weights: expected a finite .* 2 rewards, got \[1, nan\]"):
         dataclasses.replace(config, reward_weights=[1, float("nan")])
     assert config.reward == ["a", "b"] and describe(config)["reward"] == ["a", "b"]
+
+
+def test_the_home_directory_is_written_out(monkeypatch, tmp_path):
+    """The shell leaves `--output-dir=~/out` as it is."""
+    monkeypatch.setenv("HOME", "/home/me")
+    given = {"model": "~/m", "output_dir": Path("~/out"), "train_data": "~", "reward": ["~/my.py:score", "a:b"]}
+    config = PPOConfig(**given, chat_template="~approx {{ x }}")
+    assert (
+        config.model == "/home/me/m" and config.output_dir == Path("/home/me/out") and config.train_data == "/home/me"
+    )
+    assert config.reward == ["/home/me/my.py:score", "a:b"] and config.chat_template == "~approx {{ x }}"
+    rows = [{"prompt": "~/a"}]
+    assert SFTConfig(model="m", output_dir="o", train_data=rows).train_data is rows
+    pipeline = PipelineConfig(model="~/m", output_dir="~/out", sft={"train_data": "~/sft.jsonl"})
+    assert make_plan(dataclasses.replace(pipeline, methods=[], reward=None))["sft"].train_data == "/home/me/sft.jsonl"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text("steps: 7\n")
+    assert check_file(PPOConfig, "~/run.yaml") == {"steps": 7}

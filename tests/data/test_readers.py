@@ -4,6 +4,8 @@ import csv
 import gzip
 import io
 import json
+import random
+import shutil
 
 import datasets
 import pyarrow
@@ -267,3 +269,34 @@ def test_json_that_python_cannot_hold_names_the_file(name, value, tmp_path):
     (tmp_path / name).write_text(row if name == "rows.jsonl" else f"[{row}]")
     with pytest.raises(ValueError, match=f"{name}.*not JSON in UTF-8"):
         load_rows(tmp_path / name, "sft")
+
+
+def damaged(content: bytes, draw: random.Random) -> bytes:
+    """Three flipped bits, or a file that is cut off."""
+    content = bytearray(content)
+    if draw.random() < 0.2:
+        return bytes(content[: draw.randrange(len(content))])
+    for _ in range(3):
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    return bytes(content)
+
+
+def test_damaged_tables_name_their_file(tmp_path):
+    """Whatever pyarrow and `datasets` make of the damage; a damaged offset would end the process."""
+    draw, rows = random.Random(0), [{"prompt": f"a{n}", "completion": "b"} for n in range(50)]
+    dataset, found = datasets.Dataset.from_list(rows), set()
+    dataset.save_to_disk(str(tmp_path / "whole"))
+    dataset.to_parquet(str(tmp_path / "whole.parquet"))
+    arrow = next((tmp_path / "whole").glob("*.arrow")).name
+    for n in range(30):
+        shutil.copytree(tmp_path / "whole", tmp_path / f"d{n}")
+        for path in (tmp_path / f"d{n}" / arrow, tmp_path / f"p{n}.parquet"):
+            source = tmp_path / "whole" / arrow if path.suffix == ".arrow" else tmp_path / "whole.parquet"
+            path.write_bytes(damaged(source.read_bytes(), draw))
+            try:
+                found.add(len(load_rows(path if path.suffix == ".parquet" else path.parent, "sft")))
+            except ValueError as error:
+                name = f"p{n}.parquet" if path.suffix == ".parquet" else f"d{n}"
+                assert str(error).startswith(str(tmp_path / name))
+                found.add("refused")
+    assert found == {50, "refused"}

@@ -19,7 +19,7 @@ def terminal(monkeypatch) -> io.StringIO:
     sent = io.StringIO()
     console = Console(file=sent, force_terminal=True, width=80, legacy_windows=False)
     for module in ("metrics", "progress"):
-        monkeypatch.setattr(f"rlhf_fast.training.{module}.Console", lambda **_: console)
+        monkeypatch.setattr(f"rlhf_fast.training.{module}.error_console", lambda: console)
     return sent
 
 

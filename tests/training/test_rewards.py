@@ -188,7 +188,7 @@ def test_an_async_function_keeps_its_event_loop(rollout, tokenizer):
 def test_an_exception_names_the_function_and_the_line(rollout, tokenizer, tmp_path):
     path = tmp_path / "broken.py"
     path.write_text("def f(completions):\n    return {}['a']\n")
-    with pytest.raises(Stopped, match=r"^reward .*broken.py:f: KeyError: 'a' \(broken.py, line 2\)$"):
+    with pytest.raises(Stopped, match=r"^reward .*broken.py:f raised KeyError: 'a' \(broken.py, line 2\)$"):
         Reward(f"{path}:f", tokenizer, CPU)(rollout, ROWS)
     path.write_text("1 / 0\n")
     with pytest.raises(ValueError, match=r"broken.py to load, got ZeroDivisionError: .* \(broken.py, line 1\)$"):

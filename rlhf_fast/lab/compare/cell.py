@@ -16,8 +16,11 @@ import torch
 
 from rlhf_fast.config.arguments import from_dict
 from rlhf_fast.data.files import write_json
+from rlhf_fast.lm.eight_bits import import_bitsandbytes
 from rlhf_fast.lm.loading import default_device
 from rlhf_fast.methods import METHODS, load
+from rlhf_fast.training.console import outlast
+from rlhf_fast.training.ending import signals
 from rlhf_fast.training.made import made_with
 from rlhf_fast.training.memory import current_bytes
 
@@ -33,6 +36,7 @@ def main(method: str, config_file: str, result_file: str) -> None:
         )
     train, config_class = load(METHODS[method].train), load(METHODS[method].config)
     if given["lora_rank"]:
+        import_bitsandbytes()
         importlib.import_module("peft")  # part of the process's own memory
     result: dict[str, Any] = {"ran": True, "baseline_bytes": current_bytes(device), "memory": memory}
     config = from_dict(config_class, given, config_file)
@@ -55,5 +59,7 @@ def end_with(pipe: int) -> None:
 
 
 if __name__ == "__main__":
+    outlast()
     end_with(sys.stdin.fileno())
-    main(*sys.argv[1:])
+    with signals():
+        main(*sys.argv[1:])

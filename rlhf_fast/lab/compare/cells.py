@@ -68,6 +68,7 @@ def _options(
         "model": start.model,
         "reward": start.reward_adapter or start.reward if rank else start.reward,
         "train_data": start.prompts if row.online else first_rows(method, start.pairs, pairs, config),
+        "trust_remote_code": config.trust_remote_code,
         "seed": seed,
         "steps": config.steps,
         "batch_size": batch,

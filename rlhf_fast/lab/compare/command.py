@@ -3,6 +3,7 @@
 import datetime
 import json
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,15 +18,18 @@ from rlhf_fast.lab.compare.plots import write_plots
 from rlhf_fast.lab.compare.start import prepare
 from rlhf_fast.lab.compare.tables import markdown, show
 from rlhf_fast.lm import manifest
+from rlhf_fast.lm.trust import trusts_as_asked
 from rlhf_fast.methods import METHODS, load
 from rlhf_fast.plan.command import largest_batch, plan_of
 from rlhf_fast.plan.gpus import parse_memory
 from rlhf_fast.plan.phases import Planner
+from rlhf_fast.training.ending import CHILDREN, Ended
 from rlhf_fast.training.lock import writes_alone
 from rlhf_fast.training.made import difference, made_with
 
 
 @writes_alone("output_dir")
+@trusts_as_asked
 def run(config: CompareConfig) -> None:
     """Everything goes to `config.output_dir`: compare.json, compare.md, plots/ and a folder per run."""
     out = Path(config.output_dir)
@@ -37,7 +41,7 @@ def run(config: CompareConfig) -> None:
         if changed is not None:
             why = f": made anew, because {changed}" if changed else ""
             print(f"[{number}/{len(cells)}] {cell.name}, seed {cell.seed}{why}", flush=True)
-            _run_cell(cell, out / cell.key, memory)
+            _run_cell(cell, out / cell.key, memory, config.resume and not changed)
     results = [figures_of(cell, out / cell.key) for cell in cells]
     rows = median_over_seeds(results)
     if memory:
@@ -76,20 +80,36 @@ def _config(cell: Cell, directory: Path) -> Any:
     return from_dict(load(METHODS[cell.method].config), cell.options | {"output_dir": str(directory)}, cell.name)
 
 
-def _run_cell(cell: Cell, directory: Path, memory: int | None) -> None:
-    """Run one cell in a process of its own. Its output goes to a file; if it fails, the last lines are shown."""
+def _run_cell(cell: Cell, directory: Path, memory: int | None, resume: bool = False) -> None:
+    """Run one cell in a process of its own. Its output goes to a file; if it fails, the last lines are shown.
+
+    resume: a cell that a signal ended goes on from its checkpoint.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     result, config_file, log = directory / "result.json", directory / "cell.json", directory / "output.txt"
     result.unlink(missing_ok=True)
-    write_json(config_file, cell.options | {"output_dir": str(directory), "memory": memory})
+    write_json(config_file, cell.options | {"output_dir": str(directory), "memory": memory, "resume": resume})
     command = [sys.executable, "-m", "rlhf_fast.lab.compare.cell", cell.method, str(config_file), str(result)]
     # the pipe has no content, and its end tells the cell that this process has ended
     options: dict[str, Any] = {"stdin": subprocess.PIPE, "stderr": subprocess.STDOUT}
     with log.open("w") as file, subprocess.Popen(command, stdout=file, **options) as process:
-        code = process.wait()
+        code = _wait_for(process)
     if code:
         print("\n".join(log.read_text().splitlines()[-20:]), file=sys.stderr)
         raise ValueError(f"{cell.name} failed with exit code {code}; its last lines are above, all of them in {log}")
+
+
+def _wait_for(process: subprocess.Popen) -> int:
+    """The exit code of the process. A signal that ends this process goes on to the other, which then has its time."""
+    try:
+        return process.wait()
+    except (KeyboardInterrupt, Ended) as error:
+        process.send_signal(getattr(error, "signum", signal.SIGINT))
+        try:
+            process.wait(CHILDREN)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        raise
 
 
 def _largest_batch(cell: Cell, memory: int) -> int:

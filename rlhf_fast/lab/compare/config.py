@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf_fast.config.fields import arg, check, check_fields, required
-from rlhf_fast.config.stages import DTYPE_HELP, Dtype, check_precision
+from rlhf_fast.config.stages import DTYPE_HELP, TRUST_REMOTE_CODE_HELP, Dtype, check_precision
 from rlhf_fast.methods import METHODS
 
 
@@ -19,6 +19,7 @@ class CompareConfig:
         "demo",
         "demo, 10M (8.4M weights), 60M (58M), opt-1.3b or llama-2-7b (random weights but for demo), or a checkpoint.",
     )
+    trust_remote_code: bool = arg(False, TRUST_REMOTE_CODE_HELP)
     output_dir: str = required("Directory for compare.json, compare.md, plots and a folder per run.")
     methods: list[str] = arg(list(METHODS), "Methods to compare.")
     critics: list[str] = arg(

@@ -15,13 +15,20 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.config.fields import arg, required
-from rlhf_fast.config.stages import CHAT_TEMPLATE_HELP, CHAT_TEMPLATE_KWARGS_HELP, COLUMNS_HELP
+from rlhf_fast.config.stages import (
+    CHAT_TEMPLATE_HELP,
+    CHAT_TEMPLATE_KWARGS_HELP,
+    COLUMNS_HELP,
+    REWARD_TIMEOUT_HELP,
+    TRUST_REMOTE_CODE_HELP,
+)
 from rlhf_fast.data.chat import with_template
 from rlhf_fast.data.encoding import load_rows
 from rlhf_fast.data.files import write_json
 from rlhf_fast.lab.study.sampling import sample_scores
 from rlhf_fast.lm.loading import default_device, load_policy
 from rlhf_fast.lm.tokenizers import load_tokenizer
+from rlhf_fast.lm.trust import trusts_as_asked
 from rlhf_fast.training.evaluation import scored_prompts
 from rlhf_fast.training.fingerprint import fingerprints
 from rlhf_fast.training.lock import writes_alone
@@ -40,6 +47,8 @@ class BestOfConfig:
     columns: dict[str, str] = arg({}, COLUMNS_HELP)
     chat_template: str | None = arg(None, CHAT_TEMPLATE_HELP)
     chat_template_kwargs: dict[str, Any] = arg({}, CHAT_TEMPLATE_KWARGS_HELP)
+    trust_remote_code: bool = arg(False, TRUST_REMOTE_CODE_HELP)
+    reward_timeout: float | None = arg(None, REWARD_TIMEOUT_HELP)
     samples: int = arg(64, "Completions per prompt.")
     max_prompt_length: int = arg(256, "Longest prompt in tokens.")
     max_response_length: int = arg(64, "Longest completion in tokens.")
@@ -47,6 +56,7 @@ class BestOfConfig:
 
 
 @writes_alone("output_dir")
+@trusts_as_asked
 def sample(config: BestOfConfig) -> None:
     """Writes run.json: config, and `scores` and `rewards` [prompts][samples]."""
     device, tokenizer = default_device(), with_template(load_tokenizer(config.model), config.chat_template)
@@ -54,7 +64,8 @@ def sample(config: BestOfConfig) -> None:
     rows, length = load_rows(config.eval_data, "prompt", config.columns), config.max_prompt_length
     prompts = scored_prompts(rows, tokenizer, length, config.chat_template_kwargs).examples
     specs = (config.reward, config.eval_reward)
-    rewards = [Reward(spec, tokenizer, device, max_prompt_length=length) for spec in specs]
+    options = {"max_prompt_length": length, "timeout": config.reward_timeout}
+    rewards = [Reward(spec, tokenizer, device, **options) for spec in specs]
     scores, judged = sample_scores(
         model,
         tokenizer,

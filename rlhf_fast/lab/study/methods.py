@@ -22,6 +22,7 @@ KL_TARGETS = (1.0, 3.0, 9.0)  # nats per completion
 BETAS = (0.1, 0.3, 1.0)
 ALPHAS = (0.05, 0.3, 1.0)
 ROW_OPTIONS = ("columns", "chat_template", "chat_template_kwargs")  # how a run reads its rows
+RUN_OPTIONS = (*ROW_OPTIONS, "reward_timeout", "trust_remote_code")  # these, and what a run calls
 POINTS = 6  # evaluations of a run after its start
 STUDIED = ("ppo", "remax", "reinforce", "rloo", "dpo")  # of the pipeline's methods
 ONLINE = {
@@ -111,7 +112,7 @@ def _cell(start: PipelineConfig, stages: Mapping[str, Any], pairs: int, method: 
 
 
 def _best_of(base: OnlineConfig, output_dir: str) -> BestOfConfig:
-    shared = ("model", "reward", "eval_data", "max_prompt_length", "max_response_length", "seed", *ROW_OPTIONS)
+    shared = ("model", "reward", "eval_data", "max_prompt_length", "max_response_length", "seed", *RUN_OPTIONS)
     values = {name: getattr(base, name) for name in shared}
     return BestOfConfig(**values, eval_reward=_true_reward(base), output_dir=output_dir)
 

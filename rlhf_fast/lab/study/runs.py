@@ -9,6 +9,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +29,8 @@ from rlhf_fast.lab.study.start import pipeline_of, prepare
 from rlhf_fast.lm import manifest
 from rlhf_fast.methods import load
 from rlhf_fast.report import pipeline
-from rlhf_fast.training import checkpoint
+from rlhf_fast.training import checkpoint, ending
+from rlhf_fast.training.console import Lasting
 from rlhf_fast.training.fingerprint import fingerprints
 from rlhf_fast.training.made import FREE
 
@@ -108,14 +110,16 @@ def run_jobs(jobs: Sequence[Job], workers: int) -> None:
 
 @contextmanager
 def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that share the cores. An exception, such as an interruption, leaves without waiting for them."""
+    """Processes that share the cores. An exception leaves without waiting for them, and a signal goes on to them."""
     threads = max(1, torch.get_num_threads() // workers)
     context = multiprocessing.get_context("spawn")  # a forked copy of a process with threads may hang
     pool = ProcessPoolExecutor(workers, context, _begin, (threads,))
     try:
         yield pool
-    except BaseException:
+    except BaseException as error:
         pool.shutdown(wait=False, cancel_futures=True)
+        if isinstance(error, KeyboardInterrupt | ending.Ended):
+            ending.end_children(getattr(error, "signum", signal.SIGINT))
         raise
     pool.shutdown()
 
@@ -135,8 +139,14 @@ def _end_with_parent() -> None:
 
 def _logged(log: Path, function: Callable[[Any], None], argument: Any) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as file, redirect_stdout(file), redirect_stderr(file):
-        function(argument)
+    with log.open("w") as file:
+        lasting = Lasting(lambda: file)
+        with redirect_stdout(lasting), redirect_stderr(lasting), ending.signals():
+            try:
+                function(argument)
+            except (KeyboardInterrupt, ending.Ended) as error:
+                print(error, flush=True)
+                os._exit(getattr(error, "code", 130))  # else the pool would give this process another job
 
 
 def _prepare(argument: tuple[PipelineConfig, TrainedStudyConfig]) -> None:

@@ -17,6 +17,7 @@ from rlhf_fast.data.stage_rows import encode_stage
 from rlhf_fast.lm.loading import default_device
 from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.lm.tokenizers import load_tokenizer
+from rlhf_fast.lm.trust import trusts_as_asked
 from rlhf_fast.stages.dpo import pair_sequences
 from rlhf_fast.stages.offline import Offline
 from rlhf_fast.training.batches import offline_batches
@@ -35,6 +36,7 @@ class UnlikelihoodConfig(OfflineConfig):
 
 
 @writes_alone("output_dir")
+@trusts_as_asked
 def train(config: UnlikelihoodConfig, *, listeners: Sequence[Listener] = ()) -> None:
     """Train `config.model` on preference pairs; the result goes to `config.output_dir`."""
     device = default_device()

@@ -34,12 +34,14 @@ from rlhf_fast.lab.variance import gradient_moments, token_weights
 from rlhf_fast.lm.loading import load_scorer
 from rlhf_fast.lm.scores import Scores
 from rlhf_fast.lm.tokenizers import check_tokenizer
+from rlhf_fast.lm.trust import trusting
 from rlhf_fast.ops import ppo_value_loss, rloo_advantages
 from rlhf_fast.report import pipeline
 from rlhf_fast.rollout.generate import Rollout
 from rlhf_fast.stages import remax
 from rlhf_fast.stages.online import Experience, Online
 from rlhf_fast.stages.ppo import value_start
+from rlhf_fast.training import checkpoint
 from rlhf_fast.training.batches import micro_batches
 from rlhf_fast.training.fingerprint import fingerprints
 from rlhf_fast.training.learner import Learner, take_step
@@ -56,7 +58,9 @@ def measure_seed(argument: tuple[PipelineConfig, VarianceStudyConfig]) -> None:
     """Trains and measures from a prepared start; the figures go to variance/measured.json in the seed's directory."""
     start, config = argument
     began = time.perf_counter()
-    with held(measured_file(start).parent):
+    directory = measured_file(start).parent
+    with held(directory), trusting(start.trust_remote_code):
+        checkpoint.clear(directory)  # of a run that was cut off: its figures are not on the disk
         seed = SeedRun(start, config)
         seed.online.run(seed.update)
         seed.measure()  # the trained policy
