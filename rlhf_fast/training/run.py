@@ -229,6 +229,7 @@ class Run:
             self.train_seconds += measured["time/step"] - measured.get("time/evaluation", 0.0)
             self._log(step, {**metrics, **measured, "time/total": self.train_seconds})
         if self.config.save_steps and step % self.config.save_steps == 0 and not last:
+            self.logger.check_there()
             self.save_state(step)
             checkpoint.prune(self.config.output_dir, self.config.save_total_limit, step)
         self._end_if_asked(step)
@@ -240,7 +241,6 @@ class Run:
 
     def save_state(self, step: int) -> None:
         """Writes the checkpoint from which a resumed run goes on after `step`."""
-        self.logger.check_there()
         state = {name: part.state_dict() for name, part in self.states.items()}
         state |= {"step": step, "train_seconds": self.train_seconds, "facts": self._facts}
         files = {RUN_CONFIG: {**self.described, MADE_OF: self.made_of}}
