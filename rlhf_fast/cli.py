@@ -4,8 +4,10 @@ The training stages come from the table in `rlhf_fast.methods`. Exit codes: 0 do
 wrong, 130 interrupted, 143 and 129 ended by SIGTERM and SIGHUP. torch is imported when a stage runs.
 """
 
+import io
+import os
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import rlhf_fast
 from rlhf_fast.methods import METHODS, STAGES, load
@@ -88,6 +90,10 @@ COMMANDS = {
 }
 
 
+SEVERAL = {*STAGES, "pairs", "pipeline"}
+"""Commands that run in several processes."""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code. argv: default: the arguments of the process, which it then is."""
     if argv is None:
@@ -117,6 +123,11 @@ def _run(argv: list[str]) -> int:
         return _fail(f"{argv[0]}: expected one of {', '.join(known)}, got {nearest(argv[1], known)}", 2)
     if name not in COMMANDS:
         return _fail(f"unknown command {nearest(name, list(COMMANDS))}", 2)
+    if processes() > 1:
+        if name not in SEVERAL:
+            return _fail(f"{name}: expected one process, got {processes()}; start it without torchrun", 2)
+        if os.environ.get("RANK") != "0":
+            sys.stdout = io.StringIO()  # the first process says what there is to say
     command = COMMANDS[name]
     if command.first and arguments and not arguments[0].startswith("-"):
         arguments = [f"--{command.first}", *arguments]
@@ -138,15 +149,26 @@ def _run(argv: list[str]) -> int:
     except (ValueError, OSError, Stopped) as error:
         if debug:
             raise
-        return _fail(f"{error} (--debug shows where)", 1)
+        where = ""
+        if isinstance(error, OSError) and error.errno and not error.filename and str(error).startswith("[Errno"):
+            where = f"{_written(parsed)}: "  # writes that fail half-way, as on a full disk, name no file
+        return _fail(f"{where}{error} (--debug shows where)", 1)
+    except Exception:
+        if _failed_before():
+            return 1
+        raise
     except KeyboardInterrupt as error:
         return _fail(str(error) or f"interrupted; {_left(name)}", 130)
     except ending.Ended as error:
         return _fail(error.line or f"{error}; {_left(name)}", 128 + error.signum)
-    written = next((getattr(parsed, key) for key in ("output_dir", "output", "out") if hasattr(parsed, key)), None)
-    if written:
+    if written := _written(parsed):
         print(shown(f"{name}: wrote {written}"))
     return 0
+
+
+def _written(config: Any) -> str | None:
+    """The file or directory that a command writes."""
+    return next((getattr(config, key) for key in ("output_dir", "output", "out") if hasattr(config, key)), None)
 
 
 def _left(command: str) -> str:
@@ -159,9 +181,27 @@ def _left(command: str) -> str:
 
 
 def _fail(message: str, code: int) -> int:
+    if _failed_before():
+        return code
+    if processes() > 1:
+        message = f"process {os.environ.get('RANK')} of {processes()}: {message}"
     red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")
     print(f"{red}rlhf-fast: {shown(' '.join(message.split()))}{plain}", file=sys.stderr)
     return code
+
+
+def processes() -> int:
+    """The number of processes that a launcher such as torchrun has started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _failed_before() -> bool:
+    """Whether another process of this run has failed before this process did, and has said so."""
+    if processes() == 1:
+        return False
+    from rlhf_fast.ranks import first_to_fail
+
+    return not first_to_fail()
 
 
 def _overview(group: str, names: list[str]) -> str:

@@ -7,7 +7,10 @@ from pathlib import Path
 import rlhf_fast
 
 PACKAGE = Path(rlhf_fast.__file__).parent
-LAYERS = "methods | config ops data | lm | rollout exact | training | stages | plan report | lab | cli world | __main__"
+LAYERS = (
+    "methods ranks | config ops data | lm | rollout exact | training | stages | plan report | lab | "
+    "cli world | __main__"
+)
 LEVEL = {name: level for level, names in enumerate(LAYERS.split("|")) for name in names.split()}
 MODULES = {
     ".".join(["rlhf_fast", *path.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__"): path

@@ -16,6 +16,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from rlhf_fast.data.damage import writing
+
 OURS = ".rlhf_fast-"
 WRITING, REPLACED, DELETING = (f"{OURS}{what}-" for what in ("writing", "replaced", "deleting"))
 _LONGEST = 255  # bytes of a name
@@ -84,10 +86,15 @@ def check_writable(argument: str, path: str | os.PathLike) -> None:
 def write_bytes(path: str | os.PathLike, content: bytes) -> None:
     """Writes bytes to the file `path`, and makes its directory."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     written = being_written(path)
-    written.write_bytes(content)
-    os.replace(written, path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            written.write_bytes(content)
+            os.replace(written, path)
+        except OSError:
+            written.unlink(missing_ok=True)  # what was written of it would keep the disk full
+            raise
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

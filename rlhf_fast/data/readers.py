@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from rlhf_fast.data.damage import sentence
+
 Row = dict[str, Any]
 _TEXT_FILES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 _HUB = "hub:"
 _EXPECTED = ".jsonl, .json, .csv, .tsv (also with .gz), .parquet or a `datasets` directory"
-_SAID = 200  # characters of another package's reason that a message repeats
 _SHARD = re.compile(r"(.+)-\d+-of-(\d+)\.")
 
 
@@ -192,7 +193,7 @@ def _read_parquet(path: Path) -> Iterable[Row]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not text in UTF-8: {error}") from error
     except Exception as error:  # pyarrow raises many kinds for damage: OSError, ArrowInvalid, MemoryError, TypeError
-        raise ValueError(f"{path}: not a Parquet file: {_sentence(error)}") from error
+        raise ValueError(f"{path}: not a Parquet file: {sentence(error)}") from error
 
 
 def _read_datasets(path: Path) -> Iterable[Row]:
@@ -203,7 +204,7 @@ def _read_datasets(path: Path) -> Iterable[Row]:
     except FileNotFoundError as error:
         raise ValueError(f"{path}: not a directory written by `datasets.Dataset.save_to_disk`") from error
     except Exception as error:
-        raise ValueError(f"{path}: a damaged directory of `datasets`: {_sentence(error)}") from error
+        raise ValueError(f"{path}: a damaged directory of `datasets`: {sentence(error)}") from error
     return _whole(_one_split(dataset, str(path), f"give the directory of one, {path}/<split>"), path)
 
 
@@ -213,12 +214,7 @@ def _whole(rows: Any, path: Path) -> Iterator[Row]:
         rows.data.validate(full=True)
         yield from rows
     except Exception as error:
-        raise ValueError(f"{path}: a damaged directory of `datasets`: {_sentence(error)}") from error
-
-
-def _sentence(error: Exception) -> str:
-    said = " ".join(str(error).split())
-    return f"{said[:_SAID]}..." if len(said) > _SAID else said or type(error).__name__
+        raise ValueError(f"{path}: a damaged directory of `datasets`: {sentence(error)}") from error
 
 
 def _read_hub(source: str) -> Iterable[Row]:

@@ -13,6 +13,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+from rlhf_fast.data.damage import writing
 from rlhf_fast.data.files import being_written
 from rlhf_fast.data.forms import COLUMNS, in_our_form, renamed
 from rlhf_fast.data.messages import is_trained, type_name
@@ -133,11 +134,16 @@ def place(row: Row, number: int) -> str:
 def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
     """Writes a `.jsonl` or `.jsonl.gz` file under another name, then renames it; makes its directory."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = being_written(path)
-    with gzip.open(partial, "wt") if path.suffix == ".gz" else open(partial, "w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-    os.replace(partial, path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with gzip.open(partial, "wt") if path.suffix == ".gz" else open(partial, "w") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+            os.replace(partial, path)
+        except OSError:
+            partial.unlink(missing_ok=True)  # what was written of it would keep the disk full
+            raise
 
 
 def _check_row(row: Row, kind: str, where: str) -> None:

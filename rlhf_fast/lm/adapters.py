@@ -9,7 +9,6 @@ training adapters that are not LoRA. Adapters of peft's other kinds are merged i
 """
 
 import copy
-import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_fast.config import StageConfig
+from rlhf_fast.data.damage import read_json
 from rlhf_fast.lm import manifest, merging
 from rlhf_fast.lm.dtypes import widen_new
 from rlhf_fast.lm.eight_bits import import_bitsandbytes
@@ -263,10 +263,7 @@ def merge(model: PreTrainedModel, path: str | os.PathLike) -> None:
 
 
 def _read_config(path: str | os.PathLike) -> dict[str, Any]:
-    try:
-        return json.loads(Path(path, _CONFIG).read_text())
-    except ValueError as error:
-        raise ValueError(f"model: expected JSON in {path}/{_CONFIG}, got {error}") from error
+    return read_json(Path(path, _CONFIG))
 
 
 def _for_class_of(model: PreTrainedModel, config: Any) -> None:

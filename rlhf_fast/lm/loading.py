@@ -27,9 +27,11 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from rlhf_fast.data.damage import read_json
 from rlhf_fast.lm import adapters, manifest
 from rlhf_fast.lm.adapters import LoRA
 from rlhf_fast.lm.causal import check_decoder, check_family
+from rlhf_fast.lm.damage import names_damage
 from rlhf_fast.lm.dtypes import DTYPES, Dtype, cast
 from rlhf_fast.lm.families import is_classifier, language_class, reads, scorer_class, trunk_of
 from rlhf_fast.lm.noise import as_before, silence
@@ -37,6 +39,7 @@ from rlhf_fast.lm.parked import freeze, park, whole
 from rlhf_fast.lm.paths import beside, existing
 from rlhf_fast.lm.private import forget_renaming, made_of, score_head
 from rlhf_fast.lm.trust import trusted
+from rlhf_fast.ranks import current
 
 # Holds what the config says of an adapter's scores, because transformers writes no config.json beside an adapter.
 _ADAPTER_SCORE = "score.json"
@@ -55,10 +58,14 @@ _FILES = "rlhf_fast_files"
 
 
 def default_device() -> torch.device:
-    """CUDA where there is a GPU, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The GPU of this process where there is one, else the CPU. Joins the run's other processes, if there are any."""
+    ranks = current()
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", ranks.local) if ranks.size > 1 else torch.device("cuda")
 
 
+@names_damage
 def load_policy(
     path: str | Path,
     *,
@@ -92,6 +99,7 @@ def load_policy(
     return _prepare(model, path, dtype, trainable, lora, shared is not None)
 
 
+@names_damage
 def load_scorer(
     path: str | Path,
     *,
@@ -141,7 +149,7 @@ def load_scorer(
             if score.bias is not None:
                 score.bias.zero_()
     if Path(path, _ADAPTER_SCORE).is_file():
-        for name, value in json.loads(Path(path, _ADAPTER_SCORE).read_text()).items():
+        for name, value in read_json(Path(path, _ADAPTER_SCORE)).items():
             setattr(model.config, name, value)
     return _prepare(model, path, dtype, trainable, lora, shared is not None)
 

@@ -11,12 +11,15 @@ from transformers import (
 )
 from transformers import __version__ as VERSION
 
+from rlhf_fast.data.damage import read_json
 from rlhf_fast.data.turns import note_listed_ends
 from rlhf_fast.lm import adapters
+from rlhf_fast.lm.damage import names_damage
 from rlhf_fast.lm.paths import beside, existing
 from rlhf_fast.lm.trust import OPTION, trusted
 
 
+@names_damage
 def load_tokenizer(path: str | Path, argument: str = "model") -> PreTrainedTokenizerBase:
     """The tokenizer of the model at `path`. argument: the name that messages give `path`.
 
@@ -55,6 +58,8 @@ def load_tokenizer(path: str | Path, argument: str = "model") -> PreTrainedToken
 
 def _listed_ends(path: str | Path, default: int | list[int] | None) -> list[int | None]:
     """The ends that the generation config of a checkpoint lists, or those of the model's config without such a file."""
+    if (file := Path(path, "generation_config.json")).is_file():
+        read_json(file)  # of a damaged file transformers says that there is none
     try:
         ids = GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:  # there is no such file

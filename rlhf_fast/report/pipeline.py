@@ -6,7 +6,6 @@ start from `model`. `reward: null` leaves out the reward model: the methods name
 """
 
 import dataclasses
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,13 @@ from typing import Any
 from rlhf_fast import config as configs
 from rlhf_fast.config import PipelineConfig
 from rlhf_fast.config.arguments import from_dict
+from rlhf_fast.data.damage import read_json
 from rlhf_fast.data.readers import data_files
 from rlhf_fast.lm.adapters import base_path
 from rlhf_fast.lm.paths import existing
 from rlhf_fast.lm.trust import trusting
 from rlhf_fast.methods import METHODS, load, section
+from rlhf_fast.ranks import current
 from rlhf_fast.report.reuse import make_pairs, make_stage
 from rlhf_fast.training.apart import check_apart
 from rlhf_fast.training.lock import writes_alone
@@ -35,7 +36,9 @@ BEFORE_METHODS = ("sft", "pairs", "reward")  # the stages that make what every m
 def run(config: PipelineConfig) -> None:
     """Run every stage of `config` and write the report; everything goes to `config.output_dir`."""
     run_stages(config)
-    write_report(config)
+    if current().first:
+        write_report(config)
+    current().wait()
 
 
 def run_stages(config: PipelineConfig, names: Collection[str] | None = None) -> None:
@@ -161,7 +164,7 @@ def write_report(
     if not methods:
         return
     runs = [report.load_run(METHODS[m].title, out / m) for m in methods]
-    before = json.loads((out / methods[0] / "samples_before.json").read_text())
+    before = read_json(out / methods[0] / "samples_before.json", list)
     reward_name = reward_name_of(plan[methods[0]].eval_reward or getattr(plan[methods[0]], "reward", None))
     start = "start" if config.sft is None else "SFT"
     labels = {"reward_name": reward_name, "gradient_variance": variance, "start": start}
@@ -206,7 +209,7 @@ def _notes(config: PipelineConfig, out: Path) -> list[str]:
 
 
 def _record(directory: Path) -> dict[str, Any]:
-    return json.loads((directory / "run.json").read_text())
+    return read_json(directory / "run.json")
 
 
 def _fields(cls: type) -> set[str]:

@@ -16,6 +16,7 @@ from typing import Any
 import jinja2
 import matplotlib
 
+from rlhf_fast.data.damage import read_json
 from rlhf_fast.data.files import write_text
 from rlhf_fast.report.plots import START_COLOR, MethodRun, make_plots
 from rlhf_fast.report.styles import styles_of
@@ -50,8 +51,8 @@ def load_run(name: str, directory: str | os.PathLike) -> MethodRun:
     return MethodRun(
         name=name,
         history=read_metrics(directory / "metrics.jsonl"),
-        static_bytes=json.loads((directory / "run.json").read_text())["static_bytes"],
-        samples=json.loads((directory / "samples.json").read_text()),
+        static_bytes=read_json(directory / "run.json")["static_bytes"],
+        samples=read_json(directory / "samples.json", list),
     )
 
 

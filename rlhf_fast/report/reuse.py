@@ -5,13 +5,14 @@ stages that start from it are then made anew too, because they would start from 
 """
 
 import dataclasses
-import json
 from pathlib import Path
 
 from rlhf_fast.config import PairsConfig, StageConfig
+from rlhf_fast.data.damage import read_json
 from rlhf_fast.data.files import write_json
 from rlhf_fast.lm import manifest
 from rlhf_fast.methods import STAGES, load
+from rlhf_fast.ranks import current
 from rlhf_fast.training import checkpoint
 from rlhf_fast.training.fingerprint import fingerprint
 from rlhf_fast.training.made import difference, made_with
@@ -26,10 +27,11 @@ def make_stage(name: str, config: StageConfig) -> None:
             if changed is None:
                 return
         else:
-            changed = _not_resumable(config)
+            changed = not_resumable(config)
         if changed is not None:
-            print(f"{name}: made anew, because {changed}", flush=True)
-            checkpoint.clear(config.output_dir)
+            if current().first:
+                print(f"{name}: made anew, because {changed}", flush=True)
+                checkpoint.clear(config.output_dir)
             config = dataclasses.replace(config, resume=False)
     load(STAGES[name].train)(config)
 
@@ -49,7 +51,7 @@ def make_pairs(config: PairsConfig, note: Path, *, resume: bool) -> None:
 
 
 def _other_pairs(config: PairsConfig, note: Path) -> str | None:
-    record = json.loads(note.read_text())
+    record = read_json(note)
     changed = difference(record, made_with(config))
     return changed or (None if record["pairs"] == _pairs_of(config) else "other files are in the place of the pairs")
 
@@ -58,8 +60,8 @@ def _pairs_of(config: PairsConfig) -> dict[str, str | None]:
     return {name: fingerprint(file) for name in ("output", "eval_output") if (file := getattr(config, name))}
 
 
-def _not_resumable(config: StageConfig) -> str | None:
-    """Why an interrupted stage cannot go on, or None."""
+def not_resumable(config: StageConfig) -> str | None:
+    """Why an interrupted stage cannot go on with this config, or None; also where nothing was interrupted."""
     try:
         resume_directory(config)
     except ValueError as error:

@@ -101,6 +101,7 @@ def generate(
     greedy_max_new_tokens: int | None = None,
     seed: int = 0,
     with_kept: bool = True,
+    earlier: Tensor | None = None,
 ) -> Generation:
     """Samples `samples` completions per prompt and, with `greedy`, decodes a greedy completion too, in one decode.
 
@@ -112,6 +113,7 @@ def generate(
     seed: the same seed, prompt and number of the sample give the same tokens; equal prompts are told apart by their
         order.
     with_kept: with top_k or top_p the rollout holds the sets that it drew from, because training needs them.
+    earlier: [B] int64, how many equal prompts other processes have before these; None: there are none.
     Raises ValueError for prompts that are not left-padded, for no row at all, and for lengths below 1.
     """
     if not prompt_mask[:, -1].all() or (prompt_mask[:, :-1] & ~prompt_mask[:, 1:]).any():
@@ -128,7 +130,7 @@ def generate(
     number_R = torch.arange(len(prompt_ids), device=device) % copies
     greedy_R = number_R >= samples
     limit_R = torch.where(greedy_R, min(max_new_tokens, greedy_max_new_tokens or max_new_tokens), max_new_tokens)
-    keys_R = prompt_keys(prompt_ids, prompt_mask_R)
+    keys_R = prompt_keys(prompt_ids, prompt_mask_R, None if earlier is None else _copies(earlier, copies))
     uniforms_RT = row_uniforms(seed, keys_R, max_new_tokens)
 
     with _evaluating(model), as_it_runs(model):
@@ -152,6 +154,11 @@ def generate(
     if not greedy:
         return Generation(rollout, None)
     return Generation(rollout.rows(~greedy_R), rollout.rows(greedy_R))
+
+
+def _copies(earlier: Tensor, copies: int) -> Tensor:
+    """`earlier` for every row of the batch; each prompt stands there `copies` times, as in the other processes."""
+    return copies * earlier.repeat_interleave(copies)
 
 
 def _decode(

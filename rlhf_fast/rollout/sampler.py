@@ -3,9 +3,11 @@
 Left out on purpose: text and rewards, and the choice of a round's prompts.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_fast.data.encoding import pad_id, pad_left
@@ -23,8 +25,12 @@ class Sampler(Protocol):
         samples: int = 1,
         greedy: bool = False,
         with_kept: bool = True,
+        earlier: Sequence[list[int]] = (),
     ) -> Generation:
-        """Completions of prompts, lists of token ids without padding. The arguments are those of `generate`."""
+        """Completions of prompts, lists of token ids without padding. The arguments are those of `generate`.
+
+        earlier: the prompts that other processes have before these.
+        """
         ...
 
 
@@ -62,10 +68,12 @@ class LocalSampler:
         samples: int = 1,
         greedy: bool = False,
         with_kept: bool = True,
+        earlier: Sequence[list[int]] = (),
     ) -> Generation:
         """As in `Sampler`."""
         pad = pad_id(self.tokenizer)
         ids, mask = (x.to(self.model.device) for x in pad_left(list(prompts), pad))
+        counts = Counter(map(tuple, earlier))
         return generate(
             self.model,
             ids,
@@ -76,5 +84,6 @@ class LocalSampler:
             samples=samples,
             greedy=greedy,
             with_kept=with_kept,
+            earlier=torch.tensor([counts[tuple(prompt)] for prompt in prompts], device=ids.device) if counts else None,
             **self.options,
         )

@@ -17,11 +17,16 @@ def row_uniforms(seed: int, keys: Tensor, steps: int) -> Tensor:
     return _shift(bits, 11).double() * 2.0**-53
 
 
-def prompt_keys(ids: Tensor, mask: Tensor) -> Tensor:
-    """Keys [B] int64: a hash of each prompt's tokens, wherever its padding stands. Equal prompts get different keys."""
+def prompt_keys(ids: Tensor, mask: Tensor, earlier: Tensor | None = None) -> Tensor:
+    """Keys [B] int64: a hash of each prompt's tokens, wherever its padding stands. Equal prompts get different keys.
+
+    earlier: [B] int64, how many equal prompts stand before these in other processes.
+    """
     place = mask.long().cumsum(dim=1)  # counted from the prompt's first token
     hashes = torch.where(mask, _mix(ids * _FIRST + place * _GOLDEN), 0).sum(dim=1)
     same_before = torch.tril(hashes[:, None] == hashes, diagonal=-1).sum(dim=1)
+    if earlier is not None:
+        same_before = same_before + earlier
     return _mix(hashes + same_before * _GOLDEN)
 
 

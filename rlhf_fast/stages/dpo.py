@@ -24,6 +24,7 @@ from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.lm.sequences import Sequences
 from rlhf_fast.lm.tokenizers import check_tokenizer, load_tokenizer
 from rlhf_fast.lm.trust import trusts_as_asked
+from rlhf_fast.ranks import current
 from rlhf_fast.stages.offline import Offline, summed_logprobs
 from rlhf_fast.training.batches import micro_batches, offline_batches
 from rlhf_fast.training.evaluation import make_evaluator
@@ -91,10 +92,10 @@ def train(config: DPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
 
     @torch.no_grad()
     def look(run: Run) -> dict[str, float]:
-        tally, first = Tally(), len(data.examples)
+        tally, mine = Tally(), current().share(range(len(data.examples), len(examples)))
         with autocast(device, config.bf16):
-            for rows in passes("held out", micro_batches(len(held_out), size)):
-                loss(list(range(first + rows.start, first + rows.stop)), len(held_out), tally)
+            for rows in passes("held out", micro_batches(len(mine), size)):
+                loss([*mine[rows]], len(held_out), tally)
         sums = tally.read()
         metrics = {"eval/loss": sums["loss"], "eval/accuracy": sums["rewards/accuracies"]}
         run.note(**metrics)
@@ -115,10 +116,11 @@ def train(config: DPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
     with stage.training(data) as run:
 
         def compute() -> dict[str, Tensor]:
-            cut = passes("reference", micro_batches(len(examples), size), always=True)
-            parts = (pair_sequences(examples[rows], pad, device) for rows in cut)
+            mine = current().share(examples)
+            cut = passes("reference", micro_batches(len(mine), size), always=True)
+            parts = (pair_sequences([*mine[rows]], pad, device) for rows in cut)
             logps = summed_logprobs(Objectives(reference, fused=config.fused_head), parts, config.bf16)
-            chosen, rejected = torch.cat([part.view(2, -1) for part in logps], dim=1)
+            chosen, rejected = current().cat(torch.cat([part.view(2, -1) for part in logps], dim=1).t()).t()
             return {"chosen": chosen, "rejected": rejected}
 
         with run.meter.phase("reference"):

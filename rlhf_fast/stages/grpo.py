@@ -10,6 +10,7 @@ Left out: the iterative variant, which also trains the reward model.
 from collections.abc import Sequence
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from rlhf_fast.config import GRPOConfig
@@ -49,9 +50,10 @@ def minibatch_update(
     targets: advantages [B] and the reference's log-probs [B, T]. untouched: as in `several_epochs`.
     """
     config, (advantages_B, ref_logprobs_BT) = online.config, targets
-    completions = len(advantages_B)
+    counts = torch.stack([torch.tensor(len(advantages_B), device=online.device), rollout.response_mask.sum()])
+    completions, tokens = online.ranks.sum(counts)  # of all processes
     tally = Tally()
-    for rows in micro_batches(completions, config.micro_batch_size):
+    for rows in micro_batches(len(advantages_B), config.micro_batch_size):
         part = rollout.rows(rows)
         with run.meter.phase("policy_update"):
             with online.learner.autocast():
@@ -70,7 +72,7 @@ def minibatch_update(
             out.loss.backward()
         if untouched:
             online.note_drift(tally, out.logprobs, part)
-        share = (part.response_mask.sum() / rollout.response_mask.sum()).double()
+        share = (part.response_mask.sum() / tokens).double()
         tally.add("loss/policy_avg", out.loss)
         tally.add("policy/clipfrac_avg", share * out.clip_fraction)
         tally.add("policy/approxkl_avg", share * out.approx_kl)

@@ -23,6 +23,7 @@ from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.lm.sequences import Sequences
 from rlhf_fast.lm.tokenizers import check_tokenizer, load_tokenizer
 from rlhf_fast.lm.trust import trusts_as_asked
+from rlhf_fast.ranks import current
 from rlhf_fast.stages.offline import Offline, summed_logprobs
 from rlhf_fast.training.batches import micro_batches, offline_batches
 from rlhf_fast.training.evaluation import make_evaluator
@@ -68,10 +69,11 @@ def train(config: KTOConfig, *, listeners: Sequence[Listener] = ()) -> None:
     refs = unrelated_refs = torch.empty(0)  # the reference's log-probs of all examples, and of unrelated completions
 
     def logps(of: Objectives, rows: list[int], unrelated: bool, shown: str | None = None) -> Tensor:
-        cut = micro_batches(len(rows), size)
-        chosen = ([examples[i] for i in rows[part]] for part in (passes(shown, cut, always=True) if shown else cut))
+        mine = current().share(rows)
+        cut = micro_batches(len(mine), size)
+        chosen = ([examples[i] for i in mine[part]] for part in (passes(shown, cut, always=True) if shown else cut))
         parts = (sequences(some, pad, device, unrelated=unrelated) for some in chosen)
-        return torch.cat(summed_logprobs(of, parts, config.bf16))
+        return current().cat(torch.cat([torch.empty(0, device=device), *summed_logprobs(of, parts, config.bf16)]))
 
     def look_at(rows: list[int]) -> Whole:
         good = sum(examples[i].label for i in rows)
@@ -112,9 +114,9 @@ def train(config: KTOConfig, *, listeners: Sequence[Listener] = ()) -> None:
     def evaluate(run: Run) -> dict[str, float]:
         tally, rows = Tally(), list(range(len(data.examples), len(examples)))
         with autocast(device, config.bf16):
-            whole = look_at(rows)
-            for part in passes("held out", micro_batches(len(rows), size)):
-                loss(rows[part], whole, tally)
+            whole, mine = look_at(rows), current().share(rows)
+            for part in passes("held out", micro_batches(len(mine), size)):
+                loss([*mine[part]], whole, tally)
         metrics = {"eval/loss": tally.read()["loss"]}
         run.note(**metrics)
         return metrics

@@ -1,7 +1,7 @@
 """The loop of every offline stage: shuffled batches of rows, one optimizer step for each batch.
 
-A step takes its batch a micro-batch at a time. The stage gives a function for a micro-batch's loss. The stage's
-held-out rows are evaluated after every epoch.
+A step takes its batch a micro-batch at a time. With several processes each takes its share of the batch. The stage
+gives a function for a micro-batch's loss. The stage's held-out rows are evaluated after every epoch.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,6 +16,7 @@ from rlhf_fast.config import OfflineConfig, RewardConfig, SFTConfig
 from rlhf_fast.data.encoding import Encoded
 from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.lm.sequences import Sequences
+from rlhf_fast.ranks import current
 from rlhf_fast.training.batches import micro_batches
 from rlhf_fast.training.evaluation import Evaluator
 from rlhf_fast.training.learner import Learner, autocast, take_step
@@ -59,6 +60,9 @@ class Offline:
         show: tuple[str, ...] = ("loss",),
         listeners: Sequence[Listener] = (),
     ) -> None:
+        if config.batch_size < current().size:
+            processes = current().size
+            raise ValueError(f"batch_size: expected a row for each of {processes} processes, got {config.batch_size}")
         self.config, self.batches, self.whole, self.held_out = config, batches, whole, held_out
         self.learner = Learner(model, config, len(batches))
         self.run = Run(
@@ -93,11 +97,11 @@ class Offline:
         run, learner, steps_per_epoch = self.run, self.learner, len(self.batches) // self.config.epochs
         for step in run.steps():
             batch, tally = self.batches[step - 1], Tally()
-            whole = self.whole(batch)
-            for rows in micro_batches(len(batch), self.config.micro_batch_size):
+            whole, mine = self.whole(batch), current().share(batch)
+            for rows in micro_batches(len(mine), self.config.micro_batch_size):
                 with run.meter.phase("policy_update"):
                     with learner.autocast():
-                        part = loss(batch[rows], whole, tally)
+                        part = loss([*mine[rows]], whole, tally)
                     part.backward()
                 del part
             with run.meter.phase("optimizer"):

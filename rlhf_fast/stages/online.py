@@ -22,6 +22,7 @@ from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.lm.offload import place, visiting
 from rlhf_fast.lm.tokenizers import check_tokenizer, load_tokenizer
 from rlhf_fast.ops import kl_penalty
+from rlhf_fast.ranks import current
 from rlhf_fast.rollout.generate import Rollout
 from rlhf_fast.rollout.sampler import LocalSampler
 from rlhf_fast.stages.kl import KLController
@@ -75,7 +76,7 @@ class Online(Generic[Config]):
     ) -> None:
         self.config, self.name, self.samples = config, name, samples
         self.greedy = greedy
-        self.device = default_device()
+        self.device, self.ranks = default_device(), current()
         self.tokenizer = with_template(load_tokenizer(config.model), config.chat_template)
         if config.reference is not None:
             check_tokenizer(config.reference, self.tokenizer, "reference")
@@ -83,6 +84,11 @@ class Online(Generic[Config]):
         data = scored_prompts(rows, self.tokenizer, config.max_prompt_length, config.chat_template_kwargs)
         self.prompts, self.truncated = data.examples, data.truncated
         self.prompts_per_round = config.batch_size // samples
+        if self.prompts_per_round < self.ranks.size:
+            raise ValueError(
+                f"batch_size: expected at least a prompt for each of {self.ranks.size} processes, got "
+                f"{config.batch_size} completions of {self.prompts_per_round} prompts"
+            )
         if len(self.prompts) < self.prompts_per_round:
             raise ValueError(
                 f"train_data: expected at least {self.prompts_per_round} prompts (one round), got {len(self.prompts)}"
@@ -166,12 +172,15 @@ class Online(Generic[Config]):
 
     def collect(self, meter: Meter, step: int) -> Experience:
         """Samples, scores and takes the reference's log-probs for round `step`."""
-        prompts = self._round_prompts(step)
+        every = self._round_prompts(step)
+        prompts, earlier = [*self.ranks.share(every)], [p.prompt_ids for p in self.ranks.earlier(every)]
         seed = seed_everything(self.config.seed, step)
         with autocast(self.device, self.config.bf16), torch.no_grad():
             with meter.phase("rollout"):
                 ids = [p.prompt_ids for p in prompts]
-                rollout, greedy = self.sampler(ids, seed=seed, samples=self.samples, greedy=self.greedy)
+                rollout, greedy = self.sampler(
+                    ids, seed=seed, samples=self.samples, greedy=self.greedy, earlier=earlier
+                )
             with meter.phase("scoring"):
                 columns = prompt_columns([p for p in prompts for _ in range(self.samples)])
                 scores, parts = self._score(rollout, columns)
@@ -220,6 +229,15 @@ class Online(Generic[Config]):
                 "policy would be trained on another distribution than it sampled"
             )
 
+    def own_rows(self, rows: Tensor) -> Tensor:
+        """Which of a round's completions are this process's, as indices into its rollout, on the device.
+
+        rows: numbers of completions among those of all processes, int64.
+        """
+        part = self.ranks.part(self.prompts_per_round)
+        first, last = part.start * self.samples, part.stop * self.samples
+        return (rows[(rows >= first) & (rows < last)] - first).to(self.device)
+
     def _drift_bound(self) -> tuple[str, float, str]:
         """The metric that is checked, its largest right value, and the name of the bound.
 
@@ -245,20 +263,25 @@ class Online(Generic[Config]):
         return [self.prompts[i] for i in batches[index]]
 
     def _describe(self, experience: Experience) -> dict[str, float]:
-        """The metrics of a rollout: means over its completions."""
+        """The metrics of a rollout: means over the completions of all processes."""
         rollout, mask, tally = experience.rollout, experience.rollout.response_mask, Tally()
         kl_B = kl_penalty(rollout.logprobs, experience.ref_logprobs, "k1").where(mask, 0.0).sum(dim=1)
-        tally.add("objective/kl", kl_B.mean())
-        tally.add("objective/entropy", rollout.entropy.sum(dim=1).mean())
-        tally.add("objective/scores", experience.scores.mean())
-        tally.add("objective/length", mask.sum(dim=1).float().mean())
+        share = len(kl_B) / self.config.batch_size
+        tally.add("objective/kl", share * kl_B.mean())
+        tally.add("objective/entropy", share * rollout.entropy.sum(dim=1).mean())
+        tally.add("objective/scores", share * experience.scores.mean())
+        tally.add("objective/length", share * mask.sum(dim=1).float().mean())
         tally.add("val/num_eos_tokens", rollout.finished.sum())
         if experience.greedy_scores is not None:
-            tally.add("objective/greedy_scores", experience.greedy_scores.mean())
+            tally.add("objective/greedy_scores", share * experience.greedy_scores.mean())
         for name, part_B in experience.parts.items():
-            if not part_B.isnan().all():  # the mean over the completions that this reward judges
-                tally.add(f"objective/scores/{name}", part_B.nanmean())
+            tally.add(f"objective/scores/{name}", part_B.nansum())
+            tally.add(f"judged/{name}", (~part_B.isnan()).sum())
         metrics = tally.read()
+        for name in experience.parts:  # the mean over the completions that this reward judges
+            judged, total = metrics.pop(f"judged/{name}"), metrics.pop(f"objective/scores/{name}")
+            if judged:
+                metrics[f"objective/scores/{name}"] = total / judged
         non_score = -self.kl.coef * metrics["objective/kl"]
         return metrics | {
             "objective/non_score_reward": non_score,

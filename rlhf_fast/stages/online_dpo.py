@@ -61,10 +61,11 @@ def step(
 
     refs_B: the reference's log-probs, summed over each completion.
     """
-    config, tally, pairs = online.config, Tally(), len(chosen)
+    config, tally = online.config, Tally()
+    pairs = int(online.ranks.sum(torch.tensor(len(chosen))))  # of all processes
     size = None if config.micro_batch_size is None else config.micro_batch_size // 2
-    tally.add("pairs", pairs)
-    for rows in micro_batches(pairs, size) if pairs else []:
+    tally.add("pairs", len(chosen))
+    for rows in micro_batches(len(chosen), size):
         index = torch.cat([chosen[rows], rejected[rows]])
         part = rollout.rows(index)
         lengths = part.response_mask.sum(dim=1)

@@ -15,6 +15,7 @@ from rlhf_fast.data.rows import load_rows, write_rows
 from rlhf_fast.lm.loading import default_device, load_policy
 from rlhf_fast.lm.tokenizers import load_tokenizer
 from rlhf_fast.lm.trust import trusts_as_asked
+from rlhf_fast.ranks import current
 from rlhf_fast.rollout.sampler import LocalSampler
 from rlhf_fast.training.batches import micro_batches
 from rlhf_fast.training.evaluation import check_prompts, prompt_columns, scored_prompts
@@ -32,7 +33,7 @@ def sample(config: PairsConfig) -> None:
     for name in ("output", "eval_output"):
         if getattr(config, name) is not None:
             check_writable(name, getattr(config, name))
-    device = default_device()
+    device, ranks = default_device(), current()
     tokenizer = with_template(load_tokenizer(config.model), config.chat_template)
     policy = load_policy(config.model, dtype=config.dtype, trainable=False).to(device)  # pyright: ignore[reportArgumentType]
     reward = Reward(
@@ -54,14 +55,19 @@ def sample(config: PairsConfig) -> None:
     labels = torch.Generator().manual_seed(config.seed)
     pairs = []
     for rows in passes("pairs", micro_batches(len(prompts), config.batch_size)):
-        batch = prompts[rows]
-        rollout = sampler([p.prompt_ids for p in batch], seed=config.seed, samples=2).sampled
+        batch, drawn = [*ranks.share(prompts[rows])], torch.rand(rows.stop - rows.start, generator=labels)
+        if not batch:
+            pairs.append([])
+            continue
+        earlier = [p.prompt_ids for p in ranks.earlier(prompts[rows])]
+        rollout = sampler([p.prompt_ids for p in batch], seed=config.seed, samples=2, earlier=earlier).sampled
         scores = reward(rollout, prompt_columns([p for p in batch for _ in range(2)])).view(-1, 2).cpu()
         first_wins = torch.sigmoid(config.scale * (scores[:, 0] - scores[:, 1]))
-        best = (torch.rand(len(batch), generator=labels) >= first_wins).long().tolist()
+        best = (drawn[ranks.part(len(drawn))] >= first_wins).long().tolist()
         finished = rollout.finished.tolist()
         asked = [p.prompt for p in batch for _ in range(2)]
         texts = continuations(asked, id_pairs(rollout), finished, tokenizer)
+        made = []
         for i, prompt in enumerate(batch):
             answers = texts[2 * i : 2 * i + 2]
             useful = answers[0].strip() and answers[1].strip() and answers[0] != answers[1]
@@ -70,8 +76,14 @@ def sample(config: PairsConfig) -> None:
                 row[name] = answers[index]
                 if not finished[2 * i + index]:
                     row[f"{name}_finished"] = False
-            pairs.append(row if useful else None)
+            made.append(row if useful else None)
+        pairs.append(made)
+    pairs = ranks.join(pairs)
+    if not ranks.first:
+        ranks.wait()
+        return
     training = len(pairs) - config.eval_rows
     if config.eval_output:  # first, because `output` says that both are there
         write_rows(config.eval_output, filter(None, pairs[training:]))
     write_rows(config.output, filter(None, pairs[:training]))
+    ranks.wait()  # a stage that reads the pairs starts when the files are whole

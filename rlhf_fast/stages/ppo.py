@@ -92,9 +92,20 @@ def advantages_and_returns(run: Run, online: Online[PPOConfig], critic: Learner,
         values = torch.cat([critic_scores(online, critic).values(rollout.rows(r).sequences) for r in rows])
     rewards = shape_rewards(experience.scores, rollout.logprobs, experience.ref_logprobs, mask, kl_coef=online.kl.coef)
     if config.whiten_rewards:
-        rewards = whiten(rewards, mask, shift_mean=False)
+        rewards = whiten_all(online, rewards, mask, shift_mean=False)
     advantages, returns = gae(rewards, values, mask, gamma=config.gamma, lam=config.lam)
-    return Targets(whiten(advantages, mask), returns, values)
+    return Targets(whiten_all(online, advantages, mask), returns, values)
+
+
+def whiten_all(online: Online[PPOConfig], x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
+    """`whiten` over the rollouts of all processes. x, mask: [B, T]."""
+    if online.ranks.size == 1:
+        return whiten(x, mask, shift_mean=shift_mean)
+    parts = online.ranks.gather(x[mask].cpu())
+    every = torch.cat(parts).to(x.device)
+    whitened = whiten(every, torch.ones_like(every, dtype=torch.bool), shift_mean=shift_mean)
+    mine = whitened.split([len(part) for part in parts])[online.ranks.rank]
+    return torch.zeros_like(x, dtype=whitened.dtype).masked_scatter(mask, mine)
 
 
 def minibatch_update(
@@ -105,7 +116,7 @@ def minibatch_update(
     targets: the fields of `Targets`. untouched: as in `several_epochs`.
     """
     mask = rollout.response_mask
-    tokens = mask.sum()
+    tokens = online.ranks.sum(mask.sum())
     tally = Tally()
     backward = joint_backward if online.config.critic == "shared" else separate_backward
     for rows in micro_batches(len(mask), online.config.micro_batch_size):

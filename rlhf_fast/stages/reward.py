@@ -31,6 +31,7 @@ from rlhf_fast.lm.sequences import Sequences
 from rlhf_fast.lm.tokenizers import load_tokenizer
 from rlhf_fast.lm.trust import trusts_as_asked
 from rlhf_fast.ops import RankingLoss, RewardLoss, ranking_loss, reward_loss
+from rlhf_fast.ranks import current
 from rlhf_fast.rollout.sampler import LocalSampler
 from rlhf_fast.stages.offline import Offline
 from rlhf_fast.training.batches import micro_batches, offline_batches
@@ -135,11 +136,12 @@ def _centring(scores_BK: Tensor, ranks_BK: Tensor) -> Tensor:
 @torch.no_grad()
 def evaluate(model: PreTrainedModel, examples: list[Example], pad: int, config: RewardConfig) -> dict[str, float]:
     """Held-out loss and pair accuracy, as means over pairs, and the accuracy's standard error."""
-    pairs, tally = sum(map(_pairs, examples)), Tally()
+    pairs, tally, mine = sum(map(_pairs, examples)), Tally(), current().share(examples)
     with autocast(model.device, config.bf16):
-        for rows in passes("held out", micro_batches(len(examples), config.micro_batch_size or config.batch_size)):
-            out = preference_loss(model, examples[rows], pad, config.center_coef)
-            weight = sum(map(_pairs, examples[rows])) / pairs
+        for rows in passes("held out", micro_batches(len(mine), config.micro_batch_size or config.batch_size)):
+            part = [*mine[rows]]
+            out = preference_loss(model, part, pad, config.center_coef)
+            weight = sum(map(_pairs, part)) / pairs
             tally.add("eval/loss", weight * out.loss.double())
             tally.add("eval/accuracy", weight * out.accuracy.double())
     metrics = tally.read()
@@ -156,11 +158,15 @@ def normalize(
     policy = load_policy(config.model, dtype=dtype, trainable=False).to(model.device)  # pyright: ignore[reportArgumentType]
     prompts = [e.prompt_ids for e in examples[: config.normalize_samples]]
     sampler = LocalSampler(policy, tokenizer, max_new_tokens=config.max_response_length)
-    scorer, scores = Scores(model), []
+    ranks, scorer, scores = current(), Scores(model), []
     with autocast(model.device, config.bf16):
         for rows in passes("offset", micro_batches(len(prompts), 4 * config.batch_size)):
-            scores.append(scorer.of(sampler(prompts[rows], seed=config.seed).sampled.sequences))
-    mean, se = mean_and_se(torch.cat(scores).cpu())
+            mine, scored = ranks.share(prompts[rows]), []
+            if mine:
+                rollout = sampler(mine, seed=config.seed, earlier=ranks.earlier(prompts[rows])).sampled
+                scored = scorer.of(rollout.sequences).tolist()
+            scores.append(scored)
+    mean, se = mean_and_se(torch.tensor(ranks.join(scores)))
     set_score_offset(model, getattr(model.config, "score_offset", 0.0) + mean)
     return mean, se
 

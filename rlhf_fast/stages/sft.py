@@ -19,6 +19,7 @@ from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.lm.sequences import Sequences
 from rlhf_fast.lm.tokenizers import load_tokenizer
 from rlhf_fast.lm.trust import trusts_as_asked
+from rlhf_fast.ranks import current
 from rlhf_fast.stages.offline import Offline
 from rlhf_fast.training.batches import micro_batches, offline_batches
 from rlhf_fast.training.learner import autocast
@@ -87,6 +88,7 @@ def held_out_loss(objectives: Objectives, examples: list[SFTExample], pad: int, 
     size = config.micro_batch_size or config.batch_size
     total: Tensor | float = 0.0
     with autocast(device, config.bf16):
-        for rows in passes("held out", micro_batches(len(examples), size)):
-            total = total - objectives.logprobs(*completions(examples[rows], pad, device)).logprobs.double().sum()
-    return float(total) / sum(map(trained_tokens, examples))
+        mine = current().share(examples)
+        for rows in passes("held out", micro_batches(len(mine), size)):
+            total = total - objectives.logprobs(*completions([*mine[rows]], pad, device)).logprobs.double().sum()
+    return sum(current().gather(float(total))) / sum(map(trained_tokens, examples))

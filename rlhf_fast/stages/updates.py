@@ -31,8 +31,9 @@ def several_epochs(
     """
     config, totals = online.config, dict[str, list[float]]()
     for epoch in range(config.epochs):
-        order = torch.randperm(config.batch_size).to(online.device)
-        for number, index in enumerate(order.chunk(config.minibatches)):
+        order = torch.randperm(config.batch_size)  # of the rows of all processes
+        for number, chunk in enumerate(order.chunk(config.minibatches)):
+            index = online.own_rows(chunk)
             part = tuple(x[index] for x in targets)
             metrics = minibatch_update(experience.rollout.rows(index), part, epoch == 0 and number == 0)
             for name, value in metrics.items():
@@ -43,12 +44,13 @@ def several_epochs(
 def policy_gradient_step(
     online: Online, run: Run, experience: Experience, advantages: Tensor, *, reduction: str = "token_mean"
 ) -> dict[str, float]:
-    """One optimizer step on `reinforce_loss`; the denominator is the whole batch's.
+    """One optimizer step on `reinforce_loss`; the denominator is that of the whole batch of all processes.
 
     advantages: [B] or [B, T]. reduction: as in `reinforce_loss`.
     """
     rollout, tally = experience.rollout, Tally()
-    total = rollout.response_mask.sum() if reduction == "token_mean" else torch.tensor(len(advantages))
+    tokens = online.ranks.sum(rollout.response_mask.sum())
+    total = tokens if reduction == "token_mean" else torch.tensor(online.config.batch_size)
     for rows in micro_batches(len(advantages), online.config.micro_batch_size):
         part = rollout.rows(rows)
         with run.meter.phase("policy_update"):

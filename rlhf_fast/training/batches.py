@@ -53,7 +53,7 @@ def _seed(mixed: int) -> None:
 
 def micro_batches(rows: int, size: int | None) -> list[slice]:
     """Slices that cut `rows` rows into pieces of `size` rows; the last piece may be shorter. None: one piece."""
-    size = size or rows
+    size = size or max(rows, 1)
     return [slice(i, min(i + size, rows)) for i in range(0, rows, size)]
 
 

@@ -22,7 +22,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from rlhf_fast.data.damage import sentence, writing
 from rlhf_fast.data.files import DELETING, OURS, REPLACED, WRITING, beside, remove
 from rlhf_fast.lm import manifest
 from rlhf_fast.lm.loading import PROCESSOR_FILES, save_model
@@ -70,7 +71,8 @@ def save(
     models: sub-directory -> model, "" for the directory itself; saved as safetensors with their config.
     state: nested dicts and lists of tensors and plain values; `load_state` reads it back.
     extra_files: file name -> anything that JSON can hold.
-    Raises ValueError where a file that no `save` wrote would be overwritten. The new files are then kept elsewhere in
+    Raises OSError, naming `directory`, on a full disk; what was there before stays. Raises ValueError where a file that
+    no `save` wrote would be overwritten. The new files are then kept elsewhere in
     `directory`, and the error says where.
     """
     if _step_of(Path(directory)) is not None and os.path.islink(directory):
@@ -82,18 +84,23 @@ def save(
     for leftover in (outside, directory / _INSIDE, old):
         remove(leftover)
     new = directory / _INSIDE if _stays(directory) else outside
-    new.mkdir(parents=True)
-    with _no_progress_bars():
-        for subdirectory, model in models.items():
-            save_model(model, new / subdirectory)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(new)
-    if state is not None:
-        torch.save(state, new / "state.pt")
-    for name, content in (extra_files or {}).items():
-        (new / name).write_text(json.dumps(content, indent=2) + "\n")
-    entries = set(os.listdir(new))
-    manifest.write(new, manifest.of_files(new))
+    try:
+        with writing(directory), _no_progress_bars():
+            new.mkdir(parents=True)
+            for subdirectory, model in models.items():
+                save_model(model, new / subdirectory)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(new)
+            if state is not None:
+                torch.save(state, new / "state.pt")
+            for name, content in (extra_files or {}).items():
+                (new / name).write_text(json.dumps(content, indent=2) + "\n")
+            entries = set(os.listdir(new))
+            manifest.write(new, manifest.of_files(new))
+    except OSError:
+        with suppress(OSError):
+            remove(new)  # what was written of it would keep the disk full
+        raise
     if clash := sorted(entries & foreign(directory)):
         found, kept = f"{directory} holds files that no checkpoint put there: {', '.join(clash)}", directory / _UNSAVED
         remove(kept)
@@ -124,8 +131,11 @@ def check_savable(models: Iterable[PreTrainedModel], tokenizer: PreTrainedTokeni
     for name, file, part in parts:
         with tempfile.TemporaryDirectory() as directory:
             try:
-                part.save_pretrained(directory)
+                with writing(directory):
+                    part.save_pretrained(directory)
             except Exception as error:
+                if isinstance(error, OSError) and error.errno:  # a full disk says nothing of the model
+                    raise
                 said = " ".join(str(error).split())
                 said = said if len(said) <= _SAID else f"{said[:_SAID]}..."
                 raise ValueError(f"model: expected a {name} that can be saved, mend {file}: {said}") from error
@@ -211,7 +221,10 @@ def load_state(directory: str | os.PathLike) -> dict[str, Any]:
     path = Path(directory) / "state.pt"
     if not path.is_file():
         raise ValueError(f"directory: expected a checkpoint with a training state, found no {path}")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds: RuntimeError, EOFError, UnpicklingError, KeyError
+        raise ValueError(f"{path}: expected a training state, but the file is damaged: {sentence(error)}") from error
 
 
 def latest(output_dir: str | os.PathLike) -> Path | None:

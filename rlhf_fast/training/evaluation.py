@@ -21,6 +21,7 @@ from rlhf_fast.data.rows import Row, load_rows
 from rlhf_fast.lm.limits import check_rows
 from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.lm.offload import visiting
+from rlhf_fast.ranks import current
 from rlhf_fast.rollout.generate import Rollout
 from rlhf_fast.rollout.sampler import LocalSampler
 from rlhf_fast.training.batches import micro_batches
@@ -86,20 +87,25 @@ class Evaluator:
         """
         sampler = LocalSampler(policy, self.tokenizer, **self.sampling)
         objectives = self.objectives(policy)
-        rewards, kls, lengths, entropies, completions = [], [], [], [], []
+        parts: list[list[tuple]] = []  # of the rows of every pass: reward, KL, length, entropy, completion
         for rows in passes("evaluation", micro_batches(len(self.prompts), self.batch_size)):
-            prompts = self.prompts[rows]
+            prompts = [*current().share(self.prompts[rows])]
+            if not prompts:
+                parts.append([])
+                continue
             with autocast(policy.device, self.bf16):
+                earlier = [p.prompt_ids for p in current().earlier(self.prompts[rows])]
                 ids = [p.prompt_ids for p in prompts]
-                rollout = sampler(ids, seed=_EVAL_SEED, with_kept=False).sampled
+                rollout = sampler(ids, seed=_EVAL_SEED, with_kept=False, earlier=earlier).sampled
                 with visiting(self.reference):
-                    kls.append(self._kl(objectives, rollout))
-                rewards.append(self.reward(rollout, prompt_columns(prompts)))
-            lengths.append(rollout.response_mask.sum(dim=1).float())
-            entropies.append(rollout.entropy.sum(dim=1) / lengths[-1])
-            completions += decode_responses(self.tokenizer, rollout)
-        columns = {"reward": rewards, "kl": kls, "length": lengths, "entropy": entropies}
-        columns = {name: torch.cat(parts).cpu() for name, parts in columns.items()}
+                    kl = self._kl(objectives, rollout)
+                reward = self.reward(rollout, prompt_columns(prompts))
+            length = rollout.response_mask.sum(dim=1).float()
+            numbers = (reward, kl, length, rollout.entropy.sum(dim=1) / length)
+            completions = decode_responses(self.tokenizer, rollout)
+            parts.append([*zip(*(x.cpu() for x in numbers), completions, strict=True)])
+        *values, completions = zip(*current().join(parts), strict=True)
+        columns = {name: torch.stack(x) for name, x in zip(("reward", "kl", "length", "entropy"), values, strict=True)}
         if self.completion_rewards is not None:
             columns["win_rate"] = wins(columns["reward"], self.completion_rewards)
         metrics = {}

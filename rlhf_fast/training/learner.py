@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_fast.config import StageConfig
+from rlhf_fast.ranks import current
 from rlhf_fast.training.memory import static_bytes
 from rlhf_fast.training.optimizers import MasterWeights, lr_factor, make_optimizer
 from rlhf_fast.training.stopped import Stopped
@@ -37,6 +38,7 @@ class Learner:
     ) -> None:
         self.model, self.max_grad_norm, self.bf16 = model, config.max_grad_norm, config.bf16
         self.static_bytes: dict[str, int] = {}
+        self.ranks = current()
         self.parameters = [p for p in (model.parameters() if parameters is None else parameters) if p.requires_grad]
         self.optimizer = make_optimizer(config, self.parameters, learning_rate or config.learning_rate)
         factor = lr_factor(config.lr_schedule, config.warmup_steps, total_steps)
@@ -56,16 +58,21 @@ class Learner:
 
     def _step_in_backward(self, parameter: nn.Parameter) -> None:
         assert parameter.grad is not None  # torch calls this hook when the gradient is there
+        self.ranks.add_gradients([parameter])
         self.norms.append(_norm(parameter.grad))
         self.optimizer.step()  # moves this parameter alone: no other has a gradient at this moment
         parameter.grad = None
 
     def clip(self) -> Tensor:
-        """The norm of the accumulated gradients, 0-dim and on the device. Clips the gradients to max_grad_norm."""
+        """The norm of the accumulated gradients, 0-dim and on the device. Clips the gradients to max_grad_norm.
+
+        With several processes the gradients are first added up over all processes.
+        """
         if self.in_backward:
             # A step may have no gradient, as where no pair of online DPO has a preference.
             norms, self.norms = self.norms or [torch.zeros((), device=self.model.device)], []
             return torch.stack(norms).norm()
+        self.ranks.add_gradients(self.parameters)
         if isinstance(self.optimizer, MasterWeights):  # clips fp32 gradients, because a product in bf16 is rounded
             norms = [_norm(p.grad) for p in self.parameters if p.grad is not None]
             norm = torch.stack(norms).norm() if norms else torch.zeros((), device=self.model.device)
@@ -147,7 +154,7 @@ def take_step(
     Raises Stopped where a norm is not finite; no learner has moved its weights then.
     """
     for name, learner in learners.items():
-        tally.add(name, learner.clip())
+        tally.same(name, learner.clip())
     numbers = tally.read()
     for name, learner in learners.items():
         learner.check(numbers[name])

@@ -21,12 +21,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from rlhf_fast.data.damage import writing
 from rlhf_fast.data.files import check_name, sweep
+from rlhf_fast.ranks import current
 from rlhf_fast.training.apart import check_apart
 
 NAME = ".rlhf_fast.lock"
 _ROOM = 120  # bytes of the longest path in a checkpoint
 _held: dict[tuple[str, int], "_Lock"] = {}  # by directory and thread
+_followed: set[tuple[str, int]] = set()  # directories whose lock the run's first process holds
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -41,13 +44,21 @@ def held(directory: str | os.PathLike, argument: str = "output_dir") -> Iterator
     """
     check_name(argument, directory, _ROOM)
     key = _key(directory)
-    if key in _held:
+    if key in _held or key in _followed:
         yield
+        return
+    if not current().first:
+        yield from _following(key)
         return
     made = _make(Path(key[0]))
     path = Path(key[0], NAME)
     try:
-        own = _held[key] = _lock(path, argument)
+        try:
+            own = _held[key] = _lock(path, argument)
+        except ValueError as error:
+            current().gather(str(error))
+            raise
+        current().gather(None)
         try:
             sweep(path.parent)
             yield
@@ -62,6 +73,17 @@ def held(directory: str | os.PathLike, argument: str = "output_dir") -> Iterator
         for parent in made:
             with suppress(OSError):  # it is not empty, or gone
                 parent.rmdir()
+
+
+def _following(key: tuple[str, int]) -> Iterator[None]:
+    """The inside of `held` in the processes beside the first process of a run, which holds the lock for all of them."""
+    if refused := current().gather(None)[0]:
+        raise ValueError(refused)
+    _followed.add(key)
+    try:
+        yield
+    finally:
+        _followed.discard(key)
 
 
 def writes_alone(field: str) -> Callable[[Function], Function]:
@@ -95,9 +117,9 @@ class _Lock:
     def __init__(self, file: int) -> None:
         self.file = file
         host = platform.node().replace(" ", "-")
-        self.text = f"{os.getpid()} {host} {shlex.join(sys.argv)}\n{time.time_ns()}\n".encode(errors="replace")
+        text = f"{os.getpid()} {host} {shlex.join(sys.argv)}\n{time.time_ns()}\n".encode(errors="replace")
         os.ftruncate(file, 0)
-        os.pwrite(file, self.text, 0)
+        self.text = text[: os.pwrite(file, text, 0)]  # less where there is little room
 
     def is_at(self, path: Path) -> bool:
         """Whether the file at `path` is this one, by its text, because some file systems number files anew."""
@@ -127,7 +149,8 @@ def _lock(path: Path, argument: str) -> _Lock:
         except OSError as error:
             said = f"{argument}: {path.parent} cannot be locked ({error.strerror}); start no second run there"
             print(said, file=sys.stderr)
-        own = _Lock(file)
+        with writing(path):
+            own = _Lock(file)
         if own.is_at(path):
             return own
         os.close(file)  # the holder deleted this file between our two calls, because it had ended

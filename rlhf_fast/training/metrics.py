@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +22,9 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from rlhf_fast.data.damage import sentence, writing
 from rlhf_fast.data.files import write_text
+from rlhf_fast.ranks import current
 from rlhf_fast.training.console import error_console, shown
 from rlhf_fast.training.progress import drawn, new_bars
 from rlhf_fast.training.stopped import Stopped
@@ -58,6 +60,7 @@ class MetricsLogger:
         self.resume_step = resume_step
         self.show = tuple(show)
         self._console = error_console()
+        self._console.quiet = not current().first
         self._tenth = resume_step * 10 // total_steps
 
     def __enter__(self) -> "MetricsLogger":
@@ -67,11 +70,12 @@ class MetricsLogger:
             self.say(
                 f"{self.description}: {self.path} lacks {len(lost)} of the {self.resume_step} steps before this one"
             )
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = self.path.open("a")
+        if current().first:
+            write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = self.path.open("a") if current().first else open(os.devnull, "w")
         self._start = time.perf_counter() - (kept[-1]["time/elapsed"] if kept else 0.0)
         self._bar, self._screen = None, ExitStack()
-        if self._console.is_terminal:
+        if self._console.is_terminal and current().first:
             self._bar = new_bars(self._console)
             self._task = self._bar.add_task(
                 self.description, total=self.total_steps, completed=self.resume_step, numbers=""
@@ -94,11 +98,14 @@ class MetricsLogger:
 
     def _write(self, row: dict[str, Any]) -> None:
         safe = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
-        self._file.write(json.dumps(safe, allow_nan=False) + "\n")
-        self._file.flush()
+        with writing(self.path):
+            self._file.write(json.dumps(safe, allow_nan=False) + "\n")
+            self._file.flush()
 
     def check_there(self) -> None:
         """Raises Stopped where the file is no longer the one at its path, so that what is written would be lost."""
+        if not current().first:
+            return
         try:
             at_path = self.path.stat()
         except OSError as error:
@@ -126,7 +133,8 @@ class MetricsLogger:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._file.close()
+        with suppress(OSError):  # a row that found no room was told of when it was written
+            self._file.close()
         self._screen.close()
 
 
@@ -150,10 +158,23 @@ def is_metrics(path: str | os.PathLike) -> bool:
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; [] where there is no file. A last line that a crash has cut short is left out."""
+    """The rows of a metrics.jsonl; [] where there is no file. A last line that a crash has cut short is left out.
+
+    Raises ValueError, naming the file and the line, where the file is damaged.
+    """
     path = Path(path)
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    return [_row(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.endswith(b"\n")]
+
+
+def _row(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: expected metrics, but the line is damaged: {sentence(error)}") from error
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        raise ValueError(f"{where}: expected the metrics of a step, got {sentence(ValueError(line.decode()))}")
+    return row
 
 
 def mean_and_se(values: Tensor) -> tuple[float, float]:

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column
 
+from rlhf_fast.ranks import current
 from rlhf_fast.training.console import error_console
 
 _EVERY = 10.0  # seconds from line to line
@@ -60,7 +61,9 @@ def passes(what: str, parts: Sequence[slice], *, always: bool = False) -> Iterat
     what: the name of the pass. always: without a terminal, also say the end of a short pass.
     """
     total, console = parts[-1].stop if parts else 0, error_console()
-    if not console.is_terminal:
+    if not current().first:
+        yield from parts
+    elif not console.is_terminal:
         yield from _with_lines(what, parts, total, console, always)
     elif _on_screen:
         yield from _with_bar(what, parts, total, _on_screen[-1])

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from rlhf_fast.config import DPOConfig, KTOConfig
 from rlhf_fast.data.files import check_writable, write_bytes
+from rlhf_fast.ranks import current
 from rlhf_fast.training.fingerprint import of_values, of_weights
 
 _KIND = "reference log-probs of rlhf_fast"
@@ -71,9 +72,11 @@ def reference_logprobs(
                 return {name: tensor.to(reference.device) for name, tensor in tensors.items()}
         why = " and ".join(text for name, text in _OTHER.items() if name in differing)
         say(f"reference_logprobs: {path} is {f'of {why}' if why else 'damaged'}, and is written anew")
+    current().wait()  # because the other processes have to have read the file too
     tensors = compute()
     own = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    write_bytes(path, save(own, {"kind": _KIND, "checksum": _checksum(own), **wanted}))
+    if current().first:
+        write_bytes(path, save(own, {"kind": _KIND, "checksum": _checksum(own), **wanted}))
     return tensors
 
 

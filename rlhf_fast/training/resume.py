@@ -1,6 +1,5 @@
 """Going on with a run that was cut off: from which checkpoint, under which config, with which models."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from transformers import PreTrainedModel
 from rlhf_fast.config import OfflineConfig, OnlineConfig, StageConfig
 from rlhf_fast.config.fields import describe
 from rlhf_fast.config.stages import KINDS
+from rlhf_fast.data.damage import read_json
 from rlhf_fast.lm import adapters
 from rlhf_fast.lm.loading import load_policy
 from rlhf_fast.training import checkpoint
@@ -59,7 +59,7 @@ def resume_directory(config: StageConfig, say: Callable[[str], None] = lambda li
         raise ValueError(f"resume: expected a checkpoint with its {RUN_CONFIG}, found none in {found}")
     length = "steps" if isinstance(config, OnlineConfig) else "epochs"
     now, content = describe(config), fingerprints(config)
-    written = json.loads((found / RUN_CONFIG).read_text())
+    written = read_json(found / RUN_CONFIG)
     read = written.pop(MADE_OF, {})
     for name, then in written.items():
         longer = name == length and config.lr_schedule == "constant" and now[name] > then

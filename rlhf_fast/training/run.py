@@ -18,6 +18,7 @@ import rlhf_fast
 from rlhf_fast.config import StageConfig
 from rlhf_fast.config.fields import describe
 from rlhf_fast.data.files import write_json
+from rlhf_fast.ranks import current
 from rlhf_fast.training import checkpoint, ending
 from rlhf_fast.training.batches import seed_everything
 from rlhf_fast.training.ending import Ended
@@ -44,6 +45,7 @@ class Run:
     listeners: who hears of every row of metrics. TensorBoard is added where the config asks for it.
     Entering raises ValueError where output_dir holds another program's model or an unfinished run that `resume` does
     not continue, and where a model or the tokenizer cannot be saved.
+    With several processes the first process writes and speaks.
     A run that an exception ends writes a checkpoint of its last good step, from which `resume` goes on. A run that a
     signal ends does so as `ending` says.
     """
@@ -62,11 +64,11 @@ class Run:
         show: tuple[str, ...] = (),
         listeners: Sequence[Listener] = (),
     ) -> None:
-        self.evaluator = evaluator
+        self.evaluator, self.ranks = evaluator, current()
         self.last_evaluation: Evaluation | None = None
         self.config, self.description, self.total_steps, self.show = config, description, total_steps, show
         self.learners, self.tokenizer = learners, tokenizer
-        self.listeners = [*listeners, *([TensorBoard()] if config.tensorboard else [])]
+        self.listeners = [*listeners, *([TensorBoard()] if config.tensorboard and self.ranks.first else [])]
         self._begun: list[Listener] = []
         self.frozen = {role: model for role, model in (frozen or {}).items() if model is not None}
         product, *others = learners
@@ -100,7 +102,9 @@ class Run:
             if passed:
                 self._facts["resumed"] = [*self._facts.get("resumed", []), *passed]
         else:
-            self._make_room()
+            self.ranks.wait()  # because the other processes have to have looked for a checkpoint too
+            if self.ranks.first:
+                self._make_room()
         self.logger = MetricsLogger(
             self.config.output_dir,
             self.total_steps,
@@ -168,13 +172,17 @@ class Run:
         return f"{kept} is saved, and --resume goes on from there"
 
     def _end_if_asked(self, step: int) -> None:
-        """Where a signal has asked for the end, writes the state after `step` and raises Ended."""
-        if (signum := ending.asked()) is None:
+        """Where a signal has asked for the end, writes the state after `step` and raises Ended in every process."""
+        asked = [signum for signum in self.ranks.gather(ending.asked()) if signum is not None]
+        if not asked:
             return
+        signum = asked[0]
         ending.reached()
-        if step >= self.first_step and checkpoint.latest(self.config.output_dir) != self._state_at(step):
+        new = step >= self.first_step and checkpoint.latest(self.config.output_dir) != self._state_at(step)
+        if new and self.ranks.first:
             self.save_state(step)
             checkpoint.prune(self.config.output_dir, self.config.save_total_limit, step)
+        self.ranks.wait()  # every process then says what is saved
         raise Ended(signum)
 
     def _keep_good_step(self, *, exactly: bool = False) -> None:
@@ -185,7 +193,9 @@ class Run:
         """
         learners, good = self.learners.values(), self._good
         moved = any(self._schedules[role] != learner.scheduler.state_dict() for role, learner in self.learners.items())
-        if good == 0 or not all(learner.whole for learner in learners) or (exactly and moved):
+        if good == 0 or not self.ranks.first:
+            return
+        if not all(learner.whole for learner in learners) or (exactly and moved):
             return
         place = self.config.output_dir
         if lost(place) or not Path(place).is_dir():  # somebody has taken it away; another run may have taken its place
@@ -209,7 +219,8 @@ class Run:
         if self.evaluator and self.first_step == 1:
             before = self._evaluate()
             self._log(0, {**before.metrics, "time/total": 0.0})
-            write_json(Path(self.config.output_dir) / "samples_before.json", before.samples)
+            if self.ranks.first:
+                write_json(Path(self.config.output_dir) / "samples_before.json", before.samples)
             self.meter.step(counted=False)
         self._end_if_asked(self.first_step - 1)
         for step in range(self.first_step, self.total_steps + 1):
@@ -231,7 +242,8 @@ class Run:
         if self.config.save_steps and step % self.config.save_steps == 0 and not last:
             self.logger.check_there()
             self.save_state(step)
-            checkpoint.prune(self.config.output_dir, self.config.save_total_limit, step)
+            if self.ranks.first:
+                checkpoint.prune(self.config.output_dir, self.config.save_total_limit, step)
         self._end_if_asked(step)
 
     def _log(self, step: int, metrics: dict[str, Any]) -> None:
@@ -240,7 +252,9 @@ class Run:
             listener.log(step, row)
 
     def save_state(self, step: int) -> None:
-        """Writes the checkpoint from which a resumed run goes on after `step`."""
+        """Writes the checkpoint from which a resumed run goes on after `step`. One process writes it."""
+        if not self.ranks.first:
+            return
         state = {name: part.state_dict() for name, part in self.states.items()}
         state |= {"step": step, "train_seconds": self.train_seconds, "facts": self._facts}
         files = {RUN_CONFIG: {**self.described, MADE_OF: self.made_of}}
@@ -279,6 +293,9 @@ class Run:
             self._evaluate()
         self.logger.check_there()
         self._finishing = True
+        if not self.ranks.first:
+            self.ranks.wait()
+            return
         summary = {
             "stage": self.description,
             "config": self.described,
@@ -303,6 +320,7 @@ class Run:
         checkpoint.save(self.config.output_dir, models=self.models, tokenizer=self.tokenizer, extra_files=files)
         checkpoint.delete(self._state_at(self.total_steps))  # the final model makes it useless
         checkpoint.prune(self.config.output_dir, self.config.save_total_limit)  # a crash may have left an older one
+        self.ranks.wait()  # a stage that reads the model starts when it is whole
 
     def _static_bytes(self) -> dict[str, dict[str, int]]:
         """Bytes of every role. Weights that several roles share belong to the first of these roles."""

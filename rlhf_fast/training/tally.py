@@ -7,10 +7,14 @@ and reads them together. Sums are float64, as the sums of Python's floats would 
     for micro_batch in micro_batches:
         tally.add("loss", loss)  # no wait
     metrics = tally.read()  # one wait
+
+With several processes every process adds the numbers of its own rows, and `read` gives the numbers of all of them.
 """
 
 import torch
 from torch import Tensor
+
+from rlhf_fast.ranks import current
 
 Number = Tensor | float
 
@@ -20,6 +24,7 @@ class Tally:
 
     def __init__(self) -> None:
         self._numbers: dict[str, Number] = {}
+        self._largest: set[str] = set()  # the names whose largest value is kept
 
     def add(self, name: str, value: Number) -> None:
         """Adds `value` to the sum called `name`."""
@@ -27,14 +32,37 @@ class Tally:
 
     def raise_to(self, name: str, value: Number) -> None:
         """Keeps the largest value called `name`; a NaN stays."""
+        self._largest.add(name)
         value, now = _double(value), self._numbers.get(name)
         if now is None:
             self._numbers[name] = value
         else:
             self._numbers[name] = torch.maximum(*(torch.as_tensor(x, dtype=torch.float64) for x in (now, value)))
 
+    def same(self, name: str, value: Number) -> None:
+        """Keeps a number that every process has alike, such as the norm of summed gradients."""
+        self.raise_to(name, value)
+
     def read(self) -> dict[str, float]:
-        """Every number by its name, in the order in which the names first came. Waits for the device once."""
+        """Every number by its name, in the order in which the names first came. Waits for the device once.
+
+        With several processes the sums and maxima are those of all processes.
+        """
+        mine, *others = current().gather((self._mine(), self._largest))
+        numbers, largest = dict(mine[0]), mine[1]
+        for theirs, names in others:
+            largest = largest | names
+            for name, value in theirs.items():
+                if name not in numbers:
+                    numbers[name] = value
+                elif name in largest:
+                    numbers[name] = max(numbers[name], value) if value == value else value
+                else:
+                    numbers[name] += value
+        return numbers
+
+    def _mine(self) -> dict[str, float]:
+        """The numbers of this process."""
         tensors = {name: value for name, value in self._numbers.items() if isinstance(value, Tensor)}
         read = dict(zip(tensors, torch.stack(list(tensors.values())).tolist(), strict=True)) if tensors else {}
         return {name: read.get(name, value) for name, value in self._numbers.items()}

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import resource
 import shutil
 import signal
 import time
@@ -234,3 +236,38 @@ def test_an_output_directory_that_vanishes(gone, place):
     assert "Traceback" not in run.said and place.out.exists() == (gone == "replaced")
     if gone == "replaced":
         assert checkpoint.latest(place.out) is not None
+
+
+@pytest.mark.parametrize("room", [0, 100, 3_000, 60_000, 200_000])
+def test_a_full_disk(room, place, whole):
+    """No file may grow beyond `room` bytes. With room again the run starts or goes on, and is the undisturbed run."""
+
+    def limited() -> int:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+        return command(*place.flags("--save-steps", "1"))
+
+    reader, writer = os.pipe()
+    assert Forked(limited, place.directory / "said", writer).code() == 1
+    os.close(writer)
+    with os.fdopen(reader) as said:
+        lines = said.read().splitlines()
+    assert "Traceback" not in "".join(lines)
+    last = r"rlhf-fast: /\S* could not be written: (File too large|Input/output error); the files .*"
+    assert re.fullmatch(last, lines[-1]), lines
+    again = checkpoint.latest(place.out) is not None
+    assert place.run(*["--resume"] * again).code() == 0
+    assert same(place.out, whole)
+
+
+def test_a_damaged_record_is_named(place):
+    place.pace(60, rows=2)
+    run = place.run("--save-steps", "1")
+    run.until(place.asleep)
+    run.send(signal.SIGKILL)
+    assert run.code() == -9
+    metrics = place.out / "metrics.jsonl"
+    good = metrics.read_bytes()
+    for damaged in (good.replace(b"{", b"", 1), b"[]\n" + good, bytes(9) + b"\n" + good, b"{}\n" + good):
+        metrics.write_bytes(damaged)
+        run = place.run("--resume")
+        assert run.code() == 1 and run.said.startswith(f"rlhf-fast: {metrics}, line 1: expected ")

@@ -1,15 +1,15 @@
 """`rlhf-fast compare`: run the cells, put their figures into tables, JSON, Markdown and plots."""
 
+import dataclasses
 import datetime
-import json
 import shlex
-import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from rlhf_fast.config.arguments import from_dict
+from rlhf_fast.data.damage import read_json
 from rlhf_fast.data.files import write_json, write_text
 from rlhf_fast.lab.compare.cells import Cell, cells_of
 from rlhf_fast.lab.compare.config import CompareConfig
@@ -23,6 +23,8 @@ from rlhf_fast.methods import METHODS, load
 from rlhf_fast.plan.command import largest_batch, plan_of
 from rlhf_fast.plan.gpus import parse_memory
 from rlhf_fast.plan.phases import Planner
+from rlhf_fast.report.reuse import not_resumable
+from rlhf_fast.training import checkpoint
 from rlhf_fast.training.ending import CHILDREN, Ended
 from rlhf_fast.training.lock import writes_alone
 from rlhf_fast.training.made import difference, made_with
@@ -41,6 +43,8 @@ def run(config: CompareConfig) -> None:
         if changed is not None:
             why = f": made anew, because {changed}" if changed else ""
             print(f"[{number}/{len(cells)}] {cell.name}, seed {cell.seed}{why}", flush=True)
+            if changed:
+                checkpoint.clear(out / cell.key)
             _run_cell(cell, out / cell.key, memory, config.resume and not changed)
     results = [figures_of(cell, out / cell.key) for cell in cells]
     rows = median_over_seeds(results)
@@ -65,15 +69,16 @@ def run(config: CompareConfig) -> None:
 
 
 def _changed(cell: Cell, directory: Path, memory: int | None) -> str | None:
-    """Why the run in `directory` cannot be taken: "" where none has finished; None where it is just this cell's."""
+    """Why the run in `directory` cannot be taken or go on: "" where it can go on, None where it has finished."""
+    config = _config(cell, directory)
     if not (directory / "result.json").is_file():
-        return ""
-    record = json.loads((directory / "result.json").read_text())
+        return not_resumable(dataclasses.replace(config, resume=True)) or ""
+    record = read_json(directory / "result.json")
     if record.get("memory") != memory:
         return f"memory is {memory} bytes and was {record.get('memory')}"
     if record["ran"] and (wrong := manifest.damage(directory)):
         return wrong
-    return difference(record, made_with(_config(cell, directory)))
+    return difference(record, made_with(config))
 
 
 def _config(cell: Cell, directory: Path) -> Any:
@@ -100,11 +105,14 @@ def _run_cell(cell: Cell, directory: Path, memory: int | None, resume: bool = Fa
 
 
 def _wait_for(process: subprocess.Popen) -> int:
-    """The exit code of the process. A signal that ends this process goes on to the other, which then has its time."""
+    """The exit code of the process. SIGTERM or SIGHUP goes on to the process, which has its time to save.
+
+    After Ctrl-C the process ends with its pipe, because Ctrl-C saves nothing.
+    """
     try:
         return process.wait()
-    except (KeyboardInterrupt, Ended) as error:
-        process.send_signal(getattr(error, "signum", signal.SIGINT))
+    except Ended as error:
+        process.send_signal(error.signum)
         try:
             process.wait(CHILDREN)
         except subprocess.TimeoutExpired:

@@ -5,11 +5,11 @@ process held before any model was loaded and less the static bytes of the roles:
 as static from the first step on, so a phase before them shows less.
 """
 
-import json
 import statistics
 from pathlib import Path
 from typing import Any
 
+from rlhf_fast.data.damage import read_json
 from rlhf_fast.lab.compare.cells import Cell
 from rlhf_fast.methods import METHODS
 from rlhf_fast.training.metrics import read_metrics
@@ -20,11 +20,11 @@ _BACKWARD = ("policy_update", "value_update", "optimizer")
 
 def figures_of(cell: Cell, directory: Path) -> dict[str, Any]:
     """Numbers of one run; a run that did not fit has its error only."""
-    result = json.loads((directory / "result.json").read_text())
+    result = read_json(directory / "result.json")
     about = {"name": cell.name, "key": cell.key, "method": cell.method, "seed": cell.seed}
     if not result["ran"]:
         return about | {"ran": False, "error": result["error"]}
-    run = json.loads((directory / "run.json").read_text())
+    run = read_json(directory / "run.json")
     history = read_metrics(directory / "metrics.jsonl")
     steps = [row for row in history if row["step"] > 0]
     timed = steps[WARM_UP:] or steps

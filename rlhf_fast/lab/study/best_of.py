@@ -5,7 +5,6 @@ of N of the M completions, so that the order of the draws does not matter. The K
 log N - (N - 1) / N, and equal to it where no two completions tie.
 """
 
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from rlhf_fast.config.stages import (
     TRUST_REMOTE_CODE_HELP,
 )
 from rlhf_fast.data.chat import with_template
+from rlhf_fast.data.damage import read_json
 from rlhf_fast.data.encoding import load_rows
 from rlhf_fast.data.files import write_json
 from rlhf_fast.lab.study.sampling import sample_scores
@@ -87,7 +87,7 @@ def sample(config: BestOfConfig) -> None:
 
 def load(directory: Path) -> tuple[Tensor, Tensor]:
     """(scores, rewards) [prompts, samples], float64, of a run."""
-    record = json.loads((directory / "run.json").read_text())
+    record = read_json(directory / "run.json")
     scores, rewards = (torch.tensor(record[name], dtype=torch.float64) for name in ("scores", "rewards"))
     return scores, rewards
 

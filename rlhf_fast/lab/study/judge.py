@@ -5,7 +5,6 @@ Each (policy, prompts, temperature) is a JSON file beside the policy and is not 
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from rlhf_fast.config.stages import (
     TRUST_REMOTE_CODE_HELP,
 )
 from rlhf_fast.data.chat import with_template
+from rlhf_fast.data.damage import read_json
 from rlhf_fast.data.encoding import load_rows
 from rlhf_fast.data.files import write_json
 from rlhf_fast.lab.study.config import TrainedStudyConfig
@@ -106,7 +106,7 @@ def judge_all(
         rewards = {}
         for (method, seed, at), (path, _) in files.items():
             if at == temperature:
-                record = json.loads(path.read_text())
+                record = read_json(path)
                 rewards[method, seed] = torch.tensor(record["rewards"], dtype=torch.float64)
                 rewards[ROWS, seed] = torch.tensor(record["completion_rewards"], dtype=torch.float64)
         results[temperature] = Judged(rewards)
@@ -133,7 +133,7 @@ def _policies(cells: Sequence[Cell]) -> list[tuple[str, int, Path, JudgeConfig]]
 
 def _is_there(path: Path, config: JudgeConfig) -> bool:
     wanted = {"config": dataclasses.asdict(config), "made_of": fingerprints(config)}
-    return path.is_file() and wanted.items() <= json.loads(path.read_text()).items()
+    return path.is_file() and wanted.items() <= read_json(path).items()
 
 
 def _judge(parts: Sequence[tuple[Path, JudgeConfig]]) -> None:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from rlhf_fast.config import PipelineConfig
+from rlhf_fast.data.damage import read_json
 from rlhf_fast.data.files import write_json
 from rlhf_fast.lab import demo
 from rlhf_fast.lab.study.config import MethodsStudyConfig, TrainedStudyConfig
@@ -193,7 +194,7 @@ def is_made_with(path: Path, config: dict[str, Any], made_of: dict[str, Any]) ->
     if record is not None and manifest.read(path.parent) and (wrong := manifest.damage(path.parent)):
         print(f"{path.parent}: {wrong}; it is made anew", flush=True)
         return False
-    record = record or json.loads(path.read_text())
+    record = record or read_json(path)
     was, now = record["config"], json.loads(json.dumps(config))
     for name in now:
         if name not in FREE and name not in made_of and was.get(name) != now[name]:

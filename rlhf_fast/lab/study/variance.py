@@ -9,7 +9,6 @@ Variances are of equally many sampled completions. ReMax decodes a greedy comple
 has half as many sampled ones, hence twice the variance. The value model decodes no more but is trained and held.
 """
 
-import json
 from collections.abc import Sequence
 from functools import reduce
 from itertools import product
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_fast.data.damage import read_json
 from rlhf_fast.lab.study import two_armed
 from rlhf_fast.lab.study.config import VarianceStudyConfig
 from rlhf_fast.lab.study.envelopes import mean_errors
@@ -44,7 +44,7 @@ def run(config: VarianceStudyConfig) -> dict[str, Any]:
         if not is_made_with(file, settings(start, config), read_by(start))
     ]
     run_jobs(jobs, config.workers)
-    seeds = [json.loads(measured_file(start).read_text()) for start in starts]
+    seeds = [read_json(measured_file(start)) for start in starts]
     content = {
         "policy": "trained by ReMax from the SFT model",
         "completions": stages_of(starts[0])[0].batch_size,

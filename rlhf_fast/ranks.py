@@ -1,0 +1,194 @@
+"""The processes of a run: which process this is, what share of the rows is its own, and sums over all processes.
+
+A launcher such as `torchrun` starts every process with the variables RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
+MASTER_PORT. Without them there is one process, and every function here returns what it was given.
+
+    ranks = current()
+    mine = ranks.share(rows)  # consecutive rows of the global batch
+    total = ranks.sum(loss_of(mine))  # the same number in every process
+
+Every process makes the same calls in the same order, because a call waits for the calls of the other processes. torch's
+process groups are used in this module alone. A call raises ConnectionError where another process is gone.
+"""
+
+import atexit
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+Row = TypeVar("Row")
+
+_WAIT = timedelta(hours=2)  # a reward function or the writing of a model may keep one process busy for long
+_BUCKET = 1 << 24  # numbers that are added up in one call
+_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """rank: the number of this process, from 0 on. size: the number of processes. local: its number on its machine."""
+
+    rank: int = 0
+    size: int = 1
+    local: int = 0
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes files and prints."""
+        return self.rank == 0
+
+    def part(self, rows: int) -> slice:
+        """The place of this process's rows among `rows` rows. The processes' shares differ by at most one row."""
+        return slice(rows * self.rank // self.size, rows * (self.rank + 1) // self.size)
+
+    def share(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """This process's rows: consecutive ones, in the order of the processes."""
+        return rows if self.size == 1 else rows[self.part(len(rows))]
+
+    def earlier(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """The rows of the processes before this process."""
+        return rows[: self.part(len(rows)).start]
+
+    def gather(self, value: Row) -> list[Row]:
+        """The values of all processes in their order. value: anything that pickle takes, such as tensors on the CPU."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        with _together():
+            dist.all_gather_object(values, value)
+        return values
+
+    def join(self, parts: list[list[Row]]) -> list[Row]:
+        """The rows of all processes in their order, part by part. parts: what this process made of every part's share.
+
+        Of two processes with parts [[1], [4]] and [[2, 3], [5]] it makes [1, 2, 3, 4, 5].
+        """
+        return [row for part in zip(*self.gather(parts), strict=True) for share in part for row in share]
+
+    def cat(self, x: Tensor) -> Tensor:
+        """The tensors [rows, ...] of all processes as one tensor, on the device of `x`."""
+        return x if self.size == 1 else torch.cat(self.gather(x.cpu())).to(x.device)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of the tensors of all processes, added in the order of the processes, so that all have its bits."""
+        if self.size == 1:
+            return x
+        first, *others = self.gather(x.cpu())
+        for other in others:
+            first = first + other
+        return first.to(x.device)
+
+    def all(self, yes: bool) -> bool:
+        """Whether every process says yes."""
+        return all(self.gather(yes))
+
+    def wait(self) -> None:
+        """Returns when every process has come here."""
+        if self.size > 1:
+            self.gather(None)
+
+    @torch.no_grad()
+    def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replaces the gradients of the parameters by their sums over all processes.
+
+        A parameter that has a gradient in one process alone, such as an expert that no other process's rows chose,
+        gets it in all of them. Gradients in half precision are added in float32.
+        """
+        if self.size == 1:
+            return
+        parameters = list(parameters)
+        there = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
+        with _together():
+            dist.all_reduce(there, dist.ReduceOp.MAX)
+        found = [p for p, anywhere in zip(parameters, there.tolist(), strict=True) if anywhere]
+        for parameter in found:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        for bucket in _buckets([p.grad for p in found if p.grad is not None]):
+            dtype = torch.promote_types(bucket[0].dtype, torch.float32)
+            flat = torch.cat([gradient.flatten().to(dtype) for gradient in bucket])
+            with _together():
+                dist.all_reduce(flat)
+            for gradient, added in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                gradient.copy_(added.view_as(gradient))
+
+
+_current: Ranks | None = None
+_store: dist.Store | None = None  # of the process group
+
+
+def current() -> Ranks:
+    """The processes of this run. The first call joins the other processes where a launcher has started this process.
+
+    Raises ValueError where the launcher's variables are not all there.
+    """
+    global _current
+    if _current is None:
+        _current = _join()
+    return _current
+
+
+def first_to_fail() -> bool:
+    """Whether this process is the first that fails. The others mostly fail because this process is gone.
+
+    Where the processes have not joined yet, all of them fail in the same way, and the first process says so.
+    """
+    if _store is None:
+        return os.environ.get("RANK", "0") == "0"
+    try:
+        return _store.add("rlhf_fast/failed", 1) == 1
+    except (RuntimeError, OSError):  # the process that keeps the store is gone
+        return False
+
+
+def _join() -> Ranks:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Ranks()
+    if missing := [name for name in _VARIABLES if name not in os.environ]:
+        raise ValueError(f"WORLD_SIZE: expected {', '.join(missing)} beside it in the environment; torchrun sets them")
+    if not dist.is_initialized():
+        global _store
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        _store, rank, size = next(dist.rendezvous("env://", timeout=_WAIT))
+        dist.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=_WAIT)
+        atexit.register(_leave)
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(ranks.local)
+    if not ranks.first:
+        warnings.simplefilter("ignore")  # the first process says the same
+    return ranks
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Inside, torch's errors about a process that is gone become ConnectionErrors of one sentence."""
+    try:
+        yield
+    except RuntimeError as error:
+        said = str(error).partition("\n")[0]
+        raise ConnectionError(f"another process of the run has ended, or does not answer ({said:.200})") from error
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _buckets(gradients: list[Tensor]) -> Iterable[list[Tensor]]:
+    """The gradients in groups of one dtype and of about `_BUCKET` numbers, in their order."""
+    bucket: list[Tensor] = []
+    for gradient in gradients:
+        if bucket and (bucket[0].dtype != gradient.dtype or sum(g.numel() for g in bucket) >= _BUCKET):
+            yield bucket
+            bucket = []
+        bucket.append(gradient)
+    if bucket:
+        yield bucket
