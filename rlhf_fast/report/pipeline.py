@@ -21,6 +21,7 @@ from rlhf_fast.lm.trust import trusting
 from rlhf_fast.methods import METHODS, load, section
 from rlhf_fast.ranks import current
 from rlhf_fast.report.reuse import make_pairs, make_stage
+from rlhf_fast.training import checkpoint
 from rlhf_fast.training.apart import check_apart
 from rlhf_fast.training.lock import writes_alone
 from rlhf_fast.training.metrics import print_table
@@ -52,6 +53,8 @@ def run_stages(config: PipelineConfig, names: Collection[str] | None = None) -> 
     for name, stage_config in plan.items():
         if name != "pairs":
             check_apart(stage_config)
+            if not config.resume:
+                checkpoint.check_no_unfinished(stage_config.output_dir)
     for name, stage_config in plan.items():
         if names is None or name in names:
             if name == "pairs":

@@ -1,6 +1,7 @@
 """A run writes to no directory that it reads, because the run would then read what it has written itself."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ def check_apart(config: Any) -> None:
         for one in value if isinstance(value, list | tuple) else [value]:
             if kind == "template" or not isinstance(one, str | Path) or not Path(one).is_dir():
                 continue
-            paths = [one] if kind == "rows" else dict.fromkeys([str(one), adapters.base_path(one)])
+            paths = [str(one)]
+            if kind != "rows" and adapters.is_adapter(one):
+                with suppress(ValueError):  # an adapter that cannot be loaded, of which the stage that loads it tells
+                    paths.append(adapters.base_path(one))
             for read in map(os.path.realpath, paths):
                 outer, inner = (read, out) if kind == "rows" else (out, read)
                 within = isinstance(config, StageConfig) and Path(inner).is_relative_to(outer)

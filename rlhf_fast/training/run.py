@@ -130,14 +130,9 @@ class Run:
 
     def _make_room(self) -> None:
         """Clears a finished run's files, so that none passes for a file of this run; refuses an unfinished run's."""
-        finished = Path(self.config.output_dir) / checkpoint.FINISHED
-        left = checkpoint.latest(self.config.output_dir)
-        if left is not None and not finished.exists():
-            raise ValueError(
-                f"output_dir: expected no unfinished run, found {left}; continue it with resume or name another one"
-            )
+        checkpoint.check_no_unfinished(self.config.output_dir)
         checkpoint.clear(self.config.output_dir)
-        finished.unlink(missing_ok=True)
+        Path(self.config.output_dir, checkpoint.FINISHED).unlink(missing_ok=True)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         self._deferring.close()
