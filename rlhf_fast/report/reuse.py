@@ -12,26 +12,30 @@ from rlhf_fast.data.damage import read_json
 from rlhf_fast.data.files import write_json
 from rlhf_fast.lm import manifest
 from rlhf_fast.methods import STAGES, load
+from rlhf_fast.ranks import current
 from rlhf_fast.training import checkpoint
 from rlhf_fast.training.fingerprint import fingerprint
+from rlhf_fast.training.lock import held
 from rlhf_fast.training.made import difference, made_with
 from rlhf_fast.training.resume import resume_directory
 
 
 def make_stage(name: str, config: StageConfig) -> None:
     """Runs a stage. With `config.resume` a finished stage is left as it is, unless it was made with something else."""
-    if config.resume:
-        if (record := checkpoint.finished(config.output_dir)) is not None:
-            changed = manifest.damage(config.output_dir) or difference(record, made_with(config))
-            if changed is None:
-                return
-        else:
-            changed = _not_resumable(config)
-        if changed is not None:
-            print(f"{name}: made anew, because {changed}", flush=True)
-            checkpoint.clear(config.output_dir)
-            config = dataclasses.replace(config, resume=False)
-    load(STAGES[name].train)(config)
+    with held(config.output_dir):  # from the first look on; it also cleans up what a crash left in a finished stage
+        if config.resume:
+            if (record := checkpoint.finished(config.output_dir)) is not None:
+                changed = manifest.damage(config.output_dir) or difference(record, made_with(config))
+                if changed is None:
+                    return
+            else:
+                changed = not_resumable(config)
+            if changed is not None:
+                if current().first:
+                    print(f"{name}: made anew, because {changed}", flush=True)
+                    checkpoint.clear(config.output_dir)
+                config = dataclasses.replace(config, resume=False)
+        load(STAGES[name].train)(config)
 
 
 def make_pairs(config: PairsConfig, note: Path, *, resume: bool) -> None:
@@ -58,8 +62,8 @@ def _pairs_of(config: PairsConfig) -> dict[str, str | None]:
     return {name: fingerprint(file) for name in ("output", "eval_output") if (file := getattr(config, name))}
 
 
-def _not_resumable(config: StageConfig) -> str | None:
-    """Why an interrupted stage cannot go on, or None."""
+def not_resumable(config: StageConfig) -> str | None:
+    """Why an interrupted stage cannot go on with this config, or None; also where nothing was interrupted."""
     try:
         resume_directory(config)
     except ValueError as error:

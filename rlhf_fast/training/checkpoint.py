@@ -269,6 +269,15 @@ def prune(output_dir: str | os.PathLike, keep: int, step: int | None = None) -> 
             delete(path)
 
 
+def check_no_unfinished(output_dir: str | os.PathLike) -> None:
+    """ValueError where `output_dir` has the checkpoint of a run that has not finished."""
+    left = latest(output_dir)
+    if left is not None and not Path(output_dir, FINISHED).exists():
+        raise ValueError(
+            f"output_dir: expected no unfinished run, found {left}; continue it with resume or name another one"
+        )
+
+
 def clear(output_dir: str | os.PathLike) -> None:
     """Deletes every output_dir/checkpoint-<step>."""
     for path in _checkpoints(Path(output_dir)):

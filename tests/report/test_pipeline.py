@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import json
 import math
+import shutil
 from functools import partial
 from types import SimpleNamespace
 
@@ -147,6 +148,18 @@ def test_a_stage_made_with_something_else_is_made_anew(files, tiny_model, tmp_pa
     manifest.write(tmp_path / "moved" / "sft", incomplete)
     assert made_anew(tmp_path / "moved", seed=6, resume=True) == {}  # the same SFT model again
     assert checkpoint.finished(tmp_path / "moved" / "sft")
+
+
+def test_the_last_stages_directory_is_looked_at_first(files, tiny_model, tmp_path):
+    """An unfinished run in it, and a stage that would write to what it reads, are found before SFT runs."""
+    checkpoint.save(tmp_path / "dpo" / "checkpoint-2", models={}, state={"step": 2})
+    with pytest.raises(ValueError, match="output_dir: expected no unfinished run, found .*dpo/checkpoint-2; continue"):
+        pipeline.run(pipeline_config(files, tiny_model, tmp_path, methods=["dpo"], common={}))
+    options = {"methods": ["ppo"], "ppo": {"value_model": str(tmp_path / "ppo")}}
+    shutil.copytree(tiny_model, tmp_path / "ppo")
+    with pytest.raises(ValueError, match="a directory that the run does not read, got .*ppo, but value_model reads it"):
+        pipeline.run(pipeline_config(files, tiny_model, tmp_path, **options))
+    assert not (tmp_path / "sft").exists()
 
 
 def trained(config):
