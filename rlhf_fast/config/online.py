@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from rlhf_fast.config.fields import arg, check, check_reward_weights, required, temperature
+from rlhf_fast.config.fields import arg, check, check_reward_weights, required
 from rlhf_fast.config.stages import (
     BETA_HELP,
     FUSED_HEAD_HELP,
@@ -42,14 +42,6 @@ class OnlineConfig(MethodConfig):
     batch_size: int = arg(32, "Sampled completions per round.", at_least=1)
     micro_batch_size: int | None = arg(
         None, "Completions per forward pass; default: as many as the batch allows.", at_least=1
-    )
-    temperature: float = temperature("Sampling temperature; also applied in every training pass.")
-    top_k: int = arg(0, "Draw from the k likeliest tokens, in evaluations too; 0: from all tokens.", at_least=0)
-    top_p: float = arg(
-        1.0,
-        "Draw from the likeliest tokens that hold this probability, in evaluations too; 1: from all tokens.",
-        above=0,
-        at_most=1,
     )
     fused_head: bool = arg(
         True,
