@@ -115,7 +115,7 @@ def check_fields(config: Any) -> None:
             raise ValueError(f"{name}: expected {_PLAIN[options[0]]} {bounds_of(field, options[0])}, got {value!r}")
         elif isinstance(value, float) and math.isnan(value):  # no bound has refused it, as the field has none
             raise ValueError(f"{name}: expected a number, got nan")
-        elif options[0] is float and not (_is_finite(value) or field.metadata.get("infinite")):
+        elif options[0] is float and value is not None and not (_is_finite(value) or field.metadata.get("infinite")):
             raise ValueError(f"{name}: expected a finite number, got {value if isinstance(value, float) else 'more'}")
 
 

@@ -112,10 +112,10 @@ def check_head(
 
 def check_layer(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
     """Check one layer and its input. prefix: of the arguments' names in errors, such as "ref_" for a reference."""
-    named = {f"{prefix}hidden": hidden, f"{prefix}weight": weight, f"{prefix}bias": bias}
+    named = {f"{prefix}hidden": hidden, f"{prefix}weight": weight}
+    if bias is not None:
+        named[f"{prefix}bias"] = bias
     for name, x in named.items():
-        if x is None and name.endswith("bias"):
-            continue
         check_dtype(name, x)
         check_device(name, x, f"{prefix}hidden", hidden)
     shape = list(weight.shape)

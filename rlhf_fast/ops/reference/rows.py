@@ -99,10 +99,13 @@ def token_kl(
     z, z_ref, possible = capped_logits(logits, softcap), capped_logits(ref_logits, softcap), log_p > -math.inf
     likeliest = log_p.argmax(-1, keepdim=True)
     centre = (z_ref - z).detach().gather(-1, likeliest)
-    for _ in range(2):  # the second time about the mean
+
+    def about(centre: Tensor) -> tuple[Tensor, Tensor]:
         u = torch.where(possible, _difference(z, z_ref, centre), 0.0) / temperature
-        mean = (log_p.exp() * u).sum(-1, keepdim=True).detach()
-        centre = centre + mean * temperature
+        return u, (log_p.exp() * u).sum(-1, keepdim=True).detach()
+
+    u, mean = about(centre)
+    u, mean = about(centre + mean * temperature)  # the second time about the mean
     by_u = -(log_p.exp() * (u - mean)).sum(-1) - torch.logsumexp(scaled_logits(logits, temperature, softcap), -1)
     kl = torch.where(kl.isfinite(), kl.detach() + (by_u - by_u.detach()), kl)
     ref = token_logprobs(ref_logits, token_ids, temperature=temperature, softcap=softcap)
