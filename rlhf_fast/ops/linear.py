@@ -22,7 +22,14 @@ from rlhf_fast.ops.checks import (
     expect,
 )
 from rlhf_fast.ops.dispatch import LIBRARY, define, has_kernel, kernel
-from rlhf_fast.ops.gradients import Context, no_second_derivative, register_autograd
+from rlhf_fast.ops.gradients import (
+    Context,
+    mark_constants,
+    no_second_derivative,
+    refuse_graph,
+    refuse_second,
+    register_autograd,
+)
 from rlhf_fast.ops.heads import MEMORY_BUDGET, Head, full_precision, kept_dtype
 from rlhf_fast.ops.logprobs import check_ids
 from rlhf_fast.ops.reference import compute_dtype
@@ -216,7 +223,7 @@ def empty_gradients(
 def _setup_context(ctx: Context, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, token_ids, *ctx.options, ctx.with_slope = inputs
     ctx.save_for_backward(hidden, weight, bias, token_ids, output[2])
-    ctx.mark_non_differentiable(output[2])
+    mark_constants(ctx, output, [2], first=2)
     ctx.set_materialize_grads(False)
 
 
@@ -225,10 +232,12 @@ def _backward(
     needed: tuple[bool, ...],
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
-    _: None,
+    grad_slope: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     *inputs, slope = ctx.saved_tensors
+    refuse_second("linear_token_logprobs", (grad_slope,))
     if ctx.with_slope and grad_entropy is None:
+        refuse_graph("linear_token_logprobs", ctx.nested)
         return (None if grad_logprobs is None else (grad_logprobs.unsqueeze(-1) * slope).to(slope.dtype)), None, None
     grads = torch.ops.rlhf_fast.linear_token_logprobs_backward(
         *inputs, grad_logprobs, grad_entropy, *ctx.options, *needed

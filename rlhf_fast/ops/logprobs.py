@@ -6,7 +6,7 @@ Leaves out the matmul that makes the logits: that is the `linear_*` family's.
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops import reference
+from rlhf_fast.ops import private, reference
 from rlhf_fast.ops.checks import (
     INTEGERS,
     check_device,
@@ -98,7 +98,7 @@ def token_logprobs(
     if not has_kernel("token_logprobs", logits):
         check_ids(token_ids, logits.shape[-1])
         return reference.token_logprobs(logits, token_ids, temperature=temperature, softcap=softcap)
-    inplace_backward = inplace_backward and not torch.compiler.is_compiling()
+    inplace_backward = inplace_backward and not (torch.compiler.is_compiling() or private.in_transform())
     logprobs, entropy, _ = call("token_logprobs", logits, token_ids, temperature, softcap or 0.0, inplace_backward)
     return TokenLogprobs(logprobs, entropy)
 

@@ -7,7 +7,7 @@ Leaves out the matmuls that make the logits (`linear_token_kl`) and KL estimates
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops import reference
+from rlhf_fast.ops import private, reference
 from rlhf_fast.ops.checks import check_flag, check_like, expect
 from rlhf_fast.ops.dispatch import (
     LIBRARY,
@@ -90,7 +90,7 @@ def token_kl(
     if not has_kernel("token_kl", logits):
         check_ids(token_ids, logits.shape[-1])
         return reference.token_kl(logits, ref_logits, token_ids, temperature=temperature, softcap=softcap)
-    inplace_backward = inplace_backward and not torch.compiler.is_compiling()
+    inplace_backward = inplace_backward and not (torch.compiler.is_compiling() or private.in_transform())
     *results, _ = call("token_kl", logits, ref_logits, token_ids, temperature, softcap or 0.0, inplace_backward)
     return TokenKL(*results)
 
