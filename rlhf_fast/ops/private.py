@@ -98,8 +98,9 @@ def apply(function: type, *args: Any) -> Any:
         return function.apply(*args)  # pyright: ignore[reportAttributeAccessIssue]
     if _single_level is None or _forward_gradients is None:
         raise NotImplementedError(f"{function.__name__}: this torch has no transforms of it; the reference has them")
+    above: Any = super(torch.autograd.Function, function)  # pyright: ignore[reportArgumentType]
     with _single_level():
-        return super(torch.autograd.Function, function).apply(*args)  # pyright: ignore[reportAttributeAccessIssue]
+        return above.apply(*args)
 
 
 def for_outer_transforms() -> contextlib.AbstractContextManager:
