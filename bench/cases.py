@@ -84,7 +84,10 @@ def _token_cases(n: int, vocabulary: int, forward: Sequence[str], backward: Sequ
             **options,
         )
 
-    plain, in_place = policy_gradient(ops.token_logprobs), policy_gradient(ops.token_logprobs, inplace_backward=True)
+    def overwriting(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.token_logprobs(logits.view_as(logits), ids, inplace_backward=True)  # a leaf itself is refused
+
+    plain, in_place = policy_gradient(ops.token_logprobs), policy_gradient(overwriting)
     over = {"traffic": "read, overwrite", "overwrites": True}
     return [
         *(case("forward", d, ops.token_logprobs, traffic="read") for d in forward),

@@ -5,13 +5,32 @@
 
 namespace rlhf::ISA {
 
+// z_ref - z - centre. The difference of the logits comes with its rounding error (Knuth 1997, TAOCP 2, 4.2.2, theorem
+// B), so that the digits of the smaller logit are there again where the centre cancels the larger one. For example,
+// z = 1e6, z_ref = 0.3 and centre = -1e6 give 0.3. A centre near 0 cancels nothing (kNear), which saves six operations.
+// Infinite logits give NaN or infinity. The values are numbers or vectors of numbers.
+template <bool kNear = false, typename Values, typename T>
+RLHF_INLINE void difference(const Values& z, const Values& z_ref, T centre, Values& u) {
+    const Values apart = z_ref - z;
+    u = apart - centre;
+    if constexpr (!kNear) {
+        const Values minus_z = apart - z_ref;
+        u += (z_ref - (apart - minus_z)) - (z + minus_z);
+    }
+}
+template <typename T>
+RLHF_INLINE bool is_near_0(T centre) {
+    return centre > T(-1) && centre < T(1);
+}
+
 // With u = (z_ref - z - centre) / temperature, the log-ratio q / p up to a constant,
 //
 //     KL(p || q) = sum p (log p - log q) = log E_p[e^u] - E_p[u] = log(1 + E_p[u] + E_p[e^u - 1 - u]) - E_p[u]
 //
 // for any centre. The last form is accurate however close p and q are, because every mean has the same errors of the
 // weights e^(z - shift), and because e^u - 1 - u is a polynomial where u is small (`is_near`). Where u is not small,
-// e^u may overflow (z is very low or -inf), so that the term e^u comes from the reference's own sum.
+// e^u may overflow (z is very low or -inf), so that the term e^u comes from the reference's own sum. The rounding of u
+// is that of E_p|u|, which a centre near the mean keeps below 2 (1 + KL) or so (see `PairOutputs::off_centre`).
 struct SoftmaxPair {
     Softmax policy, reference;     // `reference.centred` is not kept
     double cross = 0, excess = 0;  // sums over the policy's weights w: w u; w (e^u - 1 - u), or w (-1 - u) if far
@@ -21,8 +40,8 @@ struct SoftmaxPair {
     RLHF_INLINE void move(double to, double reference_to, double inv_temperature) {
         if (policy.sum != 0 && to != policy.shift) {
             const double e = std::exp((policy.shift - to) * inv_temperature);
-            cross *= e;
-            excess *= e;
+            cross = e == 0 ? 0 : cross * e;  // a sum beyond the largest float is infinite
+            excess = e == 0 ? 0 : excess * e;
         }
         if (far != 0 && reference_to != reference.shift)
             far *= std::exp((reference.shift - reference_to) * inv_temperature);
@@ -48,35 +67,27 @@ struct SoftmaxPair {
         if (policy.sum != policy.sum) return policy.sum;  // NaN: the policy has no distribution
         if (unsupported) return kInf;
         if (policy.sum == 0) return 0;
-        const double apart = (reference.shift - policy.shift - centre) * inv_temperature;  // log of the scales' ratio
+        double apart;  // log of the scales' ratio
+        difference(policy.shift, reference.shift, centre, apart);
+        apart *= inv_temperature;
         const double growth = (cross + excess + (far == 0 ? 0 : far * std::exp(apart))) / policy.sum;  // E_p[e^u] - 1
-        // The terms of E_p[e^u] cancel where it is below 1/2, and a large E_p[e^u] may overflow.
-        const bool direct = growth < -0.5 || growth == kInf;
+        // The terms of E_p[e^u] cancel where it is below 1/2 or the mean is large. A large E_p[e^u] may overflow, to
+        // NaN too.
+        const bool direct = !(growth >= -0.5 && growth < kInf && std::fabs(mean()) < 8);
         const double log_mean = direct ? std::log(reference.sum / policy.sum) + apart : std::log1p(growth);
         const double kl = log_mean - mean();
         return kl < 0 ? 0 : kl;
     }
 };
 
-// z_ref - z - centre with the least rounding. The centre's integer part is subtracted first, so that two logits with a
-// large offset between them are close before their difference is rounded.
+// Bounds u by the largest number, because a logit of -inf makes u infinite or NaN, and 0 * inf is NaN.
 template <typename T>
-struct Centre {
-    T whole, rest;
-
-    RLHF_INLINE explicit Centre(double centre) : whole(T(std::rint(centre))), rest(T(centre - std::rint(centre))) {}
-    template <typename Values>  // a T or a vector of Ts
-    RLHF_INLINE void difference(const Values& z, const Values& z_ref, Values& u) const {
-        u = ((z_ref - whole) - z) - rest;
-    }
-};
-
-// Bounds u, because a logit of -inf makes u infinite and 0 * inf is NaN.
-template <typename T>
-constexpr T kFarthest = T(1e30);
+constexpr T kFarthest = T(1.7976931348623157e308);
+template <>
+inline constexpr float kFarthest<float> = 3.4028235e38f;
 template <typename T>
 RLHF_INLINE T bounded(T u) {
-    u = u > -kFarthest<T> ? u : -kFarthest<T>;  // also bounds the NaN of two logits that are both -inf
+    u = u > -kFarthest<T> ? u : -kFarthest<T>;  // also bounds NaN
     return u < kFarthest<T> ? u : kFarthest<T>;
 }
 
@@ -94,7 +105,8 @@ RLHF_INLINE SoftmaxPair pair_of(double z, double z_ref, double centre, double in
     pair.reference.sum = pair.far = z_ref == -kInf ? 0 : 1;
     if (z == -kInf) return pair;
     pair.unsupported = z_ref == -kInf;
-    pair.cross = pair.unsupported ? 0 : (z_ref - z - centre) * inv_temperature;
+    difference(z, z_ref, centre, pair.cross);
+    pair.cross = pair.unsupported ? 0 : pair.cross * inv_temperature;
     pair.excess = is_near(pair.cross) ? bregman(pair.cross) : -1 - pair.cross;
     if (is_near(pair.cross)) pair.far = 0;
     return pair;
@@ -102,20 +114,34 @@ RLHF_INLINE SoftmaxPair pair_of(double z, double z_ref, double centre, double in
 
 struct PairOutputs {
     double logprob, entropy, kl, ref_logprob;
-    double shift, log_sum, centre, mean;  // read by the gradient; the centre fits a float
+    double shift, log_sum, centre, mean;  // read by the gradient; the centre fits a T
+    bool off_centre;                      // the sums have lost digits, and are to be made again about `centre`
 };
 
+// How often the sums of a row are made again at most. Every time leaves 1e-7 of the distance to the mean, or less.
+constexpr int kRecentred = 6;
+
 // The row's outputs from the state of all columns but the target.
+template <typename T>
 RLHF_INLINE PairOutputs pair_outputs(SoftmaxPair others, double z_t, double z_ref_t, double centre,
                                      double inv_temperature) {
     const RowOutputs row = row_outputs(others.policy, z_t, inv_temperature);
     const double ref_logprob = target_logprob(others.reference, z_ref_t, inv_temperature);
     others.merge(pair_of(z_t, z_ref_t, centre, inv_temperature), inv_temperature);
-    const double kl = others.kl(centre, inv_temperature), mean = others.unsupported ? kInf - kInf : others.mean();
+    const double kl = others.kl(centre, inv_temperature), mean = others.mean(),
+                 moved = T(centre + mean / inv_temperature);
     // The gradient has the factor mean - u. The centre moves by the mean, so that little is left to cancel.
-    const double on_mean = others.unsupported ? centre : float(centre + mean / inv_temperature);
-    return {row.logprob, row.entropy, kl,      ref_logprob,
-            row.shift,   row.log_sum, on_mean, mean + (centre - on_mean) * inv_temperature};
+    const bool finite = kl < kInf && moved > -kInf && moved < kInf;
+    const double on_mean = finite ? moved : centre;
+    return {row.logprob,
+            row.entropy,
+            kl,
+            ref_logprob,
+            row.shift,
+            row.log_sum,
+            on_mean,
+            kl < kInf ? mean + (centre - on_mean) * inv_temperature : kInf - kInf,
+            finite && std::fabs(mean) > 8};
 }
 
 struct PairUpstream {
@@ -128,34 +154,34 @@ struct PairUpstream {
 template <typename T>
 struct PairGradient {
     // p_j is 2^(d_j factor), d = z - shift, times a factor that slope, offset and by_u contain.
-    T shift, factor, lowest, slope, offset, by_u;
-    Centre<T> centre;
+    T shift, factor, lowest, slope, offset, by_u, centre;
     double mean;
 
     RLHF_INLINE PairGradient(const T* stats, double entropy, PairUpstream by, double inv_temperature)
         : shift(stats[0]),
           factor(T(inv_temperature * kLog2E)),
           lowest(kLowest<T> / factor),
-          centre(double(stats[2])),
+          centre(stats[2]),
           mean(by.kl == 0 ? 0 : double(stats[3])) {
         const double log_sum = double(stats[1]), scale = -inv_temperature * std::exp(-log_sum);
         slope = T(scale * by.entropy * inv_temperature);
         offset = T(scale * (by.logprob + by.entropy * (entropy - log_sum) - by.kl * mean));
         by_u = T(scale * by.kl * inv_temperature);
     }
-    RLHF_INLINE T operator()(T z, T z_ref) const {
+    template <bool kNear = false>
+    RLHF_INLINE T at(T z, T z_ref) const {
         T d = z - shift, u;
-        centre.difference(z, z_ref, u);
+        difference<kNear>(z, z_ref, centre, u);
         d = lowest > d ? lowest : d;
         const T w = exp2_scaled(d, factor);
         return w * (slope * d + offset) + (w * bounded(u)) * by_u;
     }
     RLHF_INLINE T at_target(T z, T z_ref, double logprob, double entropy, PairUpstream by,
                             double inv_temperature) const {
-        const double p = std::exp(logprob), centred = double(centre.whole) + double(centre.rest);
-        double gradient = target_gradient(logprob, entropy, by.logprob, by.entropy);
-        if (by.kl != 0 && p > 0)
-            gradient += by.kl * p * (mean - (double(z_ref) - double(z) - centred) * inv_temperature);
+        const double p = std::exp(logprob);
+        double gradient = target_gradient(logprob, entropy, by.logprob, by.entropy), u;
+        difference(double(z), double(z_ref), double(centre), u);
+        if (by.kl != 0 && !(p == 0)) gradient += by.kl * p * (mean - u * inv_temperature);
         return T(gradient * inv_temperature);
     }
 };

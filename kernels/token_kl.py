@@ -1,12 +1,10 @@
 """log p(token), entropy and KL(p || q) of the softmaxes of two rows of logits. The forward pass reads both rows once.
 
-    u_j = (x_ref_j - x_j) - (x_ref_t - x_t)      KL = log E_p[e^u] - E_p[u]
+    u_j = (z_ref_j - z_j - centre) / temperature      KL = log E_p[e^u] - E_p[u]
 
-with x = z / temperature and t the target, if every token of q is possible under p. Where p and q are close, log
-E_p[e^u] = log(1 + E_p[u] + E_p[e^u - 1 - u]) loses no digits. If q gives some probability to tokens that are impossible
-under p, log(1 - that probability) is subtracted. Where p and q are not close, log E_p[e^u] is the difference of both
-rows' log-sum-exps. A lane keeps its own state, as in token_logprobs. The kernels have no 16-byte loads, because the
-linear head's rows are float32, and split no row over programs.
+csrc/softmax_pair.h says how the sums of u give the KL. The centre is z_ref - z of the target first, and near
+E_p[z_ref - z] where the target is far from it. A lane keeps its own state, as in token_logprobs. The kernels have no
+16-byte loads, because the linear head's rows are float32, and split no row over programs.
 """
 
 import triton
@@ -29,6 +27,26 @@ def _target(logits, target, V, cap, SOFTCAP: tl.constexpr, F: tl.constexpr):
 @triton.jit
 def _finite(z):
     return tl.where((z > float("-inf")) & (z < float("inf")), z, 0.0)
+
+
+@triton.jit
+def _log_ratio(z, ref, centre):
+    """ref - z - centre with the rounding error of ref - z, as `difference` in csrc/softmax_pair.h."""
+    apart = ref - z
+    minus_z = apart - ref
+    return (apart - centre) + ((ref - (apart - minus_z)) - (z + minus_z))
+
+
+@triton.jit
+def _is_near(u):
+    return (u > -0.5) & (u < 0.5)
+
+
+@triton.jit
+def _excess(u):
+    """e^u - 1 - u where u is near 0, else -1 - u, to which the reference's sum adds e^u."""
+    near = _is_near(u)
+    return tl.where(near, bregman(tl.where(near, u, 0.0)), -1 - u)
 
 
 @triton.jit
@@ -66,76 +84,96 @@ def _token_kl(
         cap = number(softcap, F)
         z_target = _target(logits, target, V, cap, SOFTCAP, F)
         ref_target = _target(ref_logits, target, V, cap, SOFTCAP, F)
-        origin = _finite(z_target)
-        ref_origin = _finite(ref_target)
-        m = tl.full([COLUMNS], float("-inf"), F)
-        s = tl.zeros([COLUMNS], F)
-        a = tl.zeros([COLUMNS], F)
-        u_sum = tl.zeros([COLUMNS], F)
-        curve = tl.zeros([COLUMNS], F)  # weighted sum of e^u - 1 - u
-        ref_m = tl.full([COLUMNS], float("-inf"), F)
-        ref_s = tl.zeros([COLUMNS], F)
-        ref_outside = tl.zeros([COLUMNS], F)  # the reference's sum over tokens impossible under p
-        endless = tl.zeros([COLUMNS], tl.int32)  # 1: a token of p is impossible under q, the KL is infinite
-        for start in range(0, V, COLUMNS):
-            column = start + columns
-            inside = (column < V) & (column != target)
-            z = capped(tl.load(logits + column, mask=inside, other=0.0).to(F), cap, SOFTCAP)
-            ref = capped(tl.load(ref_logits + column, mask=inside, other=0.0).to(F), cap, SOFTCAP)
-            z = tl.where(inside, z, float("-inf"))
-            ref = tl.where(inside, ref, float("-inf"))
-            top = tl.maximum(m, z)
-            moved, s, a = recentred(m, s, a, top, factor, True)
-            x = bounded((z - tl.where(top == float("-inf"), 0.0, top)) * factor)
-            e = tl.exp2(x)
-            missing = (z > float("-inf")) & (ref == float("-inf"))
-            endless = tl.where(missing, 1, endless)
-            u = tl.where(missing, 0.0, ((ref - ref_origin) - (z - origin)) * (factor / LOG2E))
-            s += e
-            a += e * x
-            # An infinite sum stays infinite or becomes NaN; the KL does not use it.
-            u_sum = tl.where(m == float("-inf"), 0.0, u_sum * moved) + tl.where(e == 0, 0.0, e * u)
-            curve = tl.where(m == float("-inf"), 0.0, curve * moved) + tl.where(e == 0, 0.0, e * bregman(u))
-            m = top
-            top = tl.maximum(ref_m, ref)
-            _, ref_s, ref_outside = recentred(ref_m, ref_s, ref_outside, top, factor, False)
-            ref_e = tl.exp2(bounded((ref - tl.where(top == float("-inf"), 0.0, top)) * factor))
-            ref_s += ref_e
-            ref_outside += tl.where(e == 0, ref_e, 0.0)
-            ref_m = top
-        top = tl.max(m, 0)
-        e, s, a = recentred(m, s, a, top, factor, True)
-        s_row = tl.sum(s, 0)
-        u_row = tl.sum(tl.where(e == 0, 0.0, u_sum * e), 0)
-        curve_row = tl.sum(tl.where(e == 0, 0.0, curve * e), 0)
-        logprob, h, shift, log_sum = row_results(top, s_row, tl.sum(a, 0), z_target, scale)
-        ref_top = tl.max(ref_m, 0)
-        _, ref_s, ref_outside = recentred(ref_m, ref_s, ref_outside, ref_top, factor, False)
-        ref_logprob, _, ref_shift, ref_log_sum = row_results(ref_top, tl.sum(ref_s, 0), 0 * s_row, ref_target, scale)
-        outside = tl.sum(ref_outside, 0) * tl.exp((ref_top - ref_shift) * (scale / LOG2E)) / tl.exp(ref_log_sum)
-        outside = tl.where(ref_top == float("-inf"), 0.0, outside) + tl.where(z_target > float("-inf"), 0.0, 1.0)
-        missing = (z_target > float("-inf")) & (ref_target == float("-inf"))  # the target's own u is 0
-        infinite = missing | (tl.max(endless, 0) > 0)
-        others = tl.where(s_row == 0, 0.0, tl.exp((top - shift) * (scale / LOG2E)) / tl.exp(log_sum))
-        mean = tl.where(others == 0, 0.0, u_row * others)
-        bend = tl.where(others == 0, 0.0, curve_row * others)
-        centre = ref_origin.to(tl.float64) - origin.to(tl.float64)
-        direct = (ref_shift - shift - centre) * (scale / LOG2E) + ref_log_sum - log_sum
-        near = (mean + bend > -0.5) & (mean + bend < 0.5) & (outside < 0.5)
-        log_mean = log1p(tl.where(near, mean + bend, 0.0)) - log1p(tl.where(near, -outside, 0.0))
-        log_mean = tl.where(near, log_mean, direct)
-        difference = log_mean - mean
-        difference = tl.where(infinite, float("inf") + 0 * (log_sum + ref_log_sum), difference)
-        # The backward pass gets the centre in the dtype of the statistics, and the mean about that rounded centre.
-        kept = centre.to(F)
-        mean = tl.where(infinite, float("-inf"), mean + (centre - kept.to(tl.float64)) * (scale / LOG2E))
+        centre = _finite(ref_target - z_target)
+        logprob = tl.zeros([], tl.float64)
+        h = tl.zeros([], tl.float64)
+        difference = tl.zeros([], tl.float64)
+        ref_logprob = tl.zeros([], tl.float64)
+        shift = tl.zeros([], tl.float64)
+        log_sum = tl.zeros([], tl.float64)
+        mean = tl.zeros([], tl.float64)
+        left = tl.full([], 7, tl.int32)
+        while left > 0:
+            m = tl.full([COLUMNS], float("-inf"), F)
+            s = tl.zeros([COLUMNS], F)
+            a = tl.zeros([COLUMNS], F)
+            u_sum = tl.zeros([COLUMNS], F)
+            curve = tl.zeros([COLUMNS], F)  # weighted sum of e^u - 1 - u, or of -1 - u where u is not near 0
+            ref_m = tl.full([COLUMNS], float("-inf"), F)
+            ref_s = tl.zeros([COLUMNS], F)
+            ref_far = tl.zeros([COLUMNS], F)  # the reference's sum over the tokens whose u is not near 0
+            endless = tl.zeros([COLUMNS], tl.int32)  # 1: a token of p is impossible under q, the KL is infinite
+            for start in range(0, V, COLUMNS):
+                column = start + columns
+                inside = (column < V) & (column != target)
+                z = capped(tl.load(logits + column, mask=inside, other=0.0).to(F), cap, SOFTCAP)
+                ref = capped(tl.load(ref_logits + column, mask=inside, other=0.0).to(F), cap, SOFTCAP)
+                z = tl.where(inside, z, float("-inf"))
+                ref = tl.where(inside, ref, float("-inf"))
+                top = tl.maximum(m, z)
+                moved, s, a = recentred(m, s, a, top, factor, True)
+                x = bounded((z - tl.where(top == float("-inf"), 0.0, top)) * factor)
+                e = tl.exp2(x)
+                missing = (z > float("-inf")) & (ref == float("-inf"))
+                endless = tl.where(missing, 1, endless)
+                u = tl.where(missing, 0.0, _log_ratio(z, ref, centre) * (factor / LOG2E))
+                s += e
+                a += e * x
+                # An infinite sum stays infinite or becomes NaN; the KL does not use it.
+                u_sum = tl.where(m == float("-inf"), 0.0, u_sum * moved) + tl.where(e == 0, 0.0, e * u)
+                curve = tl.where(m == float("-inf"), 0.0, curve * moved) + tl.where(e == 0, 0.0, e * _excess(u))
+                m = top
+                top = tl.maximum(ref_m, ref)
+                _, ref_s, ref_far = recentred(ref_m, ref_s, ref_far, top, factor, False)
+                ref_e = tl.exp2(bounded((ref - tl.where(top == float("-inf"), 0.0, top)) * factor))
+                ref_s += ref_e
+                ref_far += tl.where(_is_near(u), 0.0, ref_e)
+                ref_m = top
+            top = tl.max(m, 0)
+            e, s, a = recentred(m, s, a, top, factor, True)
+            s_row = tl.sum(s, 0)
+            u_row = tl.sum(tl.where(e == 0, 0.0, u_sum * e), 0)
+            curve_row = tl.sum(tl.where(e == 0, 0.0, curve * e), 0)
+            logprob, h, shift, log_sum = row_results(top, s_row, tl.sum(a, 0), z_target, scale)
+            ref_top = tl.max(ref_m, 0)
+            _, ref_s, ref_far = recentred(ref_m, ref_s, ref_far, ref_top, factor, False)
+            far_row = tl.sum(ref_far, 0)
+            ref_s_row = tl.sum(ref_s, 0)
+            ref_logprob, _, ref_shift, ref_log_sum = row_results(ref_top, ref_s_row, 0 * s_row, ref_target, scale)
+            missing = (z_target > float("-inf")) & (ref_target == float("-inf"))
+            infinite = missing | (tl.max(endless, 0) > 0)
+            per_nat = scale / LOG2E
+            others = tl.where(s_row == 0, 0.0, tl.exp((top - shift) * per_nat) / tl.exp(log_sum))
+            u_target = _log_ratio(z_target.to(tl.float64), ref_target.to(tl.float64), centre.to(tl.float64)) * per_nat
+            p_target = tl.where(missing | (z_target == float("-inf")), 0.0, tl.exp(logprob))
+            mean = tl.where(others == 0, 0.0, u_row * others) + tl.where(p_target == 0, 0.0, p_target * u_target)
+            bend = tl.where(others == 0, 0.0, curve_row * others)
+            bend += tl.where(p_target == 0, 0.0, p_target * _excess(u_target))
+            far = tl.where(far_row == 0, 0.0, far_row * tl.exp((ref_top - ref_shift) * per_nat))
+            far += tl.where(_is_near(u_target), 0.0, tl.exp((ref_target - ref_shift) * per_nat))
+            apart = _log_ratio(shift, ref_shift, centre.to(tl.float64)) * per_nat
+            growth = mean + bend + tl.where(far == 0, 0.0, far * tl.exp(apart - log_sum))  # E_p[e^u] - 1
+            near = (growth >= -0.5) & (growth < float("inf")) & (tl.abs(mean) < 8)
+            log_mean = tl.where(near, log1p(tl.where(near, growth, 0.0)), apart + ref_log_sum - log_sum)
+            difference = log_mean - mean
+            difference = tl.where(difference < 0, 0.0, difference)
+            difference = tl.where(infinite, float("inf") + 0 * (log_sum + ref_log_sum), difference)
+            # The centre moves to the mean, so that little is left to cancel in the gradient. Sums about a centre far
+            # from the mean have lost digits, and are made again.
+            about = (centre.to(tl.float64) + mean / per_nat).to(F)
+            finite = (difference < float("inf")) & (about > float("-inf")) & (about < float("inf"))
+            about = tl.where(finite, about, centre)
+            left = tl.where(finite & (tl.abs(mean) > 8), left - 1, 0)
+            mean += (centre.to(tl.float64) - about.to(tl.float64)) * per_nat
+            mean = tl.where(difference < float("inf"), mean, float("nan"))
+            centre = about
         tl.store(logprobs + row, logprob)
         tl.store(entropy + row, h)
-        tl.store(kl + row, tl.where(difference < 0, 0.0, difference))
+        tl.store(kl + row, difference)
         tl.store(ref_logprobs + row, ref_logprob)
         tl.store(stats + 4 * row, shift)
         tl.store(stats + 4 * row + 1, log_sum)
-        tl.store(stats + 4 * row + 2, kept)
+        tl.store(stats + 4 * row + 2, centre)
         tl.store(stats + 4 * row + 3, mean)
 
 
@@ -197,13 +235,12 @@ def _token_kl_backward(
         shift = tl.load(stats + 4 * row)
         log_sum = tl.load(stats + 4 * row + 1)
         centre = tl.load(stats + 4 * row + 2)
-        whole = tl.floor(centre + 0.5)  # subtracted first: a large offset goes before a difference rounds
         mean = tl.where(by_kl == 0, 0.0, tl.load(stats + 4 * row + 3))
         z = capped(tl.load(logits + row * row_stride + column, mask=inside, other=0.0).to(F), cap, SOFTCAP)
         ref = capped(tl.load(ref_logits + row * ref_row_stride + column, mask=inside, other=0.0).to(F), cap, SOFTCAP)
         x = bounded((z - shift) * base2)
         p = tl.exp2(x) * tl.exp(-log_sum)
-        u = (((ref - whole) - z) - (centre - whole)) * factor
+        u = _log_ratio(z, ref, centre) * factor
         log_ratio = tl.where((p == 0) | (by_kl == 0), 0.0, mean - u)  # log p - log q - KL
         weight = by_kl * log_ratio - by_entropy * (x / LOG2E - log_sum + h)
         logprob = tl.load(logprobs + row).to(tl.float64)

@@ -177,7 +177,7 @@ def _left(command: str) -> str:
         return "--resume goes on with what is not finished"
     if command.startswith("study"):
         return "the same command goes on with what is not finished"
-    return "no step was taken" if command in STAGES else "nothing was written"
+    return "this command took no step" if command in STAGES else "nothing was written"
 
 
 def _fail(message: str, code: int) -> int:

@@ -86,10 +86,6 @@ class Ranks:
             first = first + other
         return first.to(x.device)
 
-    def all(self, yes: bool) -> bool:
-        """Whether every process says yes."""
-        return all(self.gather(yes))
-
     def wait(self) -> None:
         """Returns when every process has come here."""
         if self.size > 1:

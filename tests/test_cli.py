@@ -67,7 +67,7 @@ def test_sections_and_lists(trained, yaml_file):
         (["--steps", "2.5"], "steps: expected int, got '2.5'"),
         (["--kl-target", "high"], "kl_target: expected float, got 'high'"),
         (["--lr-schedule", "step"], "lr_schedule: expected constant|linear|cosine, got 'step'"),
-        (["--clip", "-1"], "clip: expected a number > 0, got -1.0"),
+        (["--clip", "-1"], "clip: expected a number in (0, 1), got -1.0"),
         (["--steps"], "argument --steps: expected one argument"),
         (["--config"], "argument --config: expected one argument"),
         (["--config", "absent.yaml"], "--config: expected a YAML file, found no absent.yaml"),

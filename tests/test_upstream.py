@@ -35,6 +35,8 @@ IMPORTED = {
     "torch._C:_after_autograd_keyset": "gradients: the same",
     "torch._ops:OpOverload.redispatch": "gradients: the same",
     "torch.autograd.forward_ad:_current_level": "gradients: no search for tangents outside forward mode",
+    "torch._functorch.utils:enable_single_level_autograd_function": "gradients: derivatives under torch.func",
+    "torch.autograd.forward_ad:_set_fwd_grad_enabled": "gradients: no transform in a transform gets a silent zero",
     "torch.autograd:Function._backward_cls": "gradients: the name that grad_fn shows",
     "torch._subclasses.fake_tensor:FakeTensor": "checks: tensors whose numbers cannot be read",
     "torch._subclasses.fake_tensor:FakeTensorMode": "plan: a pass without its memory",

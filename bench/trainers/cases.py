@@ -22,7 +22,7 @@ from typing import Any
 
 from bench.trainers.starts import Start, write_rows
 from rlhf_fast.data.encoding import encode_preferences, encode_sft
-from rlhf_fast.training.batches import offline_batches
+from rlhf_fast.data.padding import epoch_batches
 
 TRL, TRL_PPO = "TRL 1.16.0", "TRL 1.12.0"
 
@@ -170,7 +170,7 @@ def _rows(case: Case, start: Start, steps: int) -> tuple[list[dict[str, Any]], l
     if case.method in ("rloo", "ppo"):
         per_step //= case.settings.get("group_size", 1)
     number = steps * per_step
-    order = [row for batch in offline_batches(number, per_step, epochs=1, seed=0) for row in batch]
+    order = [row for batch in epoch_batches(number, per_step, seed=0, epoch=0) for row in batch]
     rows = start.rows(case.method, number)
     theirs: list[dict[str, Any]] = rows
     if case.method == "sft":

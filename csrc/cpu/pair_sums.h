@@ -39,11 +39,10 @@ inline double total(const Vector& lanes) {
 }
 
 // Adds n tokens, a multiple of kLanes and at most kChunk, to a state that has these shifts. No logit lies above its
-// row's shift. from and ref_from: the memory of the logits, fetched kAhead.
-template <typename In, typename T>
+// row's shift. from and ref_from: the memory of the logits, fetched kAhead. kNear: the centre is near 0.
+template <bool kNear, typename In, typename T>
 __attribute__((noinline)) void add_pairs(const T* z, const T* z_ref, const In* from, const In* ref_from, int64_t n,
-                                         T shift, T ref_shift, Centre<T> centre, T inv_temperature,
-                                         SoftmaxPair& state) {
+                                         T shift, T ref_shift, T centre, T inv_temperature, SoftmaxPair& state) {
     using Vector = typename VectorOf<T>::type;
     using Unaligned = typename VectorOf<T>::unaligned;
     const T factor = T(inv_temperature * kLog2E);
@@ -56,12 +55,13 @@ __attribute__((noinline)) void add_pairs(const T* z, const T* z_ref, const In* f
         }
         const Vector a = *reinterpret_cast<const Unaligned*>(z + i), b = *reinterpret_cast<const Unaligned*>(z_ref + i);
         Vector d = a - shift, d_ref = b - ref_shift, u;
-        centre.difference(a, b, u);
+        const Vector apart = b - a;
+        difference<kNear>(a, b, centre, u);
         d = lowest > d ? lowest : d;
         d_ref = lowest > d_ref ? lowest : d_ref;
-        least = u < least ? u : least;
+        least = apart < least ? apart : least;
         u *= inv_temperature;
-        u = u > -farthest ? u : -farthest;  // also bounds the NaN of two logits that are both -inf
+        u = u > -farthest ? u : -farthest;  // also bounds the NaN of logits of -inf
         u = u < farthest ? u : farthest;
         Vector w, w_ref, e;
         powers_of(d, factor, w);
@@ -81,7 +81,10 @@ __attribute__((noinline)) void add_pairs(const T* z, const T* z_ref, const In* f
     state.cross += total(cross);
     state.excess += total(excess);
     state.far += total(far);
-    for (int k = 0; k < kLanes; ++k) state.unsupported |= least[k] == T(-kInf);
+    bool endless = false;
+    for (int k = 0; k < kLanes; ++k) endless |= least[k] == T(-kInf);
+    if (endless)  // or the difference of two numbers overflows
+        for (int64_t i = 0; i < n; ++i) state.unsupported |= z_ref[i] == T(-kInf) && z[i] > T(-kInf);
 }
 
 // The column of the largest logit other than the target's; the target's column where all others are -inf.
@@ -133,8 +136,9 @@ SoftmaxPair accumulate_pair(const In* row, const In* ref_row, int64_t begin, int
     state.policy.shift = start.shift;
     state.reference.shift = start.ref_shift;
     const auto add = [&](const T* z, const T* z_ref, int64_t i, int64_t n) {
-        add_pairs(z, z_ref, row + i, ref_row + i, n, T(start.shift), T(start.ref_shift), Centre<T>(start.centre),
-                  T(inv_temperature), state);
+        const auto sums = is_near_0(start.centre) ? add_pairs<true, In, T> : add_pairs<false, In, T>;
+        sums(z, z_ref, row + i, ref_row + i, n, T(start.shift), T(start.ref_shift), T(start.centre), T(inv_temperature),
+             state);
     };
     const auto add_range = [&](int64_t from, int64_t to) {
         for (int64_t i = from; i < to; i += kChunk) {

@@ -23,9 +23,20 @@ struct Rows {
         const int64_t begin = s * kSegment, end = minimum(begin + kSegment, V);
         return accumulate_pair(policy(i), reference(i), begin, end, ids[i], start, inv_temperature, softcap);
     }
-    PairOutputs outputs(int64_t i, const SoftmaxPair& others, Start start) const {
-        return pair_outputs(others, logit(policy(i), ids[i], softcap), logit(reference(i), ids[i], softcap),
-                            start.centre, inv_temperature);
+    PairOutputs outputs(int64_t i, SoftmaxPair others, Start start) const {
+        for (int again = kRecentred;; --again) {
+            const PairOutputs row =
+                pair_outputs<Compute<In>>(others, logit(policy(i), ids[i], softcap),
+                                          logit(reference(i), ids[i], softcap), start.centre, inv_temperature);
+            if (!row.off_centre || again == 0) return row;
+            start.centre = row.centre;
+            others = sums(i, start);
+        }
+    }
+    SoftmaxPair sums(int64_t i, Start start) const {
+        SoftmaxPair others;
+        for (int64_t s = 0; s < segments_of(V); ++s) others.merge(segment(i, s, start), inv_temperature);
+        return others;
     }
 };
 
@@ -55,9 +66,7 @@ void forward(const Rows<In>& rows, int64_t N, Pointer logprobs, Pointer entropy,
             PairOutputs row = {};
             if (rows.ids[i] != kMasked) {
                 const Start start = rows.start(i);
-                SoftmaxPair others;
-                for (int64_t s = 0; s < segments; ++s) others.merge(rows.segment(i, s, start), rows.inv_temperature);
-                row = rows.outputs(i, others, start);
+                row = rows.outputs(i, rows.sums(i, start), start);
             }
             write<T>(logprobs, entropy, kl, ref_logprobs, stats, i, row);
         }
@@ -89,10 +98,10 @@ void forward(const Rows<In>& rows, int64_t N, Pointer logprobs, Pointer entropy,
 }
 
 // The gradient is passed by value, because the compiler must assume that g overwrites the members of a reference.
-template <typename T>
+template <bool kNear, typename T>
 inline void gradients_of(const T* z, const T* z_ref, T* g, int64_t n, PairGradient<T> row) {
 #pragma omp simd
-    for (int64_t k = 0; k < n; ++k) g[k] = row(z[k], z_ref[k]);
+    for (int64_t k = 0; k < n; ++k) g[k] = row.template at<kNear>(z[k], z_ref[k]);
 }
 
 // Gradient of the columns [begin, end) of one row. out may be the same memory as row.
@@ -112,7 +121,8 @@ void row_gradient(const In* row, const In* ref_row, In* out, int64_t begin, int6
         const T* z_ref = block(ref_row + i, n, softcap, ref_buffer);
         T* g = gradients;
         if constexpr (sizeof(In) == sizeof(T)) g = out + i;
-        gradients_of(z, z_ref, g, n, gradient);
+        is_near_0(gradient.centre) ? gradients_of<true>(z, z_ref, g, n, gradient)
+                                   : gradients_of<false>(z, z_ref, g, n, gradient);
         if (softcap != 0) {
 #pragma omp simd
             for (int64_t k = 0; k < n; ++k) g[k] = through_softcap(z[k], g[k], T(softcap));

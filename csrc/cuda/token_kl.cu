@@ -27,8 +27,8 @@ struct PairSums {
             const T d = maximum(top - to, lowest), e = exp2_scaled(d, factor);
             centred = e * (centred + sum * d);
             sum *= e;
-            cross *= e;
-            excess *= e;
+            cross = e == 0 ? T(0) : cross * e;
+            excess = e == 0 ? T(0) : excess * e;
         }
         if (ref_sum != 0) {
             const T e = exp2_scaled(maximum(ref_top - ref_to, lowest), factor);
@@ -39,8 +39,7 @@ struct PairSums {
         ref_top = ref_to;
     }
     template <int kCount>
-    RLHF_INLINE void add(const T (&z)[kCount], const T (&z_ref)[kCount], Centre<T> centre, T factor,
-                         T inv_temperature) {
+    RLHF_INLINE void add(const T (&z)[kCount], const T (&z_ref)[kCount], T centre, T factor, T inv_temperature) {
         T highest = top, ref_highest = ref_top;
 #pragma unroll
         for (int k = 0; k < kCount; ++k) {
@@ -54,8 +53,8 @@ struct PairSums {
 #pragma unroll
         for (int k = 0; k < kCount; ++k) {
             T d = z[k] - shift, d_ref = z_ref[k] - ref_shift, u;
-            centre.difference(z[k], z_ref[k], u);
-            unsupported |= u == T(-kInf);
+            difference(z[k], z_ref[k], centre, u);
+            unsupported |= z_ref[k] == T(-kInf) && z[k] > T(-kInf);
             d = d < lowest ? lowest : d;
             d_ref = d_ref < lowest ? lowest : d_ref;
             u = bounded(u * inv_temperature);
@@ -155,42 +154,53 @@ __global__ void __launch_bounds__(kThreads) forward(Rows<In> rows, Compute<In>* 
     constexpr int kCount = kInFlight * kWidth<In>;
     const int64_t i = blockIdx.x, V = rows.V, target = rows.ids[i];
     const T softcap = T(rows.softcap), factor = T(rows.inv_temperature * kLog2E);
-    PairOutputs out = {};
-    if (target != kMasked) {
+    const auto write = [&](const PairOutputs& out) {
+        logprobs[i] = T(out.logprob);
+        entropy[i] = T(out.entropy);
+        kl[i] = T(out.kl);
+        ref_logprobs[i] = T(out.ref_logprob);
+        stats[4 * i] = T(out.shift);
+        stats[4 * i + 1] = T(out.log_sum);
+        stats[4 * i + 2] = T(out.centre);
+        stats[4 * i + 3] = T(out.mean);
+    };
+    if (target == kMasked) {
+        if (threadIdx.x == 0) write({});
+    } else {
         const In *row = rows.logits + i * rows.stride, *ref_row = rows.ref_logits + i * rows.ref_stride;
-        const double centre = centre_of(row, ref_row, V, target, softcap);
-        PairSums<T> sums;
-        for (int64_t begin = 0; begin < V; begin += kThreads * kCount) {
-            T z[kCount], z_ref[kCount];
+        const bool in_range = target >= 0 && target < V;
+        const auto logit = [&](const In* from) {
+            return in_range ? double(capped(T(widen(from[target])), softcap)) : kInf - kInf;
+        };
+        double centre = centre_of(row, ref_row, V, target, softcap);
+        for (int again = kRecentred;; --again) {
+            PairSums<T> sums;
+            for (int64_t begin = 0; begin < V; begin += kThreads * kCount) {
+                T z[kCount], z_ref[kCount];
 #pragma unroll
-            for (int k = 0; k < kInFlight; ++k) {
-                const int64_t column = begin + (k * kThreads + threadIdx.x) * kWidth<In>;
-                load_columns(row, column, V, softcap, z + k * kWidth<In>);
-                load_columns(ref_row, column, V, softcap, z_ref + k * kWidth<In>);
+                for (int k = 0; k < kInFlight; ++k) {
+                    const int64_t column = begin + (k * kThreads + threadIdx.x) * kWidth<In>;
+                    load_columns(row, column, V, softcap, z + k * kWidth<In>);
+                    load_columns(ref_row, column, V, softcap, z_ref + k * kWidth<In>);
 #pragma unroll
-                for (int j = 0; j < kWidth<In>; ++j)
-                    if (column + j == target) z[k * kWidth<In> + j] = z_ref[k * kWidth<In> + j] = T(-kInf);
+                    for (int j = 0; j < kWidth<In>; ++j)
+                        if (column + j == target) z[k * kWidth<In> + j] = z_ref[k * kWidth<In> + j] = T(-kInf);
+                }
+                sums.add(z, z_ref, T(centre), factor, T(rows.inv_temperature));
             }
-            sums.add(z, z_ref, Centre<T>(centre), factor, T(rows.inv_temperature));
-        }
-        const SoftmaxPair others = merge_pairs(sums, factor, rows.inv_temperature);
-        if (threadIdx.x == 0) {
-            const bool in_range = target >= 0 && target < V;
-            const auto logit = [&](const In* from) {
-                return in_range ? double(capped(T(widen(from[target])), softcap)) : kInf - kInf;
-            };
-            out = pair_outputs(others, logit(row), logit(ref_row), centre, rows.inv_temperature);
+            const SoftmaxPair others = merge_pairs(sums, factor, rows.inv_temperature);
+            __shared__ double moved;  // infinite: the sums are good
+            if (threadIdx.x == 0) {
+                const PairOutputs out =
+                    pair_outputs<T>(others, logit(row), logit(ref_row), centre, rows.inv_temperature);
+                write(out);
+                moved = out.off_centre && again > 0 ? out.centre : kInf;
+            }
+            __syncthreads();
+            centre = moved;
+            if (centre == kInf) break;
         }
     }
-    if (threadIdx.x != 0) return;
-    logprobs[i] = T(out.logprob);
-    entropy[i] = T(out.entropy);
-    kl[i] = T(out.kl);
-    ref_logprobs[i] = T(out.ref_logprob);
-    stats[4 * i] = T(out.shift);
-    stats[4 * i + 1] = T(out.log_sum);
-    stats[4 * i + 2] = T(out.centre);
-    stats[4 * i + 3] = T(out.mean);
 }
 
 // grad_logits may be the same memory as logits, because every thread writes only elements that no other thread reads.
@@ -225,7 +235,7 @@ __global__ void __launch_bounds__(kThreads)
         for (int j = 0; j < kWidth<In>; ++j) {
             const T dz = column + j == target ? gradient.at_target(z[k][j], z_ref[k][j], double(logprobs[i]),
                                                                    double(entropy[i]), by, rows.inv_temperature)
-                                              : gradient(z[k][j], z_ref[k][j]);
+                                              : gradient.at(z[k][j], z_ref[k][j]);
             z[k][j] = on ? through_softcap(z[k][j], dz, softcap) : T(0);
         }
         if (column + kWidth<In> <= V && uintptr_t(out + column) % 16 == 0) {

@@ -12,6 +12,7 @@ from rlhf_fast.config.fields import (
     check_row_options,
     random_seed,
     required,
+    temperature,
 )
 from rlhf_fast.config.stages import (
     CHAT_TEMPLATE_HELP,
@@ -75,7 +76,7 @@ class PairsConfig:
     batch_size: int = arg(64, "Prompts sampled at once.", at_least=1)
     max_prompt_length: int = arg(256, "Longest prompt in tokens; longer ones lose their left end.", at_least=1)
     max_response_length: int = arg(64, "Longest completion in tokens.", at_least=1)
-    temperature: float = arg(1.0, "Sampling temperature.", above=0)
+    temperature: float = temperature("Sampling temperature.")
     dtype: Dtype = arg("fp32", "Weights and passes of the model and of reward models.")
     seed: int = random_seed("Seed of sampling and labelling.")
 

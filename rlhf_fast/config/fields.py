@@ -39,13 +39,16 @@ def arg(
     above: float | None = None,
     at_most: float | None = None,
     below: float | None = None,
+    infinite: bool = False,
 ) -> Any:
     """A field with a default. help: the text of its flag in --help. Only numbers have bounds; None is always allowed.
 
+    infinite: whether infinity is a value of its own, such as a clip that never clips.
     A default that is a list or a dict is copied for every config, so that no two configs share it.
     """
     bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     metadata = {"help": help} | {name: bound for name, bound in bounds.items() if bound is not None}
+    metadata |= {"infinite": True} if infinite else {}
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -59,6 +62,11 @@ def required(help: str) -> Any:
 def random_seed(help: str) -> Any:
     """A field for the seed of a random generator, 0 by default."""
     return arg(0, help, at_least=0, at_most=_LARGEST_SEED)
+
+
+def temperature(help: str) -> Any:
+    """A field for a temperature, 1 by default, which float32 can multiply by and divide by."""
+    return arg(1.0, help, at_least=1e-30, at_most=1e30)
 
 
 def check(config: Any, name: str, holds: Callable[[Any], bool], expected: str) -> None:
@@ -107,6 +115,8 @@ def check_fields(config: Any) -> None:
             raise ValueError(f"{name}: expected {_PLAIN[options[0]]} {bounds_of(field, options[0])}, got {value!r}")
         elif isinstance(value, float) and math.isnan(value):  # no bound has refused it, as the field has none
             raise ValueError(f"{name}: expected a number, got nan")
+        elif options[0] is float and value is not None and not (_is_finite(value) or field.metadata.get("infinite")):
+            raise ValueError(f"{name}: expected a finite number, got {value if isinstance(value, float) else 'more'}")
 
 
 def check_row_options(config: Any) -> None:
@@ -146,6 +156,13 @@ def bounds_of(field: dataclasses.Field, kind: type) -> str:
     left = f"({above:g}" if at_least is None else f"[{at_least:g}"
     right = f"{below:g})" if at_most is None else f"{at_most:g}]"
     return f"in {left}, {right}"
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer of 400 digits
+        return False
 
 
 def _is_a(kind: type, value: Any) -> bool:

@@ -43,14 +43,6 @@ class OnlineConfig(MethodConfig):
     micro_batch_size: int | None = arg(
         None, "Completions per forward pass; default: as many as the batch allows.", at_least=1
     )
-    temperature: float = arg(1.0, "Sampling temperature; also applied in every training pass.", above=0)
-    top_k: int = arg(0, "Draw from the k likeliest tokens, in evaluations too; 0: from all tokens.", at_least=0)
-    top_p: float = arg(
-        1.0,
-        "Draw from the likeliest tokens that hold this probability, in evaluations too; 1: from all tokens.",
-        above=0,
-        at_most=1,
-    )
     fused_head: bool = arg(
         True,
         f"{FUSED_HEAD_HELP} With top_k or top_p losses always come from logits, "
@@ -73,6 +65,7 @@ class OnlineConfig(MethodConfig):
         "Stop where a token's log-probs of decoding and of training differ by more; default: 0.01; in bf16 the mean "
         "difference of the tokens may be 0.1.",
         at_least=0,
+        infinite=True,
     )
 
     def __post_init__(self) -> None:
@@ -88,7 +81,7 @@ class ClippedConfig(OnlineConfig):
 
     epochs: int = arg(1, "Passes over each rollout.", at_least=1)
     minibatches: int = arg(1, "Optimizer steps per pass.", at_least=1)
-    clip: float = arg(0.2, "The probability ratio is clipped to [1 - clip, 1 + clip].", above=0)
+    clip: float = arg(0.2, "The probability ratio is clipped to [1 - clip, 1 + clip].", above=0, below=1)
 
     @property
     def rows_per_step(self) -> int:
@@ -113,7 +106,7 @@ class PPOConfig(ClippedConfig):
     value_learning_rate: float = arg(
         1e-5, "Peak learning rate of the value model, or of a shared critic's head.", above=0
     )
-    value_clip: float = arg(0.2, "New values are clipped to the old value +- this.", above=0)
+    value_clip: float = arg(0.2, "New values are clipped to the old value +- this.", above=0, infinite=True)
     gamma: float = arg(1.0, "Discount.", at_least=0, at_most=1)
     lam: float = arg(0.95, "GAE lambda.", at_least=0, at_most=1)
     whiten_rewards: bool = arg(False, "Divide the shaped rewards by their standard deviation.")

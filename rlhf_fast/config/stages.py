@@ -24,6 +24,7 @@ from rlhf_fast.config.fields import (
     check_row_options,
     random_seed,
     required,
+    temperature,
 )
 
 __all__ = [
@@ -227,11 +228,11 @@ class MethodConfig(StageConfig):
     eval_steps: int = arg(0, "Evaluate every so many steps too; 0: before and after training only.", at_least=0)
     max_response_length: int = arg(64, "Longest sampled completion in tokens.", at_least=1)
     reward_timeout: float | None = arg(None, REWARD_TIMEOUT_HELP, above=0)
-    temperature: float = arg(1.0, "Temperature of the evaluations' samples.", above=0)
-    top_k: int = arg(0, "Evaluations draw from the k likeliest tokens; 0: from all tokens.", at_least=0)
+    temperature: float = temperature("Sampling temperature, in evaluations too; training on samples applies it too.")
+    top_k: int = arg(0, "Draw from the k likeliest tokens, in evaluations too; 0: from all tokens.", at_least=0)
     top_p: float = arg(
         1.0,
-        "Evaluations draw from the likeliest tokens that hold this probability; 1: from all tokens.",
+        "Draw from the likeliest tokens that hold this probability, in evaluations too; 1: from all tokens.",
         above=0,
         at_most=1,
     )

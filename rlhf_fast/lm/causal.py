@@ -34,7 +34,8 @@ def check_family(config: PreTrainedConfig, path: str) -> None:
 
 @torch.no_grad()
 def check_decoder(model: PreTrainedModel) -> None:
-    """ValueError where the logits of `model` at a token change with later tokens, or where token ids are not enough."""
+    """ValueError where the logits of `model` at a token change with later tokens, where token ids are not enough, and
+    where the logits are not finite."""
     (ids,), was, name = trial_rows(model, (9,)), model.training, type(model).__name__
     where = f" at {model.name_or_path}" if model.name_or_path else ""
     model.eval()
@@ -49,6 +50,9 @@ def check_decoder(model: PreTrainedModel) -> None:
         return
     finally:
         model.train(was)
+    if not whole.isfinite().any(-1).all():  # some models mask tokens with -inf
+        got = f"NaN or infinity on a trial row from {name}{where}, whose weights are too large"
+        raise ValueError(f"model: expected finite logits, got {got}")
     if not agree(whole[:, :5], part):
         hint = "; set is_decoder in its config" if getattr(model.config, "is_decoder", True) is False else ""
         raise ValueError(

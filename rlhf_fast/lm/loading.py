@@ -34,6 +34,7 @@ from rlhf_fast.lm.causal import check_decoder, check_family
 from rlhf_fast.lm.damage import names_damage
 from rlhf_fast.lm.dtypes import DTYPES, Dtype, cast
 from rlhf_fast.lm.families import is_classifier, language_class, reads, scorer_class, trunk_of
+from rlhf_fast.lm.finite import not_finite
 from rlhf_fast.lm.noise import as_before, silence
 from rlhf_fast.lm.parked import freeze, park, whole
 from rlhf_fast.lm.paths import beside, existing
@@ -78,7 +79,8 @@ def load_policy(
 
     dtype: of the weights, as in `dtypes`; an adapter on them is fp32. lora: the adapter to train. shared: a model whose
         base the new model stands on; the base keeps its dtype.
-    Raises ValueError where `path` holds no decoder of text, a model with missing weights, or a damaged model of ours.
+    Raises ValueError where `path` holds no decoder of text, a model with weights that are missing or not finite, or a
+        damaged model of ours.
     """
     base = adapters.base_path(path)
     shared = shared if adapters.can_share(path) else None
@@ -91,12 +93,13 @@ def load_policy(
         language = _class_at(base, "model", language_class, config)
         model, missing = _load(language, base, config, _loaded_as(path, dtype, lora))
         _check_complete("model", base, model, missing)
+        _check_finite("model", base, model)
         park(model, keep=trainable)
         if trainable:
             check_decoder(model)
     else:
         model = adapters.base_of(shared, base)
-    return _prepare(model, path, dtype, trainable, lora, shared is not None)
+    return _prepare(model, path, "model", dtype, trainable, lora, shared is not None)
 
 
 @names_damage
@@ -114,7 +117,8 @@ def load_scorer(
     head: a new `score` head is drawn from N(0, 1/(H+1)) (`normal`, for reward models; arXiv 2009.01325) or is 0
         (`zero`, for value models, so that the first values are 0). With None, `path` must have a head.
     shared: a causal language model whose base the classifier stands on. The other arguments are `load_policy`'s.
-    Raises ValueError where the model has several labels, missing weights or no head, or is a damaged model of ours.
+    Raises ValueError where the model has several labels, missing weights, weights that are not finite or no head, or is
+        a damaged model of ours.
     """
     argument = "reward" if head is None else "model"
     base = adapters.base_path(path)
@@ -141,6 +145,8 @@ def load_scorer(
         raise ValueError(f"{argument}: expected a model with a `score` head (decoder type) at {base}, got {kind}")
     new = () if scores else ("score.weight", "score.bias")
     _check_complete(argument, base, model, [name for name in missing if name not in new])
+    if shared is None:
+        _check_finite(argument, base, model)
     if not scores:
         with torch.no_grad():
             score = score_head(model)
@@ -151,7 +157,7 @@ def load_scorer(
     if Path(path, _ADAPTER_SCORE).is_file():
         for name, value in read_json(Path(path, _ADAPTER_SCORE)).items():
             setattr(model.config, name, value)
-    return _prepare(model, path, dtype, trainable, lora, shared is not None)
+    return _prepare(model, path, argument, dtype, trainable, lora, shared is not None)
 
 
 def value_head_on(policy: PreTrainedModel, saved: Path | None) -> PreTrainedModel:
@@ -214,11 +220,18 @@ def _scorer_on(language_model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _prepare(
-    model: PreTrainedModel, path: str | Path, dtype: Dtype, trainable: bool, lora: LoRA | None, shared: bool
+    model: PreTrainedModel,
+    path: str | Path,
+    argument: str,
+    dtype: Dtype,
+    trainable: bool,
+    lora: LoRA | None,
+    shared: bool,
 ) -> PreTrainedModel:
     model.requires_grad_(trainable and lora is None)
     if adapters.is_adapter(path) or lora is not None:
         adapters.put_on(model, path, lora, trainable=trainable)
+        _check_finite(argument, path, model)
         if lora is None and not shared:
             adapters.merge(model, path)
             model.requires_grad_(trainable)
@@ -291,6 +304,11 @@ def _check_complete(argument: str, path: str, model: PreTrainedModel, missing: l
     if missing:
         names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise ValueError(f"{argument}: expected all weights of {type(model).__name__} at {path}, found no {names}")
+
+
+def _check_finite(argument: str, path: str | Path, model: PreTrainedModel) -> None:
+    if (name := not_finite(model)) is not None:
+        raise ValueError(f"{argument}: expected finite weights at {path}, got NaN or infinity in {name}")
 
 
 def _return_objects(config: PreTrainedConfig) -> None:

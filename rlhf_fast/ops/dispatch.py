@@ -14,8 +14,10 @@ import functools
 import importlib.util
 import os
 import re
+import threading
 import warnings
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
@@ -106,7 +108,7 @@ def call(operator: str, *args: object) -> Any:
 
 def _is_plain(args: tuple) -> bool:
     """Ordinary CPU tensors, their own back end, and no mode, transform, trace or profiler that is to see the op."""
-    if _override not in (None, "cpu") or _is_watched():
+    if _override.get() not in (None, "cpu") or _is_watched():
         return False
     for x in args:  # noqa: SIM110  a generator costs as much as the tests
         if isinstance(x, Tensor) and not _is_plain_cpu(x):
@@ -119,10 +121,10 @@ _is_watched, _is_plain_cpu = private.is_watched, private.is_plain_cpu  # a call 
 
 def _chosen(operator: str, device: str) -> str | None:
     """The back end of `KERNELS` that runs the operator on a device; None: the reference."""
-    name = OWN.get(device)
-    if _override is not None:
-        runs = _override == device or (_override == "triton" and (device == "cuda" or INTERPRETED))
-        name = _override if runs else None
+    name, other = OWN.get(device), override()
+    if other is not None:
+        runs = other == device or (other == "triton" and (device == "cuda" or INTERPRETED))
+        name = other if runs else None
     return name if name is not None and operator in KERNELS[name] else None
 
 
@@ -132,26 +134,55 @@ def _known(name: str | None, source: str) -> str | None:
     return name
 
 
-_override = _known(os.environ.get("RLHF_FAST_BACKEND") or None, "RLHF_FAST_BACKEND")
+_DEFAULT = _known(os.environ.get("RLHF_FAST_BACKEND") or None, "RLHF_FAST_BACKEND")
+_override: ContextVar[str | None] = ContextVar("rlhf_fast_backend", default=_DEFAULT)
+_lock = threading.Lock()
+_entered: list[list[str]] = []  # the blocks of `backend` in all threads, the latest last
+# The override of the latest of them. torch.compile reads it, because it knows no ContextVar, and compiles anew when it
+# changes. What a compiled graph runs goes by `_override` all the same.
+_traced = _DEFAULT
 
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
     """Run every operation inside the block on the named back end ("reference", "cpu", "triton" or "cuda").
 
-    The override is global to the process, not to a thread. Raises ValueError for an unknown name.
+    The override belongs to the thread, or the asyncio task, that enters the block. A backward pass runs on the back end
+    of its forward pass, in whichever thread. torch.compile takes the override of the block that was entered last in any
+    thread. Raises ValueError for an unknown name.
     """
-    global _override
-    before, _override = _override, _known(name, "backend")
+    global _traced
+    known, block = _known(name, "backend"), [name]
+    with overridden(known):
+        with _lock:
+            _entered.append(block)
+            _traced = known
+        try:
+            yield
+        finally:
+            with _lock:
+                _entered[:] = [other for other in _entered if other is not block]
+                _traced = _entered[-1][0] if _entered else _DEFAULT
+
+
+def override() -> str | None:
+    """The back end that `backend` or the environment names in this thread."""
+    return _traced if torch.compiler.is_compiling() else _override.get()
+
+
+@contextlib.contextmanager
+def overridden(name: str | None) -> Iterator[None]:
+    """Inside, this thread's override is `name`, as `override` has it in another thread."""
+    token = _override.set(name)
     try:
         yield
     finally:
-        _override = before
+        _override.reset(token)
 
 
 def has_kernel(op: str, tensor: Tensor) -> bool:
     """Whether a kernel, not the reference, runs this operation on this tensor."""
-    if _override is None:  # what `_chosen` says then, without the cost of asking
+    if override() is None:  # what `_chosen` says then, without the cost of asking
         name = OWN.get(tensor.device.type)
         return name is not None and op in KERNELS[name]
     return _chosen(op, tensor.device.type) is not None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.ops import private
-from rlhf_fast.ops.dispatch import ARGUMENTS, AUTOGRAD, KERNELS, LIBRARY, RESULTS
+from rlhf_fast.ops.dispatch import ARGUMENTS, AUTOGRAD, KERNELS, LIBRARY, RESULTS, overridden, override
 
 Context: TypeAlias = Any
 """torch's `FunctionCtx`, whose stubs know neither `saved_tensors` nor the attributes that a forward pass sets."""
@@ -36,14 +36,19 @@ def register_autograd(name: str, setup_context: Callable, backward: Callable, di
     class Operator(torch.autograd.Function):  # sees the differentiable inputs alone: every argument costs it time
         @staticmethod
         def forward(ctx: Context, keyset: Any, args: tuple, *_: Tensor | None) -> tuple[Tensor, ...]:
-            output = call_kernel(keyset, args)
+            with private.for_outer_transforms():
+                output = call_kernel(keyset, args)
             setup_context(ctx, args, output)
+            ctx.backend = override()
             return output
 
         @staticmethod
         def backward(ctx: Context, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             needed = ctx.needs_input_grad[2:]  # the first two are the keyset and the tuple of arguments
-            return None, None, *backward(ctx, needed, *grads)
+            if ctx.backend == override():
+                return None, None, *backward(ctx, needed, *grads)
+            with overridden(ctx.backend):  # autograd's thread of a GPU, or after the block
+                return None, None, *backward(ctx, needed, *grads)
 
     def autograd(keyset: Any, *args: Any) -> tuple[Tensor, ...]:
         """Called by torch's dispatcher with its keyset, and by `dispatch.call` past it, with None."""
@@ -53,7 +58,7 @@ def register_autograd(name: str, setup_context: Callable, backward: Callable, di
         if torch.is_grad_enabled():
             for x in inputs:
                 if x.requires_grad:
-                    return Operator.apply(keyset, args, *(args[i] for i in positions))
+                    return private.apply(Operator, keyset, args, *(args[i] for i in positions))
         if keyset is not None:
             return call_kernel(keyset, args)
         with torch.no_grad():  # constants that ask for gradients get none, as below the dispatcher's autograd
@@ -93,15 +98,16 @@ def register_saved_gradients(name: str, *inputs: str) -> None:
 
     def setup_context(ctx: Context, args: tuple, output: tuple[Tensor, ...]) -> None:
         ctx.save_for_backward(*(output[i] for i in saved))
-        ctx.mark_non_differentiable(*output[1:])
+        mark_constants(ctx, output, saved)
         ctx.set_materialize_grads(False)
 
     def backward(
-        ctx: Context, needed: tuple[bool, ...], upstream: Tensor | None, *_: None
+        ctx: Context, needed: tuple[bool, ...], upstream: Tensor | None, *others: Tensor | None
     ) -> tuple[Tensor | None, ...]:
+        refuse_second(name, others)
         if upstream is None:
             return (None,) * len(saved)
-        refuse_graph(name)
+        refuse_graph(name, ctx.nested)
         grads = ctx.saved_tensors
         if not _is_one(upstream):
             grads = [grad * upstream for grad in grads]
@@ -117,11 +123,12 @@ def register_consumed_gradients(name: str, *inputs: str) -> None:
 
     def setup_context(ctx: Context, args: tuple, output: tuple[Tensor, ...]) -> None:
         hold(ctx, [output[i] for i in results], [args[i] for i in arguments])
-        ctx.mark_non_differentiable(*output[1:])
+        mark_constants(ctx, output, results)
 
     def backward(
-        ctx: Context, needed: tuple[bool, ...], upstream: Tensor | None, *_: None
+        ctx: Context, needed: tuple[bool, ...], upstream: Tensor | None, *others: Tensor | None
     ) -> tuple[Tensor | None, ...]:
+        refuse_second(name, others)
         return hand_over(ctx, name, upstream, needed)
 
     register_autograd(name, setup_context, backward, inputs)
@@ -129,7 +136,7 @@ def register_consumed_gradients(name: str, *inputs: str) -> None:
 
 def hold(ctx: Context, gradients: list[Tensor], inputs: list[Tensor | None]) -> None:
     """Keep the gradients by these inputs, made in the forward pass, for `hand_over`."""
-    ctx.gradients = gradients
+    ctx.gradients, ctx.nested = gradients, False
     ctx.dtypes = [None if x is None else x.dtype for x in inputs]
     ctx.set_materialize_grads(False)
 
@@ -143,7 +150,7 @@ def hand_over(ctx: Context, name: str, upstream: Tensor | None, needed: tuple[bo
         raise RuntimeError(f"{name}: the gradients were made in the forward pass and are gone after one backward")
     if upstream is None:
         return (None,) * len(ctx.gradients)
-    refuse_graph(name)
+    refuse_graph(name, ctx.nested)
     gradients, ctx.gradients = ctx.gradients, None
     unscaled = _is_one(upstream)
     return tuple(
@@ -154,23 +161,63 @@ def hand_over(ctx: Context, name: str, upstream: Tensor | None, needed: tuple[bo
 
 def _is_one(upstream: Tensor) -> bool:
     """Known without waiting for a device, and while nothing is being traced."""
-    known = type(upstream) is Tensor and upstream.dim() == 0 and upstream.is_cpu
+    known = type(upstream) is Tensor and upstream.dim() == 0 and upstream.is_cpu and not private.in_transform()
     return known and upstream.item() == 1.0
 
 
 _NO_SECOND = "{}: second derivatives are not available; the reference back end has them"
 
 
-def refuse_graph(name: str) -> None:
-    """Raise RuntimeError in a backward pass that is itself to be differentiated (create_graph=True)."""
-    if torch.is_grad_enabled():  # in a backward pass: create_graph=True
+def refuse_graph(name: str, nested: bool) -> None:
+    """Raise RuntimeError in a backward pass that is itself to be differentiated (create_graph=True).
+
+    nested: the forward pass ran under one of torch.func's transforms, which always ask for a graph. `refuse_second`
+    finds out where one is used.
+    """
+    if torch.is_grad_enabled() and not nested:  # in a backward pass: create_graph=True
+        raise RuntimeError(_NO_SECOND.format(name))
+
+
+def mark_constants(ctx: Context, output: tuple[Tensor, ...], gradients: list[int], first: int = 1) -> None:
+    """All results from number `first` on are constants of autograd's.
+
+    gradients: the numbers of the results that the backward pass takes for derivatives. They are no constants under
+    torch.func's transforms: a transform in a transform asks for the second derivative, which `refuse_second` sees.
+    """
+    ctx.nested = private.in_transform()
+    kept = gradients if ctx.nested else ()
+    ctx.mark_non_differentiable(*(x for i, x in enumerate(output) if i >= first and i not in kept))
+
+
+def refuse_second(name: str, others: tuple[Tensor | None, ...]) -> None:
+    """Raise RuntimeError where a gradient comes for one of the results that `mark_constants` has marked or left."""
+    if any(x is not None for x in others):
         raise RuntimeError(_NO_SECOND.format(name))
 
 
 def no_second_derivative(name: str) -> None:
     """Make differentiating a backward operator an error instead of a silent zero."""
+    op = getattr(torch.ops.rlhf_fast, name).default
 
-    def backward(ctx: Context, *grads: Tensor | None) -> None:
+    def refuse(ctx: Context, *grads: Tensor | None) -> None:
         raise RuntimeError(_NO_SECOND.format(name))
 
-    torch.library.register_autograd(f"rlhf_fast::{name}", backward, lib=LIBRARY)
+    if not private.REDISPATCH:
+        torch.library.register_autograd(f"rlhf_fast::{name}", refuse, lib=LIBRARY)
+        return
+
+    class Refused(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Context, keyset: Any, args: tuple, *_: Tensor) -> Any:
+            with private.for_outer_transforms():
+                return private.call_below_autograd(op, keyset, args)
+
+        backward = staticmethod(refuse)
+
+    def autograd(keyset: Any, *args: Any) -> Any:
+        asking = [x for x in args if isinstance(x, Tensor) and x.requires_grad] if torch.is_grad_enabled() else []
+        if asking:
+            return private.apply(Refused, keyset, args, *asking)
+        return private.call_below_autograd(op, keyset, args)
+
+    LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)

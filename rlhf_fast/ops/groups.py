@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.ops import reference
-from rlhf_fast.ops.checks import check_dims, check_floats, expect
+from rlhf_fast.ops.checks import check_dims, check_floats, check_integer, expect
 from rlhf_fast.ops.dispatch import LIBRARY, _cpu, call, code, common_dtype, define, has_kernel, kernel, threads
 
 define("rloo_advantages(Tensor scores, int group_size) -> Tensor")
@@ -50,7 +50,7 @@ def grpo_advantages(scores: Tensor, group_size: int) -> Tensor:
 def _check(scores: Tensor, group_size: int) -> None:
     check_floats("scores", scores=scores)
     check_dims("scores", scores, "B")
-    expect(group_size >= 2, "group_size", "at least 2 answers per prompt", group_size)
+    check_integer("group_size", group_size, 2, "at least 2 answers per prompt")
     n = scores.shape[0]
     expect(n % group_size == 0, "group_size", f"a divisor of the number of scores, {n}", group_size)
 

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.ops import reference
-from rlhf_fast.ops.checks import check_clip, check_dims, check_floats, check_mask, check_option, check_per_row
+from rlhf_fast.ops.checks import (
+    check_clip,
+    check_dims,
+    check_floats,
+    check_mask,
+    check_number,
+    check_option,
+    check_per_row,
+)
 from rlhf_fast.ops.dispatch import (
     LIBRARY,
     _cpu,
@@ -99,6 +107,7 @@ def shape_rewards(
     """
     check_option("estimator", estimator, ESTIMATORS)
     check_clip("clip", clip)
+    check_number("kl_coef", kl_coef)
     check_floats("logprobs", logprobs=logprobs, ref_logprobs=ref_logprobs)
     check_dims("logprobs", logprobs, "BT")
     check_per_row("scores", scores, "logprobs", logprobs)

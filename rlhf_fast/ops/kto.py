@@ -1,12 +1,22 @@
 """KTO: a loss on single answers that somebody found good or bad, where DPO needs pairs of them."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlhf_fast.ops import reference
-from rlhf_fast.ops.checks import check_dims, check_floats, check_mask, check_option, check_positive, expect
+from rlhf_fast.ops.checks import (
+    check_dims,
+    check_floats,
+    check_mask,
+    check_number,
+    check_option,
+    check_positive,
+    check_scalar,
+    expect,
+)
 from rlhf_fast.ops.dispatch import LIBRARY, call, common_dtype, define, has_kernel, kernel
 from rlhf_fast.ops.gradients import register_saved_gradients
 from rlhf_fast.ops.policy_loss import as_tensor
@@ -84,8 +94,8 @@ def check_kto_arguments(
     """Check the arguments; returns the estimate of the KL, 0 where the loss does not use it."""
     check_option("loss_type", loss_type, KTO_LOSS_TYPES)
     check_positive("beta", beta)
-    expect(desirable_weight >= 0, "desirable_weight", "a number >= 0", desirable_weight)
-    expect(undesirable_weight >= 0, "undesirable_weight", "a number >= 0", undesirable_weight)
+    check_number("desirable_weight", desirable_weight, "a number >= 0", lambda x: 0 <= x < math.inf)
+    check_number("undesirable_weight", undesirable_weight, "a number >= 0", lambda x: 0 <= x < math.inf)
     check_floats("logps", logps=logps, ref_logps=ref_logps)
     check_dims("logps", logps, "B")
     check_mask(labels, "logps", logps, "labels")
@@ -93,7 +103,9 @@ def check_kto_arguments(
         return 0.0
     expect(kl is not None, "kl", "a number or a 0-dim tensor, as loss_type is kto", None)
     if isinstance(kl, Tensor):
-        expect(kl.dim() == 0, "kl", "a number or a 0-dim tensor", f"shape {list(kl.shape)}")
+        check_scalar("kl", kl, logps)
+    else:
+        check_number("kl", kl, "a number or a 0-dim tensor", lambda x: True)
     assert kl is not None  # or `expect` has raised
     return kl
 

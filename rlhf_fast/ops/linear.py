@@ -12,9 +12,24 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.ops import reference
-from rlhf_fast.ops.checks import FLOATS, INTEGERS, check_device, check_positive, expect
+from rlhf_fast.ops.checks import (
+    INTEGERS,
+    check_device,
+    check_dtype,
+    check_integer,
+    check_positive,
+    check_temperature,
+    expect,
+)
 from rlhf_fast.ops.dispatch import LIBRARY, define, has_kernel, kernel
-from rlhf_fast.ops.gradients import Context, no_second_derivative, register_autograd
+from rlhf_fast.ops.gradients import (
+    Context,
+    mark_constants,
+    no_second_derivative,
+    refuse_graph,
+    refuse_second,
+    register_autograd,
+)
 from rlhf_fast.ops.heads import MEMORY_BUDGET, Head, full_precision, kept_dtype
 from rlhf_fast.ops.logprobs import check_ids
 from rlhf_fast.ops.reference import compute_dtype
@@ -89,27 +104,26 @@ def check_head(
 ) -> int:
     """Check the arguments that all fused heads share; returns the memory budget in bytes."""
     check_layer(hidden, weight, bias)
-    expect(token_ids.dtype in INTEGERS, "token_ids", "dtype int64 or int32", token_ids.dtype)
+    check_dtype("token_ids", token_ids, INTEGERS)
     expected = f"shape {list(hidden.shape[:-1])} as the rows of hidden {list(hidden.shape)}"
     expect(token_ids.shape == hidden.shape[:-1], "token_ids", expected, list(token_ids.shape))
     check_device("token_ids", token_ids, "hidden", hidden)
-    check_positive("temperature", temperature)
+    check_temperature(temperature)
     if softcap is not None:
         check_positive("softcap", softcap)
     if memory_budget is not None:
-        check_positive("memory_budget", memory_budget)
+        check_integer("memory_budget", memory_budget, 1, "a finite number > 0 of whole bytes")
     check_ids(token_ids, weight.shape[0])
     return memory_budget or MEMORY_BUDGET.get(hidden.device.type, MEMORY_BUDGET["cpu"])
 
 
 def check_layer(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str = "") -> None:
     """Check one layer and its input. prefix: of the arguments' names in errors, such as "ref_" for a reference."""
-    named = {f"{prefix}hidden": hidden, f"{prefix}weight": weight, f"{prefix}bias": bias}
+    named = {f"{prefix}hidden": hidden, f"{prefix}weight": weight}
+    if bias is not None:
+        named[f"{prefix}bias"] = bias
     for name, x in named.items():
-        if x is None:
-            continue
-        expect(isinstance(x, Tensor), name, "a tensor", type(x).__name__)
-        expect(x.dtype in FLOATS, name, "dtype float32, bfloat16, float16 or float64", x.dtype)
+        check_dtype(name, x)
         check_device(name, x, f"{prefix}hidden", hidden)
     shape = list(weight.shape)
     expect(weight.dim() == 2 and shape[0] > 0, f"{prefix}weight", "shape [V, H] with V > 0", shape)
@@ -209,7 +223,7 @@ def empty_gradients(
 def _setup_context(ctx: Context, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, token_ids, *ctx.options, ctx.with_slope = inputs
     ctx.save_for_backward(hidden, weight, bias, token_ids, output[2])
-    ctx.mark_non_differentiable(output[2])
+    mark_constants(ctx, output, [2], first=2)
     ctx.set_materialize_grads(False)
 
 
@@ -218,10 +232,12 @@ def _backward(
     needed: tuple[bool, ...],
     grad_logprobs: Tensor | None,
     grad_entropy: Tensor | None,
-    _: None,
+    grad_slope: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     *inputs, slope = ctx.saved_tensors
+    refuse_second("linear_token_logprobs", (grad_slope,))
     if ctx.with_slope and grad_entropy is None:
+        refuse_graph("linear_token_logprobs", ctx.nested)
         return (None if grad_logprobs is None else (grad_logprobs.unsqueeze(-1) * slope).to(slope.dtype)), None, None
     grads = torch.ops.rlhf_fast.linear_token_logprobs_backward(
         *inputs, grad_logprobs, grad_entropy, *ctx.options, *needed

@@ -62,7 +62,7 @@ def linear_kto_loss(
     """
     check_dims("token_ids", token_ids, "BT")
     budget = check_head(hidden, weight, bias, token_ids, temperature, softcap, memory_budget)
-    check_normalizer(normalizer)
+    check_normalizer(normalizer, hidden)
     options: dict[str, Any] = dict(
         loss_type=loss_type, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight
     )

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops import reference
-from rlhf_fast.ops.checks import check_dims, check_option, expect
+from rlhf_fast.ops import private, reference
+from rlhf_fast.ops.checks import check_dims, check_option, expect, shown
 from rlhf_fast.ops.dispatch import has_kernel
 from rlhf_fast.ops.gradients import Context, hand_over, hold
 from rlhf_fast.ops.heads import Gradients, Head, loss_in_forward, pack_rows
@@ -85,16 +85,17 @@ def linear_loss(
             "linear_loss: runs eagerly only; keep its caller out of torch.compile (torch.compiler.disable)"
         )
     check_option("pack", pack, PACKS)
+    expect(callable(coefficients), "coefficients", "a function of (logprobs, entropy, index)", shown(coefficients))
     if pack != "token":
         check_dims("token_ids", token_ids, "BT")
     if pack == "pair":
         expect(len(token_ids) % 2 == 0, "token_ids", "an even number of rows, chosen then rejected", [*token_ids.shape])
     budget = check_head(hidden, weight, bias, token_ids, temperature, softcap, memory_budget)
-    check_normalizer(normalizer)
+    check_normalizer(normalizer, hidden)
     token_ids = token_ids.long()
     items = _Items(coefficients, pack, token_ids)
     scale = over(torch.ones((), dtype=torch.bool), items.normalizer() if normalizer is None else normalizer)
-    if not has_kernel("linear_weighted_loss", hidden):
+    if private.in_transform() or not has_kernel("linear_weighted_loss", hidden):
         return _plain(items, scale, hidden, weight, bias, token_ids, temperature, softcap)
     wanted = wants_gradients(hidden, weight, bias)
 
@@ -197,7 +198,7 @@ def _plain(
     temperature: float,
     softcap: float | None,
 ) -> LinearLoss:
-    """Where there is no kernel: the whole batch is one pack, and its gradients are autograd's."""
+    """Where there is no kernel, and under torch.func: the whole batch is one pack, and its gradients are autograd's."""
     out = reference.linear_token_logprobs(
         hidden, weight, token_ids, bias=bias, temperature=temperature, softcap=softcap
     )

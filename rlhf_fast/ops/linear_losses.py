@@ -15,7 +15,7 @@ from rlhf_fast.ops import (
     linear_ops,  # noqa: F401  the operators
     reference,
 )
-from rlhf_fast.ops.checks import check_dims, check_like, check_mask, expect
+from rlhf_fast.ops.checks import INTEGERS, check_dims, check_dtype, check_like, check_mask, check_number, expect
 from rlhf_fast.ops.dispatch import has_kernel
 from rlhf_fast.ops.linear import check_head, wants_gradients
 from rlhf_fast.ops.policy_loss import as_tensor, check_normalizer, check_ppo_options, check_tokens
@@ -53,7 +53,7 @@ def linear_sft_loss(
         ValueError: as `linear_token_logprobs`; normalizer <= 0.
     """
     budget = check_head(hidden, weight, bias, token_ids, temperature, softcap, memory_budget)
-    check_normalizer(normalizer)
+    check_normalizer(normalizer, hidden)
     mask = token_ids != IGNORED_ID
     if normalizer is None:
         normalizer = mask.sum()
@@ -144,6 +144,7 @@ def linear_ppo_loss(
     ids = _masked(token_ids, mask)
     budget = check_head(hidden, weight, bias, ids, temperature, softcap, memory_budget)
     low, high = check_ppo_options(clip, dual_clip, kl_estimator, ref_logprobs, kl_coef)
+    check_number("entropy_coef", entropy_coef)
     check_like("old_logprobs", old_logprobs, "token_ids", token_ids)
     if ref_logprobs is not None:
         check_like("ref_logprobs", ref_logprobs, "token_ids", token_ids)
@@ -207,7 +208,7 @@ def linear_dpo_loss(
     check_dims("token_ids", token_ids, "BT")
     expect(len(token_ids) % 2 == 0, "token_ids", "an even number of rows, chosen then rejected", list(token_ids.shape))
     budget = check_head(hidden, weight, bias, token_ids, temperature, softcap, memory_budget)
-    check_normalizer(normalizer)
+    check_normalizer(normalizer, hidden)
     if loss_type == "sigmoid_norm" and chosen_lengths is None:
         chosen_lengths, rejected_lengths = (token_ids != IGNORED_ID).sum(1).chunk(2)
     options: dict[str, Any] = dict(
@@ -242,6 +243,7 @@ def linear_dpo_loss(
 
 
 def _masked(token_ids: Tensor, mask: Tensor) -> Tensor:
+    check_dtype("token_ids", token_ids, INTEGERS)
     check_dims("token_ids", token_ids, "BT")
     check_mask(mask, "token_ids", token_ids)
     return torch.where(mask, token_ids.long(), IGNORED_ID)

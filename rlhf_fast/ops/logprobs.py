@@ -6,8 +6,17 @@ Leaves out the matmul that makes the logits: that is the `linear_*` family's.
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops import reference
-from rlhf_fast.ops.checks import FLOATS, INTEGERS, check_device, check_positive, expect, is_readable
+from rlhf_fast.ops import private, reference
+from rlhf_fast.ops.checks import (
+    INTEGERS,
+    check_device,
+    check_dtype,
+    check_flag,
+    check_positive,
+    check_temperature,
+    expect,
+    is_readable,
+)
 from rlhf_fast.ops.dispatch import (
     LIBRARY,
     _cpu,
@@ -76,38 +85,45 @@ def token_logprobs(
 
     Raises:
         ValueError: wrong shapes, dtypes or devices; temperature or softcap <= 0; inplace_backward on logits whose
-            last dimension is not contiguous or whose rows overlap; a token id outside [0, V) other than -100 (on
-            CPU; CUDA tensors are not checked, that would wait for the device).
+            last dimension is not contiguous, whose rows overlap, or that are a leaf (a parameter's own numbers); a
+            token id outside [0, V) other than -100 (on CPU; CUDA tensors are not checked, that would wait for the
+            device).
     """
     check_logits(logits, token_ids, temperature, softcap)
     if token_ids.dtype != torch.int64:
         token_ids = token_ids.long()
+    check_flag("inplace_backward", inplace_backward)
     if inplace_backward and not torch.compiler.is_compiling():
         check_overwritable(logits)
     if not has_kernel("token_logprobs", logits):
         check_ids(token_ids, logits.shape[-1])
         return reference.token_logprobs(logits, token_ids, temperature=temperature, softcap=softcap)
-    inplace_backward = inplace_backward and not torch.compiler.is_compiling()
+    inplace_backward = inplace_backward and not (torch.compiler.is_compiling() or private.in_transform())
     logprobs, entropy, _ = call("token_logprobs", logits, token_ids, temperature, softcap or 0.0, inplace_backward)
     return TokenLogprobs(logprobs, entropy)
 
 
 def check_logits(logits: Tensor, token_ids: Tensor, temperature: float, softcap: float | None) -> None:
     """Logits [..., V] and token ids [...] that fit each other, and a temperature and a soft cap > 0."""
-    expect(logits.dtype in FLOATS, "logits", "dtype float32, bfloat16, float16 or float64", logits.dtype)
-    expect(token_ids.dtype in INTEGERS, "token_ids", "dtype int64 or int32", token_ids.dtype)
+    check_dtype("logits", logits)
+    check_dtype("token_ids", token_ids, INTEGERS)
     expect(logits.dim() > 0 and logits.shape[-1] > 0, "logits", "shape [..., V] with V > 0", list(logits.shape))
     if logits.shape[:-1] != token_ids.shape:
         expected = f"shape {list(logits.shape[:-1])} as the rows of logits {list(logits.shape)}"
         raise ValueError(f"token_ids: expected {expected}, got {list(token_ids.shape)}")
     check_device("token_ids", token_ids, "logits", logits)
-    check_positive("temperature", temperature)
+    check_temperature(temperature)
     if softcap is not None:
         check_positive("softcap", softcap)
 
 
 def check_overwritable(logits: Tensor) -> None:
-    """Logits whose rows are contiguous and share no memory, so that a gradient can replace them."""
+    """Logits that a gradient can replace: contiguous rows that share no memory, of a tensor that is no leaf."""
+    if logits.is_leaf and logits.requires_grad:
+        raise ValueError(
+            "inplace_backward: expected logits that a model has computed, got a leaf, whose own numbers the gradient "
+            "would replace"
+        )
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         raise ValueError(
             f"inplace_backward: expected logits with a contiguous last dimension, got strides {logits.stride()}"

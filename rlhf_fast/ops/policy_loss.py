@@ -14,11 +14,14 @@ from rlhf_fast.ops.checks import (
     check_floats,
     check_like,
     check_mask,
+    check_number,
     check_option,
     check_per_row,
     check_positive,
+    check_scalar,
     expect,
     is_readable,
+    shown,
 )
 from rlhf_fast.ops.dispatch import (
     LIBRARY,
@@ -110,6 +113,7 @@ def ppo_loss(
             do not fit.
     """
     low, high = check_ppo_options(clip, dual_clip, kl_estimator, ref_logprobs, kl_coef)
+    check_number("entropy_coef", entropy_coef)
     expect(entropy is not None or entropy_coef == 0, "entropy", "a tensor, as entropy_coef is not 0", None)
     optional = {"ref_logprobs": ref_logprobs, "entropy": entropy}
     check_floats("logprobs", optional=optional, logprobs=logprobs, old_logprobs=old_logprobs)
@@ -159,10 +163,10 @@ def ppo_value_loss(
     Raises:
         ValueError: clip <= 0; normalizer <= 0; shapes, dtypes or devices that do not fit.
     """
-    expect(clip > 0, "clip", "a number > 0", clip)
+    check_number("clip", clip, "a number > 0", lambda x: x > 0)
     check_floats("values", values=values, old_values=old_values, returns=returns)
     check_mask(mask, "values", values)
-    check_normalizer(normalizer)
+    check_normalizer(normalizer, values)
     if not has_kernel("ppo_value_loss", values):
         return reference.ppo_value_loss(values, old_values, returns, mask, clip=clip, normalizer=normalizer)
     values, old_values, returns = common_dtype(values, old_values, returns)
@@ -218,9 +222,16 @@ def check_ppo_options(
     kl_coef: float,
 ) -> tuple[float, float]:
     """Check the options of PPO's objective; returns the bounds (low, high)."""
-    low, high = clip if isinstance(clip, (tuple, list)) else (clip, clip)
+    bounds = clip if isinstance(clip, (tuple, list)) else (clip, clip)
+    if len(bounds) != 2:
+        raise ValueError(f"clip: expected one bound or two, (low, high), got {shown(clip)}")
+    low, high = bounds
+    check_number("clip", low, "bounds that are numbers", lambda x: True)
+    check_number("clip", high, "bounds that are numbers", lambda x: True)
     expect(0 <= low < 1 and high >= 0, "clip", "bounds 0 <= low < 1 and high >= 0", clip)
-    expect(dual_clip is None or dual_clip > 1, "dual_clip", "a number > 1 or None", dual_clip)
+    if dual_clip is not None:
+        check_number("dual_clip", dual_clip, "a number > 1 or None", lambda x: x > 1)
+    check_number("kl_coef", kl_coef)
     check_option("kl_estimator", kl_estimator, ESTIMATORS)
     expect(ref_logprobs is not None or kl_coef == 0, "ref_logprobs", "a tensor, as kl_coef is not 0", None)
     return low, high
@@ -240,13 +251,13 @@ def check_tokens(
     expect(
         reduction != "constant" or normalizer is not None, "normalizer", 'a number, as reduction is "constant"', None
     )
-    check_normalizer(normalizer)
+    check_normalizer(normalizer, like)
 
 
-def check_normalizer(normalizer: float | Tensor | None) -> None:
-    """A number > 0, a 0-dim tensor >= 0, or None."""
+def check_normalizer(normalizer: float | Tensor | None, like: Tensor) -> None:
+    """A number > 0, a 0-dim tensor >= 0 on the CPU or the device of `like`, or None."""
     if isinstance(normalizer, Tensor):
-        expect(normalizer.dim() == 0, "normalizer", "a number or a 0-dim tensor", f"shape {list(normalizer.shape)}")
+        check_scalar("normalizer", normalizer, like)
         if is_readable(normalizer):  # 0: a count of tokens, where none counts
             got = normalizer.item()
             expect(0 <= got < math.inf, "normalizer", "a finite number >= 0 in a tensor", got)

@@ -1,10 +1,25 @@
 """Losses on preferences: Bradley-Terry reward models, K-wise rankings, and DPO with its relatives."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from rlhf_fast.ops import reference
-from rlhf_fast.ops.checks import check_device, check_dims, check_floats, check_option, check_positive, expect
+from rlhf_fast.ops.checks import (
+    INTEGERS,
+    NUMBERS,
+    check_device,
+    check_dims,
+    check_dtype,
+    check_flag,
+    check_floats,
+    check_number,
+    check_option,
+    check_positive,
+    check_tensor,
+    expect,
+)
 from rlhf_fast.ops.dispatch import (
     LIBRARY,
     _cpu,
@@ -72,7 +87,7 @@ def reward_loss(
     optional = {"margin": margin}
     check_floats("chosen_scores", optional=optional, chosen_scores=chosen_scores, rejected_scores=rejected_scores)
     check_dims("chosen_scores", chosen_scores, "B")
-    expect(center_coef >= 0, "center_coef", "a number >= 0", center_coef)
+    check_number("center_coef", center_coef, "a number >= 0", lambda x: 0 <= x < math.inf)
     if not has_kernel("reward_loss", chosen_scores):
         return reference.reward_loss(chosen_scores, rejected_scores, margin=margin, center_coef=center_coef)
     chosen, rejected, margin = common_dtype(chosen_scores, rejected_scores, margin)
@@ -100,7 +115,7 @@ def ranking_loss(scores: Tensor, ranks: Tensor) -> RankingLoss:
     """
     check_floats("scores", scores=scores)
     check_dims("scores", scores, "BK")
-    expect(ranks.dtype in (torch.int64, torch.int32), "ranks", "dtype int64 or int32", ranks.dtype)
+    check_dtype("ranks", ranks, INTEGERS)
     expect(ranks.shape == scores.shape, "ranks", f"shape {list(scores.shape)} as scores", list(ranks.shape))
     check_device("ranks", ranks, "scores", scores)
     if not has_kernel("ranking_loss", scores):
@@ -197,6 +212,7 @@ def check_dpo_arguments(
     """Check the arguments; returns the two reference log-probs and the two lengths, None where the loss uses none."""
     check_option("loss_type", loss_type, LOSS_TYPES)
     check_positive("beta", beta)
+    check_flag("reference_free", reference_free)
     _check_smoothing(loss_type, label_smoothing)
     if reference_free:
         ref_chosen_logps = ref_rejected_logps = None
@@ -217,14 +233,15 @@ def _any_grad(*tensors: Tensor) -> bool:
 
 
 def _check_smoothing(loss_type: str, e: float) -> None:
+    name = "label_smoothing"
     if loss_type == "robust":
-        expect(0 <= e < 0.5, "label_smoothing", "a number in [0, 0.5) for robust", e)
+        check_number(name, e, "a number in [0, 0.5) for robust", lambda e: 0 <= e < 0.5)
     elif loss_type == "exo_pair":
-        expect(0 < e < 1, "label_smoothing", "a number in (0, 1) for exo_pair (the paper recommends 1e-3)", e)
+        check_number(name, e, "a number in (0, 1) for exo_pair (the paper recommends 1e-3)", lambda e: 0 < e < 1)
     elif loss_type == "sigmoid":
-        expect(0 <= e <= 1, "label_smoothing", "a number in [0, 1]", e)
+        check_number(name, e, "a number in [0, 1]", lambda e: 0 <= e <= 1)
     else:
-        expect(e == 0, "label_smoothing", f"0, as {loss_type} has none", e)
+        check_number(name, e, f"0, as {loss_type} has none", lambda e: e == 0)
 
 
 def _check_lengths(loss_type: str, chosen_logps: Tensor, chosen: Tensor | None, rejected: Tensor | None) -> None:
@@ -232,11 +249,13 @@ def _check_lengths(loss_type: str, chosen_logps: Tensor, chosen: Tensor | None, 
         if lengths is None:
             expect(loss_type != "sigmoid_norm", name, "a tensor, as sigmoid_norm divides by it", None)
             continue
-        expect(not lengths.is_complex() and lengths.dtype != torch.bool, name, "a tensor of numbers", lengths.dtype)
+        check_tensor(name, lengths)
+        expect(lengths.dtype in NUMBERS, name, "a tensor of numbers", lengths.dtype)
         shape = list(chosen_logps.shape)
         expect(list(lengths.shape) == shape, name, f"shape {shape} as chosen_logps", list(lengths.shape))
         check_device(name, lengths, "chosen_logps", chosen_logps)
-    expect((chosen is None) == (rejected is None), "chosen_lengths", "both lengths or neither", "one of them")
+    missing = "chosen_lengths" if chosen is None else "rejected_lengths"
+    expect((chosen is None) == (rejected is None), "chosen_lengths", "both lengths or neither", f"no {missing}")
 
 
 @kernel("reward_loss", "cpu")

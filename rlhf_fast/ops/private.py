@@ -19,7 +19,7 @@ from torch.nn import Parameter
 MISSING: list[str] = []
 """The names that this version of torch does not have."""
 
-for _module in ("torch._subclasses.fake_tensor", "torch.utils._python_dispatch"):
+for _module in ("torch._subclasses.fake_tensor", "torch.utils._python_dispatch", "torch._functorch.utils"):
     with contextlib.suppress(ImportError):
         import_module(_module)
 
@@ -77,6 +77,43 @@ def call_below_autograd(operator: Any, keyset: Any, args: tuple) -> Any:
     """Run the operator on the back end of its device, past autograd. `keyset` is the keyset of the current call."""
     with _below_autograd():
         return _redispatch(operator, keyset & _keys_below_autograd, *args)
+
+
+def in_transform() -> bool:
+    """Whether one of torch.func's transforms runs."""
+    return _transforms is not None and _transforms()
+
+
+_forward_gradients = _find("autograd.forward_ad._set_fwd_grad_enabled")
+_single_level = _find("_functorch.utils.enable_single_level_autograd_function")
+
+
+def apply(function: type, *args: Any) -> Any:
+    """`function.apply`, for an autograd.Function that an operator applies, under torch.func's transforms too.
+
+    Function's own `apply` hands a transform to a second path, which wants another kind of forward. Below the dispatcher
+    the transform has unwrapped its tensors already, as it has for torch's own operators.
+    """
+    if not in_transform():
+        return function.apply(*args)  # pyright: ignore[reportAttributeAccessIssue]
+    if _single_level is None or _forward_gradients is None:
+        raise NotImplementedError(f"{function.__name__}: this torch has no transforms of it; the reference has them")
+    above: Any = super(torch.autograd.Function, function)  # pyright: ignore[reportArgumentType]
+    with _single_level():
+        return above.apply(*args)
+
+
+def for_outer_transforms() -> contextlib.AbstractContextManager:
+    """For a Function's forward, in which gradients are off: switches them on for the transforms around the current one.
+
+    A transform in a transform comes to an operator's autograd once more from there.
+    """
+    if not in_transform():
+        return contextlib.nullcontext()
+    stack = contextlib.ExitStack()
+    stack.enter_context(torch.enable_grad())
+    stack.enter_context(_forward_gradients(True))
+    return stack
 
 
 _find("autograd.forward_ad._current_level")

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.ops import reference
-from rlhf_fast.ops.checks import check_clip, check_dims, check_floats, check_mask, check_option, check_per_row, expect
+from rlhf_fast.ops.checks import (
+    check_clip,
+    check_dims,
+    check_flag,
+    check_floats,
+    check_mask,
+    check_number,
+    check_option,
+    check_per_row,
+)
 from rlhf_fast.ops.dispatch import (
     LIBRARY,
     _cpu,
@@ -108,6 +117,7 @@ def whiten(x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
     """
     check_floats("x", x=x)
     check_mask(mask, "x", x)
+    check_flag("shift_mean", shift_mean)
     if not has_kernel("whiten", x):
         return reference.whiten(x, mask, shift_mean=shift_mean)
     return call("whiten", *common_dtype(x), mask, shift_mean)
@@ -151,6 +161,7 @@ def remax_returns(
     check_option("variant", variant, REMAX_VARIANTS)
     _check_fraction("gamma", gamma)
     check_clip("clip", clip)
+    check_number("kl_coef", kl_coef)
     check_floats("logprobs", logprobs=logprobs, ref_logprobs=ref_logprobs)
     check_dims("logprobs", logprobs, "BT")
     check_per_row("scores", scores, "logprobs", logprobs)
@@ -174,7 +185,7 @@ def remax_returns(
 
 
 def _check_fraction(name: str, value: float) -> None:
-    expect(0 <= value <= 1, name, "a number in [0, 1]", value)
+    check_number(name, value, "a number in [0, 1]", lambda x: 0 <= x <= 1)
 
 
 @kernel("gae", "cpu")

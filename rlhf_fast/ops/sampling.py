@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.ops import reference
-from rlhf_fast.ops.checks import FLOATS, check_device, check_positive, expect
+from rlhf_fast.ops.checks import (
+    check_device,
+    check_dtype,
+    check_integer,
+    check_number,
+    check_temperature,
+    expect,
+    shown,
+)
 from rlhf_fast.ops.dispatch import (
     LIBRARY,
     _cpu,
@@ -80,11 +88,16 @@ def sample_tokens(
             top_p outside (0, 1]; uniforms not float64 [N], or beside a generator; a row that holds NaN or no finite
             logit (on CPU).
     """
-    expect(logits.dtype in FLOATS, "logits", "dtype float32, bfloat16, float16 or float64", logits.dtype)
+    check_dtype("logits", logits)
     expect(logits.dim() == 2 and logits.shape[1] > 0, "logits", "shape [N, V] with V > 0", list(logits.shape))
-    check_positive("temperature", temperature)
-    expect(top_k >= 0, "top_k", "an integer >= 0", top_k)
-    expect(0 < top_p <= 1, "top_p", "a number in (0, 1]", top_p)
+    check_temperature(temperature)
+    check_integer("top_k", top_k, 0, "an integer >= 0")
+    check_number("top_p", top_p, "a number in (0, 1]", lambda x: 0 < x <= 1)
+    if generator is not None:
+        is_generator = isinstance(generator, torch.Generator)
+        expect(is_generator, "generator", "a torch.Generator", shown(generator))
+        same = generator.device.type == logits.device.type
+        expect(same, "generator", f"device {logits.device} as logits", generator.device)
     if uniforms is not None and generator is not None:
         raise ValueError("uniforms: expected no uniforms beside a generator, got both")
     _check_per_row("greedy_mask", greedy_mask, torch.bool, logits)
@@ -112,8 +125,8 @@ def _sample(
 def _check_per_row(name: str, x: Tensor | None, dtype: torch.dtype, logits: Tensor) -> None:
     if x is None:
         return
+    check_dtype(name, x, (dtype,))
     rows, shape = list(logits.shape[:1]), list(x.shape)
-    expect(x.dtype == dtype, name, f"dtype {str(dtype).removeprefix('torch.')}", x.dtype)
     expect(shape == rows, name, f"shape {rows} as the rows of logits", shape)
     check_device(name, x, "logits", logits)
 

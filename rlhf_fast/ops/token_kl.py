@@ -7,8 +7,8 @@ Leaves out the matmuls that make the logits (`linear_token_kl`) and KL estimates
 import torch
 from torch import Tensor
 
-from rlhf_fast.ops import reference
-from rlhf_fast.ops.checks import check_like, expect
+from rlhf_fast.ops import private, reference
+from rlhf_fast.ops.checks import check_flag, check_like, expect
 from rlhf_fast.ops.dispatch import (
     LIBRARY,
     _cpu,
@@ -84,12 +84,13 @@ def token_kl(
     expect(ref_logits.dtype == logits.dtype, "ref_logits", f"dtype {logits.dtype} as logits", ref_logits.dtype)
     if token_ids.dtype != torch.int64:
         token_ids = token_ids.long()
+    check_flag("inplace_backward", inplace_backward)
     if inplace_backward and not torch.compiler.is_compiling():
         check_overwritable(logits)
     if not has_kernel("token_kl", logits):
         check_ids(token_ids, logits.shape[-1])
         return reference.token_kl(logits, ref_logits, token_ids, temperature=temperature, softcap=softcap)
-    inplace_backward = inplace_backward and not torch.compiler.is_compiling()
+    inplace_backward = inplace_backward and not (torch.compiler.is_compiling() or private.in_transform())
     *results, _ = call("token_kl", logits, ref_logits, token_ids, temperature, softcap or 0.0, inplace_backward)
     return TokenKL(*results)
 

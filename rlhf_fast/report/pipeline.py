@@ -21,8 +21,9 @@ from rlhf_fast.lm.trust import trusting
 from rlhf_fast.methods import METHODS, load, section
 from rlhf_fast.ranks import current
 from rlhf_fast.report.reuse import make_pairs, make_stage
+from rlhf_fast.training import checkpoint
 from rlhf_fast.training.apart import check_apart
-from rlhf_fast.training.lock import writes_alone
+from rlhf_fast.training.lock import held, writes_alone
 from rlhf_fast.training.metrics import print_table
 from rlhf_fast.training.reward_functions import FunctionReward
 from rlhf_fast.training.rewards import is_function
@@ -52,12 +53,15 @@ def run_stages(config: PipelineConfig, names: Collection[str] | None = None) -> 
     for name, stage_config in plan.items():
         if name != "pairs":
             check_apart(stage_config)
-    for name, stage_config in plan.items():
-        if names is None or name in names:
-            if name == "pairs":
-                make_pairs(stage_config, note, resume=config.resume)
-            else:
-                make_stage(name, stage_config)
+            if not config.resume:
+                checkpoint.check_no_unfinished(stage_config.output_dir)
+    with held(config.output_dir):
+        for name, stage_config in plan.items():
+            if names is None or name in names:
+                if name == "pairs":
+                    make_pairs(stage_config, note, resume=config.resume)
+                else:
+                    make_stage(name, stage_config)
 
 
 def make_plan(config: PipelineConfig) -> dict[str, Any]:

@@ -12,26 +12,34 @@ from rlhf_fast.data.damage import read_json
 from rlhf_fast.data.files import write_json
 from rlhf_fast.lm import manifest
 from rlhf_fast.methods import STAGES, load
+from rlhf_fast.ranks import current
 from rlhf_fast.training import checkpoint
 from rlhf_fast.training.fingerprint import fingerprint
+from rlhf_fast.training.lock import held
 from rlhf_fast.training.made import difference, made_with
 from rlhf_fast.training.resume import resume_directory
 
 
 def make_stage(name: str, config: StageConfig) -> None:
     """Runs a stage. With `config.resume` a finished stage is left as it is, unless it was made with something else."""
-    if config.resume:
-        if (record := checkpoint.finished(config.output_dir)) is not None:
-            changed = manifest.damage(config.output_dir) or difference(record, made_with(config))
-            if changed is None:
+    with held(config.output_dir):  # from the first look on; it also cleans up what a crash left in a finished stage
+        if config.resume:
+            finished, changed = current().gather(_found(config))[0]  # the first process alone changes what is there
+            if finished and changed is None:
                 return
-        else:
-            changed = _not_resumable(config)
-        if changed is not None:
-            print(f"{name}: made anew, because {changed}", flush=True)
-            checkpoint.clear(config.output_dir)
-            config = dataclasses.replace(config, resume=False)
-    load(STAGES[name].train)(config)
+            if changed is not None:
+                if current().first:
+                    print(f"{name}: made anew, because {changed}", flush=True)
+                    checkpoint.clear(config.output_dir)
+                config = dataclasses.replace(config, resume=False)
+        load(STAGES[name].train)(config)
+
+
+def _found(config: StageConfig) -> tuple[bool, str | None]:
+    """Whether a stage has finished, and why what is there cannot be used."""
+    if (record := checkpoint.finished(config.output_dir)) is None:
+        return False, not_resumable(config)
+    return True, manifest.damage(config.output_dir) or difference(record, made_with(config))
 
 
 def make_pairs(config: PairsConfig, note: Path, *, resume: bool) -> None:
@@ -39,16 +47,22 @@ def make_pairs(config: PairsConfig, note: Path, *, resume: bool) -> None:
 
     With `resume` pairs that are there are left as they are, unless they were made with something else.
     """
-    if resume and note.is_file():
-        if (changed := _other_pairs(config, note)) is None:
+    if resume:
+        finished, changed = current().gather((note.is_file(), _other_pairs(config, note)))[0]
+        if finished and changed is None:
             return
-        print(f"pairs: made anew, because {changed}", flush=True)
-    note.unlink(missing_ok=True)
+        if finished and current().first:
+            print(f"pairs: made anew, because {changed}", flush=True)
+    if current().first:
+        note.unlink(missing_ok=True)
     load("stages.pairs:sample")(config)
-    write_json(note, {**made_with(config), "pairs": _pairs_of(config)})
+    if current().first:
+        write_json(note, {**made_with(config), "pairs": _pairs_of(config)})
 
 
 def _other_pairs(config: PairsConfig, note: Path) -> str | None:
+    if not note.is_file():
+        return None
     record = read_json(note)
     changed = difference(record, made_with(config))
     return changed or (None if record["pairs"] == _pairs_of(config) else "other files are in the place of the pairs")
@@ -58,8 +72,8 @@ def _pairs_of(config: PairsConfig) -> dict[str, str | None]:
     return {name: fingerprint(file) for name in ("output", "eval_output") if (file := getattr(config, name))}
 
 
-def _not_resumable(config: StageConfig) -> str | None:
-    """Why an interrupted stage cannot go on, or None."""
+def not_resumable(config: StageConfig) -> str | None:
+    """Why an interrupted stage cannot go on with this config, or None; also where nothing was interrupted."""
     try:
         resume_directory(config)
     except ValueError as error:

@@ -26,7 +26,7 @@ from rlhf_fast.lm.tokenizers import check_tokenizer, load_tokenizer
 from rlhf_fast.lm.trust import trusts_as_asked
 from rlhf_fast.ranks import current
 from rlhf_fast.stages.offline import Offline, summed_logprobs
-from rlhf_fast.training.batches import micro_batches, offline_batches
+from rlhf_fast.training.batches import OfflineBatches, micro_batches
 from rlhf_fast.training.evaluation import make_evaluator
 from rlhf_fast.training.learner import autocast
 from rlhf_fast.training.listeners import Listener
@@ -49,7 +49,7 @@ def train(config: DPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
         check_tokenizer(config.reference, tokenizer, "reference")
     data = encode_stage("dpo", config.train_data, tokenizer, config)
     held_out = encode_stage("dpo", config.eval_pairs, tokenizer, config).examples if config.eval_pairs else []
-    batches = offline_batches(len(data.examples), config.batch_size, config.epochs, config.seed)
+    batches = OfflineBatches(len(data.examples), config.batch_size, config.epochs, config.seed)
     examples, pad, size = [*data.examples, *held_out], pad_id(tokenizer), config.micro_batch_size or config.batch_size
     policy, reference = load_policy_and_reference(config, device)
     reference.to(device)  # pyright: ignore[reportArgumentType]

@@ -17,7 +17,7 @@ from rlhf_fast.data.encoding import Encoded
 from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.lm.sequences import Sequences
 from rlhf_fast.ranks import current
-from rlhf_fast.training.batches import micro_batches
+from rlhf_fast.training.batches import OfflineBatches, micro_batches
 from rlhf_fast.training.evaluation import Evaluator
 from rlhf_fast.training.learner import Learner, autocast, take_step
 from rlhf_fast.training.listeners import Listener
@@ -37,7 +37,7 @@ class Loss(Protocol):
 class Offline:
     """One offline stage: the model it trains, its batches, and the loop.
 
-    batches: the indices of the rows of every step, an equal number of steps in each epoch.
+    batches: the indices of the rows of every step.
     role: the name of the trained model in run.json.
     whole: makes of a batch's rows what the losses of its micro-batches need; default: the number of rows.
     held_out: evaluates the held-out rows and returns their metrics; called after every epoch.
@@ -50,7 +50,7 @@ class Offline:
         name: str,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        batches: list[list[int]],
+        batches: OfflineBatches,
         *,
         role: str = "policy",
         whole: Callable[[list[int]], Any] = len,
@@ -64,11 +64,11 @@ class Offline:
             processes = current().size
             raise ValueError(f"batch_size: expected a row for each of {processes} processes, got {config.batch_size}")
         self.config, self.batches, self.whole, self.held_out = config, batches, whole, held_out
-        self.learner = Learner(model, config, len(batches))
+        self.learner = Learner(model, config, batches.steps)
         self.run = Run(
             config,
             name,
-            len(batches),
+            batches.steps,
             learners={role: self.learner},
             tokenizer=tokenizer,
             frozen=frozen,
@@ -94,9 +94,9 @@ class Offline:
 
     def steps(self, loss: Loss) -> None:
         """Takes every step of every epoch."""
-        run, learner, steps_per_epoch = self.run, self.learner, len(self.batches) // self.config.epochs
+        run, learner = self.run, self.learner
         for step in run.steps():
-            batch, tally = self.batches[step - 1], Tally()
+            batch, tally = self.batches(step), Tally()
             whole, mine = self.whole(batch), current().share(batch)
             for rows in micro_batches(len(mine), self.config.micro_batch_size):
                 with run.meter.phase("policy_update"):
@@ -107,7 +107,7 @@ class Offline:
             with run.meter.phase("optimizer"):
                 metrics = take_step(tally, {"grad_norm": learner})
             metrics["lr"] = learner.lr
-            if self.held_out is not None and step % steps_per_epoch == 0:
+            if self.held_out is not None and step % self.batches.per_epoch == 0:
                 with run.meter.phase("evaluation"):
                     metrics |= self.held_out(run)
             run.end_step(step, metrics)

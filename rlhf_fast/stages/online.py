@@ -34,7 +34,7 @@ from rlhf_fast.training.meter import Meter
 from rlhf_fast.training.resume import load_policy_and_reference
 from rlhf_fast.training.rewards import Answers, Reward, Scored
 from rlhf_fast.training.run import Run
-from rlhf_fast.training.stopped import Stopped
+from rlhf_fast.training.stopped import Diverged
 from rlhf_fast.training.tally import Tally
 
 
@@ -216,7 +216,7 @@ class Online(Generic[Config]):
         tally.add(_DRIFT_TOKENS, tokens_B.sum())
 
     def check_drift(self, metrics: dict[str, float]) -> None:
-        """Makes the mean drift of a step's sums in `metrics`. Stopped where a drift is past its bound.
+        """Makes the mean drift of a step's sums in `metrics`. Diverged where a drift is past its bound.
 
         The mean is of all tokens of a step, because a micro-batch may hold a single short completion.
         """
@@ -224,9 +224,10 @@ class Online(Generic[Config]):
             metrics[_MEAN_DRIFT] = metrics.pop(_DRIFT_SUM) / max(1.0, metrics.pop(_DRIFT_TOKENS))
         key, bound, name = self.drift_bound
         if key in metrics and not metrics[key] <= bound:
-            raise Stopped(
+            raise Diverged(
                 f"decode-time and training-time log-probs differ by {metrics[key]:.3g}, more than {name}={bound}; the "
-                "policy would be trained on another distribution than it sampled"
+                "policy would be trained on another distribution than it sampled",
+                remedy="a larger max_logprob_drift",
             )
 
     def own_rows(self, rows: Tensor) -> Tensor:

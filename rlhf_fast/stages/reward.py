@@ -34,7 +34,7 @@ from rlhf_fast.ops import RankingLoss, RewardLoss, ranking_loss, reward_loss
 from rlhf_fast.ranks import current
 from rlhf_fast.rollout.sampler import LocalSampler
 from rlhf_fast.stages.offline import Offline
-from rlhf_fast.training.batches import micro_batches, offline_batches
+from rlhf_fast.training.batches import OfflineBatches, micro_batches
 from rlhf_fast.training.learner import autocast
 from rlhf_fast.training.listeners import Listener
 from rlhf_fast.training.lock import writes_alone
@@ -57,7 +57,7 @@ def train(config: RewardConfig, *, listeners: Sequence[Listener] = ()) -> None:
     data = encode_stage("reward", config.train_data, tokenizer, config)
     examples: list[Example] = data.examples
     held_out = encode_stage("reward", config.eval_data, tokenizer, config).examples if config.eval_data else []
-    batches = offline_batches(len(examples), config.batch_size, config.epochs, config.seed)
+    batches = OfflineBatches(len(examples), config.batch_size, config.epochs, config.seed)
     torch.manual_seed(config.seed)  # for the new head
     start = resume_directory(config) or config.model
     model = load_scorer(start, dtype=config.dtype, lora=lora_of(config)).to(device)  # pyright: ignore[reportArgumentType]

@@ -21,7 +21,7 @@ from rlhf_fast.lm.tokenizers import load_tokenizer
 from rlhf_fast.lm.trust import trusts_as_asked
 from rlhf_fast.ranks import current
 from rlhf_fast.stages.offline import Offline
-from rlhf_fast.training.batches import micro_batches, offline_batches
+from rlhf_fast.training.batches import OfflineBatches, micro_batches
 from rlhf_fast.training.learner import autocast
 from rlhf_fast.training.listeners import Listener
 from rlhf_fast.training.lock import writes_alone
@@ -39,7 +39,7 @@ def train(config: SFTConfig, *, listeners: Sequence[Listener] = ()) -> None:
     pad = pad_id(tokenizer)
     data = encode_stage("sft", config.train_data, tokenizer, config)
     held_out = encode_stage("sft", config.eval_data, tokenizer, config).examples if config.eval_data else []
-    batches = offline_batches(len(data.examples), config.batch_size, config.epochs, config.seed)
+    batches = OfflineBatches(len(data.examples), config.batch_size, config.epochs, config.seed)
     start = resume_directory(config) or config.model
     policy = load_policy(start, dtype=config.dtype, lora=lora_of(config)).to(device)  # pyright: ignore[reportArgumentType]
     check_rows(policy, tokenizer, [e.input_ids for e in (*data.examples, *held_out)], "max_length")

@@ -23,8 +23,9 @@ def check_apart(config: Any) -> None:
             if kind == "template" or not isinstance(one, str | Path) or not Path(one).is_dir():
                 continue
             paths = [str(one)]
-            with suppress(ValueError):  # whoever reads it says that it is incomplete; a pipeline may make it anew
-                paths += [] if kind == "rows" else [adapters.base_path(one)]
+            if kind != "rows" and adapters.is_adapter(one):
+                with suppress(ValueError):  # an adapter that cannot be loaded, of which the stage that loads it tells
+                    paths.append(adapters.base_path(one))
             for read in [os.path.realpath(path) for path in paths]:
                 outer, inner = (read, out) if kind == "rows" else (out, read)
                 within = isinstance(config, StageConfig) and Path(inner).is_relative_to(outer)

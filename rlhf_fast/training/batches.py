@@ -1,5 +1,6 @@
 """Which rows make a step, and the random numbers of a step."""
 
+import functools
 import hashlib
 import random
 from collections.abc import Iterator
@@ -57,11 +58,20 @@ def micro_batches(rows: int, size: int | None) -> list[slice]:
     return [slice(i, min(i + size, rows)) for i in range(0, rows, size)]
 
 
-def offline_batches(rows: int, batch_size: int, epochs: int, seed: int) -> list[list[int]]:
+class OfflineBatches:
     """The row indices of every step of `epochs` shuffled passes; each pass drops the rows that fill no batch.
 
+    The passes are shuffled one at a time, so that any number of epochs fits into memory.
     Raises ValueError where there are fewer rows than a batch takes.
     """
-    if rows < batch_size:
-        raise ValueError(f"batch_size: expected at most the number of rows, {rows}, got {batch_size}")
-    return [batch for epoch in range(epochs) for batch in epoch_batches(rows, batch_size, seed, epoch)]
+
+    def __init__(self, rows: int, batch_size: int, epochs: int, seed: int) -> None:
+        if rows < batch_size:
+            raise ValueError(f"batch_size: expected at most the number of rows, {rows}, got {batch_size}")
+        self.per_epoch, self.steps = rows // batch_size, rows // batch_size * epochs
+        self.pass_of = functools.lru_cache(maxsize=1)(functools.partial(epoch_batches, rows, batch_size, seed))
+
+    def __call__(self, step: int) -> list[int]:
+        """The rows of a step, counted from 1."""
+        epoch, index = divmod(step - 1, self.per_epoch)
+        return self.pass_of(epoch)[index]

@@ -33,9 +33,11 @@ from transformers.utils import logging as transformers_logging
 from rlhf_fast.data.damage import sentence, writing
 from rlhf_fast.data.files import DELETING, OURS, REPLACED, WRITING, beside, remove
 from rlhf_fast.lm import manifest
+from rlhf_fast.lm.finite import not_finite
 from rlhf_fast.lm.loading import PROCESSOR_FILES, save_model
 from rlhf_fast.lm.manifest import Manifest
 from rlhf_fast.lm.private import has_adapter
+from rlhf_fast.training.stopped import Diverged
 
 FINISHED = "run.json"  # in the directory of a run that has finished
 _SAID = 240  # characters of transformers' reason that a message repeats
@@ -71,10 +73,14 @@ def save(
     models: sub-directory -> model, "" for the directory itself; saved as safetensors with their config.
     state: nested dicts and lists of tensors and plain values; `load_state` reads it back.
     extra_files: file name -> anything that JSON can hold.
-    Raises OSError, naming `directory`, on a full disk; what was there before stays. Raises ValueError where a file that
-    no `save` wrote would be overwritten. The new files are then kept elsewhere in
-    `directory`, and the error says where.
+    Raises Diverged where a weight is NaN or infinite, before anything is written. Raises OSError, naming `directory`,
+    on a full disk; what was there before stays. Raises ValueError where a file that no `save` wrote would be
+    overwritten. The new files are then kept elsewhere in `directory`, and the error says where.
     """
+    for subdirectory, model in models.items():
+        if (name := not_finite(model, trained=has_adapter(model))) is not None:
+            whose = f" of the {subdirectory} model" if subdirectory else ""
+            raise Diverged(f"{name}{whose} is not finite, so that it was not written to {directory}")
     if _step_of(Path(directory)) is not None and os.path.islink(directory):
         os.unlink(directory)  # a checkpoint that somebody keeps elsewhere stays as it is
     directory = Path(directory).resolve()
@@ -262,6 +268,15 @@ def prune(output_dir: str | os.PathLike, keep: int, step: int | None = None) -> 
     for path in checkpoints:
         if path not in kept:
             delete(path)
+
+
+def check_no_unfinished(output_dir: str | os.PathLike) -> None:
+    """ValueError where `output_dir` has the checkpoint of a run that has not finished."""
+    left = latest(output_dir)
+    if left is not None and not Path(output_dir, FINISHED).exists():
+        raise ValueError(
+            f"output_dir: expected no unfinished run, found {left}; continue it with resume or name another one"
+        )
 
 
 def clear(output_dir: str | os.PathLike) -> None:

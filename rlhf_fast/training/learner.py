@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 from rlhf_fast.config import StageConfig
 from rlhf_fast.ranks import current
 from rlhf_fast.training.memory import static_bytes
+from rlhf_fast.training.moments import check_state
 from rlhf_fast.training.optimizers import MasterWeights, lr_factor, make_optimizer
-from rlhf_fast.training.stopped import Stopped
+from rlhf_fast.training.stopped import Diverged
 from rlhf_fast.training.tally import Tally
 
 
@@ -82,11 +83,11 @@ class Learner:
         return torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm or math.inf)
 
     def check(self, norm: float) -> None:
-        """Stopped unless the norm of the gradients is finite. Call it before `apply`."""
+        """Diverged unless the norm of the gradients is finite. Call it before `apply`."""
         if not math.isfinite(norm):
-            left = "spoilt, resume from a checkpoint" if self.in_backward else "left as they are"
+            left = "spoilt" if self.in_backward else "left as they are"
             self.spoilt = self.in_backward
-            raise Stopped(f"gradient norm is {norm}; the weights were {left}")
+            raise Diverged(f"gradient norm is {norm}; the weights were {left}")
 
     def apply(self) -> None:
         """Moves the weights by the clipped gradients and clears the gradients."""
@@ -121,7 +122,9 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores a `state_dict`."""
+        """Restores a `state_dict`. Raises ValueError where it is that of other weights or of another optimizer."""
+        names = {p: f"weight {i}" for i, p in enumerate(self.parameters)}
+        check_state(self.optimizer, state["optimizer"], names | {p: name for name, p in self.model.named_parameters()})
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.static_bytes = state["static_bytes"]
@@ -151,7 +154,7 @@ def take_step(
 
     learners: name of the gradient norm -> learner. check: called with the numbers before any weight moves.
     The step waits for the device once, when it reads the numbers.
-    Raises Stopped where a norm is not finite; no learner has moved its weights then.
+    Raises Diverged where a norm is not finite; no learner has moved its weights then.
     """
     for name, learner in learners.items():
         tally.same(name, learner.clip())

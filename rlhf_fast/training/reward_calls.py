@@ -9,6 +9,7 @@ import asyncio
 import faulthandler
 import functools
 import inspect
+import itertools
 import os
 import signal
 import sys
@@ -31,10 +32,17 @@ class _TooLong(BaseException):
     """Raised in a function at the end of its time. No `except Exception` of the function catches it."""
 
 
-def call(name: str, function: Callable[..., Any], arguments: Mapping[str, Any], seconds: float | None) -> Any:
+def call(
+    name: str,
+    function: Callable[..., Any],
+    arguments: Mapping[str, Any],
+    seconds: float | None,
+    at_most: int | None = None,
+) -> Any:
     """What the function returns; of an `async` function what it gives, of a generator the list.
 
-    name: of the function, for messages. seconds: how long it may take.
+    name: of the function, for messages. seconds: how long it may take. at_most: scores taken from a generator, which
+    may never end.
     Raises Stopped for whatever else the function does. KeyboardInterrupt and `Ended` pass.
     """
     process = os.getpid()
@@ -44,7 +52,7 @@ def call(name: str, function: Callable[..., Any], arguments: Mapping[str, Any], 
             if inspect.isawaitable(result):
                 result = _wait_for(result)
             if isinstance(result, Iterator):
-                result = list(result)
+                result = list(itertools.islice(result, at_most))
     except BaseException as error:
         if os.getpid() != process:  # sys.exit is how many a forked process ends
             os._exit(_exit_code(error))

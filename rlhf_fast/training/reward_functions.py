@@ -14,7 +14,7 @@ It may be `async`.
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from rlhf_fast.training.reward_files import load_file, load_module
 RewardFunction = Callable[..., Any]  # of list[float | None], or of an awaitable of it
 RESERVED = ("prompts", "completions", "completion_ids")
 """Arguments of every reward function. No column of the rows may have one of these names."""
+_SHOWN = 80  # characters of a wrong score that a message repeats
 
 
 class FunctionReward:
@@ -78,28 +79,47 @@ class FunctionReward:
         scores of another kind or number.
         """
         given = {name: make() for name, make in arguments.items() if self.takes(name)}
-        scores = call(self.name, self.function, given, self.timeout)
-        if isinstance(scores, str) or not hasattr(scores, "__iter__"):
-            raise ValueError(f"reward {self.name}: expected {rows} scores, got {scores!r}")
+        scores = call(self.name, self.function, given, self.timeout, at_most=rows + 1)
+        if not _is_list(scores):
+            raise ValueError(f"reward {self.name}: expected {rows} scores, got {_shown(scores)}")
         scores = list(scores)
         if len(scores) != rows:
-            raise ValueError(f"reward {self.name}: expected {rows} scores, got {len(scores)}")
+            more = "more" if len(scores) == rows + 1 else len(scores)  # a generator is not read further
+            raise ValueError(f"reward {self.name}: expected {rows} scores, got {more}")
         return [None if score is None else finite(score, self.name, row) for row, score in enumerate(scores)]
 
 
 def finite(score: Any, name: str, row: int) -> float:
     """The score as a number. Raises ValueError where fp32 does not hold it, such as NaN, 1e39 or a string."""
+    text = isinstance(score, str | bytes | bytearray | memoryview)
+    text = text or getattr(getattr(score, "dtype", None), "kind", "") in ("S", "U")  # numpy's texts
     try:
-        number = math.nan if isinstance(score, str | bytes) else float(score)
+        number = math.nan if text else float(score)
     except (TypeError, ValueError, RuntimeError, OverflowError):  # torch: RuntimeError for several elements
         number = math.nan
     if not math.isfinite(number):
-        raise ValueError(f"reward {name}: expected finite scores, got {score!r} for row {row}")
+        raise ValueError(f"reward {name}: expected finite scores, got {_shown(score)} for row {row}")
     with np.errstate(over="ignore"):
         fits = math.isfinite(np.float32(number))
     if not fits:
-        raise ValueError(f"reward {name}: expected scores that float32 holds, got {score!r} for row {row}")
+        raise ValueError(f"reward {name}: expected scores that float32 holds, got {_shown(score)} for row {row}")
     return number
+
+
+def _is_list(scores: Any) -> bool:
+    """Whether scores come in the order of the rows: no text, no bytes, no set, and no dict, whose keys would count."""
+    if isinstance(scores, str | bytes | bytearray | memoryview | Mapping | Set) or not hasattr(scores, "__iter__"):
+        return False
+    return getattr(scores, "ndim", 1) > 0
+
+
+def _shown(value: Any) -> str:
+    """The value in a few characters: a number of 400 digits or a long list would fill the screen."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # a number of 5,000 digits, or a class of the user's
+        return f"a value of class {type(value).__name__} that cannot be shown"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def load_function(spec: str) -> RewardFunction:

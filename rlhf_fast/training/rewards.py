@@ -98,7 +98,11 @@ class Answers:
     def arguments(self) -> dict[str, Callable[[], list]]:
         """The arguments of reward functions. Every function gets lists of its own, which it may change."""
         lists: dict[str, Callable[[], Iterable]] = {
-            **{name: (lambda values=values: values) for name, values in self.columns.items() if name != "prompt"},
+            **{
+                name: (lambda values=values: map(_own, values))
+                for name, values in self.columns.items()
+                if name != "prompt"
+            },
             "prompts": lambda: self.columns["prompt"],
             "completions": lambda: self.texts,
             "completion_ids": lambda: map(list, self.ids),
@@ -298,6 +302,13 @@ class Reward:
         if len(set(short)) == len(short):
             return short
         return [f"{part.name}_{n}" for n, part in enumerate(self.parts, 1)]
+
+
+def _own(value: Any) -> Any:
+    """A copy of lists and dicts inside each other, such as messages; anything else is itself."""
+    if type(value) is list:
+        return [_own(item) for item in value]
+    return {key: _own(item) for key, item in value.items()} if type(value) is dict else value
 
 
 def _nan(score: float | None) -> float:

@@ -31,7 +31,7 @@ from rlhf_fast.training.memory import static_bytes
 from rlhf_fast.training.meter import Meter
 from rlhf_fast.training.metrics import MetricsLogger, is_metrics
 from rlhf_fast.training.resume import MADE_OF, RUN_CONFIG, resume_directory
-from rlhf_fast.training.stopped import Stopped
+from rlhf_fast.training.stopped import Diverged
 
 
 class Run:
@@ -97,6 +97,8 @@ class Run:
         resumed = resume_directory(self.config, passed.append)
         if resumed is not None:
             state = checkpoint.load_state(resumed)
+            if missing := sorted({*self.states, "step", "train_seconds", "facts"} - state.keys()):
+                raise ValueError(f"{resumed / 'state.pt'}: expected the state of {', '.join(missing)}, found none")
             for name, part in self.states.items():
                 part.load_state_dict(state[name])
             self.first_step, self.train_seconds = state["step"] + 1, state["train_seconds"]
@@ -132,14 +134,9 @@ class Run:
 
     def _make_room(self) -> None:
         """Clears a finished run's files, so that none passes for a file of this run; refuses an unfinished run's."""
-        finished = Path(self.config.output_dir) / checkpoint.FINISHED
-        left = checkpoint.latest(self.config.output_dir)
-        if left is not None and not finished.exists():
-            raise ValueError(
-                f"output_dir: expected no unfinished run, found {left}; continue it with resume or name another one"
-            )
+        checkpoint.check_no_unfinished(self.config.output_dir)
         checkpoint.clear(self.config.output_dir)
-        finished.unlink(missing_ok=True)
+        Path(self.config.output_dir, checkpoint.FINISHED).unlink(missing_ok=True)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         self._deferring.close()
@@ -150,6 +147,8 @@ class Run:
         if isinstance(error, KeyboardInterrupt):
             advice = "" if checkpoint.latest(self.config.output_dir) else " (SIGTERM saves before it ends a run)"
             error.args = (f"{self.description}: interrupted in step {self._good + 1}; {self._kept()}{advice}",)
+        elif isinstance(error, Diverged):
+            error.args = (f"{error}; {self._advice(error.remedy)}",)
         elif isinstance(error, Ended):
             error.line = f"{self.description}: ended by {ending.name(error.signum)}; {self._kept()}"
         elif error is None and (signum := ending.asked()) is not None:
@@ -172,6 +171,11 @@ class Run:
         if kept is None:
             return "nothing is saved" + ("" if self.config.save_steps else ", because save_steps is 0")
         return f"{kept} is saved, and --resume goes on from there"
+
+    def _advice(self, remedy: str) -> str:
+        """How to go on after numbers that are not what they must be."""
+        kept = checkpoint.latest(self.config.output_dir)
+        return f"{self._kept()}; " + (f"with {remedy}, start anew with --model {kept}" if kept else f"try {remedy}")
 
     def _end_if_asked(self, step: int) -> None:
         """Where a signal has asked for the end, writes the state after `step` and raises Ended in every process."""
@@ -199,7 +203,8 @@ class Run:
             return
         if not all(learner.whole for learner in learners) or (exactly and moved):
             return
-        if lost(self.config.output_dir) and Path(self.config.output_dir).exists():  # it may be another run's by now
+        place = self.config.output_dir
+        if lost(place) or not Path(place).is_dir():  # somebody has taken it away; another run may have taken its place
             return
         if checkpoint.latest(self.config.output_dir) != self._state_at(good):
             try:
@@ -207,6 +212,8 @@ class Run:
                     learner.scheduler.load_state_dict(self._schedules[role])  # the step is taken again
                 self.save_state(good)
                 checkpoint.prune(self.config.output_dir, self.config.save_total_limit, good)
+            except Diverged:  # the weights were broken before the error that ended the run, which says how to go on
+                return
             except Exception as error:  # such as a full disk; the exception that ended the run matters more
                 self.logger.say(f"{self.description}: no checkpoint of step {good} could be written: {error}")
                 return
@@ -231,7 +238,6 @@ class Run:
     def end_step(self, step: int, metrics: dict[str, float]) -> None:
         """Evaluates where it is due, logs the step with its times and peaks, writes a checkpoint where it is due."""
         self._mark_good(step)
-        self._check_place()
         last = step == self.total_steps
         try:
             # every config that asks for an evaluator has eval_steps
@@ -242,15 +248,11 @@ class Run:
             self.train_seconds += measured["time/step"] - measured.get("time/evaluation", 0.0)
             self._log(step, {**metrics, **measured, "time/total": self.train_seconds})
         if self.config.save_steps and step % self.config.save_steps == 0 and not last:
+            self.logger.check_there()
             self.save_state(step)
             if self.ranks.first:
                 checkpoint.prune(self.config.output_dir, self.config.save_total_limit, step)
         self._end_if_asked(step)
-
-    def _check_place(self) -> None:
-        """Stopped where output_dir is no longer the directory that this run has locked: its metrics are lost then."""
-        if lost(self.config.output_dir):
-            raise Stopped(f"output_dir: {self.config.output_dir} was removed, renamed or replaced during the run")
 
     def _log(self, step: int, metrics: dict[str, Any]) -> None:
         row = self.logger.log(step, metrics)
@@ -297,7 +299,6 @@ class Run:
         """Writes the trained models, run.json (config, versions, time, memory) and the last evaluation's samples."""
         if self.evaluator and self.last_evaluation is None:  # it raised an exception after the last step, before resume
             self._evaluate()
-        self._check_place()
         self.logger.check_there()
         self._finishing = True
         if not self.ranks.first:

@@ -12,11 +12,11 @@ import torch
 from transformers import AutoTokenizer
 
 from bench.trainers import cases, compare, replay, report, starts
+from rlhf_fast.data.padding import epoch_batches
 from rlhf_fast.lab.world import build_tokenizer
 from rlhf_fast.lm.loading import load_policy
 from rlhf_fast.rollout.generate import eos_token_ids
 from rlhf_fast.stages.init import train_bpe
-from rlhf_fast.training.batches import offline_batches
 
 
 def case_of(method):
@@ -145,7 +145,7 @@ def test_the_rival_gets_the_rows_of_our_first_batches_in_our_order():
         ours, theirs = cases._rows(case, starts.demo_with({}), steps)
         per_step = case.batch_size // case.settings.get("group_size", 1)
         assert len(ours) == len(theirs) == steps * per_step
-        order = [row for batch in offline_batches(len(ours), per_step, 1, seed=0) for row in batch]
+        order = [row for batch in epoch_batches(len(ours), per_step, seed=0, epoch=0) for row in batch]
         for i in (0, per_step, -1):
             row, encoded = ours[order[i]], theirs[i]
             whole = [f"{row['prompt']} {row[key]} <eos>" for key in ("completion", "chosen", "rejected") if key in row]

@@ -72,6 +72,30 @@ def test_what_configs_refuse(config, name, value, message):
         config(**given, **{name: value})
 
 
+@pytest.mark.parametrize(
+    ("config", "name", "value", "message"),
+    [
+        (SFTConfig, "learning_rate", float("inf"), "expected a finite number, got inf"),
+        (SFTConfig, "weight_decay", 10**400, "expected a finite number, got more"),
+        (DPOConfig, "beta", float("inf"), "expected a finite number, got inf"),
+        (RLOOConfig, "missing_eos_penalty", float("-inf"), "expected a finite number, got -inf"),
+        (RLOOConfig, "temperature", float("inf"), r"expected a number in \[1e-30, 1e\+30\], got inf"),
+        (RLOOConfig, "temperature", 1e-45, r"expected a number in \[1e-30, 1e\+30\], got 1e-45"),
+        (PPOConfig, "clip", 1.0, r"expected a number in \(0, 1\), got 1.0"),
+        (PPOConfig, "clip", 5, r"expected a number in \(0, 1\), got 5"),
+    ],
+)
+def test_what_no_run_can_use(config, name, value, message):
+    given = ONLINE | {"steps": 1} if config in (RLOOConfig, PPOConfig) else STAGE
+    with pytest.raises(ValueError, match=f"^{name}: {message}$"):
+        config(**given, **{name: value})
+
+
+def test_infinity_where_it_means_never():
+    config = PPOConfig(**ONLINE, steps=1, value_clip=float("inf"), max_logprob_drift=float("inf"))
+    assert config.value_clip == config.max_logprob_drift == float("inf")
+
+
 def test_what_bounds_allow():
     given = {"rows": 1, "few": 3, "rate": 1e-9, "share": 1, "flip": 0.499, "limit": None, "seed": 2**63 - 1}
     assert dataclasses.asdict(Bounded(**given)) == given | {"names": ["a"]}

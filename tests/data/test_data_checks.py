@@ -56,3 +56,13 @@ def test_texts_are_encoded_as_in_training():
         assert encoded == [(pair.prompt_ids, getattr(pair, f"{name}_ids")) for pair in pairs]
     assert data.encode_texts(["a"], ["b"], [False], words, 9, 9) == [([BOS, A], [B])]
     assert data.encode_texts(["a b c"], ["d e f"], [True], words, 6, 9) == [([BOS, C], [D, E, F, EOS])]
+
+
+@pytest.mark.parametrize("margin", ["9" * 400, "1e300", "3.5e38", "-1e39"])
+def test_margins_that_float32_does_not_hold(margin, tmp_path):
+    row = '{"prompt": "a", "chosen": "b", "rejected": "c", "margin": %s}\n'
+    (tmp_path / "p.jsonl").write_text(row % "3.4e38" + row % margin)
+    expected = "p.jsonl, line 2: margin: expected a number that float32 holds, got "
+    with pytest.raises(ValueError, match=expected) as raised:
+        load_rows(tmp_path / "p.jsonl", "preference")
+    assert len(str(raised.value)) < len(f"{tmp_path}/{expected}") + 81

@@ -189,3 +189,53 @@ def test_what_a_run_saves_loads_again_as_it_came(tmp_path):
         assert (again.lm_head.weight is again.model.embed_tokens.weight) is tied
         for name, tensor in model.state_dict().items():
             assert torch.equal(again.state_dict()[name], tensor.float()), name
+
+
+def with_weight(source, target, value: float) -> str:
+    """A copy of the model at `source` with this number in its first norm, no checksums."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("checkpoint.json"))
+    (path,) = target.glob("*.safetensors")
+    weights = load_file(path)
+    name = next(name for name in weights if "norm" in name)
+    weights[name][3] = value
+    save_file(weights, path, metadata={"format": "pt"})
+    return str(target)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_named(tiny_model, tmp_path, value):
+    broken = with_weight(tiny_model, tmp_path / "broken", value)
+    for load in (load_policy, load_scorer):
+        for trainable in (True, False):
+            with pytest.raises(ValueError, match=f"^model: expected finite weights at {broken}, got NaN .*norm"):
+                load(broken, trainable=trainable)
+
+
+def test_weights_that_a_half_cannot_hold(tiny_model, tmp_path):
+    large = with_weight(tiny_model, tmp_path / "large", 3.4e38)  # rounds to infinity in bf16
+    load_policy(large, trainable=False)
+    with pytest.raises(ValueError, match=f"^model: expected finite weights at {large}, got NaN or infinity in model"):
+        load_policy(large, dtype="bf16", trainable=False)
+
+
+def test_weights_whose_logits_overflow(tmp_path):
+    model = random_policy("llama")
+    with torch.no_grad():
+        model.model.norm.weight.fill_(1e38)
+        model.lm_head.weight.fill_(1e10)
+    model.save_pretrained(tmp_path / "large")
+    with pytest.raises(ValueError, match="^model: expected finite logits, got NaN or infinity on a trial row"):
+        load_policy(tmp_path / "large")
+
+
+def test_an_adapter_that_is_not_finite(tiny_model, tmp_path):
+    model = load_policy(tiny_model, lora=LoRA(2, 4, 0))
+    checkpoint.save(tmp_path / "adapter", models={"": model})
+    (path,) = (tmp_path / "adapter").glob("*.safetensors")
+    adapter = load_file(path)
+    adapter[min(adapter)][0, 0] = torch.nan
+    save_file(adapter, path, metadata={"format": "pt"})
+    (tmp_path / "adapter" / "checkpoint.json").unlink()
+    for options in ({"lora": LoRA(2, 4, 0)}, {"trainable": False}):
+        with pytest.raises(ValueError, match=f"^model: expected finite weights at {tmp_path}/adapter, got NaN"):
+            load_policy(tmp_path / "adapter", **options)

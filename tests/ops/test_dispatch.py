@@ -1,10 +1,14 @@
 """Which back end runs: the override, a core that was not built, a core that does not load."""
 
+import contextlib
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlhf_fast.ops
@@ -160,7 +164,59 @@ def test_unknown_backend():
     message = "backend: expected one of reference, cpu, triton, cuda, got 'gpu'"
     with pytest.raises(ValueError, match=message), rlhf_fast.ops.backend("gpu"):
         pass
-    assert dispatch._override is None
+    assert dispatch.override() is None
+
+
+def test_an_override_belongs_to_its_thread():
+    """64 overlapping blocks in 8 threads: each sees its own back end, and none is left behind."""
+    start, wrong = threading.Barrier(8), []
+
+    def work(n: int) -> None:
+        start.wait()
+        for i in range(8):
+            name = ("reference", "cpu")[(n + i) % 2]
+            with rlhf_fast.ops.backend(name):
+                time.sleep(0.001 * (1 + (n * i) % 3))
+                if dispatch.override() != name:
+                    wrong.append((n, i))
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+    with rlhf_fast.ops.backend("cpu"):
+        for thread in threads:
+            thread.start()
+        assert dispatch.override() == "cpu"
+        for thread in threads:
+            thread.join()
+    assert not wrong and dispatch.override() is None and dispatch._traced is None and not dispatch._entered
+
+
+def test_a_backward_pass_runs_where_its_forward_pass_did(monkeypatch):
+    """In another thread, as autograd's for a GPU, and after the block."""
+    x, ids, seen = torch.randn(2, 5, requires_grad=True), torch.tensor([1, 2]), []
+    chosen = dispatch._chosen
+    monkeypatch.setattr(dispatch, "_chosen", lambda *args: seen.append(dispatch.override()) or chosen(*args))
+    for block in ("cpu", None):
+        with rlhf_fast.ops.backend(block) if block else contextlib.nullcontext():
+            loss = rlhf_fast.token_logprobs(x, ids).logprobs.sum()
+        with rlhf_fast.ops.backend("reference"):
+            thread = threading.Thread(target=loss.backward)
+            thread.start()
+            thread.join()
+        assert seen and set(seen) == {block}
+        seen.clear()
+
+
+def test_a_compiled_function_follows_the_override():
+    x, mask = torch.randn(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(lambda x: rlhf_fast.gae(x, x, mask).advantages, fullgraph=True, backend=counter)
+    eager = rlhf_fast.gae(x, x, mask).advantages
+    for _ in range(2):
+        assert torch.equal(compiled(x), eager)
+        with rlhf_fast.ops.backend("reference"):
+            torch.testing.assert_close(compiled(x), eager)
+    assert counter.frame_count == 2 and counter.op_count > 2
 
 
 def test_tensors_without_kernels_run_the_reference():

@@ -164,7 +164,7 @@ def test_offsets_beyond_32_bits():
     dense = logits.contiguous()
     ids = torch.randint(V, (3,))
     x = (logits.requires_grad_(), dense.requires_grad_())
-    out = [token_logprobs(y, ids, inplace_backward=True) for y in x]
+    out = [token_logprobs(y.view_as(y), ids, inplace_backward=True) for y in x]  # a leaf itself is refused
     for o in out:
         (o.logprobs - o.entropy).sum().backward()
     assert torch.equal(out[0].logprobs, out[1].logprobs) and torch.equal(out[0].entropy, out[1].entropy)
@@ -234,9 +234,9 @@ class TestInplaceBackward:
         assert addresses == [logits.data_ptr()]
         assert torch.equal(leaf.grad, x.grad) and torch.equal(logits, x.grad)
 
-    def test_a_leaf_holds_no_second_tensor(self):
+    def test_a_view_of_a_leaf_holds_no_second_tensor(self):
         x = torch.randn(5, 130, requires_grad=True)
-        self.loss(x, torch.randint(130, (5,))).backward()
+        self.loss(x.view_as(x), torch.randint(130, (5,))).backward()
         assert x.grad.data_ptr() == x.data_ptr()
 
     def test_causal_shift(self):
@@ -261,6 +261,9 @@ class TestInplaceBackward:
         ids = torch.zeros(3, dtype=torch.int64)
         with pytest.raises(ValueError, match="inplace_backward: expected logits with a contiguous last dimension"):
             token_logprobs(torch.randn(9, 3).t(), ids, inplace_backward=True)
+        with pytest.raises(ValueError, match="^inplace_backward: expected logits that a model has computed"):
+            token_logprobs(torch.randn(3, 9, requires_grad=True), ids, inplace_backward=True)
+        token_logprobs(torch.randn(3, 9), ids, inplace_backward=True)  # no gradient comes
         with pytest.raises(ValueError, match="inplace_backward: expected rows that do not overlap"):
             token_logprobs(torch.randn(9).expand(3, 9), ids, inplace_backward=True)
         with pytest.raises(ValueError, match="inplace_backward: expected rows that do not overlap"):

@@ -300,7 +300,7 @@ def test_inplace_backward(dtype):
         for inplace in (False, True):
             logits = values.clone().requires_grad_()
             kept = logits.detach() if reference is None else reference.clone()
-            out = token_kl(logits, kept, ids, inplace_backward=inplace)
+            out = token_kl(logits.view_as(logits), kept, ids, inplace_backward=inplace)
             (out.logprobs - 0.1 * out.entropy + out.kl).sum().backward()
             results.append(logits.grad.clone())
             if inplace:
@@ -308,6 +308,8 @@ def test_inplace_backward(dtype):
             if reference is not None:
                 assert torch.equal(kept, reference)
         assert torch.equal(*results)
+    with pytest.raises(ValueError, match="^inplace_backward: expected logits that a model has computed"):
+        token_kl(values.requires_grad_(), ref_logits, ids, inplace_backward=True)
 
 
 @pytest.mark.parametrize("name", ["reference", "cpu", "triton"])

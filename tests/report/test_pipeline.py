@@ -4,54 +4,35 @@ import dataclasses
 import gzip
 import json
 import math
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from rlhf_fast.config import PairsConfig, PipelineConfig, ReMaxConfig
+from rlhf_fast.config import PairsConfig, ReMaxConfig
 from rlhf_fast.data import rows as data_rows
 from rlhf_fast.data.encoding import PromptExample, encode_prompts, load_rows
-from rlhf_fast.lm import manifest
 from rlhf_fast.lm.loading import load_policy
 from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.lm.passes import response_logits
 from rlhf_fast.lm.tokenizers import load_tokenizer
-from rlhf_fast.report import pipeline, reuse
+from rlhf_fast.report import pipeline
 from rlhf_fast.report.reuse import make_pairs
 from rlhf_fast.stages import pairs
 from rlhf_fast.stages.online import Online
-from rlhf_fast.training import checkpoint
 from rlhf_fast.training.batches import micro_batches
 from rlhf_fast.training.evaluation import Evaluator, prompt_columns, wins
 from rlhf_fast.training.learner import Learner, take_step
-from rlhf_fast.training.made import FREE, made_with
 from rlhf_fast.training.metrics import read_metrics
 from rlhf_fast.training.optimizers import lr_factor
 from rlhf_fast.training.rewards import Reward
 from rlhf_fast.training.tally import Tally
 from rlhf_fast.training.tensor_bytes import TensorBytes
 from tests.support.models import random_policy, random_sequences
+from tests.support.pipelines import pipeline_config
 from tests.support.stages import REWARD, shortness, stage_config
 
 TRUE_REWARD = "rlhf_fast.world:true_reward"
-
-
-def pipeline_config(files, tiny_model, output, **options) -> PipelineConfig:
-    lengths = {"max_prompt_length": 16, "max_response_length": 12}
-    common = {"train_data": files["prompts"], "eval_data": files["prompts"], "eval_steps": 1, "eval_reward": REWARD}
-    values = {
-        "model": tiny_model,
-        "output_dir": str(output),
-        "seed": 5,
-        "sft": {"train_data": files["sft"], "batch_size": 16, "max_length": 48},
-        "pairs": {"prompts": files["prompts"], "reward": REWARD, "eval_rows": 4, **lengths},
-        "reward": {"batch_size": 8, "normalize_samples": 8, **lengths},
-        "common": {**common, "steps": 2, "batch_size": 8, **lengths},
-        "rloo": {"group_size": 2},
-    }
-    return PipelineConfig(**{**values, **options})
 
 
 def test_plan_hands_each_stage_what_the_one_before_made(files, tiny_model, tmp_path):
@@ -102,77 +83,6 @@ def test_whole_pipeline_and_its_resumption(files, tiny_model, tmp_path, capsys):
     pipeline.run(dataclasses.replace(config, resume=True))
     changed = {p.parent.name for p in tmp_path.glob("*/run.json") if stamps.get(p) != p.stat().st_mtime_ns}
     assert changed == {"dpo"}
-
-
-def test_a_stage_made_with_something_else_is_made_anew(files, tiny_model, tmp_path, capsys, monkeypatch):
-    """Each edit between two resumptions: a setting of SFT, a reward's file, an earlier run's stages, a moved directory.
-
-    What depends on an edited stage is made anew too, because the model that it starts from is another one.
-    """
-    (tmp_path / "words.py").write_text(f"from {shortness.__module__} import shortness as score\n")
-    monkeypatch.setattr(reuse, "load", lambda path: trained)
-    options = {"methods": ["remax"], "pairs": {}, "reward": {"train_data": files["pairs"]}}
-    options["remax"] = {"reward": f"{tmp_path}/words.py:score"}
-    out, seeds = tmp_path / "out", []
-
-    def made_anew(directory=out, **more):
-        config = pipeline_config(files, tiny_model, directory, **{**options, **more})
-        capsys.readouterr()
-        pipeline.run_stages(config)
-        lines = [line.split(": made anew, because ") for line in capsys.readouterr().out.splitlines()]
-        names = ("sft", "reward", "remax")
-        seeds[:] = [json.loads((directory / name / "run.json").read_text())["config"]["seed"] for name in names]
-        return {name: why.rstrip(".") for name, why in lines}
-
-    assert made_anew() == {}
-    assert made_anew(resume=True) == {} and seeds == [5, 5, 5]
-    sft = {"train_data": files["sft"], "batch_size": 16, "max_length": 48, "learning_rate": 1e-3}
-    content = f"the content of model, '{out}/sft', has changed"
-    rate = "learning_rate is 0.001 and was 1e-05"
-    assert made_anew(resume=True, sft=sft) == {"sft": rate, "reward": content, "remax": content}
-    options["sft"] = sft
-    with open(tmp_path / "words.py", "a") as file:
-        file.write("# another file\n")
-    changed = f"the content of reward, '{tmp_path}/words.py:score', has changed"
-    assert made_anew(resume=True) == {"remax": changed}
-    # a second run in the directory is killed when it has made its first stage
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(pipeline, "make_stage", partial(dies_after_sft, reuse.make_stage))
-        made_anew(seed=6)
-    assert list(made_anew(seed=6, resume=True)) == ["reward", "remax"] and seeds == [6, 6, 6]
-    out.rename(tmp_path / "moved")
-    assert made_anew(tmp_path / "moved", seed=6, resume=True) == {}
-    # a crash in the final save over an earlier run's model
-    incomplete = manifest.read(tmp_path / "moved" / "sft")._replace(complete=False)
-    manifest.write(tmp_path / "moved" / "sft", incomplete)
-    assert made_anew(tmp_path / "moved", seed=6, resume=True) == {}  # the same SFT model again
-    assert checkpoint.finished(tmp_path / "moved" / "sft")
-
-
-def trained(config):
-    """In place of a stage: a model that follows from the config and from the content of what the stage reads."""
-    record = made_with(config)
-    follows = {name: record["made_of"].get(name, value) for name, value in record["config"].items() if name not in FREE}
-    checkpoint.save(config.output_dir, models={}, extra_files={"run.json": record, "config.json": follows})
-
-
-def dies_after_sft(make, name, config):
-    if name != "sft":
-        raise KeyboardInterrupt
-    make(name, config)
-
-
-def test_pairs_are_made_anew_for_another_scale_or_where_others_are_in_their_place(files, tiny_model, tmp_path, capsys):
-    note = tmp_path / "pairs.json"
-    plan = pipeline.make_plan(pipeline_config(files, tiny_model, tmp_path, sft=None))["pairs"]
-    make_pairs(plan, note, resume=True)
-    make_pairs(plan, note, resume=True)
-    assert capsys.readouterr().out == ""
-    make_pairs(dataclasses.replace(plan, scale=2.0), note, resume=True)
-    assert capsys.readouterr().out == "pairs: made anew, because scale is 2.0 and was 1.0\n"
-    data_rows.write_rows(plan.eval_output, [])
-    make_pairs(dataclasses.replace(plan, scale=2.0), note, resume=True)
-    assert capsys.readouterr().out == "pairs: made anew, because other files are in the place of the pairs\n"
 
 
 def test_pairs_follow_bradley_terry(files, tiny_model, tmp_path):

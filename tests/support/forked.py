@@ -28,6 +28,9 @@ class Forked:
     def _run(self, function: Callable[[], int], console: int | None) -> None:
         code = 1
         try:
+            for number in (signal.SIGTERM, signal.SIGHUP):  # nohup and shells in the background have them ignored
+                signal.signal(number, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             torch.set_num_threads(1)  # a forked process has none of the threads that OpenMP has started
             target = os.open(self.output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) if console is None else console
             for descriptor in (1, 2):

@@ -213,23 +213,29 @@ def test_a_console_that_is_gone(console, place, whole):
     assert json.loads((place.out / "run.json").read_text())["steps"] == STEPS
 
 
-@pytest.mark.parametrize("gone", ["deleted", "replaced"])
+@pytest.mark.parametrize("gone", ["deleted", "renamed", "replaced"])
 def test_an_output_directory_that_vanishes(gone, place):
-    """The run ends in one line, and its state is saved."""
+    """The run ends in one line and makes no directory anew. It saves where metrics.jsonl alone is replaced."""
     place.pace(0.6)
     run = place.run()
     run.until(lambda: place.rows >= 2)
     metrics = place.out / "metrics.jsonl"
     if gone == "deleted":
         shutil.rmtree(place.out)
-        found = f"{place.out} was removed, renamed or replaced during the run"
+        found = f"{place.out} to stay while the run writes, found no {metrics} (No such file or directory)"
+    elif gone == "renamed":
+        place.out.rename(place.directory / "other")
+        found = f"{place.out} to stay while the run writes, found no {metrics} (No such file or directory)"
     else:
         shutil.copy(metrics, place.out / "copy")
         os.replace(place.out / "copy", metrics)
-        found = f"expected {metrics} to stay while the run writes, found another file there"
+        found = f"{metrics} to stay while the run writes, found another file there"
     assert run.code() == 1
-    assert run.said.splitlines()[-1] == f"rlhf-fast: output_dir: {found} (--debug shows where)"
-    assert "Traceback" not in run.said and checkpoint.latest(place.out) is not None
+    last = run.said.splitlines()[-1]
+    assert last == f"rlhf-fast: output_dir: expected {found} (--debug shows where)"
+    assert "Traceback" not in run.said and place.out.exists() == (gone == "replaced")
+    if gone == "replaced":
+        assert checkpoint.latest(place.out) is not None
 
 
 @pytest.mark.parametrize("room", [0, 100, 3_000, 60_000, 200_000])
@@ -261,8 +267,7 @@ def test_a_damaged_record_is_named(place):
     assert run.code() == -9
     metrics = place.out / "metrics.jsonl"
     good = metrics.read_bytes()
-    first = good.splitlines(keepends=True)[0]
-    for damaged in (b"[]\n", first[1:], bytes(9) + b"\n", b"{}\n", b"\xff\xfe\n"):
-        metrics.write_bytes(first + damaged)
+    for damaged in (good.replace(b"{", b"", 1), b"[]\n" + good, bytes(9) + b"\n" + good, b"{}\n" + good):
+        metrics.write_bytes(damaged)
         run = place.run("--resume")
-        assert run.code() == 1 and run.said.startswith(f"rlhf-fast: {metrics}, line 2: expected ")
+        assert run.code() == 1 and run.said.startswith(f"rlhf-fast: {metrics}, line 1: expected ")

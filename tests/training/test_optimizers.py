@@ -54,7 +54,7 @@ def test_optimizer_in_backward_says_that_the_weights_are_spoilt(tiny_model):
     )
     learner = Learner(model, config, total_steps=3)
     (model.lm_head.weight.sum() * float("nan")).backward()
-    with pytest.raises(RuntimeError, match="gradient norm is nan; the weights were spoilt, resume from a checkpoint"):
+    with pytest.raises(RuntimeError, match="gradient norm is nan; the weights were spoilt$"):
         take_step(Tally(), {"grad_norm": learner})
 
 

@@ -1,7 +1,7 @@
 """Reward functions, reward models, and their errors."""
 
 import asyncio
-import sys
+import itertools
 
 import numpy
 import pytest
@@ -62,13 +62,31 @@ def test_function_gets_texts_and_columns(rollout, tokenizer):
     [
         ([1.0], "f: expected 2 scores, got 1"),
         ([1.0, 1e39], "f: expected scores that float32 holds, got 1e\\+39 for row 1"),
-        ([1.0, 10**400], "f: expected finite scores, got 10+ for row 1"),
+        ([1.0, 10**400], r"f: expected finite scores, got 10{79}\.\.\. for row 1"),
         ([1.0, float("nan")], "f: expected finite scores, got nan for row 1"),
         (None, "f: expected 2 scores, got None"),
         ("ab", "f: expected 2 scores, got 'ab'"),
         (["1", "2"], "f: expected finite scores, got '1' for row 0"),
         ([1.0, None], "f: expected finite scores, got None for row 1"),
         (torch.ones(2, 2), r"f: expected finite scores, got tensor\(\[1., 1.\]\) for row 0"),
+        ({0: 1.0, 1: 2.0}, "f: expected 2 scores, got {0: 1.0, 1: 2.0}$"),
+        ({1.0, 2.0}, "f: expected 2 scores, got {1.0, 2.0}$"),
+        (b"ab", "f: expected 2 scores, got b'ab'$"),
+        (bytearray(b"ab"), r"f: expected 2 scores, got bytearray\(b'ab'\)$"),
+        (torch.ones(()), r"f: expected 2 scores, got tensor\(1.\)$"),
+        (numpy.float32(1), "f: expected 2 scores, got "),
+        (itertools.count(), "f: expected 2 scores, got more$"),
+        ((x for x in [1.0]), "f: expected 2 scores, got 1$"),
+        ([1.0, b"1"], "f: expected finite scores, got b'1' for row 1$"),
+        ([memoryview(b"1"), 1.0], "f: expected finite scores, got <memory"),
+        (numpy.array(["1", "2"]), "f: expected finite scores, got "),
+        (numpy.array([b"1", b"2"]), "f: expected finite scores, got "),
+        ([numpy.array("1"), 1.0], "f: expected finite scores, got "),
+        ([1.0, 1j], "f: expected finite scores, got 1j for row 1$"),
+        ([1.0, 1e308], r"f: expected scores that float32 holds, got 1e\+308 for row 1$"),
+        ([1.0, 10**5000], "f: expected finite scores, got a value of class int that cannot be shown for row 1$"),
+        ([1.0, "x" * 999], r"f: expected finite scores, got 'x{79}\.\.\. for row 1$"),
+        ([1.0, {}], "f: expected finite scores, got {} for row 1$"),
     ],
 )
 def test_bad_scores_are_errors(rollout, tokenizer, returned, message):
@@ -77,6 +95,22 @@ def test_bad_scores_are_errors(rollout, tokenizer, returned, message):
 
     with pytest.raises(ValueError, match=f"^reward {message}"):
         Reward(f, tokenizer, CPU)(rollout, {"prompt": ["a", "b"]})
+
+
+def test_a_function_may_change_its_arguments(rollout, tokenizer):
+    """Neither the next function nor the next call sees what it did, in lists of lists and dicts too."""
+    columns = {"prompt": ["a", "b"], "parts": [["x"], ["y"]], "facts": [{"n": [1]}, {"n": [2]}]}
+    seen = []
+
+    def greedy(prompts, completions, completion_ids, parts, facts):
+        seen.append([list(prompts), list(completions), sum(map(len, completion_ids)), str(parts), str(facts)])
+        parts[0].clear(), facts[1]["n"].pop(), completion_ids[0].clear()
+        return [float(len(prompts.pop() + completions.pop())) for _ in range(2)]
+
+    score = Reward([greedy, greedy], tokenizer, CPU)
+    assert score(rollout, columns).tolist() == score(rollout, columns).tolist()
+    assert len(seen) == 4 and all(given == seen[0] for given in seen)
+    assert columns == {"prompt": ["a", "b"], "parts": [["x"], ["y"]], "facts": [{"n": [1]}, {"n": [2]}]}
 
 
 @pytest.mark.parametrize("returned", [torch.ones(2), torch.ones(2, 1), numpy.ones(2), (1, True)])
@@ -204,52 +238,6 @@ def test_completions_to_compare_with_may_be_messages(chat_tokenizer):
     assert completion_rewards([*examples, bare], reward) is None
     with pytest.raises(ValueError, match="^completion: expected text or a list with one assistant message"):
         completion_rewards([bare._replace(columns={"completion": [{"role": "user", "content": "a"}]})], reward)
-
-
-def test_function_from_a_file_and_from_a_module(tmp_path):
-    path = tmp_path / "my_reward.py"
-    path.write_text("def length(prompts, completions):\n    return [float(len(c)) for c in completions]\n")
-    assert load_function(f"{path}:length")([""], ["four"]) == [4.0]
-    function = load_function("rlhf_fast.world:true_reward")
-    assert function(["the film was"], ["good ."]) == [pytest.approx(1 / (1 + 2.718281828459045**-0.6))]
-    with pytest.raises(ValueError, match=r"a function 'width' in .*which defines \['length'\]"):
-        load_function(f"{path}:width")
-    with pytest.raises(ValueError, match="with an existing file, got 'absent.py:f'"):
-        load_function("absent.py:f")
-    with pytest.raises(ValueError, match="got 'no_such_package:f'"):
-        load_function("no_such_package:f")
-
-
-def test_a_file_is_loaded_as_a_module(tmp_path, monkeypatch):
-    (tmp_path / "beside_the_reward.py").write_text("WORTH = 2.0\n")
-    path = tmp_path / "my.reward.py"
-    path.write_text(
-        "from __future__ import annotations\n"
-        "from dataclasses import dataclass\n"
-        "from beside_the_reward import WORTH\n"
-        "@dataclass\nclass Scale:\n    by: float = WORTH\n"
-        "def score(prompts, completions):\n    return [Scale().by] * len(prompts)\n"
-    )
-    monkeypatch.setattr("sys.path", [*sys.path])
-    score = load_function(f"{path}:score")
-    assert score([""], [""]) == [2.0]
-    assert sys.modules[score.__module__].score is score
-    path.write_text(path.read_text().replace("WORTH\n", "3.0\n", 2).replace("import 3.0", "import WORTH"))
-    assert load_function(f"{path}:score")([""], [""]) == [3.0]
-    path.write_text("import no_such_package\n")
-    with pytest.raises(ValueError, match=r"^reward: .* got '.*my.reward.py:f': No module named 'no_such_package'$"):
-        load_function(f"{path}:f")
-
-
-def test_a_module_is_found_in_the_working_directory(tmp_path, monkeypatch):
-    (tmp_path / "reward_in_cwd.py").write_text("def score(prompts, completions):\n    return [1.0]\n")
-    monkeypatch.setattr("sys.path", [folder for folder in sys.path if folder not in ("", str(tmp_path))])
-    monkeypatch.chdir(tmp_path)
-    assert load_function("reward_in_cwd:score")([""], [""]) == [1.0]
-    with pytest.raises(
-        ValueError, match="^reward: expected a directory, .* got 'json.nope:x': No module named 'json.n"
-    ):
-        load_function("json.nope:x")
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from rlhf_fast.training.fingerprint import fingerprint
 from rlhf_fast.training.learner import Learner
 from rlhf_fast.training.listeners import Listener
 from rlhf_fast.training.metrics import read_metrics
-from rlhf_fast.training.stopped import Stopped
-from tests.support.stages import distance, numbers, shortness, stage_config, weights
+from rlhf_fast.training.stopped import Diverged, Stopped
+from tests.support.stages import STAGES, distance, numbers, shortness, stage_config, weights
 
 
 class Failing:
@@ -62,34 +62,23 @@ def test_an_exception_in_an_evaluation_loses_no_step(files, tiny_model, tmp_path
     assert "eval/reward" in json.loads((tmp_path / "run.json").read_text())["evaluation"]
 
 
-class Mover(Listener):
-    """Renames the output directory, or puts another one in its place, after step 2."""
+class Replacer(Listener):
+    """Puts another directory in the place of the output directory after step 2."""
 
-    def __init__(self, out: Path, replaced: bool) -> None:
-        self.out, self.replaced = out, replaced
+    def __init__(self, out: Path) -> None:
+        self.out = out
 
     def log(self, step, row):
         if step == 2:
             self.out.rename(self.out.with_name("moved"))
-            if self.replaced:
-                self.out.mkdir()
+            self.out.mkdir()
 
 
-@pytest.mark.parametrize("replaced", [False, True])
-def test_a_directory_that_vanishes_ends_the_run(replaced, files, tiny_model, tmp_path):
-    """The training so far is kept where nothing stands in the directory's place."""
+def test_nothing_is_written_to_a_directory_that_has_taken_the_place(files, tiny_model, tmp_path):
     out = tmp_path / "out"
-    config = stage_config(SFTConfig, files, tiny_model, out, save_steps=1)
-    with pytest.raises(Stopped, match=f"^output_dir: {out} was removed, renamed or replaced during the run$"):
-        sft.train(config, listeners=[Mover(out, replaced)])
-    assert len(read_metrics(tmp_path / "moved" / "metrics.jsonl")) == 2
-    assert checkpoint.latest(out) == (None if replaced else out / "checkpoint-3") and not checkpoint.finished(out)
-    if replaced:
-        assert not any(out.iterdir())
-    else:
-        sft.train(dataclasses.replace(config, resume=True))
-        sft.train(dataclasses.replace(config, output_dir=str(tmp_path / "whole")))
-        assert distance(weights(tmp_path / "whole"), weights(out)) == 0
+    with pytest.raises(Stopped, match=f"^output_dir: expected {out} to stay while the run writes"):
+        sft.train(stage_config(SFTConfig, files, tiny_model, out, save_steps=1), listeners=[Replacer(out)])
+    assert not any(out.iterdir()) and checkpoint.latest(tmp_path / "moved")
 
 
 @pytest.mark.parametrize("in_backward", [False, True])
@@ -104,9 +93,51 @@ def test_a_gradient_that_is_not_finite(in_backward, files, tiny_model, tmp_path,
 
     monkeypatch.setattr(Learner, "clip", spoil)
     options = {"max_grad_norm": 0, "optimizer_in_backward": in_backward}
-    with pytest.raises(Stopped, match="^gradient norm is nan; the weights were (left as they are|spoilt)"):
+    with pytest.raises(Stopped, match="^gradient norm is nan; the weights were (left as they are|spoilt)") as stopped:
         sft.train(stage_config(SFTConfig, files, tiny_model, tmp_path, **options))
-    assert checkpoint.latest(tmp_path) == (None if in_backward else tmp_path / "checkpoint-2")
+    kept = tmp_path / "checkpoint-2"
+    assert checkpoint.latest(tmp_path) == (None if in_backward else kept)
+    saved = f"{kept} is saved, and --resume goes on from there; with a smaller learning_rate, start anew with --model"
+    nothing = "nothing is saved, because save_steps is 0; try a smaller learning_rate"
+    assert str(stopped.value).endswith(f"; {nothing}" if in_backward else f"; {saved} {kept}")
+
+
+@pytest.mark.parametrize("name", ["sft", "remax", "dpo"])
+@pytest.mark.parametrize("last", [False, True])
+def test_weights_that_are_not_finite_replace_no_good_ones(name, last, files, tiny_model, tmp_path, monkeypatch, capsys):
+    """A step makes them, with a checkpoint due or as the last step: the checkpoint of the step before is what stays."""
+    module, cls = STAGES[name]
+    apply, calls = Learner.apply, []
+
+    def overflow(self):
+        apply(self)
+        calls.append(1)
+        if len(calls) == broken:
+            with torch.no_grad():
+                self.model.lm_head.weight[0, 0] = torch.inf
+
+    monkeypatch.setattr(Learner, "apply", overflow)
+    config = stage_config(cls, files, tiny_model, tmp_path / "out", save_steps=1)
+    rows = len(Path(str(config.train_data)).read_text().splitlines())
+    broken = 3 if not last else config.steps if name == "remax" else rows // config.batch_size
+    with pytest.raises(Diverged, match=r"^\S+ is not finite, so that it was not written to ") as stopped:
+        module.train(config)
+    kept = tmp_path / "out" / f"checkpoint-{broken - 1}"
+    assert f"; {kept} is saved, and --resume goes on from there; with a smaller" in str(stopped.value)
+    assert checkpoint.latest(tmp_path / "out") == kept and not checkpoint.finished(tmp_path / "out")
+    assert all(x.isfinite().all() for x in weights(kept).values())
+    assert "could be written" not in capsys.readouterr().err
+
+
+def test_a_learning_rate_that_no_float_holds(files, tiny_model, tmp_path, capsys):
+    """The one step of the run, on the command line: exit code 1, one line, no model."""
+    flags = ["--model", tiny_model, "--train-data", files["sft"], "--output-dir", str(tmp_path / "out")]
+    flags += ["--learning-rate", "1e38", "--batch-size", "32", "--max-length", "32", "--lr-schedule", "constant"]
+    assert cli.main(["sft", *flags]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "is not finite" in last or "gradient norm is nan" in last
+    assert "; nothing is saved, because save_steps is 0; try a smaller learning_rate" in last
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 
 def test_whole_updates_of_a_broken_step_are_kept(files, tiny_model, tmp_path, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """`rlhf-fast compare`: run the cells, put their figures into tables, JSON, Markdown and plots."""
 
+import dataclasses
 import datetime
 import shlex
 import subprocess
@@ -22,8 +23,10 @@ from rlhf_fast.methods import METHODS, load
 from rlhf_fast.plan.command import largest_batch, plan_of
 from rlhf_fast.plan.gpus import parse_memory
 from rlhf_fast.plan.phases import Planner
+from rlhf_fast.report.reuse import not_resumable
+from rlhf_fast.training import checkpoint
 from rlhf_fast.training.ending import CHILDREN, Ended
-from rlhf_fast.training.lock import writes_alone
+from rlhf_fast.training.lock import clean_up, writes_alone
 from rlhf_fast.training.made import difference, made_with
 
 
@@ -40,6 +43,8 @@ def run(config: CompareConfig) -> None:
         if changed is not None:
             why = f": made anew, because {changed}" if changed else ""
             print(f"[{number}/{len(cells)}] {cell.name}, seed {cell.seed}{why}", flush=True)
+            if changed:
+                checkpoint.clear(out / cell.key)
             _run_cell(cell, out / cell.key, memory, config.resume and not changed)
     results = [figures_of(cell, out / cell.key) for cell in cells]
     rows = median_over_seeds(results)
@@ -64,15 +69,17 @@ def run(config: CompareConfig) -> None:
 
 
 def _changed(cell: Cell, directory: Path, memory: int | None) -> str | None:
-    """Why the run in `directory` cannot be taken: "" where none has finished; None where it is just this cell's."""
+    """Why the run in `directory` cannot be taken or go on: "" where it can go on, None where it has finished."""
+    config = _config(cell, directory)
+    clean_up(directory)
     if not (directory / "result.json").is_file():
-        return ""
+        return not_resumable(dataclasses.replace(config, resume=True)) or ""
     record = read_json(directory / "result.json")
     if record.get("memory") != memory:
         return f"memory is {memory} bytes and was {record.get('memory')}"
     if record["ran"] and (wrong := manifest.damage(directory)):
         return wrong
-    return difference(record, made_with(_config(cell, directory)))
+    return difference(record, made_with(config))
 
 
 def _config(cell: Cell, directory: Path) -> Any:

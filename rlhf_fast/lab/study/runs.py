@@ -33,6 +33,7 @@ from rlhf_fast.report import pipeline
 from rlhf_fast.training import checkpoint, ending
 from rlhf_fast.training.console import Lasting
 from rlhf_fast.training.fingerprint import fingerprints
+from rlhf_fast.training.lock import clean_up
 from rlhf_fast.training.made import FREE
 
 
@@ -188,6 +189,7 @@ def is_made_with(path: Path, config: dict[str, Any], made_of: dict[str, Any]) ->
 
     made_of: fingerprints of what the run reads, which count in place of paths.
     """
+    clean_up(path.parent)
     record = checkpoint.finished(path.parent) if path.name == checkpoint.FINISHED else None
     if record is None and (path.name == checkpoint.FINISHED or not path.is_file()):
         return False

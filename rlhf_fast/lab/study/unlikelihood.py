@@ -20,7 +20,7 @@ from rlhf_fast.lm.tokenizers import load_tokenizer
 from rlhf_fast.lm.trust import trusts_as_asked
 from rlhf_fast.stages.dpo import pair_sequences
 from rlhf_fast.stages.offline import Offline
-from rlhf_fast.training.batches import offline_batches
+from rlhf_fast.training.batches import OfflineBatches
 from rlhf_fast.training.evaluation import make_evaluator
 from rlhf_fast.training.listeners import Listener
 from rlhf_fast.training.lock import writes_alone
@@ -42,7 +42,7 @@ def train(config: UnlikelihoodConfig, *, listeners: Sequence[Listener] = ()) -> 
     device = default_device()
     tokenizer = with_template(load_tokenizer(config.model), config.chat_template)
     data = encode_stage("dpo", config.train_data, tokenizer, config)
-    batches = offline_batches(len(data.examples), config.batch_size, config.epochs, config.seed)
+    batches = OfflineBatches(len(data.examples), config.batch_size, config.epochs, config.seed)
     policy, reference = load_policy_and_reference(config, device)
     evaluator = make_evaluator(config, tokenizer, device, reference.to(device), None)  # pyright: ignore[reportArgumentType]
     objectives = Objectives(policy, fused=config.fused_head)

@@ -13,12 +13,17 @@ IGNORED_ID = -100
 """The token id of a masked place, as in `torch.nn.functional.cross_entropy`."""
 
 
-def scaled_logits(logits: Tensor, temperature: float, softcap: float | None) -> Tensor:
-    """softcap tanh(logits / softcap) / temperature, at least float32."""
+def capped_logits(logits: Tensor, softcap: float | None) -> Tensor:
+    """softcap tanh(logits / softcap), at least float32."""
     z = at_least_fp32(logits)
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
-    return z / temperature
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def scaled_logits(logits: Tensor, temperature: float, softcap: float | None) -> Tensor:
+    """softcap tanh(logits / softcap) / temperature, less the row's largest, at least float32."""
+    z = capped_logits(logits, softcap)
+    top = z.detach().amax(-1, keepdim=True)  # subtracted first, because a large logit rounds when it is divided
+    return torch.where(top.isfinite(), z - top, z) / temperature
 
 
 def token_logprobs(
@@ -66,6 +71,13 @@ def linear_token_logprobs(
     return token_logprobs(logits, token_ids, temperature=temperature, softcap=softcap)
 
 
+def _difference(z: Tensor, z_ref: Tensor, centre: Tensor) -> Tensor:
+    """z_ref - z - centre with the rounding error of z_ref - z, as `difference` in csrc/softmax_pair.h."""
+    apart = z_ref - z
+    minus_z = apart - z_ref
+    return (apart - centre) + ((z_ref - (apart - minus_z)) - (z + minus_z))
+
+
 def token_kl(
     logits: Tensor,
     ref_logits: Tensor,
@@ -80,7 +92,22 @@ def token_kl(
     log_p, log_q = (F.log_softmax(scaled_logits(x, temperature, softcap), -1) for x in (logits, ref_logits))
     log_ratio = torch.where(log_p > -math.inf, log_p - log_q, 0.0)
     p = log_p.exp().clamp(min=torch.finfo(log_p.dtype).tiny)  # not 0 * infinity where it underflows
-    kl = (p * log_ratio).sum(-1).clamp(min=0)
+    kl = (p * log_ratio).sum(-1)
+    kl = torch.where(kl < 0, 0.0, kl)  # NaN stays NaN, with its gradient
+    # The gradient p (log p - log q - KL) is taken as p (E_p[u] - u) with u = z_ref - z - a centre, because log p and
+    # log q round where one logit lies far above the others. The value stays the one above.
+    z, z_ref, possible = capped_logits(logits, softcap), capped_logits(ref_logits, softcap), log_p > -math.inf
+    likeliest = log_p.argmax(-1, keepdim=True)
+    centre = (z_ref - z).detach().gather(-1, likeliest)
+
+    def about(centre: Tensor) -> tuple[Tensor, Tensor]:
+        u = torch.where(possible, _difference(z, z_ref, centre), 0.0) / temperature
+        return u, (log_p.exp() * u).sum(-1, keepdim=True).detach()
+
+    u, mean = about(centre)
+    u, mean = about(centre + mean * temperature)  # the second time about the mean
+    by_u = -(log_p.exp() * (u - mean)).sum(-1) - torch.logsumexp(scaled_logits(logits, temperature, softcap), -1)
+    kl = torch.where(kl.isfinite(), kl.detach() + (by_u - by_u.detach()), kl)
     ref = token_logprobs(ref_logits, token_ids, temperature=temperature, softcap=softcap)
     policy = token_logprobs(logits, token_ids, temperature=temperature, softcap=softcap)
     return TokenKL(*policy, torch.where(keep, kl, 0.0), ref.logprobs)

@@ -24,6 +24,7 @@ from rlhf_fast.lab.world import preference_rows, prompt_rows, sft_rows
 from rlhf_fast.lm.loading import load_scorer
 from rlhf_fast.lm.tokenizers import load_tokenizer
 from rlhf_fast.methods import METHODS
+from rlhf_fast.training import checkpoint
 
 
 @pytest.fixture
@@ -134,6 +135,15 @@ def test_a_run_of_other_settings_data_or_memory_or_a_damaged_one_is_not_taken(st
     pairs = Path(cell.options["train_data"])
     pairs.write_text(pairs.read_text().replace("e", "a", 1))
     assert command._changed(cell, directory, memory) == f"the content of train_data, '{pairs}', has changed"
+    unfinished = tmp_path / "out" / "unfinished"
+    config_of = command._config(cell, unfinished)
+    checkpoint.save(
+        unfinished / "checkpoint-1",
+        models={},
+        state={},
+        extra_files={"run_config.json": {**vars(config_of), "seed": 5}},
+    )
+    assert command._changed(cell, unfinished, memory).startswith("seed: expected 5 as in the run to resume")
     (directory / "config.json").unlink()
     assert command._changed(cell, directory, memory) == "config.json is missing"
 
