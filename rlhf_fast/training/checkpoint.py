@@ -191,7 +191,6 @@ def _merge(new: Path, directory: Path, entries: set[str]) -> None:
     if FINISHED in entries:
         os.replace(new / FINISHED, directory / FINISHED)
     new.rmdir()
-    remove(directory / _UNSAVED)
 
 
 def _entries(directory: Path) -> set[str]:
