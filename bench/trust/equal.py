@@ -45,7 +45,7 @@ def _difference(file: Path, other: Path, root: Path, other_root: Path, ignoring:
     if file.suffix in _PICTURES:
         same = bool(file.stat().st_size) == bool(other.stat().st_size)
     elif file.suffix == ".pt":
-        same = _same(torch.load(file, weights_only=True), torch.load(other, weights_only=True))
+        same = _same(_state(file, ignoring), _state(other, ignoring))
     elif file.name == "checkpoint.json":
         content, expected = json.loads(file.read_text()), json.loads(other.read_text())
         same = content["complete"] == expected["complete"] and sorted(content["entries"]) == sorted(expected["entries"])
@@ -54,6 +54,15 @@ def _difference(file: Path, other: Path, root: Path, other_root: Path, ignoring:
     else:
         same = file.read_bytes() == other.read_bytes()
     return [] if same else [f"{name}: other content"]
+
+
+def _state(file: Path, ignoring: frozenset[str]) -> Any:
+    """The tensors and values of a state.pt, its metrics as rows without what was measured."""
+    state = torch.load(file, weights_only=True)
+    if isinstance(state, dict) and isinstance(text := state.get("metrics"), str):
+        rows = [json.loads(line) for line in text.splitlines()]
+        return {**state, "metrics": _without_measures(rows, _ABOUT | ignoring)}
+    return state
 
 
 def read(file: Path, root: Path, ignoring: frozenset[str] = frozenset()) -> Any:

@@ -49,7 +49,16 @@ def world(tmp_path_factory):
 @pytest.fixture
 def forgetful(monkeypatch):
     """A resumed run forgets the metrics of the steps before."""
-    monkeypatch.setattr(metrics, "read_metrics", lambda path: [])
+    forget(monkeypatch)
+
+
+def forget(monkeypatch):
+    begin = metrics.MetricsLogger.__init__
+
+    def without(self, *arguments, earlier, **options):
+        begin(self, *arguments, **options)
+
+    monkeypatch.setattr(metrics.MetricsLogger, "__init__", without)
 
 
 def die(*arguments, **options):
@@ -166,7 +175,7 @@ def test_crashes(world, tmp_path, monkeypatch):
     places = world.baseline("sft").mutations
     assert places > 60
     crashes.crashed(world, "sft", tmp_path / "whole", (places * 2 // 3, places // 3))
-    monkeypatch.setattr(metrics, "read_metrics", lambda path: [])
+    forget(monkeypatch)
     said = lost(case(crashes.KIND, world, f"sft/{places * 2 // 3}"), tmp_path / "broken")
     assert "but metrics.jsonl" in said
 
