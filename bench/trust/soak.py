@@ -2,11 +2,12 @@
 
 import statistics
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 
 from bench.trust.child import Child
-from bench.trust.kind import Case, Kind, expect
+from bench.trust.kind import Case, Kind, Lost, expect
 from bench.trust.world import World
 from rlhf_fast.training.metrics import read_metrics
 
@@ -32,13 +33,18 @@ def soaked(world: World, stage: str, directory: Path, steps: int) -> None:
     out = directory / "out"
     running = Child(world.action(stage, world.stage(stage, **options), out), directory / "log")
     seen: list[tuple[float, int, int]] = []
+    threads: set[str] = set()
     while not running.ended(_EVERY):
         if (out / "metrics.jsonl").exists() and (found := look(running.pid)):
             seen.append(found)
+            threads |= names_of_threads(running.pid)
     ended = running.wait()
     expect(ended.code == 0, f"expected the run to finish, got exit code {ended.code}: {ended.last}")
     rows = [row["time/step"] for row in read_metrics(out / "metrics.jsonl") if "time/step" in row]
-    judge(seen, rows)
+    try:
+        judge(seen, rows)
+    except Lost as lost:
+        raise Lost(f"{lost}; threads: {', '.join(sorted(threads))}") from lost
 
 
 def judge(seen: list[tuple[float, int, int]], steps: list[float]) -> None:
@@ -62,6 +68,15 @@ def look(pid: int) -> tuple[float, int, int] | None:
         return int(status["VmRSS"].split()[0]) / 1024, files, int(status["Threads"])
     except (OSError, KeyError):
         return None
+
+
+def names_of_threads(pid: int) -> set[str]:
+    """What the threads of a process call themselves."""
+    found = set()
+    for path in Path(f"/proc/{pid}/task").glob("*/comm"):
+        with suppress(OSError):  # it has ended
+            found.add(path.read_text().strip())
+    return found
 
 
 KIND = Kind("a long run: memory, files, threads and step time do not grow", tuple(STEPS), ("remax",), cases)
