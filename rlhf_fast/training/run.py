@@ -189,7 +189,7 @@ class Run:
         new = step >= self.first_step and checkpoint.latest(self.config.output_dir) != self._state_at(step)
         if new and self.ranks.first:
             self.save_state(step)
-            checkpoint.prune(self.config.output_dir, self.config.save_total_limit, step)
+            self._prune(step)
         self.ranks.wait()  # every process then says what is saved
         raise Ended(signum)
 
@@ -213,7 +213,7 @@ class Run:
                 for role, learner in self.learners.items():
                     learner.scheduler.load_state_dict(self._schedules[role])  # the step is taken again
                 self.save_state(good)
-                checkpoint.prune(self.config.output_dir, self.config.save_total_limit, good)
+                self._prune(good)
             except Diverged:  # the weights were broken before the error that ended the run, which says how to go on
                 return
             except Exception as error:  # such as a full disk; the exception that ended the run matters more
@@ -253,7 +253,7 @@ class Run:
             self.logger.check_there()
             self.save_state(step)
             if self.ranks.first:
-                checkpoint.prune(self.config.output_dir, self.config.save_total_limit, step)
+                self._prune(step)
         self._end_if_asked(step)
 
     def _log(self, step: int, metrics: dict[str, Any]) -> None:
@@ -272,6 +272,10 @@ class Run:
         checkpoint.save(
             self._state_at(step), models=self.models, tokenizer=self.tokenizer, state=state, extra_files=files
         )
+
+    def _prune(self, step: int) -> None:
+        config = self.config
+        checkpoint.prune(config.output_dir, config.save_total_limit, every=config.save_steps, after=step)
 
     def _state_at(self, step: int) -> Path:
         return Path(self.config.output_dir) / f"checkpoint-{step}"
@@ -329,8 +333,7 @@ class Run:
             summary["evaluation"] = self.last_evaluation.metrics
             files["samples.json"] = self.last_evaluation.samples
         checkpoint.save(self.config.output_dir, models=self.models, tokenizer=self.tokenizer, extra_files=files)
-        checkpoint.delete(self._state_at(self.total_steps))  # the final model makes it useless
-        checkpoint.prune(self.config.output_dir, self.config.save_total_limit)  # a crash may have left an older one
+        checkpoint.tidy(self.config.output_dir)
         self.ranks.wait()  # a stage that reads the model starts when it is whole
 
     def _static_bytes(self) -> dict[str, dict[str, int]]:
