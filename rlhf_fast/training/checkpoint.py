@@ -229,9 +229,12 @@ def load_state(directory: str | os.PathLike) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"directory: expected a checkpoint with a training state, found no {path}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds: RuntimeError, EOFError, UnpicklingError, KeyError
         raise ValueError(f"{path}: expected a training state, but the file is damaged: {sentence(error)}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: expected a training state, got {type(state).__name__}")
+    return state
 
 
 def latest(output_dir: str | os.PathLike) -> Path | None:
