@@ -20,6 +20,7 @@ from rlhf_fast.lm.balance import leave_out
 from rlhf_fast.lm.loading import default_device
 from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.lm.offload import place, visiting
+from rlhf_fast.lm.sharding import shard, whole
 from rlhf_fast.lm.tokenizers import check_tokenizer, load_tokenizer
 from rlhf_fast.ops import kl_penalty
 from rlhf_fast.ranks import current
@@ -112,6 +113,7 @@ class Online(Generic[Config]):
             offload=config.offload,
             dtype=config.frozen_weights,
             timeout=config.reward_timeout,
+            shard=config.shard,
         )
         self.reward.check(prompt_columns(self.prompts))
         self.sampler = LocalSampler(
@@ -125,6 +127,8 @@ class Online(Generic[Config]):
         )
         self.check_lengths(model=self.policy, reference=self.reference, **self.reward.readers)
         self.evaluator = make_evaluator(config, self.tokenizer, self.device, self.reference, self.reward)
+        shard(self.policy, config.shard, checkpointing=config.gradient_checkpointing)
+        shard(self.reference, config.shard)
         self.updates = config.steps * updates_per_round
         self.learner = Learner(self.policy, config, self.updates)
         self.drift_bound = self._drift_bound()
@@ -176,7 +180,7 @@ class Online(Generic[Config]):
         prompts, earlier = [*self.ranks.share(every)], [p.prompt_ids for p in self.ranks.earlier(every)]
         seed = seed_everything(self.config.seed, step)
         with autocast(self.device, self.config.bf16), torch.no_grad():
-            with meter.phase("rollout"):
+            with meter.phase("rollout"), whole(self.policy):
                 ids = [p.prompt_ids for p in prompts]
                 rollout, greedy = self.sampler(
                     ids, seed=seed, samples=self.samples, greedy=self.greedy, earlier=earlier

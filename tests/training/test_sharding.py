@@ -1,0 +1,206 @@
+"""Stages with their models in shards: the metrics, weights and tokens of one process; checkpoints; refusals."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf_fast.config import PPOConfig, SFTConfig
+from rlhf_fast.lm.sharding import shard
+from rlhf_fast.stages import sft
+from rlhf_fast.stages.init import init_model
+from rlhf_fast.training import checkpoint
+from rlhf_fast.training.metrics import read_metrics
+from tests.support.models import model_config, random_policy
+from tests.support.ranks import COMMON, JOBS, LORA, Job, jobs_in, results_of, start, train, train_in
+from tests.support.stages import distance, interrupted, numbers, weights
+
+SHORT = {"epochs": 1, "max_length": 48}
+OWN: dict[str, Job] = {
+    "sft_one_row": ("sft", {**SHORT, "micro_batch_size": 1, "gradient_checkpointing": True}),
+    "sft_tied": ("sft", {**SHORT, "model": "tied", "micro_batch_size": 8}),
+    "sft_logits": ("sft", {**SHORT, "fused_head": False, "eval_data": "sft", "weight_decay": 0.1}),
+    "sft_bf16": ("sft", {**SHORT, "bf16": True}),
+    "sft_bf16_weights": ("sft", {**SHORT, "dtype": "bf16"}),
+    "ppo_models": ("ppo", {"steps": 2, "minibatches": 2, "reward": "scorer", "eval_data": "prompts", **LORA}),
+    "remax_scored": ("remax", {"steps": 2, "reward": "scorer", "eval_data": "few", "micro_batch_size": 4}),
+}
+ALL = {name: job for name, job in JOBS.items() if "in_backward" not in name} | OWN
+SMALL = {"sft_one_row": ALL["sft_one_row"], "ppo": ALL["ppo"], "remax_scored": ALL["remax_scored"]}
+HALVES = ("sft_bf16", "sft_bf16_weights")
+DRIFTS = {"val/logprob_drift", "val/logprob_drift_mean"}  # differences of rounding
+
+
+@pytest.fixture(scope="module")
+def made(files, tiny_model, tokenizer, tmp_path_factory):
+    """(jobs, directory, options) -> the jobs with the models of this file."""
+    directory = tmp_path_factory.mktemp("models")
+    settings = model_config("llama", len(tokenizer)) | {"tie_word_embeddings": True}
+    del settings["vocab_size"]
+    init_model(settings, tokenizer, directory / "tied", seed=0)
+    train([("reward", {**COMMON, **SHORT, "train_data": files["pairs"], "model": tiny_model, "normalize_samples": 0,
+                       "output_dir": str(directory / "scorer")})])  # fmt: skip
+    few = directory / "few.jsonl"  # an evaluation in which a process has no prompt
+    few.write_text("".join(Path(files["prompts"]).read_text().splitlines(keepends=True)[:1]))
+    names = {"tied": str(directory / "tied"), "scorer": str(directory / "scorer")}
+    files = files | {"few": str(few)}
+
+    def of(jobs: dict[str, Job], where: Path, **options) -> list[Job]:
+        plain = jobs_in(where, files, tiny_model, jobs, **options)
+        return [(stage, {k: names.get(v, v) if isinstance(v, str) else v for k, v in o.items()}) for stage, o in plain]
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def trained(made, tmp_path_factory):
+    """The directory with a folder of runs for each number of processes; what the processes said."""
+    directory, said = tmp_path_factory.mktemp("shards"), {}
+    train(made(ALL, directory / "plain"))
+    for size, jobs in ((1, SMALL), (2, ALL), (3, SMALL)):
+        said[size] = train_in(size, made(jobs, directory / str(size), shard="full"), directory)
+    said["hybrid"] = train_in(4, made({"sft": ALL["sft"]}, directory / "hybrid", shard="hybrid"), directory)
+    return directory, said
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, "hybrid"])
+def test_the_processes_end_well(size, trained):
+    _, said = trained
+    assert [result.returncode for result in said[size]] == [0] * len(said[size]), said[size][0].stderr
+    assert all(result.stdout + result.stderr == "" for result in said[size][1:])
+    assert "Warning" not in said[size][0].stderr
+
+
+RUNS = [(2, name) for name in ALL] + [(size, name) for size in (1, 3) for name in SMALL] + [("hybrid", "sft")]
+
+
+@pytest.mark.parametrize(("size", "name"), RUNS)
+def test_shards_give_the_numbers_of_one_process(size, name, trained):
+    one, several = trained[0] / "plain" / name, trained[0] / str(size) / name
+    rows, others = numbers(one), numbers(several)
+    assert len(rows) == len(others) > 1
+    relative, absolute, moved = (2e-2, 2e-3, 2e-3) if name in HALVES else (1e-4, 1e-5, 1e-5)
+    for row, other in zip(rows, others, strict=True):
+        assert row.keys() == other.keys()
+        for key in row.keys() - DRIFTS:
+            assert other[key] == pytest.approx(row[key], rel=relative, abs=absolute), (row["step"], key)
+    assert distance(weights(one), weights(several)) < moved
+    for file in ("samples.json", "samples_before.json"):
+        if (one / file).exists():
+            mine, theirs = (json.loads((path / file).read_text()) for path in (one, several))
+            assert [row["completion"] for row in mine] == [row["completion"] for row in theirs]
+
+
+def test_run_json_has_the_bytes_of_one_process(trained):
+    plain, half = (json.loads((trained[0] / n / "remax_scored/run.json").read_text()) for n in ("plain", "2"))
+    for role, parts in plain["static_bytes"].items():
+        for part, size in parts.items():
+            assert 0.5 * size <= half["static_bytes"][role][part] <= 0.56 * size, (
+                role,
+                part,
+            )  # buffers are not sharded
+    assert half["parameters"] == plain["parameters"] and half["trained_parameters"] == plain["trained_parameters"]
+
+
+@pytest.mark.parametrize("name", ["sft_tied", "ppo"])
+def test_the_saved_model_is_as_from_one_process(name, trained):
+    one, several = trained[0] / "plain" / name, trained[0] / "2" / name
+    assert json.loads((one / "config.json").read_text()) == json.loads((several / "config.json").read_text())
+    assert [*weights(one)] == [*weights(several)]
+
+
+def test_runs_go_on_with_other_processes_and_shards(made, tmp_path):
+    """A run in two processes that was cut off goes on in two, with the same bits, and in one and three."""
+    jobs = {
+        "sft": ("sft", {**SHORT, "save_steps": 4}),
+        "ppo": ("ppo", {"steps": 6, "save_steps": 4, "minibatches": 2}),
+        "bf16": ("sft", {**SHORT, "save_steps": 4, "dtype": "bf16"}),
+    }
+    results = train_in(2, made(jobs, tmp_path / "whole", shard="full"), tmp_path)
+    assert [result.returncode for result in results] == [0, 0], results[0].stderr
+    for size, how, most in ((2, "full", 0.0), (3, "full", 1e-5), (1, "none", 1e-5)):
+        cut = tmp_path / f"cut_{size}"
+        for name in jobs:
+            assert checkpoint.latest(tmp_path / "whole" / name) == tmp_path / "whole" / name / "checkpoint-4"
+            interrupted(tmp_path / "whole" / name, cut / name)
+        again = made(jobs, cut, shard=how, resume=True)
+        if size == 1:
+            train(again)
+        else:
+            results = train_in(size, again, tmp_path)
+            assert [result.returncode for result in results] == [0] * size, results[0].stderr
+        for name in jobs:
+            bound = most if name != "bf16" or size == 2 else 2e-3
+            assert distance(weights(tmp_path / "whole" / name), weights(cut / name)) <= bound, (size, name)
+
+
+def test_a_run_without_shards_goes_on_with_them(made, tmp_path):
+    jobs = {"sft": ("sft", {**SHORT, "save_steps": 4})}
+    train(made(jobs, tmp_path / "whole"))
+    interrupted(tmp_path / "whole/sft", tmp_path / "cut/sft")
+    results = train_in(2, made(jobs, tmp_path / "cut", shard="full", resume=True), tmp_path)
+    assert [result.returncode for result in results] == [0, 0], results[0].stderr
+    assert distance(weights(tmp_path / "whole/sft"), weights(tmp_path / "cut/sft")) < 1e-5
+
+
+def test_the_death_of_a_process_ends_the_others(files, tiny_model, tmp_path):
+    options = [f"--model={tiny_model}", f"--train-data={files['sft']}", f"--output-dir={tmp_path}", "--epochs=500"]
+    running = start(2, "-m", "rlhf_fast", "sft", "--shard=full", "--save-steps=2", *options)
+    while len(read_metrics(tmp_path / "metrics.jsonl")) < 5:
+        time.sleep(0.05)
+    running[1].kill()
+    began = time.monotonic()
+    first, _ = results_of(running)
+    assert first.returncode == 1 and time.monotonic() - began < 30
+    assert "another process of the run has ended" in first.stderr and "Traceback" not in first.stderr
+    assert checkpoint.latest(tmp_path) is not None
+
+
+CONFIG = {"model": "m", "output_dir": "o", "train_data": "t.jsonl", "shard": "full"}
+
+
+@pytest.mark.parametrize(
+    ("config", "wrong", "message"),
+    [
+        (SFTConfig, {"optimizer": "adamw_8bit"}, "optimizer: expected adamw with shard=full, got adamw_8bit"),
+        (
+            SFTConfig,
+            {"optimizer_in_backward": True, "max_grad_norm": 0.0},
+            "optimizer_in_backward: expected False with shard=full, got True",
+        ),
+        (PPOConfig, {"reward": "r", "offload": True}, "offload: expected False with shard=full, got True"),
+        (
+            PPOConfig,
+            {"reward": "r", "share_base": True, "lora_rank": 4},
+            "share_base: expected False with shard=full, got True",
+        ),
+    ],
+)
+def test_what_does_not_go_with_shards_is_refused(config, wrong, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        config(**CONFIG, **wrong)
+
+
+def test_one_process_without_a_launcher_is_refused(files, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    config = SFTConfig(model=tiny_model, output_dir=str(tmp_path), train_data=files["sft"], shard="full", **SHORT)
+    with pytest.raises(ValueError, match="^shard: expected none in a process that no launcher such as torchrun has"):
+        sft.train(config)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_model_whose_passes_split_their_rows_is_refused(monkeypatch):
+    model = random_policy("llama")
+    longrope = {"rope_type": "longrope", "original_max_position_embeddings": 16, "rope_theta": 1e4}
+    monkeypatch.setattr(model.config, "rope_parameters", longrope)
+    with pytest.raises(ValueError, match="^shard: expected a model whose rows share a pass, got Llama"):
+        shard(model, "full")
+
+
+def test_none_leaves_a_model_as_it_is():
+    model = random_policy("llama")
+    kinds = {type(parameter) for parameter in model.parameters()}
+    shard(model, "none")
+    assert kinds == {type(parameter) for parameter in model.parameters()} == {torch.nn.Parameter}
