@@ -49,7 +49,7 @@ class Learner:
         groups = self.optimizer.inner if isinstance(self.optimizer, MasterWeights) else self.optimizer
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(groups, factor)
         self.in_backward, self.norms, self.spoilt = config.optimizer_in_backward, [], False
-        self._moving = False
+        self._moving, self._counted = False, False  # a resumed run counts anew, as its shards may be others
         if self.in_backward:
             for parameter in self.parameters:
                 parameter.register_post_accumulate_grad_hook(self._step_in_backward)
@@ -102,13 +102,14 @@ class Learner:
     def apply(self) -> None:
         """Moves the weights by the clipped gradients and clears the gradients."""
         self._moving = True
-        first, weights = not self.static_bytes, {"": nn.ParameterList(self.parameters)}
+        first, weights = not self._counted, {"": nn.ParameterList(self.parameters)}
         gradients = static_bytes(weights)[""]["gradients"] if first else 0  # a step may drop them
         if not self.in_backward:
             self.optimizer.step()
         if first:
             held = static_bytes(weights, {"": self.optimizer})[""]
             self.static_bytes = {"gradients": gradients, "optimizer": held["optimizer"]}
+            self._counted = True
         self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step()
         self._moving = False

@@ -319,18 +319,21 @@ class Run:
             self._evaluate()
         self.logger.check_there()
         self._finishing = True
-        weights = self._whole_weights()
+        weights, phases, held = self._whole_weights(), self.meter.summary(), self._static_bytes()
+        processes = self.ranks.gather({"static_bytes": held, "phases": phases})
         if not self.ranks.first:
             self.ranks.wait()
             return
+        several = {"processes": processes} if self.ranks.size > 1 else {}
         summary = {
             "stage": self.description,
             "config": self.described,
             "made_of": self.made_of,
             "steps": self.total_steps,
             "train_seconds": self.train_seconds,
-            "phases": self.meter.summary(),
-            "static_bytes": self._static_bytes(),
+            "phases": phases,
+            "static_bytes": held,
+            **several,
             "parameters": {
                 role: sum(p.numel() for p in learner.model.parameters()) for role, learner in self.learners.items()
             },

@@ -96,11 +96,11 @@ def train(jobs: list[Job]) -> None:
         methods.load(row.train)(methods.load(row.config)(**options))
 
 
-def train_in(size: int, jobs: list[Job], directory: Path) -> list[subprocess.CompletedProcess[str]]:
+def train_in(size: int, jobs: list[Job], directory: Path, **environment: str) -> list[subprocess.CompletedProcess[str]]:
     """Trains the jobs in `size` processes."""
     path = directory / f"jobs_{size}.json"
     path.write_text(json.dumps(jobs))
-    return launch(size, "-m", "tests.support.ranks", str(path))
+    return launch(size, "-m", "tests.support.ranks", str(path), **environment)
 
 
 if __name__ == "__main__":
