@@ -102,6 +102,8 @@ class Online(Generic[Config]):
                 Objectives(model, temperature=config.temperature, fused=config.fused_head)
                 for model in (self.policy, self.reference)
             )
+        shard(self.policy, config.shard, checkpointing=config.gradient_checkpointing)  # before more models are loaded
+        shard(self.reference, config.shard)
         self.reward = Reward(
             config.reward,
             self.tokenizer,
@@ -127,8 +129,6 @@ class Online(Generic[Config]):
         )
         self.check_lengths(model=self.policy, reference=self.reference, **self.reward.readers)
         self.evaluator = make_evaluator(config, self.tokenizer, self.device, self.reference, self.reward)
-        shard(self.policy, config.shard, checkpointing=config.gradient_checkpointing)
-        shard(self.reference, config.shard)
         self.updates = config.steps * updates_per_round
         self.learner = Learner(self.policy, config, self.updates)
         self.drift_bound = self._drift_bound()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rlhf_fast import cli
 from rlhf_fast.config import PPOConfig, SFTConfig
 from rlhf_fast.lm.sharding import shard
 from rlhf_fast.stages import sft
@@ -26,11 +27,12 @@ OWN: dict[str, Job] = {
     "sft_bf16": ("sft", {**SHORT, "bf16": True}),
     "sft_bf16_weights": ("sft", {**SHORT, "dtype": "bf16"}),
     "ppo_models": ("ppo", {"steps": 2, "minibatches": 2, "reward": "scorer", "eval_data": "prompts", **LORA}),
+    "remax_bf16": ("remax", {"steps": 2, "reward": "scorer", "bf16": True}),
     "remax_scored": ("remax", {"steps": 2, "reward": "scorer", "eval_data": "few", "micro_batch_size": 4}),
 }
 ALL = {name: job for name, job in JOBS.items() if "in_backward" not in name} | OWN
 SMALL = {"sft_one_row": ALL["sft_one_row"], "ppo": ALL["ppo"], "remax_scored": ALL["remax_scored"]}
-HALVES = ("sft_bf16", "sft_bf16_weights")
+HALVES = ("sft_bf16", "sft_bf16_weights", "remax_bf16")
 DRIFTS = {"val/logprob_drift", "val/logprob_drift_mean"}  # differences of rounding
 
 
@@ -219,3 +221,9 @@ def test_none_leaves_a_model_as_it_is():
     kinds = {type(parameter) for parameter in model.parameters()}
     shard(model, "none")
     assert kinds == {type(parameter) for parameter in model.parameters()} == {torch.nn.Parameter}
+
+
+def test_a_dry_run_plans_no_shards(capsys):
+    given = ["--model=m", "--output-dir=o", "--train-data=t.jsonl", "--shard=full", "--dry-run"]
+    assert cli.main(["sft", *given]) == 1
+    assert "shard: expected none with --dry-run, got full; `rlhf-fast plan --gpus N" in capsys.readouterr().err
