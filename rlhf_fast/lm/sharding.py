@@ -61,9 +61,9 @@ def shard(model: PreTrainedModel, how: str, *, checkpointing: bool = False) -> N
     name = type(model).__name__
     if trained and (reason := settle(model, checkpointing=checkpointing)) is not None:
         raise ValueError(f"shard: expected a model whose rows share a pass, got {name}: {reason}")
-    usual = _trial(model)
+    mesh, usual = mesh_of(how, model.device.type), _trial(model)
     try:
-        _wrap(model, mesh_of(how, model.device.type), trained)
+        _wrap(model, mesh, trained)
         if trained:
             enter_by(model, _register)
             with torch.no_grad():
