@@ -192,7 +192,11 @@ def _wrap(model: PreTrainedModel, mesh: DeviceMesh, trained: set[nn.Parameter]) 
     halves = any(parameter.dtype in HALVES for parameter in trained)
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32 if halves else None, cast_forward_inputs=False)
     options = {"mesh": mesh, "mp_policy": policy, "ignored_params": adapters}
-    units: list[Any] = [*dict.fromkeys(decoder_layers(model)), model]
+    layers = list(dict.fromkeys(decoder_layers(model)))
+    owned = [parameter for layer in layers for parameter in layer.parameters()]
+    if len({*owned}) < len(owned):  # layers that share weights (Zamba) can only be one unit
+        layers = []
+    units: list[Any] = [*layers, model]
     for unit in units:
         fully_shard(unit, reshard_after_forward=unit is not model, **options)
         unit.set_gradient_divide_factor(1.0)  # losses are sums over the processes

@@ -134,7 +134,7 @@ def test_the_saved_model_is_as_from_one_process(name, trained):
 @pytest.mark.parametrize("name", RESUMED)
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_a_run_goes_on_with_other_processes_and_shards(size, name, trained):
-    """A run in two processes was cut off; it goes on in two, with the same bits, in three, and in one without shards."""
+    """A run in two processes was cut off; it goes on in two, with the same bits, in three, and without shards."""
     largest = distance(weights(trained[0] / "2" / name), weights(trained[0] / f"cut_{size}" / name))
     assert largest == 0 if size == 2 else largest < (2e-3 if "bf16" in name else 1e-5)
 
