@@ -97,15 +97,16 @@ class Run:
             raise ValueError(f"output_dir: expected no {what} that another program wrote, found {found}")
         checkpoint.check_savable(self.models.values(), self.tokenizer)
         passed: list[str] = []
+        earlier = ""
         resumed = resume_directory(self.config, passed.append)
         if resumed is not None:
             state = checkpoint.load_state(resumed)
-            if missing := sorted({*self.states, "step", "train_seconds", "facts"} - state.keys()):
+            if missing := sorted({*self.states, "step", "train_seconds", "facts", "metrics"} - state.keys()):
                 raise ValueError(f"{resumed / 'state.pt'}: expected the state of {', '.join(missing)}, found none")
             for name, part in self.states.items():
                 part.load_state_dict(state[name])
             self.first_step, self.train_seconds = state["step"] + 1, state["train_seconds"]
-            self._facts = state["facts"]
+            self._facts, earlier = state["facts"], state["metrics"]
             if passed:
                 self._facts["resumed"] = [*self._facts.get("resumed", []), *passed]
         else:
@@ -117,6 +118,7 @@ class Run:
             self.total_steps,
             description=self.description,
             resume_step=self.first_step - 1,
+            earlier=earlier,
             show=self.show,
         )
         self.logger.__enter__()
@@ -274,6 +276,7 @@ class Run:
         if not self.ranks.first:
             return
         state |= {"step": step, "train_seconds": self.train_seconds, "facts": self._facts}
+        state["metrics"] = self.logger.text
         files = {RUN_CONFIG: {**self.described, MADE_OF: self.made_of}}
         checkpoint.save(
             self._state_at(step),
