@@ -13,6 +13,7 @@ process groups are used in this module alone. A call raises ConnectionError wher
 
 import atexit
 import os
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -145,17 +146,24 @@ def first_to_fail() -> bool:
         return False
 
 
+def gone(error: BaseException) -> bool:
+    """Whether an error says that another process of the run has ended, or does not answer."""
+    said = isinstance(error, RuntimeError) and re.search(r"\b(gloo|NCCL)\b", str(error), re.IGNORECASE) is not None
+    return said or isinstance(error, dist.DistNetworkError)
+
+
+def lost(error: BaseException) -> ConnectionError:
+    """An error that is `gone`, as one sentence."""
+    said = str(error).partition("\n")[0]
+    return ConnectionError(f"another process of the run has ended, or does not answer ({said:.200})")
+
+
 def _join() -> Ranks:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Ranks()
     if missing := [name for name in _VARIABLES if name not in os.environ]:
         raise ValueError(f"WORLD_SIZE: expected {', '.join(missing)} beside it in the environment; torchrun sets them")
-    if not dist.is_initialized():
-        global _store
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        _store, rank, size = next(rendezvous("env://", timeout=_WAIT))
-        dist.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=_WAIT)
-        atexit.register(_leave)
+    connect()
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
     if torch.cuda.is_available():
         torch.cuda.set_device(ranks.local)
@@ -164,14 +172,23 @@ def _join() -> Ranks:
     return ranks
 
 
+def connect() -> None:
+    """Makes the process group of the processes that a launcher has started, also where there is one process alone."""
+    if not dist.is_initialized():
+        global _store
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        _store, rank, size = next(rendezvous("env://", timeout=_WAIT))
+        dist.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=_WAIT)
+        atexit.register(_leave)
+
+
 @contextmanager
 def _together() -> Iterator[None]:
     """Inside, torch's errors about a process that is gone become ConnectionErrors of one sentence."""
     try:
         yield
     except RuntimeError as error:
-        said = str(error).partition("\n")[0]
-        raise ConnectionError(f"another process of the run has ended, or does not answer ({said:.200})") from error
+        raise lost(error) from error
 
 
 def _leave() -> None:

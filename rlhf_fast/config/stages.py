@@ -47,6 +47,7 @@ KINDS = {
 """The fields of configs that name something to be read, and what it is."""
 LRSchedule = Literal["constant", "linear", "cosine"]
 Optimizer = Literal["adamw", "adamw_8bit"]
+Shard = Literal["none", "full", "hybrid"]
 DPOLossType = Literal[
     "sigmoid",
     "robust",
@@ -77,6 +78,10 @@ _FROZEN_DTYPE = (
 _REFERENCE_LOGPROBS = (
     "Safetensors file of the reference's log-probs: read where weights, rows and precision match, else (re)written."
 )
+_SHARD = (
+    "Spread weights, gradients and optimizer states over the processes of torchrun (FSDP2): full over all of them; "
+    "hybrid over those of a machine."
+)
 ALPHA = 16.0  # of LoRA
 BETA_HELP = "Strength of the implicit KL constraint."
 LABEL_SMOOTHING_HELP = "Probability that a label is flipped (cDPO, robust)."
@@ -100,6 +105,16 @@ def check_precision(config: Any) -> None:
     frozen = getattr(config, "frozen_dtype", None)
     if getattr(config, "share_base", False) and frozen not in (None, config.dtype):
         raise ValueError(f"frozen_dtype: expected {config.dtype}, the dtype of the shared base, got {frozen}")
+
+
+def check_shard(config: Any) -> None:
+    """ValueError where an option does not go with models in shards."""
+    if config.shard == "none":
+        return
+    wanted = {"optimizer": "adamw", "optimizer_in_backward": False, "offload": False, "share_base": False}
+    for name, value in wanted.items():
+        if (got := getattr(config, name, value)) != value:
+            raise ValueError(f"{name}: expected {value} with shard={config.shard}, got {got}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +148,7 @@ class StageConfig:
     dtype: Dtype = arg("fp32", DTYPE_HELP)
     bf16: bool = arg(False, "Run forward and backward passes in bfloat16 autocast, over fp32 weights.")
     gradient_checkpointing: bool = arg(False, "Recompute activations in backward to save memory.")
+    shard: Shard = arg("none", _SHARD)
     save_steps: int = arg(
         0, "Write a resumable checkpoint every so many steps; 0 writes only the final model.", at_least=0
     )
@@ -160,6 +176,7 @@ class StageConfig:
         check_fields(self)
         check_row_options(self)
         check_precision(self)
+        check_shard(self)
         check(self, "accept_changed", lambda v: set(v) <= KINDS.keys(), f"some of {', '.join(KINDS)}")
         if self.lora_alpha != ALPHA and not self.lora_rank:
             raise ValueError(

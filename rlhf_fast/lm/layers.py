@@ -129,7 +129,7 @@ def _layer(layer: Part) -> Callable[..., Tensor]:
         norm = layer.post_attention_layernorm
         x_NH, normed_NH = add_rms_norm(x_NH, delta_NH, norm.weight, _epsilon(norm))
         delta_NH = mlp.down_proj(gated(mlp.gate_proj(normed_NH), mlp.up_proj(normed_NH)))
-        return (x_NH + delta_NH.to(x_NH.dtype))[None]
+        return x_NH[None] + delta_NH.to(x_NH.dtype)[None]  # no view, because FSDP hangs a hook on it
 
     return forward
 

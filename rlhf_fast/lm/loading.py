@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from rlhf_fast.data.damage import read_json
@@ -176,10 +176,13 @@ def value_head_on(policy: PreTrainedModel, saved: Path | None) -> PreTrainedMode
     return model.train(policy.training)
 
 
-def save_model(model: PreTrainedModel, directory: Path) -> None:
-    """`save_pretrained`. Of a model with an adapter it saves the adapter alone, in peft's format."""
+def save_model(model: PreTrainedModel, directory: Path, state: dict[str, Tensor] | None = None) -> None:
+    """`save_pretrained`. Of a model with an adapter it saves the adapter alone, in peft's format.
+
+    state: the `sharding.whole_state` of a model in shards.
+    """
     with as_before(model), nullcontext() if adapters.has_adapter(model) else whole(model):
-        model.save_pretrained(directory, state_dict=adapters.own_weights(model))
+        model.save_pretrained(directory, state_dict=adapters.own_weights(model) if state is None else {**state})
     if not adapters.has_adapter(model):
         for name, content in getattr(model, _FILES, {}).items():
             (directory / name).write_bytes(content)

@@ -75,6 +75,15 @@ def real_hidden(
     return _padded(backbone, ids_N.new_zeros(B * width).index_copy(0, slots_N, ids_N).view(B, width), slots_N)
 
 
+def settle(backbone: PreTrainedModel, *, checkpointing: bool) -> str | None:
+    """Takes the trials of the model's rows now. Why a pass may run its layers several times; None where it does not.
+
+    checkpointing: whether the model is going to checkpoint its activations.
+    """
+    packs = not checkpointing and _can_pack(backbone)
+    return None if packs or _can_pad(backbone) else "its rows run one by one, as padding changes them"
+
+
 def _planned(backbone: PreTrainedModel, ids_BL: Tensor) -> tuple[Tensor, Tensor]:
     """`real_hidden` of fake tensors, for a plan of memory: every row counts as full, and is packed like ragged rows."""
     if checkpoints_activations(backbone) or _unsuited(backbone):

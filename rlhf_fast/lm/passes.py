@@ -19,14 +19,14 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from rlhf_fast.lm import balance
+from rlhf_fast.lm import balance, packing
 from rlhf_fast.lm.forward import call, one_pass
 from rlhf_fast.lm.limits import sides
 from rlhf_fast.lm.packing import real_hidden
 from rlhf_fast.lm.precision import trial
 from rlhf_fast.lm.private import score_head
 from rlhf_fast.lm.sequences import Sequences, position_ids
-from rlhf_fast.lm.switches import agree, difference, trial_rows
+from rlhf_fast.lm.switches import agree, difference, switching_length, trial_rows
 from rlhf_fast.ops.private import is_fake
 
 _paddable: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
@@ -82,6 +82,29 @@ def token_values(model: PreTrainedModel, sequences: Sequences) -> Tensor:
 def hidden_values(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """V [B, T] fp32 of hidden states [B, T, H] of the model's trunk."""
     return _score(model, hidden)
+
+
+@one_pass
+def idle(model: PreTrainedModel) -> Tensor:
+    """0, from a pass over two tokens, in whose backward pass every trained weight gets a gradient of 0.
+
+    Where a model is in shards, a process without rows makes it while the other processes make passes over theirs.
+    """
+    return call(model, input_ids=trial_rows(model, (2,))[0], use_cache=False).logits.float().sum() * 0.0
+
+
+def settle(model: PreTrainedModel, *, checkpointing: bool) -> str | None:
+    """Takes all trials of the model's passes now. Why a pass may run its layers several times; None where it does not.
+
+    checkpointing: whether the model is going to checkpoint its activations.
+    """
+    if switching_length(model.config) is not None:
+        return "rows on both sides of its original length run apart"
+    backbone: Any = model.base_model
+    for part in (model, backbone):
+        _takes_positions(part, trial_rows(model, (8,))[0])
+    _can_pad_left(model)
+    return packing.settle(backbone, checkpointing=checkpointing)
 
 
 def forward_inputs(model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor) -> dict[str, Tensor]:

@@ -85,6 +85,13 @@ def _layers(model: nn.Module, number: int) -> tuple[nn.Module, str, nn.ModuleLis
     return found[0] if len(found) == 1 else None
 
 
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers of a model; none where no one list of modules holds them."""
+    config: Any = getattr(model, "config", None)
+    found = None if config is None else _layers(model, config.get_text_config().num_hidden_layers)
+    return [] if found is None else list(found[2])
+
+
 def layers_of_a_trial(layers: nn.ModuleList, text: Any) -> int:
     """How many of the first layers hold every kind of layer, at least two. text: the config of the text model.
 

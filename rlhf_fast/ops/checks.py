@@ -65,6 +65,14 @@ def check_dtype(name: str, x: Any, dtypes: tuple[torch.dtype, ...] = FLOATS) -> 
         raise ValueError(f"{name}: expected dtype {expected}, got {x.dtype}")
 
 
+def check_whole(name: str, x: Tensor) -> None:
+    """No DTensor: a sharded weight that is made whole out here would get no gradient from the other processes."""
+    if hasattr(x, "full_tensor"):
+        raise ValueError(
+            f"{name}: expected a plain tensor, got a DTensor; call the loss inside the forward of its FSDP module"
+        )
+
+
 def check_floats(first: str, *, optional: dict[str, Tensor | None] | None = None, **tensors: Tensor) -> None:
     """Every tensor is floating point and has the shape and device of the one named `first`; `optional` may be None."""
     like = tensors[first]

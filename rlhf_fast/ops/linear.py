@@ -19,6 +19,7 @@ from rlhf_fast.ops.checks import (
     check_integer,
     check_positive,
     check_temperature,
+    check_whole,
     expect,
 )
 from rlhf_fast.ops.dispatch import LIBRARY, define, has_kernel, kernel
@@ -124,6 +125,7 @@ def check_layer(hidden: Tensor, weight: Tensor, bias: Tensor | None, prefix: str
         named[f"{prefix}bias"] = bias
     for name, x in named.items():
         check_dtype(name, x)
+        check_whole(name, x)
         check_device(name, x, f"{prefix}hidden", hidden)
     shape = list(weight.shape)
     expect(weight.dim() == 2 and shape[0] > 0, f"{prefix}weight", "shape [V, H] with V > 0", shape)

@@ -37,7 +37,11 @@ def run(plan: PlanConfig) -> None:
 
 
 def dry_run(method: str, config: StageConfig) -> None:
-    """Print the plan of a stage's config."""
+    """Print the plan of a stage's config. Raises ValueError for models in shards, because their number is not known."""
+    if config.shard != "none":
+        raise ValueError(
+            f"shard: expected none with --dry-run, got {config.shard}; `rlhf-fast plan --gpus N --zero 3` plans shards"
+        )
     run(plan_of(method, config))
 
 

@@ -22,6 +22,7 @@ from rlhf_fast.lm.limits import check_rows
 from rlhf_fast.lm.loading import default_device
 from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.lm.sequences import Sequences
+from rlhf_fast.lm.sharding import shard, whole
 from rlhf_fast.lm.tokenizers import check_tokenizer, load_tokenizer
 from rlhf_fast.lm.trust import trusts_as_asked
 from rlhf_fast.ranks import current
@@ -93,7 +94,7 @@ def train(config: DPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
     @torch.no_grad()
     def look(run: Run) -> dict[str, float]:
         tally, mine = Tally(), current().share(range(len(data.examples), len(examples)))
-        with autocast(device, config.bf16):
+        with whole(policy), autocast(device, config.bf16):
             for rows in passes("held out", micro_batches(len(mine), size)):
                 loss([*mine[rows]], len(held_out), tally)
         sums = tally.read()
@@ -131,6 +132,8 @@ def train(config: DPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
         del compute
         if evaluator is None:
             del reference
+        else:
+            shard(reference, config.shard)
         stage.steps(loss)
 
 

@@ -20,7 +20,7 @@ from rlhf_fast.rollout.generate import Rollout
 from rlhf_fast.stages.online import Experience, Online
 from rlhf_fast.stages.updates import several_epochs
 from rlhf_fast.training.batches import micro_batches
-from rlhf_fast.training.learner import take_step
+from rlhf_fast.training.learner import take_step, training_passes
 from rlhf_fast.training.listeners import Listener
 from rlhf_fast.training.lock import writes_alone
 from rlhf_fast.training.run import Run
@@ -53,7 +53,7 @@ def minibatch_update(
     counts = torch.stack([torch.tensor(len(advantages_B), device=online.device), rollout.response_mask.sum()])
     completions, tokens = online.ranks.sum(counts)  # of all processes
     tally = Tally()
-    for rows in micro_batches(len(advantages_B), config.micro_batch_size):
+    for rows in training_passes(micro_batches(len(advantages_B), config.micro_batch_size), online.learner):
         part = rollout.rows(rows)
         with run.meter.phase("policy_update"):
             with online.learner.autocast():

@@ -17,6 +17,7 @@ from rlhf_fast.config import KTOConfig
 from rlhf_fast.data.chat import with_template
 from rlhf_fast.data.encoding import UnpairedExample, pad_id, pad_left, pad_right
 from rlhf_fast.data.stage_rows import encode_stage
+from rlhf_fast.lm import sharding
 from rlhf_fast.lm.limits import check_rows
 from rlhf_fast.lm.loading import default_device
 from rlhf_fast.lm.objectives import Objectives
@@ -113,7 +114,7 @@ def train(config: KTOConfig, *, listeners: Sequence[Listener] = ()) -> None:
     @torch.no_grad()
     def evaluate(run: Run) -> dict[str, float]:
         tally, rows = Tally(), list(range(len(data.examples), len(examples)))
-        with autocast(device, config.bf16):
+        with sharding.whole(policy), autocast(device, config.bf16):
             whole, mine = look_at(rows), current().share(rows)
             for part in passes("held out", micro_batches(len(mine), size)):
                 loss([*mine[part]], whole, tally)
@@ -151,6 +152,8 @@ def train(config: KTOConfig, *, listeners: Sequence[Listener] = ()) -> None:
         del compute
         if evaluator is None:
             del reference
+        else:
+            sharding.shard(reference, config.shard)
         stage.steps(loss)
 
 

@@ -16,10 +16,11 @@ from rlhf_fast.config import OfflineConfig, RewardConfig, SFTConfig
 from rlhf_fast.data.encoding import Encoded
 from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.lm.sequences import Sequences
+from rlhf_fast.lm.sharding import shard, whole
 from rlhf_fast.ranks import current
 from rlhf_fast.training.batches import OfflineBatches, micro_batches
 from rlhf_fast.training.evaluation import Evaluator
-from rlhf_fast.training.learner import Learner, autocast, take_step
+from rlhf_fast.training.learner import Learner, autocast, take_step, training_passes
 from rlhf_fast.training.listeners import Listener
 from rlhf_fast.training.run import Run
 from rlhf_fast.training.tally import Tally
@@ -64,6 +65,7 @@ class Offline:
             processes = current().size
             raise ValueError(f"batch_size: expected a row for each of {processes} processes, got {config.batch_size}")
         self.config, self.batches, self.whole, self.held_out = config, batches, whole, held_out
+        shard(model, config.shard, checkpointing=config.gradient_checkpointing)
         self.learner = Learner(model, config, batches.steps)
         self.run = Run(
             config,
@@ -98,7 +100,7 @@ class Offline:
         for step in run.steps():
             batch, tally = self.batches(step), Tally()
             whole, mine = self.whole(batch), current().share(batch)
-            for rows in micro_batches(len(mine), self.config.micro_batch_size):
+            for rows in training_passes(micro_batches(len(mine), self.config.micro_batch_size), learner):
                 with run.meter.phase("policy_update"):
                     with learner.autocast():
                         part = loss([*mine[rows]], whole, tally)
@@ -115,6 +117,9 @@ class Offline:
 
 @torch.no_grad()
 def summed_logprobs(objectives: Objectives, parts: Iterable[Sequences], bf16: bool) -> list[Tensor]:
-    """The log-probs [B] of the B responses of every part, summed over the tokens of a response."""
-    with autocast(objectives.model.device, bf16):
+    """The log-probs [B] of the B responses of every part, summed over the tokens of a response.
+
+    All processes call it where the model is in shards.
+    """
+    with whole(objectives.model), autocast(objectives.model.device, bf16):
         return [objectives.logprobs(part).logprobs.sum(dim=1) for part in parts]

@@ -20,6 +20,7 @@ from rlhf_fast.lm.balance import leave_out
 from rlhf_fast.lm.loading import default_device
 from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.lm.offload import place, visiting
+from rlhf_fast.lm.sharding import shard, whole
 from rlhf_fast.lm.tokenizers import check_tokenizer, load_tokenizer
 from rlhf_fast.ops import kl_penalty
 from rlhf_fast.ranks import current
@@ -101,6 +102,8 @@ class Online(Generic[Config]):
                 Objectives(model, temperature=config.temperature, fused=config.fused_head)
                 for model in (self.policy, self.reference)
             )
+        shard(self.policy, config.shard, checkpointing=config.gradient_checkpointing)  # before more models are loaded
+        shard(self.reference, config.shard)
         self.reward = Reward(
             config.reward,
             self.tokenizer,
@@ -112,6 +115,7 @@ class Online(Generic[Config]):
             offload=config.offload,
             dtype=config.frozen_weights,
             timeout=config.reward_timeout,
+            shard=config.shard,
         )
         self.reward.check(prompt_columns(self.prompts))
         self.sampler = LocalSampler(
@@ -176,7 +180,7 @@ class Online(Generic[Config]):
         prompts, earlier = [*self.ranks.share(every)], [p.prompt_ids for p in self.ranks.earlier(every)]
         seed = seed_everything(self.config.seed, step)
         with autocast(self.device, self.config.bf16), torch.no_grad():
-            with meter.phase("rollout"):
+            with meter.phase("rollout"), whole(self.policy):
                 ids = [p.prompt_ids for p in prompts]
                 rollout, greedy = self.sampler(
                     ids, seed=seed, samples=self.samples, greedy=self.greedy, earlier=earlier

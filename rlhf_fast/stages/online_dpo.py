@@ -16,7 +16,7 @@ from rlhf_fast.ops import kl_penalty
 from rlhf_fast.rollout.generate import Rollout
 from rlhf_fast.stages.online import Experience, Online
 from rlhf_fast.training.batches import micro_batches
-from rlhf_fast.training.learner import take_step
+from rlhf_fast.training.learner import take_step, training_passes
 from rlhf_fast.training.listeners import Listener
 from rlhf_fast.training.lock import writes_alone
 from rlhf_fast.training.run import Run
@@ -65,7 +65,7 @@ def step(
     pairs = int(online.ranks.sum(torch.tensor(len(chosen))))  # of all processes
     size = None if config.micro_batch_size is None else config.micro_batch_size // 2
     tally.add("pairs", len(chosen))
-    for rows in micro_batches(len(chosen), size):
+    for rows in training_passes(micro_batches(len(chosen), size), online.learner):
         index = torch.cat([chosen[rows], rejected[rows]])
         part = rollout.rows(index)
         lengths = part.response_mask.sum(dim=1)

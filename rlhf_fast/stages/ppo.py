@@ -20,6 +20,7 @@ from rlhf_fast.lm.loading import load_scorer, value_head_on
 from rlhf_fast.lm.passes import response_hidden
 from rlhf_fast.lm.private import score_head
 from rlhf_fast.lm.scores import Scores
+from rlhf_fast.lm.sharding import shard, whole
 from rlhf_fast.lm.tokenizers import check_tokenizer
 from rlhf_fast.lm.trust import trusts_as_asked
 from rlhf_fast.ops import LinearPPOLoss, ValueLoss, gae, ppo_value_loss, shape_rewards, whiten
@@ -27,7 +28,7 @@ from rlhf_fast.rollout.generate import Rollout
 from rlhf_fast.stages.online import Experience, Online
 from rlhf_fast.stages.updates import several_epochs
 from rlhf_fast.training.batches import micro_batches
-from rlhf_fast.training.learner import Learner, take_step
+from rlhf_fast.training.learner import Learner, take_step, training_passes
 from rlhf_fast.training.listeners import Listener
 from rlhf_fast.training.lock import writes_alone
 from rlhf_fast.training.resume import resume_directory
@@ -75,6 +76,7 @@ def load_critic(online: Online[PPOConfig]) -> Learner:
         model = load_scorer(path, dtype=config.dtype, head="zero", lora=lora_of(config), shared=shared)
         model.to(online.device)  # pyright: ignore[reportArgumentType]
         online.check_lengths(value_model=model)
+        shard(model, config.shard, checkpointing=config.gradient_checkpointing)
     trained = score_head(model).parameters() if config.critic == "shared" else None
     return Learner(model, config, online.updates, learning_rate=config.value_learning_rate, parameters=trained)
 
@@ -87,9 +89,10 @@ def value_start(online: Online) -> str:
 def advantages_and_returns(run: Run, online: Online[PPOConfig], critic: Learner, experience: Experience) -> Targets:
     """The targets of a rollout: values of the value model, rewards less the KL penalty, and GAE."""
     config, rollout, mask = online.config, experience.rollout, experience.rollout.response_mask
-    with run.meter.phase("value"), torch.no_grad(), critic.autocast():
+    scores = critic_scores(online, critic)
+    with run.meter.phase("value"), torch.no_grad(), whole(scores.root), critic.autocast():
         rows = micro_batches(len(mask), config.micro_batch_size)
-        values = torch.cat([critic_scores(online, critic).values(rollout.rows(r).sequences) for r in rows])
+        values = torch.cat([scores.values(rollout.rows(r).sequences) for r in rows])
     rewards = shape_rewards(experience.scores, rollout.logprobs, experience.ref_logprobs, mask, kl_coef=online.kl.coef)
     if config.whiten_rewards:
         rewards = whiten_all(online, rewards, mask, shift_mean=False)
@@ -119,7 +122,8 @@ def minibatch_update(
     tokens = online.ranks.sum(mask.sum())
     tally = Tally()
     backward = joint_backward if online.config.critic == "shared" else separate_backward
-    for rows in micro_batches(len(mask), online.config.micro_batch_size):
+    parts = micro_batches(len(mask), online.config.micro_batch_size)
+    for rows in training_passes(parts, online.learner, critic):
         part, target = rollout.rows(rows), Targets(*(x[rows] for x in targets))
         policy, value = backward(run, online, critic, part, target, tokens)
         if untouched:

@@ -28,6 +28,7 @@ from rlhf_fast.lm.limits import check_rows
 from rlhf_fast.lm.loading import default_device, load_policy, load_scorer, mark_trained_here, set_score_offset
 from rlhf_fast.lm.scores import Scores
 from rlhf_fast.lm.sequences import Sequences
+from rlhf_fast.lm.sharding import whole
 from rlhf_fast.lm.tokenizers import load_tokenizer
 from rlhf_fast.lm.trust import trusts_as_asked
 from rlhf_fast.ops import RankingLoss, RewardLoss, ranking_loss, reward_loss
@@ -137,7 +138,7 @@ def _centring(scores_BK: Tensor, ranks_BK: Tensor) -> Tensor:
 def evaluate(model: PreTrainedModel, examples: list[Example], pad: int, config: RewardConfig) -> dict[str, float]:
     """Held-out loss and pair accuracy, as means over pairs, and the accuracy's standard error."""
     pairs, tally, mine = sum(map(_pairs, examples)), Tally(), current().share(examples)
-    with autocast(model.device, config.bf16):
+    with whole(model), autocast(model.device, config.bf16):
         for rows in passes("held out", micro_batches(len(mine), config.micro_batch_size or config.batch_size)):
             part = [*mine[rows]]
             out = preference_loss(model, part, pad, config.center_coef)
@@ -159,7 +160,7 @@ def normalize(
     prompts = [e.prompt_ids for e in examples[: config.normalize_samples]]
     sampler = LocalSampler(policy, tokenizer, max_new_tokens=config.max_response_length)
     ranks, scorer, scores = current(), Scores(model), []
-    with autocast(model.device, config.bf16):
+    with whole(model), autocast(model.device, config.bf16):
         for rows in passes("offset", micro_batches(len(prompts), 4 * config.batch_size)):
             mine, scored = ranks.share(prompts[rows]), []
             if mine:

@@ -17,6 +17,7 @@ from rlhf_fast.lm.limits import check_rows
 from rlhf_fast.lm.loading import default_device, load_policy
 from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.lm.sequences import Sequences
+from rlhf_fast.lm.sharding import whole
 from rlhf_fast.lm.tokenizers import load_tokenizer
 from rlhf_fast.lm.trust import trusts_as_asked
 from rlhf_fast.ranks import current
@@ -87,7 +88,7 @@ def held_out_loss(objectives: Objectives, examples: list[SFTExample], pad: int, 
     device = objectives.model.device
     size = config.micro_batch_size or config.batch_size
     total: Tensor | float = 0.0
-    with autocast(device, config.bf16):
+    with whole(objectives.model), autocast(device, config.bf16):
         mine = current().share(examples)
         for rows in passes("held out", micro_batches(len(mine), size)):
             total = total - objectives.logprobs(*completions([*mine[rows]], pad, device)).logprobs.double().sum()

@@ -10,7 +10,7 @@ from rlhf_fast.config import ClippedConfig
 from rlhf_fast.rollout.generate import Rollout
 from rlhf_fast.stages.online import Experience, Online
 from rlhf_fast.training.batches import micro_batches
-from rlhf_fast.training.learner import take_step
+from rlhf_fast.training.learner import take_step, training_passes
 from rlhf_fast.training.run import Run
 from rlhf_fast.training.tally import Tally
 
@@ -51,7 +51,8 @@ def policy_gradient_step(
     rollout, tally = experience.rollout, Tally()
     tokens = online.ranks.sum(rollout.response_mask.sum())
     total = tokens if reduction == "token_mean" else torch.tensor(online.config.batch_size)
-    for rows in micro_batches(len(advantages), online.config.micro_batch_size):
+    parts = micro_batches(len(advantages), online.config.micro_batch_size)
+    for rows in training_passes(parts, online.learner):
         part = rollout.rows(rows)
         with run.meter.phase("policy_update"):
             with online.learner.autocast():

@@ -21,12 +21,13 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -66,20 +67,23 @@ def save(
     *,
     models: dict[str, PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase | None = None,
+    weights: Mapping[str, dict[str, Tensor] | None] | None = None,
     state: dict[str, Any] | None = None,
     extra_files: dict[str, Any] | None = None,
 ) -> Path:
     """Writes a checkpoint to `directory`, in place of an older checkpoint there, and returns its path.
 
     models: sub-directory -> model, "" for the directory itself; saved as safetensors with their config.
+    weights: sub-directory -> the `sharding.whole_state` of a model in shards.
     state: nested dicts and lists of tensors and plain values; `load_state` reads it back.
     extra_files: file name -> anything that JSON can hold.
     Raises Diverged where a weight is NaN or infinite, before anything is written. Raises OSError, naming `directory`,
     on a full disk; what was there before stays. Raises ValueError where a file that no `save` wrote would be
     overwritten. The new files are then kept elsewhere in `directory`, and the error says where.
     """
+    weights = weights or {}
     for subdirectory, model in models.items():
-        if (name := not_finite(model, trained=has_adapter(model))) is not None:
+        if (name := not_finite(model, trained=has_adapter(model), state=weights.get(subdirectory))) is not None:
             whose = f" of the {subdirectory} model" if subdirectory else ""
             raise Diverged(f"{name}{whose} is not finite, so that it was not written to {directory}")
     if _step_of(Path(directory)) is not None and os.path.islink(directory):
@@ -95,7 +99,7 @@ def save(
         with writing(directory), _no_progress_bars():
             new.mkdir(parents=True)
             for subdirectory, model in models.items():
-                save_model(model, new / subdirectory)
+                save_model(model, new / subdirectory, weights.get(subdirectory))
             if tokenizer is not None:
                 tokenizer.save_pretrained(new)
             if state is not None:

@@ -21,6 +21,7 @@ from rlhf_fast.data.rows import Row, load_rows
 from rlhf_fast.lm.limits import check_rows
 from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.lm.offload import visiting
+from rlhf_fast.lm.sharding import whole
 from rlhf_fast.ranks import current
 from rlhf_fast.rollout.generate import Rollout
 from rlhf_fast.rollout.sampler import LocalSampler
@@ -85,13 +86,19 @@ class Evaluator:
         KL is in nats per completion, length in tokens, entropy in nats per token. Where the rows have completions,
         `eval/win_rate` is there too.
         """
+        with whole(policy):
+            return self._evaluate(policy)
+
+    def _evaluate(self, policy: PreTrainedModel) -> Evaluation:
         sampler = LocalSampler(policy, self.tokenizer, **self.sampling)
         objectives = self.objectives(policy)
         parts: list[list[tuple]] = []  # of the rows of every pass: reward, KL, length, entropy, completion
         for rows in passes("evaluation", micro_batches(len(self.prompts), self.batch_size)):
             prompts = [*current().share(self.prompts[rows])]
             if not prompts:
-                parts.append([])
+                with whole(self.reference):  # models in shards need all processes
+                    parts.append([])
+                self.reward.idle()
                 continue
             with autocast(policy.device, self.bf16):
                 earlier = [p.prompt_ids for p in current().earlier(self.prompts[rows])]
@@ -145,6 +152,7 @@ def make_evaluator(
             offload=getattr(config, "offload", False),
             dtype=config.frozen_weights,
             timeout=config.reward_timeout,
+            shard=config.shard,
         )
     if reward is None:
         raise ValueError("eval_reward: expected a reward to score the samples of eval_data with, got none")

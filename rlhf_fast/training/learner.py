@@ -5,7 +5,7 @@ the loop over micro-batches.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_fast.config import StageConfig
+from rlhf_fast.lm.passes import idle
+from rlhf_fast.lm.sharding import full, gathered, is_part, is_sharded
 from rlhf_fast.ranks import current
 from rlhf_fast.training.memory import static_bytes
 from rlhf_fast.training.moments import check_state
-from rlhf_fast.training.optimizers import MasterWeights, lr_factor, make_optimizer
+from rlhf_fast.training.optimizers import MasterWeights, load_state, lr_factor, make_optimizer
 from rlhf_fast.training.stopped import Diverged
 from rlhf_fast.training.tally import Tally
 
@@ -25,6 +27,7 @@ class Learner:
     """One trained model with its optimizer, learning-rate schedule, clipping and autocast.
 
     parameters: the parameters to train; default: all parameters of `model` that require gradients.
+    A model in shards is sharded before: its parameters are then those of this process's part.
     With config.optimizer_in_backward the weights move during backward, and `apply` only closes the step.
     """
 
@@ -46,7 +49,7 @@ class Learner:
         groups = self.optimizer.inner if isinstance(self.optimizer, MasterWeights) else self.optimizer
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(groups, factor)
         self.in_backward, self.norms, self.spoilt = config.optimizer_in_backward, [], False
-        self._moving = False
+        self._moving, self._counted = False, False  # a resumed run counts anew, as its shards may be others
         if self.in_backward:
             for parameter in self.parameters:
                 parameter.register_post_accumulate_grad_hook(self._step_in_backward)
@@ -67,20 +70,27 @@ class Learner:
     def clip(self) -> Tensor:
         """The norm of the accumulated gradients, 0-dim and on the device. Clips the gradients to max_grad_norm.
 
-        With several processes the gradients are first added up over all processes.
+        With several processes the gradients are first added up over all processes. Those of a model in shards have been
+        added up in the backward pass.
         """
         if self.in_backward:
             # A step may have no gradient, as where no pair of online DPO has a preference.
             norms, self.norms = self.norms or [torch.zeros((), device=self.model.device)], []
             return torch.stack(norms).norm()
-        self.ranks.add_gradients(self.parameters)
+        self.ranks.add_gradients([p for p in self.parameters if not is_part(p)])
         if isinstance(self.optimizer, MasterWeights):  # clips fp32 gradients, because a product in bf16 is rounded
             norms = [_norm(p.grad) for p in self.parameters if p.grad is not None]
-            norm = torch.stack(norms).norm() if norms else torch.zeros((), device=self.model.device)
+            norm = full(torch.stack(norms).norm()) if norms else torch.zeros((), device=self.model.device)
             if self.max_grad_norm:
                 self.optimizer.factor = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
             return norm
-        return torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm or math.inf)
+        return full(torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm or math.inf))
+
+    def idle(self) -> None:
+        """A training pass that counts nothing, made while other processes make passes over their rows."""
+        with self.autocast():
+            nothing = idle(self.model)
+        nothing.backward()
 
     def check(self, norm: float) -> None:
         """Diverged unless the norm of the gradients is finite. Call it before `apply`."""
@@ -92,13 +102,14 @@ class Learner:
     def apply(self) -> None:
         """Moves the weights by the clipped gradients and clears the gradients."""
         self._moving = True
-        first, weights = not self.static_bytes, {"": nn.ParameterList(self.parameters)}
+        first, weights = not self._counted, {"": nn.ParameterList(self.parameters)}
         gradients = static_bytes(weights)[""]["gradients"] if first else 0  # a step may drop them
         if not self.in_backward:
             self.optimizer.step()
         if first:
             held = static_bytes(weights, {"": self.optimizer})[""]
             self.static_bytes = {"gradients": gradients, "optimizer": held["optimizer"]}
+            self._counted = True
         self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step()
         self._moving = False
@@ -114,9 +125,12 @@ class Learner:
         return float(self.scheduler.get_last_lr()[0])
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of optimizer and schedule; the model's weights are not part of it."""
+        """The state of optimizer and schedule; the model's weights are not part of it.
+
+        Of a model in shards all processes call it, and the first process gets the whole tensors.
+        """
         return {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": gathered(self.optimizer.state_dict()),
             "scheduler": self.scheduler.state_dict(),
             "static_bytes": self.static_bytes,
         }
@@ -125,7 +139,10 @@ class Learner:
         """Restores a `state_dict`. Raises ValueError where it is that of other weights or of another optimizer."""
         names = {p: f"weight {i}" for i, p in enumerate(self.parameters)}
         check_state(self.optimizer, state["optimizer"], names | {p: name for name, p in self.model.named_parameters()})
-        self.optimizer.load_state_dict(state["optimizer"])
+        if isinstance(self.optimizer, MasterWeights):
+            self.optimizer.load_state_dict(state["optimizer"])
+        else:
+            load_state(self.optimizer, state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.static_bytes = state["static_bytes"]
 
@@ -145,6 +162,20 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 def autocast(device: torch.device, bf16: bool) -> torch.autocast:
     """The precision of passes, as a context: bfloat16 autocast with `bf16`, else the weights' own dtype."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+
+
+def training_passes(parts: list[slice], *learners: Learner) -> Iterator[slice]:
+    """The micro-batches `parts` of this process, one after the other, for a pass of every learner over each of them.
+
+    Where a model is in shards, all processes have to make equally many passes. A process with fewer micro-batches than
+    another makes idle passes behind them.
+    """
+    in_shards = [learner for learner in learners if is_sharded(learner.model)]
+    most = max(current().gather(len(parts))) if in_shards else len(parts)
+    yield from parts
+    for _ in range(most - len(parts)):
+        for learner in in_shards:
+            learner.idle()
 
 
 def take_step(

@@ -23,6 +23,7 @@ from rlhf_fast.lm.loading import load_scorer, trained_here
 from rlhf_fast.lm.offload import place, visiting
 from rlhf_fast.lm.scores import Scores
 from rlhf_fast.lm.sequences import Sequences
+from rlhf_fast.lm.sharding import shard, whole
 from rlhf_fast.lm.tokenizers import load_tokenizer
 from rlhf_fast.rollout.generate import Rollout
 from rlhf_fast.training.reading import Conversation, Reader
@@ -123,11 +124,13 @@ class ModelReward:
         shared: PreTrainedModel | None,
         offload: bool,
         dtype: Dtype,
+        how: str,
     ) -> None:
         self.tokenizer, self.device, self.name = tokenizer, device, str(spec)
         self.micro_batch_size, self.max_prompt_length = micro_batch_size, max_prompt_length
         self.model = load_scorer(spec, dtype=dtype, head=None, trainable=False, shared=shared)
         place(self.model, device, offload)
+        shard(self.model, how)
         own = load_tokenizer(spec, "reward")
         self.retokenizer = None if own.get_vocab() == tokenizer.get_vocab() else own
         self.context = context_length(self.model.config) or sys.maxsize
@@ -192,6 +195,7 @@ class Reward:
     max_prompt_length: tokens of a prompt that a reward model sees where it reads text.
     shared: a model whose base the reward models stand on. offload: reward models wait in CPU memory. dtype: of the
         reward models' weights, as in `lm.dtypes`. timeout: seconds that a call of a function may take.
+    shard: how reward models are put into shards, as in `lm.sharding`; all processes then call the reward equally often.
     """
 
     def __init__(
@@ -207,13 +211,14 @@ class Reward:
         offload: bool = False,
         dtype: Dtype = "fp32",
         timeout: float | None = None,
+        shard: str = "none",
     ) -> None:
         self.tokenizer, self.device = tokenizer, device
         specs = [spec] if isinstance(spec, str | Path) or callable(spec) else list(spec)
         self.weights = [1.0] * len(specs) if weights is None else list(map(float, weights))
         if not specs or len(self.weights) != len(specs):
             raise ValueError(f"reward_weights: expected one for each of {len(specs)} rewards, got {len(self.weights)}")
-        model = (micro_batch_size, max_prompt_length, shared, offload, dtype)
+        model = (micro_batch_size, max_prompt_length, shared, offload, dtype, shard)
         self.parts = [
             FunctionReward(one, timeout) if is_function(one) else ModelReward(one, tokenizer, device, *model)  # pyright: ignore[reportArgumentType]
             for one in specs
@@ -225,6 +230,12 @@ class Reward:
         """The reward models by role: `reward`, and `reward_2` and so on where there are several."""
         models = [part.model for part in self.parts if isinstance(part, ModelReward)]
         return {f"reward_{n}" if n > 1 else "reward": model for n, model in enumerate(models, 1)}
+
+    def idle(self) -> None:
+        """Takes part in a call of the other processes, whose reward models may be in shards, without completions."""
+        for model in self.models.values():
+            with whole(model):
+                pass
 
     @property
     def readers(self) -> dict[str, PreTrainedModel]:

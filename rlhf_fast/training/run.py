@@ -12,13 +12,16 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rlhf_fast
 from rlhf_fast.config import StageConfig
 from rlhf_fast.config.fields import describe
 from rlhf_fast.data.files import write_json
-from rlhf_fast.ranks import current
+from rlhf_fast.lm.sharding import is_sharded, whole_state
+from rlhf_fast.ranks import current, gone
+from rlhf_fast.ranks import lost as lost_process
 from rlhf_fast.training import checkpoint, ending
 from rlhf_fast.training.batches import seed_everything
 from rlhf_fast.training.ending import Ended
@@ -170,6 +173,8 @@ class Run:
             error.args = (f"{error}; {self._advice(error.remedy)}",)
         elif isinstance(error, Ended):
             error.line = f"{self.description}: ended by {ending.name(error.signum)}; {self._kept()}"
+        elif error is not None and self.ranks.size > 1 and gone(error):  # a collective of a model in shards
+            raise lost_process(error) from error
         elif error is None and (signum := ending.asked()) is not None:
             wrote = f"it was finished, and wrote {self.config.output_dir}"
             raise Ended(signum, f"{self.description}: ended by {ending.name(signum)}; {wrote}")
@@ -204,9 +209,10 @@ class Run:
         signum = asked[0]
         ending.reached()
         new = step >= self.first_step and checkpoint.latest(self.config.output_dir) != self._state_at(step)
-        if new and self.ranks.first:
+        if self.ranks.gather(new)[0]:
             self.save_state(step)
-            self._prune(step)
+            if self.ranks.first:
+                self._prune(step)
         self.ranks.wait()  # every process then says what is saved
         raise Ended(signum)
 
@@ -219,6 +225,8 @@ class Run:
         learners, good = self.learners.values(), self._good
         moved = any(self._schedules[role] != learner.scheduler.state_dict() for role, learner in self.learners.items())
         if good == 0 or not self.ranks.first:
+            return
+        if any(is_sharded(model) for model in self.models.values()):  # other processes may be gone with their parts
             return
         if not all(learner.whole for learner in learners) or (exactly and moved):
             return
@@ -279,21 +287,31 @@ class Run:
             listener.log(step, row)
 
     def save_state(self, step: int) -> None:
-        """Writes the checkpoint from which a resumed run goes on after `step`. One process writes it."""
+        """Writes the checkpoint from which a resumed run goes on after `step`. All processes call it, one writes."""
+        weights = self._whole_weights()
+        state = {name: part.state_dict() for name, part in self.states.items()}
         if not self.ranks.first:
             return
-        state = {name: part.state_dict() for name, part in self.states.items()}
         state |= {"step": step, "train_seconds": self.train_seconds, "facts": self._facts}
         state["metrics"] = self.logger.text
         files = {RUN_CONFIG: {**self.described, MADE_OF: self.made_of}}
         checkpoint.save(
-            self._state_at(step), models=self.models, tokenizer=self.tokenizer, state=state, extra_files=files
+            self._state_at(step),
+            models=self.models,
+            weights=weights,
+            tokenizer=self.tokenizer,
+            state=state,
+            extra_files=files,
         )
         self._reward_failed.unlink(missing_ok=True)
 
     def _prune(self, step: int) -> None:
         config = self.config
         checkpoint.prune(config.output_dir, config.save_total_limit, every=config.save_steps, after=step)
+
+    def _whole_weights(self) -> dict[str, dict[str, Tensor] | None]:
+        """The weights of the models in shards, whole in the first process. All processes call it."""
+        return {name: whole_state(model) for name, model in self.models.items()}
 
     def _state_at(self, step: int) -> Path:
         return Path(self.config.output_dir) / f"checkpoint-{step}"
@@ -326,17 +344,21 @@ class Run:
             self._evaluate()
         self.logger.check_there()
         self._finishing = True
+        weights, phases, held = self._whole_weights(), self.meter.summary(), self._static_bytes()
+        processes = self.ranks.gather({"static_bytes": held, "phases": phases})
         if not self.ranks.first:
             self.ranks.wait()
             return
+        several = {"processes": processes} if self.ranks.size > 1 else {}
         summary = {
             "stage": self.description,
             "config": self.described,
             "made_of": self.made_of,
             "steps": self.total_steps,
             "train_seconds": self.train_seconds,
-            "phases": self.meter.summary(),
-            "static_bytes": self._static_bytes(),
+            "phases": phases,
+            "static_bytes": held,
+            **several,
             "parameters": {
                 role: sum(p.numel() for p in learner.model.parameters()) for role, learner in self.learners.items()
             },
@@ -350,7 +372,9 @@ class Run:
         if self.last_evaluation is not None:
             summary["evaluation"] = self.last_evaluation.metrics
             files["samples.json"] = self.last_evaluation.samples
-        checkpoint.save(self.config.output_dir, models=self.models, tokenizer=self.tokenizer, extra_files=files)
+        checkpoint.save(
+            self.config.output_dir, models=self.models, weights=weights, tokenizer=self.tokenizer, extra_files=files
+        )
         self._reward_failed.unlink(missing_ok=True)
         checkpoint.tidy(self.config.output_dir)
         self.ranks.wait()  # a stage that reads the model starts when it is whole

@@ -1,32 +1,20 @@
-"""Models sharded by FSDP2 over two processes: every loss gives one process's gradients, as it enters by the root."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""Models in shards over two processes: every loss gives one process's gradients, as it enters by the root."""
 
 import torch
 
 from rlhf_fast.training.memory import static_bytes
 from rlhf_fast.training.tensor_bytes import TensorBytes
+from tests.support.ranks import launch
 
-ROOT = Path(__file__).parents[2]
 
-
-def test_gradients_of_two_processes_are_those_of_one(tmp_path):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    command = [sys.executable, "-m", "tests.support.sharded"]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), "2", str(tmp_path / "meeting")],
-            env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    worst = dict(line.rsplit(": ", 1) for line in outputs[0][0].splitlines() if ": " in line)
-    assert worst.keys() == {"sft", "reinforce", "ppo", "ppo from logits", "log-probs", "joint", "scores", "values"}
+def test_gradients_of_two_processes_are_those_of_one():
+    first, second = launch(2, "-m", "tests.support.sharded")
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    worst = dict(line.rsplit(": ", 1) for line in first.stdout.splitlines() if ": " in line)
+    assert worst.keys() == {
+        *("sft", "sft, tied", "sft, checkpointed", "sft, GPT-2", "reinforce", "ppo", "ppo from logits"),
+        *("log-probs", "joint", "scores", "values"),
+    }
     assert all(float(difference) < 2e-6 for difference in worst.values()), worst
 
 

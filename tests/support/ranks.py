@@ -11,8 +11,47 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rlhf_fast.data.rows import write_rows
+from tests.support.stages import LENGTHS, REWARD
+
 ROOT = Path(__file__).parent.parent.parent
 Job = tuple[str, dict[str, Any]]  # the name of a stage, and the fields of its config
+COMMON = {"batch_size": 16, "learning_rate": 3e-4, "lr_schedule": "constant", "seed": 3}
+LORA = {"lora_rank": 4, "lora_alpha": 8.0}
+JOBS: dict[str, Job] = {
+    "sft": ("sft", {"epochs": 1, "micro_batch_size": 4, "max_length": 48}),
+    "sft_lora": ("sft", {"epochs": 1, "max_length": 48, **LORA}),
+    "sft_in_backward": ("sft", {"epochs": 1, "max_length": 48, "optimizer_in_backward": True, "max_grad_norm": 0}),
+    "reward": ("reward", {"epochs": 1, "normalize_samples": 20, **LENGTHS}),
+    "dpo": ("dpo", {"epochs": 1, "eval_reward": REWARD, "eval_data": "prompts", "eval_pairs": "pairs", **LENGTHS}),
+    "kto": ("kto", {"epochs": 1, "eval_rows": "unpaired", **LENGTHS}),
+    "ppo": ("ppo", {"steps": 3, "minibatches": 4, "epochs": 2, "whiten_rewards": True, "eval_data": "prompts"}),
+    "ppo_shared": ("ppo", {"steps": 2, "critic": "shared", "micro_batch_size": 4}),
+    "remax": ("remax", {"steps": 3, "kl_target": 0.5, "kl_horizon": 100}),
+    "reinforce": ("reinforce", {"steps": 2, "gradient_checkpointing": True}),
+    "rloo": ("rloo", {"steps": 3, "group_size": 2, "top_k": 5}),
+    "grpo": ("grpo", {"steps": 2, "group_size": 4, "minibatches": 2, "epochs": 2}),
+    "online_dpo": ("online-dpo", {"steps": 2}),
+}
+DATA = {"sft": "sft", "reward": "pairs", "dpo": "pairs", "kto": "unpaired"}
+
+
+def jobs_in(
+    directory: Path, files: dict[str, str], model: str, jobs: dict[str, Job] = JOBS, **common: Any
+) -> list[Job]:
+    """The jobs over rows of `files`; each writes to the folder of its name in `directory`. common: for every job."""
+    rows = [json.loads(line) for line in Path(files["prompts"]).read_text().splitlines()]
+    repeated = str(directory.parent / "repeated.jsonl")
+    write_rows(repeated, [row for row in rows[:6] for _ in range(4)])  # the processes have equal prompts in a round
+    files = files | {"repeated": repeated}
+    made = []
+    for name, (stage, options) in jobs.items():
+        options = {k: files.get(v, v) if k.startswith("eval_") else v for k, v in options.items()}
+        online = stage not in DATA
+        own = {"reward": REWARD, **LENGTHS} if online else {}
+        files_of = {"train_data": files[DATA.get(stage, "repeated")], "model": model}
+        made.append((stage, {**COMMON, **own, **files_of, **options, **common, "output_dir": str(directory / name)}))
+    return made
 
 
 def start(size: int, *command: str, **environment: str) -> list[subprocess.Popen[str]]:
@@ -57,11 +96,11 @@ def train(jobs: list[Job]) -> None:
         methods.load(row.train)(methods.load(row.config)(**options))
 
 
-def train_in(size: int, jobs: list[Job], directory: Path) -> list[subprocess.CompletedProcess[str]]:
+def train_in(size: int, jobs: list[Job], directory: Path, **environment: str) -> list[subprocess.CompletedProcess[str]]:
     """Trains the jobs in `size` processes."""
     path = directory / f"jobs_{size}.json"
     path.write_text(json.dumps(jobs))
-    return launch(size, "-m", "tests.support.ranks", str(path))
+    return launch(size, "-m", "tests.support.ranks", str(path), **environment)
 
 
 if __name__ == "__main__":

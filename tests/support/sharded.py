@@ -1,22 +1,21 @@
-"""Runs in several processes: the losses of models sharded by FSDP2 against one process's, on gloo.
+"""Runs in several processes: the losses of models in shards against one process's, on gloo.
 
-    python tests/support/sharded.py RANK SIZE FILE      FILE: where the processes meet
+    python -m tests.support.sharded      in processes that a launcher has started
 
-Prints one line for each loss, `NAME: worst gradient difference`, from rank 0.
+Prints one line for each loss, `NAME: worst gradient difference`, from the first process.
 """
 
-import sys
-
 import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from transformers import AutoModelForSequenceClassification
 
-from rlhf_fast.lm.forward import enter_by, within
+from rlhf_fast.lm.forward import within
 from rlhf_fast.lm.objectives import Objectives
-from rlhf_fast.lm.passes import response_hidden
+from rlhf_fast.lm.passes import idle, response_hidden
 from rlhf_fast.lm.scores import Scores
+from rlhf_fast.lm.sharding import full, is_part, shard, whole, whole_state
+from rlhf_fast.ops import linear_sft_loss
+from rlhf_fast.ranks import current
+from rlhf_fast.training.learner import checkpoint_activations
 from rlhf_fast.training.memory import static_bytes
 from tests.support.models import random_policy, random_sequences
 
@@ -32,6 +31,12 @@ def policy():
     return random_policy("llama").float().train()
 
 
+def tied():
+    model = policy()
+    model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
 def scorer():
     torch.manual_seed(0)
     config = random_policy("llama").config
@@ -39,15 +44,9 @@ def scorer():
     return AutoModelForSequenceClassification.from_config(config).train()
 
 
-def shard(model, mesh):
-    """A unit for each layer and the root; gradients are summed over the ranks."""
-    for layer in model.base_model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    for module in (*model.base_model.layers, model):
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
-    enter_by(model, register_fsdp_forward_method)
+def checkpointed():
+    model = policy()
+    checkpoint_activations(model)
     return model
 
 
@@ -64,20 +63,25 @@ def joint(model, rows):
     return within(model, losses)
 
 
+def ppo(fused):
+    return lambda m, r: Objectives(m, fused=fused).ppo(SEQUENCES.rows(r), OLD[r], ADVANTAGES[r], normalizer=TOKENS).loss
+
+
+def sft(model, rows):
+    return Objectives(model).sft(SEQUENCES.rows(rows), TRAINED[rows], 40.0).loss
+
+
 LOSSES = {
-    "sft": (policy, lambda m, r: Objectives(m).sft(SEQUENCES.rows(r), TRAINED[r], 40.0).loss),
+    "sft": (policy, sft),
+    "sft, tied": (tied, sft),
+    "sft, checkpointed": (checkpointed, sft),
+    "sft, GPT-2": (lambda: random_policy("gpt2"), sft),
     "reinforce": (
         policy,
         lambda m, r: Objectives(m).reinforce(SEQUENCES.rows(r), ADVANTAGES[r], normalizer=TOKENS).loss,
     ),
-    "ppo": (
-        policy,
-        lambda m, r: Objectives(m).ppo(SEQUENCES.rows(r), OLD[r], ADVANTAGES[r], normalizer=TOKENS).loss,
-    ),
-    "ppo from logits": (
-        policy,
-        lambda m, r: Objectives(m, fused=False).ppo(SEQUENCES.rows(r), OLD[r], ADVANTAGES[r], normalizer=TOKENS).loss,
-    ),
+    "ppo": (policy, ppo(True)),
+    "ppo from logits": (policy, ppo(False)),
     "log-probs": (
         policy,
         lambda m, r: (Objectives(m).logprobs(SEQUENCES.rows(r)).logprobs * ADVANTAGES[r, None]).sum() / 10,
@@ -91,29 +95,75 @@ LOSSES = {
 }
 
 
-def main(rank: int, size: int, meeting_place: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{meeting_place}", rank=rank, world_size=size)
-    mesh, share = init_device_mesh("cpu", (size,)), ROWS // size
-    mine = slice(rank * share, (rank + 1) * share)
+def main() -> None:
+    ranks = current()
+    mine = ranks.part(ROWS)
     for name, (make, loss) in LOSSES.items():
         one = make()
         loss(one, slice(0, ROWS)).backward()
         truth = {name: p.grad for name, p in one.named_parameters() if p.grad is not None}
-        many = shard(make(), mesh)
+        many = make()
+        shard(many, "full")
         for _ in range(2):  # the second pass meets what the first left
             many.zero_grad()
             loss(many, mine).backward()
-        got = {name: p.grad.full_tensor() for name, p in many.named_parameters() if p.grad is not None}
+            idle(many).backward()  # adds nothing
+        got = {name: full(p.grad) for name, p in many.named_parameters() if p.grad is not None}
         assert got.keys() == truth.keys(), got.keys() ^ truth.keys()
         largest = max(g.abs().max() for g in truth.values())
         worst = max((got[n] - g).abs().max() for n, g in truth.items()) / largest
-        if rank == 0:
+        if ranks.first:
             print(f"{name}: {worst:.1e}", flush=True)
         held = static_bytes({"": many})[""]
-        whole = sum(p.nbytes for p in one.parameters())
-        assert whole / size * 0.9 < held["weights"] < whole * 0.8 and held["gradients"] > 0, held
-    dist.destroy_process_group()
+        total = sum(p.nbytes for p in one.parameters())
+        assert total / ranks.size * 0.9 < held["weights"] < total * 0.8 and held["gradients"] > 0, held
+        check_state(one, many)
+    check_whole()
+    check_refusal()
+
+
+def check_state(one, many):
+    """The state of all processes' parts is one process's, in the first process alone."""
+    state, truth = whole_state(many), one.state_dict()
+    if current().first:
+        assert state.keys() == truth.keys() and all(map(torch.equal, state.values(), truth.values()))
+        assert len({id(x) for x in state.values()}) == len({x.data_ptr() for x in truth.values()})
+    else:
+        assert state is None
+
+
+@torch.no_grad()
+def check_whole():
+    """Inside `whole` a process makes as many passes as it likes; no pass leaves anything whole behind."""
+    for trained in (True, False):
+        one, many = policy(), policy().requires_grad_(trained)
+        shard(many, "full")
+        truth = Objectives(one).logprobs(SEQUENCES).logprobs
+        with whole(many):
+            objectives = Objectives(many)
+            for _ in range(1 + 2 * current().rank):
+                with whole(many):
+                    assert (objectives.logprobs(SEQUENCES).logprobs - truth).abs().max() < 1e-5
+            assert not any(map(is_part, many.parameters()))
+        assert all(map(is_part, many.parameters()))
+        if trained:
+            assert (objectives.logprobs(SEQUENCES).logprobs - truth).abs().max() < 1e-5
+            assert all(map(is_part, many.parameters()))
+
+
+def check_refusal():
+    """A weight in shards from outside is refused by name."""
+    many = policy()
+    shard(many, "full")
+    try:
+        linear_sft_loss(torch.ones(2, 3, 48), many.lm_head.weight, torch.ones(2, 3, dtype=torch.long))
+    except ValueError as error:
+        said = "weight: expected a plain tensor, got a DTensor; call the loss inside the forward of its FSDP module"
+        assert str(error) == said, error
+    else:
+        raise AssertionError("a DTensor went into a fused loss")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    torch.set_num_threads(1)
+    main()

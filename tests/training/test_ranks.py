@@ -3,58 +3,22 @@
 import json
 import signal
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-from rlhf_fast.data.rows import write_rows
 from rlhf_fast.ranks import Ranks
 from rlhf_fast.training import checkpoint
 from rlhf_fast.training.lock import held
 from rlhf_fast.training.metrics import read_metrics
-from tests.support.ranks import launch, results_of, start, train, train_in
+from tests.support.ranks import COMMON, JOBS, jobs_in, launch, results_of, start, train, train_in
 from tests.support.stages import LENGTHS, REWARD, distance, interrupted, numbers, weights
-
-COMMON = {"batch_size": 16, "learning_rate": 3e-4, "lr_schedule": "constant", "seed": 3}
-LORA = {"lora_rank": 4, "lora_alpha": 8.0}
-JOBS = {
-    "sft": ("sft", {"epochs": 1, "micro_batch_size": 4, "max_length": 48}),
-    "sft_lora": ("sft", {"epochs": 1, "max_length": 48, **LORA}),
-    "sft_in_backward": ("sft", {"epochs": 1, "max_length": 48, "optimizer_in_backward": True, "max_grad_norm": 0}),
-    "reward": ("reward", {"epochs": 1, "normalize_samples": 20, **LENGTHS}),
-    "dpo": ("dpo", {"epochs": 1, "eval_reward": REWARD, "eval_data": "prompts", "eval_pairs": "pairs", **LENGTHS}),
-    "kto": ("kto", {"epochs": 1, "eval_rows": "unpaired", **LENGTHS}),
-    "ppo": ("ppo", {"steps": 3, "minibatches": 4, "epochs": 2, "whiten_rewards": True, "eval_data": "prompts"}),
-    "ppo_shared": ("ppo", {"steps": 2, "critic": "shared", "micro_batch_size": 4}),
-    "remax": ("remax", {"steps": 3, "kl_target": 0.5, "kl_horizon": 100}),
-    "reinforce": ("reinforce", {"steps": 2, "gradient_checkpointing": True}),
-    "rloo": ("rloo", {"steps": 3, "group_size": 2, "top_k": 5}),
-    "grpo": ("grpo", {"steps": 2, "group_size": 4, "minibatches": 2, "epochs": 2}),
-    "online_dpo": ("online-dpo", {"steps": 2}),
-}
-DATA = {"sft": "sft", "reward": "pairs", "dpo": "pairs", "kto": "unpaired"}
-
-
-def jobs_in(directory: Path, files: dict[str, str], model: str) -> list[tuple[str, dict]]:
-    made = []
-    for name, (stage, options) in JOBS.items():
-        options = {k: files.get(v, v) if k.startswith("eval_") else v for k, v in options.items()}
-        online = stage not in DATA
-        own = {"reward": REWARD, **LENGTHS} if online else {}
-        files_of = {"train_data": files[DATA.get(stage, "repeated")], "model": model}
-        made.append((stage, {**COMMON, **own, **files_of, **options, "output_dir": str(directory / name)}))
-    return made
 
 
 @pytest.fixture(scope="module")
 def trained(files, tiny_model, tmp_path_factory):
     """Size -> the directory of runs with so many processes; and what the processes said."""
-    directory = tmp_path_factory.mktemp("ranks")
-    rows = [json.loads(line) for line in Path(files["prompts"]).read_text().splitlines()]
-    files = files | {"repeated": str(directory / "repeated.jsonl")}  # the processes have equal prompts in a round
-    write_rows(files["repeated"], [row for row in rows[:6] for _ in range(4)])
-    said = {}
+    directory, said = tmp_path_factory.mktemp("ranks"), {}
     train(jobs_in(directory / "1", files, tiny_model))
     for size in (2, 3):
         said[size] = train_in(size, jobs_in(directory / str(size), files, tiny_model), directory)

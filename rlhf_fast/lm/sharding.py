@@ -1,0 +1,255 @@
+"""A model in shards over the processes of a run, by torch's FSDP2.
+
+Each process keeps its part of every weight, of every gradient and of the optimizer's states. Every decoder layer is a
+unit, whose weights are whole in every process while the layer runs. The rest of the model is the root's unit:
+embeddings, last norm and head.
+
+    shard(model, "full")
+    loss = objectives.sft(...)  # enters by `forward.within`, where the head's weight is whole
+    loss.backward()  # adds the gradients up over the processes; each process keeps its part of the sum
+    with whole(model):  # all weights are whole, and no process waits for another process inside
+        rollout = sampler(prompts)
+
+A pass with gradients, and entering `whole`, need all processes: each of them makes the same number of such passes in
+the same order. Passes without gradients therefore run in `whole`, where each process makes as many as it has rows.
+
+FSDP2 and its tensors are used in this module alone. Left out: reading weights without a whole copy in every process.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from transformers import PreTrainedModel
+
+from rlhf_fast.lm import parked
+from rlhf_fast.lm.forward import enter_by, within
+from rlhf_fast.lm.passes import settle
+from rlhf_fast.lm.precision import HALVES, decoder_layers
+from rlhf_fast.lm.private import has_adapter
+from rlhf_fast.lm.switches import agree, trial_rows
+from rlhf_fast.ranks import connect, current
+
+_SHARDS = "rlhf_fast_shards"  # the attribute of a root that says how it is sharded
+_EXPERTS = "experts"  # the name of a layer's list of experts
+
+
+@dataclass
+class _Shards:
+    units: list[Any]  # FSDP modules, the root last
+    whole: bool = False  # whether the model is inside `whole`
+
+
+def shard(model: PreTrainedModel, how: str, *, checkpointing: bool = False) -> None:
+    """Puts the weights of `model` into shards, in place; how: "none", "full" or "hybrid", as in the configs.
+
+    Adapters that are trained stay whole in every process, and their gradients are added up as without shards. Their
+    frozen base is sharded. All trials of a trained model are taken before, because a trial is a pass.
+    checkpointing: whether the model is going to compute its activations again in the backward pass.
+    Raises ValueError where FSDP2 does not take the model, or where its sharded passes give other numbers.
+    """
+    if how == "none" or is_sharded(model):
+        return
+    trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    name = type(model).__name__
+    if trained and (reason := settle(model, checkpointing=checkpointing)) is not None:
+        raise ValueError(f"shard: expected a model whose rows share a pass, got {name}: {reason}")
+    mesh, usual = mesh_of(how, model.device.type), _trial(model)
+    try:
+        _wrap(model, mesh, trained)
+        if trained:
+            enter_by(model, _register)
+            with torch.no_grad():
+                found = within(model, _trial, model)
+        else:
+            with whole(model):
+                found = _trial(model)
+    except (AssertionError, NotImplementedError, RuntimeError, ValueError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"shard: expected a model that FSDP2 can shard, got {name}: {said:.240}") from error
+    if usual is not None and (found is None or not agree(found, usual)):
+        raise ValueError(f"shard: expected a model that FSDP2 can shard, got other numbers from {name} in shards")
+
+
+@functools.cache
+def mesh_of(how: str, device: str) -> DeviceMesh:
+    """The processes as FSDP2 takes them: in one row ("full"), or in a row for each machine ("hybrid").
+
+    Raises ValueError where no launcher has started this process.
+    """
+    if "RANK" not in os.environ:
+        raise ValueError(f"shard: expected none in a process that no launcher such as torchrun has started, got {how}")
+    size = current().size
+    connect()
+    if how == "full":
+        return init_device_mesh(device, (size,))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    if local < 1 or size % local:
+        raise ValueError(f"shard: expected equally many processes on each machine for hybrid, got {local} of {size}")
+    return init_device_mesh(device, (size // local, local), mesh_dim_names=("replicas", "shards"))
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `shard` has put the weights of the root `model` into shards."""
+    return hasattr(model, _SHARDS)
+
+
+@contextmanager
+def whole(model: nn.Module | None) -> Iterator[None]:
+    """Inside, all weights of a sharded `model` are plain tensors. All processes enter; inside nobody waits for another.
+
+    For passes without gradients, such as decoding. Nested, and for a model without shards, it does nothing.
+    """
+    shards: _Shards | None = getattr(model, _SHARDS, None)
+    if shards is None or shards.whole:
+        yield
+        return
+    shards.whole = True
+    try:
+        for unit in shards.units:
+            unit.set_reshard_after_forward(False, recurse=False)
+            unit.unshard()
+        yield
+    finally:
+        shards.whole = False
+        root = shards.units[-1]
+        if hasattr(root, "reset_iter_state"):  # forgets passes that an exception broke off, too
+            root.reset_iter_state()
+        for unit in shards.units:
+            unit.reshard()
+            unit.set_reshard_after_forward(unit is not root, recurse=False)
+
+
+def is_part(tensor: Tensor) -> bool:
+    """Whether `tensor` is a weight, gradient or state in shards, of which this process has a part."""
+    return hasattr(tensor, "full_tensor")
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a tensor in shards, in every process; all processes call it. Any other tensor as it is."""
+    return tensor.full_tensor() if is_part(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def part_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """What this process keeps of a whole `tensor` that belongs to the weight `like`: its part, or all of it."""
+    if not is_part(like):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    sharded: Any = like
+    whole_one = tensor.to(like.device)
+    return distribute_tensor(whole_one, sharded.device_mesh, sharded.placements, src_data_rank=None)
+
+
+def gathered(value: Any) -> Any:
+    """Nested dicts and lists with all tensors in shards made whole, in CPU memory of the first process.
+
+    All processes call it. In the other processes None stands for these tensors.
+    """
+    if isinstance(value, Tensor):
+        return _gathered(value)
+    if isinstance(value, dict):
+        return {name: gathered(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(gathered(item) for item in value)
+    return value
+
+
+def whole_state(model: PreTrainedModel) -> dict[str, Tensor] | None:
+    """The state dict of a model in shards with whole tensors, in the first process; None in the others.
+
+    All processes call it. None of a model that has nothing in shards, or that is saved as its adapter alone.
+    """
+    if has_adapter(model) or not any(map(is_part, model.parameters())):
+        return None
+    with parked.whole(model):
+        state = model.state_dict(keep_vars=True)  # the parameters themselves, so that tied weights are gathered once
+    found: dict[int, Any] = {}
+    for tensor in state.values():
+        if id(tensor) not in found:
+            found[id(tensor)] = _gathered(tensor.detach())
+    return {name: found[id(tensor)] for name, tensor in state.items()} if current().first else None
+
+
+def _gathered(tensor: Tensor) -> Tensor | None:
+    if not is_part(tensor):
+        return tensor
+    together = full(tensor)
+    return together.cpu() if current().first else None
+
+
+def _wrap(model: PreTrainedModel, mesh: DeviceMesh, trained: set[nn.Parameter]) -> None:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    adapters = trained if has_adapter(model) else set()
+    halves = any(parameter.dtype in HALVES for parameter in trained)
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32 if halves else None, cast_forward_inputs=False)
+    options = {"mesh": mesh, "mp_policy": policy, "ignored_params": adapters}
+    layers = list(dict.fromkeys(decoder_layers(model)))
+    owned = [parameter for layer in layers for parameter in layer.parameters()]
+    if len({*owned}) < len(owned):  # layers that share weights (Zamba) can only be one unit
+        layers = []
+    units: list[Any] = [*layers, model]
+    for unit in units:
+        fully_shard(unit, reshard_after_forward=unit is not model, **options)
+        unit.set_gradient_divide_factor(1.0)  # losses are sums over the processes
+        unit.set_force_sum_reduction_for_comms(True)
+        if any(child == _EXPERTS and isinstance(part, nn.ModuleList) for child, part in _children(unit)):
+            # The rows of one process may choose experts that no row of another process has chosen.
+            unit.set_reduce_scatter_unused_params(True)
+    setattr(model, _SHARDS, _Shards(units))
+    # FSDP takes the first unit that runs for the root, and a pass of a frozen model may begin with a layer.
+    _begin(model)
+
+
+def _children(unit: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return ((name.rpartition(".")[2], module) for name, module in unit.named_modules())
+
+
+@torch.no_grad()
+def _begin(model: Any) -> None:
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    name = "rlhf_fast_begin"
+    setattr(model, name, MethodType(lambda _: None, model))
+    register_fsdp_forward_method(model, name)
+    getattr(model, name)()
+    delattr(model, name)
+    model.reshard()
+
+
+def _register(model: Any, name: str) -> None:
+    """Makes the method of this name a forward of the root; a pass without gradients leaves nothing whole behind."""
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    register_fsdp_forward_method(model, name)
+    entry = getattr(model, name)
+
+    def run(passes: Callable[[], Any]) -> Any:
+        out = entry(passes)
+        if not torch.is_grad_enabled() and not getattr(model, _SHARDS).whole:
+            model.reshard()
+        return out
+
+    setattr(model, name, run)
+
+
+@torch.no_grad()
+def _trial(model: PreTrainedModel) -> Tensor | None:
+    """The last hidden states of a row of eight tokens; None of a model that cannot run here, which a pass will say."""
+    (ids,), training = trial_rows(model, (8,)), model.training
+    backbone: Any = model.base_model
+    model.eval()
+    try:
+        return backbone(input_ids=ids, use_cache=False)[0]
+    except Exception:
+        return None
+    finally:
+        model.train(training)

@@ -1,0 +1,222 @@
+"""Stages with their models in shards: the metrics, weights and tokens of one process; checkpoints; refusals."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf_fast import cli
+from rlhf_fast.config import PPOConfig, SFTConfig
+from rlhf_fast.lm.sharding import shard
+from rlhf_fast.stages import sft
+from rlhf_fast.stages.init import init_model
+from rlhf_fast.training import checkpoint
+from rlhf_fast.training.metrics import read_metrics
+from tests.support.models import model_config, random_policy
+from tests.support.ranks import COMMON, JOBS, LORA, Job, jobs_in, results_of, start, train, train_in
+from tests.support.stages import distance, interrupted, numbers, weights
+
+SHORT = {"epochs": 1, "max_length": 48}
+OWN: dict[str, Job] = {
+    "sft_one_row": ("sft", {**SHORT, "micro_batch_size": 1, "gradient_checkpointing": True}),
+    "sft_tied": ("sft", {**SHORT, "model": "tied", "micro_batch_size": 8}),
+    "sft_logits": ("sft", {**SHORT, "fused_head": False, "eval_data": "sft", "weight_decay": 0.1}),
+    "sft_bf16": ("sft", {**SHORT, "bf16": True}),
+    "ppo_models": ("ppo", {"steps": 2, "minibatches": 2, "reward": "scorer", "eval_data": "prompts", **LORA}),
+    "remax_bf16": ("remax", {"steps": 2, "reward": "scorer", "bf16": True}),
+    "remax_scored": ("remax", {"steps": 2, "reward": "scorer", "eval_data": "few", "micro_batch_size": 4}),
+}
+RESUMED: dict[str, Job] = {
+    "sft_saved": ("sft", {**SHORT, "save_steps": 4}),
+    "ppo_saved": ("ppo", {"steps": 5, "save_steps": 4, "minibatches": 2}),
+    "sft_bf16_saved": ("sft", {**SHORT, "save_steps": 4, "dtype": "bf16"}),
+}
+ALL = {name: job for name, job in JOBS.items() if "in_backward" not in name} | OWN | RESUMED
+SMALL = {"sft_one_row": ALL["sft_one_row"], "ppo": ALL["ppo"], "remax_scored": ALL["remax_scored"]}
+HALVES = ("sft_bf16", "sft_bf16_saved", "remax_bf16")
+DRIFTS = {"val/logprob_drift", "val/logprob_drift_mean"}  # differences of rounding
+
+
+@pytest.fixture(scope="module")
+def made(files, tiny_model, tokenizer, tmp_path_factory):
+    """(jobs, directory, options) -> the jobs with the models of this file."""
+    directory = tmp_path_factory.mktemp("models")
+    settings = model_config("llama", len(tokenizer)) | {"tie_word_embeddings": True}
+    del settings["vocab_size"]
+    init_model(settings, tokenizer, directory / "tied", seed=0)
+    train([("reward", {**COMMON, **SHORT, "train_data": files["pairs"], "model": tiny_model, "normalize_samples": 0,
+                       "output_dir": str(directory / "scorer")})])  # fmt: skip
+    few = directory / "few.jsonl"  # an evaluation in which a process has no prompt
+    few.write_text("".join(Path(files["prompts"]).read_text().splitlines(keepends=True)[:1]))
+    names = {"tied": str(directory / "tied"), "scorer": str(directory / "scorer")}
+    files = files | {"few": str(few)}
+
+    def of(jobs: dict[str, Job], where: Path, **options) -> list[Job]:
+        plain = jobs_in(where, files, tiny_model, jobs, **options)
+        return [(stage, {k: names.get(v, v) if isinstance(v, str) else v for k, v in o.items()}) for stage, o in plain]
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def trained(made, tmp_path_factory):
+    """The directory with a folder of runs for each number of processes; what the processes said."""
+    directory, said = tmp_path_factory.mktemp("shards"), {}
+    train(made(ALL, directory / "plain"))
+    said[2] = train_in(2, made(ALL, directory / "2", shard="full"), directory)
+
+    def cut_off(whole: str, name: str, **options) -> list[Job]:
+        for job in RESUMED:
+            interrupted(directory / whole / job, directory / name / job)
+        return made(RESUMED, directory / name, resume=True, **options)
+
+    said[1] = train_in(1, made(SMALL, directory / "1", shard="full"), directory)
+    small = made(SMALL, directory / "3", shard="full") + cut_off("2", "cut_3", shard="full")
+    said[3] = train_in(3, small, directory)
+    again = cut_off("2", "cut_2", shard="full") + cut_off("plain", "cut_plain", shard="full")
+    said["again"] = train_in(2, again, directory)
+    train(cut_off("2", "cut_1"))
+    hybrid = made({"sft": ALL["sft"]}, directory / "hybrid", shard="hybrid")
+    said["hybrid"] = train_in(4, hybrid, directory, LOCAL_WORLD_SIZE="2")
+    return directory, said
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, "again", "hybrid"])
+def test_the_processes_end_well(size, trained):
+    _, said = trained
+    assert [result.returncode for result in said[size]] == [0] * len(said[size]), said[size][0].stderr
+    assert all(result.stdout + result.stderr == "" for result in said[size][1:])
+    assert "FSDP" not in said[size][0].stderr  # no warning of FSDP2
+
+
+RUNS = [(2, name) for name in ALL] + [(size, name) for size in (1, 3) for name in SMALL] + [("hybrid", "sft")]
+
+
+@pytest.mark.parametrize(("size", "name"), RUNS)
+def test_shards_give_the_numbers_of_one_process(size, name, trained):
+    one, several = trained[0] / "plain" / name, trained[0] / str(size) / name
+    rows, others = numbers(one), numbers(several)
+    assert len(rows) == len(others) > 1
+    relative, absolute, moved = (2e-2, 2e-3, 2e-3) if name in HALVES else (1e-4, 1e-5, 1e-5)
+    for row, other in zip(rows, others, strict=True):
+        assert row.keys() == other.keys()
+        for key in row.keys() - DRIFTS:
+            assert other[key] == pytest.approx(row[key], rel=relative, abs=absolute), (row["step"], key)
+    assert distance(weights(one), weights(several)) < moved
+    for file in ("samples.json", "samples_before.json"):
+        if (one / file).exists():
+            mine, theirs = (json.loads((path / file).read_text()) for path in (one, several))
+            assert [row["completion"] for row in mine] == [row["completion"] for row in theirs]
+
+
+def test_run_json_has_the_bytes_of_one_process(trained):
+    plain, half = (json.loads((trained[0] / n / "remax_scored/run.json").read_text()) for n in ("plain", "2"))
+    for role, parts in plain["static_bytes"].items():
+        for part, size in parts.items():
+            assert 0.5 * size <= half["static_bytes"][role][part] <= 0.56 * size, (
+                role,
+                part,
+            )  # buffers are not sharded
+    assert [one["static_bytes"].keys() for one in half["processes"]] == [plain["static_bytes"].keys()] * 2
+    assert half["parameters"] == plain["parameters"] and half["trained_parameters"] == plain["trained_parameters"]
+
+
+@pytest.mark.parametrize("name", ["sft_tied", "ppo"])
+def test_the_saved_model_is_as_from_one_process(name, trained):
+    one, several = trained[0] / "plain" / name, trained[0] / "2" / name
+    assert json.loads((one / "config.json").read_text()) == json.loads((several / "config.json").read_text())
+    assert [*weights(one)] == [*weights(several)]
+
+
+@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_run_goes_on_with_other_processes_and_shards(size, name, trained):
+    """A run in two processes was cut off; it goes on in two, with the same bits, in three, and without shards."""
+    largest = distance(weights(trained[0] / "2" / name), weights(trained[0] / f"cut_{size}" / name))
+    assert largest == 0 if size == 2 else largest < (2e-3 if "bf16" in name else 1e-5)
+
+
+def test_a_run_without_shards_goes_on_with_them(trained):
+    assert distance(weights(trained[0] / "plain/sft_saved"), weights(trained[0] / "cut_plain/sft_saved")) < 1e-5
+
+
+def test_a_signal_ends_all_processes_after_the_same_step(files, tiny_model, tmp_path):
+    options = [f"--model={tiny_model}", f"--train-data={files['sft']}", f"--output-dir={tmp_path}", "--epochs=500"]
+    running = start(2, "-m", "rlhf_fast", "sft", "--shard=full", *options)
+    while len(read_metrics(tmp_path / "metrics.jsonl")) < 3:
+        time.sleep(0.05)
+    running[1].send_signal(signal.SIGTERM)
+    results = results_of(running)
+    assert [result.returncode for result in results] == [143, 143], results[0].stderr
+    last = read_metrics(tmp_path / "metrics.jsonl")[-1]["step"]
+    assert checkpoint.newest_whole(tmp_path) == (tmp_path / f"checkpoint-{last}", [])
+
+
+def test_the_death_of_a_process_ends_the_others(files, tiny_model, tmp_path):
+    options = [f"--model={tiny_model}", f"--train-data={files['sft']}", f"--output-dir={tmp_path}", "--epochs=500"]
+    running = start(2, "-m", "rlhf_fast", "sft", "--shard=full", "--save-steps=2", *options)
+    while len(read_metrics(tmp_path / "metrics.jsonl")) < 5:
+        time.sleep(0.05)
+    running[1].kill()
+    began = time.monotonic()
+    first, _ = results_of(running)
+    assert first.returncode == 1 and time.monotonic() - began < 30
+    assert "another process of the run has ended" in first.stderr and "Traceback" not in first.stderr
+    assert checkpoint.latest(tmp_path) is not None
+
+
+CONFIG = {"model": "m", "output_dir": "o", "train_data": "t.jsonl", "shard": "full"}
+
+
+@pytest.mark.parametrize(
+    ("config", "wrong", "message"),
+    [
+        (SFTConfig, {"optimizer": "adamw_8bit"}, "optimizer: expected adamw with shard=full, got adamw_8bit"),
+        (
+            SFTConfig,
+            {"optimizer_in_backward": True, "max_grad_norm": 0.0},
+            "optimizer_in_backward: expected False with shard=full, got True",
+        ),
+        (PPOConfig, {"reward": "r", "offload": True}, "offload: expected False with shard=full, got True"),
+        (
+            PPOConfig,
+            {"reward": "r", "share_base": True, "lora_rank": 4},
+            "share_base: expected False with shard=full, got True",
+        ),
+    ],
+)
+def test_what_does_not_go_with_shards_is_refused(config, wrong, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        config(**CONFIG, **wrong)
+
+
+def test_one_process_without_a_launcher_is_refused(files, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    config = SFTConfig(model=tiny_model, output_dir=str(tmp_path), train_data=files["sft"], shard="full", **SHORT)
+    with pytest.raises(ValueError, match="^shard: expected none in a process that no launcher such as torchrun has"):
+        sft.train(config)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_model_whose_passes_split_their_rows_is_refused(monkeypatch):
+    model = random_policy("llama")
+    longrope = {"rope_type": "longrope", "original_max_position_embeddings": 16, "rope_theta": 1e4}
+    monkeypatch.setattr(model.config, "rope_parameters", longrope)
+    with pytest.raises(ValueError, match="^shard: expected a model whose rows share a pass, got Llama"):
+        shard(model, "full")
+
+
+def test_none_leaves_a_model_as_it_is():
+    model = random_policy("llama")
+    kinds = {type(parameter) for parameter in model.parameters()}
+    shard(model, "none")
+    assert kinds == {type(parameter) for parameter in model.parameters()} == {torch.nn.Parameter}
+
+
+def test_a_dry_run_plans_no_shards(capsys):
+    given = ["--model=m", "--output-dir=o", "--train-data=t.jsonl", "--shard=full", "--dry-run"]
+    assert cli.main(["sft", *given]) == 1
+    assert "shard: expected none with --dry-run, got full; `rlhf-fast plan --gpus N" in capsys.readouterr().err
