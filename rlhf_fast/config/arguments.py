@@ -166,10 +166,12 @@ def check_file(config_class: type, file: str) -> dict[str, Any]:
 def check_values(config_class: type, values: dict[str, Any], where: str) -> dict[str, Any]:
     """The values in the types of their fields: "1e-3" as a float, because YAML 1.1 reads it as a string.
 
+    Keys of `PASSED_OVER`, a class variable, are left out: a command that reads another command's file has one.
     Raises ValueError, which `where` opens, for an unknown key and for a value of a wrong type.
     """
     names = [field.name for field in dataclasses.fields(config_class)]
     hints = get_type_hints(config_class)
+    values = {name: value for name, value in values.items() if name not in getattr(config_class, "PASSED_OVER", ())}
     for key, value in values.items():
         if key not in names:
             raise ValueError(f"{where}: unknown key {nearest(str(key), names)}")

@@ -27,6 +27,17 @@ class SamplerOptions:
     )
 
 
+def check_url(url: str) -> None:
+    """ValueError unless `url` is the address of a server."""
+    try:
+        parts = urlsplit(url)
+        fits = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:  # a port that is no number
+        fits = False
+    if not fits:
+        raise ValueError(f"vllm_url: expected an address such as http://127.0.0.1:8000, got {url!r}")
+
+
 def check_sampler(config: Any) -> None:
     """ValueError where the options of the sampler contradict each other, or where a vLLM server cannot honour them."""
     if config.sampler == "local":
@@ -36,13 +47,7 @@ def check_sampler(config: Any) -> None:
         return
     if config.vllm_url is None:
         raise ValueError("vllm_url: expected the address of a server, such as http://127.0.0.1:8000, got none")
-    try:
-        parts = urlsplit(config.vllm_url)
-        fits = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
-    except ValueError:  # a port that is no number
-        fits = False
-    if not fits:
-        raise ValueError(f"vllm_url: expected an address such as http://127.0.0.1:8000, got {config.vllm_url!r}")
+    check_url(config.vllm_url)
     for name, off in (("top_k", 0), ("top_p", 1)):
         if getattr(config, name, off) != off:
             raise ValueError(

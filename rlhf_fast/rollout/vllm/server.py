@@ -32,7 +32,7 @@ _PROBE = 64  # tokens of the probe text at most
 _SHORTEST = 8
 _ROUNDING = 1e-5  # nats a token that two right paths differ by in fp32
 _FP32_BOUND = 0.005  # nats a token, on average, that they may differ by
-_MODE = "processed_logprobs"
+MODE = "processed_logprobs"
 
 
 class Restarted(ServerError):
@@ -91,11 +91,11 @@ class Server:
             if isinstance(error, ServerError) and " 404 " not in str(error):
                 raise
             raise ServerError(
-                f"vllm_url: expected vLLM 0.32 with VLLM_SERVER_DEV_MODE=1 in its environment at {self.client.url}, "
+                f"vllm_url: expected vLLM 0.32 with VLLM_SERVER_DEVMODE=1 in its environment at {self.client.url}, "
                 "found no /server_info there; `rlhf-fast vllm-command` prints how to start it"
             ) from error
-        if mode != _MODE:
-            raise ServerError(f"vllm_url: expected a server with --logprobs-mode {_MODE}, got {mode}")
+        if mode != MODE:
+            raise ServerError(f"vllm_url: expected a server with --logprobs-mode {MODE}, got {mode}")
         if dtype.endswith("float32") and model.dtype == torch.float32:
             self.bound = min(self.bound, _FP32_BOUND)
 
