@@ -68,7 +68,7 @@ def make_parser(config_class: type, prog: str) -> ArgumentParser:
             kind = {"type": item, "nargs": "*", "metavar": _type_name(item).upper()}
         else:
             names = {Literal: "NAME", dict: "PAIRS"}
-            kind = {"type": hint, "metavar": names.get(get_origin(hint), _type_name(hint).upper())}
+            kind = {"type": hint, "metavar": names.get(get_origin(_given(hint)), _type_name(hint).upper())}
         group.add_argument(_flag(field.name), default=_default(field), help=_help(field, hint), **kind)
     general = parser.add_argument_group("general")
     general.add_argument("--config", action="config", metavar="FILE", help="YAML file with these keys; flags win.")
@@ -201,6 +201,12 @@ def _item(hint: Any) -> Any:
     return next((get_args(option)[0] for option in options if get_origin(option) is list), None)
 
 
+def _given(hint: Any) -> Any:
+    """The type without None, where only one type is left."""
+    options = [option for option in get_args(hint) if option is not NoneType]
+    return options[0] if get_origin(hint) in (Union, UnionType) and len(options) == 1 else hint
+
+
 def _takes_one_too(hint: Any) -> bool:
     """Whether the field takes one text or a list of texts."""
     return get_origin(hint) in (Union, UnionType) and str in get_args(hint) and bool(_item(hint))
@@ -285,7 +291,7 @@ def _default(field: dataclasses.Field) -> Any:
 
 def _help(field: dataclasses.Field, hint: Any) -> str:
     text, default = field.metadata["help"], _default(field)
-    if get_origin(hint) is Literal:
+    if get_origin(_given(hint)) is Literal:
         text += f" {_type_name(hint)}"
     if bounds := bounds_of(field, int if int in (hint, *get_args(hint)) else float):
         text += f" {bounds}"

@@ -71,8 +71,7 @@ class OnlineConfig(MethodConfig):
     )
     mismatch: Mismatch | None = arg(
         None,
-        "Weights of tokens that correct for the server's log-probs, which are not training's; default with sampler "
-        "vllm: token_truncate, and none where no policy gradient is taken.",
+        "Weights that correct for a server's log-probs; default: token_truncate (online DPO: none).",
     )
     mismatch_cap: float = arg(CAP, "These weights are cut to this, or are 0 beyond it.", at_least=1)
     max_mismatch: float = arg(

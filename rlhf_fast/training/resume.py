@@ -20,7 +20,8 @@ RUN_CONFIG = "run_config.json"  # in every checkpoint
 MADE_OF = "made_of"  # its key for the fingerprints of what the run reads
 
 # Fields that a resumed run may change: where it writes, what it shows, how it fits into memory.
-_MAY_CHANGE = FREE | {"eval_steps", "micro_batch_size", "gradient_checkpointing", "offload", "max_logprob_drift"}
+_MAY_CHANGE = FREE | {"eval_steps", "micro_batch_size", "gradient_checkpointing", "offload"}
+_MAY_CHANGE |= {"max_logprob_drift", "max_mismatch"}
 
 
 def load_policy_and_reference(
