@@ -32,6 +32,7 @@ def check_url(url: str) -> None:
     try:
         parts = urlsplit(url)
         fits = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+        fits = fits and parts.username is None and not parts.query
     except ValueError:  # a port that is no number
         fits = False
     if not fits:

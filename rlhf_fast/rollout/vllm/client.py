@@ -27,6 +27,7 @@ Answer = TypeVar("Answer")
 
 _PAUSE, _LONGEST_PAUSE = 0.25, 10.0  # seconds between two tries; each pause is twice the pause before
 _BUSY = {408, 425, 429, 500, 502, 503, 504}  # answers after which the same request may succeed
+_IDLE = 2.0  # seconds after which a connection is not used again, because the server may be about to close it
 _SAID = 300  # characters of the server's own words that a message repeats
 
 
@@ -96,6 +97,9 @@ class Client:
 
     def _once(self, method: str, route: str, body: dict[str, Any] | None, permanent: Collection[int]) -> Any:
         connection = getattr(self._mine, "connection", None)
+        if connection is not None and time.monotonic() - self._mine.used > _IDLE:
+            self._drop()
+            connection = None
         if connection is None:
             connection = self._mine.connection = self._kind(self._host, timeout=self.timeout)
             self._open.add(connection)
@@ -103,6 +107,7 @@ class Client:
         connection.request(method, self._prefix + route, data, {"Content-Type": "application/json"})
         response = connection.getresponse()
         text = response.read()
+        self._mine.used = time.monotonic()
         if response.status in _BUSY and response.status not in permanent:
             raise BadAnswer(f"{response.status} {_said(text)}")
         if response.status >= 300:
