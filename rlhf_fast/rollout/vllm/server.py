@@ -91,7 +91,7 @@ class Server:
             if isinstance(error, ServerError) and " 404 " not in str(error):
                 raise
             raise ServerError(
-                f"vllm_url: expected vLLM 0.32 with VLLM_SERVER_DEVMODE=1 in its environment at {self.client.url}, "
+                f"vllm_url: expected vLLM 0.32 with VLLM_SERVER_DEV_MODE=1 in its environment at {self.client.url}, "
                 "found no /server_info there; `rlhf-fast vllm-command` prints how to start it"
             ) from error
         if mode != MODE:
@@ -152,7 +152,10 @@ class Server:
             self.client.ask("POST", "/reset_prefix_cache", {}, _is_reset)
             self.client.post("/update_weight_version", {"new_version": version})
         except ServerError as error:
-            raise ServerError(f"{error}; the server did not take the policy's weights from {place}") from error
+            raise ServerError(
+                f"{error}; the server did not take the policy's weights from {place}, which it has to be able to read, "
+                "and whose shapes have to be those of its model"
+            ) from error
         finally:
             remove(place)
         self._pushes += 1
