@@ -44,6 +44,11 @@ COMMANDS = {
     "pairs": Command("config:PairsConfig", "stages.pairs:sample", "sample preference pairs and label them by a reward"),
     "reward": _stage("reward"),
     **{name: _stage(name) for name in METHODS},
+    "vllm-command": Command(
+        "config:VLLMCommandConfig",
+        "rollout.vllm.command:run",
+        "print how to start a vLLM server for a stage",
+    ),
     "compare": Command(
         "lab.compare.config:CompareConfig", "lab.compare.command:run", "methods side by side: time, memory, reward"
     ),

@@ -215,6 +215,7 @@ GROUPS = [
     "options",
     "what a stage takes that passes over the rows of train_data",
     "what every method takes: its policy starts from a reference and is evaluated on held-out prompts",
+    "who samples from the policy",
     "what every training stage takes",
     "general",
 ]

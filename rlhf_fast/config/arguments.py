@@ -68,7 +68,7 @@ def make_parser(config_class: type, prog: str) -> ArgumentParser:
             kind = {"type": item, "nargs": "*", "metavar": _type_name(item).upper()}
         else:
             names = {Literal: "NAME", dict: "PAIRS"}
-            kind = {"type": hint, "metavar": names.get(get_origin(hint), _type_name(hint).upper())}
+            kind = {"type": hint, "metavar": names.get(get_origin(_given(hint)), _type_name(hint).upper())}
         group.add_argument(_flag(field.name), default=_default(field), help=_help(field, hint), **kind)
     general = parser.add_argument_group("general")
     general.add_argument("--config", action="config", metavar="FILE", help="YAML file with these keys; flags win.")
@@ -166,10 +166,12 @@ def check_file(config_class: type, file: str) -> dict[str, Any]:
 def check_values(config_class: type, values: dict[str, Any], where: str) -> dict[str, Any]:
     """The values in the types of their fields: "1e-3" as a float, because YAML 1.1 reads it as a string.
 
+    Keys of `PASSED_OVER`, a class variable, are left out: a command that reads another command's file has one.
     Raises ValueError, which `where` opens, for an unknown key and for a value of a wrong type.
     """
     names = [field.name for field in dataclasses.fields(config_class)]
     hints = get_type_hints(config_class)
+    values = {name: value for name, value in values.items() if name not in getattr(config_class, "PASSED_OVER", ())}
     for key, value in values.items():
         if key not in names:
             raise ValueError(f"{where}: unknown key {nearest(str(key), names)}")
@@ -197,6 +199,12 @@ def _item(hint: Any) -> Any:
     """The type of a list's items where the field takes a list, else None."""
     options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     return next((get_args(option)[0] for option in options if get_origin(option) is list), None)
+
+
+def _given(hint: Any) -> Any:
+    """The type without None, where only one type is left."""
+    options = [option for option in get_args(hint) if option is not NoneType]
+    return options[0] if get_origin(hint) in (Union, UnionType) and len(options) == 1 else hint
 
 
 def _takes_one_too(hint: Any) -> bool:
@@ -283,7 +291,7 @@ def _default(field: dataclasses.Field) -> Any:
 
 def _help(field: dataclasses.Field, hint: Any) -> str:
     text, default = field.metadata["help"], _default(field)
-    if get_origin(hint) is Literal:
+    if get_origin(_given(hint)) is Literal:
         text += f" {_type_name(hint)}"
     if bounds := bounds_of(field, int if int in (hint, *get_args(hint)) else float):
         text += f" {bounds}"

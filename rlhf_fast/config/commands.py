@@ -14,6 +14,7 @@ from rlhf_fast.config.fields import (
     required,
     temperature,
 )
+from rlhf_fast.config.sampling import SamplerOptions, check_sampler
 from rlhf_fast.config.stages import (
     CHAT_TEMPLATE_HELP,
     CHAT_TEMPLATE_KWARGS_HELP,
@@ -55,7 +56,7 @@ class InitConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairsConfig:
+class PairsConfig(SamplerOptions):
     """Preference pairs: two samples of a model per prompt, labelled by Bradley-Terry on a reward."""
 
     model: str = required("Checkpoint directory or hub name to sample from.")
@@ -85,6 +86,7 @@ class PairsConfig:
         check_fields(self)
         check_row_options(self)
         check_reward_weights(self)
+        check_sampler(self)
         for name in ("output", "eval_output"):
             check(self, name, lambda v: str(v).endswith((".jsonl", ".jsonl.gz")), "a .jsonl or .jsonl.gz file")
         if bool(self.eval_rows) != bool(self.eval_output):

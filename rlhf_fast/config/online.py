@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlhf_fast.config.fields import arg, check, check_reward_weights, required
+from rlhf_fast.config.sampling import Mismatch
 from rlhf_fast.config.stages import (
     BETA_HELP,
     FUSED_HEAD_HELP,
@@ -25,6 +26,7 @@ __all__ = [
 ]
 
 Critic = Literal["model", "shared"]
+CAP = 2.0  # of the weights that correct for the sampler
 RemaxVariant = Literal["official", "paper", "verl"]
 
 
@@ -67,12 +69,34 @@ class OnlineConfig(MethodConfig):
         at_least=0,
         infinite=True,
     )
+    mismatch: Mismatch | None = arg(
+        None,
+        "Weights that correct for a server's log-probs; default: token_truncate (online DPO: none).",
+    )
+    mismatch_cap: float = arg(CAP, "These weights are cut to this, or are 0 beyond it.", at_least=1)
+    max_mismatch: float = arg(
+        0.1,
+        "Stop where the log-probs of the server and of training differ by more nats, on average over the tokens.",
+        above=0,
+        infinite=True,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_reward_weights(self)
+        if self.sampler == "local" and self.mismatch not in (None, "none"):
+            raise ValueError(f"mismatch: expected sampler vllm beside it, got {self.mismatch} with sampler local")
+        if self.correction == "none" and self.mismatch_cap != CAP:
+            raise ValueError(f"mismatch_cap: expected a mismatch to correct beside it, got {self.mismatch_cap:g} alone")
         if self.share_base and not self.lora_rank:
             raise ValueError("lora_rank: expected > 0 with share_base, since a shared base is frozen; got 0")
+
+    @property
+    def correction(self) -> Mismatch:
+        """The weights that correct for the sampler's log-probs."""
+        if self.mismatch is not None:
+            return self.mismatch
+        return "token_truncate" if self.sampler == "vllm" else "none"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,8 +208,17 @@ class OnlineDPOConfig(OnlineConfig):
         at_least=0,
     )
 
+    @property
+    def correction(self) -> Mismatch:
+        """None: DPO learns from pairs of any policy."""
+        return "none"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_label_smoothing(self)
+        if self.mismatch not in (None, "none"):
+            raise ValueError(
+                f"mismatch: expected none, because DPO learns from pairs of any policy, got {self.mismatch}"
+            )
         for name in ("batch_size", "micro_batch_size"):
             check(self, name, lambda v: v % 2 == 0, "an even number, since two completions make a pair")

@@ -26,6 +26,7 @@ from rlhf_fast.config.fields import (
     required,
     temperature,
 )
+from rlhf_fast.config.sampling import SamplerOptions, check_sampler
 
 __all__ = [
     "DPOConfig",
@@ -231,7 +232,7 @@ class RewardConfig(OfflineData, StageConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodConfig(StageConfig):
+class MethodConfig(SamplerOptions, StageConfig):
     """What every method takes: its policy starts from a reference and is evaluated on held-out prompts."""
 
     learning_rate: float = arg(1e-6, "Peak learning rate of the policy (AdamW; betas 0.9, 0.95; eps 1e-8).", above=0)
@@ -253,6 +254,10 @@ class MethodConfig(StageConfig):
         above=0,
         at_most=1,
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_sampler(self)
 
 
 def check_label_smoothing(config: Any) -> None:

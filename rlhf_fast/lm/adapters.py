@@ -259,6 +259,11 @@ def base_of(model: PreTrainedModel, path: str | os.PathLike) -> PreTrainedModel:
     return twin
 
 
+def merged(model: PreTrainedModel) -> PreTrainedModel:
+    """`model` itself where it has no adapter, else a plain model with the adapter in its weights."""
+    return merging.merged(model, _NAME) if has_adapter(model) else model
+
+
 def merge(model: PreTrainedModel, path: str | os.PathLike) -> None:
     """Adds the adapter of directory `path` into the weights of `model` and leaves a plain model.
 

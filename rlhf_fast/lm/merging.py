@@ -5,6 +5,8 @@ one alone, so the head gets a weight of its own before the adapter is added. A t
 model that has its adapter still on. Where peft cannot merge an adapter, or merges something else, the run refuses it.
 """
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -40,6 +42,19 @@ def merge(model: PreTrainedModel, name: str, path: object, tokens: tuple[int, ..
     after = _trial(model, tokens)
     if before is not None and (after is None or not agree(after, before)):
         raise ValueError(f"model: expected an adapter that peft can merge, got other logits with it merged: {path}")
+
+
+def merged(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """A plain model with the adapter `name` in its weights; `model` stays as it is.
+
+    The adapted layers have weights of their own. All other weights are those of `model`.
+    """
+    adapted = [module for module in model.modules() if without_adapter(module, name, merge=False) is not None]
+    own = {id(tensor) for module in adapted for tensor in (*module.parameters(), *module.buffers())}
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in own}
+    twin = copy.deepcopy(model, shared)
+    take_off(twin, name, merge=True)
+    return twin
 
 
 def take_off(model: PreTrainedModel, name: str, *, merge: bool) -> None:

@@ -48,6 +48,8 @@ class Rollout(NamedTuple):
     finished: Tensor  # [B] bool, True where an EOS came before the length limit
     # [B, T, ceil(V / 8)] uint8, the tokens that top_k and top_p kept (bits); None: all tokens, or not wanted
     kept: Tensor | None = None
+    # [B, T] fp32, log-probs of another engine that has drawn the tokens; None: it is `logprobs` that they were drawn by
+    sampler_logprobs: Tensor | None = None
 
     @property
     def sequences(self) -> Sequences:

@@ -33,6 +33,10 @@ class Sampler(Protocol):
         """
         ...
 
+    def refresh(self) -> None:
+        """Gives the engine the weights that the policy has now. Every process calls it before a round of samples."""
+        ...
+
 
 class LocalSampler:
     """Our own decoding of a policy in this process, on the policy's device.
@@ -59,6 +63,9 @@ class LocalSampler:
             "top_p": top_p,
             "greedy_max_new_tokens": greedy_max_new_tokens,
         }
+
+    def refresh(self) -> None:
+        """Nothing: the policy is here."""
 
     def __call__(
         self,

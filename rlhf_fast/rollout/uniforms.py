@@ -17,6 +17,11 @@ def row_uniforms(seed: int, keys: Tensor, steps: int) -> Tensor:
     return _shift(bits, 11).double() * 2.0**-53
 
 
+def row_seeds(seed: int, keys: Tensor) -> Tensor:
+    """Seeds [R] int64 from 0 to 2^62 - 1 for the generator of another engine, for prompts with `keys` [R] int64."""
+    return _mix(keys ^ _mix(torch.full_like(keys, seed))) & (2**62 - 1)
+
+
 def prompt_keys(ids: Tensor, mask: Tensor, earlier: Tensor | None = None) -> Tensor:
     """Keys [B] int64: a hash of each prompt's tokens, wherever its padding stands. Equal prompts get different keys.
 

@@ -36,7 +36,7 @@ def train(config: GRPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
 
     def update(run: Run, experience: Experience) -> dict[str, float]:
         advantages_B = grpo_advantages(experience.scores, config.group_size)
-        targets = (advantages_B, experience.ref_logprobs)
+        targets = (experience.weighed(advantages_B), experience.ref_logprobs)
         return several_epochs(online, experience, targets, partial(minibatch_update, run, online))
 
     online.run(update, listeners=listeners)
@@ -47,7 +47,7 @@ def minibatch_update(
 ) -> dict[str, float]:
     """One optimizer step on the clipped loss with its KL term; the denominator is the number of completions.
 
-    targets: advantages [B] and the reference's log-probs [B, T]. untouched: as in `several_epochs`.
+    targets: advantages [B] or [B, T] and the reference's log-probs [B, T]. untouched: as in `several_epochs`.
     """
     config, (advantages_B, ref_logprobs_BT) = online.config, targets
     counts = torch.stack([torch.tensor(len(advantages_B), device=online.device), rollout.response_mask.sum()])

@@ -25,13 +25,14 @@ from rlhf_fast.lm.tokenizers import check_tokenizer, load_tokenizer
 from rlhf_fast.ops import kl_penalty
 from rlhf_fast.ranks import current
 from rlhf_fast.rollout.generate import Rollout
-from rlhf_fast.rollout.sampler import LocalSampler
+from rlhf_fast.rollout.samplers import Samplers
 from rlhf_fast.stages.kl import KLController
 from rlhf_fast.training.batches import micro_batches, seed_everything
 from rlhf_fast.training.evaluation import check_prompts, make_evaluator, prompt_columns, scored_prompts
 from rlhf_fast.training.learner import Learner, autocast
 from rlhf_fast.training.listeners import Listener
 from rlhf_fast.training.meter import Meter
+from rlhf_fast.training.mismatch import correction_of, rescored
 from rlhf_fast.training.resume import load_policy_and_reference
 from rlhf_fast.training.rewards import Answers, Reward, Scored
 from rlhf_fast.training.run import Run
@@ -47,6 +48,16 @@ class Experience(NamedTuple):
     greedy_scores: Tensor | None  # [B], ReMax's baseline
     ref_logprobs: Tensor  # [B, T]
     parts: dict[str, Tensor]  # of several rewards: name -> scores [B] float64, NaN where it does not judge
+    weights: Tensor | None = None  # [B, T] fp32, of each token's policy loss, where another engine has sampled
+
+    def weighed(self, advantages: Tensor) -> Tensor:
+        """Advantages [B] or [B, T] times `weights`.
+
+        A clipped loss min(r A, clip(r) A) times w >= 0 is the clipped loss of w A.
+        """
+        if self.weights is None:
+            return advantages
+        return (advantages if advantages.dim() == 2 else advantages.unsqueeze(1)) * self.weights
 
 
 _DRIFT, _MEAN_DRIFT = "val/logprob_drift", "val/logprob_drift_mean"  # the largest, and the mean, in nats a token
@@ -118,9 +129,10 @@ class Online(Generic[Config]):
             shard=config.shard,
         )
         self.reward.check(prompt_columns(self.prompts))
-        self.sampler = LocalSampler(
+        self.samplers, self.correction = Samplers(config, self.tokenizer, config.output_dir), correction_of(config)
+        self.sampler = self.samplers(
             self.policy,
-            self.tokenizer,
+            [prompt.prompt_ids for prompt in self.prompts],
             max_new_tokens=config.max_response_length,
             temperature=config.temperature,
             top_k=config.top_k,
@@ -128,7 +140,7 @@ class Online(Generic[Config]):
             greedy_max_new_tokens=greedy_length,
         )
         self.check_lengths(model=self.policy, reference=self.reference, **self.reward.readers)
-        self.evaluator = make_evaluator(config, self.tokenizer, self.device, self.reference, self.reward)
+        self.evaluator = make_evaluator(config, self.tokenizer, self.device, self.reference, self.reward, self.samplers)
         self.updates = config.steps * updates_per_round
         self.learner = Learner(self.policy, config, self.updates)
         self.drift_bound = self._drift_bound()
@@ -164,6 +176,7 @@ class Online(Generic[Config]):
                 for listener in run.listeners:
                     listener.collected(step, experience)
                 metrics = {**self._describe(experience), **update(run, experience)}
+                self.samplers.changed()
                 metrics |= {"lr": self.learner.lr, "episode": step * self.config.batch_size}
                 self.kl.update(metrics["objective/kl"], self.config.batch_size)
                 del experience  # else it would take memory while the next round is sampled
@@ -181,10 +194,14 @@ class Online(Generic[Config]):
         seed = seed_everything(self.config.seed, step)
         with autocast(self.device, self.config.bf16), torch.no_grad():
             with meter.phase("rollout"), whole(self.policy):
+                self.sampler.refresh()
                 ids = [p.prompt_ids for p in prompts]
                 rollout, greedy = self.sampler(
                     ids, seed=seed, samples=self.samples, greedy=self.greedy, earlier=earlier
                 )
+            if self.samplers.remote:
+                with meter.phase("rescoring"):
+                    rollout = rescored(rollout, self.objectives, self.config.micro_batch_size)
             with meter.phase("scoring"):
                 columns = prompt_columns([p for p in prompts for _ in range(self.samples)])
                 scores, parts = self._score(rollout, columns)
@@ -196,7 +213,8 @@ class Online(Generic[Config]):
                         for part in map(rollout.rows, micro_batches(len(scores), self.config.micro_batch_size))
                     ]
                 )
-        return Experience(rollout, scores, greedy_scores, ref_logprobs, parts)
+        weights = self.correction.weights(rollout)
+        return Experience(rollout, scores, greedy_scores, ref_logprobs, parts, weights)
 
     def note_drift(self, tally: Tally, logprobs: Tensor, rollout: Rollout) -> None:
         """Tallies the largest and the mean |training-time - decode-time| log-prob of a micro-batch, for `check_drift`.
@@ -282,7 +300,9 @@ class Online(Generic[Config]):
         for name, part_B in experience.parts.items():
             tally.add(f"objective/scores/{name}", part_B.nansum())
             tally.add(f"judged/{name}", (~part_B.isnan()).sum())
-        metrics = tally.read()
+        self.correction.note(tally, rollout, experience.weights)
+        metrics = self.correction.describe(tally.read())
+        self.correction.check(metrics)
         for name in experience.parts:  # the mean over the completions that this reward judges
             judged, total = metrics.pop(f"judged/{name}"), metrics.pop(f"objective/scores/{name}")
             if judged:

@@ -17,7 +17,7 @@ from rlhf_fast.lm.loading import default_device, load_policy
 from rlhf_fast.lm.tokenizers import load_tokenizer
 from rlhf_fast.lm.trust import trusts_as_asked
 from rlhf_fast.ranks import current
-from rlhf_fast.rollout.sampler import LocalSampler
+from rlhf_fast.rollout.samplers import Samplers
 from rlhf_fast.training.batches import micro_batches
 from rlhf_fast.training.evaluation import check_prompts, prompt_columns, scored_prompts
 from rlhf_fast.training.lock import held_file
@@ -58,7 +58,13 @@ def _sample(config: PairsConfig) -> None:
     if len(prompts) <= config.eval_rows:
         raise ValueError(f"eval_rows: expected fewer than the {len(prompts)} prompts, got {config.eval_rows}")
     check_prompts(prompts, config.max_response_length, tokenizer, model=policy, **reward.readers)
-    sampler = LocalSampler(policy, tokenizer, max_new_tokens=config.max_response_length, temperature=config.temperature)
+    sampler = Samplers(config, tokenizer, None)(
+        policy,
+        [prompt.prompt_ids for prompt in prompts],
+        max_new_tokens=config.max_response_length,
+        temperature=config.temperature,
+    )
+    sampler.refresh()
     labels = torch.Generator().manual_seed(config.seed)
     pairs = []
     for rows in passes("pairs", micro_batches(len(prompts), config.batch_size)):

@@ -39,7 +39,7 @@ from rlhf_fast.training.tally import Tally
 class Targets(NamedTuple):
     """The targets of a rollout, [B, T] fp32 each and fixed over its epochs."""
 
-    advantages: Tensor  # whitened
+    advantages: Tensor  # whitened, then weighed where another engine has sampled
     returns: Tensor
     values: Tensor  # from the value model before its first step on the rollout
 
@@ -97,7 +97,7 @@ def advantages_and_returns(run: Run, online: Online[PPOConfig], critic: Learner,
     if config.whiten_rewards:
         rewards = whiten_all(online, rewards, mask, shift_mean=False)
     advantages, returns = gae(rewards, values, mask, gamma=config.gamma, lam=config.lam)
-    return Targets(whiten_all(online, advantages, mask), returns, values)
+    return Targets(experience.weighed(whiten_all(online, advantages, mask)), returns, values)
 
 
 def whiten_all(online: Online[PPOConfig], x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:

@@ -49,6 +49,7 @@ def policy_gradient_step(
     advantages: [B] or [B, T]. reduction: as in `reinforce_loss`.
     """
     rollout, tally = experience.rollout, Tally()
+    advantages = experience.weighed(advantages)
     tokens = online.ranks.sum(rollout.response_mask.sum())
     total = tokens if reduction == "token_mean" else torch.tensor(online.config.batch_size)
     parts = micro_batches(len(advantages), online.config.micro_batch_size)

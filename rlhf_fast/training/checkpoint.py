@@ -21,15 +21,14 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from rlhf_fast.data.damage import sentence, writing
 from rlhf_fast.data.files import DELETING, OURS, REPLACED, WRITING, beside, remove
@@ -38,6 +37,7 @@ from rlhf_fast.lm.finite import not_finite
 from rlhf_fast.lm.loading import PROCESSOR_FILES, save_model
 from rlhf_fast.lm.manifest import Manifest
 from rlhf_fast.lm.private import has_adapter
+from rlhf_fast.lm.quiet import without_bars
 from rlhf_fast.training.lock import held
 from rlhf_fast.training.stopped import Diverged
 
@@ -96,7 +96,7 @@ def save(
         remove(leftover)
     new = directory / _INSIDE if _stays(directory) else outside
     try:
-        with writing(directory), _no_progress_bars():
+        with writing(directory), without_bars():
             new.mkdir(parents=True)
             for subdirectory, model in models.items():
                 save_model(model, new / subdirectory, weights.get(subdirectory))
@@ -165,18 +165,6 @@ def _stays(directory: Path) -> bool:
         return False
     replaceable = _entries(directory) and not foreign(directory) and not directory.is_mount()
     return not (replaceable and os.access(directory.parent, os.W_OK))
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Inside, transformers draws no bars, because a bar for every file would cross the bar of the training run."""
-    enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            transformers_logging.enable_progress_bar()
 
 
 def _merge(new: Path, directory: Path, entries: set[str]) -> None:

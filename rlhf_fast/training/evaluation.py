@@ -24,10 +24,12 @@ from rlhf_fast.lm.offload import visiting
 from rlhf_fast.lm.sharding import whole
 from rlhf_fast.ranks import current
 from rlhf_fast.rollout.generate import Rollout
-from rlhf_fast.rollout.sampler import LocalSampler
+from rlhf_fast.rollout.sampler import LocalSampler, Sampler
+from rlhf_fast.rollout.samplers import Samplers
 from rlhf_fast.training.batches import micro_batches
 from rlhf_fast.training.learner import autocast
 from rlhf_fast.training.metrics import mean_and_se
+from rlhf_fast.training.mismatch import rescored
 from rlhf_fast.training.progress import passes
 from rlhf_fast.training.reading import Conversation
 from rlhf_fast.training.rewards import Reward, decode_responses
@@ -62,9 +64,10 @@ class Evaluator:
         micro_batch_size: int | None = None,
         fused: bool = True,
         bf16: bool = False,
+        samplers: Samplers | None = None,
     ) -> None:
         """batch_size: prompts sampled at once. micro_batch_size: rows of a KL pass; default: batch_size. fused: as in
-        `Objectives`. The other arguments are those of `LocalSampler`."""
+        `Objectives`. samplers: who samples; default: this process. The other arguments are those of `LocalSampler`."""
         self.prompts, self.reward, self.reference, self.tokenizer = prompts, reward, reference, tokenizer
         self.sampling = {
             "max_new_tokens": max_new_tokens,
@@ -74,7 +77,7 @@ class Evaluator:
         }
         self.batch_size, self.micro_batch_size = batch_size, micro_batch_size or batch_size
         self.objectives = partial(Objectives, temperature=temperature, fused=fused)
-        self.bf16 = bf16
+        self.bf16, self.samplers = bf16, samplers
         self.completion_rewards = completion_rewards(prompts, reward)
         with visiting(reference):
             self.reference_objectives = self.objectives(reference)
@@ -90,7 +93,7 @@ class Evaluator:
             return self._evaluate(policy)
 
     def _evaluate(self, policy: PreTrainedModel) -> Evaluation:
-        sampler = LocalSampler(policy, self.tokenizer, **self.sampling)
+        sampler, remote = self._sampler(policy), self.samplers is not None and self.samplers.remote
         objectives = self.objectives(policy)
         parts: list[list[tuple]] = []  # of the rows of every pass: reward, KL, length, entropy, completion
         for rows in passes("evaluation", micro_batches(len(self.prompts), self.batch_size)):
@@ -104,6 +107,8 @@ class Evaluator:
                 earlier = [p.prompt_ids for p in current().earlier(self.prompts[rows])]
                 ids = [p.prompt_ids for p in prompts]
                 rollout = sampler(ids, seed=_EVAL_SEED, with_kept=False, earlier=earlier).sampled
+                if remote:
+                    rollout = rescored(rollout, objectives, self.micro_batch_size)
                 with visiting(self.reference):
                     kl = self._kl(objectives, rollout)
                 reward = self.reward(rollout, prompt_columns(prompts))
@@ -121,6 +126,15 @@ class Evaluator:
         rows = zip(self.prompts, completions, columns["reward"].tolist(), strict=True)
         return Evaluation(metrics, [{**_asked(p.prompt), "completion": c, "reward": r} for p, c, r in rows])
 
+    def _sampler(self, policy: PreTrainedModel) -> Sampler:
+        """The sampler of the policy, which has its weights of now."""
+        if self.samplers is None:
+            return LocalSampler(policy, self.tokenizer, **self.sampling)
+        sampler = self.samplers(policy, [p.prompt_ids for p in self.prompts], **self.sampling)
+        self.samplers.changed()
+        sampler.refresh()
+        return sampler
+
     def _kl(self, objectives: Objectives, rollout: Rollout) -> Tensor:
         """sum_t KL(policy(.|s_t) || reference(.|s_t)) over each completion [B], in micro-batches."""
         parts = map(rollout.rows, micro_batches(len(rollout.finished), self.micro_batch_size))
@@ -133,10 +147,11 @@ def make_evaluator(
     device: torch.device,
     reference: PreTrainedModel,
     reward: Reward | None,
+    samplers: Samplers | None = None,
 ) -> Evaluator | None:
     """The evaluator that a stage's config asks for, or None.
 
-    reward: scores the samples where the config names no eval_reward.
+    reward: scores the samples where the config names no eval_reward. samplers: those of the stage, if it samples too.
     Raises ValueError where eval_steps has no eval_data, and where there is no reward at all.
     """
     if config.eval_data is None:
@@ -174,6 +189,7 @@ def make_evaluator(
         micro_batch_size=config.micro_batch_size,
         fused=config.fused_head,
         bf16=config.bf16,
+        samplers=samplers or Samplers(config, tokenizer, config.output_dir),
     )
 
 

@@ -18,6 +18,9 @@ FREE = {
     "save_steps",
     "save_total_limit",
     "tensorboard",
+    "vllm_patience",
+    "vllm_timeout",
+    "vllm_url",
 }
 """Fields on which no number of a finished run depends."""
 _SHOWN = 200  # characters of a value in a message

@@ -22,7 +22,7 @@ MADE_OF = "made_of"  # its key for the fingerprints of what the run reads
 REWARD_FAILED = f"{OURS}reward-failed"  # in an output_dir: a reward function ended the run, and may be mended
 
 # Fields that a resumed run may change: where it writes, what it shows, how it fits into memory.
-_MAY_CHANGE = FREE | {"eval_steps", "max_logprob_drift"}
+_MAY_CHANGE = FREE | {"eval_steps", "max_logprob_drift", "max_mismatch"}
 _MAY_CHANGE |= {"micro_batch_size", "gradient_checkpointing", "offload", "shard"}
 
 

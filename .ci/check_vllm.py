@@ -1,0 +1,182 @@
+"""What has to hold against a real vLLM server. `make DIRECTORY` writes a model; `check DIRECTORY URL` checks."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+import yaml
+
+from rlhf_fast import methods
+from rlhf_fast.config import PairsConfig
+from rlhf_fast.lab.world import build_tokenizer, prompt_rows
+from rlhf_fast.lm.loading import load_policy
+from rlhf_fast.lm.objectives import Objectives
+from rlhf_fast.lm.tokenizers import load_tokenizer
+from rlhf_fast.rollout.sampler import LocalSampler
+from rlhf_fast.rollout.vllm.client import Client, ServerError
+from rlhf_fast.rollout.vllm.sampler import VLLMSampler
+from rlhf_fast.rollout.vllm.server import Server
+from rlhf_fast.stages import pairs
+from rlhf_fast.stages.init import init_model
+from rlhf_fast.training.metrics import read_metrics
+from rlhf_fast.training.mismatch import rescored
+
+PATIENCE = 240.0  # seconds until a server on one busy core is up
+SIZES = {"max_new_tokens": 16, "temperature": 0.7, "greedy_max_new_tokens": 12}
+
+
+def make(directory: Path) -> None:
+    """A random Llama whose heads are wide enough for vLLM's kernels, prompts, and a config that names them."""
+    tokenizer = build_tokenizer()
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "max_position_embeddings": 128}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
+    init_model({"model_type": "llama", **sizes, **heads}, tokenizer, directory / "first", seed=0)
+    model = load_policy(str(directory / "first"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(4)  # so that the likeliest token is clear
+    model.save_pretrained(directory / "model")
+    tokenizer.save_pretrained(directory / "model")
+    rows = prompt_rows(32, seed=1)
+    (directory / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {
+        "model": str(directory / "model"),
+        "output_dir": str(directory / "ppo"),
+        "train_data": str(directory / "prompts.jsonl"),
+        "eval_data": str(directory / "prompts.jsonl"),
+        "reward": "rlhf_fast.world:true_reward",
+        "sampler": "vllm",
+        "vllm_patience": PATIENCE,
+        "steps": 3,
+        "batch_size": 16,
+        "max_prompt_length": 32,
+        "max_response_length": 16,
+        "learning_rate": 1e-3,
+        "temperature": 0.9,
+    }
+    (directory / "ppo.yaml").write_text(yaml.safe_dump(config))
+
+
+def connect(url: str, directory: Path) -> tuple[VLLMSampler, list[list[int]]]:
+    """A sampler that has pushed the model of `directory`, and eight prompts."""
+    policy, tokenizer = load_policy(str(directory / "model")), load_tokenizer(str(directory / "model"))
+    texts = [json.loads(line)["prompt"] for line in (directory / "prompts.jsonl").read_text().splitlines()[:8]]
+    prompts = [tokenizer(text)["input_ids"] for text in texts]
+    server = Server(Client(url, timeout=120, patience=PATIENCE), directory=directory, bound=0.1)
+    server.check(policy, prompts, 48, len(tokenizer))
+    sampler = VLLMSampler(server, policy, tokenizer, **SIZES)
+    sampler.refresh()
+    return sampler, prompts
+
+
+def rows_are_right(sampler: VLLMSampler, prompts: list[list[int]]) -> None:
+    """Greedy rows are ours, sampled log-probs too, and rows depend on seed, prompt and number alone."""
+    mine = LocalSampler(sampler.model, sampler.tokenizer, **SIZES)(prompts, samples=1, greedy=True).greedy
+    found = sampler(prompts, seed=3, samples=3, greedy=True)
+    assert mine is not None and found.greedy is not None
+    width = found.greedy.response_ids.shape[1]
+    assert torch.equal(found.greedy.response_ids, mine.response_ids[:, :width])
+    assert torch.equal(found.greedy.finished, mine.finished)
+    scored = rescored(found.sampled, Objectives(sampler.model, temperature=SIZES["temperature"]), None)
+    assert scored.sampler_logprobs is not None
+    drift = ((scored.logprobs - scored.sampler_logprobs).abs() * scored.response_mask).max()
+    assert drift < 1e-4, drift
+    second = sampler(prompts[4:], seed=3, samples=3, earlier=prompts[:4]).sampled
+    for row, again in zip(found.sampled.rows(slice(12, None)).response_ids, second.response_ids, strict=True):
+        assert torch.equal(row[row != 0], again[again != 0])
+    counts = scored.response_mask.sum(), found.greedy.response_mask.sum()
+    print(f"{counts[1]} greedy tokens are ours; log-probs of {counts[0]} sampled tokens differ by {drift:.1e} at most")
+
+
+def pushes_are_right(sampler: VLLMSampler, prompts: list[list[int]]) -> None:
+    """A push changes what is sampled; a push that the server does not take is an error."""
+    first = sampler(prompts, samples=0, greedy=True).greedy
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in sampler.model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.01)
+    sampler.server.changed()
+    began = time.perf_counter()
+    sampler.refresh()
+    seconds = time.perf_counter() - began
+    second = sampler(prompts, samples=0, greedy=True).greedy
+    assert first is not None and second is not None and not torch.equal(first.response_ids, second.response_ids)
+    rows_are_right(sampler, prompts)
+    with torch.no_grad():
+        next(sampler.model.parameters()).add_(0.01)
+    client, post = sampler.server.client, sampler.server.client.post
+    client.post = lambda route, *args, **options: (  # pyright: ignore[reportAttributeAccessIssue]
+        None if route == "/collective_rpc" else post(route, *args, **options)
+    )
+    sampler.server.changed()
+    try:
+        sampler.refresh()
+    except ServerError as error:
+        print(f"a stale server: {error}")
+    else:
+        raise AssertionError("a server that did not reload was not noticed")
+    client.post = post  # pyright: ignore[reportAttributeAccessIssue]
+    sampler.refresh()
+    print(f"a push took {seconds:.2f} s")
+
+
+def one_batch_for_remax(sampler: VLLMSampler, prompts: list[list[int]]) -> None:
+    """Sampled and greedy rows of a prompt in one batch of requests, against two calls."""
+
+    def seconds(*calls: dict) -> float:
+        began = time.perf_counter()
+        for call in calls:
+            sampler(prompts * 2, seed=5, **call)
+        return time.perf_counter() - began
+
+    drawn, greedy = {"samples": 2}, {"samples": 0, "greedy": True}
+    pairs_of_times = [(seconds({**drawn, "greedy": True}), seconds(drawn, greedy)) for _ in range(3)]
+    one, two = (min(times) for times in zip(*pairs_of_times, strict=True))
+    print(f"ReMax's rows in one batch: {one:.2f} s; in two calls: {two:.2f} s")
+
+
+def stages_train(url: str, directory: Path) -> None:
+    """Every kind of stage that samples, for three rounds."""
+    shared = yaml.safe_load((directory / "ppo.yaml").read_text()) | {"vllm_url": url}
+    for name, options in (("ppo", {}), ("remax", {}), ("grpo", {}), ("remax", {"lora_rank": 2})):
+        row, output = methods.STAGES[name], directory / "-".join([name, *options])
+        config = methods.load(row.config)(**shared | {"output_dir": str(output)} | options)
+        began = time.perf_counter()
+        methods.load(row.train)(config)
+        rows = [r for r in read_metrics(output / "metrics.jsonl") if "mismatch/mean" in r]
+        assert len(rows) == 3 and all(r["mismatch/mean"] < 1e-4 and r["mismatch/ess"] > 0.999 for r in rows)
+        worst = max(r["mismatch/max"] for r in rows)
+        print(f"{output.name}: three rounds in {time.perf_counter() - began:.1f} s; largest mismatch {worst:.1e}")
+    common = {name: shared[name] for name in ("model", "reward", "sampler", "vllm_url", "max_response_length")}
+    files = {"prompts": shared["train_data"], "output": str(directory / "pairs.jsonl")}
+    try:
+        pairs.sample(PairsConfig(**common, **files))
+    except ServerError as error:
+        print(f"pairs of a server that holds trained weights: {error}")
+    else:
+        raise AssertionError("a server with other weights than the model's was not noticed")
+    sampler, _ = connect(url, directory)  # the model again
+    sampler.server.confirm()
+    pairs.sample(PairsConfig(**common, **files))
+    print(f"pairs: {len((directory / 'pairs.jsonl').read_text().splitlines())} rows")
+
+
+def check(directory: Path, url: str) -> None:
+    began = time.perf_counter()
+    sampler, prompts = connect(url, directory)
+    print(f"the server is up and has the weights after {time.perf_counter() - began:.0f} s")
+    rows_are_right(sampler, prompts)
+    pushes_are_right(sampler, prompts)
+    one_batch_for_remax(sampler, prompts)
+    stages_train(url, directory)
+    print(f"all checks hold after {time.perf_counter() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "make":
+        make(Path(sys.argv[2]))
+    else:
+        check(Path(sys.argv[2]), sys.argv[3])

@@ -1,0 +1,54 @@
+"""The command that starts a server: from flags, from a stage's own file, for bf16 and for an adapter."""
+
+import json
+
+import pytest
+
+from rlhf_fast import cli
+from rlhf_fast.config import VLLMCommandConfig
+from rlhf_fast.rollout.vllm.command import command
+
+FILE = """
+model: {model}
+train_data: prompts.jsonl
+reward: some.module:function
+output_dir: out
+sampler: vllm
+vllm_url: http://10.0.0.1:8100
+max_prompt_length: 100
+max_response_length: 28
+gamma: 0.9
+{more}
+"""
+
+
+@pytest.mark.parametrize(("more", "dtype"), [("", "float32"), ("bf16: true", "bfloat16"), ("dtype: bf16", "bfloat16")])
+def test_a_stages_own_file(more, dtype, tiny_model, tmp_path, capsys):
+    (tmp_path / "ppo.yaml").write_text(FILE.format(model=tiny_model, more=more))
+    assert cli.main(["vllm-command", "--config", str(tmp_path / "ppo.yaml")]) == 0
+    assert capsys.readouterr().out == (
+        "VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server "
+        f"--model {tiny_model} --host 10.0.0.1 --port 8100 --max-model-len 128 --dtype {dtype} "
+        "--generation-config vllm --logprobs-mode processed_logprobs\n"
+    )
+
+
+def test_an_unknown_key_of_the_file_is_refused(tiny_model, tmp_path, capsys):
+    (tmp_path / "ppo.yaml").write_text(FILE.format(model=tiny_model, more="gama: 1"))
+    assert cli.main(["vllm-command", "--config", str(tmp_path / "ppo.yaml")]) == 2
+    assert "unknown key 'gama'" in capsys.readouterr().err
+
+
+def test_a_server_on_a_cpu_and_the_base_of_an_adapter(tiny_model, tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": tiny_model}))
+    found = command(VLLMCommandConfig(model=str(tmp_path), device="cpu", trust_remote_code=True))
+    assert f"--model {tiny_model} --host 127.0.0.1 --port 8000 " in found
+    assert found.endswith(" --trust-remote-code --enforce-eager") and "VLLM_CPU_OMP_THREADS_BIND=nobind " in found
+    assert "--model org/name " in command(VLLMCommandConfig(model="org/name"))
+
+
+def test_an_address_that_is_none(capsys):
+    assert cli.main(["vllm-command", "--model", "m", "--vllm-url", "127.0.0.1:8000"]) == 2
+    assert (
+        "vllm_url: expected an address such as http://127.0.0.1:8000, got '127.0.0.1:8000'" in capsys.readouterr().err
+    )

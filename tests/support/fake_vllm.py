@@ -1,0 +1,182 @@
+"""The routes of a vLLM server that the package uses, over our own decoding of a small model, in a thread; and faults.
+
+with FakeVLLM(path) as server:
+    server.faults.append(("/v1/completions", "busy"))  # the next request of this route
+    VLLMSampler(Server(Client(server.url, timeout=5, patience=5), ...), ...)
+"""
+
+import copy
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from rlhf_fast.rollout.generate import generate
+
+
+class _Listener(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 256  # connections that wait; the client opens up to 128 at once
+
+
+class FakeVLLM:
+    """A server of the model in directory `path`, whose tokens are those of our own decoding.
+
+    faults: (route, kind), taken by the next request of the route: busy (503), broken (500), dropped (the connection
+        closes), slow (the answer takes `nap` seconds), cut (a row loses its last token), lost (a row is missing), other
+        (the log-probs are of other tokens), nan, restarted (the server forgets the weights that it got).
+    deaf: reloads weights without taking them: "all", or "half" of them. mode, dtype, most: what the server says of
+        itself. shift: added to every log-prob of a completion.
+    """
+
+    def __init__(self, path: str, **settings: Any) -> None:
+        self.first = AutoModelForCausalLM.from_pretrained(path).eval()
+        self.model, self.version = copy.deepcopy(self.first), "default"
+        self.faults: list[tuple[str, str]] = []
+        self.asked: list[tuple[str, Any]] = []
+        self.deaf, self.mode, self.dtype, self.most = "", "processed_logprobs", "torch.float32", 64
+        self.shift, self.nap = 0.0, 0.5
+        self.__dict__.update(settings)
+        self._lock = threading.Lock()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                outer.answer(self, None)
+
+            def do_POST(self) -> None:
+                outer.answer(self, json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self._http = _Listener(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
+        self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+
+    def __enter__(self) -> "FakeVLLM":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._http.shutdown()
+        self._http.server_close()
+        self._thread.join()
+
+    def answer(self, handler: BaseHTTPRequestHandler, body: Any) -> None:
+        route = handler.path.partition("?")[0]
+        with self._lock:
+            self.asked.append((route, body))
+            fault = next((fault for fault in self.faults if fault[0] == route), None)
+            if fault is not None:
+                self.faults.remove(fault)
+            kind = fault[1] if fault else ""
+            if kind == "restarted":
+                self.model, self.version = copy.deepcopy(self.first), "default"
+            status, found = {"busy": (503, {}), "broken": (500, {"error": {"message": "out of memory"}})}.get(
+                kind, (200, None)
+            )
+            if found is None:
+                status, found = self.of(route, body)
+        if kind == "slow":
+            time.sleep(self.nap)
+        if kind == "dropped":
+            handler.close_connection = True
+            handler.connection.close()
+            return
+        if status == 200 and route == "/v1/completions":
+            _spoil(found["choices"], kind)
+        data = json.dumps(found).encode()
+        handler.send_response(status)
+        handler.send_header("Content-Length", str(len(data)))
+        handler.end_headers()
+        handler.wfile.write(data)
+
+    def of(self, route: str, body: Any) -> tuple[int, Any]:
+        if route == "/v1/models":
+            return 200, {"data": [{"id": "tiny", "max_model_len": self.most}]}
+        if route == "/server_info":
+            return 200, {"vllm_config": {"model_config": {"logprobs_mode": self.mode, "dtype": self.dtype}}}
+        if route == "/weight_info":
+            return 200, {"weight_version": self.version}
+        if route == "/update_weight_version":
+            self.version = body["new_version"]
+            return 200, {"success": True}
+        if route == "/reset_prefix_cache":
+            return 200, {"success": True}
+        if route == "/collective_rpc":
+            return self.reload(Path(body["kwargs"]["weights_path"]))
+        if route == "/v1/completions":
+            return self.complete(body)
+        return 404, {"detail": "Not Found"}
+
+    def reload(self, place: Path) -> tuple[int, Any]:
+        weights = {name: x for file in place.glob("*.safetensors") for name, x in load_file(file).items()}
+        if not weights:
+            return 500, {"error": {"message": f"no weights in {place}"}}
+        names = [] if self.deaf == "all" else sorted(weights)[:: 2 if self.deaf == "half" else 1]
+        self.model.load_state_dict({name: weights[name] for name in names}, strict=False)
+        return 200, {"results": [None]}
+
+    def complete(self, body: Any) -> tuple[int, Any]:
+        prompt, size = body["prompt"], self.model.config.vocab_size
+        if max(prompt) >= size:
+            return 400, {"error": {"message": f"Token id {max(prompt)} is out of vocabulary"}}
+        if len(prompt) + body["max_tokens"] > self.most:
+            return 400, {"error": {"message": "too many tokens"}}
+        ids = torch.tensor([prompt])
+        greedy, n = body.get("temperature", 1.0) == 0, body.get("n", 1)
+        found = generate(
+            self.model,
+            ids,
+            torch.ones_like(ids, dtype=torch.bool),
+            max_new_tokens=body["max_tokens"],
+            eos_ids=body.get("stop_token_ids") or [-1],
+            pad_id=0,
+            temperature=1.0 if greedy else body.get("temperature", 1.0),
+            samples=0 if greedy else n,
+            greedy=greedy,
+            seed=body.get("seed", 0),
+        )
+        rollout = found.greedy if greedy else found.sampled
+        assert rollout is not None
+        choices = [self.choice(i, rollout, prompt) for i in range(len(rollout.finished))]
+        if "prompt_logprobs" in body:
+            with torch.no_grad():
+                logprobs = self.model(ids).logits[0].log_softmax(-1)
+            places = [{str(t): {"logprob": float(logprobs[i, t])}} for i, t in enumerate(prompt[1:])]
+            choices[0]["prompt_logprobs"] = [None, *places]
+        return 200, {"choices": choices[::-1]}  # vLLM promises no order
+
+    def choice(self, i: int, rollout: Any, prompt: list[int]) -> dict[str, Any]:
+        mask = rollout.response_mask[i]
+        tokens = rollout.response_ids[i][mask].tolist()
+        logprobs = [x + self.shift for x in rollout.logprobs[i][mask].tolist()]
+        return {
+            "index": i,
+            "token_ids": tokens,
+            "prompt_token_ids": prompt,
+            "finish_reason": "stop" if rollout.finished[i] else "length",
+            "logprobs": {"tokens": [f"token_id:{t}" for t in tokens], "token_logprobs": logprobs},
+        }
+
+
+def _spoil(choices: list[dict[str, Any]], kind: str) -> None:
+    if kind == "cut":
+        choices[0]["token_ids"].pop()
+        for values in choices[0]["logprobs"].values():
+            values.pop()
+    elif kind == "lost":
+        choices.pop()
+    elif kind == "other":
+        choices[0]["logprobs"]["tokens"][0] = "token_id:9999"
+    elif kind == "nan":
+        choices[0]["logprobs"]["token_logprobs"][0] = None
