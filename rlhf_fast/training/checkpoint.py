@@ -250,18 +250,21 @@ def newest_whole(output_dir: str | os.PathLike) -> tuple[Path | None, list[str]]
     return None, passed
 
 
-def prune(output_dir: str | os.PathLike, keep: int, *, every: int = 1, after: int | None = None) -> None:
+def prune(
+    output_dir: str | os.PathLike, keep: int, *, every: int = 1, last: int | None = None, after: int | None = None
+) -> None:
     """Deletes every output_dir/checkpoint-<step> but the `keep` newest. Raises ValueError for keep < 1.
 
-    every: steps between the checkpoints of a run that nothing disturbs, 0 for none. A checkpoint of another step, which
-        a signal or an error has left, is kept only while it is the newest, and does not count.
+    every: steps between the checkpoints of a run that nothing disturbs, 0 for none; last: the run's last step, of which
+        it has none. A checkpoint of another step, which a signal or an error has left, is kept only while it is the
+        newest, and does not count.
     after: the last step of the run so far. Checkpoints of later steps are deleted: they were damaged, so that the run
         went on from an earlier checkpoint.
     """
     if keep < 1:
         raise ValueError(f"keep: expected at least 1, got {keep}")
     steps = [step for step in _steps(output_dir) if after is None or step <= after]
-    _keep_only(output_dir, {*_regular(steps, every)[-keep:], *steps[-1:]})
+    _keep_only(output_dir, {*_regular(steps, every, last)[-keep:], *steps[-1:]})
 
 
 def tidy(output_dir: str | os.PathLike) -> None:
@@ -270,9 +273,9 @@ def tidy(output_dir: str | os.PathLike) -> None:
     record = finished(output_dir) or {}
     if not {"config", "steps"} <= record.keys() or not {"save_steps", "save_total_limit"} <= record["config"].keys():
         return  # not a stage's
-    steps = [step for step in _steps(output_dir) if step < record["steps"]]
     config = record["config"]
-    _keep_only(output_dir, {*_regular(steps, config["save_steps"])[-config["save_total_limit"] :]})
+    regular = _regular(_steps(output_dir), config["save_steps"], record["steps"])
+    _keep_only(output_dir, {*regular[-config["save_total_limit"] :]})
 
 
 def clean_up(directory: Path) -> None:
@@ -286,8 +289,8 @@ def _steps(output_dir: str | os.PathLike) -> list[int]:
     return [_step_of(path) or 0 for path in _checkpoints(Path(output_dir))]
 
 
-def _regular(steps: list[int], every: int) -> list[int]:
-    return [step for step in steps if every and step % every == 0]
+def _regular(steps: list[int], every: int, last: int | None) -> list[int]:
+    return [step for step in steps if every and step % every == 0 and (last is None or step < last)]
 
 
 def _keep_only(output_dir: str | os.PathLike, steps: set[int]) -> None:

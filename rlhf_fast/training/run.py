@@ -307,7 +307,8 @@ class Run:
 
     def _prune(self, step: int) -> None:
         config = self.config
-        checkpoint.prune(config.output_dir, config.save_total_limit, every=config.save_steps, after=step)
+        limit, every = config.save_total_limit, config.save_steps
+        checkpoint.prune(config.output_dir, limit, every=every, last=self.total_steps, after=step)
 
     def _whole_weights(self) -> dict[str, dict[str, Tensor] | None]:
         """The weights of the models in shards, whole in the first process. All processes call it."""

@@ -354,15 +354,15 @@ def test_a_linked_checkpoint_is_left_where_it_is(tmp_path):
         (5, 2, (5, 10, 13), (5, 10, 13), (5, 10)),  # 13 is what a signal left
         (5, 2, (5, 10, 13, 15), (10, 15), (10, 15)),
         (0, 2, (3, 7), (7,), ()),
-        (1, 2, (18, 19, 20), (19, 20), (18, 19)),  # a signal came in the last step
-        (10, 1, (10, 20), (20,), (10,)),
+        (1, 2, (18, 19, 20), (18, 19, 20), (18, 19)),  # a signal came in the last step
+        (10, 1, (10, 20), (10, 20), (10,)),
     ],
 )
 def test_what_a_signal_left_does_not_stay(every, keep, there, left, at_the_end, tmp_path):
     for step in there:
         for directory in ("running", "ended"):
             checkpoint.save(tmp_path / directory / f"checkpoint-{step}", models={}, state={"step": step})
-    checkpoint.prune(tmp_path / "running", keep, every=every)
+    checkpoint.prune(tmp_path / "running", keep, every=every, last=20)
     config = {"save_steps": every, "save_total_limit": keep}
     checkpoint.save(tmp_path / "ended", models={}, extra_files={"run.json": {"config": config, "steps": 20}})
     checkpoint.clean_up(tmp_path / "ended")
