@@ -111,13 +111,6 @@ def _following(key: tuple[str, int]) -> Generator[None, None, None]:
         _followed.discard(key)
 
 
-def clean_up(directory: Path) -> None:
-    """Deletes what a crash left in a directory that a run has finished in, where there is one."""
-    if directory.is_dir():
-        with held(directory):
-            pass
-
-
 def writes_alone(field: str) -> Callable[[Function], Function]:
     """Decorates a function of a config: it runs with the lock on the directory that the config's `field` names.
 

@@ -6,7 +6,7 @@ and `run.json`.
 
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import rlhf_fast
 from rlhf_fast.config import StageConfig
 from rlhf_fast.config.fields import describe
 from rlhf_fast.data.files import write_json
-from rlhf_fast.lm.sharding import is_sharded, whole_state
+from rlhf_fast.lm.sharding import is_part, whole_state
 from rlhf_fast.ranks import current, gone
 from rlhf_fast.ranks import lost as lost_process
 from rlhf_fast.training import checkpoint, ending
@@ -33,8 +33,10 @@ from rlhf_fast.training.lock import lost
 from rlhf_fast.training.memory import static_bytes
 from rlhf_fast.training.meter import Meter
 from rlhf_fast.training.metrics import MetricsLogger, is_metrics
-from rlhf_fast.training.resume import MADE_OF, RUN_CONFIG, resume_directory
-from rlhf_fast.training.stopped import Diverged
+from rlhf_fast.training.resume import MADE_OF, REWARD_FAILED, RUN_CONFIG, resume_directory
+from rlhf_fast.training.stopped import Diverged, is_by_reward
+
+_PARTS: dict[str, type] = {"step": int, "train_seconds": float, "facts": dict, "metrics": str}  # of every state.pt
 
 
 class Run:
@@ -85,6 +87,7 @@ class Run:
         self._good, self._finishing = 0, False  # the last step whose updates are complete
         self._schedules: dict[str, dict[str, Any]] = {}
         self._deferring = ExitStack()
+        self._reward_failed = Path(config.output_dir, REWARD_FAILED)
 
     def __enter__(self) -> "Run":
         models, runs = checkpoint.MODEL_FILES | self.models.keys(), {checkpoint.FINISHED, "samples.json"}
@@ -100,9 +103,7 @@ class Run:
         earlier = ""
         resumed = resume_directory(self.config, passed.append)
         if resumed is not None:
-            state = checkpoint.load_state(resumed)
-            if missing := sorted({*self.states, "step", "train_seconds", "facts", "metrics"} - state.keys()):
-                raise ValueError(f"{resumed / 'state.pt'}: expected the state of {', '.join(missing)}, found none")
+            state = self._checked(checkpoint.load_state(resumed), resumed)
             for name, part in self.states.items():
                 part.load_state_dict(state[name])
             self.first_step, self.train_seconds = state["step"] + 1, state["train_seconds"]
@@ -137,10 +138,23 @@ class Run:
         self._deferring.enter_context(ending.after_the_step(self._kept))
         return self
 
+    def _checked(self, state: dict[str, Any], directory: Path) -> dict[str, Any]:
+        """The state of the checkpoint. Raises ValueError, naming the file, where it has not all its parts."""
+        file = directory / "state.pt"
+        if missing := sorted({*self.states, *_PARTS} - state.keys()):
+            raise ValueError(f"{file}: expected the state of {', '.join(missing)}, found none")
+        for name, kind in _PARTS.items():
+            if not isinstance(state[name], kind):
+                raise ValueError(f"{file}: expected {name} of type {kind.__name__}, got {type(state[name]).__name__}")
+        if directory != self._state_at(state["step"]):
+            raise ValueError(f"{file}: expected the state after the step of {directory.name}, got step {state['step']}")
+        return state
+
     def _make_room(self) -> None:
         """Clears a finished run's files, so that none passes for a file of this run; refuses an unfinished run's."""
         checkpoint.check_no_unfinished(self.config.output_dir)
         checkpoint.clear(self.config.output_dir)
+        self._reward_failed.unlink(missing_ok=True)
         Path(self.config.output_dir, checkpoint.FINISHED).unlink(missing_ok=True)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
@@ -148,6 +162,9 @@ class Run:
         # Ctrl-C writes nothing, because the next run of the same command would find an unfinished run.
         if isinstance(error, Exception | Ended) and not self._finishing:
             self._keep_good_step(exactly=isinstance(error, Ended))
+        if is_by_reward(error):
+            with suppress(OSError):  # such as a directory that is gone
+                self._reward_failed.touch()
         self._close(kind, error, trace)
         if isinstance(error, KeyboardInterrupt):
             advice = "" if checkpoint.latest(self.config.output_dir) else " (SIGTERM saves before it ends a run)"
@@ -195,7 +212,7 @@ class Run:
         if self.ranks.gather(new)[0]:
             self.save_state(step)
             if self.ranks.first:
-                checkpoint.prune(self.config.output_dir, self.config.save_total_limit, step)
+                self._prune(step)
         self.ranks.wait()  # every process then says what is saved
         raise Ended(signum)
 
@@ -209,7 +226,7 @@ class Run:
         moved = any(self._schedules[role] != learner.scheduler.state_dict() for role, learner in self.learners.items())
         if good == 0 or not self.ranks.first:
             return
-        if any(is_sharded(model) for model in self.models.values()):  # other processes may be gone with their parts
+        if any(is_part(p) for learner in learners for p in learner.parameters):  # other parts may be gone
             return
         if not all(learner.whole for learner in learners) or (exactly and moved):
             return
@@ -221,7 +238,7 @@ class Run:
                 for role, learner in self.learners.items():
                     learner.scheduler.load_state_dict(self._schedules[role])  # the step is taken again
                 self.save_state(good)
-                checkpoint.prune(self.config.output_dir, self.config.save_total_limit, good)
+                self._prune(good)
             except Diverged:  # the weights were broken before the error that ended the run, which says how to go on
                 return
             except Exception as error:  # such as a full disk; the exception that ended the run matters more
@@ -261,7 +278,7 @@ class Run:
             self.logger.check_there()
             self.save_state(step)
             if self.ranks.first:
-                checkpoint.prune(self.config.output_dir, self.config.save_total_limit, step)
+                self._prune(step)
         self._end_if_asked(step)
 
     def _log(self, step: int, metrics: dict[str, Any]) -> None:
@@ -286,6 +303,11 @@ class Run:
             state=state,
             extra_files=files,
         )
+        self._reward_failed.unlink(missing_ok=True)
+
+    def _prune(self, step: int) -> None:
+        config = self.config
+        checkpoint.prune(config.output_dir, config.save_total_limit, every=config.save_steps, after=step)
 
     def _whole_weights(self) -> dict[str, dict[str, Tensor] | None]:
         """The weights of the models in shards, whole in the first process. All processes call it."""
@@ -353,8 +375,8 @@ class Run:
         checkpoint.save(
             self.config.output_dir, models=self.models, weights=weights, tokenizer=self.tokenizer, extra_files=files
         )
-        checkpoint.delete(self._state_at(self.total_steps))  # the final model makes it useless
-        checkpoint.prune(self.config.output_dir, self.config.save_total_limit)  # a crash may have left an older one
+        self._reward_failed.unlink(missing_ok=True)
+        checkpoint.tidy(self.config.output_dir)
         self.ranks.wait()  # a stage that reads the model starts when it is whole
 
     def _static_bytes(self) -> dict[str, dict[str, int]]:

@@ -264,7 +264,7 @@ def test_soak():
     seen, steps = [(400.0, 4, 3)] * 12, [0.01] * 12
     soak.judge(seen, steps)
     for place, name in enumerate(("MiB of resident memory", "open files", "threads")):
-        grown = [tuple(x + 10 * (i > 9) * (p == place) for p, x in enumerate(one)) for i, one in enumerate(seen)]
+        grown = [tuple(x + 10 * (i > 7) * (p == place) for p, x in enumerate(one)) for i, one in enumerate(seen)]
         with pytest.raises(Lost, match=f"{name} grew"):
             soak.judge(grown, steps)
     with pytest.raises(Lost, match=r"seconds of a step grew from 0\.0100 to 0\.0400"):
