@@ -19,7 +19,7 @@ import rlhf_fast
 from rlhf_fast.config import StageConfig
 from rlhf_fast.config.fields import describe
 from rlhf_fast.data.files import write_json
-from rlhf_fast.lm.sharding import is_sharded, whole_state
+from rlhf_fast.lm.sharding import is_part, whole_state
 from rlhf_fast.ranks import current, gone
 from rlhf_fast.ranks import lost as lost_process
 from rlhf_fast.training import checkpoint, ending
@@ -226,7 +226,7 @@ class Run:
         moved = any(self._schedules[role] != learner.scheduler.state_dict() for role, learner in self.learners.items())
         if good == 0 or not self.ranks.first:
             return
-        if any(is_sharded(model) for model in self.models.values()):  # other processes may be gone with their parts
+        if any(is_part(p) for learner in learners for p in learner.parameters):  # other parts may be gone
             return
         if not all(learner.whole for learner in learners) or (exactly and moved):
             return
