@@ -14,6 +14,8 @@
                                                  of environments with trl==1.16.0 and trl==1.12.0
     python -m bench trainers --model DIR --data DIR --dtypes fp32 bf16 ...
                                                  the same on a checkpoint, with rows of real lengths
+    python -m bench trust --quick                kills, damages and crosses runs on purpose, and counts what is lost;
+                                                 its own --help has the options
 
 Threads are torch's (OMP_NUM_THREADS). Every kernel is checked against float64 before it is timed.
 """
@@ -37,6 +39,7 @@ from bench.record import about_run, versions
 from bench.rivals import FROM_HIDDEN, FROM_LOGITS
 from bench.trainers import command as trainers
 from bench.trials import hidden_trials, logits_trials
+from bench.trust.command import main as trust
 from rlhf_fast.data.files import write_bytes, write_text
 from rlhf_fast.ops import dispatch
 from rlhf_fast.training.metrics import print_table
@@ -119,6 +122,8 @@ def run_exactness(args: argparse.Namespace) -> int:
 
 def main() -> int:
     """Run the command that was named; its exit code."""
+    if sys.argv[1:2] == ["trust"]:
+        return trust(sys.argv[2:])
     args = arguments()
     commands = {"ops": run_ops, "exactness": run_exactness, "rollout": rollout.run, "trainers": trainers.run}
     return commands[args.what](args)

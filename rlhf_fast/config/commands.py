@@ -33,6 +33,7 @@ __all__ = [
     "PipelineConfig",
 ]
 
+PAIRS = "pairs"  # it reads rows as a training stage does
 Class = TypeVar("Class", bound=type)
 
 
@@ -98,7 +99,7 @@ class DataConfig:
 
     data: str = required("Rows to look at: a file, a folder or glob of shards, or hub:NAME:SPLIT.")
     model: str = required("Checkpoint directory or hub name, whose tokenizer and chat template read the rows.")
-    stage: str = arg("sft", "Stage that would train on them: sft, reward, dpo, kto, ppo, ...")
+    stage: str = arg("sft", "Stage that would read them: sft, reward, dpo, kto, ppo, ..., or pairs.")
     columns: dict[str, str] = arg({}, COLUMNS_HELP)
     chat_template: str | None = arg(None, CHAT_TEMPLATE_HELP)
     chat_template_kwargs: dict[str, Any] = arg({}, CHAT_TEMPLATE_KWARGS_HELP)
@@ -112,7 +113,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         check_row_options(self)
-        check(self, "stage", lambda v: v in STAGES, f"one of {', '.join(STAGES)}")
+        check(self, "stage", lambda v: v in (*STAGES, PAIRS), f"one of {', '.join((*STAGES, PAIRS))}")
 
 
 def _with_a_section_per_method(cls: Class) -> Class:

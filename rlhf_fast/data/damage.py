@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 # What torch's writer (a zip file) and Rust libraries say of a write that failed.
-_TORCH = re.compile(r"inline_container|PytorchStreamWriter|unexpected pos")
+_TORCH = re.compile(r"inline_container|PytorchStreamWriter|unexpected pos|iostream error")
 _RUST = re.compile(r"\(os error (\d+)\)")
 _ROOM = 2**20  # bytes: a disk with less free space is full
 _SAID = 200  # characters of a reason that a message repeats

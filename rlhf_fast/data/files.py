@@ -6,6 +6,7 @@ that passes for something else, and the next run in the directory cleans it up:
     .rlhf_fast-writing-NAME    deleted by `sweep`; that of a file names the process too, so that two may write at once
     .rlhf_fast-replaced-NAME   gets its name back where nothing has taken its place, else deleted
     .rlhf_fast-deleting-NAME   deleted
+    .rlhf_fast-lock-NAME       the lock of a file that a command writes outside of an output directory
 """
 
 import errno
@@ -19,7 +20,7 @@ from typing import Any
 from rlhf_fast.data.damage import writing
 
 OURS = ".rlhf_fast-"
-WRITING, REPLACED, DELETING = (f"{OURS}{what}-" for what in ("writing", "replaced", "deleting"))
+WRITING, REPLACED, DELETING, LOCKING = (f"{OURS}{what}-" for what in ("writing", "replaced", "deleting", "lock"))
 _LONGEST = 255  # bytes of a name
 
 
@@ -27,8 +28,12 @@ def beside(path: Path, kind: str) -> Path:
     """The name beside `path` of what is WRITING, REPLACED or DELETING. A name that would be too long is a hash."""
     name = f"{kind}{path.name}"
     if len(os.fsencode(name)) > _LONGEST:
-        name = f"{kind}{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:32]}"
+        name = f"{kind}{_digest(path.name)}"
     return path.with_name(name)
+
+
+def _digest(name: str) -> str:
+    return hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
 
 
 def being_written(path: Path) -> Path:
@@ -43,6 +48,14 @@ def sweep(directory: Path) -> None:
             os.replace(path, named)
         elif path.name.startswith((WRITING, REPLACED, DELETING)):
             remove(path)
+
+
+def sweep_file(path: Path) -> None:
+    """Cleans up what a crash left of the file `path`, which nobody else writes now."""
+    for other in list(path.parent.glob(f"{WRITING}*")):
+        pid, _, name = other.name.removeprefix(WRITING).partition("-")
+        if pid.isdecimal() and name in (path.name, _digest(path.name)):
+            remove(other)
 
 
 def remove(path: Path) -> None:

@@ -10,6 +10,8 @@ training adapters that are not LoRA. Adapters of peft's other kinds are merged i
 
 import copy
 import os
+import re
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,10 +38,12 @@ from rlhf_fast.lm.private import (
     score_head,
     with_saved_copy,
 )
+from rlhf_fast.lm.time_limit import TooLong, time_limit
 
 _NAME = "default"  # the name of a model's only adapter; files do not hold it
 _CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_PATIENCE = 5.0  # seconds for an adapter's regular expression to be tried on all modules
 _PREFIX = "base_model.model."  # the names of the weights in peft's files begin with it
 # The first values of a LoRA adapter that leave the base's weights as they are.
 _ADDS_ALONE = ("gaussian", "eva", "orthogonal")
@@ -116,6 +120,7 @@ def put_on(model: PreTrainedModel, path: str | os.PathLike, lora: LoRA | None, *
         with _one_line(path):
             config = peft.PeftConfig.from_pretrained(path)
         _check_kind(config, path)
+        _check_patterns(model, settings, path)
         if lora is not None:
             _check_same(lora, settings, path)
         if settings["peft_type"] != "LORA":
@@ -319,6 +324,29 @@ def _check_kind(config: Any, path: str | os.PathLike) -> None:
         raise ValueError(f"model: expected an adapter that keeps its base's layers in {path}, got layer_replication")
     if not any(Path(path, name).is_file() for name in _WEIGHTS):
         raise ValueError(f"model: expected the adapter's weights in {path}, found no {_WEIGHTS[0]}")
+
+
+def _check_patterns(model: PreTrainedModel, settings: dict[str, Any], path: str | os.PathLike) -> None:
+    """ValueError where what names modules is no regular expression, or takes longer than _PATIENCE."""
+    if threading.current_thread() is not threading.main_thread():
+        return  # no other thread can be broken off
+    for field in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern"):
+        value = settings.get(field) or ()
+        if field.endswith("_modules") and not isinstance(value, str):
+            continue  # the ends of names, which are no regular expressions
+        for pattern in [value] if isinstance(value, str) else [*value]:
+            expected = f"model: expected {field} in {path}/{_CONFIG} to hold regular expressions"
+            try:
+                with time_limit(_PATIENCE):
+                    matches = re.compile(pattern if field.endswith("_modules") else rf"(.*\.)?({pattern})").fullmatch
+                    for name, _ in model.named_modules():
+                        matches(name)
+            except TooLong:
+                raise ValueError(
+                    f"{expected} that are tried on every module within {_PATIENCE:g} s, got {pattern!r:.200}"
+                ) from None
+            except re.error as error:
+                raise ValueError(f"{expected}, got {pattern!r:.200} ({error})") from error
 
 
 def _check_same(lora: LoRA, settings: dict[str, Any], path: str | os.PathLike) -> None:

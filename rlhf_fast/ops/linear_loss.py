@@ -92,6 +92,7 @@ def linear_loss(
         expect(len(token_ids) % 2 == 0, "token_ids", "an even number of rows, chosen then rejected", [*token_ids.shape])
     budget = check_head(hidden, weight, bias, token_ids, temperature, softcap, memory_budget)
     check_normalizer(normalizer, hidden)
+    token_ids = token_ids.long()
     items = _Items(coefficients, pack, token_ids)
     scale = over(torch.ones((), dtype=torch.bool), items.normalizer() if normalizer is None else normalizer)
     if private.in_transform() or not has_kernel("linear_weighted_loss", hidden):

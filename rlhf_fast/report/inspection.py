@@ -12,7 +12,8 @@ from typing import Any, Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf_fast.config import DataConfig
+from rlhf_fast.config import DataConfig, PairsConfig
+from rlhf_fast.config.commands import PAIRS
 from rlhf_fast.data.examples import Cut
 from rlhf_fast.data.rows import Row, place
 from rlhf_fast.data.stage_rows import encode_kind, load_stage
@@ -90,7 +91,7 @@ def inspect(source: Any, tokenizer: PreTrainedTokenizerBase, config: DataConfig)
 
 def lengths_of(config: DataConfig) -> tuple[int | None, int]:
     """(max_length, max_prompt_length): what the config gives, else the stage's defaults. None: the stage has none."""
-    config_class = load(STAGES[config.stage].config)
+    config_class = PairsConfig if config.stage == PAIRS else load(STAGES[config.stage].config)
     defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(config_class)}
     prompt = defaults["max_prompt_length"] if config.max_prompt_length is None else config.max_prompt_length
     if "max_length" in defaults:

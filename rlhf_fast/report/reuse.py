@@ -22,10 +22,12 @@ from rlhf_fast.training.resume import resume_directory
 
 def make_stage(name: str, config: StageConfig) -> None:
     """Runs a stage. With `config.resume` a finished stage is left as it is, unless it was made with something else."""
-    with held(config.output_dir):  # from the first look on; it also cleans up what a crash left in a finished stage
+    with held(config.output_dir):  # from the first look on
         if config.resume:
             finished, changed = current().gather(_found(config))[0]  # the first process alone changes what is there
             if finished and changed is None:
+                if current().first:
+                    checkpoint.tidy(config.output_dir)  # a crash may have left more
                 return
             if changed is not None:
                 if current().first:

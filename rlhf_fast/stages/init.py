@@ -19,10 +19,12 @@ from rlhf_fast.data.encoding import pad_id
 from rlhf_fast.data.messages import read_messages
 from rlhf_fast.data.rows import check_unicode, read_rows
 from rlhf_fast.training import checkpoint
+from rlhf_fast.training.lock import writes_alone
 
 _BYTES = 256
 
 
+@writes_alone("output_dir")
 def init(config: InitConfig) -> None:
     """Trains the tokenizer on the text columns, builds the model and writes both to output_dir.
 

@@ -5,12 +5,13 @@ labels are. A sample that reached the length limit has no end. Its row says so b
 `rejected_finished`: false, and training puts no EOS behind it.
 """
 
+from contextlib import ExitStack
+
 import torch
 
 from rlhf_fast.config import PairsConfig
 from rlhf_fast.data.chat import with_template
 from rlhf_fast.data.encoding import continuations
-from rlhf_fast.data.files import check_writable
 from rlhf_fast.data.rows import load_rows, write_rows
 from rlhf_fast.lm.loading import default_device, load_policy
 from rlhf_fast.lm.tokenizers import load_tokenizer
@@ -19,6 +20,7 @@ from rlhf_fast.ranks import current
 from rlhf_fast.rollout.samplers import Samplers
 from rlhf_fast.training.batches import micro_batches
 from rlhf_fast.training.evaluation import check_prompts, prompt_columns, scored_prompts
+from rlhf_fast.training.lock import held_file
 from rlhf_fast.training.progress import passes
 from rlhf_fast.training.rewards import Reward, id_pairs
 
@@ -30,9 +32,14 @@ def sample(config: PairsConfig) -> None:
     Rows of the last config.eval_rows prompts go to config.eval_output instead. A prompt with equal completions or with
     an empty completion is left out. A row says of a completion without an end that it is not finished.
     """
-    for name in ("output", "eval_output"):
-        if getattr(config, name) is not None:
-            check_writable(name, getattr(config, name))
+    with ExitStack() as locks:
+        for name in ("output", "eval_output"):
+            if getattr(config, name) is not None:
+                locks.enter_context(held_file(getattr(config, name), name))
+        _sample(config)
+
+
+def _sample(config: PairsConfig) -> None:
     device, ranks = default_device(), current()
     tokenizer = with_template(load_tokenizer(config.model), config.chat_template)
     policy = load_policy(config.model, dtype=config.dtype, trainable=False).to(device)  # pyright: ignore[reportArgumentType]

@@ -37,6 +37,7 @@ from rlhf_fast.lm.loading import PROCESSOR_FILES, save_model
 from rlhf_fast.lm.manifest import Manifest
 from rlhf_fast.lm.private import has_adapter
 from rlhf_fast.lm.quiet import without_bars
+from rlhf_fast.training.lock import held
 from rlhf_fast.training.stopped import Diverged
 
 FINISHED = "run.json"  # in the directory of a run that has finished
@@ -216,9 +217,12 @@ def load_state(directory: str | os.PathLike) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"directory: expected a checkpoint with a training state, found no {path}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds: RuntimeError, EOFError, UnpicklingError, KeyError
         raise ValueError(f"{path}: expected a training state, but the file is damaged: {sentence(error)}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: expected a training state, got {type(state).__name__}")
+    return state
 
 
 def latest(output_dir: str | os.PathLike) -> Path | None:
@@ -242,18 +246,49 @@ def newest_whole(output_dir: str | os.PathLike) -> tuple[Path | None, list[str]]
     return None, passed
 
 
-def prune(output_dir: str | os.PathLike, keep: int, step: int | None = None) -> None:
+def prune(output_dir: str | os.PathLike, keep: int, *, every: int = 1, after: int | None = None) -> None:
     """Deletes every output_dir/checkpoint-<step> but the `keep` newest. Raises ValueError for keep < 1.
 
-    step: that of the newest checkpoint of the run. Checkpoints of later steps are deleted: they were damaged, so that
-        the run went on from an earlier checkpoint.
+    every: steps between the checkpoints of a run that nothing disturbs, 0 for none. A checkpoint of another step, which
+        a signal or an error has left, is kept only while it is the newest, and does not count.
+    after: the last step of the run so far. Checkpoints of later steps are deleted: they were damaged, so that the run
+        went on from an earlier checkpoint.
     """
     if keep < 1:
         raise ValueError(f"keep: expected at least 1, got {keep}")
-    checkpoints = _checkpoints(Path(output_dir))
-    kept = [path for path in checkpoints if step is None or (_step_of(path) or 0) <= step][-keep:]
-    for path in checkpoints:
-        if path not in kept:
+    steps = [step for step in _steps(output_dir) if after is None or step <= after]
+    _keep_only(output_dir, {*_regular(steps, every)[-keep:], *steps[-1:]})
+
+
+def tidy(output_dir: str | os.PathLike) -> None:
+    """Deletes the checkpoints of a finished run that the run does not leave when nothing disturbs it: that of its last
+    step, and those that a signal, an error or a crash has left."""
+    record = finished(output_dir) or {}
+    if not {"config", "steps"} <= record.keys() or not {"save_steps", "save_total_limit"} <= record["config"].keys():
+        return  # not a stage's
+    steps = [step for step in _steps(output_dir) if step < record["steps"]]
+    config = record["config"]
+    _keep_only(output_dir, {*_regular(steps, config["save_steps"])[-config["save_total_limit"] :]})
+
+
+def clean_up(directory: Path) -> None:
+    """Deletes what a crash left in a directory that a run has finished in, where there is one."""
+    if directory.is_dir():
+        with held(directory):
+            tidy(directory)
+
+
+def _steps(output_dir: str | os.PathLike) -> list[int]:
+    return [_step_of(path) or 0 for path in _checkpoints(Path(output_dir))]
+
+
+def _regular(steps: list[int], every: int) -> list[int]:
+    return [step for step in steps if every and step % every == 0]
+
+
+def _keep_only(output_dir: str | os.PathLike, steps: set[int]) -> None:
+    for path in _checkpoints(Path(output_dir)):
+        if _step_of(path) not in steps:
             delete(path)
 
 

@@ -1,8 +1,9 @@
-"""One writer for an output directory: a lock that ends with its process.
+"""One writer for an output directory, or for a file: a lock that ends with its process.
 
 The lock is flock(2) on a file `.rlhf_fast.lock` in the directory, held from the first look at the directory to the last
 rename. The kernel releases the lock when the process ends, however it ends. The file says who holds the lock, and is
-gone after an ordinary end. On a file system without flock a line says so, and the run goes on.
+gone after an ordinary end. The lock of a file lies beside the file. On a file system without flock a line says so, and
+the run goes on.
 
     with held(config.output_dir):
         ...
@@ -16,13 +17,13 @@ import shlex
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from rlhf_fast.data.damage import writing
-from rlhf_fast.data.files import check_name, sweep
+from rlhf_fast.data.files import LOCKING, beside, check_name, check_writable, sweep, sweep_file
 from rlhf_fast.ranks import current
 from rlhf_fast.training.apart import check_apart
 
@@ -46,21 +47,45 @@ def held(directory: str | os.PathLike, argument: str = "output_dir") -> Iterator
     key = _key(directory)
     if key in _held or key in _followed:
         yield
-        return
+    else:
+        path = Path(key[0])
+        yield from _hold(key, path / NAME, argument, f"no other run in {path}", lambda: sweep(path))
+
+
+@contextmanager
+def held_file(file: str | os.PathLike, argument: str) -> Iterator[None]:
+    """Inside, this thread alone writes the file, whose directory is made. Other files there are anybody's.
+
+    Raises ValueError, naming the argument and the holder, where another process or thread writes the file.
+    """
+    check_writable(argument, file)
+    key = _key(file)
+    whole = _key(Path(key[0]).parent)
+    if not {key, whole}.isdisjoint((*_held, *_followed)):
+        yield
+    else:
+        path = Path(key[0])
+        wanted = f"no other run that writes {path}"
+        yield from _hold(key, beside(path, LOCKING), argument, wanted, lambda: sweep_file(path))
+
+
+def _hold(
+    key: tuple[str, int], path: Path, argument: str, wanted: str, clean: Callable[[], None]
+) -> Generator[None, None, None]:
+    """The inside of `held` and `held_file`. path: of the lock. wanted: what a refusal says was expected."""
     if not current().first:
         yield from _following(key)
         return
-    made = _make(Path(key[0]))
-    path = Path(key[0], NAME)
+    made = _make(path.parent)
     try:
         try:
-            own = _held[key] = _lock(path, argument)
+            own = _held[key] = _lock(path, argument, wanted)
         except ValueError as error:
             current().gather(str(error))
             raise
         current().gather(None)
         try:
-            sweep(path.parent)
+            clean()
             yield
         finally:
             if _held.pop(key, None) is own:  # not in a process that was forked inside
@@ -75,7 +100,7 @@ def held(directory: str | os.PathLike, argument: str = "output_dir") -> Iterator
                 parent.rmdir()
 
 
-def _following(key: tuple[str, int]) -> Iterator[None]:
+def _following(key: tuple[str, int]) -> Generator[None, None, None]:
     """The inside of `held` in the processes beside the first process of a run, which holds the lock for all of them."""
     if refused := current().gather(None)[0]:
         raise ValueError(refused)
@@ -84,13 +109,6 @@ def _following(key: tuple[str, int]) -> Iterator[None]:
         yield
     finally:
         _followed.discard(key)
-
-
-def clean_up(directory: Path) -> None:
-    """Deletes what a crash left in a directory that a run has finished in, where there is one."""
-    if directory.is_dir():
-        with held(directory):
-            pass
 
 
 def writes_alone(field: str) -> Callable[[Function], Function]:
@@ -140,7 +158,7 @@ def _key(directory: str | os.PathLike) -> tuple[str, int]:
     return os.path.abspath(directory), threading.get_ident()
 
 
-def _lock(path: Path, argument: str) -> _Lock:
+def _lock(path: Path, argument: str, wanted: str) -> _Lock:
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
@@ -151,7 +169,7 @@ def _lock(path: Path, argument: str) -> _Lock:
             pid, host, command = (holder.split(" ", 2) + ["", ""])[:3]
             where = "" if host == platform.node().replace(" ", "-") else f" on {host}"
             raise ValueError(
-                f"{argument}: expected no other run in {path.parent}, but process {pid}{where} writes there: {command}"
+                f"{argument}: expected {wanted}, but process {pid}{where} writes there: {command}"
             ) from error
         except OSError as error:
             said = f"{argument}: {path.parent} cannot be locked ({error.strerror}); start no second run there"

@@ -48,32 +48,33 @@ class MetricsLogger:
         *,
         description: str,
         resume_step: int = 0,
+        earlier: str = "",
         show: Sequence[str] = (),
     ) -> None:
-        """resume_step: continue a run after that step; lines of later steps are dropped. show: metrics to print beside
-        the bar. Raises ValueError for total_steps < 1."""
+        """resume_step: continue a run after that step. earlier: the `text` of the run up to that step; the file is
+        made to hold it, and a line says where the file held something else. show: metrics to print beside the bar.
+        Raises ValueError for total_steps < 1."""
         if total_steps < 1:
             raise ValueError(f"total_steps: expected at least 1, got {total_steps}")
         self.path = Path(output_dir) / "metrics.jsonl"
         self.total_steps = total_steps
         self.description = description
         self.resume_step = resume_step
+        self._lines = earlier.splitlines(keepends=True)
         self.show = tuple(show)
         self._console = error_console()
         self._console.quiet = not current().first
         self._tenth = resume_step * 10 // total_steps
 
     def __enter__(self) -> "MetricsLogger":
-        kept = [row for row in read_metrics(self.path) if row["step"] <= self.resume_step] if self.resume_step else []
-        lost = set(range(1, self.resume_step + 1)) - {row["step"] for row in kept}
-        if lost:
-            self.say(
-                f"{self.description}: {self.path} lacks {len(lost)} of the {self.resume_step} steps before this one"
-            )
         if current().first:
-            write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+            found = self.path.read_bytes() if self.path.is_file() else b""
+            if self.resume_step and not found.startswith(self.text.encode()):
+                which = f"the metrics of the steps up to {self.resume_step}"
+                self.say(f"{self.description}: {self.path} does not hold {which} as they were written; restored them")
+            write_text(self.path, self.text)
         self._file = self.path.open("a") if current().first else open(os.devnull, "w")
-        self._start = time.perf_counter() - (kept[-1]["time/elapsed"] if kept else 0.0)
+        self._start = time.perf_counter() - (json.loads(self._lines[-1])["time/elapsed"] if self._lines else 0.0)
         self._bar, self._screen = None, ExitStack()
         if self._console.is_terminal and current().first:
             self._bar = new_bars(self._console)
@@ -82,6 +83,11 @@ class MetricsLogger:
             )
             self._screen.enter_context(drawn(self._bar))
         return self
+
+    @property
+    def text(self) -> str:
+        """What the file has to hold. A checkpoint keeps it, because the file may be damaged or deleted."""
+        return "".join(self._lines)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Records the metrics of `step` (from 1 on) and returns the row.
@@ -98,8 +104,9 @@ class MetricsLogger:
 
     def _write(self, row: dict[str, Any]) -> None:
         safe = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+        self._lines.append(json.dumps(safe, allow_nan=False) + "\n")
         with writing(self.path):
-            self._file.write(json.dumps(safe, allow_nan=False) + "\n")
+            self._file.write(self._lines[-1])
             self._file.flush()
 
     def check_there(self) -> None:

@@ -10,6 +10,7 @@ from rlhf_fast.config import OfflineConfig, OnlineConfig, StageConfig
 from rlhf_fast.config.fields import describe
 from rlhf_fast.config.stages import KINDS
 from rlhf_fast.data.damage import read_json
+from rlhf_fast.data.files import OURS
 from rlhf_fast.lm import adapters
 from rlhf_fast.lm.loading import load_policy
 from rlhf_fast.training import checkpoint
@@ -18,6 +19,7 @@ from rlhf_fast.training.made import FREE
 
 RUN_CONFIG = "run_config.json"  # in every checkpoint
 MADE_OF = "made_of"  # its key for the fingerprints of what the run reads
+REWARD_FAILED = f"{OURS}reward-failed"  # in an output_dir: a reward function ended the run, and may be mended
 
 # Fields that a resumed run may change: where it writes, what it shows, how it fits into memory.
 _MAY_CHANGE = FREE | {"eval_steps", "micro_batch_size", "gradient_checkpointing", "offload"}
@@ -44,7 +46,8 @@ def load_policy_and_reference(
 def resume_directory(config: StageConfig, say: Callable[[str], None] = lambda line: None) -> Path | None:
     """The checkpoint that this run continues from, or None; stages load their trained models from it.
 
-    It is the newest checkpoint whose files are as they were saved. say: gets a line where a newer one is damaged, and
+    It is the newest checkpoint whose files are as they were saved. A reward function that ended the run may have
+    changed. say: gets a line where a newer one is damaged, and
     where something that `accept_changed` names is not what the run has read before.
 
     Raises ValueError where a run with another config, or on other rows, models or rewards wrote the checkpoint. With a
@@ -71,7 +74,8 @@ def resume_directory(config: StageConfig, say: Callable[[str], None] = lambda li
     for name, then in read.items():
         if content.get(name) in (then, None):
             continue
-        if name not in config.accept_changed:
+        mended = KINDS[name] == "reward" and Path(config.output_dir, REWARD_FAILED).is_file()
+        if name not in config.accept_changed and not mended:
             raise ValueError(
                 f"{name}: expected the {KINDS[name]} of the run to resume, {found}, but the content of {now[name]} has "
                 f"changed; --accept-changed {name} goes on with it"

@@ -11,7 +11,6 @@ import functools
 import inspect
 import itertools
 import os
-import signal
 import sys
 import threading
 import traceback
@@ -20,16 +19,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rlhf_fast.lm.time_limit import TooLong, time_limit
 from rlhf_fast.training.batches import guest_draws
 from rlhf_fast.training.ending import Ended
 from rlhf_fast.training.stopped import Stopped
 
-_AGAIN = 1.0  # seconds after which a function that goes on after its time limit is broken off again
 _STUCK = 10.0  # seconds after its time limit after which a function that Python cannot break off ends the process
-
-
-class _TooLong(BaseException):
-    """Raised in a function at the end of its time. No `except Exception` of the function catches it."""
 
 
 def call(
@@ -47,7 +42,7 @@ def call(
     """
     process = os.getpid()
     try:
-        with guest_draws(), _time_limit(name, seconds):
+        with guest_draws(), _limited(name, seconds):
             result = function(**arguments)
             if inspect.isawaitable(result):
                 result = _wait_for(result)
@@ -75,14 +70,14 @@ def described(error: BaseException, function: Callable[..., Any] | None = None) 
     kind = f"{type(error).__name__}{': ' * bool(said)}{said}"
     if isinstance(error, SystemExit):
         kind = f"sys.exit({error.code!r})"
-    elif isinstance(error, _TooLong):
+    elif isinstance(error, TooLong):
         kind = ""
     return f"{kind} ({Path(frame.filename).name}, line {frame.lineno})".strip()
 
 
 def _said(name: str, function: Callable[..., Any], error: BaseException, seconds: float | None) -> str:
     where = described(error, function)
-    if isinstance(error, _TooLong):
+    if isinstance(error, TooLong):
         return f"reward {name} took longer than reward_timeout={seconds:g} seconds {where}"
     return f"reward {name} {'called' if isinstance(error, SystemExit) else 'raised'} {where}"
 
@@ -97,26 +92,18 @@ def _exit_code(error: BaseException) -> int:
 
 
 @contextmanager
-def _time_limit(name: str, seconds: float | None) -> Iterator[None]:
-    """Inside, a signal raises _TooLong after so many seconds. A signal reaches a regular expression that never ends,
-    which a thread would not."""
+def _limited(name: str, seconds: float | None) -> Iterator[None]:
+    """`time_limit` with an end for a function that Python cannot break off."""
     if seconds is None:
         yield
         return
     if threading.current_thread() is not threading.main_thread():
         raise ValueError(f"reward_timeout: expected a run in the main thread, where {name} can be broken off")
-
-    def late(number: int, frame: Any) -> None:
-        raise _TooLong
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN)
     faulthandler.dump_traceback_later(seconds + _STUCK, exit=True, file=sys.__stderr__ or sys.stderr)
     try:
-        yield
+        with time_limit(seconds):
+            yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
         faulthandler.cancel_dump_traceback_later()
 
 

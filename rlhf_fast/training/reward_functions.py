@@ -23,6 +23,7 @@ import numpy as np
 from rlhf_fast.training.ending import Ended
 from rlhf_fast.training.reward_calls import call, described
 from rlhf_fast.training.reward_files import load_file, load_module
+from rlhf_fast.training.stopped import by_reward
 
 RewardFunction = Callable[..., Any]  # of list[float | None], or of an awaitable of it
 RESERVED = ("prompts", "completions", "completion_ids")
@@ -79,6 +80,10 @@ class FunctionReward:
         scores of another kind or number.
         """
         given = {name: make() for name, make in arguments.items() if self.takes(name)}
+        with by_reward():
+            return self._scores(given, rows)
+
+    def _scores(self, given: Mapping[str, list], rows: int) -> list[float | None]:
         scores = call(self.name, self.function, given, self.timeout, at_most=rows + 1)
         if not _is_list(scores):
             raise ValueError(f"reward {self.name}: expected {rows} scores, got {_shown(scores)}")

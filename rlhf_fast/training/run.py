@@ -6,7 +6,7 @@ and `run.json`.
 
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,10 @@ from rlhf_fast.training.lock import lost
 from rlhf_fast.training.memory import static_bytes
 from rlhf_fast.training.meter import Meter
 from rlhf_fast.training.metrics import MetricsLogger, is_metrics
-from rlhf_fast.training.resume import MADE_OF, RUN_CONFIG, resume_directory
-from rlhf_fast.training.stopped import Diverged
+from rlhf_fast.training.resume import MADE_OF, REWARD_FAILED, RUN_CONFIG, resume_directory
+from rlhf_fast.training.stopped import Diverged, is_by_reward
+
+_PARTS: dict[str, type] = {"step": int, "train_seconds": float, "facts": dict, "metrics": str}  # of every state.pt
 
 
 class Run:
@@ -82,6 +84,7 @@ class Run:
         self._good, self._finishing = 0, False  # the last step whose updates are complete
         self._schedules: dict[str, dict[str, Any]] = {}
         self._deferring = ExitStack()
+        self._reward_failed = Path(config.output_dir, REWARD_FAILED)
 
     def __enter__(self) -> "Run":
         models, runs = checkpoint.MODEL_FILES | self.models.keys(), {checkpoint.FINISHED, "samples.json"}
@@ -94,15 +97,14 @@ class Run:
             raise ValueError(f"output_dir: expected no {what} that another program wrote, found {found}")
         checkpoint.check_savable(self.models.values(), self.tokenizer)
         passed: list[str] = []
+        earlier = ""
         resumed = resume_directory(self.config, passed.append)
         if resumed is not None:
-            state = checkpoint.load_state(resumed)
-            if missing := sorted({*self.states, "step", "train_seconds", "facts"} - state.keys()):
-                raise ValueError(f"{resumed / 'state.pt'}: expected the state of {', '.join(missing)}, found none")
+            state = self._checked(checkpoint.load_state(resumed), resumed)
             for name, part in self.states.items():
                 part.load_state_dict(state[name])
             self.first_step, self.train_seconds = state["step"] + 1, state["train_seconds"]
-            self._facts = state["facts"]
+            self._facts, earlier = state["facts"], state["metrics"]
             if passed:
                 self._facts["resumed"] = [*self._facts.get("resumed", []), *passed]
         else:
@@ -114,6 +116,7 @@ class Run:
             self.total_steps,
             description=self.description,
             resume_step=self.first_step - 1,
+            earlier=earlier,
             show=self.show,
         )
         self.logger.__enter__()
@@ -132,10 +135,23 @@ class Run:
         self._deferring.enter_context(ending.after_the_step(self._kept))
         return self
 
+    def _checked(self, state: dict[str, Any], directory: Path) -> dict[str, Any]:
+        """The state of the checkpoint. Raises ValueError, naming the file, where it has not all its parts."""
+        file = directory / "state.pt"
+        if missing := sorted({*self.states, *_PARTS} - state.keys()):
+            raise ValueError(f"{file}: expected the state of {', '.join(missing)}, found none")
+        for name, kind in _PARTS.items():
+            if not isinstance(state[name], kind):
+                raise ValueError(f"{file}: expected {name} of type {kind.__name__}, got {type(state[name]).__name__}")
+        if directory != self._state_at(state["step"]):
+            raise ValueError(f"{file}: expected the state after the step of {directory.name}, got step {state['step']}")
+        return state
+
     def _make_room(self) -> None:
         """Clears a finished run's files, so that none passes for a file of this run; refuses an unfinished run's."""
         checkpoint.check_no_unfinished(self.config.output_dir)
         checkpoint.clear(self.config.output_dir)
+        self._reward_failed.unlink(missing_ok=True)
         Path(self.config.output_dir, checkpoint.FINISHED).unlink(missing_ok=True)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
@@ -143,6 +159,9 @@ class Run:
         # Ctrl-C writes nothing, because the next run of the same command would find an unfinished run.
         if isinstance(error, Exception | Ended) and not self._finishing:
             self._keep_good_step(exactly=isinstance(error, Ended))
+        if is_by_reward(error):
+            with suppress(OSError):  # such as a directory that is gone
+                self._reward_failed.touch()
         self._close(kind, error, trace)
         if isinstance(error, KeyboardInterrupt):
             advice = "" if checkpoint.latest(self.config.output_dir) else " (SIGTERM saves before it ends a run)"
@@ -187,7 +206,7 @@ class Run:
         new = step >= self.first_step and checkpoint.latest(self.config.output_dir) != self._state_at(step)
         if new and self.ranks.first:
             self.save_state(step)
-            checkpoint.prune(self.config.output_dir, self.config.save_total_limit, step)
+            self._prune(step)
         self.ranks.wait()  # every process then says what is saved
         raise Ended(signum)
 
@@ -211,7 +230,7 @@ class Run:
                 for role, learner in self.learners.items():
                     learner.scheduler.load_state_dict(self._schedules[role])  # the step is taken again
                 self.save_state(good)
-                checkpoint.prune(self.config.output_dir, self.config.save_total_limit, good)
+                self._prune(good)
             except Diverged:  # the weights were broken before the error that ended the run, which says how to go on
                 return
             except Exception as error:  # such as a full disk; the exception that ended the run matters more
@@ -251,7 +270,7 @@ class Run:
             self.logger.check_there()
             self.save_state(step)
             if self.ranks.first:
-                checkpoint.prune(self.config.output_dir, self.config.save_total_limit, step)
+                self._prune(step)
         self._end_if_asked(step)
 
     def _log(self, step: int, metrics: dict[str, Any]) -> None:
@@ -265,10 +284,16 @@ class Run:
             return
         state = {name: part.state_dict() for name, part in self.states.items()}
         state |= {"step": step, "train_seconds": self.train_seconds, "facts": self._facts}
+        state["metrics"] = self.logger.text
         files = {RUN_CONFIG: {**self.described, MADE_OF: self.made_of}}
         checkpoint.save(
             self._state_at(step), models=self.models, tokenizer=self.tokenizer, state=state, extra_files=files
         )
+        self._reward_failed.unlink(missing_ok=True)
+
+    def _prune(self, step: int) -> None:
+        config = self.config
+        checkpoint.prune(config.output_dir, config.save_total_limit, every=config.save_steps, after=step)
 
     def _state_at(self, step: int) -> Path:
         return Path(self.config.output_dir) / f"checkpoint-{step}"
@@ -326,8 +351,8 @@ class Run:
             summary["evaluation"] = self.last_evaluation.metrics
             files["samples.json"] = self.last_evaluation.samples
         checkpoint.save(self.config.output_dir, models=self.models, tokenizer=self.tokenizer, extra_files=files)
-        checkpoint.delete(self._state_at(self.total_steps))  # the final model makes it useless
-        checkpoint.prune(self.config.output_dir, self.config.save_total_limit)  # a crash may have left an older one
+        self._reward_failed.unlink(missing_ok=True)
+        checkpoint.tidy(self.config.output_dir)
         self.ranks.wait()  # a stage that reads the model starts when it is whole
 
     def _static_bytes(self) -> dict[str, dict[str, int]]:

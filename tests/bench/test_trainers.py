@@ -127,6 +127,8 @@ def test_bars():
     unequal = [{"quantity": "loss", "relative difference": 0.5, "met": "NO"}]
     assert met(equalities=unequal) == ["yes", "yes", "NO"]
     assert met(equalities=unequal, dtype="bf16 autocast") == ["yes", "yes"]
+    shown = report.equality_rows([result(equalities=unequal, dtype=dtype) for dtype in ("fp32", "bf16 autocast")])
+    assert [row["met"] for row in shown] == ["NO", "no bar"]
     assert met(absent="no environment with trl==1.16.0 was named") == ["NO", "NO", "NO"]
 
 

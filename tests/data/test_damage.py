@@ -17,6 +17,7 @@ from rlhf_fast.data.rows import write_rows
         (OSError(errno.EDQUOT, "x", "file"), os.strerror(errno.EDQUOT)),
         (Exception("No space left on device (os error 28)"), os.strerror(errno.ENOSPC)),  # as tokenizers raise it
         (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 4 vs 2"), os.strerror(errno.EIO)),
+        (RuntimeError("basic_ios::clear: iostream error"), os.strerror(errno.EIO)),
     ],
 )
 def test_a_write_that_fails_names_the_path(error, reason, tmp_path):

@@ -1,6 +1,7 @@
 """Adapters that peft has made: the function that peft computes, merged, kept on, and saved again, or one line."""
 
 import json
+import re
 import shutil
 
 import peft
@@ -9,6 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from rlhf_fast.lm import adapters
 from rlhf_fast.lm.adapters import LoRA
 from rlhf_fast.lm.loading import load_policy, load_scorer, save_model
 from rlhf_fast.lm.objectives import Objectives
@@ -237,3 +239,24 @@ def test_an_embedding_of_another_size(made, tmp_path):
     )
     with pytest.raises(ValueError, match=r"expected the shapes of .*, \(37, 32\) .*, got \(40, 32\)"):
         load_policy(tmp_path / "larger")
+
+
+FOREVER = "(.*.*.*.*.*.*.*.*.*.*.*.*)*!"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "got"),
+    [
+        ("target_modules", FOREVER, rf"that are tried on every module within 0\.2 s, got '{re.escape(FOREVER)}'"),
+        ("rank_pattern", {FOREVER: 2}, rf"that are tried on every module within 0\.2 s, got '{re.escape(FOREVER)}'"),
+        ("exclude_modules", "q_(proj", r"got 'q_\(proj' \(missing \), unterminated subpattern at position 2\)"),
+    ],
+)
+def test_regular_expressions_that_never_end_or_are_none(field, value, got, made, monkeypatch):
+    monkeypatch.setattr(adapters, "_PATIENCE", 0.2)
+    _, adapter = made(*PLAIN["rslora"])
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {field: value}))
+    expected = f"model: expected {field} in {adapter}/adapter_config.json to hold regular expressions"
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)},? {got}$"):
+        load_policy(adapter)

@@ -109,6 +109,13 @@ def test_the_reference_agrees_too(pack):
 
 
 @pytest.mark.parametrize("pack", LOSSES)
+def test_int32_ids_are_int64_ids(pack):
+    tensors = inputs(torch.float32)
+    ours, wanted = (linear_loss(tensors[0], tensors[1], ids, LOSSES[pack], pack=pack) for ids in (IDS.int(), IDS))
+    assert ours.loss == wanted.loss and torch.equal(ours.logprobs, wanted.logprobs)
+
+
+@pytest.mark.parametrize("pack", LOSSES)
 def test_temperature_softcap_and_a_given_normalizer(pack):
     tensors, options = inputs(bias=False), dict(temperature=0.6, softcap=4.0)
     loss = linear_loss(*tensors, IDS, LOSSES[pack], pack=pack, normalizer=torch.tensor(777.0), **options).loss

@@ -122,14 +122,14 @@ def test_oddities_of_pairs_and_templates(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("stage", ["reward", "dpo", "kto", "rloo"])
+@pytest.mark.parametrize("stage", ["reward", "dpo", "kto", "rloo", "pairs"])
 def test_every_stage_shows_its_rows(model, tmp_path, stage, capsys):
     rows = [{"prompt": text, "chosen": " Blue.", "rejected": " Red."} for text in ("It is", "x")]
     file = write_rows(tmp_path / "pairs.jsonl", rows)
     assert cli.main(["data", file, "--model", model, "--stage", stage]) == 0
     shown = capsys.readouterr().out
     assert f"{stage} reads rows of kind" in shown
-    answers = {"kto": ["good: It is⟦ Blue.⟧⟦<|im_end|>⟧■"], "rloo": ["\nIt is\n"]}
+    answers = {"kto": ["good: It is⟦ Blue.⟧⟦<|im_end|>⟧■"], **dict.fromkeys(("rloo", "pairs"), ["\nIt is\n"])}
     for answer in answers.get(stage, ["chosen: ⟦ Blue.⟧⟦<|im_end|>⟧■", "rejected: ⟦ Red.⟧⟦<|im_end|>⟧■"]):
         assert answer in shown
 

@@ -329,7 +329,7 @@ def test_a_checkpoint_takes_the_place_of_a_damaged_one(tmp_path):
     (tmp_path / "checkpoint-2" / "checkpoint.json").write_text("[]")
     checkpoint.save(tmp_path / "checkpoint-2", models={}, state={"step": 22})
     assert checkpoint.load_state(tmp_path / "checkpoint-2") == {"step": 22}
-    checkpoint.prune(tmp_path, keep=2, step=2)  # the run went on from checkpoint-1
+    checkpoint.prune(tmp_path, keep=2, after=2)  # the run went on from checkpoint-1
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-1", "checkpoint-2"]
 
 
@@ -346,6 +346,29 @@ def test_a_linked_checkpoint_is_left_where_it_is(tmp_path):
     checkpoint.prune(out, keep=1)
     assert os.listdir(out) == ["checkpoint-2"] and checkpoint.load_state(out / "checkpoint-2") == {"step": 22}
     assert [checkpoint.load_state(archive / f"checkpoint-{n}")["step"] for n in (1, 2)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("every", "keep", "there", "left", "at_the_end"),
+    [
+        (5, 2, (5, 10, 13), (5, 10, 13), (5, 10)),  # 13 is what a signal left
+        (5, 2, (5, 10, 13, 15), (10, 15), (10, 15)),
+        (0, 2, (3, 7), (7,), ()),
+        (1, 2, (18, 19, 20), (19, 20), (18, 19)),  # a signal came in the last step
+        (10, 1, (10, 20), (20,), (10,)),
+    ],
+)
+def test_what_a_signal_left_does_not_stay(every, keep, there, left, at_the_end, tmp_path):
+    for step in there:
+        for directory in ("running", "ended"):
+            checkpoint.save(tmp_path / directory / f"checkpoint-{step}", models={}, state={"step": step})
+    checkpoint.prune(tmp_path / "running", keep, every=every)
+    config = {"save_steps": every, "save_total_limit": keep}
+    checkpoint.save(tmp_path / "ended", models={}, extra_files={"run.json": {"config": config, "steps": 20}})
+    checkpoint.clean_up(tmp_path / "ended")
+    for directory, wanted in (("running", left), ("ended", at_the_end)):
+        names = {path.name for path in (tmp_path / directory).glob("checkpoint-*")}
+        assert names == {f"checkpoint-{step}" for step in wanted}
 
 
 def test_latest_and_prune(tmp_path):

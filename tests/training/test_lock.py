@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import pytest
 
 from rlhf_fast import cli
+from rlhf_fast.data.files import WRITING, beside
 from rlhf_fast.methods import STAGES, load
 from rlhf_fast.training import lock
-from rlhf_fast.training.lock import held
+from rlhf_fast.training.lock import held, held_file
 
 
 def in_a_thread(function):
@@ -54,11 +55,39 @@ def test_every_command_that_trains_locks_its_directory(tmp_path):
     others = {c.run: "out" if n.startswith("study") else "output_dir" for n, c in cli.COMMANDS.items()}
     alone = {run: field for run, field in others.items() if run.startswith(("lab.compare", "lab.demo", "report.pipel"))}
     alone |= {run: field for run, field in others.items() if field == "out"} | trained
-    assert len(alone) == len(STAGES) + 3 + 7
+    alone |= {"stages.init:init": "output_dir"}
+    assert len(alone) == len(STAGES) + 4 + 7
     with held(tmp_path):
         for run, field in alone.items():
             error = in_a_thread(lambda run=run, field=field: load(run)(SimpleNamespace(**{field: tmp_path})))
             assert str(error).startswith(f"{field}: expected no other run in {tmp_path}, but process"), run
+
+
+def enter_file(file):
+    with held_file(file, "output"):
+        return None
+
+
+def test_a_file_has_one_writer_and_its_directory_many(tmp_path):
+    file = tmp_path / "new" / "pairs.jsonl.gz"
+    with held_file(file, "output"), held_file(file, "output"):
+        error = in_a_thread(lambda: enter_file(file))
+        assert str(error).startswith(f"output: expected no other run that writes {file}, but process {os.getpid()} ")
+        assert in_a_thread(lambda: enter_file(file.with_name("other.jsonl"))) is None
+        assert os.listdir(file.parent) == [".rlhf_fast-lock-pairs.jsonl.gz"]
+    assert os.listdir(tmp_path) == []
+    with held(file.parent), held_file(file, "output"):
+        assert os.listdir(file.parent) == [lock.NAME]  # whoever has the directory has its files
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "n" * 250])
+def test_what_a_killed_writer_of_a_file_left_is_cleaned_up(name, tmp_path):
+    file, other = tmp_path / name, tmp_path / "other.jsonl"
+    left = [beside(path, f"{WRITING}{pid}-") for path in (file, other) for pid in (7, 4194304)]
+    for path in (*left, file, other):
+        path.write_text("x")
+    enter_file(file)
+    assert sorted(tmp_path.iterdir()) == sorted([file, other, *left[2:]])
 
 
 @pytest.mark.parametrize("forks", [False, True])

@@ -50,22 +50,36 @@ def test_nothing_is_lost_when_the_run_dies(tmp_path):
     assert [(row["step"], row["loss"]) for row in rows] == [(1, 1), (2, 2), (3, 3)]
 
 
+def text_of(path, steps: int) -> str:
+    """The lines of the first steps."""
+    return "".join(path.read_text().splitlines(keepends=True)[:steps])
+
+
 def test_resume_drops_the_steps_that_are_run_again(tmp_path):
     run(tmp_path, range(1, 8), total=10)
-    with (tmp_path / "metrics.jsonl").open("a") as file:
+    path = tmp_path / "metrics.jsonl"
+    with path.open("a") as file:
         file.write('{"step": 8, "lo')  # the line a crash cut short
-    rows = run(tmp_path, range(6, 11), total=10, resume_step=5)
+    rows = run(tmp_path, range(6, 11), total=10, resume_step=5, earlier=text_of(path, 5))
     assert rows == [{"step": step, "loss": step / 4} for step in range(1, 11)]
     assert [row["step"] for row in run(tmp_path, [1, 2], total=2)] == [1, 2]  # a new run starts a new file
 
 
 def test_clock_continues_after_resume(tmp_path):
     row = {"step": 1, "time/elapsed": 1000.0}
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
-    with MetricsLogger(tmp_path, 2, description="ppo", resume_step=1) as logger:
+    with MetricsLogger(tmp_path, 2, description="ppo", resume_step=1, earlier=json.dumps(row) + "\n") as logger:
         logger.log(2, {})
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert rows[0] == row and 1000 <= rows[1]["time/elapsed"] < 1060
+
+
+def test_a_row_that_found_no_room_is_in_the_text(tmp_path):
+    with MetricsLogger(tmp_path, 2, description="ppo") as logger:
+        logger.log(1, {"loss": 0.5})
+        with pytest.raises(OSError, match="No space left"), open("/dev/full", "w") as full:
+            logger._file = full
+            logger._write({"step": 2, "time/elapsed": 1.0, "loss": 0.25})
+    assert [json.loads(line)["loss"] for line in logger.text.splitlines()] == [0.5, 0.25]
 
 
 def test_plain_lines_without_a_terminal(tmp_path, capsys, monkeypatch):

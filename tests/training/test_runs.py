@@ -196,16 +196,23 @@ def test_a_run_of_another_program_is_not_overwritten(name, files, tiny_model, tm
     assert os.listdir(tmp_path) == [name] and (tmp_path / name).read_text() == '{"mine": 1}\n'
 
 
-def test_lost_metrics_are_said(files, tiny_model, tmp_path, capsys):
+@pytest.mark.parametrize("harm", ["a row is missing", "a number differs", "garbage", "no file"])
+def test_harmed_metrics_are_restored_from_the_checkpoint(harm, files, tiny_model, tmp_path, capsys):
     config = stage_config(SFTConfig, files, tiny_model, tmp_path, save_steps=4)
     sft.train(config)
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "metrics.jsonl").write_text("".join(lines[1:]))
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    first = lines[0].replace('"step": 1,', '"step": 1, "x": 0,')
+    path.unlink()
+    if harm != "no file":
+        harmed = {"a row is missing": lines[1:], "a number differs": [first, *lines[1:]], "garbage": ["\0{", *lines]}
+        path.write_text("".join(harmed[harm]))
     sft.train(dataclasses.replace(config, resume=True))
-    assert f"SFT: {tmp_path}/metrics.jsonl lacks 1 of the 4 steps before this one\n" in capsys.readouterr().err
-    (tmp_path / "metrics.jsonl").unlink()
+    assert path.read_text().splitlines(keepends=True)[:4] == lines[:4]
+    said = f"SFT: {path} does not hold the metrics of the steps up to 4 as they were written; restored them\n"
+    assert said in capsys.readouterr().err
     sft.train(dataclasses.replace(config, resume=True))
-    assert f"SFT: {tmp_path}/metrics.jsonl lacks 4 of the 4 steps before this one\n" in capsys.readouterr().err
+    assert "restored" not in capsys.readouterr().err
 
 
 def test_nothing_to_resume_is_said(files, tiny_model, tmp_path, capsys):

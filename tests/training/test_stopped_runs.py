@@ -3,6 +3,8 @@
 import dataclasses
 import gzip
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 
 from rlhf_fast import cli
 from rlhf_fast.config import PPOConfig, RLOOConfig, SFTConfig
+from rlhf_fast.lm import manifest
 from rlhf_fast.lm.loading import load_policy
 from rlhf_fast.lm.tokenizers import load_tokenizer
 from rlhf_fast.stages import ppo, rloo, sft
@@ -253,6 +256,61 @@ def test_another_model_or_reward_behind_the_same_path_is_refused_on_resume(files
     assert json.loads((tmp_path / "out" / "run.json").read_text())["resumed"] == [line]
     with pytest.raises(ValueError, match="accept_changed: expected some of train_data, .*, got .'seed'"):
         dataclasses.replace(again, accept_changed=["seed"])
+
+
+MENDED = "def score(completions):\n    return [float(len(c)) for c in completions]\n"
+
+
+@pytest.mark.parametrize(
+    "fault", ["raise ValueError('boom')", "raise KeyboardInterrupt", "return [float('nan')] * len(completions)"]
+)
+def test_a_reward_function_that_ended_a_run_may_be_mended(fault, files, tiny_model, tmp_path, capsys):
+    reward, out = tmp_path / "f.py", tmp_path / "out"
+    calls = f"calls = []\ndef score(completions):\n    calls.append(1)\n    if len(calls) == 4:\n        {fault}\n"
+    reward.write_text(calls + "    return [float(len(c)) for c in completions]\n")
+    config = stage_config(RLOOConfig, files, tiny_model, out, reward=f"{reward}:score", save_steps=2)
+    config = dataclasses.replace(config, eval_data=None, steps=6)
+    with pytest.raises((RuntimeError, ValueError, KeyboardInterrupt)):
+        rloo.train(config)
+    kept = checkpoint.latest(out).name
+    assert kept == ("checkpoint-2" if "Keyboard" in fault else "checkpoint-3")
+    reward.write_text(MENDED)
+    capsys.readouterr()
+    again = dataclasses.replace(config, resume=True)
+    rloo.train(again)
+    assert f"RLOO: the content of reward has changed since {kept}; the run goes on with it\n" in capsys.readouterr().err
+    whole = dataclasses.replace(config, output_dir=str(tmp_path / "whole"))
+    rloo.train(whole)
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert not [name for name in os.listdir(out) if name.startswith(".")]
+    reward.write_text(f"# other\n{MENDED}")
+    with pytest.raises(ValueError, match="--accept-changed reward goes on with it"):
+        rloo.train(again)
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda state: [], "expected a training state, got list"),
+        (lambda state: torch.zeros(3), "expected a training state, got Tensor"),
+        (lambda state: {k: v for k, v in state.items() if k != "step"}, "expected the state of step, found none"),
+        (lambda state: state | {"step": "2"}, "expected step of type int, got str"),
+        (
+            lambda state: state | {"step": 10**9},
+            "expected the state after the step of checkpoint-2, got step 1000000000",
+        ),
+        (lambda state: state | {"metrics": None}, "expected metrics of type str, got NoneType"),
+    ],
+)
+def test_a_state_that_somebody_edited(edit, said, files, tiny_model, tmp_path):
+    config = stage_config(SFTConfig, files, tiny_model, tmp_path, save_steps=2)
+    sft.train(config)
+    checkpoint.delete(tmp_path / "checkpoint-4")
+    file = tmp_path / "checkpoint-2" / "state.pt"
+    torch.save(edit(torch.load(file, weights_only=True)), file)
+    manifest.write(file.parent, manifest.of_files(file.parent))
+    with pytest.raises(ValueError, match=f"^{re.escape(str(file))}: {said}$"):
+        sft.train(dataclasses.replace(config, resume=True))
 
 
 def test_fingerprints_are_of_content(tmp_path):

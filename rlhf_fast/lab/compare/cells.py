@@ -47,7 +47,7 @@ def first_rows(method: str, pairs: str | None, rows: int, config: CompareConfig)
     """The data of an offline method: as many pairs as its steps take."""
     if pairs is None:
         raise ValueError(f"pairs: expected preference pairs for the method {method}, got none")
-    path = Path(config.output_dir) / f"pairs-{rows}.jsonl"
+    path = Path(config.output_dir) / f"pairs-{method}.jsonl"
     found = [json.dumps(row) for _, row in itertools.islice(read_rows(pairs), rows)]
     if len(found) < rows:
         raise ValueError(f"pairs: expected at least steps * batch_size / 2 = {rows} rows, got {len(found)}")

@@ -26,7 +26,7 @@ from rlhf_fast.plan.phases import Planner
 from rlhf_fast.report.reuse import not_resumable
 from rlhf_fast.training import checkpoint
 from rlhf_fast.training.ending import CHILDREN, Ended
-from rlhf_fast.training.lock import clean_up, writes_alone
+from rlhf_fast.training.lock import writes_alone
 from rlhf_fast.training.made import difference, made_with
 
 
@@ -71,7 +71,7 @@ def run(config: CompareConfig) -> None:
 def _changed(cell: Cell, directory: Path, memory: int | None) -> str | None:
     """Why the run in `directory` cannot be taken or go on: "" where it can go on, None where it has finished."""
     config = _config(cell, directory)
-    clean_up(directory)
+    checkpoint.clean_up(directory)
     if not (directory / "result.json").is_file():
         return not_resumable(dataclasses.replace(config, resume=True)) or ""
     record = read_json(directory / "result.json")

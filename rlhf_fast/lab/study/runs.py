@@ -33,7 +33,6 @@ from rlhf_fast.report import pipeline
 from rlhf_fast.training import checkpoint, ending
 from rlhf_fast.training.console import Lasting
 from rlhf_fast.training.fingerprint import fingerprints
-from rlhf_fast.training.lock import clean_up
 from rlhf_fast.training.made import FREE
 
 
@@ -97,7 +96,8 @@ def run_jobs(jobs: Sequence[Job], workers: int) -> None:
     failed = []
     with _pool(workers) as pool:
         began = time.perf_counter()
-        futures = {pool.submit(_logged, *job[1:]): job for job in jobs}
+        with _without_interrupts():  # the processes start here, and a Ctrl-C in their imports would be a traceback
+            futures = {pool.submit(_logged, *job[1:]): job for job in jobs}
         for number, future in enumerate(as_completed(futures), 1):
             job, error = futures[future], future.exception()
             minutes, seconds = divmod(round(time.perf_counter() - began), 60)
@@ -126,6 +126,26 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     pool.shutdown()
 
 
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Inside, SIGINT waits, also in processes that start inside until they are in a job."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+@contextmanager
+def _with_interrupts() -> Iterator[None]:
+    """The inside of a job in a process that `_without_interrupts` has started."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+
 def _begin(threads: int) -> None:
     """In a new process: take its share of the cores, and end when the process that started it ends."""
     torch.set_num_threads(threads)
@@ -145,7 +165,8 @@ def _logged(log: Path, function: Callable[[Any], None], argument: Any) -> None:
         lasting = Lasting(lambda: file)
         with redirect_stdout(lasting), redirect_stderr(lasting), ending.signals():
             try:
-                function(argument)
+                with _with_interrupts():
+                    function(argument)
             except (KeyboardInterrupt, ending.Ended) as error:
                 print(error, flush=True)
                 os._exit(getattr(error, "code", 130))  # else the pool would give this process another job
@@ -189,7 +210,7 @@ def is_made_with(path: Path, config: dict[str, Any], made_of: dict[str, Any]) ->
 
     made_of: fingerprints of what the run reads, which count in place of paths.
     """
-    clean_up(path.parent)
+    checkpoint.clean_up(path.parent)
     record = checkpoint.finished(path.parent) if path.name == checkpoint.FINISHED else None
     if record is None and (path.name == checkpoint.FINISHED or not path.is_file()):
         return False
