@@ -25,6 +25,9 @@ from rlhf_fast.training.mismatch import rescored
 
 PATIENCE = 240.0  # seconds until a server on one busy core is up
 SIZES = {"max_new_tokens": 16, "temperature": 0.7, "greedy_max_new_tokens": 12}
+REWARD = """def score(prompts, completions):
+    return [c.count("e") / 10 for c in completions]  # it differs between any two samples of a random model
+"""
 
 
 def make(directory: Path) -> None:
@@ -42,12 +45,13 @@ def make(directory: Path) -> None:
     tokenizer.save_pretrained(directory / "model")
     rows = prompt_rows(32, seed=1)
     (directory / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (directory / "reward.py").write_text(REWARD)
     config = {
         "model": str(directory / "model"),
         "output_dir": str(directory / "ppo"),
         "train_data": str(directory / "prompts.jsonl"),
         "eval_data": str(directory / "prompts.jsonl"),
-        "reward": "rlhf_fast.world:true_reward",
+        "reward": f"{directory}/reward.py:score",
         "sampler": "vllm",
         "vllm_patience": PATIENCE,
         "steps": 3,
@@ -148,6 +152,7 @@ def stages_train(url: str, directory: Path) -> None:
         methods.load(row.train)(config)
         rows = [r for r in read_metrics(output / "metrics.jsonl") if "mismatch/mean" in r]
         assert len(rows) == 3 and all(r["mismatch/mean"] < 1e-4 and r["mismatch/ess"] > 0.999 for r in rows)
+        assert abs(rows[-1]["objective/kl"]) > 1e-5, rows[-1]  # the policy has moved, and the server with it
         worst = max(r["mismatch/max"] for r in rows)
         print(f"{output.name}: three rounds in {time.perf_counter() - began:.1f} s; largest mismatch {worst:.1e}")
     common = {name: shared[name] for name in ("model", "reward", "sampler", "vllm_url", "max_response_length")}
@@ -164,6 +169,22 @@ def stages_train(url: str, directory: Path) -> None:
     print(f"pairs: {len((directory / 'pairs.jsonl').read_text().splitlines())} rows")
 
 
+def a_restart_is_found(sampler: VLLMSampler, prompts: list[list[int]], directory: Path) -> None:
+    """A server that is started again in the middle gets the weights and the round again."""
+    with torch.no_grad():
+        next(sampler.model.parameters()).add_(0.3)
+    sampler.server.changed()
+    sampler.refresh()
+    before = sampler(prompts, seed=7, samples=2).sampled
+    began = time.perf_counter()
+    (directory / "restart").touch()
+    while (directory / "restart").exists():
+        time.sleep(0.1)
+    again = sampler(prompts, seed=7, samples=2).sampled
+    assert torch.equal(before.response_ids, again.response_ids)
+    print(f"a restart: the same rows after {time.perf_counter() - began:.0f} s")
+
+
 def check(directory: Path, url: str) -> None:
     began = time.perf_counter()
     sampler, prompts = connect(url, directory)
@@ -172,6 +193,7 @@ def check(directory: Path, url: str) -> None:
     pushes_are_right(sampler, prompts)
     one_batch_for_remax(sampler, prompts)
     stages_train(url, directory)
+    a_restart_is_found(*connect(url, directory), directory)
     print(f"all checks hold after {time.perf_counter() - began:.0f} s")
 
 

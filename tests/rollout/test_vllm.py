@@ -185,7 +185,7 @@ def test_a_server_without_the_developer_routes_is_told_how_to_start(fake, policy
         connected(fake, policy, tokenizer, tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["busy", "broken", "dropped", "slow", "cut", "lost", "other", "nan"])
+@pytest.mark.parametrize("kind", ["busy", "broken", "dropped", "short", "slow", "cut", "lost", "other", "nan"])
 def test_a_fault_is_tried_again_until_every_row_is_right(kind, fake, policy, tokenizer, tmp_path):
     sampler = connected(fake, policy, tokenizer, tmp_path)
     sampler.refresh()

@@ -29,8 +29,9 @@ class FakeVLLM:
     """A server of the model in directory `path`, whose tokens are those of our own decoding.
 
     faults: (route, kind), taken by the next request of the route: busy (503), broken (500), dropped (the connection
-        closes), slow (the answer takes `nap` seconds), cut (a row loses its last token), lost (a row is missing), other
-        (the log-probs are of other tokens), nan, restarted (the server forgets the weights that it got).
+        closes), short (it closes within the answer), slow (the answer takes `nap` seconds), cut (a row loses its last
+        token), lost (a row is missing), other (the log-probs are of other tokens), nan, restarted (the server forgets
+        the weights that it got).
     deaf: reloads weights without taking them: "all", or "half" of them. mode, dtype, most: what the server says of
         itself. shift: added to every log-prob of a completion.
     """
@@ -98,7 +99,8 @@ class FakeVLLM:
         handler.send_response(status)
         handler.send_header("Content-Length", str(len(data)))
         handler.end_headers()
-        handler.wfile.write(data)
+        handler.wfile.write(data[: len(data) // 2] if kind == "short" else data)
+        handler.close_connection = kind == "short"
 
     def of(self, route: str, body: Any) -> tuple[int, Any]:
         if route == "/v1/models":
