@@ -3,13 +3,19 @@
 python -m tests.support.ranks JOBS.json    trains every job, a list of [stage, options]
 """
 
+import fcntl
 import json
 import os
+import pickle
+import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from rlhf_fast.data.rows import write_rows
 from tests.support.stages import LENGTHS, REWARD
@@ -82,9 +88,23 @@ def results_of(running: list[subprocess.Popen[str]]) -> list[subprocess.Complete
     """Waits for the processes; their results by rank."""
     results = []
     for process in running:
-        out, err = process.communicate(timeout=240)
+        out, err = process.communicate(timeout=900)
         results.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
     return results
+
+
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Any]) -> tuple[Path, Any]:
+    """What make(directory) returns, and its directory: made once for all workers of a test run, which share it."""
+    root = factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    directory, note = root / name, root / f"{name}.pickle"
+    with (root / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the second worker waits, because two at once would take turns on the cores
+        if not note.exists():
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir()
+            note.write_bytes(pickle.dumps(make(directory)))
+    return directory, pickle.loads(note.read_bytes())
 
 
 def train(jobs: list[Job]) -> None:

@@ -11,18 +11,19 @@ from rlhf_fast.ranks import Ranks
 from rlhf_fast.training import checkpoint
 from rlhf_fast.training.lock import held
 from rlhf_fast.training.metrics import read_metrics
-from tests.support.ranks import COMMON, JOBS, jobs_in, launch, results_of, start, train, train_in
+from tests.support.ranks import COMMON, JOBS, jobs_in, launch, once, results_of, start, train, train_in
 from tests.support.stages import LENGTHS, REWARD, distance, interrupted, numbers, weights
 
 
 @pytest.fixture(scope="module")
 def trained(files, tiny_model, tmp_path_factory):
     """Size -> the directory of runs with so many processes; and what the processes said."""
-    directory, said = tmp_path_factory.mktemp("ranks"), {}
-    train(jobs_in(directory / "1", files, tiny_model))
-    for size in (2, 3):
-        said[size] = train_in(size, jobs_in(directory / str(size), files, tiny_model), directory)
-    return directory, said
+
+    def make(directory):
+        train(jobs_in(directory / "1", files, tiny_model))
+        return {size: train_in(size, jobs_in(directory / str(size), files, tiny_model), directory) for size in (2, 3)}
+
+    return once(tmp_path_factory, "ranks", make)
 
 
 @pytest.mark.parametrize("size", [2, 3])

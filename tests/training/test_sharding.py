@@ -16,7 +16,7 @@ from rlhf_fast.stages.init import init_model
 from rlhf_fast.training import checkpoint
 from rlhf_fast.training.metrics import read_metrics
 from tests.support.models import model_config, random_policy
-from tests.support.ranks import COMMON, JOBS, LORA, Job, jobs_in, results_of, start, train, train_in
+from tests.support.ranks import COMMON, JOBS, LORA, Job, jobs_in, once, results_of, start, train, train_in
 from tests.support.stages import distance, interrupted, numbers, weights
 
 SHORT = {"epochs": 1, "max_length": 48}
@@ -64,7 +64,11 @@ def made(files, tiny_model, tokenizer, tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(made, tmp_path_factory):
     """The directory with a folder of runs for each number of processes; what the processes said."""
-    directory, said = tmp_path_factory.mktemp("shards"), {}
+    return once(tmp_path_factory, "shards", lambda directory: _train_all(made, directory))
+
+
+def _train_all(made, directory):
+    said = {}
     train(made(ALL, directory / "plain"))
     said[2] = train_in(2, made(ALL, directory / "2", shard="full"), directory)
 
@@ -81,7 +85,7 @@ def trained(made, tmp_path_factory):
     train(cut_off("2", "cut_1"))
     hybrid = made({"sft": ALL["sft"]}, directory / "hybrid", shard="hybrid")
     said["hybrid"] = train_in(4, hybrid, directory, LOCAL_WORLD_SIZE="2")
-    return directory, said
+    return said
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, "again", "hybrid"])
