@@ -35,7 +35,7 @@ from rlhf_fast.lm.passes import settle
 from rlhf_fast.lm.precision import HALVES, decoder_layers
 from rlhf_fast.lm.private import has_adapter
 from rlhf_fast.lm.switches import agree, trial_rows
-from rlhf_fast.ranks import connect, current
+from rlhf_fast.ranks import connect, current, gone, lost
 
 _SHARDS = "rlhf_fast_shards"  # the attribute of a root that says how it is sharded
 _EXPERTS = "experts"  # the name of a layer's list of experts
@@ -72,6 +72,8 @@ def shard(model: PreTrainedModel, how: str, *, checkpointing: bool = False) -> N
             with whole(model):
                 found = _trial(model)
     except (AssertionError, NotImplementedError, RuntimeError, ValueError) as error:
+        if gone(error):  # it says nothing of the model
+            raise lost(error) from error
         said = " ".join(str(error).split())
         raise ValueError(f"shard: expected a model that FSDP2 can shard, got {name}: {said:.240}") from error
     if usual is not None and (found is None or not agree(found, usual)):

@@ -1,7 +1,8 @@
 """Going on with a run that was cut off: from which checkpoint, under which config, with which models."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -20,6 +21,8 @@ from rlhf_fast.training.made import FREE
 RUN_CONFIG = "run_config.json"  # in every checkpoint
 MADE_OF = "made_of"  # its key for the fingerprints of what the run reads
 REWARD_FAILED = f"{OURS}reward-failed"  # in an output_dir: a reward function ended the run, and may be mended
+
+_PARTS: dict[str, type] = {"step": int, "train_seconds": float, "facts": dict, "metrics": str}  # of every state.pt
 
 # Fields that a resumed run may change: where it writes, what it shows, how it fits into memory.
 _MAY_CHANGE = FREE | {"eval_steps", "max_logprob_drift", "max_mismatch"}
@@ -82,3 +85,19 @@ def resume_directory(config: StageConfig, say: Callable[[str], None] = lambda li
             )
         say(f"the content of {name} has changed since {found.name}; the run goes on with it")
     return found
+
+
+def state_in(directory: Path, names: Iterable[str]) -> dict[str, Any]:
+    """The state of a run's checkpoint. names: of the parts that it has beside the step, the clock, facts and metrics.
+
+    Raises ValueError, naming the file, where a part is missing or of another kind, and for the state of another step.
+    """
+    state, file = checkpoint.load_state(directory), directory / "state.pt"
+    if missing := sorted({*names, *_PARTS} - state.keys()):
+        raise ValueError(f"{file}: expected the state of {', '.join(missing)}, found none")
+    for name, kind in _PARTS.items():
+        if not isinstance(state[name], kind):
+            raise ValueError(f"{file}: expected {name} of type {kind.__name__}, got {type(state[name]).__name__}")
+    if directory.name != f"checkpoint-{state['step']}":
+        raise ValueError(f"{file}: expected the state after the step of {directory.name}, got step {state['step']}")
+    return state

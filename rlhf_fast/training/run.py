@@ -33,10 +33,8 @@ from rlhf_fast.training.lock import lost
 from rlhf_fast.training.memory import static_bytes
 from rlhf_fast.training.meter import Meter
 from rlhf_fast.training.metrics import MetricsLogger, is_metrics
-from rlhf_fast.training.resume import MADE_OF, REWARD_FAILED, RUN_CONFIG, resume_directory
+from rlhf_fast.training.resume import MADE_OF, REWARD_FAILED, RUN_CONFIG, resume_directory, state_in
 from rlhf_fast.training.stopped import Diverged, is_by_reward
-
-_PARTS: dict[str, type] = {"step": int, "train_seconds": float, "facts": dict, "metrics": str}  # of every state.pt
 
 
 class Run:
@@ -103,7 +101,7 @@ class Run:
         earlier = ""
         resumed = resume_directory(self.config, passed.append)
         if resumed is not None:
-            state = self._checked(checkpoint.load_state(resumed), resumed)
+            state = state_in(resumed, self.states)
             for name, part in self.states.items():
                 part.load_state_dict(state[name])
             self.first_step, self.train_seconds = state["step"] + 1, state["train_seconds"]
@@ -137,18 +135,6 @@ class Run:
             self.logger.say(f"{self.description}: no checkpoint to resume in {self.config.output_dir}, starts anew")
         self._deferring.enter_context(ending.after_the_step(self._kept))
         return self
-
-    def _checked(self, state: dict[str, Any], directory: Path) -> dict[str, Any]:
-        """The state of the checkpoint. Raises ValueError, naming the file, where it has not all its parts."""
-        file = directory / "state.pt"
-        if missing := sorted({*self.states, *_PARTS} - state.keys()):
-            raise ValueError(f"{file}: expected the state of {', '.join(missing)}, found none")
-        for name, kind in _PARTS.items():
-            if not isinstance(state[name], kind):
-                raise ValueError(f"{file}: expected {name} of type {kind.__name__}, got {type(state[name]).__name__}")
-        if directory != self._state_at(state["step"]):
-            raise ValueError(f"{file}: expected the state after the step of {directory.name}, got step {state['step']}")
-        return state
 
     def _make_room(self) -> None:
         """Clears a finished run's files, so that none passes for a file of this run; refuses an unfinished run's."""

@@ -93,9 +93,10 @@ def test_a_signal_ends_all_processes_after_the_same_step(files, tiny_model, tmp_
     assert len(said) == 1 and f"checkpoint-{last} is saved" in said[0]
 
 
-def test_the_death_of_a_process_ends_the_others(files, tiny_model, tmp_path):
+@pytest.mark.parametrize("shard", ["none", "full"])
+def test_the_death_of_a_process_ends_the_others(shard, files, tiny_model, tmp_path):
     options = [f"--model={tiny_model}", f"--train-data={files['sft']}", f"--output-dir={tmp_path}", "--epochs=500"]
-    running = start(2, "-m", "rlhf_fast", "sft", "--save-steps=2", *options)
+    running = start(2, "-m", "rlhf_fast", "sft", f"--shard={shard}", "--save-steps=2", *options)
     while len(read_metrics(tmp_path / "metrics.jsonl")) < 5:
         time.sleep(0.05)
     running[1].kill()

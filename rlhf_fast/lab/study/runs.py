@@ -96,7 +96,8 @@ def run_jobs(jobs: Sequence[Job], workers: int) -> None:
     failed = []
     with _pool(workers) as pool:
         began = time.perf_counter()
-        with _without_interrupts():  # the processes start here, and a Ctrl-C in their imports would be a traceback
+        # The processes start here. A Ctrl-C waits until they are in a job, because in their imports it is a traceback.
+        with _interrupts(signal.SIG_BLOCK, signal.SIG_UNBLOCK):
             futures = {pool.submit(_logged, *job[1:]): job for job in jobs}
         for number, future in enumerate(as_completed(futures), 1):
             job, error = futures[future], future.exception()
@@ -127,23 +128,13 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 
 
 @contextmanager
-def _without_interrupts() -> Iterator[None]:
-    """Inside, SIGINT waits, also in processes that start inside until they are in a job."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _interrupts(inside: int, after: int) -> Iterator[None]:
+    """Blocks or unblocks SIGINT, inside and after. A process begins as its parent was when it started."""
+    signal.pthread_sigmask(inside, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-
-
-@contextmanager
-def _with_interrupts() -> Iterator[None]:
-    """The inside of a job in a process that `_without_interrupts` has started."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        signal.pthread_sigmask(after, {signal.SIGINT})
 
 
 def _begin(threads: int) -> None:
@@ -165,7 +156,7 @@ def _logged(log: Path, function: Callable[[Any], None], argument: Any) -> None:
         lasting = Lasting(lambda: file)
         with redirect_stdout(lasting), redirect_stderr(lasting), ending.signals():
             try:
-                with _with_interrupts():
+                with _interrupts(signal.SIG_UNBLOCK, signal.SIG_BLOCK):
                     function(argument)
             except (KeyboardInterrupt, ending.Ended) as error:
                 print(error, flush=True)
