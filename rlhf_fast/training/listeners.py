@@ -56,7 +56,7 @@ class TensorBoard(Listener):
             from torch.utils.tensorboard import SummaryWriter
         except ModuleNotFoundError as error:
             raise ValueError(
-                "tensorboard: expected the tensorboard package, found none; pip install tensorboard"
+                "tensorboard: expected the tensorboard package, found none; pip install 'rlhf-fast[tensorboard]'"
             ) from error
         self._open = SummaryWriter
         self._writer: SummaryWriter | None = None

@@ -8,6 +8,8 @@ from torch.library import opcheck
 
 import rlhf_fast
 import rlhf_fast.ops
+import rlhf_fast.ops.attention
+import rlhf_fast.ops.layers
 
 B, T, V = 3, 5, 11
 
