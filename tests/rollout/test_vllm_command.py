@@ -43,7 +43,8 @@ def test_a_server_on_a_cpu_and_the_base_of_an_adapter(tiny_model, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": tiny_model}))
     found = command(VLLMCommandConfig(model=str(tmp_path), device="cpu", trust_remote_code=True))
     assert f"--model {tiny_model} --host 127.0.0.1 --port 8000 " in found
-    assert found.endswith(" --trust-remote-code --enforce-eager") and "VLLM_CPU_OMP_THREADS_BIND=nobind " in found
+    assert found.endswith(" --trust-remote-code --no-enable-chunked-prefill --enforce-eager")
+    assert " --max-num-batched-tokens 2048 " in found and "VLLM_CPU_OMP_THREADS_BIND=nobind " in found
     assert "--model org/name " in command(VLLMCommandConfig(model="org/name"))
 
 

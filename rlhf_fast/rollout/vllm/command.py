@@ -36,7 +36,9 @@ def command(config: VLLMCommandConfig) -> str:
     switches = ["--trust-remote-code"] * config.trust_remote_code
     if config.device == "cpu":
         variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-        switches.append("--enforce-eager")
+        # A prompt that is prefilled in two parts rewinds its seed's generator, which a CPU's generator cannot do.
+        options["max-num-batched-tokens"] = max(2048, options["max-model-len"])
+        switches += ["--no-enable-chunked-prefill", "--enforce-eager"]
     words = [f"{name}={value}" for name, value in variables.items()]
     words += ["python", "-m", "vllm.entrypoints.openai.api_server"]
     words += [shlex.quote(str(word)) for name, value in options.items() for word in (f"--{name}", value)]
