@@ -12,6 +12,7 @@ TRAIN = {
     "jinja2": "",
     "jsonargparse": "",
     "matplotlib": "",
+    "plotext": "5.3",
     "pyyaml": "",
     "rich": "",
     "safetensors": "",
