@@ -161,7 +161,9 @@ class StageConfig:
         [],
         "What a resumed run may read in another version: reward, where its file was mended, train_data ...",
     )
-    tensorboard: bool = arg(False, "Also write TensorBoard event files to output_dir/tensorboard.")
+    track: list[str] = arg(
+        [], "Trackers to send the run to: wandb, trackio, tensorboard, mlflow, or a `Listener` package.module:Class."
+    )
 
     @property
     def rows_per_step(self) -> int:

@@ -17,7 +17,7 @@ FREE = {
     "reward_timeout",
     "save_steps",
     "save_total_limit",
-    "tensorboard",
+    "track",
     "vllm_patience",
     "vllm_timeout",
     "vllm_url",

@@ -28,13 +28,14 @@ from rlhf_fast.training.ending import Ended
 from rlhf_fast.training.evaluation import Evaluation
 from rlhf_fast.training.fingerprint import fingerprints
 from rlhf_fast.training.learner import Learner
-from rlhf_fast.training.listeners import Listener, TensorBoard
+from rlhf_fast.training.listeners import Listener
 from rlhf_fast.training.lock import lost
 from rlhf_fast.training.memory import static_bytes
 from rlhf_fast.training.meter import Meter
 from rlhf_fast.training.metrics import MetricsLogger, is_metrics
 from rlhf_fast.training.resume import MADE_OF, REWARD_FAILED, RUN_CONFIG, resume_directory, state_in
 from rlhf_fast.training.stopped import Diverged, is_by_reward
+from rlhf_fast.training.trackers import trackers
 
 
 class Run:
@@ -72,7 +73,7 @@ class Run:
         self.last_evaluation: Evaluation | None = None
         self.config, self.description, self.total_steps, self.show = config, description, total_steps, show
         self.learners, self.tokenizer = learners, tokenizer
-        self.listeners = [*listeners, *([TensorBoard()] if config.tensorboard and self.ranks.first else [])]
+        self.listeners = [*listeners, *(trackers(config.track) if self.ranks.first else [])]
         self._begun: list[Listener] = []
         self.frozen = {role: model for role, model in (frozen or {}).items() if model is not None}
         product, *others = learners
