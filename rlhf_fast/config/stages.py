@@ -161,6 +161,9 @@ class StageConfig:
         [],
         "What a resumed run may read in another version: reward, where its file was mended, train_data ...",
     )
+    push_to_hub: str | None = arg(
+        None, "Name on the Hugging Face hub, org/name, that gets the finished model with a model card."
+    )
     track: list[str] = arg(
         [], "Trackers to send the run to: wandb, trackio, tensorboard, mlflow, or a `Listener` package.module:Class."
     )

@@ -12,6 +12,7 @@ from rlhf_fast.training.fingerprint import fingerprints
 FREE = {
     "accept_changed",
     "output_dir",
+    "push_to_hub",
     "reference_logprobs",
     "resume",
     "reward_timeout",
