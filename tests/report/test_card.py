@@ -1,4 +1,4 @@
-"""A model card says what a run was made with, and the classes of the hub read it. A push sends the model and the card."""
+"""A model card says what a run was made with, and the classes of the hub read it; a push sends model and card."""
 
 import dataclasses
 import json
