@@ -362,7 +362,7 @@ def _check_same(lora: LoRA, settings: dict[str, Any], path: str | os.PathLike) -
 
 def _peft(argument: str) -> ModuleType:
     if find_spec("peft") is None:
-        raise ValueError(f'{argument}: expected peft for LoRA adapters, not installed: pip install -e ".[lora]"')
+        raise ValueError(f"{argument}: expected peft for LoRA adapters, not installed: pip install 'rlhf-fast[lora]'")
     import_bitsandbytes()  # peft imports it
     import peft
 
