@@ -105,6 +105,36 @@ def language_fields(
     return slots, ids != IGNORED_ID, found.outputs
 
 
+def ask_routers(model: PreTrainedModel, inputs: dict[str, Any]) -> None:
+    """Asks the backbone for router logits where the model's config does, as the model's own forward does."""
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        inputs.setdefault("output_router_logits", True)
+
+
+def summed_loss(
+    model: PreTrainedModel,
+    logprobs: Tensor,
+    counted: Tensor,
+    normalizer: Tensor | int | None,
+    inputs: dict[str, Any],
+    outputs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """(the loss, the load-balancing loss or None): -sum of log-probs / normalizer, and the second by its coefficient.
+
+    normalizer: None for the number of labels that count. inputs, outputs: of the backbone.
+    """
+    loss = -logprobs.sum() / (counted.sum().clamp(min=1) if normalizer is None else normalizer)
+    if not inputs.get("output_router_logits"):
+        return loss, None
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    text = model.config.get_text_config()
+    aux_loss: Any = load_balancing_loss_func(
+        outputs.router_logits, text.num_experts, text.num_experts_per_tok, inputs.get("attention_mask")
+    )
+    return loss + getattr(text, "router_aux_loss_coef", 0.0) * aux_loss, aux_loss
+
+
 def pooled_scores(model: PreTrainedModel, *args: Any, **inputs: Any) -> Any:
     """The forward of a sequence classifier whose score reads one state a row; NotImplemented where no packed pass fits.
 

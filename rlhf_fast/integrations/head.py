@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf_fast.ops import linear_sft_loss, linear_token_logprobs
@@ -63,7 +64,8 @@ def token_fields(
     """The fields of TRL's `FusedCausalLMOutput` of these names, each [N] and 0 where token_ids is -100.
 
     hidden: [N, H]. token_ids: [N] int64. names: among log_probs and entropy, which are differentiable, and
-    mean_logits, is_top1 and log_sum_sq_probs, which are not. summed: the loss is a multiple of the sum of the
+    mean_logits, is_top1 and log_sum_sq_probs, which are not. margin, the token's logit less the mean logit, is
+    differentiable and known without a soft cap. summed: the loss is a multiple of the sum of the
     log-probs. Its gradient is then taken while the logits are there, which saves one of four products with the weight.
     Another loss stays right, and costs two products more.
     """
@@ -75,6 +77,8 @@ def token_fields(
     else:
         logprobs, entropy = linear_token_logprobs(hidden, weight, token_ids, bias=bias, **options)
     fields = {"log_probs": logprobs, "entropy": entropy}
+    if "margin" in names:
+        fields["margin"] = _margin(hidden, weight, bias, token_ids, layer.distribution)
     if not fields.keys() >= set(names):
         with torch.no_grad(), no_autocast(hidden):
             facts = _Facts(hidden, weight, bias, token_ids, layer.distribution)
@@ -87,6 +91,23 @@ def token_fields(
     return {name: fields[name] for name in ("log_probs", *names)}
 
 
+def _margin(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, distribution: Distribution
+) -> Tensor:
+    """The token's logit less the mean logit: a product with the weight's row less the mean row."""
+    if distribution.softcap is not None:
+        raise ValueError(f"softcap: expected None where margins are asked for, got {distribution.softcap}")
+    counted = (token_ids != IGNORED_ID).nonzero().squeeze(1)
+    ids, states = token_ids[counted], hidden[counted]
+    with no_autocast(hidden):
+        dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+        rows = F.embedding(ids, weight).to(dtype) - weight.mean(0, dtype=dtype)
+        margin = (states.to(dtype) * rows).sum(1)
+        if bias is not None:
+            margin = margin + bias[ids].to(dtype) - bias.mean(dtype=dtype)
+    return margin.new_zeros(len(token_ids)).index_copy(0, counted, margin / distribution.temperature)
+
+
 class _Summed(torch.autograd.Function):
     """Log-probs and entropies; the gradient of the log-probs' sum is made in the forward pass."""
 
@@ -94,7 +115,8 @@ class _Summed(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, token_ids: Tensor, options: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        leaves = [x if x is None else x.detach().requires_grad_(x.requires_grad) for x in (hidden, weight, bias)]
+        inputs = hidden, weight, bias
+        leaves: list[Any] = [x if x is None else x.detach().requires_grad_(x.requires_grad) for x in inputs]
         with torch.enable_grad():
             out = linear_sft_loss(leaves[0], leaves[1], token_ids, bias=leaves[2], normalizer=1.0, **options)
         ctx.loss, ctx.leaves, ctx.ids, ctx.options = out.loss, leaves, token_ids, options

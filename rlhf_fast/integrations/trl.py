@@ -12,14 +12,19 @@ from importlib.metadata import version
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf_fast.integrations.forwards import Replaced, distribution_of, language_fields, pooled_scores
-from rlhf_fast.lm.precision import HALVES
+from rlhf_fast.integrations.forwards import (
+    Replaced,
+    ask_routers,
+    distribution_of,
+    language_fields,
+    pooled_scores,
+    summed_loss,
+)
+from rlhf_fast.integrations.refusals import MARK, base_model, compare, refuse_head, refuse_model, refuse_trainer
 from rlhf_fast.lm.private import GenericForSequenceClassification
-from rlhf_fast.lm.switches import trial_rows
 
 VERSION = "1.16"
 FIELDS = {
@@ -30,7 +35,6 @@ FIELDS = {
     "GRPOTrainer": ("entropy",),
 }
 """What each trainer asks of its policy's head besides log-probs. A reference is asked for log-probs alone."""
-_MARK = "_rlhf_fast"
 
 
 class Accelerated:
@@ -40,14 +44,14 @@ class Accelerated:
         # accelerate hangs its autocast on a model's forward, which ours replaces
         autocast = trainer.accelerator.autocast
         self.trainer, self._replaced = trainer, [Replaced(model, forward, autocast) for model, forward in forwards]
-        setattr(trainer, _MARK, self)
+        setattr(trainer, MARK, self)
 
     def restore(self) -> None:
         """The trainer computes everything itself again."""
         for each in self._replaced:
             each.restore()
-        if getattr(self.trainer, _MARK, None) is self:
-            delattr(self.trainer, _MARK)
+        if getattr(self.trainer, MARK, None) is self:
+            delattr(self.trainer, MARK)
 
     def __enter__(self) -> "Accelerated":
         return self
@@ -82,9 +86,9 @@ def accelerate_trainer(trainer: Any, *, packed: bool = True) -> Accelerated:
             whose numbers this package does not reproduce.
     """
     kind = _kind(trainer)
-    _refuse(trainer)
-    model = _base(trainer.model)
-    _refuse_model(model)
+    refuse_trainer(trainer)
+    model = base_model(trainer.model)
+    refuse_model(model)
     if kind == "RewardTrainer":
         forwards = [(_classifier(model), pooled_scores)] if packed else []
         return Accelerated(trainer, forwards)
@@ -93,20 +97,22 @@ def accelerate_trainer(trainer: Any, *, packed: bool = True) -> Accelerated:
     summed = kind == "SFTTrainer" and trainer.args.loss_type == "nll"
     heads = [(model, names, summed)]
     if getattr(trainer, "ref_model", None) is not None:
-        reference = _base(trainer.accelerator.unwrap_model(trainer.ref_model, keep_fp32_wrapper=True))
+        reference = base_model(trainer.accelerator.unwrap_model(trainer.ref_model, keep_fp32_wrapper=True))
         heads.append((reference, (), False))
     forwards: list[tuple[PreTrainedModel, Any]] = []
     for part, asked, sums in heads:
-        _refuse_head(part)
+        refuse_head(part)
         forward = _fused_forward(part, float(temperature or 1.0), asked, sums, packed)
-        _compare(part, forward, asked, half=trainer.accelerator.mixed_precision != "no")
+        call = {"fused_lm_head": True}
+        fields = ("log_probs", *(name for name in asked if name != "is_top1"))
+        compare(part, forward, call, fields, "TRL's", half=trainer.accelerator.mixed_precision != "no")
         forwards.append((part, forward))
     return Accelerated(trainer, forwards)
 
 
 def _kind(trainer: Any) -> str:
     """The name of the class of TRL that the trainer is of."""
-    import trl
+    import trl  # pyright: ignore[reportMissingImports]
 
     name = f"{type(trainer).__module__}.{type(trainer).__qualname__}"
     known = (*FIELDS, "RewardTrainer")
@@ -118,42 +124,6 @@ def _kind(trainer: Any) -> str:
     raise ValueError(f"trainer: expected one of TRL's {', '.join(known)}, got {name}")
 
 
-def _refuse(trainer: Any) -> None:
-    args, accelerator = trainer.args, trainer.accelerator
-    if hasattr(trainer, _MARK):
-        raise ValueError("trainer: expected a trainer that was not accelerated yet; call restore() first")
-    if args.use_liger_kernel:
-        raise ValueError("trainer: expected use_liger_kernel=False, because Liger replaces the same layers, got True")
-    if args.torch_compile:
-        raise ValueError("trainer: expected torch_compile=False, because losses run eagerly, got True")
-    parallelism = getattr(accelerator, "parallelism_config", None)
-    for sharding, found in {
-        "DeepSpeed": trainer.is_deepspeed_enabled,
-        "FSDP": trainer.is_fsdp_enabled,
-        "tensor, context or sequence parallelism": parallelism is not None and parallelism.total_size > 1,
-    }.items():
-        if found:
-            raise ValueError(f"trainer: expected whole weights in every process, got {sharding}")
-
-
-def _refuse_model(model: PreTrainedModel) -> None:
-    name = type(model).__name__
-    if model.config.is_encoder_decoder:
-        raise ValueError(f"trainer.model: expected a decoder, got the encoder-decoder {name}")
-    if model.config.get_text_config() is not model.config:
-        raise ValueError(f"trainer.model: expected a model of text alone, got {name}")
-
-
-def _refuse_head(model: PreTrainedModel) -> None:
-    head: Any = model.get_output_embeddings()
-    weight = getattr(head, "weight", None)
-    if hasattr(head, "lora_A"):
-        raise ValueError("trainer.model: expected no adapter on the last layer, whose weight alone the losses read")
-    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2:
-        got = type(head).__name__ if weight is None else f"{type(head).__name__} of {weight.dtype}"
-        raise ValueError(f"trainer.model: expected a last layer with a floating-point weight [V, H], got {got}")
-
-
 def _classifier(model: PreTrainedModel) -> PreTrainedModel:
     if not isinstance(model, GenericForSequenceClassification):
         name = type(model).__name__
@@ -161,16 +131,10 @@ def _classifier(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _base(model: Any) -> PreTrainedModel:
-    """The model of transformers in peft's wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def _fused_forward(model: PreTrainedModel, temperature: float, names: tuple[str, ...], summed: bool, pack: bool) -> Any:
     """The forward behind `fused_lm_head=True`, as `trl.trainer.utils.add_fused_lm_head` describes it."""
-    from trl.trainer.utils import FusedCausalLMOutput
+    from trl.trainer.utils import FusedCausalLMOutput  # pyright: ignore[reportMissingImports]
 
-    text = model.config.get_text_config()
     distribution = distribution_of(model.config, temperature)
 
     def forward(
@@ -186,41 +150,11 @@ def _fused_forward(model: PreTrainedModel, temperature: float, names: tuple[str,
         if not fused_lm_head or read is None:
             return NotImplemented
         kwargs["use_cache"] = False
-        if getattr(text, "output_router_logits", False):
-            kwargs.setdefault("output_router_logits", True)
+        ask_routers(model, kwargs)
         fields, mask, outputs = language_fields(
             model, args, kwargs, read, distribution, names, shifted=shift_labels is not None, summed=summed, pack=pack
         )
-        count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        loss, aux_loss = -fields["log_probs"].sum() / count, None
-        if kwargs.get("output_router_logits"):
-            from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-
-            aux_loss = load_balancing_loss_func(
-                outputs.router_logits, text.num_experts, text.num_experts_per_tok, kwargs.get("attention_mask")
-            )
-            loss = loss + getattr(text, "router_aux_loss_coef", 0.0) * aux_loss
+        loss, aux_loss = summed_loss(model, fields["log_probs"], mask, num_items_in_batch, kwargs, outputs)
         return FusedCausalLMOutput(loss=loss, label_mask=mask, aux_loss=aux_loss, **fields)
 
     return forward
-
-
-@torch.no_grad()
-def _compare(model: PreTrainedModel, forward: Any, names: tuple[str, ...], *, half: bool) -> None:
-    """Raises where the fields of a short row are not those that TRL's own head has. half: that head may run in bf16."""
-    if next(model.parameters()).is_meta:
-        return
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        (row,) = trial_rows(model, (12,))
-        inputs = {"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row, "fused_lm_head": True}
-        theirs, ours = model(**inputs), forward(model, **inputs)
-    finally:
-        for module in training:
-            module.training = True
-    tolerance = 5e-2 if half or next(model.parameters()).dtype in HALVES else 1e-3
-    for name in ("log_probs", "entropy", "mean_logits", "log_sum_sq_probs"):
-        if name in ("log_probs", *names) and not torch.allclose(ours[name], theirs[name].float(), tolerance, tolerance):
-            got = f"{float((ours[name] - theirs[name]).abs().max()):.2g}"
-            raise ValueError(f"trainer.model: expected TRL's {name} on a short row, got numbers that differ by {got}")

@@ -45,7 +45,7 @@ def made(name, tmp_path, model, *, rows=None, adapter=None, **options):
     base = PLAIN | {"gradient_checkpointing": False, "output_dir": str(tmp_path)}
     given = dict(ROWS, peft_config=copy.deepcopy(adapter)) if adapter else dict(ROWS)
     if name in ("RLOO", "GRPO"):
-        base |= {"num_generations": 4, "max_completion_length": 8, "beta": 0.05}
+        base |= {"num_generations": 4, "max_completion_length": 4, "beta": 0.05}
         base |= {"per_device_train_batch_size": 8}  # two prompts, of which the shorter is padded
         given["reward_funcs"] = trainers.reward_of_words
     if name == "Reward":
