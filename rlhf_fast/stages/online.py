@@ -107,14 +107,14 @@ class Online(Generic[Config]):
             )
         self.policy, reference = load_policy_and_reference(config, self.device)
         leave_out(self.policy, "an online stage")
-        self.reference = place(reference, self.device, config.offload)
+        self.reference = place(reference, self.device, config.offload and config.shard == "none")
         with visiting(self.reference):
             self.objectives, self.reference_objectives = (
                 Objectives(model, temperature=config.temperature, fused=config.fused_head)
                 for model in (self.policy, self.reference)
             )
         shard(self.policy, config.shard, checkpointing=config.gradient_checkpointing)  # before more models are loaded
-        shard(self.reference, config.shard)
+        shard(self.reference, config.shard, offload=config.offload)
         self.reward = Reward(
             config.reward,
             self.tokenizer,
