@@ -10,7 +10,7 @@
     python -m bench rollout --model DIR --data DIR --check
                                                  the same with a checkpoint in fp32, under bf16 autocast, and in bf16
     python -m bench ahead --vllm URL --model DIR --data DIR
-                                                 rounds in turn beside rounds one ahead, with a vLLM server of that model
+                                                 rounds in turn and one ahead, with a vLLM server of that model
     python -m bench trainers --trl-python P --ppo-python Q --check
                                                  whole training runs beside TRL's trainers; P and Q are the interpreters
                                                  of environments with trl==1.16.0 and trl==1.12.0
@@ -58,9 +58,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--rounds", type=int, default=11, help="at least so many rounds of each case (default 11; linear_*: 3)"
     )
-    parser.add_argument(
-        "--vllm", metavar="URL", help="rollout, ahead: a server that `rlhf-fast vllm-command` tells how to start"
-    )
+    parser.add_argument("--vllm", metavar="URL", help="rollout, ahead: a vLLM server of --model")
     parser.add_argument("--trl-python", metavar="PATH", help="trainers: of an environment with trl==1.16.0")
     parser.add_argument("--ppo-python", metavar="PATH", help="trainers: of an environment with trl==1.12.0")
     parser.add_argument("--model", type=Path, metavar="DIR", help="rollout, trainers: a checkpoint")

@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     record["results"] = measure(args)
     found = record["results"]
     said = (
-        f"speed-up {found['speed_up']:.2f}, expected {found['expected_speed_up']:.2f} with a core or GPU each: sampling "
+        f"speed-up {found['speed_up']:.2f}, {found['expected_speed_up']:.2f} with a core or GPU each: sampling "
         f"{found['sampling']:.2f} s, training {found['training']:.2f} s, push {found['push']:.2f} s"
     )
     print_table("A round of ReMax", rows(record))

@@ -35,7 +35,7 @@ def plain(fake):
 
 def ahead(fake: FakeVLLM, **options):
     small = {"max_response_length": 5, "batch_size": 8, "steps": 3, "max_mismatch": 1.0}
-    server = {"sampler": "vllm", "vllm_url": fake.url, "vllm_timeout": 5.0, "vllm_patience": 0.5}
+    server = {"sampler": "vllm", "vllm_url": fake.url, "vllm_timeout": 20.0, "vllm_patience": 0.5}
     return {**small, **server, "rollouts_ahead": 1, **options}
 
 
@@ -58,7 +58,7 @@ class Watch(Listener):
         self.fake, self.requests, self.rounds = fake, requests, rounds
 
     def collected(self, step, experience):
-        end = time.monotonic() + 5
+        end = time.monotonic() + 20
         asked = self.requests * min(step + 1, self.rounds)
         while sum(event.startswith("from") for event in events(self.fake)) < asked and time.monotonic() < end:
             time.sleep(0.002)
