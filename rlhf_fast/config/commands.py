@@ -31,6 +31,8 @@ __all__ = [
     "InitConfig",
     "PairsConfig",
     "PipelineConfig",
+    "ReportConfig",
+    "WatchConfig",
 ]
 
 PAIRS = "pairs"  # it reads rows as a training stage does
@@ -164,6 +166,32 @@ class DemoConfig:
     seed: int = random_seed("Seed of data, models and sampling; same seed, same bits.")
     quick: bool = arg(False, "A tenth of the steps: shows that everything runs, proves nothing.")
     resume: bool = arg(False, "Skip what an earlier, interrupted demo in output_dir finished.")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """An HTML report of any runs: curves, held-out figures, time, memory, and the settings in which they differ."""
+
+    dirs: list[str] = required("Output directories of runs, or folders of them, such as a pipeline's.")
+    output: str = arg("report.html", "HTML file to write; the numbers go into the .json beside it.")
+    title: str | None = arg(None, "Title of the report; default: the stages and directories.")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check(self, "dirs", bool, "at least one")
+        check(self, "output", lambda path: path.endswith(".html"), "a path that ends in .html")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchConfig:
+    """The curves of a run in the terminal, drawn anew while the run writes."""
+
+    dir: str = required("Output directory of the run, or a folder of runs; the run that wrote last is shown.")
+    every: float = arg(2.0, "Seconds between two looks.", above=0)
+    once: bool = arg(False, "Print the curves as they are now, and stop.")
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -1,10 +1,12 @@
 """A vLLM server as a sampler: the same rows as our own decoding, checked weights, and what becomes of every fault."""
 
 import time
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from rlhf_fast.lm.adapters import LoRA, merged, put_on
 from rlhf_fast.lm.loading import load_policy
@@ -23,6 +25,15 @@ COMPLETIONS = "/v1/completions"
 def fake(tiny_model):
     with FakeVLLM(tiny_model) as server:
         yield server
+
+
+@pytest.fixture
+def tied_model(tiny_model, tmp_path):
+    """Directory of a model whose head is its embedding."""
+    config = AutoConfig.from_pretrained(tiny_model, tie_word_embeddings=True)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "tied")
+    return str(tmp_path / "tied")
 
 
 @pytest.fixture
@@ -141,6 +152,44 @@ def test_stale_and_half_loaded_weights_are_an_error(deaf, fake, policy, tokenize
     sampler.server.bound = 1.0
     with pytest.raises(ServerError, match="update moved them by .*: they are stale, or loaded by half"):
         sampler.refresh()
+
+
+def test_a_part_that_stays_behind_at_every_push_is_an_error(fake, policy, tokenizer, tmp_path):
+    sampler = connected(fake, policy, tokenizer, tmp_path)
+    sampler.refresh()
+    fake.deaf = "model.norm.weight"  # a small part of each move, so that the server follows most of it
+    with pytest.raises(ServerError, match=r"differ by .* where the first weights' differed by .*: a part .* is stale"):
+        for _ in range(8):
+            move(policy, 0.002)
+            sampler.server.changed()
+            sampler.refresh()
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_server_without_weights_and_with_a_head_of_its_own_gets_all(
+    sharded, tied_model, tokenizer, tmp_path, monkeypatch
+):
+    if sharded:
+        save = PreTrainedModel.save_pretrained
+        monkeypatch.setattr(PreTrainedModel, "save_pretrained", partialmethod(save, max_shard_size=20_000))
+    policy = load_policy(tied_model)
+    with FakeVLLM(tied_model, load_format="dummy") as fake:
+        sampler = connected(fake, policy, tokenizer, tmp_path)
+        for _ in range(2):
+            sampler.refresh()
+            assert torch.equal(fake.model.lm_head.weight, policy.model.embed_tokens.weight)
+            assert torch.equal(fake.model.model.embed_tokens.weight, policy.model.embed_tokens.weight)
+            move(policy, 0.01)
+            sampler.server.changed()
+        fake.faults.append(("/weight_info", "restarted"))
+        found = sampler(PROMPTS, samples=0, greedy=True).greedy  # it is told again to load files, and gets the weights
+        mine = LocalSampler(policy, tokenizer, **OPTIONS)(PROMPTS, samples=0, greedy=True).greedy
+        same = min(found.response_ids.shape[1], mine.response_ids.shape[1])
+        assert torch.equal(found.response_ids[:, :same], mine.response_ids[:, :same])
+        with pytest.raises(
+            ServerError, match="got --load-format dummy, which waits for weights, and `pairs` pushes none"
+        ):
+            connected(fake, policy, tokenizer, None)
 
 
 def test_a_server_that_starts_with_other_weights_is_an_error_where_it_gets_none(fake, policy, tokenizer):

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf_fast.rollout.generate import generate
 
@@ -35,8 +35,9 @@ class FakeVLLM:
         closes), short (it closes within the answer), slow (the answer takes `nap` seconds), cut (a row loses its last
         token), lost (a row is missing), other (the log-probs are of other tokens), nan, restarted (the server forgets
         the weights that it got).
-    deaf: reloads weights without taking them: "all", or "half" of them. mode, dtype, most: what the server says of
-        itself. shift: added to every log-prob of a completion.
+    deaf: reloads weights without taking them: "all", "half" of them, or those whose name it is. load_format: "dummy":
+        it starts with random weights and a head of its own, and loads no files before it is told to. mode, dtype, most:
+        what the server says of itself. shift: added to every log-prob of a completion.
     """
 
     def __init__(self, path: str, **settings: Any) -> None:
@@ -45,8 +46,13 @@ class FakeVLLM:
         self.faults: list[tuple[str, str]] = []
         self.asked: list[tuple[str, Any]] = []
         self.deaf, self.mode, self.dtype, self.most = "", "processed_logprobs", "torch.float32", 64
-        self.shift, self.nap = 0.0, 0.5
+        self.shift, self.nap, self.load_format = 0.0, 0.5, "auto"
         self.__dict__.update(settings)
+        self.reads = self.load_format  # which is forgotten when it is started again
+        if self.load_format == "dummy":
+            untied = AutoConfig.from_pretrained(path, tie_word_embeddings=False)
+            self.first = AutoModelForCausalLM.from_config(untied).eval()
+            self.model = copy.deepcopy(self.first)
         self._lock = threading.Lock()
         outer = self
 
@@ -78,6 +84,7 @@ class FakeVLLM:
     def restart(self) -> None:
         """The server as it was started: it forgets the weights that it got."""
         self.model, self.version = copy.deepcopy(self.first), "default"
+        self.reads = self.load_format
 
     def answer(self, handler: BaseHTTPRequestHandler, body: Any) -> None:
         route = handler.path.partition("?")[0]
@@ -113,7 +120,8 @@ class FakeVLLM:
         if route == "/v1/models":
             return 200, {"data": [{"id": "tiny", "max_model_len": self.most}]}
         if route == "/server_info":
-            return 200, {"vllm_config": {"model_config": {"logprobs_mode": self.mode, "dtype": self.dtype}}}
+            model = {"logprobs_mode": self.mode, "dtype": self.dtype}
+            return 200, {"vllm_config": {"model_config": model, "load_config": {"load_format": self.load_format}}}
         if route == "/weight_info":
             return 200, {"weight_version": self.version}
         if route == "/update_weight_version":
@@ -121,6 +129,9 @@ class FakeVLLM:
             return 200, {"success": True}
         if route == "/reset_prefix_cache":
             return 200, {"success": True}
+        if route == "/collective_rpc" and body["method"] == "update_config":
+            self.reads = body["kwargs"]["overrides"]["load_config"]["load_format"]
+            return 200, {"results": [None]}
         if route == "/collective_rpc":
             return self.reload(Path(body["kwargs"]["weights_path"]))
         if route == "/v1/completions":
@@ -129,9 +140,12 @@ class FakeVLLM:
 
     def reload(self, place: Path) -> tuple[int, Any]:
         weights = {name: x for file in place.glob("*.safetensors") for name, x in load_file(file).items()}
+        if self.reads == "dummy":
+            return 500, {"error": {"message": "Model reloading with `dummy` format"}}
         if not weights:
             return 500, {"error": {"message": f"no weights in {place}"}}
         names = [] if self.deaf == "all" else sorted(weights)[:: 2 if self.deaf == "half" else 1]
+        names = [name for name in names if name != self.deaf]
         self.model.load_state_dict({name: weights[name] for name in names}, strict=False)
         return 200, {"results": [None]}
 

@@ -4,7 +4,8 @@ Weights go by files. They are written to a hidden directory beside the run's out
 read, and deleted when the server has loaded them. A push is believed after two proofs:
 
 - numbers: the server's log-probs of a probe text are ours. Where a push changes our log-probs by more than rounding,
-  the server's have to move with them; weights that are stale, or loaded by half, do not.
+  the server's have to move with them; weights that are stale, or loaded by half, do not. In fp32 they also have to
+  stay as near as after the first push, because a part that stays behind drifts by a little at each update.
 - a name: the server keeps the name of the weights that a push has given. A server that was started again, or that got
   another run's weights, has another name, so that rows that it sampled in between are found.
 
@@ -13,12 +14,14 @@ samples: a server that is started again gets them from there.
 Left out: weight transfer by NCCL.
 """
 
+import json
 import os
 import uuid
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -38,7 +41,9 @@ _SHORTEST = 8
 _ROUNDING = 1e-5  # nats a token that two right paths differ by in fp32
 _FP32_BOUND = 0.005  # nats a token, on average, that they may differ by
 _NOTE = "proof.json"  # beside kept files: the round that is sampled from them, and their `Proof`
+_FP32_GROWTH, _FP32_FLOOR = 10.0, 1e-4  # the same after an update: so many times the first push's, or so many nats
 MODE = "processed_logprobs"
+UNLOADED = "dummy"  # --load-format of a server that waits for its first weights
 
 
 class Restarted(ServerError):
@@ -71,6 +76,8 @@ class Server:
         self._proof: Proof | None = None  # of the last push
         self._proven: Tensor | None = None  # our log-probs of the probe at the last push that a change has proven
         self._noise = _ROUNDING  # nats a token by which the two engines differ at the same weights
+        self._exact, self._first = False, 0.0  # both in fp32; nats a token by which they differed after the first push
+        self._unloaded = False  # the server was started without weights, and with a head of its own
 
     def changed(self) -> None:
         """The policy's weights have changed."""
@@ -100,8 +107,10 @@ class Server:
 
     def _check_config(self, model: PreTrainedModel) -> None:
         try:
-            config = self.client.get("/server_info?config_format=json")["vllm_config"]["model_config"]
+            info = self.client.get("/server_info?config_format=json")["vllm_config"]
+            config = info["model_config"]
             mode, dtype = config["logprobs_mode"], str(config["dtype"])
+            load_format = info.get("load_config", {}).get("load_format")
         except (ServerError, KeyError, TypeError) as error:
             if isinstance(error, ServerError) and " 404 " not in str(error):
                 raise
@@ -111,8 +120,15 @@ class Server:
             ) from error
         if mode != MODE:
             raise ServerError(f"vllm_url: expected a server with --logprobs-mode {MODE}, got {mode}")
+        self._unloaded = load_format == UNLOADED
+        if self._unloaded and self.directory is None:
+            raise ServerError(
+                f"vllm_url: expected a server with the model's weights, got --load-format {UNLOADED}, which waits for "
+                "weights, and `pairs` pushes none; `rlhf-fast vllm-command --config` with the config of `pairs` prints "
+                "how to start it"
+            )
         if dtype.endswith("float32") and model.dtype == torch.float32:
-            self.bound = min(self.bound, _FP32_BOUND)
+            self.bound, self._exact = min(self.bound, _FP32_BOUND), True
 
     def _check_vocabulary(self, size: int) -> None:
         for token, fits in ((size - 1, True), (size, False)):
@@ -206,6 +222,8 @@ class Server:
             place.mkdir(parents=True)
             with without_bars():
                 save_model(merged(model), place)
+            if self._unloaded:
+                _write_head(model, place)
             version = self._next_version()
             self._load(place, version)
             if self.keeps:
@@ -218,6 +236,9 @@ class Server:
     def _load(self, place: Path, version: str) -> None:
         """The server reads its weights from the directory `place`, forgets what it has cached, and keeps the name."""
         try:
+            if self._unloaded:
+                read = {"overrides": {"load_config": {"load_format": "auto"}}}
+                self.client.post("/collective_rpc", {"method": "update_config", "kwargs": read}, permanent={500})
             body = {"method": "reload_weights", "kwargs": {"weights_path": str(place)}}
             self.client.post("/collective_rpc", body, permanent={500})
             self.client.ask("POST", "/reset_prefix_cache", {}, _is_reset)
@@ -261,6 +282,13 @@ class Server:
                 f"probe differ by {drift:.3g} nats a token where the update moved them by {moved:.3g}: they are stale, "
                 "or loaded by half"
             )
+        far = max(_FP32_FLOOR, _FP32_GROWTH * self._first)
+        if self._exact and self._pushes > 1 and self._first and drift > far:
+            raise ServerError(
+                f"vllm_url: expected the policy's new weights at {self.client.url} ({which}), but its log-probs of a "
+                f"probe differ by {drift:.3g} nats a token where the first weights' differed by {self._first:.3g}: a "
+                "part of the weights is stale; `rlhf-fast vllm-command` prints how to start a server that loads all"
+            )
         if row.ids[0] not in proof.likeliest:
             raise ServerError(
                 f"vllm_url: expected the likeliest token at temperature 0 from {self.client.url}, got another token; "
@@ -269,6 +297,19 @@ class Server:
         if self._proven is None or told:
             self._proven = ours
         self._noise = max(self._noise, drift)
+        self._first = self._first or drift
+
+
+def _write_head(model: PreTrainedModel, place: Path) -> None:
+    """Adds the head of a model whose head is its embedding, for a server that keeps the two apart."""
+    head = model.get_output_embeddings()
+    name = next(name for name, module in model.named_modules() if module is head)
+    save_file({f"{name}.weight": head.weight.detach().cpu().contiguous()}, place / "head.safetensors")
+    index = place / "model.safetensors.index.json"
+    if index.is_file():
+        content = json.loads(index.read_text())
+        content["weight_map"][f"{name}.weight"] = "head.safetensors"
+        index.write_text(json.dumps(content))
 
 
 def _is_reset(answer: dict) -> None:
