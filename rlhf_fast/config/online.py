@@ -1,7 +1,7 @@
 """The configs of the methods that sample from their policy; `stages` says how configs are built."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from rlhf_fast.config.fields import arg, check, check_reward_weights, required
 from rlhf_fast.config.sampling import Mismatch
@@ -33,6 +33,8 @@ RemaxVariant = Literal["official", "paper", "verl"]
 @dataclass(frozen=True, kw_only=True)
 class OnlineConfig(MethodConfig):
     """What every method takes that samples from its policy."""
+
+    ANY_SAMPLER: ClassVar[bool] = False  # whether the method learns the same from completions of any policy
 
     train_data: str = required("Rows with a prompt column; extra columns go to a Python reward function.")
     reward: str | list[str] = required(
@@ -80,6 +82,12 @@ class OnlineConfig(MethodConfig):
         above=0,
         infinite=True,
     )
+    rollouts_ahead: int = arg(
+        0,
+        "1: a server samples the next round while this one trains, from weights that are one round older.",
+        at_least=0,
+        at_most=1,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,6 +96,13 @@ class OnlineConfig(MethodConfig):
             raise ValueError(f"mismatch: expected sampler vllm beside it, got {self.mismatch} with sampler local")
         if self.correction == "none" and self.mismatch_cap != CAP:
             raise ValueError(f"mismatch_cap: expected a mismatch to correct beside it, got {self.mismatch_cap:g} alone")
+        if self.rollouts_ahead and self.sampler == "local":
+            raise ValueError("rollouts_ahead: expected 0 with sampler local, because one process cannot do both; got 1")
+        if self.rollouts_ahead and self.correction == "none" and not self.ANY_SAMPLER:
+            raise ValueError(
+                "mismatch: expected weights beside rollouts_ahead 1, because older weights draw the completions; got "
+                "none"
+            )
         if self.share_base and not self.lora_rank:
             raise ValueError("lora_rank: expected > 0 with share_base, since a shared base is frozen; got 0")
 
@@ -197,6 +212,8 @@ def _check_groups(config: RLOOConfig | GRPOConfig) -> None:
 @dataclass(frozen=True, kw_only=True)
 class OnlineDPOConfig(OnlineConfig):
     """Online DPO: the reward labels two samples of the policy, DPO learns from the pair (arXiv 2402.04792)."""
+
+    ANY_SAMPLER: ClassVar[bool] = True
 
     batch_size: int = arg(32, "Sampled completions per round, two of each prompt.", at_least=1)
     beta: float = arg(0.1, BETA_HELP, above=0)

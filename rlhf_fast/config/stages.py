@@ -110,12 +110,11 @@ def check_precision(config: Any) -> None:
 
 def check_shard(config: Any) -> None:
     """ValueError where an option does not go with models in shards."""
-    if config.shard == "none":
-        return
-    wanted = {"optimizer": "adamw", "optimizer_in_backward": False, "offload": False, "share_base": False}
-    for name, value in wanted.items():
-        if (got := getattr(config, name, value)) != value:
-            raise ValueError(f"{name}: expected {value} with shard={config.shard}, got {got}")
+    if config.shard != "none" and config.optimizer == "adamw_8bit" and not config.lora_rank:
+        raise ValueError(
+            f"optimizer: expected adamw with shard={config.shard}, got adamw_8bit, whose blocks of states "
+            "cannot be cut into shards; adamw_8bit goes with lora_rank, whose adapters are not in shards"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +160,12 @@ class StageConfig:
         [],
         "What a resumed run may read in another version: reward, where its file was mended, train_data ...",
     )
-    tensorboard: bool = arg(False, "Also write TensorBoard event files to output_dir/tensorboard.")
+    push_to_hub: str | None = arg(
+        None, "Name on the Hugging Face hub, org/name, that gets the finished model with a model card."
+    )
+    track: list[str] = arg(
+        [], "Trackers to send the run to: wandb, trackio, tensorboard, mlflow, or a `Listener` package.module:Class."
+    )
 
     @property
     def rows_per_step(self) -> int:

@@ -13,16 +13,21 @@ embeddings, last norm and head.
 A pass with gradients, and entering `whole`, need all processes: each of them makes the same number of such passes in
 the same order. Passes without gradients therefore run in `whole`, where each process makes as many as it has rows.
 
+Models on one base hold the very same parameters, before and after they are in shards: a model takes over the parts of
+the frozen weights that it has in common with a model in shards.
+
 FSDP2 and its tensors are used in this module alone. Left out: reading weights without a whole copy in every process.
 """
 
+import copy
 import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +40,7 @@ from rlhf_fast.lm.passes import settle
 from rlhf_fast.lm.precision import HALVES, decoder_layers
 from rlhf_fast.lm.private import has_adapter
 from rlhf_fast.lm.room import PASSES, NoRoom, check_room
+from rlhf_fast.lm.shared_parts import Place, emptied, note_parts, places, taken_over
 from rlhf_fast.lm.switches import agree, trial_rows
 from rlhf_fast.ranks import connect, current, gone, lost
 
@@ -46,14 +52,19 @@ _EXPERTS = "experts"  # the name of a layer's list of experts
 class _Shards:
     units: list[Any]  # FSDP modules, the root last
     whole: bool = False  # whether the model is inside `whole`
+    frozen: list[tuple[Place, Any]] = field(default_factory=list)  # the frozen weights' parts
+    empty: PreTrainedModel | None = None  # the model without shards, its weights on the meta device
+    places: list[tuple[Tensor, Place]] = field(default_factory=list)  # of the weights of `empty` in the model
 
 
-def shard(model: PreTrainedModel, how: str, *, checkpointing: bool = False) -> None:
+def shard(model: PreTrainedModel, how: str, *, checkpointing: bool = False, offload: bool = False) -> None:
     """Puts the weights of `model` into shards, in place; how: "none", "full" or "hybrid", as in the configs.
 
     Adapters that are trained stay whole in every process, and their gradients are added up as without shards. Their
     frozen base is sharded. All trials of a trained model are taken before, because a trial is a pass.
-    checkpointing: whether the model is going to compute its activations again in the backward pass.
+    A frozen weight that `model` has in common with a model in shards gets no parts of its own.
+    checkpointing: whether the model is going to compute its activations again in the backward pass. offload: the parts
+    of a frozen model on a GPU wait in CPU memory.
     Raises ValueError where FSDP2 does not take the model, or where its sharded passes give other numbers.
     """
     if how == "none" or is_sharded(model):
@@ -63,7 +74,7 @@ def shard(model: PreTrainedModel, how: str, *, checkpointing: bool = False) -> N
         raise ValueError(f"shard: expected a model whose rows share a pass, got {name}: {reason}")
     mesh, usual = mesh_of(how, model.device.type), _trial(model)
     try:
-        shard_untried(model, mesh)
+        shard_untried(model, mesh, offload=offload)
         if trained:
             with torch.no_grad():
                 found = within(model, _trial, model)
@@ -82,10 +93,11 @@ def shard(model: PreTrainedModel, how: str, *, checkpointing: bool = False) -> N
         raise ValueError(f"shard: expected a model that FSDP2 can shard, got other numbers from {name} in shards")
 
 
-def shard_untried(model: PreTrainedModel, mesh: DeviceMesh) -> None:
+def shard_untried(model: PreTrainedModel, mesh: DeviceMesh, *, offload: bool = False) -> None:
     """`shard` over the processes of `mesh` without a trial, for models whose tensors have no numbers."""
-    _wrap(model, mesh)
-    if _trained(model):
+    trained = bool(_trained(model))
+    _wrap(model, mesh, offload and not trained)
+    if trained:
         enter_by(model, _register)
 
 
@@ -142,6 +154,22 @@ def whole(model: nn.Module | None) -> Iterator[None]:
         for unit in shards.units:
             unit.reshard()
             unit.set_reshard_after_forward(unit is not root, recurse=False)
+
+
+def twin(model: PreTrainedModel) -> PreTrainedModel:
+    """Another model object on the very parameters and buffers of `model`.
+
+    Of a model in shards inside `whole` alone. There the caller also puts the twin into shards, because the whole
+    weights end with `whole`.
+    """
+    shards: _Shards | None = getattr(model, _SHARDS, None)
+    if shards is None:
+        tensors = (*model.parameters(), *model.buffers())
+        return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    assert shards.whole and shards.empty is not None  # only a model with an adapter has twins
+    note_parts((place.weight, part) for place, part in shards.frozen)
+    memo = {id(empty): place.weight for empty, place in shards.places}
+    return copy.deepcopy(shards.empty, memo | {id(buffer): buffer for buffer in shards.empty.buffers()})
 
 
 def is_part(tensor: Tensor) -> bool:
@@ -227,26 +255,38 @@ def _trained(model: nn.Module) -> set[nn.Parameter]:
     return {parameter for parameter in model.parameters() if parameter.requires_grad}
 
 
-def _wrap(model: PreTrainedModel, mesh: DeviceMesh) -> None:
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+def _wrap(model: PreTrainedModel, mesh: DeviceMesh, offload: bool) -> None:
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
     trained, adapters = _trained(model), stays_whole(model)
     halves = any(parameter.dtype in HALVES for parameter in trained)
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32 if halves else None, cast_forward_inputs=False)
     options = {"mesh": mesh, "mp_policy": policy, "ignored_params": adapters}
+    shards, frozen = _Shards([]), [place for place in places(model) if not place.weight.requires_grad]
+    if adapters:
+        shards.empty, shards.places = emptied(model)
+    taken = taken_over(frozen, mesh)
+    wholes = [ref(place.weight) for place in frozen]  # which other models may have too, and which nothing else keeps
+    if offload and mesh.device_type != "cpu" and not taken:
+        options["offload_policy"] = CPUOffloadPolicy()
     layers = list(dict.fromkeys(decoder_layers(model)))
     owned = [parameter for layer in layers for parameter in layer.parameters()]
     if len({*owned}) < len(owned):  # layers that share weights (Zamba) can only be one unit
         layers = []
-    units: list[Any] = [*layers, model]
-    for unit in units:
+    shards.units = [*layers, model]
+    for unit in shards.units:
         fully_shard(unit, reshard_after_forward=unit is not model, **options)
         unit.set_gradient_divide_factor(1.0)  # losses are sums over the processes
         unit.set_force_sum_reduction_for_comms(True)
         if any(child == _EXPERTS and isinstance(part, nn.ModuleList) for child, part in _children(unit)):
             # The rows of one process may choose experts that no row of another process has chosen.
             unit.set_reduce_scatter_unused_params(True)
-    setattr(model, _SHARDS, _Shards(units))
+    for place, part in taken:
+        place.put(part)
+    shards.frozen = [(place, place.weight) for place in frozen]
+    found = ((whole_one(), part) for whole_one, (_, part) in zip(wholes, shards.frozen, strict=True))
+    note_parts((weight, part) for weight, part in found if weight is not None)
+    setattr(model, _SHARDS, shards)
     # FSDP takes the first unit that runs for the root, and a pass of a frozen model may begin with a layer.
     _begin(model)
 

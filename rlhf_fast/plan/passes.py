@@ -54,9 +54,9 @@ class Run(NamedTuple):
 class Curve:
     """Bytes at named moments of `run` as a function of rows, on models of `shape` spread over processes.
 
-    Models of few layers are simulated and extrapolated to all layers. The curve is exact at `rows` rows. Elsewhere it is
-    a line through 8 times as many rows. Should another moment's bytes prevail at more rows, it is above the truth up to
-    there.
+    Models of few layers are simulated and extrapolated to all layers. The curve is exact at `rows` rows. Elsewhere it
+    is a line through 8 times as many rows. Should another moment's bytes prevail at more rows, it is above the truth up
+    to there.
     """
 
     def __init__(self, shape: Shape, run: Run, rows: int, spread: Spread) -> None:

@@ -177,6 +177,8 @@ class Planner:
             return 0
         if self.sharded and at_work and self._comes_whole(name):
             return role.weight_bytes
+        if self.sharded and plan.offload and role.frozen:
+            return 0  # the parts wait in CPU memory, and the whole weights of a pass are the pass's
         gathered = role.gathered_bytes if role.own and at_work and sharded else 0
         if role.frozen and plan.offload and sharded:
             return gathered
@@ -287,7 +289,7 @@ class Planner:
             fused=self.fused,
             truncated=self.truncated,
             keep=self.keeps_gradients,
-            added=self.plan.gpus > 1 and not self.plan.zero,
+            added=self.plan.gpus > 1 and not (self.sharded or self.plan.zero),
             repeats=2 if later else 1,
             critic=self.plan.shared_critic,
         )

@@ -86,7 +86,7 @@ class Role(NamedTuple):
 
     def whole_bytes(self, parts: int) -> int:
         """Of the whole weights that a model in shards has in passes without gradients, with the parts' padding."""
-        split = [weight for weight in self.weights if not weight.whole]
+        split = [weight for weight in self.counts.weights if not weight.whole]
         return sum(parts * weight.part(parts, 0)[1] * self.itemsize(weight) for weight in split)
 
     @property
@@ -123,8 +123,12 @@ def roles_of(plan: PlanConfig) -> dict[str, Role]:
         if key not in counted:
             counted[key] = _count(shape._replace(trained=True))
         counts = counted[key]
-        own = tuple(weight for weight in counts.weights if weight.trainable or not on_base)
+        own = tuple(weight for weight in counts.weights if weight.trainable or not on_base or apart(weight))
         return Role(shape, counts, own, frozen=not trained)
+
+    def apart(weight: Weight) -> bool:
+        """Whether a model in shards has parts of its own also of a base's weight, as `shared_parts.taken_over` says."""
+        return plan.shard != "none" and weight.rows % spread_of(plan).parts > 0
 
     main, *others = plan.stage.roles
     roles = {main: role("score" if main == "reward" else "policy", None, trained=True)}
@@ -142,8 +146,8 @@ def roles_of(plan: PlanConfig) -> dict[str, Role]:
         roles["reward"] = role("score", plan.reward, trained=False, on_base=plan.share_base)
     if "reference" in others:
         roles["reference"] = role("policy", plan.reference, trained=False)
-        if _is_base(plan) and plan.shard == "none":
-            roles["reference"] = roles["reference"]._replace(weights=())  # the policy's base, adapters off
+        if _is_base(plan):  # the policy's base, adapters off
+            roles["reference"] = roles["reference"]._replace(weights=tuple(filter(apart, roles["reference"].weights)))
     return roles
 
 

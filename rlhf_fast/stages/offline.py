@@ -108,7 +108,7 @@ class Offline:
                 with run.meter.phase("policy_update"):
                     with learner.autocast():
                         part = loss([*mine[rows]], whole, tally)
-                    part.backward()
+                    learner.backward(part)
                 del part
             with run.meter.phase("optimizer"):
                 metrics = take_step(tally, {"grad_norm": learner})

@@ -41,9 +41,11 @@ def policy(tiny_model):
     return load_policy(tiny_model)
 
 
-def connected(fake: FakeVLLM, policy, tokenizer, directory: Path | None, *, patience: float = 3.0) -> VLLMSampler:
+def connected(
+    fake: FakeVLLM, policy, tokenizer, directory: Path | None, *, timeout: float = 10.0, patience: float = 30.0
+) -> VLLMSampler:
     """A sampler that has checked its server."""
-    server = Server(Client(fake.url, timeout=0.3, patience=patience), directory=directory, bound=0.1)
+    server = Server(Client(fake.url, timeout=timeout, patience=patience), directory=directory, bound=0.1)
     server.check(policy, PROMPTS, 20, len(tokenizer))
     return VLLMSampler(server, policy, tokenizer, **OPTIONS)
 
@@ -239,6 +241,7 @@ def test_a_fault_is_tried_again_until_every_row_is_right(kind, fake, policy, tok
     sampler = connected(fake, policy, tokenizer, tmp_path)
     sampler.refresh()
     right = sampler(PROMPTS, seed=2, samples=2, greedy=True)
+    sampler.server.client.timeout, fake.nap = (0.7, 1.0) if kind == "slow" else (10.0, 0.0)
     fake.faults += [(COMPLETIONS, kind)] * 2
     found = sampler(PROMPTS, seed=2, samples=2, greedy=True)
     assert not fake.faults

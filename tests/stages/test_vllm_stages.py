@@ -31,7 +31,7 @@ def plain(fake):
 
 
 def served(fake: FakeVLLM, **options):
-    small = {"max_response_length": 6, "vllm_timeout": 5.0, "vllm_patience": 0.5}
+    small = {"max_response_length": 6, "vllm_timeout": 20.0, "vllm_patience": 0.5}
     return {"sampler": "vllm", "vllm_url": fake.url, **small, **options}
 
 

@@ -24,6 +24,9 @@ class _Listener(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 256  # connections that wait; the client opens up to 128 at once
 
+    def handle_error(self, *_: Any) -> None:
+        pass  # a client that does not wait for its answer
+
 
 class FakeVLLM:
     """A server of the model in directory `path`, whose tokens are those of our own decoding.
@@ -78,6 +81,11 @@ class FakeVLLM:
         self._http.server_close()
         self._thread.join()
 
+    def restart(self) -> None:
+        """The server as it was started: it forgets the weights that it got."""
+        self.model, self.version = copy.deepcopy(self.first), "default"
+        self.reads = self.load_format
+
     def answer(self, handler: BaseHTTPRequestHandler, body: Any) -> None:
         route = handler.path.partition("?")[0]
         with self._lock:
@@ -87,8 +95,7 @@ class FakeVLLM:
                 self.faults.remove(fault)
             kind = fault[1] if fault else ""
             if kind == "restarted":
-                self.model, self.version = copy.deepcopy(self.first), "default"
-                self.reads = self.load_format
+                self.restart()
             status, found = {"busy": (503, {}), "broken": (500, {"error": {"message": "out of memory"}})}.get(
                 kind, (200, None)
             )

@@ -125,6 +125,11 @@ class Client:
                 with suppress(OSError):  # the server has closed it
                     connection.sock.shutdown(socket.SHUT_RDWR)
 
+    def close(self) -> None:
+        """Closes the connections of all threads, which make no request now. A later request opens another."""
+        for connection in list(self._open):
+            connection.close()
+
     def _drop(self) -> None:
         """Closes this thread's connection, so that the next request opens another."""
         connection = getattr(self._mine, "connection", None)

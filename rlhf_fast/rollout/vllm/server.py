@@ -9,19 +9,24 @@ read, and deleted when the server has loaded them. A push is believed after two 
 - a name: the server keeps the name of the weights that a push has given. A server that was started again, or that got
   another run's weights, has another name, so that rows that it sampled in between are found.
 
+A run that samples a round ahead keeps the files of its last push, because its own weights move on while the server
+samples: a server that is started again gets them from there.
 Left out: weight transfer by NCCL.
 """
 
 import json
+import os
 import uuid
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf_fast.data.files import WRITING, remove
+from rlhf_fast.data.damage import read_json
+from rlhf_fast.data.files import OURS, WRITING, remove, write_json
 from rlhf_fast.lm.adapters import merged
 from rlhf_fast.lm.loading import save_model
 from rlhf_fast.lm.passes import response_logits
@@ -35,6 +40,7 @@ _PROBE = 64  # tokens of the probe text at most
 _SHORTEST = 8
 _ROUNDING = 1e-5  # nats a token that two right paths differ by in fp32
 _FP32_BOUND = 0.005  # nats a token, on average, that they may differ by
+_NOTE = "proof.json"  # beside kept files: the round that is sampled from them, and their `Proof`
 _FP32_GROWTH, _FP32_FLOOR = 10.0, 1e-4  # the same after an update: so many times the first push's, or so many nats
 MODE = "processed_logprobs"
 UNLOADED = "dummy"  # --load-format of a server that waits for its first weights
@@ -44,21 +50,30 @@ class Restarted(ServerError):
     """The server no longer has the weights that it was given."""
 
 
+class Proof(NamedTuple):
+    """What a server that has the policy's weights says of the probe."""
+
+    logprobs: list[float]  # of every token but the first
+    likeliest: list[int]  # the tokens behind it that are within rounding of the likeliest
+
+
 class Server:
     """The server at `client.url` and the weights that it has.
 
     directory: where weights are written for the server; None: it keeps the weights that it was started with, which
         have to be the model's.
     bound: nats a token by which the server's log-probs of the probe may differ from ours on average, in bf16.
+    keeps: the files of the last push stay until the next push, for `reload`.
     """
 
-    def __init__(self, client: Client, *, directory: Path | None, bound: float) -> None:
-        self.client, self.directory, self.bound = client, directory, bound
+    def __init__(self, client: Client, *, directory: Path | None, bound: float, keeps: bool = False) -> None:
+        self.client, self.directory, self.bound, self.keeps = client, directory, bound, keeps
         self.name = ""  # of the model, in requests
         self._run, self._pushes = uuid.uuid4().hex[:8], 0
         self._version = ""  # the name of the weights that the server has to have
         self._stale, self._checked = True, False
         self._probe: list[int] = []
+        self._proof: Proof | None = None  # of the last push
         self._proven: Tensor | None = None  # our log-probs of the probe at the last push that a change has proven
         self._noise = _ROUNDING  # nats a token by which the two engines differ at the same weights
         self._exact, self._first = False, 0.0  # both in fp32; nats a token by which they differed after the first push
@@ -138,8 +153,9 @@ class Server:
         if not self._stale:
             return
         if current().first:
+            self._proof = self._numbers(model)
             self._version = self._push(model) if self.directory is not None else self._weights()
-            self._prove(model)
+            self._prove(self._proof)
         self._version, self._stale = current().gather(self._version)[0], False
 
     def confirm(self) -> None:
@@ -151,13 +167,56 @@ class Server:
                 "started again, or another run uses it"
             )
 
+    def note(self, step: int) -> None:
+        """Notes beside the kept files that round `step` is sampled from them, for `restored`. The first process does.
+
+        step: the number of a round, from 1 on.
+        """
+        if current().first and self._proof is not None:
+            note = {"round": step, "probe": self._probe, **self._proof._asdict()}
+            write_json(self._kept / _NOTE, note)
+
+    def reload(self) -> None:
+        """Gives a server that was started again the kept weights of the last `refresh`, while the model moves on."""
+        assert self._proof is not None  # a refresh comes before
+        self._load(self._kept, self._version)
+        self._prove(self._proof)  # the model itself may have moved on, so that it stays as stale as it is
+
+    def restored(self, step: int) -> bool:
+        """Whether the kept files of an earlier run are those of round `step`; the server then has them.
+
+        The next `refresh` pushes the model's weights. All processes call it.
+        """
+        note = read_json(self._kept / _NOTE) if (self._kept / _NOTE).is_file() else {}
+        found = current().gather(note.get("round") == step)[0]
+        if found and current().first:
+            self._probe, self._proof = note["probe"], Proof(note["logprobs"], note["likeliest"])
+            self._version = self._next_version()
+            self.reload()
+        self._version, self._stale = current().gather(self._version)[0], True
+        return found
+
+    def forget(self) -> None:
+        """Deletes the kept files."""
+        if self.keeps and current().first:
+            remove(self._kept)
+
+    @property
+    def _kept(self) -> Path:
+        """Where the files of the last push stay, for a server that is started again while the model moves on."""
+        assert self.directory is not None  # only a run that trains keeps files
+        return self.directory.resolve() / f"{OURS}pushed"
+
     def _weights(self) -> str:
         return str(self.client.get("/weight_info")["weight_version"])
 
+    def _next_version(self) -> str:
+        self._pushes += 1
+        return f"{self._run}-{self._pushes}"
+
     def _push(self, model: PreTrainedModel) -> str:
         assert self.directory is not None  # `refresh` asks first
-        place = Path(self.directory).resolve() / f"{WRITING}vllm"
-        version = f"{self._run}-{self._pushes + 1}"
+        place = self.directory.resolve() / f"{WRITING}vllm"
         remove(place)
         try:
             place.mkdir(parents=True)
@@ -165,6 +224,19 @@ class Server:
                 save_model(merged(model), place)
             if self._unloaded:
                 _write_head(model, place)
+            version = self._next_version()
+            self._load(place, version)
+            if self.keeps:
+                remove(self._kept)
+                os.replace(place, self._kept)
+        finally:
+            remove(place)
+        return version
+
+    def _load(self, place: Path, version: str) -> None:
+        """The server reads its weights from the directory `place`, forgets what it has cached, and keeps the name."""
+        try:
+            if self._unloaded:
                 read = {"overrides": {"load_config": {"load_format": "auto"}}}
                 self.client.post("/collective_rpc", {"method": "update_config", "kwargs": read}, permanent={500})
             body = {"method": "reload_weights", "kwargs": {"weights_path": str(place)}}
@@ -176,17 +248,19 @@ class Server:
                 f"{error}; the server did not take the policy's weights from {place}, which it has to be able to read, "
                 "and whose shapes have to be those of its model"
             ) from error
-        finally:
-            remove(place)
-        self._pushes += 1
-        return version
 
     @torch.no_grad()
-    def _prove(self, model: PreTrainedModel) -> None:
-        """ServerError unless the server's numbers for the probe are those of `model`."""
+    def _numbers(self, model: PreTrainedModel) -> Proof:
+        """What `model` says of the probe."""
         logits_TV = _logits(model, self._probe)
         ids = torch.tensor(self._probe[1:])
-        ours = logits_TV[:-1].log_softmax(-1).gather(1, ids[:, None])[:, 0]
+        logprobs = logits_TV[:-1].log_softmax(-1).gather(1, ids[:, None])[:, 0]
+        near = logits_TV[-1] >= logits_TV[-1].max() - max(4 * self.bound, 1e-3)
+        return Proof(logprobs.tolist(), near.nonzero()[:, 0].tolist())
+
+    def _prove(self, proof: Proof) -> None:
+        """ServerError unless the server's numbers for the probe are those of `proof`."""
+        ours = torch.tensor(proof.logprobs, dtype=torch.float64)
         request = Request(self._probe, 1, 0.0, 1, 0)
         body = request.body(self.name, ()) | {"prompt_logprobs": 0}
         theirs, (row,) = self.client.ask(
@@ -215,11 +289,10 @@ class Server:
                 f"probe differ by {drift:.3g} nats a token where the first weights' differed by {self._first:.3g}: a "
                 "part of the weights is stale; `rlhf-fast vllm-command` prints how to start a server that loads all"
             )
-        best = logits_TV[-1].max() - logits_TV[-1, row.ids[0]]
-        if best > max(4 * self.bound, 1e-3):
+        if row.ids[0] not in proof.likeliest:
             raise ServerError(
-                f"vllm_url: expected the likeliest token at temperature 0 from {self.client.url}, got a token "
-                f"{float(best):.3g} nats below it; start the server with --generation-config vllm"
+                f"vllm_url: expected the likeliest token at temperature 0 from {self.client.url}, got another token; "
+                "start the server with --generation-config vllm"
             )
         if self._proven is None or told:
             self._proven = ours
