@@ -100,7 +100,7 @@ COMMANDS = {
 }
 
 
-SEVERAL = {*STAGES, "pairs", "pipeline"}
+SEVERAL = {*STAGES, "pairs", "pipeline", "plan"}
 """Commands that run in several processes."""
 
 

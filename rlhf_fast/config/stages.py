@@ -79,7 +79,7 @@ _FROZEN_DTYPE = (
 _REFERENCE_LOGPROBS = (
     "Safetensors file of the reference's log-probs: read where weights, rows and precision match, else (re)written."
 )
-_SHARD = (
+SHARD_HELP = (
     "Spread weights, gradients and optimizer states over the processes of torchrun (FSDP2): full over all of them; "
     "hybrid over those of a machine."
 )
@@ -148,7 +148,7 @@ class StageConfig:
     dtype: Dtype = arg("fp32", DTYPE_HELP)
     bf16: bool = arg(False, "Run forward and backward passes in bfloat16 autocast, over fp32 weights.")
     gradient_checkpointing: bool = arg(False, "Recompute activations in backward to save memory.")
-    shard: Shard = arg("none", _SHARD)
+    shard: Shard = arg("none", SHARD_HELP)
     save_steps: int = arg(
         0, "Write a resumable checkpoint every so many steps; 0 writes only the final model.", at_least=0
     )

@@ -39,6 +39,7 @@ from rlhf_fast.lm.forward import enter_by, within
 from rlhf_fast.lm.passes import settle
 from rlhf_fast.lm.precision import HALVES, decoder_layers
 from rlhf_fast.lm.private import has_adapter
+from rlhf_fast.lm.room import PASSES, NoRoom, check_room
 from rlhf_fast.lm.shared_parts import Place, emptied, note_parts, places, taken_over
 from rlhf_fast.lm.switches import agree, trial_rows
 from rlhf_fast.ranks import connect, current, gone, lost
@@ -68,20 +69,21 @@ def shard(model: PreTrainedModel, how: str, *, checkpointing: bool = False, offl
     """
     if how == "none" or is_sharded(model):
         return
-    trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
-    name = type(model).__name__
+    trained, name = _trained(model), type(model).__name__
     if trained and (reason := settle(model, checkpointing=checkpointing)) is not None:
         raise ValueError(f"shard: expected a model whose rows share a pass, got {name}: {reason}")
     mesh, usual = mesh_of(how, model.device.type), _trial(model)
     try:
-        _wrap(model, mesh, trained, offload and not trained)
+        shard_untried(model, mesh, offload=offload)
         if trained:
-            enter_by(model, _register)
             with torch.no_grad():
                 found = within(model, _trial, model)
         else:
+            check_room(whole_bytes(model), name, PASSES, model.device)
             with whole(model):
                 found = _trial(model)
+    except NoRoom:
+        raise
     except (AssertionError, NotImplementedError, RuntimeError, ValueError) as error:
         if gone(error):  # it says nothing of the model
             raise lost(error) from error
@@ -89,6 +91,14 @@ def shard(model: PreTrainedModel, how: str, *, checkpointing: bool = False, offl
         raise ValueError(f"shard: expected a model that FSDP2 can shard, got {name}: {said:.240}") from error
     if usual is not None and (found is None or not agree(found, usual)):
         raise ValueError(f"shard: expected a model that FSDP2 can shard, got other numbers from {name} in shards")
+
+
+def shard_untried(model: PreTrainedModel, mesh: DeviceMesh, *, offload: bool = False) -> None:
+    """`shard` over the processes of `mesh` without a trial, for models whose tensors have no numbers."""
+    trained = bool(_trained(model))
+    _wrap(model, mesh, offload and not trained)
+    if trained:
+        enter_by(model, _register)
 
 
 @functools.cache
@@ -101,9 +111,13 @@ def mesh_of(how: str, device: str) -> DeviceMesh:
         raise ValueError(f"shard: expected none in a process that no launcher such as torchrun has started, got {how}")
     size = current().size
     connect()
+    return lay_out(how, device, size, int(os.environ.get("LOCAL_WORLD_SIZE", "0")))
+
+
+def lay_out(how: str, device: str, size: int, local: int) -> DeviceMesh:
+    """`size` processes as `mesh_of` says. local: processes of one machine, for "hybrid"."""
     if how == "full":
         return init_device_mesh(device, (size,))
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
     if local < 1 or size % local:
         raise ValueError(f"shard: expected equally many processes on each machine for hybrid, got {local} of {size}")
     return init_device_mesh(device, (size // local, local), mesh_dim_names=("replicas", "shards"))
@@ -126,7 +140,9 @@ def whole(model: nn.Module | None) -> Iterator[None]:
         return
     shards.whole = True
     try:
-        for unit in shards.units:
+        for unit in reversed(
+            shards.units
+        ):  # the root, mostly the largest, first: its message is gone when all is whole
             unit.set_reshard_after_forward(False, recurse=False)
             unit.unshard()
         yield
@@ -164,6 +180,13 @@ def is_part(tensor: Tensor) -> bool:
 def full(tensor: Tensor) -> Tensor:
     """The whole of a tensor in shards, in every process; all processes call it. Any other tensor as it is."""
     return tensor.full_tensor() if is_part(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@torch.no_grad()
+def whole_bytes(*models: nn.Module) -> int:
+    """Bytes of the whole weights that `whole` makes of models in shards, with their padding; 0 without shards."""
+    parts: set[Any] = {parameter for model in models for parameter in model.parameters() if is_part(parameter)}
+    return sum(part.to_local().untyped_storage().nbytes() * part.device_mesh.size(-1) for part in parts)
 
 
 def part_of(tensor: Tensor, like: Tensor) -> Tensor:
@@ -214,10 +237,28 @@ def _gathered(tensor: Tensor) -> Tensor | None:
     return together.cpu() if current().first else None
 
 
-def _wrap(model: PreTrainedModel, mesh: DeviceMesh, trained: set[nn.Parameter], offload: bool) -> None:
+def stays_whole(model: PreTrainedModel) -> set[nn.Parameter]:
+    """The weights that `shard` leaves whole in every process: adapters that are trained."""
+    return _trained(model) if has_adapter(model) else set()
+
+
+def rows_of_part(rows: int, size: int, rank: int) -> tuple[int, int]:
+    """Rows of a weight's part in the process `rank` of `size`: its own rows, and the rows that it keeps with padding.
+
+    FSDP2 splits a weight of `rows` rows as `torch.chunk` does: 10 rows over 4 processes are 3, 3, 3 and 1 row.
+    """
+    kept = -(-rows // size)
+    return max(0, min(kept, rows - rank * kept)), kept
+
+
+def _trained(model: nn.Module) -> set[nn.Parameter]:
+    return {parameter for parameter in model.parameters() if parameter.requires_grad}
+
+
+def _wrap(model: PreTrainedModel, mesh: DeviceMesh, offload: bool) -> None:
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
-    adapters = trained if has_adapter(model) else set()
+    trained, adapters = _trained(model), stays_whole(model)
     halves = any(parameter.dtype in HALVES for parameter in trained)
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32 if halves else None, cast_forward_inputs=False)
     options = {"mesh": mesh, "mp_policy": policy, "ignored_params": adapters}

@@ -19,9 +19,10 @@ from rlhf_fast.ranks import current
 from rlhf_fast.training.in_backward import InBackward, norm_of
 from rlhf_fast.training.memory import static_bytes
 from rlhf_fast.training.moments import check_state
-from rlhf_fast.training.optimizers import MasterWeights, load_state, lr_factor, make_optimizer
+from rlhf_fast.training.optimizers import MOMENT_BYTES, MasterWeights, load_state, lr_factor, make_optimizer
 from rlhf_fast.training.stopped import Diverged
 from rlhf_fast.training.tally import Tally
+from rlhf_fast.training.tensor_bytes import plain_tensors
 
 
 class Learner:
@@ -43,6 +44,7 @@ class Learner:
     ) -> None:
         self.model, self.max_grad_norm, self.bf16 = model, config.max_grad_norm, config.bf16
         self.static_bytes: dict[str, int] = {}
+        self._moment_bytes = MOMENT_BYTES[config.optimizer]
         self.ranks = current()
         self.parameters = [p for p in (model.parameters() if parameters is None else parameters) if p.requires_grad]
         self.optimizer = make_optimizer(config, self.parameters, learning_rate or config.learning_rate)
@@ -116,6 +118,12 @@ class Learner:
     def whole(self) -> bool:
         """Whether the weights hold whole updates alone: nothing that moves weights broke off half-way."""
         return not (self.spoilt or self._moving or (self.in_backward is not None and self.in_backward.norms))
+
+    @property
+    def bytes_to_come(self) -> int:
+        """Bytes of the optimizer's moments, which the first step makes."""
+        own = (numbers.numel() for parameter in self.parameters for numbers in plain_tensors(parameter.detach()))
+        return round(sum(own) * self._moment_bytes)
 
     @property
     def lr(self) -> float:
