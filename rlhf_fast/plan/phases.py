@@ -46,6 +46,7 @@ class Planner:
         self.lengths = Lengths(plan.prompt_length, plan.response_length)
         # a row in one piece has a prompt of one token, because every other token is predicted (and some are masked)
         self.trained_lengths = Lengths(1, length - 1) if self.stage.one_piece else self.lengths
+        self.served = self.stage.online and plan.sampler == "vllm"
         self.truncated = self.stage.online and plan.truncated
         self.fused = plan.fused_head and not self.truncated
         self.samples = self.stage.samples_of(plan.group_size)
@@ -62,7 +63,10 @@ class Planner:
         rows = min(micro or batch, batch)
         result = {}
         if self.stage.online:
-            result["rollout"] = self._rollout(batch)
+            if self.served:  # a server decodes; a pass of ours takes the log-probs of what it has drawn
+                result["rescoring"] = self._inference("policy", rows, device)
+            else:
+                result["rollout"] = self._rollout(batch)
             scored_by_model = "reward" in self.roles
             result["scoring"] = self._frozen("reward", rows, device) if scored_by_model else self._idle()
         if "reference" in self.roles:
@@ -140,7 +144,14 @@ class Planner:
 
     def _first_passes(self) -> dict[str, str]:
         """Phase -> the role with bf16 weights whose fast paths are tried in it, before the first step."""
-        first = {"rollout": "policy", "scoring": "reward", "reference": "reference", "value": "value", "kl": "policy"}
+        first = {
+            "rollout": "policy",
+            "rescoring": "policy",
+            "scoring": "reward",
+            "reference": "reference",
+            "value": "value",
+            "kl": "policy",
+        }
         first |= {"policy_update": self.main}
         return {phase: role for phase, role in first.items() if role in self.roles and self.roles[role].counts.trial}
 
@@ -186,7 +197,8 @@ class Planner:
         states = policy["loss"] + reference["loss"]
         # The two layers share the budget for logits, so that both take as much as the larger head does alone.
         both = max(policy["activations"], policy["loss"] + reference["activations"], states + self._both(heads))
-        parts = {"sampling": max(sampled["prefill"], sampled["decode"]), "KL": both}
+        parts = {} if self.plan.sampler == "vllm" else {"sampling": max(sampled["prefill"], sampled["decode"])}
+        parts["KL"] = both
         if "reward" in self.roles:
             parts["reward"] = self._trunk("reward", rows, device)["activations"]
         casts = {"policy bfloat16 weights": sampled["casts"]} if self.plan.bf16 else {}
