@@ -1,7 +1,7 @@
 """The configs of the methods that sample from their policy; `stages` says how configs are built."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from rlhf_fast.config.fields import arg, check, check_reward_weights, required
 from rlhf_fast.config.sampling import Mismatch
@@ -33,8 +33,6 @@ RemaxVariant = Literal["official", "paper", "verl"]
 @dataclass(frozen=True, kw_only=True)
 class OnlineConfig(MethodConfig):
     """What every method takes that samples from its policy."""
-
-    ANY_SAMPLER: ClassVar[bool] = False  # whether the method learns the same from completions of any policy
 
     train_data: str = required("Rows with a prompt column; extra columns go to a Python reward function.")
     reward: str | list[str] = required(
@@ -98,13 +96,18 @@ class OnlineConfig(MethodConfig):
             raise ValueError(f"mismatch_cap: expected a mismatch to correct beside it, got {self.mismatch_cap:g} alone")
         if self.rollouts_ahead and self.sampler == "local":
             raise ValueError("rollouts_ahead: expected 0 with sampler local, because one process cannot do both; got 1")
-        if self.rollouts_ahead and self.correction == "none" and not self.ANY_SAMPLER:
+        if self.rollouts_ahead and self.correction == "none" and not self.takes_any_policy:
             raise ValueError(
                 "mismatch: expected weights beside rollouts_ahead 1, because older weights draw the completions; got "
                 "none"
             )
         if self.share_base and not self.lora_rank:
             raise ValueError("lora_rank: expected > 0 with share_base, since a shared base is frozen; got 0")
+
+    @property
+    def takes_any_policy(self) -> bool:
+        """Whether the method learns from completions of any policy, so that no weights correct for the sampler's."""
+        return False
 
     @property
     def correction(self) -> Mismatch:
@@ -213,8 +216,6 @@ def _check_groups(config: RLOOConfig | GRPOConfig) -> None:
 class OnlineDPOConfig(OnlineConfig):
     """Online DPO: the reward labels two samples of the policy, DPO learns from the pair (arXiv 2402.04792)."""
 
-    ANY_SAMPLER: ClassVar[bool] = True
-
     batch_size: int = arg(32, "Sampled completions per round, two of each prompt.", at_least=1)
     beta: float = arg(0.1, BETA_HELP, above=0)
     loss_type: DPOLossType = arg("sigmoid", "Loss on the log-ratio difference, named as in TRL.")
@@ -224,6 +225,11 @@ class OnlineDPOConfig(OnlineConfig):
         "A completion's score is less this times its KL to the reference, before the scores are compared.",
         at_least=0,
     )
+
+    @property
+    def takes_any_policy(self) -> bool:
+        """As in `OnlineConfig`."""
+        return True
 
     @property
     def correction(self) -> Mismatch:

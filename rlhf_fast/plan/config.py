@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from rlhf_fast.config.fields import arg, check_fields, required
+from rlhf_fast.config.sampling import SamplerName
 from rlhf_fast.config.stages import (
     DTYPE_HELP,
     SHARD_HELP,
@@ -72,6 +73,9 @@ class PlanConfig:
     top_p: float = arg(
         1.0, "Rollouts draw from the likeliest tokens that hold this probability; 1: from all.", above=0, at_most=1
     )
+    sampler: SamplerName = arg(
+        "local", "Who decodes rollouts: this process, or a vLLM server, whose memory is its own."
+    )
     offload: bool = arg(False, "Reference and reward model wait in CPU memory for their phase.")
     offload_optimizer: bool = arg(False, "Optimizer states and gradients live in CPU memory (ZeRO-Offload).")
     gpus: int = arg(1, "GPUs that share the run, one for each process.", at_least=1)
@@ -104,6 +108,10 @@ class PlanConfig:
         self._check_shards()
         if self.eval_rows and self.method not in METHODS:
             raise ValueError(f"eval_rows: expected 0 for {self.method}, which samples no prompts, got {self.eval_rows}")
+        if self.sampler == "vllm" and self.truncated:
+            raise ValueError("sampler: expected local with top_k or top_p, which a server does not return; got vllm")
+        if self.sampler == "vllm" and self.measure:
+            raise ValueError("sampler: expected local with measure, which runs the stage without a server; got vllm")
         if self.share_base and not self.lora_rank:
             raise ValueError("lora_rank: expected > 0 with share_base, since a shared base is frozen; got 0")
         if self.shared_critic and self.truncated:

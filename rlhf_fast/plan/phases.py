@@ -55,6 +55,7 @@ class Planner:
         self.lengths = Lengths(plan.prompt_length, plan.response_length)
         # a row in one piece has a prompt of one token, because every other token is predicted (and some are masked)
         self.trained_lengths = Lengths(1, length - 1) if self.stage.one_piece else self.lengths
+        self.served = self.stage.online and plan.sampler == "vllm"
         self.truncated = self.stage.online and plan.truncated
         self.fused = plan.fused_head and not self.truncated
         self.samples = self.stage.samples_of(plan.group_size)
@@ -86,7 +87,10 @@ class Planner:
         rows = min(micro or batch, batch)
         result = {}
         if self.stage.online:
-            result["rollout"] = self._rollout(batch)
+            if self.served:  # a server decodes; a pass of ours takes the log-probs of what it has drawn
+                result["rescoring"] = self._inference("policy", rows, device)
+            else:
+                result["rollout"] = self._rollout(batch)
             scored_by_model = "reward" in self.roles
             result["scoring"] = self._frozen("reward", rows, device) if scored_by_model else self._idle()
         if "reference" in self.roles:
@@ -203,7 +207,7 @@ class Planner:
 
     def _first_passes(self) -> dict[str, str]:
         """Phase -> the role with bf16 weights whose fast paths are tried in it, before the first step."""
-        first = {"rollout": "policy", "scoring": "reward", "reference": "reference"}
+        first = {"rollout": "policy", "rescoring": "policy", "scoring": "reward", "reference": "reference"}
         if not self.sharded:  # `shard` takes the trials of a trained model's passes before the first phase
             first |= {"value": "value", "kl": "policy", "policy_update": self.main}
         return {phase: role for phase, role in first.items() if role in self.roles and self.roles[role].counts.trial}
@@ -266,7 +270,9 @@ class Planner:
             policy["loss"] + reference["activations"],
             states + self._both(heads),
         )
-        parts = {"sampling": max(sampled["gather"], sampled["prefill"], sampled["decode"]), "KL": both}
+        sampling = max(sampled["gather"], sampled["prefill"], sampled["decode"])
+        parts = {} if self.plan.sampler == "vllm" else {"sampling": sampling}
+        parts["KL"] = both
         if "reward" in self.roles:
             reward = self._trunk("reward", rows, device)
             parts["reward"] = policy["whole"] + max(reward["gather"], reward["activations"])

@@ -218,10 +218,10 @@ class Online(Generic[Config]):
         prompts = [*self.ranks.share(self._round_prompts(step))]
         seed_everything(self.config.seed, step)
         with autocast(self.device, self.config.bf16), torch.no_grad():
-            with meter.phase("rollout"), whole(self.policy):
+            with meter.phase("rollout"):
                 rollout, greedy = self.rounds.take(step)
             if self.samplers.remote:
-                with meter.phase("rescoring"):
+                with meter.phase("rescoring"), whole(self.policy):
                     rollout = rescored(rollout, self.objectives, self.config.micro_batch_size)
             with meter.phase("scoring"):
                 columns = prompt_columns([p for p in prompts for _ in range(self.samples)])
