@@ -22,6 +22,7 @@ START_COLOR = "#333333"
 # In the order in which a step runs them; other phases follow in grey-blue.
 PHASE_COLORS = {
     "rollout": "#77AADD",
+    "rescoring": "#8899CC",
     "scoring": "#99DDFF",
     "reference": "#44BB99",
     "value": "#BBCC33",

@@ -20,6 +20,7 @@ from rlhf_fast.lm.dtypes import HALVES
 from rlhf_fast.lm.eight_bits import import_bitsandbytes
 from rlhf_fast.lm.sharding import part_of
 
+MOMENT_BYTES = {"adamw": 8.0, "adamw_8bit": 2 + 2 * 4 / 256}  # of a weight; a byte each, an fp32 scale per 256 of them
 _BETAS = (0.9, 0.95)
 
 

@@ -41,9 +41,11 @@ def policy(tiny_model):
     return load_policy(tiny_model)
 
 
-def connected(fake: FakeVLLM, policy, tokenizer, directory: Path | None, *, patience: float = 3.0) -> VLLMSampler:
+def connected(
+    fake: FakeVLLM, policy, tokenizer, directory: Path | None, *, timeout: float = 10.0, patience: float = 30.0
+) -> VLLMSampler:
     """A sampler that has checked its server."""
-    server = Server(Client(fake.url, timeout=0.3, patience=patience), directory=directory, bound=0.1)
+    server = Server(Client(fake.url, timeout=timeout, patience=patience), directory=directory, bound=0.1)
     server.check(policy, PROMPTS, 20, len(tokenizer))
     return VLLMSampler(server, policy, tokenizer, **OPTIONS)
 
@@ -134,10 +136,67 @@ def test_an_adapter_is_pushed_with_its_base(fake, policy, tiny_model, tokenizer,
     assert twin.state_dict().keys() == plain.state_dict().keys()
     torch.testing.assert_close(twin(torch.tensor([PROMPTS[0]])).logits, logits, atol=1e-4, rtol=1e-4)
     sampler = connected(fake, policy, tokenizer, tmp_path)
-    sampler.refresh()
+    with pytest.warns(UserWarning, match="the adapter merged into its base: it was started without --enable-lora"):
+        sampler.refresh()
     for a, b in zip(fake.model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(a, b)
     assert all(torch.equal(x, before[name]) for name, x in policy.state_dict().items())
+
+
+@pytest.fixture
+def adapted(fake, policy, tiny_model, tokenizer, tmp_path):
+    """A sampler of a policy with an adapter, by a server that takes adapters."""
+    fake.lora = True
+    put_on(policy, tiny_model, LoRA(2, 16.0, 0), trainable=True)
+    shift_adapter(policy)
+    return connected(fake, policy, tokenizer, tmp_path)
+
+
+def shift_adapter(policy) -> None:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+
+
+def test_an_adapter_goes_alone_under_the_name_of_its_version(adapted, fake, policy, tokenizer, tmp_path):
+    adapted.refresh()
+    first = adapted(PROMPTS, seed=1, samples=0, greedy=True).greedy
+    assert list(fake.adapters) == [adapted.server.name] and fake.version == "default"
+    assert not any(route == "/collective_rpc" for route, _ in fake.asked) and list(tmp_path.iterdir()) == []
+    shift_adapter(policy)
+    adapted.server.changed()
+    adapted.refresh()
+    found = adapted(PROMPTS, seed=1, samples=0, greedy=True).greedy
+    assert len(fake.adapters) == 1 and adapted.server.name.endswith("-2") and adapted.server.name in fake.adapters
+    mine = LocalSampler(policy, tokenizer, **OPTIONS)(PROMPTS, samples=0, greedy=True).greedy
+    assert torch.equal(found.response_ids, mine.response_ids[:, : found.response_ids.shape[1]])
+    assert not torch.equal(found.response_ids, first.response_ids)
+    asked = [body["model"] for route, body in fake.asked if route == COMPLETIONS and "seed" in body]
+    assert {name.rpartition("-")[2] for name in asked} == {"1", "2"}  # never the base
+
+
+def test_a_server_that_has_lost_the_adapter_gets_it_and_the_round_again(adapted, fake):
+    adapted.refresh()
+    right = adapted(PROMPTS, seed=2, samples=2).sampled
+    fake.faults.append((COMPLETIONS, "restarted"))  # it then knows no model of this name
+    same_rows(adapted(PROMPTS, seed=2, samples=2).sampled, right)
+    assert list(fake.adapters) == [adapted.server.name] and adapted.server.name.endswith("-2")
+
+
+def test_a_stale_adapter_is_an_error_and_a_refused_adapter_is_merged(adapted, fake, policy):
+    fake.faults.append(("/v1/load_lora_adapter", "broken"))
+    with pytest.warns(UserWarning, match="merged into its base: .*500 out of memory"):
+        adapted.refresh()
+    assert fake.adapters == {} and fake.version.endswith("-1") and adapted.server.name == "tiny"
+    fake.restart()
+    fake.deaf = "all"
+    adapted.server.files._merges = False
+    with pytest.raises(ServerError, match="nats a token"):
+        adapted.server.changed()
+        shift_adapter(policy)
+        adapted.refresh()
 
 
 @pytest.mark.parametrize("deaf", ["all", "half"])
@@ -239,6 +298,7 @@ def test_a_fault_is_tried_again_until_every_row_is_right(kind, fake, policy, tok
     sampler = connected(fake, policy, tokenizer, tmp_path)
     sampler.refresh()
     right = sampler(PROMPTS, seed=2, samples=2, greedy=True)
+    sampler.server.client.timeout, fake.nap = (0.7, 1.0) if kind == "slow" else (10.0, 0.0)
     fake.faults += [(COMPLETIONS, kind)] * 2
     found = sampler(PROMPTS, seed=2, samples=2, greedy=True)
     assert not fake.faults
