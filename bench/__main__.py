@@ -16,6 +16,8 @@
                                                  of environments with trl==1.16.0 and trl==1.12.0
     python -m bench trainers --model DIR --data DIR --dtypes fp32 bf16 ...
                                                  the same on a checkpoint, with rows of real lengths
+    python -m bench integrations                 TRL's trainers and transformers' Trainer, plain and with our passes
+                                                 and losses inside; takes --model, --data, --dtypes, --trl-python too
     python -m bench trust --quick                kills, damages and crosses runs on purpose, and counts what is lost;
                                                  its own --help has the options
 
@@ -32,7 +34,7 @@ from pathlib import Path
 
 import torch
 
-from bench import ahead, exactness, exactness_report, report, rollout
+from bench import ahead, exactness, exactness_report, integrations, report, rollout
 from bench.cases import all_cases
 from bench.device import CPU, CUDA
 from bench.libraries import with_libraries
@@ -50,7 +52,7 @@ from rlhf_fast.training.metrics import print_table
 def arguments() -> argparse.Namespace:
     """The command line, checked; where the results go by default."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=["ops", "exactness", "rollout", "ahead", "trainers"])
+    parser.add_argument("what", choices=["ops", "exactness", "rollout", "ahead", "trainers", "integrations"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="ops, rollout: where (default cpu)")
     parser.add_argument("--quick", action="store_true", help="toy shapes and few rounds; no bars")
     parser.add_argument("--only", metavar="NAME", default="", help="the cases whose name contains NAME")
@@ -76,8 +78,8 @@ def arguments() -> argparse.Namespace:
         parser.error("--quick, --check: exactness takes seconds and always checks")
     if args.quick and args.check:
         parser.error("--check: the bars hold at full size, not with --quick")
-    if args.what == "trainers" and args.device == "cuda":
-        parser.error("--device: trainers runs on the CPU")
+    if args.what in ("trainers", "integrations") and args.device == "cuda":
+        parser.error(f"--device: {args.what} runs on the CPU")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")
     if args.rounds < 1:
@@ -138,6 +140,7 @@ def main() -> int:
         "rollout": rollout.run,
         "ahead": ahead.run,
         "trainers": trainers.run,
+        "integrations": integrations.run,
     }
     return commands[args.what](args)
 
