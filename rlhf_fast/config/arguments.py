@@ -208,8 +208,8 @@ def _given(hint: Any) -> Any:
 
 
 def _takes_one_too(hint: Any) -> bool:
-    """Whether the field takes one text or a list of texts."""
-    return get_origin(hint) in (Union, UnionType) and str in get_args(hint) and bool(_item(hint))
+    """Whether the field takes one value or a list of such values: `str | list[str]`, or names alike."""
+    return get_origin(hint) in (Union, UnionType) and _item(hint) in get_args(hint)
 
 
 def _listed(value: Any, hint: Any) -> Any:

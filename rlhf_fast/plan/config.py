@@ -44,6 +44,7 @@ class PlanConfig:
     critic: str = arg("same", "Value model of ppo: `same` as the reward model, `shared` trunk, or its config.")
     reward: str | None = arg(None, "Reward model's config, or `none` for a Python function; default: as the model.")
     reference: str | None = arg(None, "Reference model's config; default: as the model.")
+    reference_free: bool = arg(False, "The loss has no reference (dpo: sft, cpo, simpo, orpo), so none is loaded.")
     lora_rank: int = arg(
         0, "Train LoRA adapters of this rank on all linear layers but the head; 0: all weights.", at_least=0
     )
@@ -89,6 +90,12 @@ class PlanConfig:
             raise ValueError(f"batch_size: expected a multiple of {samples} samples per prompt, got {self.batch_size}")
         if self.eval_rows and self.method not in METHODS:
             raise ValueError(f"eval_rows: expected 0 for {self.method}, which samples no prompts, got {self.eval_rows}")
+        if self.reference_free and self.method != "dpo":
+            raise ValueError(f"reference_free: expected method dpo beside it, got {self.method}")
+        if self.reference_free and self.eval_rows:
+            raise ValueError(
+                f"eval_rows: expected 0 with reference_free, as evaluations have one, got {self.eval_rows}"
+            )
         if self.share_base and not self.lora_rank:
             raise ValueError("lora_rank: expected > 0 with share_base, since a shared base is frozen; got 0")
         if self.shared_critic and self.truncated:
