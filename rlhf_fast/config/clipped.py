@@ -152,3 +152,8 @@ class GRPOConfig(ClippedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_groups(self)
+        if self.rollouts_ahead and self.max_num_gen_batches > 1:
+            raise ValueError(
+                "max_num_gen_batches: expected 1 with rollouts_ahead 1, because the server samples the next round, got "
+                f"{self.max_num_gen_batches}"
+            )

@@ -80,7 +80,7 @@ def minibatch_update(
                     normalizer=denominator(online, tokens, round_tokens),
                     **loss_options(online, advantages[rows], ref_logprobs_BT[rows]),
                 )
-            out.loss.backward()
+            online.learner.backward(out.loss)
         if untouched:
             online.note_drift(tally, out.logprobs, part)
         share = (part.response_mask.sum() / tokens).double()

@@ -8,6 +8,8 @@ from torch.library import opcheck
 
 import rlhf_fast
 import rlhf_fast.ops
+import rlhf_fast.ops.attention
+import rlhf_fast.ops.layers
 
 B, T, V = 3, 5, 11
 
@@ -169,17 +171,23 @@ def public_calls():
         ),
         "linear_token_kl": lambda x: ops.linear_token_kl(head(x), w, head(x.cos()), w.sin(), (x > 0).long()),
         "linear_token_logprobs": lambda x: ops.linear_token_logprobs(head(x), w, (x > 0).long(), bias=w[:, 0]),
-        "linear_sft_loss": lambda x: ops.linear_sft_loss(head(x), w, (x > 0).long())[:1],
-        "linear_reinforce_loss": lambda x: ops.linear_reinforce_loss(
-            head(x), w, (x > 0).long(), x.detach()[:, 0], x > -1
-        )[:1],
-        "linear_ppo_loss": lambda x: ops.linear_ppo_loss(
-            head(x), w, (x > 0).long(), x.detach(), x.detach().cos(), x > -1, normalizer=n, entropy_coef=0.1
-        )[:1],
-        "linear_dpo_loss": lambda x: ops.linear_dpo_loss(head(x), w, (x > 0).long(), *x.detach()[:, 0].chunk(2))[:1],
-        "linear_kto_loss": lambda x: ops.linear_kto_loss(
-            head(x), w, (x > 0).long(), x.detach()[:, 0], x[:, 0] > 0, n, undesirable_weight=2.0
-        )[:1],
+        "linear_sft_loss": lambda x: (ops.linear_sft_loss(head(x), w, (x > 0).long()).loss,),
+        "linear_reinforce_loss": lambda x: (
+            ops.linear_reinforce_loss(head(x), w, (x > 0).long(), x.detach()[:, 0], x > -1).loss,
+        ),
+        "linear_ppo_loss": lambda x: (
+            ops.linear_ppo_loss(
+                head(x), w, (x > 0).long(), x.detach(), x.detach().cos(), x > -1, normalizer=n, entropy_coef=0.1
+            ).loss,
+        ),
+        "linear_dpo_loss": lambda x: (
+            ops.linear_dpo_loss(head(x), w, (x > 0).long(), *x.detach()[:, 0].chunk(2)).loss,
+        ),
+        "linear_kto_loss": lambda x: (
+            ops.linear_kto_loss(
+                head(x), w, (x > 0).long(), x.detach()[:, 0], x[:, 0] > 0, n, undesirable_weight=2.0
+            ).loss,
+        ),
         "kl_penalty": lambda x: (ops.kl_penalty(x, x.sin(), "k3"),),
         "shape_rewards": lambda x: (x * ops.shape_rewards(x[:, 0], x, x.cos(), x > 0, kl_coef=0.1),),
         "gae": lambda x: (x * ops.gae(x, x.cos(), x > 0).advantages,),
