@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
-from rlhf_fast.config import online, stages
+from rlhf_fast.config import clipped, online, stages
 from rlhf_fast.config.commands import PairsConfig
 from rlhf_fast.config.fields import arg, check_fields, required
 from rlhf_fast.config.sampling import check_url
@@ -36,7 +36,7 @@ class VLLMCommandConfig:
 
 def _keys_of_stages() -> frozenset[str]:
     """The keys of every stage that may sample."""
-    configs = [getattr(module, name) for module in (online, stages) for name in module.__all__]
+    configs = [getattr(module, name) for module in (clipped, online, stages) for name in module.__all__]
     return frozenset(field.name for config in (PairsConfig, *configs) for field in fields(config))
 
 

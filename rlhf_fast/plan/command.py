@@ -82,6 +82,8 @@ def plan_of(method: str, config: StageConfig, **processes: int) -> PlanConfig:
         response = given["max_response_length"]
     if "value" in STAGES[method].roles:
         values["critic"] = "shared" if given.get("critic") == "shared" else given["value_model"] or "same"
+    if getattr(config, "reference_free", False) and given["eval_data"] is None:
+        values["reference_free"] = True
     if "reward" in given:
         rewards = given["reward"] if isinstance(given["reward"], list | tuple) else [given["reward"]]
         models = [one for one in rewards if not callable(one) and (":" not in str(one) or Path(one).is_dir())]

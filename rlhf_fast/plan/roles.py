@@ -144,7 +144,7 @@ def roles_of(plan: PlanConfig) -> dict[str, Role]:
             raise ValueError(f"critic: expected the policy's vocabulary of {sizes[0]} tokens, got {sizes[1]}")
     if has_reward:
         roles["reward"] = role("score", plan.reward, trained=False, on_base=plan.share_base)
-    if "reference" in others:
+    if "reference" in others and not plan.reference_free:
         roles["reference"] = role("policy", plan.reference, trained=False)
         if _is_base(plan):  # the policy's base, adapters off
             roles["reference"] = roles["reference"]._replace(weights=tuple(filter(apart, roles["reference"].weights)))

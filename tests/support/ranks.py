@@ -24,6 +24,8 @@ ROOT = Path(__file__).parent.parent.parent
 Job = tuple[str, dict[str, Any]]  # the name of a stage, and the fields of its config
 COMMON = {"batch_size": 16, "learning_rate": 3e-4, "lr_schedule": "constant", "seed": 3}
 LORA = {"lora_rank": 4, "lora_alpha": 8.0}
+DAPO = {"loss_type": "dapo", "clip_high": 0.28, "scale_rewards": "batch", "mask_truncated_completions": True}
+DAPO |= {"soft_punish_cache": 4, "kl_in": "reward"}
 IN_BACKWARD = {"optimizer_in_backward": True, "max_grad_norm": 0}
 JOBS: dict[str, Job] = {
     "sft": ("sft", {"epochs": 1, "micro_batch_size": 4, "max_length": 48}),
@@ -31,7 +33,17 @@ JOBS: dict[str, Job] = {
     "sft_in_backward": ("sft", {"epochs": 1, "max_length": 48, **IN_BACKWARD}),
     "sft_8bit": ("sft", {"epochs": 1, "max_length": 48, "optimizer": "adamw_8bit", **LORA}),
     "reward": ("reward", {"epochs": 1, "normalize_samples": 20, **LENGTHS}),
-    "dpo": ("dpo", {"epochs": 1, "eval_reward": REWARD, "eval_data": "prompts", "eval_pairs": "pairs", **LENGTHS}),
+    "dpo": (
+        "dpo",
+        {
+            "epochs": 1,
+            "loss_type": ["sigmoid", "bco_pair", "sft"],
+            "eval_reward": REWARD,
+            "eval_data": "prompts",
+            "eval_pairs": "pairs",
+            **LENGTHS,
+        },
+    ),
     "kto": ("kto", {"epochs": 1, "eval_rows": "unpaired", **LENGTHS}),
     "ppo": ("ppo", {"steps": 3, "minibatches": 4, "epochs": 2, "whiten_rewards": True, "eval_data": "prompts"}),
     "ppo_shared": ("ppo", {"steps": 2, "critic": "shared", "micro_batch_size": 4}),
@@ -39,9 +51,9 @@ JOBS: dict[str, Job] = {
     "ppo_in_backward": ("ppo", {"steps": 2, "minibatches": 8, "epochs": 1, **IN_BACKWARD}),  # a process may have no row
     "ppo_shared_in_backward": ("ppo", {"steps": 1, "critic": "shared", **IN_BACKWARD, **LORA}),
     "remax": ("remax", {"steps": 3, "kl_target": 0.5, "kl_horizon": 100}),
-    "reinforce": ("reinforce", {"steps": 2, "gradient_checkpointing": True}),
-    "rloo": ("rloo", {"steps": 3, "group_size": 2, "top_k": 5}),
-    "grpo": ("grpo", {"steps": 2, "group_size": 4, "minibatches": 2, "epochs": 2}),
+    "reinforce": ("reinforce", {"steps": 2, "gradient_checkpointing": True, "normalize_advantages": True}),
+    "rloo": ("rloo", {"steps": 3, "group_size": 2, "top_k": 5, "normalize_advantages": True}),
+    "grpo": ("grpo", {"steps": 2, "group_size": 4, "minibatches": 2, "epochs": 2, **DAPO}),
     "online_dpo": ("online-dpo", {"steps": 2}),
 }
 DATA = {"sft": "sft", "reward": "pairs", "dpo": "pairs", "kto": "unpaired"}
