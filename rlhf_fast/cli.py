@@ -56,6 +56,7 @@ COMMANDS = {
     "watch": Command(
         "config:WatchConfig", "report.watch:run", "the curves of a running run in the terminal", first="dir"
     ),
+    "card": Command("config:CardConfig", "report.card:run", "a model card from a finished run", first="dir"),
     "study exact": Command(
         "lab.study.config:ExactStudyConfig",
         "lab.study.exact_frontier:run",
@@ -99,7 +100,7 @@ COMMANDS = {
 }
 
 
-SEVERAL = {*STAGES, "pairs", "pipeline"}
+SEVERAL = {*STAGES, "pairs", "pipeline", "plan"}
 """Commands that run in several processes."""
 
 

@@ -26,6 +26,7 @@ from rlhf_fast.config.stages import (
 from rlhf_fast.methods import METHODS, STAGES, section
 
 __all__ = [
+    "CardConfig",
     "DataConfig",
     "DemoConfig",
     "InitConfig",
@@ -195,3 +196,23 @@ class WatchConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardConfig:
+    """A model card, README.md with metadata of the Hugging Face hub, from what a finished run left."""
+
+    dir: str = required("Output directory of the run; README.md and figures/ go there.")
+    repo: str | None = arg(None, "Name that the model will have on the hub, for the lines that load it.")
+    title: str | None = arg(None, "Title; default: the base model and the method.")
+    base_model: str | None = arg(None, "Hub name of the base model; default: `model` of the run, if it is one.")
+    license: str | None = arg(None, "Licence by the hub's identifier; default: that of the base model's own card.")
+    datasets: list[str] = arg([], "Hub names of the data sets.")
+    data_license: str | None = arg(None, "Licence of the data.")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("repo", "base_model"):
+            check(
+                self, name, lambda value: value.count("/") == 1 and not value.startswith("/"), "a name such as org/name"
+            )

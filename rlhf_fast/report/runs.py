@@ -14,7 +14,7 @@ METRICS = "metrics.jsonl"
 
 
 def run(config: ReportConfig) -> None:
-    """Writes the report of the runs in `config.dirs`."""
+    """Writes the report of the runs in `config.dirs`, which have to be there."""
     directories = find_runs(config.dirs)
     runs = load_runs(directories)
     before = _samples_before(directories, runs)
@@ -28,7 +28,11 @@ def run(config: ReportConfig) -> None:
         reward_name=_reward_name(runs),
         start="start",
     )
-    print(f"report: {len(runs)} {'run' if len(runs) == 1 else 'runs'}")
+
+
+def write_one(directory: Path) -> None:
+    """Writes report.html and report.json of the run in `directory` into it."""
+    run(ReportConfig(dirs=[str(directory)], output=str(directory / "report.html")))
 
 
 def find_runs(directories: Sequence[str], name: str = "dirs") -> list[Path]:

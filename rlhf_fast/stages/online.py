@@ -21,7 +21,8 @@ from rlhf_fast.lm.balance import leave_out
 from rlhf_fast.lm.loading import default_device
 from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.lm.offload import place, visiting
-from rlhf_fast.lm.sharding import shard, whole
+from rlhf_fast.lm.room import EVALUATIONS, INSTEAD, PASSES, ROLLOUTS, check_room
+from rlhf_fast.lm.sharding import shard, whole, whole_bytes
 from rlhf_fast.lm.tokenizers import check_tokenizer, load_tokenizer
 from rlhf_fast.ops import kl_penalty
 from rlhf_fast.ranks import current
@@ -109,14 +110,15 @@ class Online(Generic[Config]):
             )
         self.policy, reference = load_policy_and_reference(config, self.device)
         leave_out(self.policy, "an online stage")
-        self.reference = place(reference, self.device, config.offload)
+        self.reference = place(reference, self.device, config.offload and config.shard == "none")
         with visiting(self.reference):
             self.objectives, self.reference_objectives = (
                 Objectives(model, temperature=config.temperature, fused=config.fused_head)
                 for model in (self.policy, self.reference)
             )
         shard(self.policy, config.shard, checkpointing=config.gradient_checkpointing)  # before more models are loaded
-        shard(self.reference, config.shard)
+        self._check_room()
+        shard(self.reference, config.shard, offload=config.offload)
         self.reward = Reward(
             config.reward,
             self.tokenizer,
@@ -161,15 +163,25 @@ class Online(Generic[Config]):
         update: takes the optimizer steps of a round and returns the metrics. learners: role -> trained model besides
             the policy.
         """
+        trained = {"policy": self.learner, **(learners or {})}
+        frozen = {"reference": self.reference, **self.reward.models}
+        later = sum(learner.bytes_to_come for learner in trained.values())
+        self._check_room(later)
+        for role, model in {**{role: learner.model for role, learner in trained.items()}, **frozen}.items():
+            if role != "policy":
+                check_room(whole_bytes(model), role, PASSES, self.device, later=later)
+        if self.evaluator is not None:
+            both = whole_bytes(self.policy, self.reference)
+            check_room(both, "policy and reference", EVALUATIONS, self.device, later=later)
         with (
             closing(self.rounds),
             Run(
                 self.config,
                 self.name,
                 self.config.steps,
-                learners={"policy": self.learner, **(learners or {})},
+                learners=trained,
                 tokenizer=self.tokenizer,
-                frozen={"reference": self.reference, **self.reward.models},
+                frozen=frozen,
                 states={"kl": self.kl, **self.rounds.states},
                 evaluator=self.rounds.guard(self.evaluator),
                 show=("objective/scores", "objective/kl", _DRIFT),
@@ -190,6 +202,12 @@ class Online(Generic[Config]):
                     self.rounds.settle(step)
                 run.end_step(step, metrics)
             run.finish()
+
+    def _check_room(self, later: int = 0) -> None:
+        """NoRoom where the policy cannot be made whole for rollouts. later: bytes of the optimizers' states to come."""
+        if self.config.sampler == "local":
+            copy = whole_bytes(self.policy)
+            check_room(copy, "policy", ROLLOUTS, self.device, later=later, instead=INSTEAD)
 
     def check_lengths(self, **models: PreTrainedModel | None) -> None:
         """ValueError unless every one of `models` (role -> model) can read this run's prompts and completions."""

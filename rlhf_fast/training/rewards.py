@@ -128,9 +128,10 @@ class ModelReward:
     ) -> None:
         self.tokenizer, self.device, self.name = tokenizer, device, str(spec)
         self.micro_batch_size, self.max_prompt_length = micro_batch_size, max_prompt_length
-        self.model = load_scorer(spec, dtype=dtype, head=None, trainable=False, shared=shared)
-        place(self.model, device, offload)
-        shard(self.model, how)
+        with whole(shared):
+            self.model = load_scorer(spec, dtype=dtype, head=None, trainable=False, shared=shared)
+            place(self.model, device, offload and how == "none")
+            shard(self.model, how, offload=offload)
         own = load_tokenizer(spec, "reward")
         self.retokenizer = None if own.get_vocab() == tokenizer.get_vocab() else own
         self.context = context_length(self.model.config) or sys.maxsize
