@@ -13,13 +13,13 @@ embeddings, last norm and head.
 A pass with gradients, and entering `whole`, need all processes: each of them makes the same number of such passes in
 the same order. Passes without gradients therefore run in `whole`, where each process makes as many as it has rows.
 
-FSDP2 and its tensors are used in this module alone. Left out: reading weights without a whole copy in every process.
+FSDP2 and its tensors are used in this module alone. `one_copy` says how a machine holds the weights before.
 """
 
 import functools
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -30,9 +30,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import PreTrainedModel
 
 from rlhf_fast.lm import parked
-from rlhf_fast.lm.forward import enter_by, within
+from rlhf_fast.lm.forward import enter_by, is_open
 from rlhf_fast.lm.passes import settle
-from rlhf_fast.lm.precision import HALVES, decoder_layers
+from rlhf_fast.lm.precision import HALVES, decoder_layers, is_half
 from rlhf_fast.lm.private import has_adapter
 from rlhf_fast.lm.switches import agree, trial_rows
 from rlhf_fast.ranks import connect, current, gone, lost
@@ -44,6 +44,7 @@ _EXPERTS = "experts"  # the name of a layer's list of experts
 @dataclass
 class _Shards:
     units: list[Any]  # FSDP modules, the root last
+    usual: Tensor | None  # what a trial gave before, until the first pass is compared with it
     whole: bool = False  # whether the model is inside `whole`
 
 
@@ -53,31 +54,28 @@ def shard(model: PreTrainedModel, how: str, *, checkpointing: bool = False) -> N
     Adapters that are trained stay whole in every process, and their gradients are added up as without shards. Their
     frozen base is sharded. All trials of a trained model are taken before, because a trial is a pass.
     checkpointing: whether the model is going to compute its activations again in the backward pass.
-    Raises ValueError where FSDP2 does not take the model, or where its sharded passes give other numbers.
+    Raises ValueError where FSDP2 does not take the model. The first pass in shards, or in `whole` of a frozen model,
+    raises ValueError where it gives other numbers than before. It is not tried here, because a machine's CPU would hold
+    the largest weights once for each process.
     """
     if how == "none" or is_sharded(model):
         return
-    trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
-    name = type(model).__name__
-    if trained and (reason := settle(model, checkpointing=checkpointing)) is not None:
-        raise ValueError(f"shard: expected a model whose rows share a pass, got {name}: {reason}")
-    mesh, usual = mesh_of(how, model.device.type), _trial(model)
+    trained, name = any(parameter.requires_grad for parameter in model.parameters()), type(model).__name__
+    device = model.device.type
+    # A trial of half-precision weights takes fp32 copies, so that on a machine's CPU one process tries at a time.
+    with current().in_turn() if device == "cpu" and is_half(model) else nullcontext():
+        if trained and (reason := settle(model, checkpointing=checkpointing)) is not None:
+            raise ValueError(f"shard: expected a model whose rows share a pass, got {name}: {reason}")
+    mesh, usual = mesh_of(how, device), _trial(model)
     try:
-        _wrap(model, mesh, trained)
-        if trained:
-            enter_by(model, _register)
-            with torch.no_grad():
-                found = within(model, _trial, model)
-        else:
-            with whole(model):
-                found = _trial(model)
+        _wrap(model, mesh, usual)
     except (AssertionError, NotImplementedError, RuntimeError, ValueError) as error:
         if gone(error):  # it says nothing of the model
             raise lost(error) from error
         said = " ".join(str(error).split())
         raise ValueError(f"shard: expected a model that FSDP2 can shard, got {name}: {said:.240}") from error
-    if usual is not None and (found is None or not agree(found, usual)):
-        raise ValueError(f"shard: expected a model that FSDP2 can shard, got other numbers from {name} in shards")
+    if trained:
+        enter_by(model, _register)
 
 
 @functools.cache
@@ -118,6 +116,8 @@ def whole(model: nn.Module | None) -> Iterator[None]:
         for unit in shards.units:
             unit.set_reshard_after_forward(False, recurse=False)
             unit.unshard()
+        if not is_open(model):
+            _compare(model, shards, lambda: _trial(model))
         yield
     finally:
         shards.whole = False
@@ -187,15 +187,16 @@ def _gathered(tensor: Tensor) -> Tensor | None:
     return together.cpu() if current().first else None
 
 
-def _wrap(model: PreTrainedModel, mesh: DeviceMesh, trained: set[nn.Parameter]) -> None:
+def _wrap(model: PreTrainedModel, mesh: DeviceMesh, usual: Tensor | None) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    adapters = trained if has_adapter(model) else set()
-    halves = any(parameter.dtype in HALVES for parameter in trained)
+    # Nothing here keeps a weight that is sharded, because its memory is to be free as soon as a process has its part.
+    adapters = {p for p in model.parameters() if p.requires_grad} if has_adapter(model) else set()
+    halves = any(parameter.dtype in HALVES for parameter in model.parameters() if parameter.requires_grad)
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32 if halves else None, cast_forward_inputs=False)
     options = {"mesh": mesh, "mp_policy": policy, "ignored_params": adapters}
     layers = list(dict.fromkeys(decoder_layers(model)))
-    owned = [parameter for layer in layers for parameter in layer.parameters()]
+    owned = [id(parameter) for layer in layers for parameter in layer.parameters()]
     if len({*owned}) < len(owned):  # layers that share weights (Zamba) can only be one unit
         layers = []
     units: list[Any] = [*layers, model]
@@ -206,7 +207,9 @@ def _wrap(model: PreTrainedModel, mesh: DeviceMesh, trained: set[nn.Parameter]) 
         if any(child == _EXPERTS and isinstance(part, nn.ModuleList) for child, part in _children(unit)):
             # The rows of one process may choose experts that no row of another process has chosen.
             unit.set_reduce_scatter_unused_params(True)
-    setattr(model, _SHARDS, _Shards(units))
+        if mesh.device_type == "cpu":
+            current().wait()  # a weight in shared memory (`one_copy`) is free when all processes have their parts of it
+    setattr(model, _SHARDS, _Shards(units, usual))
     # FSDP takes the first unit that runs for the root, and a pass of a frozen model may begin with a layer.
     _begin(model)
 
@@ -235,12 +238,28 @@ def _register(model: Any, name: str) -> None:
     entry = getattr(model, name)
 
     def run(passes: Callable[[], Any]) -> Any:
+        shards: _Shards = getattr(model, _SHARDS)
+        if not shards.whole:
+            _compare(model, shards, lambda: run(lambda: _trial(model)))
         out = entry(passes)
-        if not torch.is_grad_enabled() and not getattr(model, _SHARDS).whole:
+        if not torch.is_grad_enabled() and not shards.whole:
             model.reshard()
         return out
 
     setattr(model, name, run)
+
+
+@torch.no_grad()
+def _compare(model: Any, shards: _Shards, repeat: Callable[[], Tensor | None]) -> None:
+    """ValueError where the first pass of the model in shards gives other numbers than before. repeat: a `_trial`."""
+    usual, shards.usual = shards.usual, None
+    if usual is None:
+        return
+    with torch.autocast(usual.device.type, enabled=False):
+        found = repeat()
+    if found is None or not agree(found, usual):
+        name = type(model).__name__.removeprefix("FSDP")
+        raise ValueError(f"shard: expected a model that FSDP2 can shard, got other numbers from {name} in shards")
 
 
 @torch.no_grad()
@@ -251,7 +270,9 @@ def _trial(model: PreTrainedModel) -> Tensor | None:
     model.eval()
     try:
         return backbone(input_ids=ids, use_cache=False)[0]
-    except Exception:
+    except Exception as error:
+        if gone(error):
+            raise lost(error) from error
         return None
     finally:
         model.train(training)

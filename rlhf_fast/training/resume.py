@@ -39,11 +39,12 @@ def load_policy_and_reference(
     an adapter, it has that adapter, frozen.
     """
     lora, reference = adapters.lora_of(config), config.reference or config.model
-    policy = load_policy(resume_directory(config) or config.model, dtype=config.dtype, lora=lora).to(device)  # pyright: ignore[reportArgumentType]
+    start, how = resume_directory(config) or config.model, config.shard
+    policy = load_policy(start, dtype=config.dtype, lora=lora, shard=how).to(device)  # pyright: ignore[reportArgumentType]
     on_policy = lora is not None and adapters.stands_on(policy, adapters.base_path(reference))
     on_policy = on_policy and config.frozen_dtype in (None, config.dtype)
     shared = policy if on_policy else None
-    return policy, load_policy(reference, dtype=config.frozen_weights, trainable=False, shared=shared)
+    return policy, load_policy(reference, dtype=config.frozen_weights, trainable=False, shared=shared, shard=how)
 
 
 def resume_directory(config: StageConfig, say: Callable[[str], None] = lambda line: None) -> Path | None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_fast.config.stages import Shard
 from rlhf_fast.data.encoding import continuations, encode_texts, fit_answer, pad_id, pad_left, pad_right
 from rlhf_fast.lm.dtypes import Dtype
 from rlhf_fast.lm.limits import check_rows, context_length
@@ -124,11 +125,11 @@ class ModelReward:
         shared: PreTrainedModel | None,
         offload: bool,
         dtype: Dtype,
-        how: str,
+        how: Shard,
     ) -> None:
         self.tokenizer, self.device, self.name = tokenizer, device, str(spec)
         self.micro_batch_size, self.max_prompt_length = micro_batch_size, max_prompt_length
-        self.model = load_scorer(spec, dtype=dtype, head=None, trainable=False, shared=shared)
+        self.model = load_scorer(spec, dtype=dtype, head=None, trainable=False, shared=shared, shard=how)
         place(self.model, device, offload)
         shard(self.model, how)
         own = load_tokenizer(spec, "reward")
@@ -211,7 +212,7 @@ class Reward:
         offload: bool = False,
         dtype: Dtype = "fp32",
         timeout: float | None = None,
-        shard: str = "none",
+        shard: Shard = "none",
     ) -> None:
         self.tokenizer, self.device = tokenizer, device
         specs = [spec] if isinstance(spec, str | Path) or callable(spec) else list(spec)

@@ -108,10 +108,15 @@ def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Any]
 
 
 def train(jobs: list[Job]) -> None:
-    """Trains one stage after the other in this process."""
+    """Trains one stage after the other in this process. The stage "load" measures the loading of a model."""
     from rlhf_fast import methods
 
     for stage, options in jobs:
+        if stage == "load":
+            from tests.support import loads
+
+            loads.measure(options["warm"], options["model"], options["output_dir"])
+            continue
         row = methods.STAGES[stage]
         methods.load(row.train)(methods.load(row.config)(**options))
 
