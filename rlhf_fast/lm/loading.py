@@ -1,4 +1,4 @@
-"""Policies, reward and value models: loading them, and saving them again.
+"""Policies, reward and value models: loading them.
 
 `families` says which class a checkpoint is loaded as. Reward and value models are sequence classifiers with one label,
 whose `score` head `passes` applies. transformers' own forward looks for the pad id to find the last token, which is
@@ -13,18 +13,17 @@ Left out on purpose: devices, autocast and gradients, which belong to the caller
 """
 
 import copy
-import json
 import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from rlhf_fast.config.stages import Shard
@@ -38,15 +37,12 @@ from rlhf_fast.lm.families import is_classifier, language_class, reads, scorer_c
 from rlhf_fast.lm.finite import not_finite
 from rlhf_fast.lm.noise import as_before, silence
 from rlhf_fast.lm.one_copy import one_copy
-from rlhf_fast.lm.parked import freeze, park, whole
+from rlhf_fast.lm.parked import freeze, park
 from rlhf_fast.lm.paths import beside, existing
 from rlhf_fast.lm.private import forget_renaming, made_of, score_head
+from rlhf_fast.lm.saving import ADAPTER_SCORE, FILES
 from rlhf_fast.lm.trust import trusted
 from rlhf_fast.ranks import current
-
-# Holds what the config says of an adapter's scores, because transformers writes no config.json beside an adapter.
-_ADAPTER_SCORE = "score.json"
-_SCORE_NOTES = ("score_offset", "score_at_end_of_turn")
 
 # How a checkpoint prepares images and sounds, and writes conversations with them: kept as it came.
 PROCESSOR_FILES = (
@@ -56,8 +52,6 @@ PROCESSOR_FILES = (
     "processor_config.json",
     "video_preprocessor_config.json",
 )
-# The attribute of a model that keeps these files, because a checkpoint to resume from may be gone at the end.
-_FILES = "rlhf_fast_files"
 
 
 def default_device() -> torch.device:
@@ -149,8 +143,8 @@ def load_scorer(
             _check_finite(argument, base, model)
         if not scores:
             _draw_head(model, head)
-        if Path(path, _ADAPTER_SCORE).is_file():
-            for name, value in read_json(Path(path, _ADAPTER_SCORE)).items():
+        if Path(path, ADAPTER_SCORE).is_file():
+            for name, value in read_json(Path(path, ADAPTER_SCORE)).items():
                 setattr(model.config, name, value)
         return model
 
@@ -196,21 +190,6 @@ def value_head_on(policy: PreTrainedModel, saved: Path | None, shard: Shard = "n
     if adapters.has_adapter(policy):
         adapters.adopt(model, policy)
     return model.train(policy.training)
-
-
-def save_model(model: PreTrainedModel, directory: Path, state: dict[str, Tensor] | None = None) -> None:
-    """`save_pretrained`. Of a model with an adapter it saves the adapter alone, in peft's format.
-
-    state: the `sharding.whole_state` of a model in shards.
-    """
-    with as_before(model), nullcontext() if adapters.has_adapter(model) else whole(model):
-        model.save_pretrained(directory, state_dict=adapters.own_weights(model) if state is None else {**state})
-    if not adapters.has_adapter(model):
-        for name, content in getattr(model, _FILES, {}).items():
-            (directory / name).write_bytes(content)
-    notes = {name: getattr(model.config, name) for name in _SCORE_NOTES if hasattr(model.config, name)}
-    if adapters.has_adapter(model) and notes:
-        (directory / _ADAPTER_SCORE).write_text(json.dumps(notes) + "\n")
 
 
 def mark_trained_here(model: PreTrainedModel) -> None:
@@ -323,7 +302,7 @@ def _load(
     if options:
         forget_renaming(model)
     if model.config.sub_configs:
-        setattr(model, _FILES, beside(path, PROCESSOR_FILES))
+        setattr(model, FILES, beside(path, PROCESSOR_FILES))
     _return_objects(model.config)
     _say_left_out(model, path, found["unexpected_keys"])
     return model, sorted(found["missing_keys"])

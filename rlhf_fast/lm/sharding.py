@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import PreTrainedModel
 
-from rlhf_fast.lm import parked
 from rlhf_fast.lm.forward import enter_by, is_open
 from rlhf_fast.lm.passes import settle
 from rlhf_fast.lm.precision import HALVES, decoder_layers, is_half
@@ -139,6 +138,11 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_part(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def part_here(tensor: Tensor) -> Tensor:
+    """The part that this process has of a tensor in shards; any other tensor as it is."""
+    return tensor.to_local() if is_part(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def part_of(tensor: Tensor, like: Tensor) -> Tensor:
     """What this process keeps of a whole `tensor` that belongs to the weight `like`: its part, or all of it."""
     if not is_part(like):
@@ -150,41 +154,41 @@ def part_of(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(whole_one, sharded.device_mesh, sharded.placements, src_data_rank=None)
 
 
-def gathered(value: Any) -> Any:
-    """Nested dicts and lists with all tensors in shards made whole, in CPU memory of the first process.
+def is_saved_from_parts(model: PreTrainedModel) -> bool:
+    """Whether saving the model takes weights in shards together. An adapter, which is saved alone, is never sharded."""
+    return not has_adapter(model) and any(map(is_part, model.parameters()))
 
-    All processes call it. In the other processes None stands for these tensors.
+
+def pieces_of(model: PreTrainedModel, most: int) -> list[dict[str, Tensor]]:
+    """The state dict of a model in shards, in pieces of about `most` bytes or of one decoder layer.
+
+    All weights that are not in a decoder layer, tied ones among them, are in the first piece.
     """
-    if isinstance(value, Tensor):
-        return _gathered(value)
-    if isinstance(value, dict):
-        return {name: gathered(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(gathered(item) for item in value)
-    return value
+    names = {id(module): f"{name}." for name, module in model.named_modules()}
+    units = [names[id(layer)] for layer in _layers(model)]
+    state = model.state_dict(keep_vars=True)  # the parameters themselves, because the same one may have two names
+    by_unit: dict[str, dict[str, Tensor]] = {"": {}} | {unit: {} for unit in units}
+    for name, tensor in state.items():
+        by_unit[next((unit for unit in units if name.startswith(unit)), "")][name] = tensor
+    pieces, size = [], 0
+    for piece in by_unit.values():
+        own = sum(tensor.numel() * tensor.itemsize for tensor in piece.values())
+        if not pieces or size + own > most:
+            pieces.append({})
+            size = 0
+        pieces[-1] |= piece
+        size += own
+    return pieces
 
 
-def whole_state(model: PreTrainedModel) -> dict[str, Tensor] | None:
-    """The state dict of a model in shards with whole tensors, in the first process; None in the others.
-
-    All processes call it. None of a model that has nothing in shards, or that is saved as its adapter alone.
-    """
-    if has_adapter(model) or not any(map(is_part, model.parameters())):
-        return None
-    with parked.whole(model):
-        state = model.state_dict(keep_vars=True)  # the parameters themselves, so that tied weights are gathered once
-    found: dict[int, Any] = {}
-    for tensor in state.values():
+def gathered(piece: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """The tensors whole, in CPU memory of the first process; None in the others. All processes call it."""
+    found: dict[int, Tensor] = {}
+    for tensor in piece.values():
         if id(tensor) not in found:
-            found[id(tensor)] = _gathered(tensor.detach())
-    return {name: found[id(tensor)] for name, tensor in state.items()} if current().first else None
-
-
-def _gathered(tensor: Tensor) -> Tensor | None:
-    if not is_part(tensor):
-        return tensor
-    together = full(tensor)
-    return together.cpu() if current().first else None
+            together = full(tensor.detach())
+            found[id(tensor)] = together.cpu() if current().first else tensor
+    return {name: found[id(tensor)] for name, tensor in piece.items()} if current().first else None
 
 
 def _wrap(model: PreTrainedModel, mesh: DeviceMesh, usual: Tensor | None) -> None:
@@ -195,11 +199,7 @@ def _wrap(model: PreTrainedModel, mesh: DeviceMesh, usual: Tensor | None) -> Non
     halves = any(parameter.dtype in HALVES for parameter in model.parameters() if parameter.requires_grad)
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32 if halves else None, cast_forward_inputs=False)
     options = {"mesh": mesh, "mp_policy": policy, "ignored_params": adapters}
-    layers = list(dict.fromkeys(decoder_layers(model)))
-    owned = [id(parameter) for layer in layers for parameter in layer.parameters()]
-    if len({*owned}) < len(owned):  # layers that share weights (Zamba) can only be one unit
-        layers = []
-    units: list[Any] = [*layers, model]
+    units: list[Any] = [*_layers(model), model]
     for unit in units:
         fully_shard(unit, reshard_after_forward=unit is not model, **options)
         unit.set_gradient_divide_factor(1.0)  # losses are sums over the processes
@@ -212,6 +212,13 @@ def _wrap(model: PreTrainedModel, mesh: DeviceMesh, usual: Tensor | None) -> Non
     setattr(model, _SHARDS, _Shards(units, usual))
     # FSDP takes the first unit that runs for the root, and a pass of a frozen model may begin with a layer.
     _begin(model)
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers that are units of their own: none where layers share weights (Zamba)."""
+    layers = list(dict.fromkeys(decoder_layers(model)))
+    owned = [id(parameter) for layer in layers for parameter in layer.parameters()]
+    return layers if len({*owned}) == len(owned) else []
 
 
 def _children(unit: nn.Module) -> Iterator[tuple[str, nn.Module]]:

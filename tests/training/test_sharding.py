@@ -1,17 +1,20 @@
 """Stages with their models in shards: the metrics, weights and tokens of one process; checkpoints; refusals."""
 
 import json
+import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from rlhf_fast import cli
 from rlhf_fast.config import PPOConfig, SFTConfig
 from rlhf_fast.lm.loading import load_policy
 from rlhf_fast.lm.sharding import shard
+from rlhf_fast.lm.state_files import parts_of
 from rlhf_fast.stages import sft
 from rlhf_fast.stages.init import init_model
 from rlhf_fast.training import checkpoint
@@ -74,7 +77,7 @@ def trained(made, tmp_path_factory):
 def _train_all(made, directory):
     said = {}
     train(made(ALL, directory / "plain"))
-    said[2] = train_in(2, made(ALL, directory / "2", shard="full"), directory)
+    said[2] = train_in(2, made(ALL, directory / "2", shard="full"), directory, FILE_BYTES="20000")
 
     def cut_off(whole: str, name: str, **options) -> list[Job]:
         for job in RESUMED:
@@ -88,6 +91,9 @@ def _train_all(made, directory):
     said["again"] = train_in(2, again, directory)
     train(cut_off("2", "cut_1"))
     hybrid = made({"sft": ALL["sft"]}, directory / "hybrid", shard="hybrid")
+    interrupted(directory / "2/sft_saved", directory / "cut_hybrid/sft_saved")
+    resumed = {"sft_saved": RESUMED["sft_saved"]}
+    hybrid += made(resumed, directory / "cut_hybrid", resume=True, shard="hybrid")
     hybrid += made({"loaded.json": ("load", {"model": "large", "warm": "tied"})}, directory)
     # glibc gives freed memory of this size back at once, so that the bytes of a process are those that it uses
     said["hybrid"] = train_in(4, hybrid, directory, LOCAL_WORLD_SIZE="2", MALLOC_MMAP_THRESHOLD_="65536")
@@ -102,7 +108,8 @@ def test_the_processes_end_well(size, trained):
     assert "FSDP" not in said[size][0].stderr  # no warning of FSDP2
 
 
-RUNS = [(2, name) for name in ALL] + [(size, name) for size in (1, 3) for name in SMALL] + [("hybrid", "sft")]
+RUNS = [(2, name) for name in ALL] + [(size, name) for size in (1, 3) for name in SMALL]
+RUNS += [("hybrid", "sft")]
 
 
 @pytest.mark.parametrize(("size", "name"), RUNS)
@@ -149,8 +156,26 @@ def test_a_run_goes_on_with_other_processes_and_shards(size, name, trained):
     assert largest == 0 if size == 2 else largest < (2e-3 if "bf16" in name else 1e-5)
 
 
-def test_a_run_without_shards_goes_on_with_them(trained):
-    assert distance(weights(trained[0] / "plain/sft_saved"), weights(trained[0] / "cut_plain/sft_saved")) < 1e-5
+@pytest.mark.parametrize(("before", "after"), [("plain", "cut_plain"), ("2", "cut_hybrid")])
+def test_a_run_goes_on_with_other_shards(before, after, trained):
+    whole, gone_on = (weights(trained[0] / name / "sft_saved") for name in (before, after))
+    assert distance(whole, gone_on) < 1e-5
+
+
+def test_a_model_in_shards_is_saved_in_files_of_a_layer_each(trained):
+    for place in (trained[0] / "2/ppo", trained[0] / "2/ppo/value", trained[0] / "2/sft_saved/checkpoint-4"):
+        index = json.loads((place / "model.safetensors.index.json").read_text())
+        files = sorted(file.name for file in place.glob("*.safetensors"))
+        assert (
+            files
+            == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+            == sorted({*index["weight_map"].values()})
+        )
+        held = {name: file for file in files for name in load_file(place / file)}
+        assert index["weight_map"] == held
+        assert index["metadata"]["total_size"] == sum(
+            t.nbytes for file in files for t in load_file(place / file).values()
+        )
 
 
 def test_a_machine_holds_the_weights_once_while_they_are_loaded(trained, made):
@@ -164,6 +189,30 @@ def test_a_machine_holds_the_weights_once_while_they_are_loaded(trained, made):
     assert found["sums"] == pytest.approx(truth, abs=1e-9)
     first, again = found["again"]
     assert first == again
+
+
+def test_damaged_states_of_an_optimizer_are_one_line(trained, tmp_path):
+    whole = trained[0] / "2/sft_saved/checkpoint-4"
+    assert not [file for file in (whole / "state").iterdir() if file.suffix != ".safetensors"]  # no pickled code
+    cut = tmp_path / "checkpoint-4"
+    for damage, said in (
+        (lambda file: file.unlink(), r"found \d+ of the \d+ numbers of policy/optimizer/state/\d+/exp_avg"),
+        (lambda file: file.write_bytes(b"no safetensors"), "Error while deserializing header"),
+        (lambda file: shutil.rmtree(file.parent), "No such file or directory"),
+    ):
+        shutil.rmtree(cut, ignore_errors=True)
+        shutil.copytree(whole, cut)
+        saved = checkpoint.load_state(cut)["policy"]["optimizer"]["state"]
+        wanted = [(moment, torch.empty(moment.shape)) for of in saved.values() for moment in (of["exp_avg"],)]
+        usual = parts_of(wanted)
+        assert all(part.isfinite().all() for part in usual) and any(part.any() for part in usual)
+        damage(sorted((cut / "state").iterdir())[0])
+        with pytest.raises(ValueError, match=rf"^{cut}/state: expected the states of the optimizer.*damaged: .*{said}"):
+            parts_of(wanted)
+        with pytest.raises(
+            ValueError, match="resume: expected a checkpoint that is not damaged, got .*state/shard-00001"
+        ):
+            checkpoint.newest_whole(tmp_path)
 
 
 def test_a_signal_ends_all_processes_after_the_same_step(files, tiny_model, tmp_path):
@@ -200,7 +249,7 @@ CONFIG = {"model": "m", "output_dir": "o", "train_data": "t.jsonl", "shard": "fu
 )
 def test_what_does_not_go_with_shards_is_refused(config, wrong, message):
     with pytest.raises(ValueError, match=f"^{message}$"):
-        config(**CONFIG, **wrong)
+        config(**CONFIG | wrong)
 
 
 def test_one_process_without_a_launcher_is_refused(files, tiny_model, tmp_path, monkeypatch):

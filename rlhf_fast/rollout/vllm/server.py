@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 
 from rlhf_fast.data.files import WRITING, remove
 from rlhf_fast.lm.adapters import merged
-from rlhf_fast.lm.loading import save_model
 from rlhf_fast.lm.passes import response_logits
 from rlhf_fast.lm.quiet import without_bars
+from rlhf_fast.lm.saving import save_model
 from rlhf_fast.lm.sequences import Sequences
 from rlhf_fast.ranks import current
 from rlhf_fast.rollout.vllm.client import BadAnswer, Client, ServerError
