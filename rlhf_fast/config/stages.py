@@ -83,6 +83,9 @@ _SHARD = (
     "Spread weights, gradients and optimizer states over the processes of torchrun (FSDP2): full over all of them; "
     "hybrid over those of a machine."
 )
+_SHARD_BASE = (
+    "With lora_rank and shard: the adapters' frozen base goes into shards too; false keeps it whole everywhere."
+)
 ALPHA = 16.0  # of LoRA
 BETA_HELP = "Strength of the implicit KL constraint."
 LABEL_SMOOTHING_HELP = "Probability that a label is flipped (cDPO, robust)."
@@ -110,6 +113,9 @@ def check_precision(config: Any) -> None:
 
 def check_shard(config: Any) -> None:
     """ValueError where an option does not go with models in shards."""
+    if not config.shard_base and (config.shard == "none" or not config.lora_rank):
+        got = f"shard={config.shard} and lora_rank={config.lora_rank}"
+        raise ValueError(f"shard_base: expected False beside shard and lora_rank alone, got it with {got}")
     if config.shard == "none":
         return
     wanted = {"optimizer": "adamw", "optimizer_in_backward": False, "offload": False, "share_base": False}
@@ -150,6 +156,7 @@ class StageConfig:
     bf16: bool = arg(False, "Run forward and backward passes in bfloat16 autocast, over fp32 weights.")
     gradient_checkpointing: bool = arg(False, "Recompute activations in backward to save memory.")
     shard: Shard = arg("none", _SHARD)
+    shard_base: bool = arg(True, _SHARD_BASE)
     save_steps: int = arg(
         0, "Write a resumable checkpoint every so many steps; 0 writes only the final model.", at_least=0
     )
@@ -167,6 +174,11 @@ class StageConfig:
     def rows_per_step(self) -> int:
         """Rows of one optimizer step."""
         return self.batch_size
+
+    @property
+    def shard_trained(self) -> Shard:
+        """How the trained models are put into shards, and what stands on their base."""
+        return self.shard if self.shard_base else "none"
 
     @property
     def frozen_weights(self) -> Literal["fp32", "bf16", "mixed"]:

@@ -77,6 +77,13 @@ def shard(model: PreTrainedModel, how: str, *, checkpointing: bool = False) -> N
         enter_by(model, _register)
 
 
+def shard_frozen(model: PreTrainedModel, trained: PreTrainedModel, how: str) -> None:
+    """`shard` of a frozen model, which stays whole where it holds whole weights of the model `trained` as well."""
+    whole_ones = {id(parameter) for parameter in trained.parameters()}
+    if not any(id(parameter) in whole_ones for parameter in model.parameters()):
+        shard(model, how)
+
+
 @functools.cache
 def mesh_of(how: str, device: str) -> DeviceMesh:
     """The processes as FSDP2 takes them: in one row ("full"), or in a row for each machine ("hybrid").

@@ -20,7 +20,7 @@ from rlhf_fast.lm.balance import leave_out
 from rlhf_fast.lm.loading import default_device
 from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.lm.offload import place, visiting
-from rlhf_fast.lm.sharding import shard, whole
+from rlhf_fast.lm.sharding import shard, shard_frozen, whole
 from rlhf_fast.lm.tokenizers import check_tokenizer, load_tokenizer
 from rlhf_fast.ops import kl_penalty
 from rlhf_fast.ranks import current
@@ -113,8 +113,9 @@ class Online(Generic[Config]):
                 Objectives(model, temperature=config.temperature, fused=config.fused_head)
                 for model in (self.policy, self.reference)
             )
-        shard(self.policy, config.shard, checkpointing=config.gradient_checkpointing)  # before more models are loaded
-        shard(self.reference, config.shard)
+        # before more models are loaded
+        shard(self.policy, config.shard_trained, checkpointing=config.gradient_checkpointing)
+        shard_frozen(self.reference, self.policy, config.shard)
         self.reward = Reward(
             config.reward,
             self.tokenizer,

@@ -77,7 +77,7 @@ def load_critic(online: Online[PPOConfig]) -> Learner:
         model = load_scorer(path, dtype=config.dtype, head="zero", lora=lora, shared=shared, shard=how)
         model.to(online.device)  # pyright: ignore[reportArgumentType]
         online.check_lengths(value_model=model)
-        shard(model, how, checkpointing=config.gradient_checkpointing)
+        shard(model, config.shard_trained, checkpointing=config.gradient_checkpointing)
     trained = score_head(model).parameters() if config.critic == "shared" else None
     return Learner(model, config, online.updates, learning_rate=config.value_learning_rate, parameters=trained)
 

@@ -26,7 +26,7 @@ _PARTS: dict[str, type] = {"step": int, "train_seconds": float, "facts": dict, "
 
 # Fields that a resumed run may change: where it writes, what it shows, how it fits into memory.
 _MAY_CHANGE = FREE | {"eval_steps", "max_logprob_drift", "max_mismatch"}
-_MAY_CHANGE |= {"micro_batch_size", "gradient_checkpointing", "offload", "shard"}
+_MAY_CHANGE |= {"micro_batch_size", "gradient_checkpointing", "offload", "shard", "shard_base"}
 
 
 def load_policy_and_reference(

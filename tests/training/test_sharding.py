@@ -77,7 +77,10 @@ def trained(made, tmp_path_factory):
 def _train_all(made, directory):
     said = {}
     train(made(ALL, directory / "plain"))
-    said[2] = train_in(2, made(ALL, directory / "2", shard="full"), directory, FILE_BYTES="20000")
+    in_two = made(ALL, directory / "2", shard="full")
+    lora = {"ppo_models": ALL["ppo_models"]}
+    in_two += made(lora, directory / "whole_base", shard="full", shard_base=False)
+    said[2] = train_in(2, in_two, directory, FILE_BYTES="20000")
 
     def cut_off(whole: str, name: str, **options) -> list[Job]:
         for job in RESUMED:
@@ -109,7 +112,7 @@ def test_the_processes_end_well(size, trained):
 
 
 RUNS = [(2, name) for name in ALL] + [(size, name) for size in (1, 3) for name in SMALL]
-RUNS += [("hybrid", "sft")]
+RUNS += [("hybrid", "sft"), ("whole_base", "ppo_models")]
 
 
 @pytest.mark.parametrize(("size", "name"), RUNS)
@@ -139,6 +142,18 @@ def test_run_json_has_the_bytes_of_one_process(trained):
             )  # buffers are not sharded
     assert [one["static_bytes"].keys() for one in half["processes"]] == [plain["static_bytes"].keys()] * 2
     assert half["parameters"] == plain["parameters"] and half["trained_parameters"] == plain["trained_parameters"]
+
+
+def test_the_base_of_adapters_is_whole_where_asked(trained):
+    """The policy's base, on which the reference stands, and the value model's; the reward model is in shards."""
+    names = ("plain", "2", "whole_base")
+    bytes_of = [json.loads((trained[0] / name / "ppo_models/run.json").read_text())["static_bytes"] for name in names]
+    plain, parts, kept = ({role: of[role]["weights"] for role in of} for of in bytes_of)
+    for role in ("policy", "value"):
+        assert kept[role] == pytest.approx(plain[role], rel=0.01) and parts[role] < 0.7 * plain[role]
+    assert kept["reference"] == plain["reference"] == 0
+    reward = next(role for role in plain if role.startswith("reward"))
+    assert kept[reward] == parts[reward] < 0.6 * plain[reward]
 
 
 @pytest.mark.parametrize("name", ["sft_tied", "ppo"])
@@ -244,6 +259,16 @@ CONFIG = {"model": "m", "output_dir": "o", "train_data": "t.jsonl", "shard": "fu
             PPOConfig,
             {"reward": "r", "share_base": True, "lora_rank": 4},
             "share_base: expected False with shard=full, got True",
+        ),
+        (
+            SFTConfig,
+            {"shard_base": False},
+            "shard_base: expected False beside shard and lora_rank alone, got it with shard=full and lora_rank=0",
+        ),
+        (
+            SFTConfig,
+            {"shard": "none", "shard_base": False, "lora_rank": 4},
+            "shard_base: expected False beside shard and lora_rank alone, got it with shard=none and lora_rank=4",
         ),
     ],
 )
