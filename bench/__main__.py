@@ -9,6 +9,8 @@
     python -m bench rollout --check              decoding beside transformers' generate
     python -m bench rollout --model DIR --data DIR --check
                                                  the same with a checkpoint in fp32, under bf16 autocast, and in bf16
+    python -m bench ahead --vllm URL --model DIR --data DIR
+                                                 rounds in turn and one ahead, with a vLLM server of that model
     python -m bench trainers --trl-python P --ppo-python Q --check
                                                  whole training runs beside TRL's trainers; P and Q are the interpreters
                                                  of environments with trl==1.16.0 and trl==1.12.0
@@ -30,7 +32,7 @@ from pathlib import Path
 
 import torch
 
-from bench import exactness, exactness_report, report, rollout
+from bench import ahead, exactness, exactness_report, report, rollout
 from bench.cases import all_cases
 from bench.device import CPU, CUDA
 from bench.libraries import with_libraries
@@ -48,7 +50,7 @@ from rlhf_fast.training.metrics import print_table
 def arguments() -> argparse.Namespace:
     """The command line, checked; where the results go by default."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=["ops", "exactness", "rollout", "trainers"])
+    parser.add_argument("what", choices=["ops", "exactness", "rollout", "ahead", "trainers"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="ops, rollout: where (default cpu)")
     parser.add_argument("--quick", action="store_true", help="toy shapes and few rounds; no bars")
     parser.add_argument("--only", metavar="NAME", default="", help="the cases whose name contains NAME")
@@ -56,6 +58,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--rounds", type=int, default=11, help="at least so many rounds of each case (default 11; linear_*: 3)"
     )
+    parser.add_argument("--vllm", metavar="URL", help="rollout, ahead: a vLLM server of --model")
     parser.add_argument("--trl-python", metavar="PATH", help="trainers: of an environment with trl==1.16.0")
     parser.add_argument("--ppo-python", metavar="PATH", help="trainers: of an environment with trl==1.12.0")
     parser.add_argument("--model", type=Path, metavar="DIR", help="rollout, trainers: a checkpoint")
@@ -83,6 +86,10 @@ def arguments() -> argparse.Namespace:
         parser.error(f"--out: expected a file name ending in .json, got {args.out}")
     if (args.model is None) != (args.data is None):
         parser.error("--model, --data: expected both or none of them")
+    if args.vllm and args.what not in ("rollout", "ahead"):
+        parser.error(f"--vllm: expected rollout or ahead, got {args.what}")
+    if args.what == "ahead" and not (args.vllm and args.model):
+        parser.error("--vllm, --model, --data: expected all of them with ahead")
     if args.out is None and not args.quick:
         name = f"{args.what}_{args.model.name}" if args.model else args.what
         args.out = Path(f"bench/results/{'gpu' if args.device == 'cuda' else 'cpu'}_{name}.json")
@@ -125,7 +132,13 @@ def main() -> int:
     if sys.argv[1:2] == ["trust"]:
         return trust(sys.argv[2:])
     args = arguments()
-    commands = {"ops": run_ops, "exactness": run_exactness, "rollout": rollout.run, "trainers": trainers.run}
+    commands = {
+        "ops": run_ops,
+        "exactness": run_exactness,
+        "rollout": rollout.run,
+        "ahead": ahead.run,
+        "trainers": trainers.run,
+    }
     return commands[args.what](args)
 
 

@@ -266,6 +266,41 @@ RLHF_INLINE T ppo_term(T log_ratio, T r, T advantage, T low, T high, T dual_clip
     return value;
 }
 
+// Multiplies a term by the ratio e^log_ratio; `grad`, the term's derivative by the log-prob, becomes the product's.
+template <typename T>
+RLHF_INLINE void weigh_by_ratio(T log_ratio, T& value, T& grad) {
+    const T limit = T(kMaxLogRatio), x = clamp(log_ratio, -limit, limit), r = exp_of(x);
+    grad = r * (grad + (x == log_ratio ? value : T(0)));
+    value *= r;
+}
+
+// The order is that of OBJECTIVES in rlhf_fast/ops/policy_loss.py, because a kernel gets the index.
+enum Objective { kClip, kCispo, kSapo };
+
+// The bounds and temperatures of the terms. For kCispo `high` is the largest ratio itself.
+template <typename T>
+struct PolicyOptions {
+    T low, high, dual_clip, tau_pos, tau_neg;
+};
+
+// CISPO's term -min(r, largest) A log p. Its weight min(r, largest) is a constant of the derivative.
+template <typename T>
+RLHF_INLINE T cispo_term(T r, T logp, T advantage, T largest, T& grad, T& clipped) {
+    grad = -advantage * (r > largest ? largest : r);
+    clipped = r > largest ? T(1) : T(0);
+    return grad * logp;
+}
+
+// SAPO's term -A (4 / tau) sigmoid(tau (r - 1)), whose derivative by the log-prob is -A r at r = 1. tau has the sign's
+// value of A.
+template <typename T>
+RLHF_INLINE T sapo_term(T log_ratio, T r, T advantage, T tau_pos, T tau_neg, T& grad) {
+    const T limit = T(kMaxLogRatio), tau = advantage > 0 ? tau_pos : tau_neg;
+    const T e = exp_of(-tau * (r - 1)), gate = 1 / (1 + e), slope = -4 * advantage * r * (e * gate) * gate;
+    grad = log_ratio < -limit || log_ratio > limit ? T(0) : slope;
+    return -4 * advantage * gate / tau;
+}
+
 // The value loss's term 0.5 max((v - R)^2, (clamp(v, old - clip, old + clip) - R)^2). A NaN in old is kept.
 template <typename T>
 RLHF_INLINE T value_term(T value, T old_value, T target, T clip, T& grad, T& clipped) {

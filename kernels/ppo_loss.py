@@ -26,6 +26,7 @@ REGISTERS = {"maxnreg": 128}  # on NVIDIA, because ptxas by itself spills a few 
 COUNTED_BY_ALL = 1 << 18
 # The order of REDUCTIONS in rlhf_fast/ops/policy_loss.py.
 TOKEN_MEAN, SEQUENCE_MEAN, SEQUENCE_SUM, CONSTANT = (tl.constexpr(i) for i in range(4))
+CLIP, CISPO, SAPO = (tl.constexpr(i) for i in range(3))  # the order of OBJECTIVES there
 PARTIALS = 8  # sums of a row: policy, kl, entropy, clipped, approx_kl, ratio, largest ratio, tokens
 
 
@@ -58,6 +59,45 @@ def _weight(mask, row, T, n, total, normalizer, rows, REDUCTION: tl.constexpr, B
 
 
 @triton.jit
+def _mean_log_ratio(logprobs, old_logprobs, mask, T, count, BLOCK: tl.constexpr):
+    """The mean of a row's log-ratios over its True tokens, whose number is `count`; in float64."""
+    columns = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float64)
+    for start in range(0, T, BLOCK):
+        t = start + columns
+        on = tl.load(mask + t, mask=t < T, other=0)
+        logp = tl.load(logprobs + t, mask=on, other=0.0).to(tl.float64)
+        total += logp - tl.load(old_logprobs + t, mask=on, other=0.0)
+    return tl.sum(total) / tl.maximum(count, 1.0)
+
+
+@triton.jit
+def _policy_term(logp, log_ratio, ratio, a, low, high, dual_clip, tau_pos, tau_neg, OBJECTIVE: tl.constexpr):
+    """A token's term, its derivative by logp, and whether it is clipped; options in the dtype of the arithmetic."""
+    if OBJECTIVE == CISPO:
+        slope = -a * tl.where(ratio > high, high, ratio)
+        return slope * logp, slope, ratio > high
+    if OBJECTIVE == SAPO:
+        tau = tl.where(a > 0, tau_pos, tau_neg)
+        e = tl.exp(-tau * (ratio - 1))
+        gate = 1 / (1 + e)
+        value = -4 * a * gate / tau
+        slope = -4 * a * ratio * (e * gate) * gate
+        is_clipped = ratio < 0
+    else:
+        free = -a * ratio
+        bounded = -a * clamp(ratio, 1 - low, 1 + high)
+        value = tl.where(free > bounded, free, bounded)
+        slope = tl.where(bounded > free, 0.0, free)
+        bound = tl.where(a < 0, -a * dual_clip, float("inf"))
+        slope = tl.where(value < bound, slope, tl.where(value > bound, 0.0, slope / 2))
+        value = tl.where(value > bound, bound, value)
+        is_clipped = bounded > free
+    slope = tl.where((log_ratio < -MAX_LOG_RATIO) | (log_ratio > MAX_LOG_RATIO), 0.0, slope)
+    return value, slope, is_clipped
+
+
+@triton.jit
 def _ppo_loss(
     logprobs,
     old_logprobs,
@@ -78,10 +118,15 @@ def _ppo_loss(
     low: tl.float64,
     high: tl.float64,
     dual_clip: tl.float64,
+    tau_pos: tl.float64,
+    tau_neg: tl.float64,
     kl_coef: tl.float64,
     entropy_coef: tl.float64,
     PER_TOKEN: tl.constexpr,
+    OBJECTIVE: tl.constexpr,
+    BY_SEQUENCE: tl.constexpr,
     ESTIMATOR: tl.constexpr,
+    KL_BY_RATIO: tl.constexpr,
     REDUCTION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -90,6 +135,8 @@ def _ppo_loss(
     columns = tl.arange(0, BLOCK)
     weight, count = _weight(mask, row, T, B * T, total, normalizer, B, REDUCTION, BLOCK)
     token_weight = number(weight, F)
+    if BY_SEQUENCE:
+        row_log_ratio = _mean_log_ratio(logprobs + row * T, old_logprobs + row * T, mask + row * T, T, count, BLOCK)
     policy_sum = tl.zeros([BLOCK], F)
     kl_sum = tl.zeros([BLOCK], F)
     entropy_sum = tl.zeros([BLOCK], F)
@@ -103,19 +150,19 @@ def _ppo_loss(
         at = row * T + t
         on = tl.load(mask + at, mask=inside, other=0)
         logp = tl.load(logprobs + at, mask=on, other=0.0)
-        log_ratio = logp - tl.load(old_logprobs + at, mask=on, other=0.0)
+        if BY_SEQUENCE:
+            log_ratio = tl.zeros([BLOCK], F) + number(row_log_ratio, F)
+        else:
+            log_ratio = logp - tl.load(old_logprobs + at, mask=on, other=0.0)
         a = tl.load(advantages + (at if PER_TOKEN else row + columns * 0), mask=on, other=0.0)
         x = clamp(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO)
         ratio = tl.exp(x)
-        free = -a * ratio
-        bounded = -a * clamp(ratio, 1 - number(low, F), 1 + number(high, F))
-        value = tl.where(free > bounded, free, bounded)
-        slope = tl.where(bounded > free, 0.0, free)
-        bound = tl.where(a < 0, -a * number(dual_clip, F), float("inf"))
-        slope = tl.where(value < bound, slope, tl.where(value > bound, 0.0, slope / 2))
-        slope = tl.where((log_ratio < -MAX_LOG_RATIO) | (log_ratio > MAX_LOG_RATIO), 0.0, slope)
-        policy_sum += tl.where(on, tl.where(value > bound, bound, value), 0.0)
-        clipped_sum += tl.where(on & (bounded > free), 1.0, 0.0)
+        value, slope, is_clipped = _policy_term(
+            logp, log_ratio, ratio, a, number(low, F), number(high, F), number(dual_clip, F), number(tau_pos, F),
+            number(tau_neg, F), OBJECTIVE,
+        )  # fmt: skip
+        policy_sum += tl.where(on, value, 0.0)
+        clipped_sum += tl.where(on & is_clipped, 1.0, 0.0)
         approx_kl_sum += tl.where(on, bregman(x), 0.0)
         ratio_sum += tl.where(on, ratio, 0.0)
         ratio_max = tl.where(on & (ratio > ratio_max), ratio, ratio_max)
@@ -124,8 +171,12 @@ def _ppo_loss(
             d = logp - tl.load(ref + at, mask=on, other=0.0)
             clamped = clamp(d, -MAX_LOG_RATIO, MAX_LOG_RATIO)
             kl, by_logp = kl_term(clamped, ESTIMATOR)
+            by_logp = tl.where(clamped == d, by_logp, 0.0)
+            if KL_BY_RATIO:
+                by_logp = ratio * (by_logp + tl.where(x == log_ratio, kl, 0.0))
+                kl *= ratio
             kl_sum += tl.where(on, kl, 0.0)
-            gradient += tl.where(clamped == d, by_logp * (token_weight * number(kl_coef, F)), 0.0)
+            gradient += by_logp * (token_weight * number(kl_coef, F))
         if entropy is not None:
             entropy_sum += tl.load(entropy + at, mask=on, other=0.0)
         if grad_logprobs is not None:
@@ -164,17 +215,18 @@ def _ppo_loss(
 
 
 def ppo_loss(
-    logprobs, old_logprobs, advantages, mask, ref, entropy, normalizer, low, high, dual_clip, kl_coef, estimator,
-    entropy_coef, reduction, grad_logprobs, grad_entropy, loss, stats, partial, tickets, registers,
+    logprobs, old_logprobs, advantages, mask, ref, entropy, normalizer, objective, by_sequence, low, high, dual_clip,
+    tau_pos, tau_neg, kl_coef, estimator, kl_by_ratio, entropy_coef, reduction, grad_logprobs, grad_entropy, loss,
+    stats, partial, tickets, registers,
 ):  # fmt: skip
     """partial: [8, B] float64; B > 0. registers: REGISTERS, or {} where the compiler does not know the option."""
     B, T = logprobs.shape
     total = _count(mask, tickets) if reduction == TOKEN_MEAN.value and normalizer is None else None
     _ppo_loss[(B,)](
         logprobs, old_logprobs, advantages, mask, ref, entropy, normalizer, grad_logprobs, grad_entropy, loss, stats,
-        partial, tickets, total, B, T, low, high, dual_clip, kl_coef, entropy_coef,
-        PER_TOKEN=advantages.dim() == 2, ESTIMATOR=estimator, REDUCTION=reduction, BLOCK=BLOCK, num_warps=WARPS,
-        **registers,
+        partial, tickets, total, B, T, low, high, dual_clip, tau_pos, tau_neg, kl_coef, entropy_coef,
+        PER_TOKEN=advantages.dim() == 2, OBJECTIVE=objective, BY_SEQUENCE=by_sequence, ESTIMATOR=estimator,
+        KL_BY_RATIO=kl_by_ratio, REDUCTION=reduction, BLOCK=BLOCK, num_warps=WARPS, **registers,
     )  # fmt: skip
 
 
@@ -280,25 +332,19 @@ def ppo_value_loss(values, old_values, returns, mask, normalizer, clip, grad, lo
 
 
 _TYPES = {"mask": "*i1", "partial": "*fp64", "normalizer": "*fp64", "ticket": "*i32", "total": "*i32"}
+_PPO = [  # of a launch of PPO, GRPO, GSPO, CISPO and SAPO
+    {"OBJECTIVE": 0, "BY_SEQUENCE": False, "ESTIMATOR": 2, "KL_BY_RATIO": False, "REDUCTION": 0},
+    {"OBJECTIVE": 0, "BY_SEQUENCE": False, "ESTIMATOR": 0, "KL_BY_RATIO": False, "REDUCTION": 1}
+    | {"PER_TOKEN": False, "total": None},
+    {"OBJECTIVE": 0, "BY_SEQUENCE": True, "ESTIMATOR": 2, "KL_BY_RATIO": False, "REDUCTION": 1, "total": None},
+    {"OBJECTIVE": 1, "BY_SEQUENCE": False, "ESTIMATOR": 2, "KL_BY_RATIO": True, "REDUCTION": 0},
+    {"OBJECTIVE": 2, "BY_SEQUENCE": True, "ESTIMATOR": 1, "KL_BY_RATIO": True, "REDUCTION": 1, "total": None},
+]
 COMPILED = [
     (count_into, {"mask": "*i1", "total": "*i32"}, {"BLOCK": BLOCK, "num_warps": WARPS}),
-    (
-        _ppo_loss,
-        _TYPES,
-        {"PER_TOKEN": True, "ESTIMATOR": 2, "REDUCTION": 0, "BLOCK": BLOCK, "num_warps": WARPS, **REGISTERS},
-    ),
-    (
-        _ppo_loss,
-        _TYPES,
-        {
-            "PER_TOKEN": False,
-            "ESTIMATOR": 0,
-            "REDUCTION": 1,
-            "BLOCK": BLOCK,
-            "num_warps": WARPS,
-            **REGISTERS,
-            "total": None,
-        },
+    *(
+        (_ppo_loss, _TYPES, {"PER_TOKEN": True, "BLOCK": BLOCK, "num_warps": WARPS, **REGISTERS, **options})
+        for options in _PPO
     ),
     (_reinforce_loss, _TYPES, {"PER_TOKEN": True, "REDUCTION": 2, "BLOCK": BLOCK, "num_warps": WARPS}),
     (_ppo_value_loss, _TYPES, {"BLOCK": BLOCK, "num_warps": WARPS}),

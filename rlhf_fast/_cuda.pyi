@@ -81,9 +81,10 @@ def whiten(dtype: int, x: int, mask: int, n: int, shift_mean: bool, out: int, sc
 
 def ppo_loss(
     dtype: int, logp: int, old_logp: int, advantages: int, per_token: bool, mask: int, ref: int, entropy: int,
-    B: int, T: int, clip_low: float, clip_high: float, dual_clip: float, kl_coef: float, estimator: int,
-    entropy_coef: float, reduction: int, denominator: float, normalizer: int, grad_logp: int, grad_entropy: int,
-    loss: int, stats: int, scratch: int, stream: int, /,
+    B: int, T: int, objective: int, by_sequence: bool, clip_low: float, clip_high: float, dual_clip: float,
+    tau_pos: float, tau_neg: float, kl_coef: float, estimator: int, kl_by_ratio: bool, entropy_coef: float,
+    reduction: int, denominator: float, normalizer: int, grad_logp: int, grad_entropy: int, loss: int, stats: int,
+    scratch: int, stream: int, /,
 ) -> None:
     """Clipped policy loss with KL and entropy terms: 8 statistics and the gradients."""
 

@@ -52,6 +52,11 @@ COMMANDS = {
     "compare": Command(
         "lab.compare.config:CompareConfig", "lab.compare.command:run", "methods side by side: time, memory, reward"
     ),
+    "report": Command("config:ReportConfig", "report.runs:run", "an HTML report of any runs", first="dirs"),
+    "watch": Command(
+        "config:WatchConfig", "report.watch:run", "the curves of a running run in the terminal", first="dir"
+    ),
+    "card": Command("config:CardConfig", "report.card:run", "a model card from a finished run", first="dir"),
     "study exact": Command(
         "lab.study.config:ExactStudyConfig",
         "lab.study.exact_frontier:run",
@@ -95,7 +100,7 @@ COMMANDS = {
 }
 
 
-SEVERAL = {*STAGES, "pairs", "pipeline"}
+SEVERAL = {*STAGES, "pairs", "pipeline", "plan"}
 """Commands that run in several processes."""
 
 

@@ -142,12 +142,20 @@ class Ranks:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         for bucket in _buckets([p.grad for p in found if p.grad is not None]):
-            dtype = torch.promote_types(bucket[0].dtype, torch.float32)
-            flat = torch.cat([gradient.flatten().to(dtype) for gradient in bucket])
+            flat = _flat(bucket)
+            parts = flat.split([gradient.numel() for gradient in bucket])
+            for gradient, part in zip(bucket, parts, strict=True):
+                part.copy_(gradient.flatten())
             with _together():
                 dist.all_reduce(flat)
-            for gradient, added in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-                gradient.copy_(added.view_as(gradient))
+            for gradient, part in zip(bucket, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+
+def bytes_to_add(gradients: Iterable[Tensor]) -> int:
+    """Bytes that `Ranks.add_gradients` takes beside these gradients, which may be on the meta device."""
+    buckets = _buckets([gradient.to("meta") for gradient in gradients])
+    return max((_flat(bucket).nbytes for bucket in buckets), default=0)
 
 
 _current: Ranks | None = None
@@ -163,6 +171,11 @@ def current() -> Ranks:
     if _current is None:
         _current = _join()
     return _current
+
+
+def announced() -> tuple[int, int]:
+    """The number of this process and of all processes as a launcher's variables say them; joins nobody."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def first_to_fail() -> bool:
@@ -215,6 +228,21 @@ def connect() -> None:
 
 
 @contextmanager
+def pretended(size: int) -> Iterator[None]:
+    """Inside, torch sees `size` processes, of which this process is the first. Nothing is sent: all numbers are wrong.
+
+    For passes of the planner, whose tensors have no numbers. Raises ValueError where the process has joined others.
+    """
+    if dist.is_initialized():
+        raise ValueError(f"gpus: expected a process that has not joined other processes yet, to plan for {size}")
+    dist.init_process_group("fake", rank=0, world_size=size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
 def _together() -> Iterator[None]:
     """Inside, torch's errors about a process that is gone become ConnectionErrors of one sentence."""
     try:
@@ -235,6 +263,12 @@ def _sendable(error: Exception | None) -> Exception | None:
 def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _flat(bucket: list[Tensor]) -> Tensor:
+    """Room for the numbers of all gradients of a bucket, in float32 at least."""
+    dtype = torch.promote_types(bucket[0].dtype, torch.float32)
+    return torch.empty(sum(gradient.numel() for gradient in bucket), dtype=dtype, device=bucket[0].device)
 
 
 def _buckets(gradients: list[Tensor]) -> Iterable[list[Tensor]]:

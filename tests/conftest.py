@@ -1,9 +1,12 @@
 """A word-level tokenizer, a small Llama that speaks it, files of rows.
 
-Without a GPU, Triton's kernels run in its interpreter.
+Without a GPU, Triton's kernels run in its interpreter. The fixtures import what they need when a test asks for them,
+because the tests of the operations run without the extra `[train]` too.
 """
 
 import os
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -14,13 +17,8 @@ import torch  # noqa: E402
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the package is imported, which reads it
 pytest.register_assert_rewrite("tests.support")  # so that its `assert` shows the values, as one of a test does
-from transformers import PreTrainedTokenizerBase  # noqa: E402
-
-from rlhf_fast.lab.world import build_tokenizer, preference_rows, prompt_rows, sft_rows  # noqa: E402
-from rlhf_fast.stages.init import init_model  # noqa: E402
-from tests.support import zoo_turns  # noqa: E402
-from tests.support.models import model_config  # noqa: E402
-from tests.support.stages import write_rows  # noqa: E402
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,17 +28,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if find_spec("transformers") is None:
+        return
+    from tests.support import zoo_turns
+
     terminalreporter.write_line(zoo_turns.summary(config.getoption("--zoo")))
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerBase:
+def tokenizer() -> "PreTrainedTokenizerBase":
+    from rlhf_fast.lab.world import build_tokenizer
+
     return build_tokenizer()
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> str:
+def tiny_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: "PreTrainedTokenizerBase") -> str:
     """Directory of a small Llama with the world's tokenizer, without checksums, so that tests may edit copies of it."""
+    from rlhf_fast.stages.init import init_model
+    from tests.support.models import model_config
+
     directory = tmp_path_factory.mktemp("tiny") / "llama"
     settings = model_config("llama", len(tokenizer))
     del settings["vocab_size"]
@@ -52,6 +59,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTo
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Files of the world's rows: 96 for SFT, 96 pairs, 96 labelled completions, 32 rankings, 32 prompts."""
+    from rlhf_fast.lab.world import preference_rows, prompt_rows, sft_rows
+    from tests.support.stages import write_rows
+
     directory = tmp_path_factory.mktemp("data")
     rows = sft_rows(96, seed=0)
     prompts, completions = [r["prompt"] for r in rows], [r["completion"] for r in rows]

@@ -194,7 +194,7 @@ def test_torch_lacks_nothing():
 def test_the_fast_paths_are_taken(architecture):
     """What only speed would show: a mask check or a renamed layer upstream turns one of them off without an error."""
     model = random_policy(architecture)
-    assert packing._can_pack(model.base_model)
+    assert packing.can_pack(model.base_model)
     assert layers.has_known_layers(model.base_model) == (architecture == "llama")
     with torch.no_grad():
         assert isinstance(engine.decoder(model, 4), engine.StaticDecoder)

@@ -98,9 +98,15 @@ def _tokens(d: Draw) -> Arguments:
 
 def _ppo_options(d: Draw) -> Arguments:
     reference = d.maybe(d.logprobs(d.B, d.T))
+    objective = d.rng.choice(("clip", "clip", "cispo", "sapo"))
+    bounds = {"clip": d.rng.choice((0.2, (0.1, 0.3))), "cispo": d.rng.choice((1.5, 5.0)), "sapo": None}
+    level = d.rng.choice(("token", "sequence_token"))
     return {
-        "clip": d.rng.choice((0.2, (0.1, 0.3))),
-        "dual_clip": d.rng.choice((None, 2.0)),
+        "objective": objective,
+        "importance_sampling_level": level,
+        "clip": bounds[objective],
+        "dual_clip": d.rng.choice((None, 2.0)) if objective == "clip" else None,
+        "use_bias_correction_kl": level == "token" and d.rng.random() < 0.5,
         "ref_logprobs": reference,
         "kl_coef": 0.0 if reference is None else 0.3,
         "kl_estimator": d.rng.choice(("k1", "k2", "k3", "abs")),

@@ -82,11 +82,14 @@ void rloo_advantages(int dtype, Pointer scores, int64_t B, int64_t group, Pointe
 void grpo_advantages(int dtype, Pointer scores, int64_t B, int64_t group, Pointer out, int threads);
 void whiten(int dtype, Pointer x, Pointer mask, int64_t n, bool shift_mean, Pointer out, int threads);
 
-// stats[8] = loss, policy_loss, clip_fraction, approx_kl, ratio_mean, ratio_max, kl, entropy
+// stats[8] = loss, policy_loss, clip_fraction, approx_kl, ratio_mean, ratio_max, kl, entropy. by_sequence: every token
+// has the ratio of its row, whose log is the mean of the row's log-ratios. kl_by_ratio: the KL terms are multiplied by
+// the ratios, through which gradients flow.
 void ppo_loss(int dtype, Pointer logp, Pointer old_logp, Pointer advantages, bool per_token, Pointer mask, Pointer ref,
-              Pointer entropy, int64_t B, int64_t T, double clip_low, double clip_high, double dual_clip,
-              double kl_coef, int estimator, double entropy_coef, int reduction, double denominator, Pointer grad_logp,
-              Pointer grad_entropy, Pointer stats, int threads);
+              Pointer entropy, int64_t B, int64_t T, int objective, bool by_sequence, double clip_low, double clip_high,
+              double dual_clip, double tau_pos, double tau_neg, double kl_coef, int estimator, bool kl_by_ratio,
+              double entropy_coef, int reduction, double denominator, Pointer grad_logp, Pointer grad_entropy,
+              Pointer stats, int threads);
 // stats[2] = loss, clip_fraction
 void ppo_value_loss(int dtype, Pointer values, Pointer old_values, Pointer returns, Pointer mask, int64_t n,
                     double clip, double denominator, Pointer grad, Pointer stats, int threads);

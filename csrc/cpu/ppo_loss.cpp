@@ -32,18 +32,29 @@ void widen_mask(const uint8_t* mask, int64_t n, T* on) {
     for (int64_t k = 0; k < n; ++k) on[k] = mask[k] ? T(1) : T(0);
 }
 
+// What a term needs at compile time: PPO's term without and with the dual clip, and the terms of other objectives.
+enum Term { kClipTerm, kDualTerm, kCispoTerm, kSapoTerm };
+
+// The tokens of a block. The log-ratio of a token is current - old: of its own log-probs, or of its row's mean and 0.
+template <typename T>
+struct Tokens {
+    const T *logp, *current, *old, *advantage, *on;
+    int64_t n;
+};
+
 // Adds a block's terms to the sums. kNear: the ratios are computed without an exponential; if a log-ratio is 1/2 or
 // more, the function adds nothing and returns false.
-template <typename T, bool kNear, bool kDual>
-bool policy_block(const T* logp, const T* old_logp, const T* advantage, const T* mask, int64_t n, T low, T high,
-                  T dual_clip, T weight, T* grad, PPOSums& sums) {
+template <typename T, bool kNear, int kTerm>
+bool policy_block(const Tokens<T>& x, const PolicyOptions<T>& options, T weight, T* grad, PPOSums& sums) {
     // Two loops, because the values of both together do not fit in the registers.
     T ratios[kTokens];
     T policy = 0, clipped = 0, approx_kl = 0, ratio = 0, ratio_max = T(-kInf), furthest = 0;
+    const T *logp = x.logp, *current = x.current, *old = x.old, *advantage = x.advantage, *mask = x.on;
+    const int64_t n = x.n;
 #pragma omp simd reduction(+ : approx_kl, ratio) reduction(max : ratio_max, furthest)
     for (int64_t k = 0; k < n; ++k) {
         const bool on = mask[k] != 0;
-        const T log_ratio = logp[k] - old_logp[k];
+        const T log_ratio = current[k] - old[k];
         T k3, r;
         if constexpr (kNear) {
             r = near_ratio_of(log_ratio, k3);
@@ -59,12 +70,20 @@ bool policy_block(const T* logp, const T* old_logp, const T* advantage, const T*
         ratios[k] = r;
     }
     if (furthest >= T(0.5)) return false;
+    const T low = options.low, high = options.high, dual_clip = options.dual_clip, tau_pos = options.tau_pos,
+            tau_neg = options.tau_neg;
 #pragma omp simd reduction(+ : policy, clipped)
     for (int64_t k = 0; k < n; ++k) {
         const bool on = mask[k] != 0;
-        const T log_ratio = kNear ? T(0) : logp[k] - old_logp[k];
-        T by_logp, is_clipped;
-        const T value = ppo_term<kDual>(log_ratio, ratios[k], advantage[k], low, high, dual_clip, by_logp, is_clipped);
+        const T log_ratio = kNear ? T(0) : current[k] - old[k];
+        T by_logp, is_clipped = 0, value;
+        if constexpr (kTerm == kCispoTerm)
+            value = cispo_term(ratios[k], logp[k], advantage[k], high, by_logp, is_clipped);
+        else if constexpr (kTerm == kSapoTerm)
+            value = sapo_term(log_ratio, ratios[k], advantage[k], tau_pos, tau_neg, by_logp);
+        else
+            value = ppo_term<kTerm == kDualTerm>(log_ratio, ratios[k], advantage[k], low, high, dual_clip, by_logp,
+                                                 is_clipped);
         policy += on ? value : T(0);
         clipped += on ? is_clipped : T(0);
         grad[k] = on ? weight * by_logp : T(0);
@@ -77,44 +96,68 @@ bool policy_block(const T* logp, const T* old_logp, const T* advantage, const T*
     return true;
 }
 
-template <typename T, bool kDual>
-void policy_block(const T* logp, const T* old_logp, const T* advantage, const T* mask, int64_t n, T low, T high,
-                  T dual_clip, T weight, T* grad, PPOSums& sums) {
+template <typename T, int kTerm>
+void policy_block(const Tokens<T>& x, const PolicyOptions<T>& options, T weight, T* grad, PPOSums& sums) {
     if constexpr (sizeof(T) == sizeof(float))
-        if (policy_block<T, true, kDual>(logp, old_logp, advantage, mask, n, low, high, dual_clip, weight, grad, sums))
-            return;
-    policy_block<T, false, kDual>(logp, old_logp, advantage, mask, n, low, high, dual_clip, weight, grad, sums);
+        if (policy_block<T, true, kTerm>(x, options, weight, grad, sums)) return;
+    policy_block<T, false, kTerm>(x, options, weight, grad, sums);
 }
 
-template <typename T, int kEstimator>
-double kl_block(const T* logp, const T* ref, const T* mask, int64_t n, T weight, T* grad) {
+template <typename T>
+void policy_block(const Tokens<T>& x, const PolicyOptions<T>& options, int term, T weight, T* grad, PPOSums& sums) {
+    switch (term) {
+        case kClipTerm:
+            return policy_block<T, kClipTerm>(x, options, weight, grad, sums);
+        case kDualTerm:
+            return policy_block<T, kDualTerm>(x, options, weight, grad, sums);
+        case kCispoTerm:
+            return policy_block<T, kCispoTerm>(x, options, weight, grad, sums);
+        default:
+            return policy_block<T, kSapoTerm>(x, options, weight, grad, sums);
+    }
+}
+
+// The sum of a block's KL terms. kByRatio: each term is multiplied by the token's ratio, through which its gradient
+// flows too.
+template <typename T, int kEstimator, bool kByRatio>
+double kl_block(const Tokens<T>& x, const T* ref, T weight, T* grad) {
     const T limit = T(kMaxLogRatio);
+    const T *logp = x.logp, *current = x.current, *old = x.old, *mask = x.on;
     T kl = 0;
 #pragma omp simd reduction(+ : kl)
-    for (int64_t k = 0; k < n; ++k) {
-        const T d = logp[k] - ref[k], x = clamp(d, -limit, limit);
+    for (int64_t k = 0; k < x.n; ++k) {
+        const T d = logp[k] - ref[k], near = clamp(d, -limit, limit);
         T by_logp;
-        const T value = kl_term(x, kEstimator, by_logp);
+        T value = kl_term(near, kEstimator, by_logp);
+        by_logp = near == d ? by_logp : T(0);
+        if constexpr (kByRatio) weigh_by_ratio(current[k] - old[k], value, by_logp);
         const bool on = mask[k] != 0;
         kl += on ? value : T(0);
-        by_logp = x == d ? weight * by_logp : T(0);
-        grad[k] += on ? by_logp : T(0);
+        grad[k] += on ? weight * by_logp : T(0);
     }
     return kl;
 }
 
-template <typename T>
-double kl_block(const T* logp, const T* ref, const T* mask, int64_t n, int estimator, T weight, T* grad) {
+template <typename T, bool kByRatio>
+double kl_block(const Tokens<T>& x, const T* ref, int estimator, T weight, T* grad) {
     switch (estimator) {
         case kK1:
-            return kl_block<T, kK1>(logp, ref, mask, n, weight, grad);
+            return kl_block<T, kK1, kByRatio>(x, ref, weight, grad);
         case kK2:
-            return kl_block<T, kK2>(logp, ref, mask, n, weight, grad);
+            return kl_block<T, kK2, kByRatio>(x, ref, weight, grad);
         case kK3:
-            return kl_block<T, kK3>(logp, ref, mask, n, weight, grad);
+            return kl_block<T, kK3, kByRatio>(x, ref, weight, grad);
         default:
-            return kl_block<T, kAbs>(logp, ref, mask, n, weight, grad);
+            return kl_block<T, kAbs, kByRatio>(x, ref, weight, grad);
     }
+}
+
+// The mean of a row's log-ratios over its True tokens, whose number is `count`.
+template <typename T>
+double mean_log_ratio(const T* logp, const T* old_logp, const uint8_t* mask, int64_t n, double count) {
+    double sum = 0;
+    for (int64_t t = 0; t < n; ++t) sum += mask[t] ? double(logp[t]) - double(old_logp[t]) : 0.0;
+    return count > 0 ? sum / count : 0;
 }
 
 template <typename T>
@@ -127,31 +170,47 @@ double masked_sum(const T* x, const T* mask, int64_t n) {
 
 template <typename T>
 void ppo(Pointer logp, Pointer old_logp, Pointer advantages, bool per_token, Pointer mask, Pointer ref, Pointer entropy,
-         int64_t B, int64_t L, double clip_low, double clip_high, double dual_clip, double kl_coef, int estimator,
-         double entropy_coef, int reduction, double denominator, Pointer grad_logp, Pointer grad_entropy, Pointer stats,
-         int threads) {
+         int64_t B, int64_t L, int objective, bool by_sequence, double clip_low, double clip_high, double dual_clip,
+         double tau_pos, double tau_neg, double kl_coef, int estimator, bool kl_by_ratio, double entropy_coef,
+         int reduction, double denominator, Pointer grad_logp, Pointer grad_entropy, Pointer stats, int threads) {
     std::vector<PPOSums> rows(B);
     double total = 0;
     for (int64_t b = 0; b < B; ++b) total += rows[b].count = double(count_true(mask.as<uint8_t>() + b * L, L));
     std::vector<double> weights(B);
+    const PolicyOptions<T> options = {T(clip_low), T(clip_high), T(dual_clip), T(tau_pos), T(tau_neg)};
+    const int term = objective == kCispo  ? kCispoTerm
+                     : objective == kSapo ? kSapoTerm
+                     : dual_clip > 0      ? kDualTerm
+                                          : kClipTerm;
     const int team = team_size(4 * B * L, threads);  // 4: 60 instructions for 8 elements
 #pragma omp parallel for num_threads(team) schedule(static)
     for (int64_t b = 0; b < B; ++b) {
         PPOSums sums = rows[b];
         const double weight = weights[b] = token_weight(sums.count, total, double(B), reduction, denominator);
-        T constant[kTokens], scratch[kTokens], on[kTokens];
+        T constant[kTokens], scratch[kTokens], on[kTokens], of_row[kTokens];
+        const T zeros[kTokens] = {};
         if (!per_token)
             for (T& a : constant) a = advantages.as<T>()[b];
+        if (by_sequence) {
+            const T mean = T(mean_log_ratio(logp.as<T>() + b * L, old_logp.as<T>() + b * L, mask.as<uint8_t>() + b * L,
+                                            L, sums.count));
+            for (T& x : of_row) x = mean;
+        }
         for (int64_t t = 0; t < L; t += kTokens) {
             const int64_t n = minimum(kTokens, L - t), i = b * L + t;
             widen_mask(mask.as<uint8_t>() + i, n, on);
             T* grad = grad_logp ? grad_logp.as<T>() + i : scratch;
-            const T* advantage = per_token ? advantages.as<T>() + i : constant;
-            (dual_clip > 0 ? policy_block<T, true>
-                           : policy_block<T, false>)(logp.as<T>() + i, old_logp.as<T>() + i, advantage, on, n,
-                                                     T(clip_low), T(clip_high), T(dual_clip), T(weight), grad, sums);
+            const T* own = logp.as<T>() + i;
+            const Tokens<T> x = {own,
+                                 by_sequence ? of_row : own,
+                                 by_sequence ? zeros : old_logp.as<T>() + i,
+                                 per_token ? advantages.as<T>() + i : constant,
+                                 on,
+                                 n};
+            policy_block(x, options, term, T(weight), grad, sums);
             if (ref)
-                sums.kl += kl_block(logp.as<T>() + i, ref.as<T>() + i, on, n, estimator, T(weight * kl_coef), grad);
+                sums.kl += (kl_by_ratio ? kl_block<T, true> : kl_block<T, false>)(x, ref.as<T>() + i, estimator,
+                                                                                  T(weight * kl_coef), grad);
             if (entropy) sums.entropy += masked_sum(entropy.as<T>() + i, on, n);
             if (grad_entropy)
                 for (int64_t k = 0; k < n; ++k)
@@ -225,11 +284,13 @@ void reinforce(Pointer logp, Pointer advantages, bool per_token, Pointer mask, i
 }  // namespace
 
 void ppo_loss(int dtype, Pointer logp, Pointer old_logp, Pointer advantages, bool per_token, Pointer mask, Pointer ref,
-              Pointer entropy, int64_t B, int64_t T, double clip_low, double clip_high, double dual_clip,
-              double kl_coef, int estimator, double entropy_coef, int reduction, double denominator, Pointer grad_logp,
-              Pointer grad_entropy, Pointer stats, int threads) {
-    RLHF_BY_DTYPE(ppo, logp, old_logp, advantages, per_token, mask, ref, entropy, B, T, clip_low, clip_high, dual_clip,
-                  kl_coef, estimator, entropy_coef, reduction, denominator, grad_logp, grad_entropy, stats, threads);
+              Pointer entropy, int64_t B, int64_t T, int objective, bool by_sequence, double clip_low, double clip_high,
+              double dual_clip, double tau_pos, double tau_neg, double kl_coef, int estimator, bool kl_by_ratio,
+              double entropy_coef, int reduction, double denominator, Pointer grad_logp, Pointer grad_entropy,
+              Pointer stats, int threads) {
+    RLHF_BY_DTYPE(ppo, logp, old_logp, advantages, per_token, mask, ref, entropy, B, T, objective, by_sequence,
+                  clip_low, clip_high, dual_clip, tau_pos, tau_neg, kl_coef, estimator, kl_by_ratio, entropy_coef,
+                  reduction, denominator, grad_logp, grad_entropy, stats, threads);
 }
 
 void ppo_value_loss(int dtype, Pointer values, Pointer old_values, Pointer returns, Pointer mask, int64_t n,

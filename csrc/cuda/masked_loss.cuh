@@ -58,15 +58,19 @@ __device__ inline double weight_in(const Masked& batch, int64_t row) {
     return token_weight(count, count, batch.batch_rows, batch.reduction, denominator);
 }
 
+struct Nothing {};
+
 // Loss has
-//   Token load(i)                           reads the numbers of token i
-//   add(i, token, on, weight, Sums& sums)   adds the token's terms and writes its gradients
-//   write(sums)                             writes the loss and the statistics
+//   Row row(mask, begin, length)                 what the tokens of a stretch share; all threads of a block call it
+//   Token load(i)                                reads the numbers of token i
+//   add(i, token, on, weight, row, Sums& sums)   adds the token's terms and writes its gradients
+//   write(sums)                                  writes the loss and the statistics
 template <typename Loss>
 __global__ void __launch_bounds__(kThreads) masked_loss(Loss loss, Masked batch) {
     const int64_t tiles = (batch.length + kTile - 1) / kTile, tasks = batch.rows * tiles;
     auto sums = typename Loss::Sums();
     double weight = 0;
+    auto shared = typename Loss::Row();
     int64_t weighed = -1;
     for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
         const int64_t row = task / tiles, begin = row * batch.length, end = begin + batch.length,
@@ -79,20 +83,24 @@ __global__ void __launch_bounds__(kThreads) masked_loss(Loss loss, Masked batch)
             on[k] = i < end && batch.mask[i];
             if (i < end) tokens[k] = loss.load(i);
         }
-        if (row != weighed) weight = weight_in(batch, row);
+        if (row != weighed) {
+            weight = weight_in(batch, row);
+            shared = loss.row(batch.mask, begin, batch.length);
+        }
         weighed = row;
 #pragma unroll
         for (int k = 0; k < kPerThread; ++k)
-            if (first + k * kThreads < end) loss.add(first + k * kThreads, tokens[k], on[k], weight, sums);
+            if (first + k * kThreads < end) loss.add(first + k * kThreads, tokens[k], on[k], weight, shared, sums);
     }
     if (grid_reduce(sums, Add(), batch.scratch) && threadIdx.x == 0) loss.write(sums);
 }
 
+// by_sequence: the loss has a `row` for each of the B rows.
 template <typename Loss>
 void launch_masked(const char* what, const Loss& loss, Pointer mask, int64_t B, int64_t T, int reduction,
-                   double denominator, Pointer normalizer, Pointer scratch, Pointer stream) {
+                   double denominator, Pointer normalizer, Pointer scratch, Pointer stream, bool by_sequence = false) {
     // kSequenceMean alone gives the rows different weights.
-    const bool by_row = reduction == kSequenceMean;
+    const bool by_row = reduction == kSequenceMean || by_sequence;
     Masked batch = {mask.as<const uint8_t>(),
                     by_row ? B : 1,
                     by_row ? T : B * T,
@@ -102,7 +110,8 @@ void launch_masked(const char* what, const Loss& loss, Pointer mask, int64_t B, 
                     reduction,
                     false,
                     scratch.as<Scratch>()};
-    if (reduction == kTokenMean && denominator == 0 && !normalizer && B * T > kCountedByEveryBlock) {
+    const bool counts_all = reduction == kTokenMean && denominator == 0 && !normalizer;
+    if (counts_all && (B * T > kCountedByEveryBlock || by_sequence)) {
         launch(what, stream, count_mask, minimum(blocks_for(B * T, kTile * 16), int64_t(kMaxBlocks)), kThreads,
                batch.mask, B * T, batch.scratch);
         batch.counted = true;

@@ -52,9 +52,10 @@ void whiten(int dtype, Pointer x, Pointer mask, int64_t n, bool shift_mean, Poin
 
 // stats[8] = loss, policy_loss, clip_fraction, approx_kl, ratio_mean, ratio_max, kl, entropy
 void ppo_loss(int dtype, Pointer logp, Pointer old_logp, Pointer advantages, bool per_token, Pointer mask, Pointer ref,
-              Pointer entropy, int64_t B, int64_t T, double clip_low, double clip_high, double dual_clip,
-              double kl_coef, int estimator, double entropy_coef, int reduction, double denominator, Pointer normalizer,
-              Pointer grad_logp, Pointer grad_entropy, Pointer loss, Pointer stats, Pointer scratch, Pointer stream);
+              Pointer entropy, int64_t B, int64_t T, int objective, bool by_sequence, double clip_low, double clip_high,
+              double dual_clip, double tau_pos, double tau_neg, double kl_coef, int estimator, bool kl_by_ratio,
+              double entropy_coef, int reduction, double denominator, Pointer normalizer, Pointer grad_logp,
+              Pointer grad_entropy, Pointer loss, Pointer stats, Pointer scratch, Pointer stream);
 // stats[2] = loss, clip_fraction
 void ppo_value_loss(int dtype, Pointer values, Pointer old_values, Pointer returns, Pointer mask, int64_t n,
                     double clip, double denominator, Pointer normalizer, Pointer grad, Pointer loss, Pointer stats,

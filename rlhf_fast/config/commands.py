@@ -26,11 +26,14 @@ from rlhf_fast.config.stages import (
 from rlhf_fast.methods import METHODS, STAGES, section
 
 __all__ = [
+    "CardConfig",
     "DataConfig",
     "DemoConfig",
     "InitConfig",
     "PairsConfig",
     "PipelineConfig",
+    "ReportConfig",
+    "WatchConfig",
 ]
 
 PAIRS = "pairs"  # it reads rows as a training stage does
@@ -167,3 +170,49 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """An HTML report of any runs: curves, held-out figures, time, memory, and the settings in which they differ."""
+
+    dirs: list[str] = required("Output directories of runs, or folders of them, such as a pipeline's.")
+    output: str = arg("report.html", "HTML file to write; the numbers go into the .json beside it.")
+    title: str | None = arg(None, "Title of the report; default: the stages and directories.")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check(self, "dirs", bool, "at least one")
+        check(self, "output", lambda path: path.endswith(".html"), "a path that ends in .html")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchConfig:
+    """The curves of a run in the terminal, drawn anew while the run writes."""
+
+    dir: str = required("Output directory of the run, or a folder of runs; the run that wrote last is shown.")
+    every: float = arg(2.0, "Seconds between two looks.", above=0)
+    once: bool = arg(False, "Print the curves as they are now, and stop.")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardConfig:
+    """A model card, README.md with metadata of the Hugging Face hub, from what a finished run left."""
+
+    dir: str = required("Output directory of the run; README.md and figures/ go there.")
+    repo: str | None = arg(None, "Name that the model will have on the hub, for the lines that load it.")
+    title: str | None = arg(None, "Title; default: the base model and the method.")
+    base_model: str | None = arg(None, "Hub name of the base model; default: `model` of the run, if it is one.")
+    license: str | None = arg(None, "Licence by the hub's identifier; default: that of the base model's own card.")
+    datasets: list[str] = arg([], "Hub names of the data sets.")
+    data_license: str | None = arg(None, "Licence of the data.")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("repo", "base_model"):
+            check(
+                self, name, lambda value: value.count("/") == 1 and not value.startswith("/"), "a name such as org/name"
+            )

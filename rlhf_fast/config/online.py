@@ -80,6 +80,12 @@ class OnlineConfig(MethodConfig):
         above=0,
         infinite=True,
     )
+    rollouts_ahead: int = arg(
+        0,
+        "1: a server samples the next round while this one trains, from weights that are one round older.",
+        at_least=0,
+        at_most=1,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,8 +94,20 @@ class OnlineConfig(MethodConfig):
             raise ValueError(f"mismatch: expected sampler vllm beside it, got {self.mismatch} with sampler local")
         if self.correction == "none" and self.mismatch_cap != CAP:
             raise ValueError(f"mismatch_cap: expected a mismatch to correct beside it, got {self.mismatch_cap:g} alone")
+        if self.rollouts_ahead and self.sampler == "local":
+            raise ValueError("rollouts_ahead: expected 0 with sampler local, because one process cannot do both; got 1")
+        if self.rollouts_ahead and self.correction == "none" and not self.takes_any_policy:
+            raise ValueError(
+                "mismatch: expected weights beside rollouts_ahead 1, because older weights draw the completions; got "
+                "none"
+            )
         if self.share_base and not self.lora_rank:
             raise ValueError("lora_rank: expected > 0 with share_base, since a shared base is frozen; got 0")
+
+    @property
+    def takes_any_policy(self) -> bool:
+        """Whether the method learns from completions of any policy, so that no weights correct for the sampler's."""
+        return False
 
     @property
     def correction(self) -> Mismatch:
@@ -207,6 +225,11 @@ class OnlineDPOConfig(OnlineConfig):
         "A completion's score is less this times its KL to the reference, before the scores are compared.",
         at_least=0,
     )
+
+    @property
+    def takes_any_policy(self) -> bool:
+        """As in `OnlineConfig`."""
+        return True
 
     @property
     def correction(self) -> Mismatch:

@@ -55,7 +55,5 @@ def check_sampler(config: Any) -> None:
                 f"{name}: expected {off} with sampler vllm, because the server does not return the kept tokens that "
                 f"training needs; got {getattr(config, name)}"
             )
-    if getattr(config, "shard", "none") != "none":
-        raise ValueError(f"shard: expected none with sampler vllm, got {config.shard}")
     if config.temperature < COLDEST:
         raise ValueError(f"temperature: expected {COLDEST} or more with sampler vllm, got {config.temperature}")

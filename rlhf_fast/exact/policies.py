@@ -3,15 +3,15 @@
 Left out: sampling (draw from `exp(logprobs)`), and vocabularies of which only a part is enumerated.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from rlhf_fast.lm.passes import response_logits
-from rlhf_fast.lm.sequences import Sequences
 from rlhf_fast.ops.checks import expect
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel  # causal_lm_logprobs alone needs transformers
 
 MAX_COMPLETIONS = 2**20
 
@@ -114,7 +114,7 @@ class TabularPolicy(nn.Module):
 
 
 def causal_lm_logprobs(
-    model: PreTrainedModel,
+    model: "PreTrainedModel",
     prompt_ids: Tensor,
     completions: Completions,
     *,
@@ -130,7 +130,11 @@ def causal_lm_logprobs(
 
     Raises:
         ValueError: a model whose vocabulary is not the completions', ids that are not [P, L], temperature <= 0.
+        ImportError: the extra `[train]` is not installed.
     """
+    from rlhf_fast.lm.passes import response_logits
+    from rlhf_fast.lm.sequences import Sequences
+
     V, N = completions.vocab_size, len(completions.tokens)
     expect(
         model.config.vocab_size == V, "model", f"a vocabulary of {V} tokens, as completions", model.config.vocab_size

@@ -38,6 +38,7 @@ from rlhf_fast.lm.private import (
     score_head,
     with_saved_copy,
 )
+from rlhf_fast.lm.sharding import twin
 from rlhf_fast.lm.time_limit import TooLong, time_limit
 
 _NAME = "default"  # the name of a model's only adapter; files do not hold it
@@ -248,15 +249,15 @@ def stands_on(model: PreTrainedModel, path: str | os.PathLike) -> bool:
 def base_of(model: PreTrainedModel, path: str | os.PathLike) -> PreTrainedModel:
     """Another model object on the parameters and buffers of `model`, without the adapter of `model`.
 
-    path: the model that the caller wants. Raises ValueError unless `model` came from `path`.
+    path: the model that the caller wants. A model in shards has another as `sharding.twin` says.
+    Raises ValueError unless `model` came from `path`.
     """
     if not stands_on(model, path):
         raise ValueError(f"share_base: expected adapters on the policy's base {model.name_or_path}, got base {path}")
-    tensors = (*model.parameters(), *model.buffers())
-    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-    if has_adapter(twin):
-        merging.take_off(twin, _NAME, merge=False)
-    return twin
+    other = twin(model)
+    if has_adapter(other):
+        merging.take_off(other, _NAME, merge=False)
+    return other
 
 
 def merged(model: PreTrainedModel) -> PreTrainedModel:
@@ -362,7 +363,7 @@ def _check_same(lora: LoRA, settings: dict[str, Any], path: str | os.PathLike) -
 
 def _peft(argument: str) -> ModuleType:
     if find_spec("peft") is None:
-        raise ValueError(f'{argument}: expected peft for LoRA adapters, not installed: pip install -e ".[lora]"')
+        raise ValueError(f"{argument}: expected peft for LoRA adapters, not installed: pip install 'rlhf-fast[lora]'")
     import_bitsandbytes()  # peft imports it
     import peft
 

@@ -67,7 +67,7 @@ def real_hidden(
     ids_N = ids_BL[mask_BL][(counts_B.cumsum(dim=0) - counts_B)[rows_N] + positions_N]
     slots_N = rows_N * width + positions_N
     gains = tokens < B * width or has_kernel("packed_attention", ids_BL)
-    if gains and _can_pack(backbone):
+    if gains and can_pack(backbone):
         layout = slots_N.expand(B, 1, width, tokens)
         return _packed(backbone, ids_N, positions_N, layout, says=True), starts_B
     if tokens < B * width and not _can_pad(backbone):
@@ -80,7 +80,7 @@ def settle(backbone: PreTrainedModel, *, checkpointing: bool) -> str | None:
 
     checkpointing: whether the model is going to checkpoint its activations.
     """
-    packs = not checkpointing and _can_pack(backbone)
+    packs = not checkpointing and can_pack(backbone)
     return None if packs or _can_pad(backbone) else "its rows run one by one, as padding changes them"
 
 
@@ -142,7 +142,8 @@ def _attention(
 AttentionInterface.register(_NAME, _attention)
 
 
-def _can_pack(backbone: PreTrainedModel) -> bool:
+def can_pack(backbone: PreTrainedModel) -> bool:
+    """Whether rows of the model are packed. The first call takes the trial; a warning says once where they are not."""
     if checkpoints_activations(backbone):
         _not_packed(backbone, "its layers run again in the backward pass, when the packed attention is gone")
         return False

@@ -13,16 +13,21 @@ embeddings, last norm and head.
 A pass with gradients, and entering `whole`, need all processes: each of them makes the same number of such passes in
 the same order. Passes without gradients therefore run in `whole`, where each process makes as many as it has rows.
 
+Models on one base hold the very same parameters, before and after they are in shards: a model takes over the parts of
+the frozen weights that it has in common with a model in shards.
+
 FSDP2 and its tensors are used in this module alone. `one_copy` says how a machine holds the weights before.
 """
 
+import copy
 import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +38,8 @@ from rlhf_fast.lm.forward import enter_by, is_open
 from rlhf_fast.lm.passes import settle
 from rlhf_fast.lm.precision import HALVES, decoder_layers, is_half
 from rlhf_fast.lm.private import has_adapter
+from rlhf_fast.lm.room import PASSES, NoRoom, check_room
+from rlhf_fast.lm.shared_parts import Place, emptied, note_parts, places, taken_over
 from rlhf_fast.lm.switches import agree, trial_rows
 from rlhf_fast.ranks import connect, current, gone, lost
 
@@ -43,45 +50,60 @@ _EXPERTS = "experts"  # the name of a layer's list of experts
 @dataclass
 class _Shards:
     units: list[Any]  # FSDP modules, the root last
-    usual: Tensor | None  # what a trial gave before, until the first pass is compared with it
+    usual: Tensor | None = None  # what a trial gave before, until the first pass is compared with it
     whole: bool = False  # whether the model is inside `whole`
+    frozen: list[tuple[Place, Any]] = field(default_factory=list)  # the frozen weights' parts
+    empty: PreTrainedModel | None = None  # the model without shards, its weights on the meta device
+    places: list[tuple[Tensor, Place]] = field(default_factory=list)  # of the weights of `empty` in the model
 
 
-def shard(model: PreTrainedModel, how: str, *, checkpointing: bool = False) -> None:
+def shard(model: PreTrainedModel, how: str, *, checkpointing: bool = False, offload: bool = False) -> None:
     """Puts the weights of `model` into shards, in place; how: "none", "full" or "hybrid", as in the configs.
 
     Adapters that are trained stay whole in every process, and their gradients are added up as without shards. Their
     frozen base is sharded. All trials of a trained model are taken before, because a trial is a pass.
-    checkpointing: whether the model is going to compute its activations again in the backward pass.
+    A frozen weight that `model` has in common with a model in shards gets no parts of its own.
+    checkpointing: whether the model is going to compute its activations again in the backward pass. offload: the parts
+    of a frozen model on a GPU wait in CPU memory.
     Raises ValueError where FSDP2 does not take the model. The first pass in shards, or in `whole` of a frozen model,
     raises ValueError where it gives other numbers than before. It is not tried here, because a machine's CPU would hold
     the largest weights once for each process.
     """
     if how == "none" or is_sharded(model):
         return
-    trained, name = any(parameter.requires_grad for parameter in model.parameters()), type(model).__name__
-    device = model.device.type
+    trained, name, device = bool(_trained(model)), type(model).__name__, model.device
     # A trial of half-precision weights takes fp32 copies, so that on a machine's CPU one process tries at a time.
-    with current().in_turn() if device == "cpu" and is_half(model) else nullcontext():
+    with current().in_turn() if device.type == "cpu" and is_half(model) else nullcontext():
         if trained and (reason := settle(model, checkpointing=checkpointing)) is not None:
             raise ValueError(f"shard: expected a model whose rows share a pass, got {name}: {reason}")
-    mesh, usual = mesh_of(how, device), _trial(model)
+    mesh, usual = mesh_of(how, device.type), _trial(model)
     try:
-        _wrap(model, mesh, usual)
+        shard_untried(model, mesh, offload=offload)
+        getattr(model, _SHARDS).usual = usual
+        if not trained:
+            check_room(whole_bytes(model), name, PASSES, device)
+    except NoRoom:
+        raise
     except (AssertionError, NotImplementedError, RuntimeError, ValueError) as error:
         if gone(error):  # it says nothing of the model
             raise lost(error) from error
         said = " ".join(str(error).split())
         raise ValueError(f"shard: expected a model that FSDP2 can shard, got {name}: {said:.240}") from error
+
+
+def shard_frozen(model: PreTrainedModel, trained: PreTrainedModel | None, how: str, *, offload: bool = False) -> None:
+    """`shard` of a frozen model, which stays whole where it holds whole weights of the model `trained` as well."""
+    whole_ones = {id(parameter) for parameter in trained.parameters()} if trained is not None else set()
+    if is_sharded(trained) or not any(id(parameter) in whole_ones for parameter in model.parameters()):
+        shard(model, how, offload=offload)
+
+
+def shard_untried(model: PreTrainedModel, mesh: DeviceMesh, *, offload: bool = False) -> None:
+    """`shard` over the processes of `mesh` without a trial, for models whose tensors have no numbers."""
+    trained = bool(_trained(model))
+    _wrap(model, mesh, offload and not trained)
     if trained:
         enter_by(model, _register)
-
-
-def shard_frozen(model: PreTrainedModel, trained: PreTrainedModel, how: str) -> None:
-    """`shard` of a frozen model, which stays whole where it holds whole weights of the model `trained` as well."""
-    whole_ones = {id(parameter) for parameter in trained.parameters()}
-    if not any(id(parameter) in whole_ones for parameter in model.parameters()):
-        shard(model, how)
 
 
 @functools.cache
@@ -94,15 +116,19 @@ def mesh_of(how: str, device: str) -> DeviceMesh:
         raise ValueError(f"shard: expected none in a process that no launcher such as torchrun has started, got {how}")
     size = current().size
     connect()
+    return lay_out(how, device, size, int(os.environ.get("LOCAL_WORLD_SIZE", "0")))
+
+
+def lay_out(how: str, device: str, size: int, local: int) -> DeviceMesh:
+    """`size` processes as `mesh_of` says. local: processes of one machine, for "hybrid"."""
     if how == "full":
         return init_device_mesh(device, (size,))
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
     if local < 1 or size % local:
         raise ValueError(f"shard: expected equally many processes on each machine for hybrid, got {local} of {size}")
     return init_device_mesh(device, (size // local, local), mesh_dim_names=("replicas", "shards"))
 
 
-def is_sharded(model: nn.Module) -> bool:
+def is_sharded(model: nn.Module | None) -> bool:
     """Whether `shard` has put the weights of the root `model` into shards."""
     return hasattr(model, _SHARDS)
 
@@ -119,7 +145,9 @@ def whole(model: nn.Module | None) -> Iterator[None]:
         return
     shards.whole = True
     try:
-        for unit in shards.units:
+        for unit in reversed(
+            shards.units
+        ):  # the root, mostly the largest, first: its message is gone when all is whole
             unit.set_reshard_after_forward(False, recurse=False)
             unit.unshard()
         if not is_open(model):
@@ -135,6 +163,22 @@ def whole(model: nn.Module | None) -> Iterator[None]:
             unit.set_reshard_after_forward(unit is not root, recurse=False)
 
 
+def twin(model: PreTrainedModel) -> PreTrainedModel:
+    """Another model object on the very parameters and buffers of `model`.
+
+    Of a model in shards inside `whole` alone. There the caller also puts the twin into shards, because the whole
+    weights end with `whole`.
+    """
+    shards: _Shards | None = getattr(model, _SHARDS, None)
+    if shards is None:
+        tensors = (*model.parameters(), *model.buffers())
+        return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    assert shards.whole and shards.empty is not None  # only a model with an adapter has twins
+    note_parts((place.weight, part) for place, part in shards.frozen)
+    memo = {id(empty): place.weight for empty, place in shards.places}
+    return copy.deepcopy(shards.empty, memo | {id(buffer): buffer for buffer in shards.empty.buffers()})
+
+
 def is_part(tensor: Tensor) -> bool:
     """Whether `tensor` is a weight, gradient or state in shards, of which this process has a part."""
     return hasattr(tensor, "full_tensor")
@@ -148,6 +192,13 @@ def full(tensor: Tensor) -> Tensor:
 def part_here(tensor: Tensor) -> Tensor:
     """The part that this process has of a tensor in shards; any other tensor as it is."""
     return tensor.to_local() if is_part(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@torch.no_grad()
+def whole_bytes(*models: nn.Module) -> int:
+    """Bytes of the whole weights that `whole` makes of models in shards, with their padding; 0 without shards."""
+    parts: set[Any] = {parameter for model in models for parameter in model.parameters() if is_part(parameter)}
+    return sum(part.to_local().untyped_storage().nbytes() * part.device_mesh.size(-1) for part in parts)
 
 
 def part_of(tensor: Tensor, like: Tensor) -> Tensor:
@@ -198,16 +249,40 @@ def gathered(piece: dict[str, Tensor]) -> dict[str, Tensor] | None:
     return {name: found[id(tensor)] for name, tensor in piece.items()} if current().first else None
 
 
-def _wrap(model: PreTrainedModel, mesh: DeviceMesh, usual: Tensor | None) -> None:
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+def stays_whole(model: PreTrainedModel) -> set[nn.Parameter]:
+    """The weights that `shard` leaves whole in every process: adapters that are trained."""
+    return _trained(model) if has_adapter(model) else set()
+
+
+def rows_of_part(rows: int, size: int, rank: int) -> tuple[int, int]:
+    """Rows of a weight's part in the process `rank` of `size`: its own rows, and the rows that it keeps with padding.
+
+    FSDP2 splits a weight of `rows` rows as `torch.chunk` does: 10 rows over 4 processes are 3, 3, 3 and 1 row.
+    """
+    kept = -(-rows // size)
+    return max(0, min(kept, rows - rank * kept)), kept
+
+
+def _trained(model: nn.Module) -> set[nn.Parameter]:
+    return {parameter for parameter in model.parameters() if parameter.requires_grad}
+
+
+def _wrap(model: PreTrainedModel, mesh: DeviceMesh, offload: bool) -> None:
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
     # Nothing here keeps a weight that is sharded, because its memory is to be free as soon as a process has its part.
-    adapters = {p for p in model.parameters() if p.requires_grad} if has_adapter(model) else set()
     halves = any(parameter.dtype in HALVES for parameter in model.parameters() if parameter.requires_grad)
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32 if halves else None, cast_forward_inputs=False)
-    options = {"mesh": mesh, "mp_policy": policy, "ignored_params": adapters}
-    units: list[Any] = [*_layers(model), model]
-    for unit in units:
+    options = {"mesh": mesh, "mp_policy": policy, "ignored_params": stays_whole(model)}
+    shards, frozen = _Shards([]), [place for place in places(model) if not place.weight.requires_grad]
+    if has_adapter(model) and _trained(model):
+        shards.empty, shards.places = emptied(model)
+    taken = taken_over(frozen, mesh)
+    wholes = [ref(place.weight) for place in frozen]  # which other models may have too, and which nothing else keeps
+    if offload and mesh.device_type != "cpu" and not taken:
+        options["offload_policy"] = CPUOffloadPolicy()
+    shards.units = [*_layers(model), model]
+    for unit in shards.units:
         fully_shard(unit, reshard_after_forward=unit is not model, **options)
         unit.set_gradient_divide_factor(1.0)  # losses are sums over the processes
         unit.set_force_sum_reduction_for_comms(True)
@@ -216,7 +291,12 @@ def _wrap(model: PreTrainedModel, mesh: DeviceMesh, usual: Tensor | None) -> Non
             unit.set_reduce_scatter_unused_params(True)
         if mesh.device_type == "cpu":
             current().wait()  # a weight in shared memory (`one_copy`) is free when all processes have their parts of it
-    setattr(model, _SHARDS, _Shards(units, usual))
+    for place, part in taken:
+        place.put(part)
+    shards.frozen = [(place, place.weight) for place in frozen]
+    found = ((whole_one(), part) for whole_one, (_, part) in zip(wholes, shards.frozen, strict=True))
+    note_parts((weight, part) for weight, part in found if weight is not None)
+    setattr(model, _SHARDS, shards)
     # FSDP takes the first unit that runs for the root, and a pass of a frozen model may begin with a layer.
     _begin(model)
 

@@ -19,7 +19,7 @@ from rlhf_fast.ops.checks import (
 )
 from rlhf_fast.ops.dispatch import LIBRARY, call, common_dtype, define, has_kernel, kernel
 from rlhf_fast.ops.gradients import register_saved_gradients
-from rlhf_fast.ops.policy_loss import as_tensor
+from rlhf_fast.ops.policy_options import as_tensor
 from rlhf_fast.ops.results import KTOLoss
 
 KTO_LOSS_TYPES = ("kto", "apo_zero_unpaired")

@@ -13,7 +13,7 @@ from rlhf_fast.ops.heads import full_precision, loss_in_forward, pack_rows
 from rlhf_fast.ops.kto import check_kto_arguments
 from rlhf_fast.ops.linear import check_head, empty_gradients, wants_gradients
 from rlhf_fast.ops.linear_ops import GRADIENTS, HEAD, OPTIONS, head_of
-from rlhf_fast.ops.policy_loss import as_tensor, check_normalizer
+from rlhf_fast.ops.policy_options import as_tensor, check_normalizer
 from rlhf_fast.ops.reference import compute_dtype
 from rlhf_fast.ops.results import LinearKTOLoss
 

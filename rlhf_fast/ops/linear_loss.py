@@ -15,7 +15,7 @@ from rlhf_fast.ops.gradients import Context, hand_over, hold
 from rlhf_fast.ops.heads import Gradients, Head, loss_in_forward, pack_rows
 from rlhf_fast.ops.linear import check_head, wants_gradients
 from rlhf_fast.ops.linear_ops import over
-from rlhf_fast.ops.policy_loss import check_normalizer
+from rlhf_fast.ops.policy_options import check_normalizer
 from rlhf_fast.ops.reference import IGNORED_ID, no_autocast
 from rlhf_fast.ops.results import LinearLoss
 

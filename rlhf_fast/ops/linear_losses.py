@@ -18,7 +18,13 @@ from rlhf_fast.ops import (
 from rlhf_fast.ops.checks import INTEGERS, check_dims, check_dtype, check_like, check_mask, check_number, expect
 from rlhf_fast.ops.dispatch import has_kernel
 from rlhf_fast.ops.linear import check_head, wants_gradients
-from rlhf_fast.ops.policy_loss import as_tensor, check_normalizer, check_ppo_options, check_tokens
+from rlhf_fast.ops.policy_options import (
+    SAPO_TEMPERATURE,
+    as_tensor,
+    check_normalizer,
+    check_ppo_options,
+    check_tokens,
+)
 from rlhf_fast.ops.preference import check_dpo_arguments
 from rlhf_fast.ops.reference import IGNORED_ID, compute_dtype
 from rlhf_fast.ops.results import LinearDPOLoss, LinearLoss, LinearPPOLoss, PPOLoss
@@ -113,11 +119,15 @@ def linear_ppo_loss(
     advantages: Tensor,
     mask: Tensor,
     *,
-    clip: float | tuple[float, float] = 0.2,
+    objective: str = "clip",
+    importance_sampling_level: str = "token",
+    clip: float | tuple[float, float] | None = None,
     dual_clip: float | None = None,
+    sapo_temperature: tuple[float, float] = SAPO_TEMPERATURE,
     ref_logprobs: Tensor | None = None,
     kl_coef: float = 0.0,
     kl_estimator: str = "k3",
+    use_bias_correction_kl: bool = False,
     entropy_coef: float = 0.0,
     reduction: str = "token_mean",
     normalizer: float | Tensor | None = None,
@@ -126,12 +136,16 @@ def linear_ppo_loss(
     softcap: float | None = None,
     memory_budget: int | None = None,
 ) -> LinearPPOLoss:
-    """`ppo_loss` of `linear_token_logprobs`: PPO's clipped objective from hidden states.
+    """`ppo_loss` of `linear_token_logprobs`: the objectives of PPO, GSPO, CISPO and SAPO from hidden states.
+
+    A ratio of whole rows needs whole rows in a chunk. Only a row too long for the memory budget has its logits computed
+    twice then.
 
     Args:
         hidden: [B, T, H]; token_ids: [B, T], anything where the mask is False.
-        old_logprobs, advantages, mask, clip, dual_clip, ref_logprobs, kl_coef, kl_estimator, entropy_coef, reduction,
-            normalizer: as in `ppo_loss`; the entropy is this policy's own.
+        old_logprobs, advantages, mask, objective, importance_sampling_level, clip, dual_clip, sapo_temperature,
+            ref_logprobs, kl_coef, kl_estimator, use_bias_correction_kl, entropy_coef, reduction, normalizer: as in
+            `ppo_loss`; the entropy is this policy's own.
         weight, bias, temperature, softcap, memory_budget: as in `linear_token_logprobs`; gradients flow to hidden,
             weight and bias.
 
@@ -143,7 +157,10 @@ def linear_ppo_loss(
     """
     ids = _masked(token_ids, mask)
     budget = check_head(hidden, weight, bias, ids, temperature, softcap, memory_budget)
-    low, high = check_ppo_options(clip, dual_clip, kl_estimator, ref_logprobs, kl_coef)
+    options = check_ppo_options(
+        objective, importance_sampling_level, clip, dual_clip, sapo_temperature, ref_logprobs, kl_coef, kl_estimator,
+        use_bias_correction_kl, advantages,
+    )  # fmt: skip
     check_number("entropy_coef", entropy_coef)
     check_like("old_logprobs", old_logprobs, "token_ids", token_ids)
     if ref_logprobs is not None:
@@ -152,15 +169,16 @@ def linear_ppo_loss(
     if not has_kernel("linear_ppo_loss", hidden):
         out = reference.linear_token_logprobs(hidden, weight, ids, bias=bias, temperature=temperature, softcap=softcap)
         loss = reference.ppo_loss(
-            out.logprobs, old_logprobs, advantages, mask, clip=(low, high), dual_clip=dual_clip,
-            ref_logprobs=ref_logprobs, kl_coef=kl_coef, kl_estimator=kl_estimator, entropy=out.entropy,
-            entropy_coef=entropy_coef, reduction=reduction, normalizer=normalizer,
+            out.logprobs, old_logprobs, advantages, mask, objective=objective,
+            importance_sampling_level=importance_sampling_level, clip=clip, dual_clip=dual_clip,
+            sapo_temperature=sapo_temperature, ref_logprobs=ref_logprobs, kl_coef=kl_coef, kl_estimator=kl_estimator,
+            use_bias_correction_kl=use_bias_correction_kl, entropy=out.entropy, entropy_coef=entropy_coef,
+            reduction=reduction, normalizer=normalizer,
         )  # fmt: skip
         return LinearPPOLoss(*loss, *(x.detach() for x in out))
     loss, stats, logprobs, entropy, _, _, _ = torch.ops.rlhf_fast.linear_ppo_loss(
-        hidden, weight, bias, ids, old_logprobs, advantages, mask, ref_logprobs, as_tensor(normalizer), low, high,
-        dual_clip or 0.0, kl_coef, kl_estimator, entropy_coef, reduction, temperature, softcap or 0.0, budget,
-        *wants_gradients(hidden, weight, bias),
+        hidden, weight, bias, ids, old_logprobs, advantages, mask, ref_logprobs, as_tensor(normalizer), *options,
+        entropy_coef, reduction, temperature, softcap or 0.0, budget, *wants_gradients(hidden, weight, bias),
     )  # fmt: skip
     return LinearPPOLoss(*PPOLoss.of(loss, stats), logprobs, entropy)
 

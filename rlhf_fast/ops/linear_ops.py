@@ -12,6 +12,7 @@ from rlhf_fast.ops.dispatch import LIBRARY, define, kernel
 from rlhf_fast.ops.gradients import register_consumed_gradients
 from rlhf_fast.ops.heads import Head, full_precision, loss_in_forward, pack_rows
 from rlhf_fast.ops.linear import empty_gradients
+from rlhf_fast.ops.policy_options import SCHEMA, PolicyOptions
 from rlhf_fast.ops.reference import compute_dtype
 
 GRADIENTS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
@@ -23,8 +24,7 @@ define(
 )
 define(
     f"linear_ppo_loss({HEAD}, Tensor old_logprobs, Tensor advantages, Tensor mask, Tensor? ref_logprobs, "
-    "Tensor? normalizer, float clip_low, float clip_high, float dual_clip, float kl_coef, str kl_estimator, "
-    f"float entropy_coef, str reduction, {OPTIONS}) "
+    f"Tensor? normalizer, {SCHEMA}, float entropy_coef, str reduction, {OPTIONS}) "
     f"-> (Tensor loss, Tensor stats, Tensor logprobs, Tensor entropy, {GRADIENTS})"
 )
 define(
@@ -94,36 +94,37 @@ def _ppo(
     mask: Tensor,
     ref_logprobs: Tensor | None,
     normalizer: Tensor | None,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float,
-    kl_coef: float,
-    kl_estimator: str,
-    entropy_coef: float,
-    reduction: str,
     *options: Any,
 ) -> tuple[Tensor, ...]:
-    head = head_of(hidden, weight, bias, token_ids, options)
+    terms, (entropy_coef, reduction, *rest) = PolicyOptions(*options[:10]), options[10:]
+    head = head_of(hidden, weight, bias, token_ids, tuple(rest))
     old, A = old_logprobs.to(head.dtype), advantages.to(head.dtype)
     ref = None if ref_logprobs is None else ref_logprobs.to(head.dtype)
     A_BT = (A if A.dim() == 2 else A.unsqueeze(1)).expand_as(old)
-    flat_old, flat_A, flat_ref = old.reshape(-1), A_BT.reshape(-1), None if ref is None else ref.reshape(-1)
+    B, T = token_ids.shape
     weights = token_weights(mask, reduction, normalizer).to(head.dtype).reshape(-1)
     one = torch.ones((), dtype=torch.float64)
 
     def coefficients(rows: Tensor, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
         """The unweighted loss's gradient by each token's log-prob, times the token's weight."""
+        if terms.by_sequence:  # a pack has whole rows
+            row, nth = torch.unique_consecutive(rows // T, return_inverse=True)
+            places, shape = nth * T + rows % T, (len(row), T)
+            logprobs = logprobs.new_zeros(len(row) * T).index_copy(0, places, logprobs)
+            of = lambda x: x[row]  # noqa: E731
+        else:
+            places, shape = slice(None), (1, len(rows))
+            of = lambda x: x.reshape(-1)[rows]  # noqa: E731
         by_logprobs = torch.ops.rlhf_fast.ppo_loss(
-            logprobs[None], flat_old[rows][None], flat_A[rows][None], torch.ones_like(rows, dtype=torch.bool)[None],
-            None if flat_ref is None else flat_ref[rows][None], None, one, clip_low, clip_high, dual_clip, kl_coef,
-            kl_estimator, 0.0, "constant", True, False,
-        )[2][0]  # fmt: skip
+            logprobs.view(shape), of(old).view(shape), of(A_BT).view(shape), of(mask).view(shape),
+            None if ref is None else of(ref).view(shape), None, one, *terms, 0.0, "constant", True, False,
+        )[2].view(-1)[places]  # fmt: skip
         return by_logprobs * weights[rows], -entropy_coef * weights[rows] if entropy_coef else None
 
-    logprobs, entropy = (x.view(token_ids.shape) for x in loss_in_forward(head, None, coefficients))
+    packs = pack_rows(head.rows, B, T, head.chunk_rows) if terms.by_sequence else None
+    logprobs, entropy = (x.view(token_ids.shape) for x in loss_in_forward(head, packs, coefficients))
     loss, stats, _, _ = torch.ops.rlhf_fast.ppo_loss(
-        logprobs, old, A, mask, ref, entropy, normalizer, clip_low, clip_high, dual_clip, kl_coef, kl_estimator,
-        entropy_coef, reduction, False, False,
+        logprobs, old, A, mask, ref, entropy, normalizer, *terms, entropy_coef, reduction, False, False,
     )  # fmt: skip
     return loss, stats, logprobs, entropy, *head.gradients()
 

@@ -9,3 +9,7 @@ margin; token ids, masks and per-token numbers of a rollout (about 100 bytes a t
 are no plain product with the last hidden state is tried out on weights, which are not there: plan those (Cohere,
 Granite) with `--no-fused-head`.
 """
+
+from rlhf_fast.extras import need_train
+
+need_train("rlhf_fast.plan")

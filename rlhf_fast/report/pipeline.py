@@ -203,13 +203,21 @@ def _notes(config: PipelineConfig, out: Path) -> list[str]:
             held_out = f", held-out pair accuracy {reward['eval/accuracy']:.3f} ± {reward['eval/accuracy_se']:.3f}"
         made.append(f"Reward model on {reward['rows']} preferences in {reward['train_seconds']:.0f} s{held_out}.")
     method = _record(out / config.methods[0])
-    machine, start = method["environment"], "the SFT model" if config.sft is not None else config.model
+    start = "the SFT model" if config.sft is not None else config.model
     return [
         *([" ".join(made)] if made else []),
         f"Every method starts from {start}, on the same prompts. One seed each.",
-        f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, "
-        f"transformers {machine['transformers']}, Python {machine['python']}.",
+        machine(method),
     ]
+
+
+def machine(record: Mapping[str, Any]) -> str:
+    """The machine and the versions of a run.json, as a sentence."""
+    found = record["environment"]
+    return (
+        f"{found['device']}, {found['threads']} threads, torch {found['torch']}, "
+        f"transformers {found['transformers']}, Python {found['python']}."
+    )
 
 
 def _record(directory: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ START_COLOR = "#333333"
 # In the order in which a step runs them; other phases follow in grey-blue.
 PHASE_COLORS = {
     "rollout": "#77AADD",
+    "rescoring": "#8899CC",
     "scoring": "#99DDFF",
     "reference": "#44BB99",
     "value": "#BBCC33",
@@ -48,25 +49,27 @@ STYLE: dict[Any, Any] = {  # for `matplotlib.rc_context`, whose stubs list the k
 
 @dataclass(frozen=True, kw_only=True)
 class MethodRun:
-    """One method's run: the rows of its metrics.jsonl, the bytes its models hold, its completions after training.
+    """One stage's run: the rows of its metrics.jsonl, the bytes its models hold, its completions after training.
 
     A row with "eval/reward" is an evaluation; it has eval/{reward,kl,length,entropy} with standard errors in
     "eval/..._se", and "time/total", the training seconds so far. Rows from step 1 on have time/<phase> and, where it
     was measured, memory/<phase>. samples: {"prompt", "completion", "reward"} per held-out prompt.
+    record: run.json, of a run that has ended.
     """
 
     name: str
     history: list[dict[str, Any]]
     static_bytes: dict[str, dict[str, int]] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
+    record: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.evaluations:
-            raise ValueError(f"history: expected rows with eval/reward in the run of {self.name}, got none")
+        if not self.history:
+            raise ValueError(f"history: expected rows of metrics in the run of {self.name}, got none")
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
-        """The rows of the history that are evaluations."""
+        """The rows of the history that are evaluations; none where the run had no held-out prompts."""
         return [row for row in self.history if row.get("eval/reward") is not None]
 
     @property
@@ -77,7 +80,7 @@ class MethodRun:
     @property
     def seconds_per_step(self) -> dict[str, float]:
         """Mean seconds of each phase per training step, evaluation left out; "other" is what ran outside phases."""
-        rows = [row for row in self.history if row["step"] > 0]
+        rows = [row for row in self.history if row["step"] > 0 and "time/step" in row]
         totals: dict[str, float] = {}
         for row in rows:
             phases = {k[5:]: v for k, v in row.items() if k.startswith("time/") and k[5:] not in _NOT_PHASES}
@@ -107,13 +110,15 @@ def make_plots(
     reward_name: str = "true reward",
 ) -> dict[str, Figure]:
     """Name -> figure. gradient_variance: where it was measured -> method -> {"variance", ...}."""
-    figures = {
-        "reward_kl": reward_kl(runs, reward_name),
-        "reward_time": reward_time(runs, reward_name),
-        "step_time": step_time(runs),
-        "static_memory": static_memory(runs),
-        "peak_memory": peak_memory(runs),
-    }
+    evaluated = [run for run in runs if run.evaluations]
+    figures: dict[str, Figure] = {}
+    if evaluated:
+        figures |= {"reward_kl": reward_kl(evaluated, reward_name), "reward_time": reward_time(evaluated, reward_name)}
+    figures["step_time"] = step_time(runs)
+    if any(run.static_bytes for run in runs):
+        figures["static_memory"] = static_memory(runs)
+    if any(run.peak_bytes for run in runs):
+        figures["peak_memory"] = peak_memory(runs)
     if gradient_variance:
         figures["gradient_variance"] = variance(gradient_variance)
     return figures

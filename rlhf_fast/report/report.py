@@ -18,7 +18,9 @@ import matplotlib
 
 from rlhf_fast.data.damage import read_json
 from rlhf_fast.data.files import write_text
+from rlhf_fast.report.curves import CURVES, make_curves
 from rlhf_fast.report.plots import START_COLOR, MethodRun, make_plots
+from rlhf_fast.report.settings import differences, held_out
 from rlhf_fast.report.styles import styles_of
 from rlhf_fast.training.metrics import format_value, read_metrics
 
@@ -31,10 +33,13 @@ CAPTIONS = {
     "peak_memory": "Peak memory while each phase runs; on a CPU that is the whole process, Python and torch included.",
     "gradient_variance": "Total variance of the policy gradient over batches sampled from the same policy.",
 }
+_CURVES = "{title}, over the steps. The thin line is each step, the thick line the mean of its neighbours."
 _QUALITY = (
     "Held-out prompts, mean ± standard error over prompts. KL in nats per completion, length in tokens, entropy in "
     "nats per token."
 )
+_HELD_OUT = "Held-out rows after training, mean ± standard error over rows where it is known."
+_SETTINGS = "Settings that are not the same in all runs."
 _COST = "Time without evaluation. Model memory: weights, gradients and optimizer state; peak: the largest of any phase."
 _TEMPLATE = "report.html.jinja"  # beside this file
 _SHOWN = 5  # prompts, each with the completions of all methods
@@ -46,13 +51,15 @@ _EVALUATION = (
 
 
 def load_run(name: str, directory: str | os.PathLike) -> MethodRun:
-    """The run a stage left in `directory`: metrics.jsonl, run.json and samples.json."""
+    """The run of a stage in `directory`: metrics.jsonl, and run.json and samples.json where they are there."""
     directory = Path(directory)
+    record = read_json(directory / "run.json") if (directory / "run.json").is_file() else {}
     return MethodRun(
         name=name,
         history=read_metrics(directory / "metrics.jsonl"),
-        static_bytes=read_json(directory / "run.json")["static_bytes"],
-        samples=read_json(directory / "samples.json", list),
+        static_bytes=record.get("static_bytes", {}),
+        samples=read_json(directory / "samples.json", list) if (directory / "samples.json").is_file() else [],
+        record=record,
     )
 
 
@@ -79,14 +86,16 @@ def write_report(
     if not runs:
         raise ValueError("runs: expected at least one, got none")
     for run in runs:
-        if samples and [row["prompt"] for row in run.samples] != [row["prompt"] for row in samples]:
+        if samples and run.samples and [row["prompt"] for row in run.samples] != [row["prompt"] for row in samples]:
             raise ValueError(f"samples: expected the prompts of {run.name}'s samples in the same order")
-    styles = styles_of(run.name for run in runs)
+    styles, evaluated = styles_of(run.name for run in runs), [run for run in runs if run.evaluations]
     report = {
         "title": title,
         "notes": list(notes),
-        "quality": quality_table(runs, samples, reward_name, start),
+        "quality": quality_table(evaluated, samples, reward_name, start) if evaluated else [],
+        "held_out": held_out(runs),
         "cost": cost_table(runs),
+        "settings": differences(runs),
         "methods": {
             run.name: {
                 "color": styles[run.name].color,
@@ -98,25 +107,36 @@ def write_report(
             for run in runs
         },
         "gradient_variance": gradient_variance,
-        "samples": _sample_table(runs, samples, start),
+        "samples": _sample_table([run for run in evaluated if run.samples], samples, start),
     }
-    figures = {
-        name: _svg_uri(figure) for name, figure in make_plots(runs, gradient_variance, reward_name=reward_name).items()
-    }
+    drawn = make_plots(runs, gradient_variance, reward_name=reward_name) | _curves(runs)
+    captions = CAPTIONS | {name: _CURVES.format(title=_capitalised(curve.title)) for name, curve in CURVES.items()}
+    tables = [
+        ("What each method bought", report["quality"], _QUALITY),
+        ("On held-out rows", report["held_out"], _HELD_OUT),
+        ("What it cost", report["cost"], _COST),
+        ("What differs between the runs", report["settings"], _SETTINGS),
+    ]
     html = _template().render(
         **report,
-        tables=[
-            ("What each method bought", report["quality"], _QUALITY),
-            ("What it cost", report["cost"], _COST),
-        ],
-        figures=figures,
-        captions={name: caption.format(reward=reward_name) for name, caption in CAPTIONS.items()},
+        tables=[table for table in tables if table[1]],
+        figures={name: _svg_uri(figure) for name, figure in drawn.items()},
+        captions={name: caption.format(reward=reward_name) for name, caption in captions.items()},
         reward_name=reward_name,
         colors={name: style.color for name, style in styles.items()} | {start: START_COLOR},
         start=start,
     )
     write_text(Path(path).with_suffix(".json"), json.dumps(_finite(report), indent=1, allow_nan=False) + "\n")
     write_text(path, html)
+
+
+def _curves(runs: Sequence[MethodRun]) -> dict[str, Any]:
+    """The curves over the steps. Held-out rewards are drawn over time and KL already."""
+    return {name: figure for name, figure in make_curves(runs).items() if name != "held_out"}
+
+
+def _capitalised(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def write_plots(
@@ -149,7 +169,7 @@ def quality_table(
     first = runs[0].evaluations[0]
     rows: list[dict[str, Any]] = [{"method": start, reward_name: _pair(first, "reward"), f"gain over {start}": None}]
     for run in runs:
-        if samples:
+        if samples and run.samples:
             gain = _mean_and_se([b["reward"] - a["reward"] for a, b in zip(samples, run.samples, strict=True)])
         else:
             before, after = _pair(first, "reward"), _pair(run.final, "reward")
@@ -169,10 +189,10 @@ def cost_table(runs: Sequence[MethodRun]) -> list[dict[str, Any]]:
     return [
         {
             "method": run.name,
-            "steps": run.final["step"],
+            "steps": run.history[-1]["step"],
             "step seconds": sum(run.seconds_per_step.values()),
-            "training seconds": run.final.get("time/total"),
-            "model bytes": sum(sum(kinds.values()) for kinds in run.static_bytes.values()),
+            "training seconds": run.history[-1].get("time/total"),
+            "model bytes": sum(sum(kinds.values()) for kinds in run.static_bytes.values()) or None,
             "peak bytes": max(run.peak_bytes.values(), default=None),
         }
         for run in runs

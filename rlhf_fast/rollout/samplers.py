@@ -29,7 +29,9 @@ class Samplers:
         if config.vllm_url is not None:
             client = Client(config.vllm_url, timeout=config.vllm_timeout, patience=config.vllm_patience)
             directory = None if output_dir is None else Path(output_dir)
-            self.server = Server(client, directory=directory, bound=getattr(config, "max_mismatch", _BOUND))
+            keeps = getattr(config, "rollouts_ahead", 0) > 0
+            bound = _BOUND if keeps else getattr(config, "max_mismatch", _BOUND)
+            self.server = Server(client, directory=directory, bound=bound, keeps=keeps)
 
     def __call__(
         self,

@@ -69,7 +69,7 @@ def minibatch_update(
                     reduction="sequence_mean",
                     normalizer=completions,
                 )
-            out.loss.backward()
+            online.learner.backward(out.loss)
         if untouched:
             online.note_drift(tally, out.logprobs, part)
         share = (part.response_mask.sum() / tokens).double()

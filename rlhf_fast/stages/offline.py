@@ -15,8 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_fast.config import OfflineConfig, RewardConfig, SFTConfig
 from rlhf_fast.data.encoding import Encoded
 from rlhf_fast.lm.objectives import Objectives
+from rlhf_fast.lm.room import EVALUATIONS, check_room
 from rlhf_fast.lm.sequences import Sequences
-from rlhf_fast.lm.sharding import shard, whole
+from rlhf_fast.lm.sharding import shard, whole, whole_bytes
 from rlhf_fast.ranks import current
 from rlhf_fast.training.batches import OfflineBatches, micro_batches
 from rlhf_fast.training.evaluation import Evaluator
@@ -67,6 +68,9 @@ class Offline:
         self.config, self.batches, self.whole, self.held_out = config, batches, whole, held_out
         shard(model, config.shard_trained, checkpointing=config.gradient_checkpointing)
         self.learner = Learner(model, config, batches.steps)
+        if held_out is not None or evaluator is not None:
+            later = self.learner.bytes_to_come
+            check_room(whole_bytes(model), role, EVALUATIONS, model.device, later=later)
         self.run = Run(
             config,
             name,
@@ -104,7 +108,7 @@ class Offline:
                 with run.meter.phase("policy_update"):
                     with learner.autocast():
                         part = loss([*mine[rows]], whole, tally)
-                    part.backward()
+                    learner.backward(part)
                 del part
             with run.meter.phase("optimizer"):
                 metrics = take_step(tally, {"grad_norm": learner})

@@ -6,7 +6,8 @@ log-probs, and the run stops where they disagree, because a silent mismatch woul
 """
 
 from collections.abc import Callable, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from contextlib import closing
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,14 +21,16 @@ from rlhf_fast.lm.balance import leave_out
 from rlhf_fast.lm.loading import default_device
 from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.lm.offload import place, visiting
-from rlhf_fast.lm.sharding import shard, shard_frozen, whole
+from rlhf_fast.lm.room import EVALUATIONS, INSTEAD, PASSES, ROLLOUTS, check_room
+from rlhf_fast.lm.sharding import shard, shard_frozen, whole, whole_bytes
 from rlhf_fast.lm.tokenizers import check_tokenizer, load_tokenizer
 from rlhf_fast.ops import kl_penalty
 from rlhf_fast.ranks import current
 from rlhf_fast.rollout.generate import Rollout
 from rlhf_fast.rollout.samplers import Samplers
 from rlhf_fast.stages.kl import KLController
-from rlhf_fast.training.batches import micro_batches, seed_everything
+from rlhf_fast.stages.rounds import rounds
+from rlhf_fast.training.batches import micro_batches, seed_everything, step_seed
 from rlhf_fast.training.evaluation import check_prompts, make_evaluator, prompt_columns, scored_prompts
 from rlhf_fast.training.learner import Learner, autocast
 from rlhf_fast.training.listeners import Listener
@@ -107,7 +110,7 @@ class Online(Generic[Config]):
             )
         self.policy, reference = load_policy_and_reference(config, self.device)
         leave_out(self.policy, "an online stage")
-        self.reference = place(reference, self.device, config.offload)
+        self.reference = place(reference, self.device, config.offload and config.shard == "none")
         with visiting(self.reference):
             self.objectives, self.reference_objectives = (
                 Objectives(model, temperature=config.temperature, fused=config.fused_head)
@@ -115,7 +118,8 @@ class Online(Generic[Config]):
             )
         # before more models are loaded
         shard(self.policy, config.shard_trained, checkpointing=config.gradient_checkpointing)
-        shard_frozen(self.reference, self.policy, config.shard)
+        self._check_room()
+        shard_frozen(self.reference, self.policy, config.shard, offload=config.offload)
         self.reward = Reward(
             config.reward,
             self.tokenizer,
@@ -146,6 +150,7 @@ class Online(Generic[Config]):
         self.learner = Learner(self.policy, config, self.updates)
         self.drift_bound = self._drift_bound()
         self.kl = KLController(config.kl_coef, config.kl_target, config.kl_horizon)
+        self.rounds = rounds(self.sampler, self._question, ahead=config.rollouts_ahead, last=config.steps)
 
     def run(
         self,
@@ -159,18 +164,31 @@ class Online(Generic[Config]):
         update: takes the optimizer steps of a round and returns the metrics. learners: role -> trained model besides
             the policy.
         """
-        with Run(
-            self.config,
-            self.name,
-            self.config.steps,
-            learners={"policy": self.learner, **(learners or {})},
-            tokenizer=self.tokenizer,
-            frozen={"reference": self.reference, **self.reward.models},
-            states={"kl": self.kl},
-            evaluator=self.evaluator,
-            show=("objective/scores", "objective/kl", _DRIFT),
-            listeners=listeners,
-        ) as run:
+        trained = {"policy": self.learner, **(learners or {})}
+        frozen = {"reference": self.reference, **self.reward.models}
+        later = sum(learner.bytes_to_come for learner in trained.values())
+        self._check_room(later)
+        for role, model in {**{role: learner.model for role, learner in trained.items()}, **frozen}.items():
+            if role != "policy":
+                check_room(whole_bytes(model), role, PASSES, self.device, later=later)
+        if self.evaluator is not None:
+            both = whole_bytes(self.policy, self.reference)
+            check_room(both, "policy and reference", EVALUATIONS, self.device, later=later)
+        with (
+            closing(self.rounds),
+            Run(
+                self.config,
+                self.name,
+                self.config.steps,
+                learners=trained,
+                tokenizer=self.tokenizer,
+                frozen=frozen,
+                states={"kl": self.kl, **self.rounds.states},
+                evaluator=self.rounds.guard(self.evaluator),
+                show=("objective/scores", "objective/kl", _DRIFT),
+                listeners=listeners,
+            ) as run,
+        ):
             run.note(prompts=len(self.prompts), truncated_prompts=self.truncated)
             for step in run.steps():
                 experience = self.collect(run.meter, step)
@@ -181,8 +199,16 @@ class Online(Generic[Config]):
                 metrics |= {"lr": self.learner.lr, "episode": step * self.config.batch_size}
                 self.kl.update(metrics["objective/kl"], self.config.batch_size)
                 del experience  # else it would take memory while the next round is sampled
+                with run.meter.phase("rollout"):
+                    self.rounds.settle(step)
                 run.end_step(step, metrics)
             run.finish()
+
+    def _check_room(self, later: int = 0) -> None:
+        """NoRoom where the policy cannot be made whole for rollouts. later: bytes of the optimizers' states to come."""
+        if self.config.sampler == "local":
+            copy = whole_bytes(self.policy)
+            check_room(copy, "policy", ROLLOUTS, self.device, later=later, instead=INSTEAD)
 
     def check_lengths(self, **models: PreTrainedModel | None) -> None:
         """ValueError unless every one of `models` (role -> model) can read this run's prompts and completions."""
@@ -190,18 +216,13 @@ class Online(Generic[Config]):
 
     def collect(self, meter: Meter, step: int) -> Experience:
         """Samples, scores and takes the reference's log-probs for round `step`."""
-        every = self._round_prompts(step)
-        prompts, earlier = [*self.ranks.share(every)], [p.prompt_ids for p in self.ranks.earlier(every)]
-        seed = seed_everything(self.config.seed, step)
+        prompts = [*self.ranks.share(self._round_prompts(step))]
+        seed_everything(self.config.seed, step)
         with autocast(self.device, self.config.bf16), torch.no_grad():
-            with meter.phase("rollout"), whole(self.policy):
-                self.sampler.refresh()
-                ids = [p.prompt_ids for p in prompts]
-                rollout, greedy = self.sampler(
-                    ids, seed=seed, samples=self.samples, greedy=self.greedy, earlier=earlier
-                )
+            with meter.phase("rollout"):
+                rollout, greedy = self.rounds.take(step)
             if self.samplers.remote:
-                with meter.phase("rescoring"):
+                with meter.phase("rescoring"), whole(self.policy):
                     rollout = rescored(rollout, self.objectives, self.config.micro_batch_size)
             with meter.phase("scoring"):
                 columns = prompt_columns([p for p in prompts for _ in range(self.samples)])
@@ -279,6 +300,13 @@ class Online(Generic[Config]):
         scored = self.reward.judge(Answers(self.tokenizer, columns, rollout=rollout))
         penalty_B = self.config.missing_eos_penalty * (~rollout.finished).float()
         return scored._replace(scores=scored.scores - penalty_B)
+
+    def _question(self, step: int) -> dict[str, Any]:
+        """What round `step` asks of a sampler for this process's prompts."""
+        every = self._round_prompts(step)
+        ids, earlier = ([p.prompt_ids for p in part] for part in (self.ranks.share(every), self.ranks.earlier(every)))
+        seed = step_seed(self.config.seed, step)
+        return {"prompts": ids, "earlier": earlier, "seed": seed, "samples": self.samples, "greedy": self.greedy}
 
     def _round_prompts(self, step: int) -> list[PromptExample]:
         per_epoch = len(self.prompts) // self.prompts_per_round

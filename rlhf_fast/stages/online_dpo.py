@@ -82,7 +82,7 @@ def step(
                     chosen_lengths=lengths[: len(index) // 2],
                     rejected_lengths=lengths[len(index) // 2 :],
                 )
-            out.loss.backward()
+            online.learner.backward(out.loss)
         margins = out.chosen_rewards - out.rejected_rewards
         tally.add("loss/policy_avg", out.loss)
         tally.add("rewards/margins", margins.mean().double() * len(margins) / pairs)

@@ -74,10 +74,11 @@ def load_critic(online: Online[PPOConfig]) -> Learner:
         check_tokenizer(path, online.tokenizer, "value_model")
         shared = online.policy if config.share_base else None
         lora, how = lora_of(config), config.shard
-        model = load_scorer(path, dtype=config.dtype, head="zero", lora=lora, shared=shared, shard=how)
-        model.to(online.device)  # pyright: ignore[reportArgumentType]
-        online.check_lengths(value_model=model)
-        shard(model, config.shard_trained, checkpointing=config.gradient_checkpointing)
+        with whole(shared):
+            model = load_scorer(path, dtype=config.dtype, head="zero", lora=lora, shared=shared, shard=how)
+            model.to(online.device)  # pyright: ignore[reportArgumentType]
+            online.check_lengths(value_model=model)
+            shard(model, config.shard_trained, checkpointing=config.gradient_checkpointing)
     trained = score_head(model).parameters() if config.critic == "shared" else None
     return Learner(model, config, online.updates, learning_rate=config.value_learning_rate, parameters=trained)
 
@@ -148,12 +149,12 @@ def separate_backward(
     with run.meter.phase("policy_update"):
         with online.learner.autocast():
             policy = policy_loss(online, part, target, tokens)
-        policy.loss.backward()
+        online.learner.backward(policy.loss)
     with run.meter.phase("value_update"):
         with critic.autocast():
             values = critic_scores(online, critic).values(part.sequences)
             value = value_loss(online, part, target, tokens, values)
-        value.loss.backward()
+        critic.backward(value.loss)
     return policy, value
 
 
@@ -171,7 +172,7 @@ def joint_backward(
     with run.meter.phase("policy_update"):
         with online.learner.autocast():
             policy, value = within(online.policy, losses)
-        (policy.loss + online.config.value_coef * value.loss).backward()
+        online.learner.backward(policy.loss + online.config.value_coef * value.loss)
     return policy, value
 
 

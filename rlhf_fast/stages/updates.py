@@ -60,7 +60,7 @@ def policy_gradient_step(
                 out = online.objectives.reinforce(
                     part.sequences, advantages[rows], kept=part.kept, reduction=reduction, normalizer=total
                 )
-            out.loss.backward()
+            online.learner.backward(out.loss)
         tally.add("loss/policy_avg", out.loss)
         online.note_drift(tally, out.logprobs, part)
     with run.meter.phase("optimizer"):

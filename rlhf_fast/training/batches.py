@@ -20,9 +20,14 @@ def seed_everything(seed: int, step: int) -> int:
     A resumed run therefore draws the same numbers as an uninterrupted run.
     """
     global _seeded
-    _seeded = _mixed(seed, step), 0
+    _seeded = step_seed(seed, step), 0
     _seed(_seeded[0])
     return _seeded[0]
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The number that the global generators get for a step."""
+    return _mixed(seed, step)
 
 
 @contextmanager

@@ -16,11 +16,13 @@ from rlhf_fast.config import StageConfig
 from rlhf_fast.lm.passes import idle
 from rlhf_fast.lm.sharding import full, is_part, is_sharded
 from rlhf_fast.ranks import current
+from rlhf_fast.training.in_backward import InBackward, norm_of
 from rlhf_fast.training.memory import static_bytes
 from rlhf_fast.training.moments import check_state
-from rlhf_fast.training.optimizers import MasterWeights, load_state, lr_factor, make_optimizer
+from rlhf_fast.training.optimizers import MOMENT_BYTES, MasterWeights, load_state, lr_factor, make_optimizer
 from rlhf_fast.training.stopped import Diverged
 from rlhf_fast.training.tally import Tally
+from rlhf_fast.training.tensor_bytes import plain_tensors
 
 
 class Learner:
@@ -42,17 +44,18 @@ class Learner:
     ) -> None:
         self.model, self.max_grad_norm, self.bf16 = model, config.max_grad_norm, config.bf16
         self.static_bytes: dict[str, int] = {}
+        self._moment_bytes = MOMENT_BYTES[config.optimizer]
         self.ranks = current()
         self.parameters = [p for p in (model.parameters() if parameters is None else parameters) if p.requires_grad]
         self.optimizer = make_optimizer(config, self.parameters, learning_rate or config.learning_rate)
         factor = lr_factor(config.lr_schedule, config.warmup_steps, total_steps)
         groups = self.optimizer.inner if isinstance(self.optimizer, MasterWeights) else self.optimizer
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(groups, factor)
-        self.in_backward, self.norms, self.spoilt = config.optimizer_in_backward, [], False
+        self.in_backward, self.spoilt = None, False
         self._moving, self._counted = False, False  # a resumed run counts anew, as its shards may be others
-        if self.in_backward:
-            for parameter in self.parameters:
-                parameter.register_post_accumulate_grad_hook(self._step_in_backward)
+        if config.optimizer_in_backward:
+            alone = parameters is None and not is_sharded(model)
+            self.in_backward = InBackward(self.parameters, self.optimizer, alone=alone)
         if config.gradient_checkpointing:
             checkpoint_activations(model)
 
@@ -60,12 +63,11 @@ class Learner:
         """The precision of this model's passes, as a context."""
         return autocast(self.model.device, self.bf16)
 
-    def _step_in_backward(self, parameter: nn.Parameter) -> None:
-        assert parameter.grad is not None  # torch calls this hook when the gradient is there
-        self.ranks.add_gradients([parameter])
-        self.norms.append(_norm(parameter.grad))
-        self.optimizer.step()  # moves this parameter alone: no other has a gradient at this moment
-        parameter.grad = None
+    def backward(self, loss: Tensor) -> None:
+        """The backward pass of a micro-batch's loss."""
+        loss.backward()
+        if self.in_backward is not None:
+            self.in_backward.finish()
 
     def clip(self) -> Tensor:
         """The norm of the accumulated gradients, 0-dim and on the device. Clips the gradients to max_grad_norm.
@@ -73,13 +75,11 @@ class Learner:
         With several processes the gradients are first added up over all processes. Those of a model in shards have been
         added up in the backward pass.
         """
-        if self.in_backward:
-            # A step may have no gradient, as where no pair of online DPO has a preference.
-            norms, self.norms = self.norms or [torch.zeros((), device=self.model.device)], []
-            return torch.stack(norms).norm()
+        if self.in_backward is not None:
+            return self.in_backward.take_norm(self.model.device)
         self.ranks.add_gradients([p for p in self.parameters if not is_part(p)])
         if isinstance(self.optimizer, MasterWeights):  # clips fp32 gradients, because a product in bf16 is rounded
-            norms = [_norm(p.grad) for p in self.parameters if p.grad is not None]
+            norms = [norm_of(p.grad) for p in self.parameters if p.grad is not None]
             norm = full(torch.stack(norms).norm()) if norms else torch.zeros((), device=self.model.device)
             if self.max_grad_norm:
                 self.optimizer.factor = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -90,13 +90,13 @@ class Learner:
         """A training pass that counts nothing, made while other processes make passes over their rows."""
         with self.autocast():
             nothing = idle(self.model)
-        nothing.backward()
+        self.backward(nothing)
 
     def check(self, norm: float) -> None:
         """Diverged unless the norm of the gradients is finite. Call it before `apply`."""
         if not math.isfinite(norm):
-            left = "spoilt" if self.in_backward else "left as they are"
-            self.spoilt = self.in_backward
+            self.spoilt = self.in_backward is not None
+            left = "spoilt" if self.spoilt else "left as they are"
             raise Diverged(f"gradient norm is {norm}; the weights were {left}")
 
     def apply(self) -> None:
@@ -104,7 +104,7 @@ class Learner:
         self._moving = True
         first, weights = not self._counted, {"": nn.ParameterList(self.parameters)}
         gradients = static_bytes(weights)[""]["gradients"] if first else 0  # a step may drop them
-        if not self.in_backward:
+        if self.in_backward is None:
             self.optimizer.step()
         if first:
             held = static_bytes(weights, {"": self.optimizer})[""]
@@ -117,7 +117,13 @@ class Learner:
     @property
     def whole(self) -> bool:
         """Whether the weights hold whole updates alone: nothing that moves weights broke off half-way."""
-        return not (self.spoilt or self.norms or self._moving)
+        return not (self.spoilt or self._moving or (self.in_backward is not None and self.in_backward.norms))
+
+    @property
+    def bytes_to_come(self) -> int:
+        """Bytes of the optimizer's moments, which the first step makes."""
+        own = (numbers.numel() for parameter in self.parameters for numbers in plain_tensors(parameter.detach()))
+        return round(sum(own) * self._moment_bytes)
 
     @property
     def lr(self) -> float:
@@ -148,11 +154,6 @@ class Learner:
             load_state(self.optimizer, state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.static_bytes = state["static_bytes"]
-
-
-def _norm(gradient: Tensor) -> Tensor:
-    """0-dim, in fp32 for half precision, whose own numbers have two or three digits."""
-    return torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:

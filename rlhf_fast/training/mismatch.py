@@ -10,6 +10,10 @@ passes. With rho = pi / mu of a token, or of a whole completion, its policy loss
 
 C is `mismatch_cap`. Without the cut, sequence weights make the gradient unbiased; the cut bounds their variance.
 arXiv 2510.26788 compares these weights. The weights are no part of the KL penalty and of the value loss.
+
+Where a server samples a round ahead, mu is the policy before the last update. The same weights correct for that too:
+rho then holds the update beside the engines' rounding. A clipped loss keeps its ratio to pi, the policy at the start of
+the round (the decoupled objective of arXiv 2110.00641, equation 3).
 """
 
 import math
@@ -73,6 +77,7 @@ class Correction(NamedTuple):
     mode: str
     cap: float
     bound: float  # nats a token on average, beyond which the run stops
+    ahead: int = 0  # rounds by which the server's weights are older
 
     def weights(self, rollout: Rollout) -> Tensor | None:
         """The weights of a rollout's tokens [B, T] fp32, or None."""
@@ -121,14 +126,21 @@ class Correction(NamedTuple):
 
     def check(self, metrics: dict[str, float]) -> None:
         """Diverged where the mean difference is beyond its bound, or is no number."""
-        if MEAN in metrics and not metrics[MEAN] <= self.bound:
+        if MEAN not in metrics or metrics[MEAN] <= self.bound:
+            return
+        if self.ahead:
             raise Diverged(
-                f"the log-probs of the vLLM server and of training differ by {metrics[MEAN]:.3g} nats a token, more "
-                f"than max_mismatch={self.bound:g}; the server samples from another policy",
-                remedy="a server of the policy's data type, or a larger max_mismatch",
+                f"the log-probs of the vLLM server's round and of training differ by {metrics[MEAN]:.3g} nats a token, "
+                f"more than max_mismatch={self.bound:g}; one update moves the policy too far to sample a round ahead",
+                remedy="a lower learning_rate, rollouts_ahead 0, or a larger max_mismatch",
             )
+        raise Diverged(
+            f"the log-probs of the vLLM server and of training differ by {metrics[MEAN]:.3g} nats a token, more "
+            f"than max_mismatch={self.bound:g}; the server samples from another policy",
+            remedy="a server of the policy's data type, or a larger max_mismatch",
+        )
 
 
 def correction_of(config: OnlineConfig) -> Correction:
     """What `config` asks for."""
-    return Correction(config.correction, config.mismatch_cap, config.max_mismatch)
+    return Correction(config.correction, config.mismatch_cap, config.max_mismatch, config.rollouts_ahead)

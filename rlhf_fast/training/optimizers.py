@@ -20,6 +20,7 @@ from rlhf_fast.lm.dtypes import HALVES
 from rlhf_fast.lm.eight_bits import import_bitsandbytes
 from rlhf_fast.lm.state_files import parts_of
 
+MOMENT_BYTES = {"adamw": 8.0, "adamw_8bit": 2 + 2 * 4 / 256}  # of a weight; a byte each, an fp32 scale per 256 of them
 _BETAS = (0.9, 0.95)
 
 
@@ -125,7 +126,7 @@ def _adamw(config: StageConfig, parameters: list[nn.Parameter], lr: float) -> to
 
 def _adamw_8bit(groups: list[dict], lr: float) -> torch.optim.Optimizer:
     if find_spec("bitsandbytes") is None:
-        raise ValueError('optimizer: expected bitsandbytes for adamw_8bit, not installed: pip install -e ".[8bit]"')
+        raise ValueError("optimizer: expected bitsandbytes for adamw_8bit, not there: pip install 'rlhf-fast[8bit]'")
     device = groups[0]["params"][0].device
     # Whether bitsandbytes runs depends on its build and on the device, so a trial step is taken. It has 4096 weights,
     # the fewest that bitsandbytes keeps in 8 bits.

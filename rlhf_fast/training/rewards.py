@@ -24,7 +24,7 @@ from rlhf_fast.lm.loading import load_scorer, trained_here
 from rlhf_fast.lm.offload import place, visiting
 from rlhf_fast.lm.scores import Scores
 from rlhf_fast.lm.sequences import Sequences
-from rlhf_fast.lm.sharding import shard, whole
+from rlhf_fast.lm.sharding import shard_frozen, whole
 from rlhf_fast.lm.tokenizers import load_tokenizer
 from rlhf_fast.rollout.generate import Rollout
 from rlhf_fast.training.reading import Conversation, Reader
@@ -129,9 +129,10 @@ class ModelReward:
     ) -> None:
         self.tokenizer, self.device, self.name = tokenizer, device, str(spec)
         self.micro_batch_size, self.max_prompt_length = micro_batch_size, max_prompt_length
-        self.model = load_scorer(spec, dtype=dtype, head=None, trainable=False, shared=shared, shard=how)
-        place(self.model, device, offload)
-        shard(self.model, how)
+        with whole(shared):
+            self.model = load_scorer(spec, dtype=dtype, head=None, trainable=False, shared=shared, shard=how)
+            place(self.model, device, offload and how == "none")
+            shard_frozen(self.model, shared, how, offload=offload)
         own = load_tokenizer(spec, "reward")
         self.retokenizer = None if own.get_vocab() == tokenizer.get_vocab() else own
         self.context = context_length(self.model.config) or sys.maxsize

@@ -19,6 +19,7 @@ from rlhf_fast.config import StageConfig
 from rlhf_fast.config.fields import describe
 from rlhf_fast.data.files import write_json
 from rlhf_fast.lm.sharding import is_part
+from rlhf_fast.methods import load
 from rlhf_fast.ranks import current, gone
 from rlhf_fast.ranks import lost as lost_process
 from rlhf_fast.training import checkpoint, ending
@@ -27,13 +28,14 @@ from rlhf_fast.training.ending import Ended
 from rlhf_fast.training.evaluation import Evaluation
 from rlhf_fast.training.fingerprint import fingerprints
 from rlhf_fast.training.learner import Learner
-from rlhf_fast.training.listeners import Listener, TensorBoard
+from rlhf_fast.training.listeners import Listener
 from rlhf_fast.training.lock import lost
 from rlhf_fast.training.memory import static_bytes
 from rlhf_fast.training.meter import Meter
 from rlhf_fast.training.metrics import MetricsLogger, is_metrics
 from rlhf_fast.training.resume import MADE_OF, REWARD_FAILED, RUN_CONFIG, resume_directory, state_in
 from rlhf_fast.training.stopped import Diverged, is_by_reward
+from rlhf_fast.training.trackers import trackers
 
 
 class Run:
@@ -71,7 +73,7 @@ class Run:
         self.last_evaluation: Evaluation | None = None
         self.config, self.description, self.total_steps, self.show = config, description, total_steps, show
         self.learners, self.tokenizer = learners, tokenizer
-        self.listeners = [*listeners, *([TensorBoard()] if config.tensorboard and self.ranks.first else [])]
+        self.listeners = [*listeners, *(self._told() if self.ranks.first else [])]
         self._begun: list[Listener] = []
         self.frozen = {role: model for role, model in (frozen or {}).items() if model is not None}
         product, *others = learners
@@ -86,6 +88,11 @@ class Run:
         self._schedules: dict[str, dict[str, Any]] = {}
         self._deferring = ExitStack()
         self._reward_failed = Path(config.output_dir, REWARD_FAILED)
+
+    def _told(self) -> list[Listener]:
+        """The listeners that the config names."""
+        name = self.config.push_to_hub
+        return [*trackers(self.config.track), *([load("report.hub:Hub")(name)] if name else [])]
 
     def __enter__(self) -> "Run":
         models, runs = checkpoint.MODEL_FILES | self.models.keys(), {checkpoint.FINISHED, "samples.json"}

@@ -7,7 +7,7 @@ import pytest
 
 from rlhf_fast.kernels import dpo_loss, gae, maths, ppo_loss
 from rlhf_fast.ops.kl import ESTIMATORS
-from rlhf_fast.ops.policy_loss import REDUCTIONS
+from rlhf_fast.ops.policy_options import OBJECTIVES, REDUCTIONS
 from rlhf_fast.ops.preference import LOSS_TYPES
 from rlhf_fast.ops.returns import REMAX_VARIANTS
 
@@ -27,6 +27,7 @@ def enum(header: str, name: str) -> tuple[str, ...]:
     [
         (ESTIMATORS, "math.h", "Estimator", maths),
         (REDUCTIONS, "math.h", "Reduction", ppo_loss),
+        (OBJECTIVES, "math.h", "Objective", ppo_loss),
         (LOSS_TYPES, "pair_terms.h", "DPOType", dpo_loss),
         (REMAX_VARIANTS, "returns.h", "RemaxVariant", gae),
     ],

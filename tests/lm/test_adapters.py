@@ -192,7 +192,7 @@ def test_errors(tiny_model, tmp_path, monkeypatch):
         load_policy(tmp_path / "adapter")
     monkeypatch.setattr(adapters, "find_spec", lambda name: None if name == "peft" else util.find_spec(name))
     config = SFTConfig(model=tiny_model, output_dir="out", train_data="rows.jsonl", lora_rank=4)
-    with pytest.raises(ValueError, match=r'lora_rank: expected peft .* pip install -e "\.\[lora\]"'):
+    with pytest.raises(ValueError, match=r"lora_rank: expected peft .* pip install 'rlhf-fast\[lora\]'"):
         adapters.lora_of(config)
     with pytest.raises(ValueError, match="model: expected peft"):
         load_policy(tmp_path / "adapter")

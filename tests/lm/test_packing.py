@@ -54,7 +54,7 @@ def test_states_and_gradients_are_those_of_each_row_alone(architecture, checkpoi
                 if isinstance(getattr(module, name, None), float):
                     setattr(module, name, 0.0)
         model.train()
-    assert packing._can_pack(model.base_model) == (PACKED[architecture] and not checkpointing)
+    assert packing.can_pack(model.base_model) == (PACKED[architecture] and not checkpointing)
     expected = alone(model, ids, mask)
     states, starts = real_hidden(model.base_model, ids, mask)
     if PACKED[architecture] and not checkpointing:
@@ -154,7 +154,7 @@ def test_a_model_with_windows_is_not_packed():
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = MistralConfig(**sizes, num_key_value_heads=2, vocab_size=37, sliding_window=4)
     model, (ids, mask) = AutoModelForCausalLM.from_config(config).eval(), padded_anywhere()
-    assert not packing._can_pack(model.base_model)
+    assert not packing.can_pack(model.base_model)
     states, starts = real_hidden(model.base_model, ids, mask)
     for start, row in zip(starts.tolist(), alone(model, ids, mask), strict=True):
         torch.testing.assert_close(states[start : start + len(row)], row, rtol=1e-4, atol=1e-5)
@@ -171,7 +171,7 @@ def test_a_model_that_packs_wrongly_is_found_out(monkeypatch, attention):
 
     monkeypatch.setattr(layers, "has_known_layers", lambda _: False)  # these have an attention of their own
     monkeypatch.setitem(packing.AttentionInterface._global_mapping, packing._NAME, wrong)
-    assert not packing._can_pack(model.base_model)
+    assert not packing.can_pack(model.base_model)
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -188,7 +188,7 @@ def test_padding_on_the_right_warns_of_nothing(monkeypatch):
     model, (ids, mask) = random_policy("gpt2"), padded_anywhere()
     messages = []
     monkeypatch.setattr(transformers.modeling_utils.logger, "warning_once", messages.append)
-    monkeypatch.setattr(packing, "_can_pack", lambda _: False)
+    monkeypatch.setattr(packing, "can_pack", lambda _: False)
     real_hidden(model.base_model, ids, mask)
     assert messages == []
 

@@ -121,7 +121,7 @@ def test_what_each_model_takes():
     for kind in KINDS:
         model = made(kind)
         engine.decoder(model, 4)
-        chosen[kind] = engine._chosen[model], passes._can_pad_left(model), packing._can_pack(model.base_model)
+        chosen[kind] = engine._chosen[model], passes._can_pad_left(model), packing.can_pack(model.base_model)
     assert chosen == {
         "mistral": ("static", True, False),
         "phi3": ("cache", True, True),
@@ -159,7 +159,7 @@ def test_fused_layers_that_leave_out_the_late_scale_are_found_out():
     model.config.rope_parameters["original_max_position_embeddings"] = 8192
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        assert packing._can_pack(model.base_model)
+        assert packing.can_pack(model.base_model)
     assert [str(warning.message) for warning in seen if "fused layers are not used" in str(warning.message)]
     assert not packing._fusable[model.base_model]
     assert model.config.rope_parameters["original_max_position_embeddings"] == 8192

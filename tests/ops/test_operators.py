@@ -8,6 +8,8 @@ from torch.library import opcheck
 
 import rlhf_fast
 import rlhf_fast.ops
+import rlhf_fast.ops.attention
+import rlhf_fast.ops.layers
 
 B, T, V = 3, 5, 11
 
@@ -32,6 +34,7 @@ def samples():
     turn = torch.rand(5, 6)  # stands for cosines and for sines
     total, scales, weight = x[0], x[0, :, 0].abs() + 1, w[0]
     n = torch.tensor(7.0)
+    clip, sapo = ("clip", False, 0.2, 0.3, 2.0, 1.0, 1.0), ("sapo", True, 0.0, 0.0, 0.0, 1.0, 1.05)
     return {
         "token_logprobs": [
             (leaf(logits), ids, 1.0, 0.0, False),
@@ -67,8 +70,10 @@ def samples():
         "linear_token_logprobs_backward": [(x, w, c, ids, f, None, 1.0, 0.0, 1 << 20, True, True, False)],
         "linear_weighted_loss": [(leaf(x), leaf(w), leaf(c), ids, f.double(), 0.7, 3.0, 1 << 20, True, True, True)],
         "linear_ppo_loss": [
-            (leaf(x), leaf(w), None, ids, g, b, mask(B, T), h, n, 0.2, 0.3, 2.0, 0.1, "k1", 0.1, "constant", 1.0, 0.0,
+            (leaf(x), leaf(w), None, ids, g, b, mask(B, T), h, n, *clip, 0.1, "k1", False, 0.1, "constant", 1.0, 0.0,
              1 << 20, True, True, False),
+            (leaf(x), leaf(w), None, ids, g, b, mask(B, T), None, None, "cispo", True, 0.0, 5.0, 0.0, 1.0, 1.0, 0.0,
+             "k1", False, 0.0, "token_mean", 1.0, 0.0, 1 << 20, True, True, False),
         ],
         "linear_dpo_loss": [
             (leaf(x), leaf(w), None, torch.randint(V, (4, T)), b[:2], b[1:], None, None, None, 0.1, "sigmoid", 0.0,
@@ -113,9 +118,10 @@ def samples():
         "rloo_advantages": [(torch.randn(6), 2)],
         "grpo_advantages": [(torch.randn(6), 3)],
         "ppo_loss": [
-            (leaf(f), g, h, mask(B, T), None, None, None, 0.2, 0.2, 0.0, 0.0, "k3", 0.0, "token_mean", True, False),
-            (leaf(f), g, b, mask(B, T), h, leaf(g), n, 0.2, 0.3, 2.0, 0.1, "k1", 0.1, "constant", True, True),
-            (f.t(), h.t(), h.t(), mask(T, B), *[None] * 3, 0.2, 0.2, 0.0, 0.0, "k3", 0.0, "token_mean", False, False),
+            (leaf(f), g, h, mask(B, T), None, None, None, *clip, 0.0, "k3", False, 0.0, "token_mean", True, False),
+            (leaf(f), g, b, mask(B, T), h, leaf(g), n, *clip, 0.1, "k1", True, 0.1, "constant", True, True),
+            (f.t(), h.t(), h.t(), mask(T, B), *[None] * 3, *clip, 0.0, "k3", False, 0.0, "token_mean", False, False),
+            (leaf(f), g, h, mask(B, T), h, None, None, *sapo, 0.1, "k2", False, 0.0, "sequence_mean", True, False),
         ],
         "ppo_value_loss": [(leaf(f), g, h, mask(B, T), n, 0.2, True), (f, g, h, mask(B, T), None, 0.2, False)],
         "reinforce_loss": [(leaf(f), b, mask(B, T), None, "sequence_sum", True)],
@@ -165,17 +171,23 @@ def public_calls():
         ),
         "linear_token_kl": lambda x: ops.linear_token_kl(head(x), w, head(x.cos()), w.sin(), (x > 0).long()),
         "linear_token_logprobs": lambda x: ops.linear_token_logprobs(head(x), w, (x > 0).long(), bias=w[:, 0]),
-        "linear_sft_loss": lambda x: ops.linear_sft_loss(head(x), w, (x > 0).long())[:1],
-        "linear_reinforce_loss": lambda x: ops.linear_reinforce_loss(
-            head(x), w, (x > 0).long(), x.detach()[:, 0], x > -1
-        )[:1],
-        "linear_ppo_loss": lambda x: ops.linear_ppo_loss(
-            head(x), w, (x > 0).long(), x.detach(), x.detach().cos(), x > -1, normalizer=n, entropy_coef=0.1
-        )[:1],
-        "linear_dpo_loss": lambda x: ops.linear_dpo_loss(head(x), w, (x > 0).long(), *x.detach()[:, 0].chunk(2))[:1],
-        "linear_kto_loss": lambda x: ops.linear_kto_loss(
-            head(x), w, (x > 0).long(), x.detach()[:, 0], x[:, 0] > 0, n, undesirable_weight=2.0
-        )[:1],
+        "linear_sft_loss": lambda x: (ops.linear_sft_loss(head(x), w, (x > 0).long()).loss,),
+        "linear_reinforce_loss": lambda x: (
+            ops.linear_reinforce_loss(head(x), w, (x > 0).long(), x.detach()[:, 0], x > -1).loss,
+        ),
+        "linear_ppo_loss": lambda x: (
+            ops.linear_ppo_loss(
+                head(x), w, (x > 0).long(), x.detach(), x.detach().cos(), x > -1, normalizer=n, entropy_coef=0.1
+            ).loss,
+        ),
+        "linear_dpo_loss": lambda x: (
+            ops.linear_dpo_loss(head(x), w, (x > 0).long(), *x.detach()[:, 0].chunk(2)).loss,
+        ),
+        "linear_kto_loss": lambda x: (
+            ops.linear_kto_loss(
+                head(x), w, (x > 0).long(), x.detach()[:, 0], x[:, 0] > 0, n, undesirable_weight=2.0
+            ).loss,
+        ),
         "kl_penalty": lambda x: (ops.kl_penalty(x, x.sin(), "k3"),),
         "shape_rewards": lambda x: (x * ops.shape_rewards(x[:, 0], x, x.cos(), x > 0, kl_coef=0.1),),
         "gae": lambda x: (x * ops.gae(x, x.cos(), x > 0).advantages,),

@@ -1,10 +1,12 @@
 """A vLLM server as a sampler: the same rows as our own decoding, checked weights, and what becomes of every fault."""
 
 import time
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from rlhf_fast.lm.adapters import LoRA, merged, put_on
 from rlhf_fast.lm.loading import load_policy
@@ -26,13 +28,24 @@ def fake(tiny_model):
 
 
 @pytest.fixture
+def tied_model(tiny_model, tmp_path):
+    """Directory of a model whose head is its embedding."""
+    config = AutoConfig.from_pretrained(tiny_model, tie_word_embeddings=True)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "tied")
+    return str(tmp_path / "tied")
+
+
+@pytest.fixture
 def policy(tiny_model):
     return load_policy(tiny_model)
 
 
-def connected(fake: FakeVLLM, policy, tokenizer, directory: Path | None, *, patience: float = 3.0) -> VLLMSampler:
+def connected(
+    fake: FakeVLLM, policy, tokenizer, directory: Path | None, *, timeout: float = 10.0, patience: float = 30.0
+) -> VLLMSampler:
     """A sampler that has checked its server."""
-    server = Server(Client(fake.url, timeout=0.3, patience=patience), directory=directory, bound=0.1)
+    server = Server(Client(fake.url, timeout=timeout, patience=patience), directory=directory, bound=0.1)
     server.check(policy, PROMPTS, 20, len(tokenizer))
     return VLLMSampler(server, policy, tokenizer, **OPTIONS)
 
@@ -123,10 +136,67 @@ def test_an_adapter_is_pushed_with_its_base(fake, policy, tiny_model, tokenizer,
     assert twin.state_dict().keys() == plain.state_dict().keys()
     torch.testing.assert_close(twin(torch.tensor([PROMPTS[0]])).logits, logits, atol=1e-4, rtol=1e-4)
     sampler = connected(fake, policy, tokenizer, tmp_path)
-    sampler.refresh()
+    with pytest.warns(UserWarning, match="the adapter merged into its base: it was started without --enable-lora"):
+        sampler.refresh()
     for a, b in zip(fake.model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(a, b)
     assert all(torch.equal(x, before[name]) for name, x in policy.state_dict().items())
+
+
+@pytest.fixture
+def adapted(fake, policy, tiny_model, tokenizer, tmp_path):
+    """A sampler of a policy with an adapter, by a server that takes adapters."""
+    fake.lora = True
+    put_on(policy, tiny_model, LoRA(2, 16.0, 0), trainable=True)
+    shift_adapter(policy)
+    return connected(fake, policy, tokenizer, tmp_path)
+
+
+def shift_adapter(policy) -> None:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+
+
+def test_an_adapter_goes_alone_under_the_name_of_its_version(adapted, fake, policy, tokenizer, tmp_path):
+    adapted.refresh()
+    first = adapted(PROMPTS, seed=1, samples=0, greedy=True).greedy
+    assert list(fake.adapters) == [adapted.server.name] and fake.version == "default"
+    assert not any(route == "/collective_rpc" for route, _ in fake.asked) and list(tmp_path.iterdir()) == []
+    shift_adapter(policy)
+    adapted.server.changed()
+    adapted.refresh()
+    found = adapted(PROMPTS, seed=1, samples=0, greedy=True).greedy
+    assert len(fake.adapters) == 1 and adapted.server.name.endswith("-2") and adapted.server.name in fake.adapters
+    mine = LocalSampler(policy, tokenizer, **OPTIONS)(PROMPTS, samples=0, greedy=True).greedy
+    assert torch.equal(found.response_ids, mine.response_ids[:, : found.response_ids.shape[1]])
+    assert not torch.equal(found.response_ids, first.response_ids)
+    asked = [body["model"] for route, body in fake.asked if route == COMPLETIONS and "seed" in body]
+    assert {name.rpartition("-")[2] for name in asked} == {"1", "2"}  # never the base
+
+
+def test_a_server_that_has_lost_the_adapter_gets_it_and_the_round_again(adapted, fake):
+    adapted.refresh()
+    right = adapted(PROMPTS, seed=2, samples=2).sampled
+    fake.faults.append((COMPLETIONS, "restarted"))  # it then knows no model of this name
+    same_rows(adapted(PROMPTS, seed=2, samples=2).sampled, right)
+    assert list(fake.adapters) == [adapted.server.name] and adapted.server.name.endswith("-2")
+
+
+def test_a_stale_adapter_is_an_error_and_a_refused_adapter_is_merged(adapted, fake, policy):
+    fake.faults.append(("/v1/load_lora_adapter", "broken"))
+    with pytest.warns(UserWarning, match="merged into its base: .*500 out of memory"):
+        adapted.refresh()
+    assert fake.adapters == {} and fake.version.endswith("-1") and adapted.server.name == "tiny"
+    fake.restart()
+    fake.deaf = "all"
+    adapted.server.files._merges = False
+    with pytest.raises(ServerError, match="nats a token"):
+        adapted.server.changed()
+        shift_adapter(policy)
+        adapted.refresh()
 
 
 @pytest.mark.parametrize("deaf", ["all", "half"])
@@ -139,6 +209,44 @@ def test_stale_and_half_loaded_weights_are_an_error(deaf, fake, policy, tokenize
     sampler.server.bound = 1.0
     with pytest.raises(ServerError, match="update moved them by .*: they are stale, or loaded by half"):
         sampler.refresh()
+
+
+def test_a_part_that_stays_behind_at_every_push_is_an_error(fake, policy, tokenizer, tmp_path):
+    sampler = connected(fake, policy, tokenizer, tmp_path)
+    sampler.refresh()
+    fake.deaf = "model.norm.weight"  # a small part of each move, so that the server follows most of it
+    with pytest.raises(ServerError, match=r"differ by .* where the first weights' differed by .*: a part .* is stale"):
+        for _ in range(8):
+            move(policy, 0.002)
+            sampler.server.changed()
+            sampler.refresh()
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_server_without_weights_and_with_a_head_of_its_own_gets_all(
+    sharded, tied_model, tokenizer, tmp_path, monkeypatch
+):
+    if sharded:
+        save = PreTrainedModel.save_pretrained
+        monkeypatch.setattr(PreTrainedModel, "save_pretrained", partialmethod(save, max_shard_size=20_000))
+    policy = load_policy(tied_model)
+    with FakeVLLM(tied_model, load_format="dummy") as fake:
+        sampler = connected(fake, policy, tokenizer, tmp_path)
+        for _ in range(2):
+            sampler.refresh()
+            assert torch.equal(fake.model.lm_head.weight, policy.model.embed_tokens.weight)
+            assert torch.equal(fake.model.model.embed_tokens.weight, policy.model.embed_tokens.weight)
+            move(policy, 0.01)
+            sampler.server.changed()
+        fake.faults.append(("/weight_info", "restarted"))
+        found = sampler(PROMPTS, samples=0, greedy=True).greedy  # it is told again to load files, and gets the weights
+        mine = LocalSampler(policy, tokenizer, **OPTIONS)(PROMPTS, samples=0, greedy=True).greedy
+        same = min(found.response_ids.shape[1], mine.response_ids.shape[1])
+        assert torch.equal(found.response_ids[:, :same], mine.response_ids[:, :same])
+        with pytest.raises(
+            ServerError, match="got --load-format dummy, which waits for weights, and `pairs` pushes none"
+        ):
+            connected(fake, policy, tokenizer, None)
 
 
 def test_a_server_that_starts_with_other_weights_is_an_error_where_it_gets_none(fake, policy, tokenizer):
@@ -190,6 +298,7 @@ def test_a_fault_is_tried_again_until_every_row_is_right(kind, fake, policy, tok
     sampler = connected(fake, policy, tokenizer, tmp_path)
     sampler.refresh()
     right = sampler(PROMPTS, seed=2, samples=2, greedy=True)
+    sampler.server.client.timeout, fake.nap = (0.7, 1.0) if kind == "slow" else (10.0, 0.0)
     fake.faults += [(COMPLETIONS, kind)] * 2
     found = sampler(PROMPTS, seed=2, samples=2, greedy=True)
     assert not fake.faults

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from transformers import AutoConfig
 
 from rlhf_fast import cli
 from rlhf_fast.config import VLLMCommandConfig
@@ -43,8 +44,26 @@ def test_a_server_on_a_cpu_and_the_base_of_an_adapter(tiny_model, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": tiny_model}))
     found = command(VLLMCommandConfig(model=str(tmp_path), device="cpu", trust_remote_code=True))
     assert f"--model {tiny_model} --host 127.0.0.1 --port 8000 " in found
-    assert found.endswith(" --trust-remote-code --enforce-eager") and "VLLM_CPU_OMP_THREADS_BIND=nobind " in found
+    assert found.endswith(" --trust-remote-code --no-enable-chunked-prefill --enforce-eager")
+    assert " --max-num-batched-tokens 2048 " in found and "VLLM_CPU_OMP_THREADS_BIND=nobind " in found
     assert "--model org/name " in command(VLLMCommandConfig(model="org/name"))
+
+
+def test_a_server_on_a_cpu_of_a_model_whose_head_is_its_embedding(tiny_model, tmp_path, capsys):
+    AutoConfig.from_pretrained(tiny_model, tie_word_embeddings=True).save_pretrained(tmp_path)
+    own_head = "--hf-overrides '{\"tie_word_embeddings\": false}' --load-format dummy "
+    assert own_head in command(VLLMCommandConfig(model=str(tmp_path), device="cpu"))
+    assert "--load-format" not in command(VLLMCommandConfig(model=str(tmp_path)))
+    assert "--load-format" not in command(VLLMCommandConfig(model=tiny_model, device="cpu"))
+    (tmp_path / "pairs.yaml").write_text(f"model: {tmp_path}\nprompts: p.jsonl\nreward: a:b\noutput: pairs.jsonl\n")
+    assert cli.main(["vllm-command", "--config", str(tmp_path / "pairs.yaml"), "--device", "cpu"]) == 0
+    assert "--load-format" not in capsys.readouterr().out
+
+
+def test_a_server_for_adapters(tiny_model):
+    found = command(VLLMCommandConfig(model=tiny_model, lora_rank=12, device="cpu"))
+    assert found.startswith("VLLM_SERVER_DEV_MODE=1 VLLM_ALLOW_RUNTIME_LORA_UPDATING=True ")
+    assert "--max-lora-rank 16 " in found and "--enable-lora" in found and "dummy" not in found
 
 
 def test_an_address_that_is_none(capsys):

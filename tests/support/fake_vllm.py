@@ -15,14 +15,18 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from rlhf_fast.lm.adapters import put_on
 from rlhf_fast.rollout.generate import generate
 
 
 class _Listener(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 256  # connections that wait; the client opens up to 128 at once
+
+    def handle_error(self, *_: Any) -> None:
+        pass  # a client that does not wait for its answer
 
 
 class FakeVLLM:
@@ -32,8 +36,10 @@ class FakeVLLM:
         closes), short (it closes within the answer), slow (the answer takes `nap` seconds), cut (a row loses its last
         token), lost (a row is missing), other (the log-probs are of other tokens), nan, restarted (the server forgets
         the weights that it got).
-    deaf: reloads weights without taking them: "all", or "half" of them. mode, dtype, most: what the server says of
-        itself. shift: added to every log-prob of a completion.
+    lora: it takes adapters, which keep the names that they are loaded under.
+    deaf: reloads weights without taking them: "all", "half" of them, or those whose name it is. load_format: "dummy":
+        it starts with random weights and a head of its own, and loads no files before it is told to. mode, dtype, most:
+        what the server says of itself. shift: added to every log-prob of a completion.
     """
 
     def __init__(self, path: str, **settings: Any) -> None:
@@ -42,8 +48,14 @@ class FakeVLLM:
         self.faults: list[tuple[str, str]] = []
         self.asked: list[tuple[str, Any]] = []
         self.deaf, self.mode, self.dtype, self.most = "", "processed_logprobs", "torch.float32", 64
-        self.shift, self.nap = 0.0, 0.5
+        self.shift, self.nap, self.load_format, self.lora = 0.0, 0.5, "auto", False
+        self.adapters: dict[str, Any] = {}  # name -> the base with this adapter on it
         self.__dict__.update(settings)
+        self.reads = self.load_format  # which is forgotten when it is started again
+        if self.load_format == "dummy":
+            untied = AutoConfig.from_pretrained(path, tie_word_embeddings=False)
+            self.first = AutoModelForCausalLM.from_config(untied).eval()
+            self.model = copy.deepcopy(self.first)
         self._lock = threading.Lock()
         outer = self
 
@@ -72,6 +84,11 @@ class FakeVLLM:
         self._http.server_close()
         self._thread.join()
 
+    def restart(self) -> None:
+        """The server as it was started: it forgets the weights that it got."""
+        self.model, self.version = copy.deepcopy(self.first), "default"
+        self.reads, self.adapters = self.load_format, {}
+
     def answer(self, handler: BaseHTTPRequestHandler, body: Any) -> None:
         route = handler.path.partition("?")[0]
         with self._lock:
@@ -81,7 +98,7 @@ class FakeVLLM:
                 self.faults.remove(fault)
             kind = fault[1] if fault else ""
             if kind == "restarted":
-                self.model, self.version = copy.deepcopy(self.first), "default"
+                self.restart()
             status, found = {"busy": (503, {}), "broken": (500, {"error": {"message": "out of memory"}})}.get(
                 kind, (200, None)
             )
@@ -95,7 +112,7 @@ class FakeVLLM:
             return
         if status == 200 and route == "/v1/completions":
             _spoil(found["choices"], kind)
-        data = json.dumps(found).encode()
+        data = found.encode() if isinstance(found, str) else json.dumps(found).encode()
         handler.send_response(status)
         handler.send_header("Content-Length", str(len(data)))
         handler.end_headers()
@@ -104,9 +121,14 @@ class FakeVLLM:
 
     def of(self, route: str, body: Any) -> tuple[int, Any]:
         if route == "/v1/models":
-            return 200, {"data": [{"id": "tiny", "max_model_len": self.most}]}
+            ids = ["tiny", *self.adapters]
+            return 200, {"data": [{"id": name, "max_model_len": self.most} for name in ids]}
         if route == "/server_info":
-            return 200, {"vllm_config": {"model_config": {"logprobs_mode": self.mode, "dtype": self.dtype}}}
+            model = {"logprobs_mode": self.mode, "dtype": self.dtype}
+            more = {"lora_config": {"max_lora_rank": 16}} if self.lora else {}
+            return 200, {
+                "vllm_config": {"model_config": model, "load_config": {"load_format": self.load_format}, **more}
+            }
         if route == "/weight_info":
             return 200, {"weight_version": self.version}
         if route == "/update_weight_version":
@@ -114,22 +136,45 @@ class FakeVLLM:
             return 200, {"success": True}
         if route == "/reset_prefix_cache":
             return 200, {"success": True}
+        if route == "/collective_rpc" and body["method"] == "update_config":
+            self.reads = body["kwargs"]["overrides"]["load_config"]["load_format"]
+            return 200, {"results": [None]}
         if route == "/collective_rpc":
             return self.reload(Path(body["kwargs"]["weights_path"]))
+        if route == "/v1/load_lora_adapter" and self.lora:
+            return self.load_adapter(body["lora_name"], body["lora_path"])
+        if route == "/v1/unload_lora_adapter" and self.lora:
+            gone = self.adapters.pop(body["lora_name"], None) is None
+            return (404, {"error": {"message": "The lora adapter cannot be found."}}) if gone else (200, "Success")
         if route == "/v1/completions":
             return self.complete(body)
         return 404, {"detail": "Not Found"}
 
     def reload(self, place: Path) -> tuple[int, Any]:
         weights = {name: x for file in place.glob("*.safetensors") for name, x in load_file(file).items()}
+        if self.reads == "dummy":
+            return 500, {"error": {"message": "Model reloading with `dummy` format"}}
         if not weights:
             return 500, {"error": {"message": f"no weights in {place}"}}
         names = [] if self.deaf == "all" else sorted(weights)[:: 2 if self.deaf == "half" else 1]
+        names = [name for name in names if name != self.deaf]
         self.model.load_state_dict({name: weights[name] for name in names}, strict=False)
         return 200, {"results": [None]}
 
+    def load_adapter(self, name: str, place: str) -> tuple[int, Any]:
+        if name in self.adapters:
+            return 400, {"error": {"message": f"The lora adapter '{name}' has already been loaded."}}
+        model = copy.deepcopy(self.model)
+        if self.deaf != "all":
+            put_on(model, place, None, trainable=False)
+        self.adapters[name] = model
+        return 200, f"Success: LoRA adapter '{name}' added successfully."
+
     def complete(self, body: Any) -> tuple[int, Any]:
-        prompt, size = body["prompt"], self.model.config.vocab_size
+        prompt, model = body["prompt"], {"tiny": self.model, **self.adapters}.get(body["model"])
+        if model is None:
+            return 404, {"error": {"message": f"The model `{body['model']}` does not exist."}}
+        size = self.model.config.vocab_size
         if max(prompt) >= size:
             return 400, {"error": {"message": f"Token id {max(prompt)} is out of vocabulary"}}
         if len(prompt) + body["max_tokens"] > self.most:
@@ -137,7 +182,7 @@ class FakeVLLM:
         ids = torch.tensor([prompt])
         greedy, n = body.get("temperature", 1.0) == 0, body.get("n", 1)
         found = generate(
-            self.model,
+            model,
             ids,
             torch.ones_like(ids, dtype=torch.bool),
             max_new_tokens=body["max_tokens"],
@@ -153,7 +198,7 @@ class FakeVLLM:
         choices = [self.choice(i, rollout, prompt) for i in range(len(rollout.finished))]
         if "prompt_logprobs" in body:
             with torch.no_grad():
-                logprobs = self.model(ids).logits[0].log_softmax(-1)
+                logprobs = model(ids).logits[0].log_softmax(-1)
             places = [{str(t): {"logprob": float(logprobs[i, t])}} for i, t in enumerate(prompt[1:])]
             choices[0]["prompt_logprobs"] = [None, *places]
         return 200, {"choices": choices[::-1]}  # vLLM promises no order

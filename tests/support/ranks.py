@@ -26,15 +26,20 @@ ROOT = Path(__file__).parent.parent.parent
 Job = tuple[str, dict[str, Any]]  # the name of a stage, and the fields of its config
 COMMON = {"batch_size": 16, "learning_rate": 3e-4, "lr_schedule": "constant", "seed": 3}
 LORA = {"lora_rank": 4, "lora_alpha": 8.0}
+IN_BACKWARD = {"optimizer_in_backward": True, "max_grad_norm": 0}
 JOBS: dict[str, Job] = {
     "sft": ("sft", {"epochs": 1, "micro_batch_size": 4, "max_length": 48}),
     "sft_lora": ("sft", {"epochs": 1, "max_length": 48, **LORA}),
-    "sft_in_backward": ("sft", {"epochs": 1, "max_length": 48, "optimizer_in_backward": True, "max_grad_norm": 0}),
+    "sft_in_backward": ("sft", {"epochs": 1, "max_length": 48, **IN_BACKWARD}),
+    "sft_8bit": ("sft", {"epochs": 1, "max_length": 48, "optimizer": "adamw_8bit", **LORA}),
     "reward": ("reward", {"epochs": 1, "normalize_samples": 20, **LENGTHS}),
     "dpo": ("dpo", {"epochs": 1, "eval_reward": REWARD, "eval_data": "prompts", "eval_pairs": "pairs", **LENGTHS}),
     "kto": ("kto", {"epochs": 1, "eval_rows": "unpaired", **LENGTHS}),
     "ppo": ("ppo", {"steps": 3, "minibatches": 4, "epochs": 2, "whiten_rewards": True, "eval_data": "prompts"}),
     "ppo_shared": ("ppo", {"steps": 2, "critic": "shared", "micro_batch_size": 4}),
+    "ppo_base": ("ppo", {"steps": 2, "share_base": True, "reward": "adapter", "offload": True, **LORA}),
+    "ppo_in_backward": ("ppo", {"steps": 2, "minibatches": 8, "epochs": 1, **IN_BACKWARD}),  # a process may have no row
+    "ppo_shared_in_backward": ("ppo", {"steps": 1, "critic": "shared", **IN_BACKWARD, **LORA}),
     "remax": ("remax", {"steps": 3, "kl_target": 0.5, "kl_horizon": 100}),
     "reinforce": ("reinforce", {"steps": 2, "gradient_checkpointing": True}),
     "rloo": ("rloo", {"steps": 3, "group_size": 2, "top_k": 5}),
@@ -47,19 +52,31 @@ DATA = {"sft": "sft", "reward": "pairs", "dpo": "pairs", "kto": "unpaired"}
 def jobs_in(
     directory: Path, files: dict[str, str], model: str, jobs: dict[str, Job] = JOBS, **common: Any
 ) -> list[Job]:
-    """The jobs over rows of `files`; each writes to the folder of its name in `directory`. common: for every job."""
+    """The jobs over rows of `files`; each writes to the folder of its name in `directory`. common: for every job.
+
+    An option whose value is a name in `files` gets that file, except the name of the stage's own rows.
+    """
     rows = [json.loads(line) for line in Path(files["prompts"]).read_text().splitlines()]
     repeated = str(directory.parent / "repeated.jsonl")
     write_rows(repeated, [row for row in rows[:6] for _ in range(4)])  # the processes have equal prompts in a round
     files = files | {"repeated": repeated}
     made = []
     for name, (stage, options) in jobs.items():
-        options = {k: files.get(v, v) if k.startswith("eval_") else v for k, v in options.items()}
+        options = {k: files.get(v, v) if isinstance(v, str) else v for k, v in options.items()}
         online = stage not in DATA
         own = {"reward": REWARD, **LENGTHS} if online else {}
         files_of = {"train_data": files[DATA.get(stage, "repeated")], "model": model}
         made.append((stage, {**COMMON, **own, **files_of, **options, **common, "output_dir": str(directory / name)}))
     return made
+
+
+def models(directory: Path, files: dict[str, str], model: str) -> dict[str, str]:
+    """`files` with two reward models on `model`, made in `directory`: whole (`scorer`), and an adapter (`adapter`)."""
+    options = {**COMMON, "epochs": 1, "max_length": 48, "train_data": files["pairs"], "model": model}
+    made = {"scorer": {}, "adapter": LORA}
+    train([("reward", {**options, **own, "normalize_samples": 0, "output_dir": str(directory / name)})
+           for name, own in made.items()])  # fmt: skip
+    return files | {name: str(directory / name) for name in made}
 
 
 def start(size: int, *command: str, **environment: str) -> list[subprocess.Popen[str]]:

@@ -1,12 +1,8 @@
 """Listeners hear every row of a run in order; TensorBoard's curves hold what was logged."""
 
-import sys
-from types import SimpleNamespace
-
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rlhf_fast.training.listeners import Listener, TensorBoard
+from rlhf_fast.training.listeners import Listener
 from rlhf_fast.training.metrics import read_metrics
 from tests.support.stages import STAGES, stage_config
 
@@ -76,28 +72,3 @@ def test_a_listener_that_fails_keeps_no_other_from_its_end(files, tiny_model, tm
     with pytest.raises(OSError, match="stuck"):
         module.train(config, listeners=[Stuck(), after])
     assert after.heard[-1] == ("end",)
-
-
-def write(directory, steps, first_step=1):
-    board = TensorBoard()
-    board.begin(SimpleNamespace(config=SimpleNamespace(output_dir=directory), first_step=first_step))
-    for step in steps:
-        board.log(step, {"step": step, "loss": step / 4, "text": "x"})
-    board.end()
-
-
-def scalars(directory):
-    events = EventAccumulator(str(directory / "tensorboard")).Reload()
-    assert events.Tags()["scalars"] == ["loss"]
-    return [(event.step, event.value) for event in events.Scalars("loss")]
-
-
-def test_tensorboard(tmp_path, monkeypatch):
-    write(tmp_path, [1, 2])
-    assert scalars(tmp_path) == [(1, 0.25), (2, 0.5)]
-    write(tmp_path, [1, 2, 3])  # a new run shows its own curves only
-    write(tmp_path, [3, 4], first_step=3)  # and a resumed run no step twice
-    assert scalars(tmp_path) == [(1, 0.25), (2, 0.5), (3, 0.75), (4, 1.0)]
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ValueError, match="tensorboard: expected the tensorboard package, found none; pip install"):
-        TensorBoard()

@@ -11,7 +11,7 @@ from rlhf_fast.ranks import Ranks
 from rlhf_fast.training import checkpoint
 from rlhf_fast.training.lock import held
 from rlhf_fast.training.metrics import read_metrics
-from tests.support.ranks import COMMON, JOBS, jobs_in, launch, once, results_of, start, train, train_in
+from tests.support.ranks import COMMON, JOBS, jobs_in, launch, models, once, results_of, start, train, train_in
 from tests.support.stages import LENGTHS, REWARD, distance, interrupted, numbers, weights
 
 
@@ -20,8 +20,9 @@ def trained(files, tiny_model, tmp_path_factory):
     """Size -> the directory of runs with so many processes; and what the processes said."""
 
     def make(directory):
-        train(jobs_in(directory / "1", files, tiny_model))
-        return {size: train_in(size, jobs_in(directory / str(size), files, tiny_model), directory) for size in (2, 3)}
+        named = models(directory, files, tiny_model)
+        train(jobs_in(directory / "1", named, tiny_model))
+        return {size: train_in(size, jobs_in(directory / str(size), named, tiny_model), directory) for size in (2, 3)}
 
     return once(tmp_path_factory, "ranks", make)
 

@@ -143,7 +143,7 @@ def test_a_constant_run_made_longer_is_the_longer_run(name, longer, files, tiny_
     module, cls = STAGES[name]
     config = stage_config(cls, files, tiny_model, tmp_path / "cut", save_steps=2)
     module.train(config)
-    module.train(dataclasses.replace(config, resume=True, save_steps=0, tensorboard=True, **longer))
+    module.train(dataclasses.replace(config, resume=True, save_steps=0, track=["tensorboard"], **longer))
     module.train(dataclasses.replace(config, output_dir=str(tmp_path / "whole"), **longer))
     assert distance(weights(tmp_path / "whole"), weights(tmp_path / "cut")) == 0
 

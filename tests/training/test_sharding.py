@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_fast import cli
-from rlhf_fast.config import PPOConfig, SFTConfig
+from rlhf_fast.config import SFTConfig
 from rlhf_fast.lm.loading import load_policy
 from rlhf_fast.lm.sharding import shard
 from rlhf_fast.lm.state_files import parts_of
@@ -20,7 +20,7 @@ from rlhf_fast.stages.init import init_model
 from rlhf_fast.training import checkpoint
 from rlhf_fast.training.metrics import read_metrics
 from tests.support.models import model_config, random_policy
-from tests.support.ranks import COMMON, JOBS, LORA, Job, jobs_in, once, results_of, start, train, train_in
+from tests.support.ranks import JOBS, LORA, Job, jobs_in, models, once, results_of, start, train, train_in
 from tests.support.stages import distance, interrupted, numbers, weights
 
 SHORT = {"epochs": 1, "max_length": 48}
@@ -38,7 +38,7 @@ RESUMED: dict[str, Job] = {
     "ppo_saved": ("ppo", {"steps": 5, "save_steps": 4, "minibatches": 2}),
     "sft_bf16_saved": ("sft", {**SHORT, "save_steps": 4, "dtype": "bf16"}),
 }
-ALL = {name: job for name, job in JOBS.items() if "in_backward" not in name} | OWN | RESUMED
+ALL = JOBS | OWN | RESUMED
 SMALL = {"sft_one_row": ALL["sft_one_row"], "ppo": ALL["ppo"], "remax_scored": ALL["remax_scored"]}
 HALVES = ("sft_bf16", "sft_bf16_saved", "remax_bf16")
 DRIFTS = {"val/logprob_drift", "val/logprob_drift_mean"}  # differences of rounding
@@ -51,21 +51,14 @@ def made(files, tiny_model, tokenizer, tmp_path_factory):
     settings = model_config("llama", len(tokenizer)) | {"tie_word_embeddings": True}
     del settings["vocab_size"]
     init_model(settings, tokenizer, directory / "tied", seed=0)
-    train([("reward", {**COMMON, **SHORT, "train_data": files["pairs"], "model": tiny_model, "normalize_samples": 0,
-                       "output_dir": str(directory / "scorer")})])  # fmt: skip
+    files = models(directory, files, tiny_model)
     few = directory / "few.jsonl"  # an evaluation in which a process has no prompt
     few.write_text("".join(Path(files["prompts"]).read_text().splitlines(keepends=True)[:1]))
     # Of many layers, because a machine holds a model once more in the 32nd part of it that moves at a time.
     sizes = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 12, "num_key_value_heads": 4}
     init_model(settings | sizes, tokenizer, directory / "large", seed=0)
-    names = {name: str(directory / name) for name in ("tied", "scorer", "large")}
-    files = files | {"few": str(few)}
-
-    def of(jobs: dict[str, Job], where: Path, **options) -> list[Job]:
-        plain = jobs_in(where, files, tiny_model, jobs, **options)
-        return [(stage, {k: names.get(v, v) if isinstance(v, str) else v for k, v in o.items()}) for stage, o in plain]
-
-    return of
+    files = files | {"few": str(few)} | {name: str(directory / name) for name in ("tied", "large")}
+    return lambda jobs, where, **options: jobs_in(where, files, tiny_model, jobs, **options)
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +147,14 @@ def test_the_base_of_adapters_is_whole_where_asked(trained):
     assert kept["reference"] == plain["reference"] == 0
     reward = next(role for role in plain if role.startswith("reward"))
     assert kept[reward] == parts[reward] < 0.6 * plain[reward]
+
+
+def test_models_on_one_base_have_its_parts_once(trained):
+    plain, half = (json.loads((trained[0] / n / "ppo_base/run.json").read_text()) for n in ("plain", "2"))
+    roles, parts = plain["static_bytes"], half["static_bytes"]
+    assert parts["policy"]["weights"] < 0.6 * roles["policy"]["weights"]
+    assert parts["reference"]["weights"] == 0 and parts["value"] == roles["value"]
+    assert parts["reward"]["weights"] < 0.6 * roles["reward"]["weights"]  # a frozen adapter and its head
 
 
 @pytest.mark.parametrize("name", ["sft_tied", "ppo"])
@@ -248,17 +249,11 @@ CONFIG = {"model": "m", "output_dir": "o", "train_data": "t.jsonl", "shard": "fu
 @pytest.mark.parametrize(
     ("config", "wrong", "message"),
     [
-        (SFTConfig, {"optimizer": "adamw_8bit"}, "optimizer: expected adamw with shard=full, got adamw_8bit"),
         (
             SFTConfig,
-            {"optimizer_in_backward": True, "max_grad_norm": 0.0},
-            "optimizer_in_backward: expected False with shard=full, got True",
-        ),
-        (PPOConfig, {"reward": "r", "offload": True}, "offload: expected False with shard=full, got True"),
-        (
-            PPOConfig,
-            {"reward": "r", "share_base": True, "lora_rank": 4},
-            "share_base: expected False with shard=full, got True",
+            {"optimizer": "adamw_8bit"},
+            "optimizer: expected adamw with shard=full, got adamw_8bit, whose blocks of states cannot be cut into "
+            "shards; adamw_8bit goes with lora_rank, whose adapters are not in shards",
         ),
         (
             SFTConfig,

@@ -6,12 +6,13 @@ device. Tensors in, tensors out: what a kernel needs beyond them is `_scratch`, 
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlhf_fast import _cuda
-from rlhf_fast.ops import groups, kl, policy_loss, preference, returns, sampling
+from rlhf_fast.ops import groups, kl, policy_loss, policy_options, preference, returns, sampling
 from rlhf_fast.ops.dispatch import code, contiguous, kernel, pointer
 from rlhf_fast.ops.logprobs import token_logprobs_outputs
 from rlhf_fast.ops.row_blocks import gradient_kernels, over_rows, rows_contiguous
@@ -218,22 +219,16 @@ def _ppo_loss(
     ref: Tensor | None,
     entropy: Tensor | None,
     normalizer: Tensor | None,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float,
-    kl_coef: float,
-    kl_estimator: str,
-    entropy_coef: float,
-    reduction: str,
-    *with_grads: bool,
+    *options: Any,
 ) -> tuple[Tensor, ...]:
     logp, old_logp, advantages, mask, ref, entropy = contiguous(logp, old_logp, advantages, mask, ref, entropy)
-    loss, stats, *grads = policy_loss.ppo_outputs(logp, *with_grads)
+    *terms, entropy_coef, reduction, with_grad_logp, with_grad_entropy = options
+    loss, stats, *grads = policy_loss.ppo_outputs(logp, with_grad_logp, with_grad_entropy)
     denominator, normalizer = _normalizer(normalizer, logp)
     _launch(
         "ppo_loss", logp, code(logp), logp.data_ptr(), old_logp.data_ptr(), advantages.data_ptr(),
-        advantages.dim() == 2, mask.data_ptr(), pointer(ref), pointer(entropy), *logp.shape, clip_low, clip_high,
-        dual_clip, kl_coef, kl.ESTIMATORS.index(kl_estimator), entropy_coef, policy_loss.REDUCTIONS.index(reduction),
+        advantages.dim() == 2, mask.data_ptr(), pointer(ref), pointer(entropy), *logp.shape,
+        *policy_options.PolicyOptions(*terms).indices(), entropy_coef, policy_options.REDUCTIONS.index(reduction),
         denominator, pointer(normalizer), *map(pointer, (*grads, loss, stats)), scratch=True,
     )  # fmt: skip
     return loss, stats, *grads
@@ -268,7 +263,7 @@ def _reinforce_loss(
     denominator, normalizer = _normalizer(normalizer, logp)
     _launch(
         "reinforce_loss", logp, code(logp), logp.data_ptr(), advantages.data_ptr(), advantages.dim() == 2,
-        mask.data_ptr(), *logp.shape, policy_loss.REDUCTIONS.index(reduction), denominator, pointer(normalizer),
+        mask.data_ptr(), *logp.shape, policy_options.REDUCTIONS.index(reduction), denominator, pointer(normalizer),
         pointer(grad), loss.data_ptr(), scratch=True,
     )  # fmt: skip
     return loss, grad

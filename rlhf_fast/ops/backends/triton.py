@@ -7,6 +7,7 @@ Imported where there is a GPU build of torch, or Triton's interpreter (TRITON_IN
 
 import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ from rlhf_fast.kernels import reward_loss as reward
 from rlhf_fast.kernels import whiten as normalised
 from rlhf_fast.ops.dispatch import contiguous, kernel, on_device
 from rlhf_fast.ops.kl import ESTIMATORS, kl_penalty_outputs
-from rlhf_fast.ops.policy_loss import REDUCTIONS, ppo_outputs, ppo_value_outputs, reinforce_outputs
+from rlhf_fast.ops.policy_loss import ppo_outputs, ppo_value_outputs, reinforce_outputs
+from rlhf_fast.ops.policy_options import REDUCTIONS, PolicyOptions
 from rlhf_fast.ops.preference import LOSS_TYPES, dpo_outputs, ranking_outputs, reward_outputs
 from rlhf_fast.ops.returns import REMAX_VARIANTS
 
@@ -154,25 +156,20 @@ def _ppo_loss(
     ref_logprobs: Tensor | None,
     entropy: Tensor | None,
     normalizer: Tensor | None,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float,
-    kl_coef: float,
-    kl_estimator: str,
-    entropy_coef: float,
-    reduction: str,
-    with_grad_logprobs: bool,
-    with_grad_entropy: bool,
+    *options: Any,
 ) -> tuple[Tensor, ...]:
     inputs = contiguous(logprobs, old_logprobs, advantages, mask, ref_logprobs, entropy)
+    *terms, entropy_coef, reduction, with_grad_logprobs, with_grad_entropy = options
+    terms = PolicyOptions(*terms)
+    terms = terms._replace(dual_clip=terms.dual_clip or math.inf).indices()
     outputs = ppo_outputs(logprobs, with_grad_logprobs, with_grad_entropy)
     if logprobs.numel() == 0:
         return tuple(x.zero_() for x in outputs)
     loss, stats, grad_logprobs, grad_entropy = outputs
     policy.ppo_loss(
-        *inputs, _normalizer(normalizer, logprobs), clip_low, clip_high, dual_clip or math.inf, kl_coef,
-        ESTIMATORS.index(kl_estimator), entropy_coef, REDUCTIONS.index(reduction), _present(grad_logprobs),
-        _present(grad_entropy), loss, stats, _partial(logprobs, policy.PARTIALS, len(logprobs)), _of_stream(logprobs),
+        *inputs, _normalizer(normalizer, logprobs), *terms, entropy_coef, REDUCTIONS.index(reduction),
+        _present(grad_logprobs), _present(grad_entropy), loss, stats,
+        _partial(logprobs, policy.PARTIALS, len(logprobs)), _of_stream(logprobs),
         {} if torch.version.hip else policy.REGISTERS,
     )  # fmt: skip
     return outputs

@@ -10,6 +10,7 @@ and select with `where`, so that whatever sits at a masked place (NaN included) 
 from rlhf_fast.ops.reference.attention import packed_attention
 from rlhf_fast.ops.reference.dtypes import at_least_fp32, mean_over, no_autocast
 from rlhf_fast.ops.reference.layers import add_rms_norm, rotary, swiglu
+from rlhf_fast.ops.reference.policy import MAX_LOG_RATIO, ppo_loss, ppo_value_loss, reinforce_loss
 from rlhf_fast.ops.reference.preference import dpo_loss, kto_loss, ranking_loss, reward_loss
 from rlhf_fast.ops.reference.rows import (
     IGNORED_ID,
@@ -23,15 +24,11 @@ from rlhf_fast.ops.reference.rows import (
     token_logprobs,
 )
 from rlhf_fast.ops.reference.sequences import (
-    MAX_LOG_RATIO,
     count_from_end,
     discounted_returns,
     gae,
     grpo_advantages,
     kl_penalty,
-    ppo_loss,
-    ppo_value_loss,
-    reinforce_loss,
     remax_returns,
     rloo_advantages,
     shape_rewards,

@@ -1,8 +1,9 @@
 """`VLLMSampler`: the completions of a policy by a vLLM server, in the form of our own decoding."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,11 +13,23 @@ from rlhf_fast.data.encoding import pad_id, pad_left
 from rlhf_fast.ranks import current
 from rlhf_fast.rollout.generate import Generation, Rollout, eos_token_ids
 from rlhf_fast.rollout.uniforms import prompt_keys, row_seeds
+from rlhf_fast.rollout.vllm.client import ServerError
 from rlhf_fast.rollout.vllm.rows import Request, Row
 from rlhf_fast.rollout.vllm.server import Restarted, Server
 
 _AT_ONCE = 128  # requests under way; the server's scheduler makes its batches of them
 _TRIES = 3  # of a round whose server was started again
+
+
+class Asked(NamedTuple):
+    """The requests for the completions of some prompts."""
+
+    ids: Tensor  # [B, P] int64, the prompts, left-padded
+    mask: Tensor  # [B, P] bool
+    requests: list[Request]  # of each prompt in turn: for its samples, for its greedy completion
+    eos: frozenset[int]
+    samples: int
+    greedy: bool
 
 
 class VLLMSampler:
@@ -58,10 +71,22 @@ class VLLMSampler:
         earlier: Sequence[list[int]] = (),
     ) -> Generation:
         """As in `Sampler`. Raises ServerError where the server gives no right answer."""
+        asked = self.ask(prompts, seed=seed, samples=samples, greedy=greedy, earlier=earlier)
+        return self.generation(asked, self.rows(asked, self.refresh))
+
+    def ask(
+        self,
+        prompts: Sequence[list[int]],
+        *,
+        seed: int = 0,
+        samples: int = 1,
+        greedy: bool = False,
+        earlier: Sequence[list[int]] = (),
+    ) -> Asked:
+        """What a call with these arguments asks of the server."""
         if samples + greedy < 1:
             raise ValueError(f"samples: expected at least one row per prompt, got samples={samples}, greedy={greedy}")
-        pad, eos = pad_id(self.tokenizer), frozenset(eos_token_ids(self.model, self.tokenizer))
-        ids, mask = pad_left(list(prompts), pad)
+        ids, mask = pad_left(list(prompts), pad_id(self.tokenizer))
         counts = Counter(map(tuple, earlier))
         before = torch.tensor([counts[tuple(prompt)] for prompt in prompts]) if counts else None
         seeds = row_seeds(seed, prompt_keys(ids, mask, before)).tolist()
@@ -71,24 +96,33 @@ class VLLMSampler:
                 requests.append(Request(prompt, samples, self.temperature, self.max_new_tokens, first))
             if greedy:
                 requests.append(Request(prompt, 1, 0.0, self.greedy_max_new_tokens, first))
-        found = self._rows(requests, eos)
-        drawn = [row for request, rows in zip(requests, found, strict=True) if request.temperature for row in rows]
-        best = [row for request, rows in zip(requests, found, strict=True) if not request.temperature for row in rows]
-        sides = ids.to(self.model.device), mask.to(self.model.device)
-        return Generation(_rollout(*sides, drawn, samples, pad), _rollout(*sides, best, 1, pad) if greedy else None)
+        eos = frozenset(eos_token_ids(self.model, self.tokenizer))
+        return Asked(ids, mask, requests, eos, samples, greedy)
 
-    def _rows(self, requests: list[Request], eos: frozenset[int]) -> list[list[Row]]:
-        """The rows of every request, from one version of the weights."""
-        tries = _TRIES if current().size == 1 and self.server.directory is not None else 1
+    def generation(self, asked: Asked, found: list[list[Row]]) -> Generation:
+        """The rows of every request as tensors on the model's device."""
+        drawn = [row for r, rows in zip(asked.requests, found, strict=True) if r.temperature for row in rows]
+        best = [row for r, rows in zip(asked.requests, found, strict=True) if not r.temperature for row in rows]
+        sides, pad = (x.to(self.model.device) for x in (asked.ids, asked.mask)), pad_id(self.tokenizer)
+        ids, mask = sides
+        sampled = _rollout(ids, mask, drawn, asked.samples, pad)
+        return Generation(sampled, _rollout(ids, mask, best, 1, pad) if asked.greedy else None)
+
+    def rows(self, asked: Asked, again: Callable[[], None]) -> list[list[Row]]:
+        """The rows of every request, from one version of the weights. Any thread may wait for them.
+
+        again: gives the weights to a server that was started again.
+        """
+        tries = _TRIES if current().size == 1 and self.server.files is not None else 1
         for left in reversed(range(tries)):
-            rows = self._ask(requests, eos)
             try:
+                rows = self._ask(asked.requests, asked.eos)
                 self.server.confirm()
                 return rows
             except Restarted:
                 if not left:
                     raise
-                self.refresh()
+                again()
         raise AssertionError  # the last try returns or raises
 
     def _ask(self, requests: list[Request], eos: frozenset[int]) -> list[list[Row]]:
@@ -102,12 +136,17 @@ class VLLMSampler:
                 for r in requests
             ]
             return [rows.result() for rows in asked]
-        except BaseException:
+        except BaseException as error:
             client.break_off()  # else the end of the process would wait for answers that nobody reads
-            raise
+            if not isinstance(error, ServerError) or error.status != 404:
+                raise
+            lost = error
         finally:
             pool.shutdown(cancel_futures=True)
+            client.close()  # the pool's threads are gone
             client.stopped.clear()
+        self.server.confirm()  # a server that was started again has no adapter of this name
+        raise lost
 
 
 def _rollout(ids: Tensor, mask: Tensor, rows: list[Row], samples: int, pad: int) -> Rollout:

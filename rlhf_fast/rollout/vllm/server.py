@@ -1,42 +1,55 @@
 """A vLLM server as a run uses it: it is checked, it gets the policy's weights, and it proves that it samples from them.
 
-Weights go by files. They are written to a hidden directory beside the run's output, which the server must be able to
-read, and deleted when the server has loaded them. A push is believed after two proofs:
+`files` has the ways by which weights go. A push is believed after two proofs:
 
 - numbers: the server's log-probs of a probe text are ours. Where a push changes our log-probs by more than rounding,
-  the server's have to move with them; weights that are stale, or loaded by half, do not.
+  the server's have to move with them; weights that are stale, or loaded by half, do not. In fp32 they also have to
+  stay as near as after the first push, because a part that stays behind drifts by a little at each update.
 - a name: the server keeps the name of the weights that a push has given. A server that was started again, or that got
   another run's weights, has another name, so that rows that it sampled in between are found.
 
+A run that samples a round ahead keeps the files of its last push, because its own weights move on while the server
+samples: a server that is started again gets them from there.
 Left out: weight transfer by NCCL.
 """
 
 import uuid
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf_fast.data.files import WRITING, remove
-from rlhf_fast.lm.adapters import merged
+from rlhf_fast.data.damage import read_json
+from rlhf_fast.data.files import write_json
 from rlhf_fast.lm.passes import response_logits
-from rlhf_fast.lm.quiet import without_bars
-from rlhf_fast.lm.saving import save_model
 from rlhf_fast.lm.sequences import Sequences
+from rlhf_fast.lm.sharding import whole
 from rlhf_fast.ranks import current
-from rlhf_fast.rollout.vllm.client import BadAnswer, Client, ServerError
+from rlhf_fast.rollout.vllm.client import Client, ServerError
+from rlhf_fast.rollout.vllm.files import Files
 from rlhf_fast.rollout.vllm.rows import Request, text_logprobs
 
 _PROBE = 64  # tokens of the probe text at most
 _SHORTEST = 8
 _ROUNDING = 1e-5  # nats a token that two right paths differ by in fp32
 _FP32_BOUND = 0.005  # nats a token, on average, that they may differ by
+_NOTE = "proof.json"  # beside kept files: the round that is sampled from them, and their `Proof`
+_FP32_GROWTH, _FP32_FLOOR = 10.0, 1e-4  # the same after an update: so many times the first push's, or so many nats
 MODE = "processed_logprobs"
+UNLOADED = "dummy"  # --load-format of a server that waits for its first weights
 
 
 class Restarted(ServerError):
     """The server no longer has the weights that it was given."""
+
+
+class Proof(NamedTuple):
+    """What a server that has the policy's weights says of the probe."""
+
+    logprobs: list[float]  # of every token but the first
+    likeliest: list[int]  # the tokens behind it that are within rounding of the likeliest
 
 
 class Server:
@@ -45,17 +58,21 @@ class Server:
     directory: where weights are written for the server; None: it keeps the weights that it was started with, which
         have to be the model's.
     bound: nats a token by which the server's log-probs of the probe may differ from ours on average, in bf16.
+    keeps: as in `Files`.
     """
 
-    def __init__(self, client: Client, *, directory: Path | None, bound: float) -> None:
-        self.client, self.directory, self.bound = client, directory, bound
+    def __init__(self, client: Client, *, directory: Path | None, bound: float, keeps: bool = False) -> None:
+        self.client, self.bound = client, bound
+        self.files = None if directory is None else Files(client, directory, keeps=keeps)
         self.name = ""  # of the model, in requests
         self._run, self._pushes = uuid.uuid4().hex[:8], 0
         self._version = ""  # the name of the weights that the server has to have
         self._stale, self._checked = True, False
         self._probe: list[int] = []
+        self._proof: Proof | None = None  # of the last push
         self._proven: Tensor | None = None  # our log-probs of the probe at the last push that a change has proven
         self._noise = _ROUNDING  # nats a token by which the two engines differ at the same weights
+        self._exact, self._first = False, 0.0  # both in fp32; nats a token by which they differed after the first push
 
     def changed(self) -> None:
         """The policy's weights have changed."""
@@ -85,8 +102,10 @@ class Server:
 
     def _check_config(self, model: PreTrainedModel) -> None:
         try:
-            config = self.client.get("/server_info?config_format=json")["vllm_config"]["model_config"]
+            info = self.client.get("/server_info?config_format=json")["vllm_config"]
+            config = info["model_config"]
             mode, dtype = config["logprobs_mode"], str(config["dtype"])
+            load_format = info.get("load_config", {}).get("load_format")
         except (ServerError, KeyError, TypeError) as error:
             if isinstance(error, ServerError) and " 404 " not in str(error):
                 raise
@@ -96,8 +115,17 @@ class Server:
             ) from error
         if mode != MODE:
             raise ServerError(f"vllm_url: expected a server with --logprobs-mode {MODE}, got {mode}")
+        if self.files is not None:
+            self.files.name, self.files.unloaded = self.name, load_format == UNLOADED
+            self.files.takes_adapters = info.get("lora_config") is not None
+        elif load_format == UNLOADED:
+            raise ServerError(
+                f"vllm_url: expected a server with the model's weights, got --load-format {UNLOADED}, which waits for "
+                "weights, and `pairs` pushes none; `rlhf-fast vllm-command --config` with the config of `pairs` prints "
+                "how to start it"
+            )
         if dtype.endswith("float32") and model.dtype == torch.float32:
-            self.bound = min(self.bound, _FP32_BOUND)
+            self.bound, self._exact = min(self.bound, _FP32_BOUND), True
 
     def _check_vocabulary(self, size: int) -> None:
         for token, fits in ((size - 1, True), (size, False)):
@@ -121,10 +149,17 @@ class Server:
         """
         if not self._stale:
             return
-        if current().first:
-            self._version = self._push(model) if self.directory is not None else self._weights()
-            self._prove(model)
-        self._version, self._stale = current().gather(self._version)[0], False
+        ranks = current()
+        with whole(model):
+            proof = self._numbers(model) if ranks.first else None
+        version = self._next_version()
+        if self.files is not None:
+            self.name = self.files.push(model, version)
+        if proof is not None:
+            self._proof, self._version = proof, self._weights() if self.files is None else version
+            self._prove(proof)
+        self._version, self.name = ranks.gather((self._version, self.name))[0]
+        self._stale = False
 
     def confirm(self) -> None:
         """Restarted where the server has other weights than those of the last `refresh`."""
@@ -135,38 +170,62 @@ class Server:
                 "started again, or another run uses it"
             )
 
-    def _weights(self) -> str:
-        return str(self.client.get("/weight_info")["weight_version"])
+    def note(self, step: int) -> None:
+        """Notes beside the kept files that round `step` is sampled from them, for `restored`. The first process does.
 
-    def _push(self, model: PreTrainedModel) -> str:
-        assert self.directory is not None  # `refresh` asks first
-        place = Path(self.directory).resolve() / f"{WRITING}vllm"
-        version = f"{self._run}-{self._pushes + 1}"
-        remove(place)
-        try:
-            place.mkdir(parents=True)
-            with without_bars():
-                save_model(merged(model), place)
-            body = {"method": "reload_weights", "kwargs": {"weights_path": str(place)}}
-            self.client.post("/collective_rpc", body, permanent={500})
-            self.client.ask("POST", "/reset_prefix_cache", {}, _is_reset)
-            self.client.post("/update_weight_version", {"new_version": version})
-        except ServerError as error:
-            raise ServerError(
-                f"{error}; the server did not take the policy's weights from {place}, which it has to be able to read, "
-                "and whose shapes have to be those of its model"
-            ) from error
-        finally:
-            remove(place)
+        step: the number of a round, from 1 on.
+        """
+        if current().first and self._proof is not None and self.files is not None:
+            note = {"round": step, "probe": self._probe, **self._proof._asdict()}
+            write_json(self.files.kept / _NOTE, note)
+
+    def reload(self) -> None:
+        """Gives a server that was started again the kept weights of the last `refresh`, while the model moves on."""
+        assert self._proof is not None and self.files is not None  # a refresh comes before
+        self.name = self.files.reload(self._version)
+        self._prove(self._proof)  # the model itself may have moved on, so that it stays as stale as it is
+
+    def restored(self, step: int) -> bool:
+        """Whether the kept files of an earlier run are those of round `step`; the server then has them.
+
+        The next `refresh` pushes the model's weights. All processes call it.
+        """
+        assert self.files is not None  # only a run that trains keeps files
+        path = self.files.kept / _NOTE
+        note = read_json(path) if path.is_file() else {}
+        found = current().gather(note.get("round") == step)[0]
+        if found and current().first:
+            self._probe, self._proof = note["probe"], Proof(note["logprobs"], note["likeliest"])
+            self._version = self._next_version()
+            self.reload()
+        self._version, self.name = current().gather((self._version, self.name))[0]
+        self._stale = True
+        return found
+
+    def _weights(self) -> str:
+        """The name of the weights that the server has; of an adapter, its own name where the server has it."""
+        found = str(self.client.get("/weight_info")["weight_version"])
+        if self.files is None or self.name == self.files.name:
+            return found
+        served = {model["id"] for model in self.client.get("/v1/models")["data"]}
+        return self.name if self.name in served else f"{found}, without the adapter"
+
+    def _next_version(self) -> str:
         self._pushes += 1
-        return version
+        return f"{self._run}-{self._pushes}"
 
     @torch.no_grad()
-    def _prove(self, model: PreTrainedModel) -> None:
-        """ServerError unless the server's numbers for the probe are those of `model`."""
+    def _numbers(self, model: PreTrainedModel) -> Proof:
+        """What `model` says of the probe."""
         logits_TV = _logits(model, self._probe)
         ids = torch.tensor(self._probe[1:])
-        ours = logits_TV[:-1].log_softmax(-1).gather(1, ids[:, None])[:, 0]
+        logprobs = logits_TV[:-1].log_softmax(-1).gather(1, ids[:, None])[:, 0]
+        near = logits_TV[-1] >= logits_TV[-1].max() - max(4 * self.bound, 1e-3)
+        return Proof(logprobs.tolist(), near.nonzero()[:, 0].tolist())
+
+    def _prove(self, proof: Proof) -> None:
+        """ServerError unless the server's numbers for the probe are those of `proof`."""
+        ours = torch.tensor(proof.logprobs, dtype=torch.float64)
         request = Request(self._probe, 1, 0.0, 1, 0)
         body = request.body(self.name, ()) | {"prompt_logprobs": 0}
         theirs, (row,) = self.client.ask(
@@ -175,9 +234,9 @@ class Server:
         drift = float((torch.tensor(theirs, dtype=torch.float64) - ours).abs().mean())
         moved = 0.0 if self._proven is None else float((ours - self._proven).abs().mean())
         told = moved > 12 * self._noise  # far enough that old and new weights cannot be mistaken for each other
-        which = "those that it was started with" if self.directory is None else f"version {self._version}"
+        which = "those that it was started with" if self.files is None else f"version {self._version}"
         if not drift <= self.bound:
-            advice = "; start it with the policy's model" if self.directory is None else ""
+            advice = "; start it with the policy's model" if self.files is None else ""
             raise ServerError(
                 f"vllm_url: expected the policy's weights at {self.client.url} ({which}), but its log-probs of a probe "
                 f"differ by {drift:.3g} nats a token, more than {self.bound:g}{advice}"
@@ -188,20 +247,22 @@ class Server:
                 f"probe differ by {drift:.3g} nats a token where the update moved them by {moved:.3g}: they are stale, "
                 "or loaded by half"
             )
-        best = logits_TV[-1].max() - logits_TV[-1, row.ids[0]]
-        if best > max(4 * self.bound, 1e-3):
+        far = max(_FP32_FLOOR, _FP32_GROWTH * self._first)
+        if self._exact and self._pushes > 1 and self._first and drift > far:
             raise ServerError(
-                f"vllm_url: expected the likeliest token at temperature 0 from {self.client.url}, got a token "
-                f"{float(best):.3g} nats below it; start the server with --generation-config vllm"
+                f"vllm_url: expected the policy's new weights at {self.client.url} ({which}), but its log-probs of a "
+                f"probe differ by {drift:.3g} nats a token where the first weights' differed by {self._first:.3g}: a "
+                "part of the weights is stale; `rlhf-fast vllm-command` prints how to start a server that loads all"
+            )
+        if row.ids[0] not in proof.likeliest:
+            raise ServerError(
+                f"vllm_url: expected the likeliest token at temperature 0 from {self.client.url}, got another token; "
+                "start the server with --generation-config vllm"
             )
         if self._proven is None or told:
             self._proven = ours
         self._noise = max(self._noise, drift)
-
-
-def _is_reset(answer: dict) -> None:
-    if answer is not None and answer.get("success") is False:  # another client's requests are running
-        raise BadAnswer("the prefix cache is in use")
+        self._first = self._first or drift
 
 
 def _logits(model: PreTrainedModel, ids: list[int]) -> Tensor:
