@@ -178,20 +178,15 @@ def test_a_run_goes_on_with_other_shards(before, after, trained):
     assert distance(whole, gone_on) < 1e-5
 
 
-def test_a_model_in_shards_is_saved_in_files_of_a_layer_each(trained):
-    for place in (trained[0] / "2/ppo", trained[0] / "2/ppo/value", trained[0] / "2/sft_saved/checkpoint-4"):
-        index = json.loads((place / "model.safetensors.index.json").read_text())
-        files = sorted(file.name for file in place.glob("*.safetensors"))
-        assert (
-            files
-            == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
-            == sorted({*index["weight_map"].values()})
-        )
-        held = {name: file for file in files for name in load_file(place / file)}
-        assert index["weight_map"] == held
-        assert index["metadata"]["total_size"] == sum(
-            t.nbytes for file in files for t in load_file(place / file).values()
-        )
+@pytest.mark.parametrize("place", ["ppo", "ppo/value", "sft_saved/checkpoint-4"])
+def test_a_model_in_shards_is_saved_in_files_of_a_layer_each(place, trained):
+    place = trained[0] / "2" / place
+    index = json.loads((place / "model.safetensors.index.json").read_text())
+    tensors = {file.name: load_file(file) for file in sorted(place.glob("*.safetensors"))}
+    assert [*tensors] == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    assert index["weight_map"] == {name: file for file, held in tensors.items() for name in held}
+    total = sum(tensor.nbytes for held in tensors.values() for tensor in held.values())
+    assert index["metadata"]["total_size"] == total
 
 
 def test_a_machine_holds_the_weights_once_while_they_are_loaded(trained, made):
@@ -225,9 +220,7 @@ def test_damaged_states_of_an_optimizer_are_one_line(trained, tmp_path):
         damage(sorted((cut / "state").iterdir())[0])
         with pytest.raises(ValueError, match=rf"^{cut}/state: expected the states of the optimizer.*damaged: .*{said}"):
             parts_of(wanted)
-        with pytest.raises(
-            ValueError, match="resume: expected a checkpoint that is not damaged, got .*state/shard-00001"
-        ):
+        with pytest.raises(ValueError, match="^resume: expected a checkpoint that is not damaged.*state/shard-00001"):
             checkpoint.newest_whole(tmp_path)
 
 
