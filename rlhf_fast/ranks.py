@@ -13,9 +13,10 @@ process groups are used in this module alone. A call raises ConnectionError wher
 
 import atexit
 import os
+import pickle
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -91,6 +92,37 @@ class Ranks:
         """Returns when every process has come here."""
         if self.size > 1:
             self.gather(None)
+
+    def same_error(self, error: Exception | None) -> None:
+        """Raises the error of this process, or else the first error of another process. All processes call it."""
+        if error is not None and self.size == 1:
+            raise error
+        found = self.gather(_sendable(error))
+        if error is not None:
+            raise error
+        for other in found:
+            if other is not None:
+                raise other
+
+    def first_does(self, act: Callable[[], Row]) -> Row:
+        """What `act()` returns in the first process, in all processes. What it raises is raised in all of them."""
+        done, error = None, None
+        if self.first:
+            try:
+                done = act()
+            except Exception as raised:
+                error = raised
+        self.same_error(error)
+        return self.gather(done)[0]  # pyright: ignore[reportReturnType]
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """Inside, one process works at a time, in the order of the processes."""
+        for _ in range(self.rank):
+            self.wait()
+        yield
+        for _ in range(self.rank, self.size):
+            self.wait()
 
     @torch.no_grad()
     def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -217,6 +249,15 @@ def _together() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise lost(error) from error
+
+
+def _sendable(error: Exception | None) -> Exception | None:
+    """The error as another process can raise it."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # an exception may hold anything
+        return ConnectionError(f"another process of the run has failed: {error}")
+    return error
 
 
 def _leave() -> None:

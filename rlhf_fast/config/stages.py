@@ -91,6 +91,9 @@ SHARD_HELP = (
     "Spread weights, gradients and optimizer states over the processes of torchrun (FSDP2): full over all of them; "
     "hybrid over those of a machine."
 )
+_SHARD_BASE = (
+    "With lora_rank and shard: the adapters' frozen base goes into shards too; false keeps it whole everywhere."
+)
 ALPHA = 16.0  # of LoRA
 BETA_HELP = "Strength of the implicit KL constraint."
 LABEL_SMOOTHING_HELP = "Probability that a label is flipped (cDPO, robust)."
@@ -123,6 +126,9 @@ def check_precision(config: Any) -> None:
 
 def check_shard(config: Any) -> None:
     """ValueError where an option does not go with models in shards."""
+    if not config.shard_base and (config.shard == "none" or not config.lora_rank):
+        got = f"shard={config.shard} and lora_rank={config.lora_rank}"
+        raise ValueError(f"shard_base: expected False beside shard and lora_rank alone, got it with {got}")
     if config.shard != "none" and config.optimizer == "adamw_8bit" and not config.lora_rank:
         raise ValueError(
             f"optimizer: expected adamw with shard={config.shard}, got adamw_8bit, whose blocks of states "
@@ -162,6 +168,7 @@ class StageConfig:
     bf16: bool = arg(False, "Run forward and backward passes in bfloat16 autocast, over fp32 weights.")
     gradient_checkpointing: bool = arg(False, "Recompute activations in backward to save memory.")
     shard: Shard = arg("none", SHARD_HELP)
+    shard_base: bool = arg(True, _SHARD_BASE)
     save_steps: int = arg(
         0, "Write a resumable checkpoint every so many steps; 0 writes only the final model.", at_least=0
     )
@@ -184,6 +191,11 @@ class StageConfig:
     def rows_per_step(self) -> int:
         """Rows of one optimizer step."""
         return self.batch_size
+
+    @property
+    def shard_trained(self) -> Shard:
+        """How the trained models are put into shards, and what stands on their base."""
+        return self.shard if self.shard_base else "none"
 
     @property
     def frozen_weights(self) -> Literal["fp32", "bf16", "mixed"]:

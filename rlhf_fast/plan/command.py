@@ -60,6 +60,10 @@ def dry_run(method: str, config: StageConfig) -> None:
             f"shard: expected none with --dry-run in one process, got {config.shard}; start it with torchrun, or use "
             f"`rlhf-fast plan --gpus N --shard {config.shard}`"
         )
+    if not config.shard_base:
+        raise ValueError(
+            "shard_base: expected True with --dry-run, because a plan puts every base into shards, got False"
+        )
     if rank:  # the first process says it
         return
     local = int(os.environ.get("LOCAL_WORLD_SIZE", str(processes)))

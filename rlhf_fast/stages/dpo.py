@@ -24,7 +24,7 @@ from rlhf_fast.lm.limits import check_rows
 from rlhf_fast.lm.loading import default_device
 from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.lm.sequences import Sequences
-from rlhf_fast.lm.sharding import shard, whole
+from rlhf_fast.lm.sharding import shard_frozen, whole
 from rlhf_fast.lm.tokenizers import check_tokenizer, load_tokenizer
 from rlhf_fast.lm.trust import trusts_as_asked
 from rlhf_fast.ranks import current
@@ -145,7 +145,7 @@ def train(config: DPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
         if evaluator is None:
             reference = None  # nobody needs its weights any more
         else:
-            shard(reference, config.shard)
+            shard_frozen(reference, policy, config.shard)
         stage.steps(loss)
 
 

@@ -66,7 +66,7 @@ class Offline:
             processes = current().size
             raise ValueError(f"batch_size: expected a row for each of {processes} processes, got {config.batch_size}")
         self.config, self.batches, self.whole, self.held_out = config, batches, whole, held_out
-        shard(model, config.shard, checkpointing=config.gradient_checkpointing)
+        shard(model, config.shard_trained, checkpointing=config.gradient_checkpointing)
         self.learner = Learner(model, config, batches.steps)
         if held_out is not None or evaluator is not None:
             later = self.learner.bytes_to_come

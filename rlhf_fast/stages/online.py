@@ -22,7 +22,7 @@ from rlhf_fast.lm.loading import default_device
 from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.lm.offload import place, visiting
 from rlhf_fast.lm.room import EVALUATIONS, INSTEAD, PASSES, ROLLOUTS, check_room
-from rlhf_fast.lm.sharding import shard, whole, whole_bytes
+from rlhf_fast.lm.sharding import shard, shard_frozen, whole, whole_bytes
 from rlhf_fast.lm.tokenizers import check_tokenizer, load_tokenizer
 from rlhf_fast.ops import kl_penalty, soft_overlong_punishment
 from rlhf_fast.ranks import current
@@ -118,9 +118,10 @@ class Online(Generic[Config]):
                 Objectives(model, temperature=config.temperature, fused=config.fused_head)
                 for model in (self.policy, self.reference)
             )
-        shard(self.policy, config.shard, checkpointing=config.gradient_checkpointing)  # before more models are loaded
+        # before more models are loaded
+        shard(self.policy, config.shard_trained, checkpointing=config.gradient_checkpointing)
         self._check_room()
-        shard(self.reference, config.shard, offload=config.offload)
+        shard_frozen(self.reference, self.policy, config.shard, offload=config.offload)
         self.reward = Reward(
             config.reward,
             self.tokenizer,

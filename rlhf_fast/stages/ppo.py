@@ -72,16 +72,17 @@ def load_critic(online: Online[PPOConfig]) -> Learner:
     if config.critic == "shared":
         if online.objectives.head is None:
             raise ValueError(f"critic: expected model, as no hidden states give the logits of {config.model}")
-        model = value_head_on(online.policy, saved)
+        model = value_head_on(online.policy, saved, config.shard)
     else:
         path = saved or config.value_model or value_start(online)
         check_tokenizer(path, online.tokenizer, "value_model")
         shared = online.policy if config.share_base else None
+        lora, how = lora_of(config), config.shard
         with whole(shared):
-            model = load_scorer(path, dtype=config.dtype, head="zero", lora=lora_of(config), shared=shared)
+            model = load_scorer(path, dtype=config.dtype, head="zero", lora=lora, shared=shared, shard=how)
             model.to(online.device)  # pyright: ignore[reportArgumentType]
             online.check_lengths(value_model=model)
-            shard(model, config.shard, checkpointing=config.gradient_checkpointing)
+            shard(model, config.shard_trained, checkpointing=config.gradient_checkpointing)
     trained = score_head(model).parameters() if config.critic == "shared" else None
     return Learner(model, config, online.updates, learning_rate=config.value_learning_rate, parameters=trained)
 

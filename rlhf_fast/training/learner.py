@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from rlhf_fast.config import StageConfig
 from rlhf_fast.lm.passes import idle
-from rlhf_fast.lm.sharding import full, gathered, is_part, is_sharded
+from rlhf_fast.lm.sharding import full, is_part, is_sharded
 from rlhf_fast.ranks import current
 from rlhf_fast.training.in_backward import InBackward, norm_of
 from rlhf_fast.training.memory import static_bytes
@@ -133,16 +133,19 @@ class Learner:
     def state_dict(self) -> dict[str, Any]:
         """The state of optimizer and schedule; the model's weights are not part of it.
 
-        Of a model in shards all processes call it, and the first process gets the whole tensors.
+        Of a model in shards it has this process's parts of the tensors.
         """
         return {
-            "optimizer": gathered(self.optimizer.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "static_bytes": self.static_bytes,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores a `state_dict`. Raises ValueError where it is that of other weights or of another optimizer."""
+        """Restores a `state_dict` with whole tensors, or with tensors without data (`state_files`).
+
+        Raises ValueError where it is that of other weights or of another optimizer.
+        """
         names = {p: f"weight {i}" for i, p in enumerate(self.parameters)}
         check_state(self.optimizer, state["optimizer"], names | {p: name for name, p in self.model.named_parameters()})
         if isinstance(self.optimizer, MasterWeights):

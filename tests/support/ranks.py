@@ -1,6 +1,8 @@
 """Several processes on one machine: starting them as torchrun does, and the stages that a process trains in a test.
 
 python -m tests.support.ranks JOBS.json    trains every job, a list of [stage, options]
+
+The variable FILE_BYTES says how many bytes of weights the files of a model in shards have.
 """
 
 import fcntl
@@ -137,10 +139,15 @@ def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Any]
 
 
 def train(jobs: list[Job]) -> None:
-    """Trains one stage after the other in this process."""
+    """Trains one stage after the other in this process. The stage "load" measures the loading of a model."""
     from rlhf_fast import methods
 
     for stage, options in jobs:
+        if stage == "load":
+            from tests.support import loads
+
+            loads.measure(options["warm"], options["model"], options["output_dir"])
+            continue
         row = methods.STAGES[stage]
         methods.load(row.train)(methods.load(row.config)(**options))
 
@@ -155,5 +162,8 @@ def train_in(size: int, jobs: list[Job], directory: Path, **environment: str) ->
 if __name__ == "__main__":
     import torch
 
+    from rlhf_fast.lm import saving
+
     torch.set_num_threads(1)
+    saving.FILE_BYTES = int(os.environ.get("FILE_BYTES", saving.FILE_BYTES))
     train(json.loads(Path(sys.argv[1]).read_text()))

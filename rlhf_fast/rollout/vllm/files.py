@@ -3,8 +3,7 @@
 The whole model goes by `/collective_rpc reload_weights`. Of a policy with LoRA the adapter alone goes, by
 `/v1/load_lora_adapter`, where the server was started with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING. The
 adapter's name is that of its version. Requests ask for this name, so that no server answers from another adapter. Any
-other server gets the adapter merged into its base. The weights of a model in shards are gathered tensor by tensor in
-the first process, which writes them.
+other server gets the adapter merged into its base. A model in shards is saved as `saving` says.
 """
 
 import json
@@ -19,11 +18,11 @@ from transformers import PreTrainedModel
 
 from rlhf_fast.data.files import OURS, WRITING, remove
 from rlhf_fast.lm.adapters import is_adapter, merged
-from rlhf_fast.lm.loading import save_model
 from rlhf_fast.lm.private import has_adapter
 from rlhf_fast.lm.quiet import without_bars
-from rlhf_fast.lm.sharding import is_sharded, whole_state
-from rlhf_fast.ranks import current
+from rlhf_fast.lm.saving import save_model
+from rlhf_fast.lm.sharding import full, is_saved_from_parts, is_sharded
+from rlhf_fast.ranks import Ranks, current
 from rlhf_fast.rollout.vllm.client import BadAnswer, Client, ServerError
 
 
@@ -47,13 +46,12 @@ class Files:
 
     def push(self, model: PreTrainedModel, version: str) -> str:
         """Gives the server the weights of `model`; the name by which requests ask for them. All processes call it."""
-        state = whole_state(model)
-        if not current().first:
+        if not (current().first or is_saved_from_parts(model)):
             return ""
         place = self.directory.resolve() / f"{WRITING}vllm"
         if has_adapter(model) and not self._merges:
             try:
-                return self._push(model, None, place, version, alone=True)
+                return self._push(model, place, version, alone=True)
             except ServerError as error:
                 if self.takes_adapters and error.status is None:  # the server is gone
                     raise
@@ -65,7 +63,7 @@ class Files:
                     ) from error
                 warnings.warn(f"vllm_url: the server gets the adapter merged into its base: {reason}", stacklevel=2)
                 self._merges = True
-        return self._push(model, state, place, version, alone=False)
+        return self._push(model, place, version, alone=False)
 
     def reload(self, version: str) -> str:
         """Gives a server that was started again the kept weights; the name by which requests ask for them."""
@@ -77,26 +75,34 @@ class Files:
         if current().first:
             remove(self.kept)
 
-    def _push(
-        self, model: PreTrainedModel, state: dict[str, Tensor] | None, place: Path, version: str, *, alone: bool
-    ) -> str:
+    def _push(self, model: PreTrainedModel, place: Path, version: str, *, alone: bool) -> str:
         """alone: the adapter without its base."""
         if alone and not self.takes_adapters:
             raise ServerError("vllm_url: expected a server with --enable-lora")
-        remove(place)
-        try:
+        ranks = current() if is_saved_from_parts(model) else Ranks()
+
+        def clear() -> None:
+            remove(place)
             place.mkdir(parents=True)
-            with without_bars():
-                save_model(model if alone else merged(model), place, state)
-            if self.unloaded and not alone:
-                _write_head(model, state, place)
+
+        def give() -> str:
+            if head is not None:
+                _write_head(*head, place)
             name = self._load(place, version)
             if self.keeps:
                 remove(self.kept)
                 os.replace(place, self.kept)
+            return name
+
+        try:
+            ranks.first_does(clear)
+            with without_bars():
+                save_model(model if alone else merged(model), place)
+            head = _head(model) if self.unloaded and not alone else None
+            return ranks.first_does(give)
         finally:
-            remove(place)
-        return name
+            if ranks.first:
+                remove(place)
 
     def _load(self, place: Path, version: str) -> str:
         """The server reads its weights from the directory `place`, forgets what it has cached, and keeps the name."""
@@ -139,16 +145,20 @@ class Files:
                 raise
 
 
-def _write_head(model: PreTrainedModel, state: dict[str, Tensor] | None, place: Path) -> None:
-    """Adds the head of a model whose head is its embedding, for a server that keeps the two apart."""
-    head = model.get_output_embeddings()
+def _head(model: PreTrainedModel) -> tuple[str, Tensor]:
+    """The name and the whole weight of the head. All processes call it where the model is in shards."""
+    head: Any = model.get_output_embeddings()
     name = next(name for name, module in model.named_modules() if module is head)
-    weight = head.weight.detach() if state is None else state[f"{name}.weight"]
-    save_file({f"{name}.weight": weight.cpu().contiguous()}, place / "head.safetensors")
+    return f"{name}.weight", full(head.weight.detach())
+
+
+def _write_head(name: str, weight: Tensor, place: Path) -> None:
+    """Adds the head of a model whose head is its embedding, for a server that keeps the two apart."""
+    save_file({name: weight.cpu().contiguous()}, place / "head.safetensors")
     index = place / "model.safetensors.index.json"
     if index.is_file():
         content = json.loads(index.read_text())
-        content["weight_map"][f"{name}.weight"] = "head.safetensors"
+        content["weight_map"][name] = "head.safetensors"
         index.write_text(json.dumps(content))
 
 
