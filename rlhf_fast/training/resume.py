@@ -43,7 +43,9 @@ def load_policy_and_reference(
     on_policy = lora is not None and adapters.stands_on(policy, adapters.base_path(reference))
     on_policy = on_policy and config.frozen_dtype in (None, config.dtype)
     shared = policy if on_policy else None
-    return policy, load_policy(reference, dtype=config.frozen_weights, trainable=False, shared=shared, shard=config.shard)
+    return policy, load_policy(
+        reference, dtype=config.frozen_weights, trainable=False, shared=shared, shard=config.shard
+    )
 
 
 def load_trained(config: OnlineConfig | OfflineConfig, device: torch.device) -> PreTrainedModel:
