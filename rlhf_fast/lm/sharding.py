@@ -98,12 +98,20 @@ def shard_frozen(model: PreTrainedModel, trained: PreTrainedModel | None, how: s
         shard(model, how, offload=offload)
 
 
-def shard_untried(model: PreTrainedModel, mesh: DeviceMesh, *, offload: bool = False) -> None:
-    """`shard` over the processes of `mesh` without a trial, for models whose tensors have no numbers."""
+def shard_untried(
+    model: PreTrainedModel, mesh: DeviceMesh, *, offload: bool = False, reduce_scatter: Any = None
+) -> None:
+    """`shard` over the processes of `mesh` without a trial, for models whose tensors have no numbers.
+
+    reduce_scatter: what sends gradients, in place of FSDP2's own; as `FSDPModule.set_custom_reduce_scatter` takes it.
+    """
     trained = bool(_trained(model))
     _wrap(model, mesh, offload and not trained)
     if trained:
         enter_by(model, _register)
+    if reduce_scatter is not None:
+        for unit in getattr(model, _SHARDS).units:
+            unit.set_custom_reduce_scatter(reduce_scatter)
 
 
 @functools.cache
@@ -263,6 +271,15 @@ def rows_of_part(rows: int, size: int, rank: int) -> tuple[int, int]:
     return max(0, min(kept, rows - rank * kept)), kept
 
 
+def units_of(model: PreTrainedModel) -> list[Any]:
+    """The modules whose weights are whole together: every decoder layer, and the root, which has the rest, last."""
+    layers = list(dict.fromkeys(decoder_layers(model)))
+    owned = [parameter for layer in layers for parameter in layer.parameters()]
+    if len({*owned}) < len(owned):  # layers that share weights (Zamba) can only be one unit
+        layers = []
+    return [*layers, model]
+
+
 def _trained(model: nn.Module) -> set[nn.Parameter]:
     return {parameter for parameter in model.parameters() if parameter.requires_grad}
 
@@ -281,7 +298,7 @@ def _wrap(model: PreTrainedModel, mesh: DeviceMesh, offload: bool) -> None:
     wholes = [ref(place.weight) for place in frozen]  # which other models may have too, and which nothing else keeps
     if offload and mesh.device_type != "cpu" and not taken:
         options["offload_policy"] = CPUOffloadPolicy()
-    shards.units = [*_layers(model), model]
+    shards.units = units_of(model)
     for unit in shards.units:
         fully_shard(unit, reshard_after_forward=unit is not model, **options)
         unit.set_gradient_divide_factor(1.0)  # losses are sums over the processes

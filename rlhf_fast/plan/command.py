@@ -44,7 +44,8 @@ def run(plan: PlanConfig) -> None:
     if plan.measure:
         from rlhf_fast.plan.measure import compare
 
-        report["measured"] = compare(planner)
+        measured = compare(planner)
+        report["measured"] = measured if processes > 1 else measured[0]
     if plan.out:
         write_text(plan.out, json.dumps(report, indent=2) + "\n")
 

@@ -288,7 +288,8 @@ def test_none_leaves_a_model_as_it_is():
     assert kinds == {type(parameter) for parameter in model.parameters()} == {torch.nn.Parameter}
 
 
-def test_a_dry_run_plans_no_shards(capsys):
+def test_a_dry_run_without_a_launcher_plans_no_shards(capsys):
     given = ["--model=m", "--output-dir=o", "--train-data=t.jsonl", "--shard=full", "--dry-run"]
     assert cli.main(["sft", *given]) == 1
-    assert "shard: expected none with --dry-run, got full; `rlhf-fast plan --gpus N" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "shard: expected none with --dry-run in one process, got full; start it with torchrun, or use" in said
