@@ -9,6 +9,8 @@
     python -m bench rollout --check              decoding beside transformers' generate
     python -m bench rollout --model DIR --data DIR --check
                                                  the same with a checkpoint in fp32, under bf16 autocast, and in bf16
+    python -m bench rollout --vllm URL --model DIR --data DIR
+                                                 a vLLM server of that model beside our decoder and generate
     python -m bench ahead --vllm URL --model DIR --data DIR
                                                  rounds in turn and one ahead, with a vLLM server of that model
     python -m bench trainers --trl-python P --ppo-python Q --check
@@ -34,7 +36,7 @@ from pathlib import Path
 
 import torch
 
-from bench import ahead, exactness, exactness_report, integrations, report, rollout
+from bench import ahead, exactness, exactness_report, integrations, report, rollout, served
 from bench.cases import all_cases
 from bench.device import CPU, CUDA
 from bench.libraries import with_libraries
@@ -90,10 +92,13 @@ def arguments() -> argparse.Namespace:
         parser.error("--model, --data: expected both or none of them")
     if args.vllm and args.what not in ("rollout", "ahead"):
         parser.error(f"--vllm: expected rollout or ahead, got {args.what}")
-    if args.what == "ahead" and not (args.vllm and args.model):
-        parser.error("--vllm, --model, --data: expected all of them with ahead")
+    if (args.what == "ahead" or args.vllm) and not (args.vllm and args.model):
+        parser.error("--vllm, --model, --data: expected all of them")
+    if args.vllm and args.check:
+        parser.error("--check: there are no bars of a server")
     if args.out is None and not args.quick:
         name = f"{args.what}_{args.model.name}" if args.model else args.what
+        name += "_vllm" * bool(args.vllm)
         args.out = Path(f"bench/results/{'gpu' if args.device == 'cuda' else 'cpu'}_{name}.json")
     return args
 
@@ -137,7 +142,7 @@ def main() -> int:
     commands = {
         "ops": run_ops,
         "exactness": run_exactness,
-        "rollout": rollout.run,
+        "rollout": served.run if args.vllm else rollout.run,
         "ahead": ahead.run,
         "trainers": trainers.run,
         "integrations": integrations.run,

@@ -273,11 +273,7 @@ def rows_of_part(rows: int, size: int, rank: int) -> tuple[int, int]:
 
 def units_of(model: PreTrainedModel) -> list[Any]:
     """The modules whose weights are whole together: every decoder layer, and the root, which has the rest, last."""
-    layers = list(dict.fromkeys(decoder_layers(model)))
-    owned = [parameter for layer in layers for parameter in layer.parameters()]
-    if len({*owned}) < len(owned):  # layers that share weights (Zamba) can only be one unit
-        layers = []
-    return [*layers, model]
+    return [*_layers(model), model]
 
 
 def _trained(model: nn.Module) -> set[nn.Parameter]:

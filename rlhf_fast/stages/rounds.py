@@ -133,7 +133,7 @@ class Ahead(InTurn):
             self._coming.exception()
         self._pool.shutdown()
         if not self._owed:
-            self.sampler.server.files.forget()
+            self.sampler.server.forget()
 
     def state_dict(self) -> dict[str, Any]:
         """The rows of the round that trains next; without rows where the server did not give it."""
