@@ -6,13 +6,13 @@ checkpointing off. TRL_ROWS: the directory of the data sets. TRL_OUTCOMES: the J
 
 import json
 import os
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 import transformers
-import trl.import_utils
 
 CHANGE = os.environ["TRL_CHANGE"]
 outcomes: dict[str, str] = {}
@@ -64,7 +64,7 @@ def absent(name: str) -> Any:
     raise AttributeError(name)
 
 
-trl.import_utils.__getattr__ = absent
+vars(import_module("trl.import_utils"))["__getattr__"] = absent
 datasets.load_dataset = load_dataset
 if CHANGE != "no":
     transformers.Trainer.train = train
