@@ -142,7 +142,7 @@ def is_sharded(model: nn.Module | None) -> bool:
 
 
 @contextmanager
-def whole(model: nn.Module | None) -> Iterator[None]:
+def whole(model: Any) -> Iterator[None]:
     """Inside, all weights of a sharded `model` are plain tensors. All processes enter; inside nobody waits for another.
 
     For passes without gradients, such as decoding. Nested, and for a model without shards, it does nothing.
@@ -153,9 +153,7 @@ def whole(model: nn.Module | None) -> Iterator[None]:
         return
     shards.whole = True
     try:
-        for unit in reversed(
-            shards.units
-        ):  # the root, mostly the largest, first: its message is gone when all is whole
+        for unit in reversed(shards.units):  # the root, mostly the largest, first: its message is gone at the end
             unit.set_reshard_after_forward(False, recurse=False)
             unit.unshard()
         if not is_open(model):
