@@ -35,7 +35,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import PreTrainedModel
 
 from rlhf_fast.lm import parked
-from rlhf_fast.lm.forward import enter_by, within
+from rlhf_fast.lm.forward import enter_by, run_alike, within
 from rlhf_fast.lm.passes import settle
 from rlhf_fast.lm.precision import HALVES, decoder_layers
 from rlhf_fast.lm.private import has_adapter
@@ -70,11 +70,13 @@ def shard(model: PreTrainedModel, how: str, *, checkpointing: bool = False, offl
         return
     trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
     name = type(model).__name__
-    if trained and (reason := settle(model, checkpointing=checkpointing)) is not None:
-        raise ValueError(f"shard: expected a model whose rows share a pass, got {name}: {reason}")
+    apart = bool(trained) and settle(model, checkpointing=checkpointing)
     mesh, usual = mesh_of(how, model.device.type), _trial(model)
     try:
         _wrap(model, mesh, trained, offload and not trained)
+        if apart:
+            for part in (model, model.base_model):
+                run_alike(part, functools.partial(_extra_runs, model))
         if trained:
             enter_by(model, _register)
             with torch.no_grad():
@@ -138,6 +140,11 @@ def whole(model: nn.Module | None) -> Iterator[None]:
         for unit in shards.units:
             unit.reshard()
             unit.set_reshard_after_forward(unit is not root, recurse=False)
+
+
+def _extra_runs(model: PreTrainedModel, runs: int) -> int:
+    """How many runs of the layers a pass of another process makes more than `runs`."""
+    return 0 if getattr(model, _SHARDS).whole else max(current().gather(runs)) - runs
 
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:
