@@ -100,7 +100,7 @@ COMMANDS = {
 }
 
 
-SEVERAL = {*STAGES, "pairs", "pipeline"}
+SEVERAL = {*STAGES, "pairs", "pipeline", "compare"}
 """Commands that run in several processes."""
 
 
