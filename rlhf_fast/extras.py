@@ -12,7 +12,7 @@ TRAIN = {
     "jinja2": "",
     "jsonargparse": "",
     "matplotlib": "",
-    "plotext": "",
+    "plotext": "5.3",
     "pyyaml": "",
     "rich": "",
     "safetensors": "",

@@ -13,9 +13,10 @@ process groups are used in this module alone. A call raises ConnectionError wher
 
 import atexit
 import os
+import pickle
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -93,6 +94,37 @@ class Ranks:
         if self.size > 1:
             self.gather(None)
 
+    def same_error(self, error: Exception | None) -> None:
+        """Raises the error of this process, or else the first error of another process. All processes call it."""
+        if error is not None and self.size == 1:
+            raise error
+        found = self.gather(_sendable(error))
+        if error is not None:
+            raise error
+        for other in found:
+            if other is not None:
+                raise other
+
+    def first_does(self, act: Callable[[], Row]) -> Row:
+        """What `act()` returns in the first process, in all processes. What it raises is raised in all of them."""
+        done, error = None, None
+        if self.first:
+            try:
+                done = act()
+            except Exception as raised:
+                error = raised
+        self.same_error(error)
+        return self.gather(done)[0]  # pyright: ignore[reportReturnType]
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """Inside, one process works at a time, in the order of the processes."""
+        for _ in range(self.rank):
+            self.wait()
+        yield
+        for _ in range(self.rank, self.size):
+            self.wait()
+
     @torch.no_grad()
     def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replaces the gradients of the parameters by their sums over all processes.
@@ -111,12 +143,20 @@ class Ranks:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         for bucket in _buckets([p.grad for p in found if p.grad is not None]):
-            dtype = torch.promote_types(bucket[0].dtype, torch.float32)
-            flat = torch.cat([gradient.flatten().to(dtype) for gradient in bucket])
+            flat = _flat(bucket)
+            parts = flat.split([gradient.numel() for gradient in bucket])
+            for gradient, part in zip(bucket, parts, strict=True):
+                part.copy_(gradient.flatten())
             with _together():
                 dist.all_reduce(flat)
-            for gradient, added in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-                gradient.copy_(added.view_as(gradient))
+            for gradient, part in zip(bucket, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+
+def bytes_to_add(gradients: Iterable[Tensor]) -> int:
+    """Bytes that `Ranks.add_gradients` takes beside these gradients, which may be on the meta device."""
+    buckets = _buckets([gradient.to("meta") for gradient in gradients])
+    return max((_flat(bucket).nbytes for bucket in buckets), default=0)
 
 
 _current: Ranks | None = None
@@ -132,6 +172,11 @@ def current() -> Ranks:
     if _current is None:
         _current = _join()
     return _current
+
+
+def announced() -> tuple[int, int]:
+    """The number of this process and of all processes as a launcher's variables say them; joins nobody."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def first_to_fail() -> bool:
@@ -201,6 +246,21 @@ def connect() -> None:
 
 
 @contextmanager
+def pretended(size: int) -> Iterator[None]:
+    """Inside, torch sees `size` processes, of which this process is the first. Nothing is sent: all numbers are wrong.
+
+    For passes of the planner, whose tensors have no numbers. Raises ValueError where the process has joined others.
+    """
+    if dist.is_initialized():
+        raise ValueError(f"gpus: expected a process that has not joined other processes yet, to plan for {size}")
+    dist.init_process_group("fake", rank=0, world_size=size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
 def _together() -> Iterator[None]:
     """Inside, torch's errors about a process that is gone become ConnectionErrors of one sentence."""
     try:
@@ -209,9 +269,24 @@ def _together() -> Iterator[None]:
         raise lost(error) from error
 
 
+def _sendable(error: Exception | None) -> Exception | None:
+    """The error as another process can raise it."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # an exception may hold anything
+        return ConnectionError(f"another process of the run has failed: {error}")
+    return error
+
+
 def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _flat(bucket: list[Tensor]) -> Tensor:
+    """Room for the numbers of all gradients of a bucket, in float32 at least."""
+    dtype = torch.promote_types(bucket[0].dtype, torch.float32)
+    return torch.empty(sum(gradient.numel() for gradient in bucket), dtype=dtype, device=bucket[0].device)
 
 
 def _buckets(gradients: list[Tensor]) -> Iterable[list[Tensor]]:

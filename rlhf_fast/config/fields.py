@@ -106,9 +106,12 @@ def check_fields(config: Any) -> None:
         if value is None and NoneType in options:
             continue
         if get_origin(options[0]) is Literal:
-            choices = get_args(options[0])
-            if value not in choices:
-                raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}, got {value!r}")
+            choices, several = get_args(options[0]), list[options[0]] in options and isinstance(value, list)
+            for one in value if several else [value]:
+                if one not in choices:
+                    raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}, got {one!r}")
+            if several and len({*value}) != len(value) or value == []:
+                raise ValueError(f"{name}: expected one name, or several different names, got {value}")
         elif options[0] in _PLAIN and not _is_a(options[0], value):
             raise ValueError(f"{name}: expected {_PLAIN[options[0]]}, got {value!r}")
         elif not all(holds(value, field.metadata[bound]) for bound, holds in _HOLDS.items() if bound in field.metadata):

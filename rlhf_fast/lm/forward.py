@@ -71,6 +71,11 @@ def extra_runs(module: nn.Module, runs: int) -> int:
     return 0 if extra is None else extra(runs)
 
 
+def is_open(model: nn.Module) -> bool:
+    """Whether `enter_by` has opened the root `model`."""
+    return hasattr(model, _ENTRY)
+
+
 def call(model: nn.Module, **inputs: Any) -> Any:
     """`model(**inputs)` inside `within`. A wrapped root's hooks have run before and must not run twice."""
     return model(**inputs) if getattr(model, _ENTRY, None) is None else model.forward(**inputs)

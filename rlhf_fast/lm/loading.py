@@ -1,4 +1,4 @@
-"""Policies, reward and value models: loading them, and saving them again.
+"""Policies, reward and value models: loading them.
 
 `families` says which class a checkpoint is loaded as. Reward and value models are sequence classifiers with one label,
 whose `score` head `passes` applies. transformers' own forward looks for the pad id to find the last token, which is
@@ -13,20 +13,20 @@ Left out on purpose: devices, autocast and gradients, which belong to the caller
 """
 
 import copy
-import json
 import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from rlhf_fast.config.stages import Shard
 from rlhf_fast.data.damage import read_json
 from rlhf_fast.lm import adapters, manifest
 from rlhf_fast.lm.adapters import LoRA
@@ -36,15 +36,13 @@ from rlhf_fast.lm.dtypes import DTYPES, Dtype, cast
 from rlhf_fast.lm.families import is_classifier, language_class, reads, scorer_class, trunk_of
 from rlhf_fast.lm.finite import not_finite
 from rlhf_fast.lm.noise import as_before, silence
-from rlhf_fast.lm.parked import freeze, park, whole
+from rlhf_fast.lm.one_copy import one_copy
+from rlhf_fast.lm.parked import freeze, park
 from rlhf_fast.lm.paths import beside, existing
 from rlhf_fast.lm.private import forget_renaming, made_of, score_head
+from rlhf_fast.lm.saving import ADAPTER_SCORE, FILES
 from rlhf_fast.lm.trust import trusted
 from rlhf_fast.ranks import current
-
-# Holds what the config says of an adapter's scores, because transformers writes no config.json beside an adapter.
-_ADAPTER_SCORE = "score.json"
-_SCORE_NOTES = ("score_offset", "score_at_end_of_turn")
 
 # How a checkpoint prepares images and sounds, and writes conversations with them: kept as it came.
 PROCESSOR_FILES = (
@@ -54,8 +52,6 @@ PROCESSOR_FILES = (
     "processor_config.json",
     "video_preprocessor_config.json",
 )
-# The attribute of a model that keeps these files, because a checkpoint to resume from may be gone at the end.
-_FILES = "rlhf_fast_files"
 
 
 def default_device() -> torch.device:
@@ -74,32 +70,37 @@ def load_policy(
     trainable: bool = True,
     lora: LoRA | None = None,
     shared: PreTrainedModel | None = None,
+    shard: Shard = "none",
 ) -> PreTrainedModel:
     """The causal language model at `path`, with dropout off; frozen unless `trainable`.
 
     dtype: of the weights, as in `dtypes`; an adapter on them is fp32. lora: the adapter to train. shared: a model whose
-        base the new model stands on; the base keeps its dtype.
+        base the new model stands on; the base keeps its dtype. shard: how the caller is going to shard the model. All
+        processes then call this, and a machine holds one copy of the weights, as in `one_copy`.
     Raises ValueError where `path` holds no decoder of text, a model with weights that are missing or not finite, or a
         damaged model of ours.
     """
     base = adapters.base_path(path)
-    shared = shared if adapters.can_share(path) else None
-    _check_weights(path, base, "model")
-    if shared is None:
-        config = AutoConfig.from_pretrained(existing(base), trust_remote_code=trusted())
-        if is_classifier(config):
-            raise ValueError(f"model: expected a language model, got {_kind(config)} at {base}")
-        check_family(config, base)
-        language = _class_at(base, "model", language_class, config)
+    if shared is not None and adapters.can_share(path):
+        _check_weights(path, base, "model", shared=True)
+        return _prepare(adapters.base_of(shared, base), path, "model", trainable, lora, shared=True)
+    config = AutoConfig.from_pretrained(existing(base), trust_remote_code=trusted())
+    if is_classifier(config):
+        raise ValueError(f"model: expected a language model, got {_kind(config)} at {base}")
+    check_family(config, base)
+    language = _class_at(base, "model", language_class, config)
+
+    def load() -> PreTrainedModel:
+        _check_weights(path, base, "model")
         model, missing = _load(language, base, config, _loaded_as(path, dtype, lora))
         _check_complete("model", base, model, missing)
         _check_finite("model", base, model)
         park(model, keep=trainable)
         if trainable:
             check_decoder(model)
-    else:
-        model = adapters.base_of(shared, base)
-    return _prepare(model, path, "model", dtype, trainable, lora, shared is not None)
+        return _plain(model, path, "model", dtype, trainable, lora)
+
+    return _prepare(one_copy(load, shard), path, "model", trainable, lora, shared=False)
 
 
 @names_damage
@@ -111,6 +112,7 @@ def load_scorer(
     trainable: bool = True,
     lora: LoRA | None = None,
     shared: PreTrainedModel | None = None,
+    shard: Shard = "none",
 ) -> PreTrainedModel:
     """The sequence classifier with one label at `path`, or a classifier made from the language model at `path`.
 
@@ -122,8 +124,6 @@ def load_scorer(
     """
     argument = "reward" if head is None else "model"
     base = adapters.base_path(path)
-    shared = shared if adapters.can_share(path) else None
-    _check_weights(path, base, argument)
     config = AutoConfig.from_pretrained(existing(base, argument), trust_remote_code=trusted())
     scores = is_classifier(config)
     if scores and config.num_labels != 1:
@@ -132,63 +132,64 @@ def load_scorer(
     if head is None and not scores and not adapters.holds_score(path):
         kind = "an adapter without a score head" if adapters.is_adapter(path) else _kind(config)
         raise ValueError(f"reward: expected a reward model or an adapter with one, got {kind} at {path}")
-    if shared is None:
-        check_family(config, base)
-        scorer = _class_at(base, argument, scorer_class, config)
-        reads(scorer, config).num_labels = 1
+
+    def with_head(model: PreTrainedModel, missing: list[str]) -> PreTrainedModel:
+        if not hasattr(model, "score"):
+            kind = type(model).__name__
+            raise ValueError(f"{argument}: expected a model with a `score` head (decoder type) at {base}, got {kind}")
+        new = () if scores else ("score.weight", "score.bias")
+        _check_complete(argument, base, model, [name for name in missing if name not in new])
+        if not on_shared:
+            _check_finite(argument, base, model)
+        if not scores:
+            _draw_head(model, head)
+        if Path(path, ADAPTER_SCORE).is_file():
+            for name, value in read_json(Path(path, ADAPTER_SCORE)).items():
+                setattr(model.config, name, value)
+        return model
+
+    on_shared = shared is not None and adapters.can_share(path)
+    if shared is not None and on_shared:
+        _check_weights(path, base, argument, shared=True)
+        model = with_head(_scorer_on(adapters.base_of(shared, base)), [])
+        return _prepare(model, path, argument, trainable, lora, shared=True)
+    check_family(config, base)
+    scorer = _class_at(base, argument, scorer_class, config)
+    reads(scorer, config).num_labels = 1
+
+    def load() -> PreTrainedModel:
+        _check_weights(path, base, argument)
         model, missing = _load(scorer, base, config, _loaded_as(path, dtype, lora))
         park(model, keep=trainable)
-    else:
-        model, missing = _scorer_on(adapters.base_of(shared, base)), []
-    if not hasattr(model, "score"):
-        kind = type(model).__name__
-        raise ValueError(f"{argument}: expected a model with a `score` head (decoder type) at {base}, got {kind}")
-    new = () if scores else ("score.weight", "score.bias")
-    _check_complete(argument, base, model, [name for name in missing if name not in new])
-    if shared is None:
-        _check_finite(argument, base, model)
-    if not scores:
-        with torch.no_grad():
-            score = score_head(model)
-            std = 1 / math.sqrt(score.in_features + 1) if head == "normal" else 0.0
-            nn.init.normal_(score.weight, std=std)
-            if score.bias is not None:
-                score.bias.zero_()
-    if Path(path, _ADAPTER_SCORE).is_file():
-        for name, value in read_json(Path(path, _ADAPTER_SCORE)).items():
-            setattr(model.config, name, value)
-    return _prepare(model, path, argument, dtype, trainable, lora, shared is not None)
+        return _plain(with_head(model, missing), path, argument, dtype, trainable, lora)
+
+    return _prepare(one_copy(load, shard), path, argument, trainable, lora, shared=False)
 
 
-def value_head_on(policy: PreTrainedModel, saved: Path | None) -> PreTrainedModel:
+@torch.no_grad()
+def _draw_head(model: PreTrainedModel, head: str | None) -> None:
+    """Sets a new `score` head. head: as in `load_scorer`."""
+    score = score_head(model)
+    std = 1 / math.sqrt(score.in_features + 1) if head == "normal" else 0.0
+    nn.init.normal_(score.weight, std=std)
+    if score.bias is not None:
+        score.bias.zero_()
+
+
+def value_head_on(policy: PreTrainedModel, saved: Path | None, shard: Shard = "none") -> PreTrainedModel:
     """A value model whose trunk is the policy's own, adapter included.
 
-    saved: a directory with the head of a value model; None sets the head to 0.
+    saved: a directory with the head of a value model; None sets the head to 0. shard: as in `load_policy`.
     """
     model = _scorer_on(policy)
     head = score_head(model)
     for parameter in head.parameters():
         nn.init.zeros_(parameter)
     if saved is not None:
-        head.load_state_dict(score_head(load_scorer(saved, trainable=False)).state_dict())
+        head.load_state_dict(score_head(load_scorer(saved, trainable=False, shard=shard)).state_dict())
     if adapters.has_adapter(policy):
         adapters.adopt(model, policy)
     return model.train(policy.training)
-
-
-def save_model(model: PreTrainedModel, directory: Path, state: dict[str, Tensor] | None = None) -> None:
-    """`save_pretrained`. Of a model with an adapter it saves the adapter alone, in peft's format.
-
-    state: the `sharding.whole_state` of a model in shards.
-    """
-    with as_before(model), nullcontext() if adapters.has_adapter(model) else whole(model):
-        model.save_pretrained(directory, state_dict=adapters.own_weights(model) if state is None else {**state})
-    if not adapters.has_adapter(model):
-        for name, content in getattr(model, _FILES, {}).items():
-            (directory / name).write_bytes(content)
-    notes = {name: getattr(model.config, name) for name in _SCORE_NOTES if hasattr(model.config, name)}
-    if adapters.has_adapter(model) and notes:
-        (directory / _ADAPTER_SCORE).write_text(json.dumps(notes) + "\n")
 
 
 def mark_trained_here(model: PreTrainedModel) -> None:
@@ -222,34 +223,46 @@ def _scorer_on(language_model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _prepare(
-    model: PreTrainedModel,
-    path: str | Path,
-    argument: str,
-    dtype: Dtype,
-    trainable: bool,
-    lora: LoRA | None,
-    shared: bool,
+def _plain(
+    model: PreTrainedModel, path: str | Path, argument: str, dtype: Dtype, trainable: bool, lora: LoRA | None
 ) -> PreTrainedModel:
+    """`model` with the adapter of directory `path` in its weights, if any, unless `lora` goes on training it."""
     model.requires_grad_(trainable and lora is None)
-    if adapters.is_adapter(path) or lora is not None:
+    if lora is not None:
+        return model
+    if adapters.is_adapter(path):
         adapters.put_on(model, path, lora, trainable=trainable)
         _check_finite(argument, path, model)
-        if lora is None and not shared:
-            adapters.merge(model, path)
-            model.requires_grad_(trainable)
-            cast(model, dtype)
-    elif dtype == "mixed" and not shared:
+        adapters.merge(model, path)
+        model.requires_grad_(trainable)
         cast(model, dtype)
+    elif dtype == "mixed":
+        cast(model, dtype)
+    return model
+
+
+def _prepare(
+    model: PreTrainedModel, path: str | Path, argument: str, trainable: bool, lora: LoRA | None, *, shared: bool
+) -> PreTrainedModel:
+    """Puts the adapter on that stays an adapter, and turns noise off. shared: whether the base is another model's."""
+    if shared:
+        model.requires_grad_(trainable and lora is None)
+    if lora is not None or shared and adapters.is_adapter(path):
+        adapters.put_on(model, path, lora, trainable=trainable)
+        _check_finite(argument, path, model)
     freeze(model)
     silence(model, trained=trainable)
     return model.train(trainable)
 
 
-def _check_weights(path: str | Path, base: str, argument: str) -> None:
-    """ValueError where this package wrote the model or its base, and its files are not as they were saved."""
+def _check_weights(path: str | Path, base: str, argument: str, *, shared: bool = False) -> None:
+    """ValueError where this package wrote the model or its base, and its files are not as they were saved.
+
+    shared: whether the base is another model's, whose loading has checked it.
+    """
     for directory in dict.fromkeys((str(path), base)):
-        manifest.check(directory, argument, weights=True)
+        if not (shared and directory == base):
+            manifest.check(directory, argument, weights=True)
 
 
 def _kind(config: PreTrainedConfig) -> str:
@@ -289,7 +302,7 @@ def _load(
     if options:
         forget_renaming(model)
     if model.config.sub_configs:
-        setattr(model, _FILES, beside(path, PROCESSOR_FILES))
+        setattr(model, FILES, beside(path, PROCESSOR_FILES))
     _return_objects(model.config)
     _say_left_out(model, path, found["unexpected_keys"])
     return model, sorted(found["missing_keys"])

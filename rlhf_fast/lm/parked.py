@@ -107,6 +107,11 @@ def whole(model: PreTrainedModel) -> Iterator[None]:
             setattr(owner, name, stand_in)
 
 
+def parts(model: nn.Module) -> list[nn.Module]:
+    """The parked parts that the model keeps."""
+    return [stand_in.part for _, _, stand_in in _parked(model) if stand_in.part is not None]
+
+
 def _parked(model: nn.Module) -> list[tuple[nn.Module, str, Parked]]:
     return [
         (owner, name, child)

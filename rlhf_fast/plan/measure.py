@@ -3,6 +3,8 @@
 The stage runs two steps on random weights of the configured shapes and on random tokens: prompts and answers of full
 length but for one token in every other prompt (real batches are ragged, and without padding attention takes another
 path), no end of sequence in the samples. Needs the memory and the time that the plan is about: for small shapes.
+
+A plan for several GPUs runs in as many processes, which torchrun starts. Every process calls `measure`.
 """
 
 import copy
@@ -24,10 +26,14 @@ from rlhf_fast.methods import load
 from rlhf_fast.plan.config import PlanConfig
 from rlhf_fast.plan.phases import Planner
 from rlhf_fast.plan.shapes import Shape
+from rlhf_fast.ranks import announced, current
 from rlhf_fast.training import checkpoint
+from rlhf_fast.training.listeners import Listener
+from rlhf_fast.training.memory import tensors_in
 from rlhf_fast.training.metrics import print_table
 from rlhf_fast.training.tensor_bytes import TensorBytes
 
+_DATA, _HELD_OUT = "data.jsonl", "held_out.jsonl"
 SAME = (
     "batch_size",
     "micro_batch_size",
@@ -44,41 +50,54 @@ SAME = (
     "share_base",
     "optimizer",
     "optimizer_in_backward",
+    "shard",
 )
 
 
-def compare(planner: Planner) -> dict[str, dict[str, int]]:
-    """Run, print and return {phase: {"planned", "measured"}}, bytes of live tensors at the phase's peak."""
-    planned, measured = planner.phases("cpu"), measure(planner)
-    result = {name: {"planned": planned[name].peak_bytes, "measured": size} for name, size in measured.items()}
-    rows = [{"phase": name} | {f"{key} bytes": n for key, n in row.items()} for name, row in result.items()]
-    for row, (planned_bytes, measured_bytes) in zip(rows, (x.values() for x in result.values()), strict=True):
-        row["planned / measured"] = f"{planned_bytes / measured_bytes:.3f}"
+def compare(planner: Planner) -> list[dict[str, dict[str, int]]]:
+    """Run, print and return {phase: {"planned", "measured"}} of every process: bytes of live tensors at the peak."""
+    planned, found = planner.processes("cpu"), []
+    for phases, run in zip(planned, measure(planner), strict=True):
+        peaks = {name: phase["peak_bytes"] for name, phase in run["phases"].items() if isinstance(phase, dict)}
+        found.append({name: {"planned": phases[name].peak_bytes, "measured": size} for name, size in peaks.items()})
+    several = len(found) > 1
+    rows = [
+        ({"process": rank} if several else {})
+        | {"phase": name, "planned bytes": row["planned"], "measured bytes": row["measured"]}
+        | {"planned / measured": f"{row['planned'] / row['measured']:.3f}"}
+        for rank, process in enumerate(found)
+        for name, row in process.items()
+    ]
     print_table("Live tensors on this CPU, at each phase's peak", rows)
-    return result
+    return found
 
 
-def measure(planner: Planner) -> dict[str, int]:
-    """Phase -> bytes of live tensors at its peak in a real run of two steps.
+def measure(planner: Planner) -> list[dict[str, Any]]:
+    """A real run of two steps: what every process held, as the `processes` of a run.json.
 
-    Raises ValueError for what runs on a CPU in one process cannot show: other layouts, several GPUs, offloading.
+    Raises ValueError for what runs on a CPU cannot show, and where there are not as many processes as GPUs.
     """
     plan = planner.plan
-    shown = {"gpus": 1, "offload": False, "offload_optimizer": False}
+    shown = {"gpus": announced()[1], "zero": 0, "offload": False, "offload_optimizer": False}
     for name, needed in shown.items():
         if getattr(plan, name) != needed:
             raise ValueError(f"measure: expected {name}={needed}, got {getattr(plan, name)}")
-    with tempfile.TemporaryDirectory() as directory:
-        config = _prepare(planner, Path(directory))
-        with TensorBytes():
-            load(plan.stage.train)(config)
+    ranks = current()
+    with tempfile.TemporaryDirectory() as own:
+        directory = Path(ranks.gather(own)[0])
+        if ranks.first:
+            _prepare(planner, directory)
+        ranks.wait()
+        config = _config(planner, directory)
+        load(plan.stage.train)(config, listeners=[_Counts()])
         run = json.loads((Path(config.output_dir) / "run.json").read_text())
-    return {name: phase["peak_bytes"] for name, phase in run["phases"].items() if isinstance(phase, dict)}
+        ranks.wait()  # the first process removes the directory
+    return run.get("processes") or [{name: run[name] for name in ("static_bytes", "phases")}]
 
 
-def _prepare(planner: Planner, directory: Path) -> StageConfig:
-    """Models, data and the stage's config, in `directory`."""
-    plan, config_class = planner.plan, load(planner.stage.config)
+def _prepare(planner: Planner, directory: Path) -> None:
+    """Writes models and data to `directory`."""
+    plan = planner.plan
     vocabulary = min(role.shape.config.get_text_config().vocab_size for role in planner.roles.values())
     # a sampled end would shorten the rollout: where there is one, the end is a token no model has
     end = vocabulary if planner.stage.online else 1
@@ -89,12 +108,16 @@ def _prepare(planner: Planner, directory: Path) -> StageConfig:
     if plan.share_base:  # the reward model then is an adapter on the policy
         adapted = load_scorer(directory / planner.main, lora=LoRA(plan.lora_rank, 16.0, 0))
         checkpoint.save(directory / "reward", models={"": adapted}, tokenizer=tokenizer)
-    data = directory / "data.jsonl"
     rows = _rows(plan)
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    held_out = directory / "held_out.jsonl"
+    (directory / _DATA).write_text("".join(json.dumps(row) + "\n" for row in rows))
     prompts = itertools.islice(itertools.cycle(rows), plan.eval_rows)
-    held_out.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in prompts))
+    held_out = "".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in prompts)
+    (directory / _HELD_OUT).write_text(held_out)
+
+
+def _config(planner: Planner, directory: Path) -> StageConfig:
+    """The stage's config for what `_prepare` has written."""
+    plan, config_class = planner.plan, load(planner.stage.config)
     names = config_class.__dataclass_fields__
     length = plan.prompt_length + plan.response_length
     values = {name: getattr(plan, name) for name in SAME}
@@ -103,23 +126,42 @@ def _prepare(planner: Planner, directory: Path) -> StageConfig:
     values |= {"max_length": length, "max_response_length": plan.response_length}
     values |= {"reward": str(directory / "reward") if "reward" in planner.roles else f"{__name__}:no_reward"}
     if plan.eval_rows:
-        values |= {"eval_data": str(held_out)}
+        values |= {"eval_data": str(directory / _HELD_OUT)}
         if not planner.stage.online:
             values |= {"eval_reward": f"{__name__}:no_reward"}
     if plan.shared_critic:
         values |= {"critic": "shared"}
     elif not plan.share_base:
         values |= {"value_model": str(directory / "value")}
-    if not plan.lora_rank or plan.reference:
+    if plan.reference_free:
+        values |= {"loss_type": "simpo"}
+    elif not plan.lora_rank or plan.reference:
         values |= {"reference": str(directory / "reference")}
     if plan.optimizer_in_backward:
         values |= {"max_grad_norm": 0.0}
     return config_class(
         model=str(directory / planner.main),
         output_dir=str(directory / "out"),
-        train_data=str(data),
+        train_data=str(directory / _DATA),
         **{name: value for name, value in values.items() if name in names},
     )
+
+
+class _Counts(Listener):
+    """Counts every live tensor's bytes as long as the run lasts; loading models is left out, because it takes time."""
+
+    def __init__(self) -> None:
+        self.counter = TensorBytes()
+
+    def begin(self, run: Any) -> None:
+        self.counter.__enter__()
+        for model in (*run.models.values(), *run.frozen.values()):
+            self.counter.hold((*model.parameters(), *model.buffers()))
+        for learner in run.learners.values():
+            self.counter.hold(tensors_in(learner.optimizer.state))
+
+    def end(self) -> None:
+        self.counter.__exit__(None, None, None)
 
 
 def no_reward(prompts: list[str], completions: list[str], **_: Any) -> list[float]:

@@ -7,11 +7,15 @@ backward pass of the other layers, where gradients replace activations, by its t
 more; what follows it, where all gradients are held; and the call of the fused loss, whose own buffers are
 `ops.heads.working_bytes`.
 
+A model in shards is in shards here too, by the run's own code: what its passes add holds the layers that are whole
+while they run, the root's weights, and the buffers of FSDP2's messages.
+
 Shapes: B rows, P prompt tokens, T response tokens, H hidden, V vocabulary.
 """
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,13 +23,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 
+from rlhf_fast.lm.forward import within
 from rlhf_fast.lm.objectives import kept_logits
 from rlhf_fast.lm.passes import response_hidden, sequence_scores, token_values
 from rlhf_fast.lm.private import cache_bytes, lengthen
 from rlhf_fast.lm.sequences import Sequences
+from rlhf_fast.lm.sharding import whole
 from rlhf_fast.ops.private import FakeTensorMode
 from rlhf_fast.ops.truncation import kept_tokens, packed
 from rlhf_fast.plan.shapes import Shape, layer_count, layers_of, make_fake, period
+from rlhf_fast.plan.spread import Spread
+from rlhf_fast.ranks import bytes_to_add
 from rlhf_fast.rollout import blocks
 from rlhf_fast.rollout.decoders import CacheDecoder, WholeDecoder, takes_cache
 from rlhf_fast.rollout.engine import StaticDecoder
@@ -43,34 +51,41 @@ class Run(NamedTuple):
         return self.run(model, rows)
 
 
-class Curve(NamedTuple):
-    """Bytes at named moments as a function of rows, from samples at two numbers of rows."""
+class Curve:
+    """Bytes at named moments of `run` as a function of rows, on models of `shape` spread over processes.
 
-    rows: tuple[int, int]
-    low: dict[str, float]
-    high: dict[str, float]
+    Models of few layers are simulated and extrapolated to all layers. The curve is exact at `rows` rows. Elsewhere it
+    is a line through 8 times as many rows. Should another moment's bytes prevail at more rows, it is above the truth up
+    to there.
+    """
+
+    def __init__(self, shape: Shape, run: Run, rows: int, spread: Spread) -> None:
+        self.rows = (rows, 8 * rows)
+        self._sample = partial(_simulate, shape, run, spread)
+        self.low, self.high = self._sample(rows), None
 
     def __call__(self, rows: int) -> dict[str, int]:
+        if rows == self.rows[0]:
+            return {name: round(low) for name, low in self.low.items()}
+        if self.high is None:  # many plans ask for one number of rows
+            self.high = self._sample(self.rows[1])
         share = (rows - self.rows[0]) / (self.rows[1] - self.rows[0])
         return {name: round(low + share * (self.high[name] - low)) for name, low in self.low.items()}
 
 
-def simulate(shape: Shape, run: Run, rows: int) -> Curve:
-    """`run` on fake models of `shape`, extrapolated to all layers; exact at `rows` rows.
-
-    Should another moment's bytes prevail at more rows, the curve is above the truth up to 8 times as many.
-    """
+def _simulate(shape: Shape, run: Run, spread: Spread, rows: int) -> dict[str, float]:
     layers, unit = layer_count(shape.config), period(shape.config)
-    numbers = (2 * unit, 3 * unit) if layers > 3 * unit else (layers,)
-    low, high = [], []
+    # In shards the second layer from behind must have a layer before it, whose weights FSDP2 then gathers already.
+    few = 3 if spread.how != "none" and unit == 1 else 2
+    numbers = (few * unit, (few + 1) * unit) if layers > (few + 1) * unit else (layers,)
+    samples = []
     for number in numbers:
         model = shape.build(number)
-        with FakeTensorMode():
+        with spread.putter() as put, FakeTensorMode():
             make_fake(model)
-            for samples, n in ((low, rows), (high, 8 * rows)):
-                samples.append(run(model, n))
-                model.zero_grad()
-    return Curve((rows, 8 * rows), *(_extrapolate(numbers, samples, layers) for samples in (low, high)))
+            put(model)
+            samples.append(run(model, rows))
+    return _extrapolate(numbers, samples, layers)
 
 
 def _extrapolate(numbers: tuple[int, ...], samples: list[dict[str, int]], layers: int) -> dict[str, float]:
@@ -154,6 +169,7 @@ def training(
     fused: bool,
     truncated: bool = False,
     keep: bool,
+    added: bool,
     repeats: int,
     critic: bool,
 ) -> Run:
@@ -162,8 +178,8 @@ def training(
 
     loss: "tokens" (log-probs of the response), "values" or "scores". truncated: tokens drawn with top_k or top_p; the
     kept sets are left out. keep: gradients stay on the weights; else each is gone as soon as it is whole (optimizer
-    step in backward, or sharded). repeats: 2 to meet the gradients of an earlier micro-batch. critic: a value head on
-    the same trunk.
+    step in backward, or split by ZeRO). added: a gradient that is not kept is first added up over processes. repeats: 2
+    to meet the gradients of an earlier micro-batch. critic: a value head on the same trunk.
     """
 
     def run(model: PreTrainedModel, rows: int) -> dict[str, int]:
@@ -178,13 +194,15 @@ def training(
         if len(layers) > 2:
             hooks.append(_after_backward(layers[-2], lambda: moments.mark("second layer")))
         if not keep:
-            hooks += [p.register_post_accumulate_grad_hook(_drop) for p in model.parameters() if p.requires_grad]
+            drop = _add_and_drop if added else _drop
+            hooks += [p.register_post_accumulate_grad_hook(drop) for p in model.parameters() if p.requires_grad]
         left_out = [*model.parameters(), *model.buffers(), *([kept] if truncated else [])]
         with TensorBytes(exclude=left_out) as counter:
             for _ in range(repeats):
                 moments = _Moments(counter)
                 with autocast(model.device, shape.autocast):
-                    outputs = _outputs(model, lengths.sequences(rows), loss, fused, kept, value_head, moments)
+                    given = lengths.sequences(rows), loss, fused, kept, value_head, moments
+                    outputs = within(model, _outputs, model, *given)
                 torch.autograd.backward(outputs, [torch.empty_like(out) for out in outputs])
                 del outputs
                 moments.end()
@@ -192,7 +210,7 @@ def training(
             hook.remove()
         return moments.bytes
 
-    return Run(("training", lengths, loss, fused, truncated, keep, repeats, critic), run)
+    return Run(("training", lengths, loss, fused, truncated, keep, added, repeats, critic), run)
 
 
 def _kept_sets(model: PreTrainedModel, rows: int, lengths: Lengths) -> Tensor:
@@ -240,19 +258,32 @@ def _drop(parameter: Tensor) -> None:
     parameter.grad = None
 
 
+def _add_and_drop(parameter: Tensor) -> None:
+    assert parameter.grad is not None  # torch calls this hook when the gradient is there
+    message = torch.empty(bytes_to_add([parameter.grad]), dtype=torch.uint8)
+    del message
+    parameter.grad = None
+
+
 def inference(shape: Shape, lengths: Lengths) -> Run:
-    """The trunk without gradients: "activations", "loss" (bytes held when the head is applied to the hidden states)."""
+    """The trunk without gradients: "activations", "loss" (bytes held when the head is applied to the hidden states).
+
+    Of a model in shards also "gather" (until it is whole) and "whole" (its whole weights, which the others include).
+    """
 
     @torch.no_grad()
     def run(model: PreTrainedModel, rows: int) -> dict[str, int]:
         with (
             TensorBytes(exclude=[*model.parameters(), *model.buffers()]) as counter,
             autocast(model.device, shape.autocast),
+            whole(model),
         ):
+            gather, made_whole = counter.take_peak(), counter.live
             hidden = response_hidden(model, lengths.sequences(rows))
             held = counter.live
             del hidden
-        return {"activations": counter.peak, "loss": held}
+            activations = counter.take_peak()
+        return {"gather": gather, "whole": made_whole, "activations": activations, "loss": held}
 
     return Run(("inference", lengths), run)
 
@@ -262,6 +293,7 @@ def rollout(shape: Shape, lengths: Lengths, rows_per_prompt: int, top_k: int, to
 
     top_k, top_p: the decode step ends with the choice of the tokens that are kept.
     casts: weights in bfloat16 that autocast keeps until the end of its context, which holds scoring and reference too.
+    Of a model in shards also "gather" and "whole", as `inference` has them.
     """
 
     @torch.no_grad()
@@ -271,23 +303,26 @@ def rollout(shape: Shape, lengths: Lengths, rows_per_prompt: int, top_k: int, to
             TensorBytes(exclude=[*model.parameters(), *model.buffers()]) as counter,
             autocast(model.device, shape.autocast),
         ):
-            ids, mask, _, _ = lengths.sequences(prompts)
-            parts = blocks.read(model, torch.bfloat16 if shape.autocast else None)
-            if parts is not None:
-                steps = StaticDecoder(model, parts, lengths.response)
-            else:
-                steps = CacheDecoder(model) if takes_cache(model) else WholeDecoder(model)
-            steps.prefill(ids, mask, rows_per_prompt)
-            prefill = counter.take_peak()
-            kv_cache = _full_cache(steps, sum(lengths))
-            counter.take_peak()
-            logits = steps.step(ids.new_zeros(prompts * rows_per_prompt))
-            if top_k or top_p < 1:
-                _truncate(logits, top_k, top_p)
-            decode = counter.take_peak()
-            del ids, mask, parts, steps, logits
+            with whole(model):
+                gather, made_whole = counter.take_peak(), counter.live
+                ids, mask, _, _ = lengths.sequences(prompts)
+                parts = blocks.read(model, torch.bfloat16 if shape.autocast else None)
+                if parts is not None:
+                    steps = StaticDecoder(model, parts, lengths.response)
+                else:
+                    steps = CacheDecoder(model) if takes_cache(model) else WholeDecoder(model)
+                steps.prefill(ids, mask, rows_per_prompt)
+                prefill = counter.take_peak()
+                kv_cache = _full_cache(steps, sum(lengths))
+                counter.take_peak()
+                logits = steps.step(ids.new_zeros(prompts * rows_per_prompt))
+                if top_k or top_p < 1:
+                    _truncate(logits, top_k, top_p)
+                decode = counter.take_peak()
+                del ids, mask, parts, steps, logits
             casts = counter.live
-        return {"prefill": prefill, "decode": decode, "kv_cache": kv_cache, "casts": casts}
+        moments = {"prefill": prefill, "decode": decode, "kv_cache": kv_cache, "casts": casts}
+        return moments | {"gather": gather, "whole": made_whole}
 
     return Run(("rollout", lengths, rows_per_prompt, top_k, top_p), run)
 

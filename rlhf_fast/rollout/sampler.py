@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_fast.data.encoding import pad_id, pad_left
+from rlhf_fast.lm.sharding import whole
 from rlhf_fast.rollout.generate import Generation, eos_token_ids, generate
 
 
@@ -41,6 +42,7 @@ class Sampler(Protocol):
 class LocalSampler:
     """Our own decoding of a policy in this process, on the policy's device.
 
+    All processes call the sampler of a model in shards.
     max_new_tokens, temperature, top_k, top_p, greedy_max_new_tokens: as in `generate`.
     """
 
@@ -81,16 +83,18 @@ class LocalSampler:
         pad = pad_id(self.tokenizer)
         ids, mask = (x.to(self.model.device) for x in pad_left(list(prompts), pad))
         counts = Counter(map(tuple, earlier))
-        return generate(
-            self.model,
-            ids,
-            mask,
-            eos_ids=eos_token_ids(self.model, self.tokenizer),
-            pad_id=pad,
-            seed=seed,
-            samples=samples,
-            greedy=greedy,
-            with_kept=with_kept,
-            earlier=torch.tensor([counts[tuple(prompt)] for prompt in prompts], device=ids.device) if counts else None,
-            **self.options,
-        )
+        before = torch.tensor([counts[tuple(prompt)] for prompt in prompts], device=ids.device) if counts else None
+        with whole(self.model):
+            return generate(
+                self.model,
+                ids,
+                mask,
+                eos_ids=eos_token_ids(self.model, self.tokenizer),
+                pad_id=pad,
+                seed=seed,
+                samples=samples,
+                greedy=greedy,
+                with_kept=with_kept,
+                earlier=before,
+                **self.options,
+            )

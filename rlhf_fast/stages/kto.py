@@ -153,7 +153,7 @@ def train(config: KTOConfig, *, listeners: Sequence[Listener] = ()) -> None:
         if evaluator is None:
             del reference
         else:
-            sharding.shard(reference, config.shard)
+            sharding.shard_frozen(reference, policy, config.shard)
         stage.steps(loss)
 
 

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_fast.config import OfflineConfig, RewardConfig, SFTConfig
 from rlhf_fast.data.encoding import Encoded
 from rlhf_fast.lm.objectives import Objectives
+from rlhf_fast.lm.room import EVALUATIONS, check_room
 from rlhf_fast.lm.sequences import Sequences
-from rlhf_fast.lm.sharding import shard, whole
+from rlhf_fast.lm.sharding import shard, whole, whole_bytes
 from rlhf_fast.ranks import current
 from rlhf_fast.training.batches import OfflineBatches, micro_batches
 from rlhf_fast.training.evaluation import Evaluator
@@ -65,8 +66,11 @@ class Offline:
             processes = current().size
             raise ValueError(f"batch_size: expected a row for each of {processes} processes, got {config.batch_size}")
         self.config, self.batches, self.whole, self.held_out = config, batches, whole, held_out
-        shard(model, config.shard, checkpointing=config.gradient_checkpointing)
+        shard(model, config.shard_trained, checkpointing=config.gradient_checkpointing)
         self.learner = Learner(model, config, batches.steps)
+        if held_out is not None or evaluator is not None:
+            later = self.learner.bytes_to_come
+            check_room(whole_bytes(model), role, EVALUATIONS, model.device, later=later)
         self.run = Run(
             config,
             name,

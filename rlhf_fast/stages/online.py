@@ -15,18 +15,20 @@ from transformers import PreTrainedModel
 
 from rlhf_fast.config import OnlineConfig
 from rlhf_fast.data.chat import with_template
-from rlhf_fast.data.encoding import PromptExample, epoch_batches
+from rlhf_fast.data.encoding import PromptExample, epoch_batches, pad_id
 from rlhf_fast.data.rows import load_rows
 from rlhf_fast.lm.balance import leave_out
 from rlhf_fast.lm.loading import default_device
 from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.lm.offload import place, visiting
-from rlhf_fast.lm.sharding import shard, whole
+from rlhf_fast.lm.room import EVALUATIONS, INSTEAD, PASSES, ROLLOUTS, check_room
+from rlhf_fast.lm.sharding import shard, shard_frozen, whole, whole_bytes
 from rlhf_fast.lm.tokenizers import check_tokenizer, load_tokenizer
-from rlhf_fast.ops import kl_penalty
+from rlhf_fast.ops import kl_penalty, soft_overlong_punishment
 from rlhf_fast.ranks import current
-from rlhf_fast.rollout.generate import Rollout
+from rlhf_fast.rollout.generate import Generation, Rollout
 from rlhf_fast.rollout.samplers import Samplers
+from rlhf_fast.stages.dynamic import Drawn, even, replaced
 from rlhf_fast.stages.kl import KLController
 from rlhf_fast.stages.rounds import rounds
 from rlhf_fast.training.batches import micro_batches, seed_everything, step_seed
@@ -51,6 +53,7 @@ class Experience(NamedTuple):
     ref_logprobs: Tensor  # [B, T]
     parts: dict[str, Tensor]  # of several rewards: name -> scores [B] float64, NaN where it does not judge
     weights: Tensor | None = None  # [B, T] fp32, of each token's policy loss, where another engine has sampled
+    batches: int = 1  # that were sampled to get these completions
 
     def weighed(self, advantages: Tensor) -> Tensor:
         """Advantages [B] or [B, T] times `weights`.
@@ -115,8 +118,10 @@ class Online(Generic[Config]):
                 Objectives(model, temperature=config.temperature, fused=config.fused_head)
                 for model in (self.policy, self.reference)
             )
-        shard(self.policy, config.shard, checkpointing=config.gradient_checkpointing)  # before more models are loaded
-        shard(self.reference, config.shard, offload=config.offload)
+        # before more models are loaded
+        shard(self.policy, config.shard_trained, checkpointing=config.gradient_checkpointing)
+        self._check_room()
+        shard_frozen(self.reference, self.policy, config.shard, offload=config.offload)
         self.reward = Reward(
             config.reward,
             self.tokenizer,
@@ -161,15 +166,25 @@ class Online(Generic[Config]):
         update: takes the optimizer steps of a round and returns the metrics. learners: role -> trained model besides
             the policy.
         """
+        trained = {"policy": self.learner, **(learners or {})}
+        frozen = {"reference": self.reference, **self.reward.models}
+        later = sum(learner.bytes_to_come for learner in trained.values())
+        self._check_room(later)
+        for role, model in {**{role: learner.model for role, learner in trained.items()}, **frozen}.items():
+            if role != "policy":
+                check_room(whole_bytes(model), role, PASSES, self.device, later=later)
+        if self.evaluator is not None:
+            both = whole_bytes(self.policy, self.reference)
+            check_room(both, "policy and reference", EVALUATIONS, self.device, later=later)
         with (
             closing(self.rounds),
             Run(
                 self.config,
                 self.name,
                 self.config.steps,
-                learners={"policy": self.learner, **(learners or {})},
+                learners=trained,
                 tokenizer=self.tokenizer,
-                frozen={"reference": self.reference, **self.reward.models},
+                frozen=frozen,
                 states={"kl": self.kl, **self.rounds.states},
                 evaluator=self.rounds.guard(self.evaluator),
                 show=("objective/scores", "objective/kl", _DRIFT),
@@ -191,33 +206,53 @@ class Online(Generic[Config]):
                 run.end_step(step, metrics)
             run.finish()
 
+    def _check_room(self, later: int = 0) -> None:
+        """NoRoom where the policy cannot be made whole for rollouts. later: bytes of the optimizers' states to come."""
+        if self.config.sampler == "local":
+            copy = whole_bytes(self.policy)
+            check_room(copy, "policy", ROLLOUTS, self.device, later=later, instead=INSTEAD)
+
     def check_lengths(self, **models: PreTrainedModel | None) -> None:
         """ValueError unless every one of `models` (role -> model) can read this run's prompts and completions."""
         check_prompts(self.prompts, self.config.max_response_length, self.tokenizer, **models)
 
     def collect(self, meter: Meter, step: int) -> Experience:
         """Samples, scores and takes the reference's log-probs for round `step`."""
-        prompts = [*self.ranks.share(self._round_prompts(step))]
         seed_everything(self.config.seed, step)
         with autocast(self.device, self.config.bf16), torch.no_grad():
-            with meter.phase("rollout"), whole(self.policy):
-                rollout, greedy = self.rounds.take(step)
+            with meter.phase("rollout"):
+                generation = self.rounds.take(step)
+            drawn, batches = self._judged(meter, generation, self._round_prompts(step)), 1
+            for more in range(1, getattr(self.config, "max_num_gen_batches", 1)):
+                if not self.ranks.sum(even(drawn.scores, self.samples).sum()):
+                    break
+                with meter.phase("rollout"):
+                    generation = self.sampler(**self._question(step, more))
+                found = self._judged(meter, generation, self._round_prompts(step, more))
+                drawn = replaced(drawn, found, self.samples, pad_id(self.tokenizer))
+                batches += 1
+            rollout = drawn.rollout
             if self.samplers.remote:
-                with meter.phase("rescoring"):
+                with meter.phase("rescoring"), whole(self.policy):
                     rollout = rescored(rollout, self.objectives, self.config.micro_batch_size)
-            with meter.phase("scoring"):
-                columns = prompt_columns([p for p in prompts for _ in range(self.samples)])
-                scores, parts = self._score(rollout, columns)
-                greedy_scores = self._score(greedy, prompt_columns(prompts)).scores if greedy is not None else None
             with meter.phase("reference"), visiting(self.reference):
                 ref_logprobs = torch.cat(
                     [
                         self.reference_objectives.logprobs(part.sequences, kept=part.kept).logprobs
-                        for part in map(rollout.rows, micro_batches(len(scores), self.config.micro_batch_size))
+                        for part in map(rollout.rows, micro_batches(len(drawn.scores), self.config.micro_batch_size))
                     ]
                 )
         weights = self.correction.weights(rollout)
-        return Experience(rollout, scores, greedy_scores, ref_logprobs, parts, weights)
+        return Experience(rollout, *drawn[1:3], ref_logprobs, drawn.parts, weights, batches)
+
+    def _judged(self, meter: Meter, generation: Generation, every: list[PromptExample]) -> Drawn:
+        """This process's completions with their scores. every: the prompts of all processes."""
+        (rollout, greedy), prompts = generation, [*self.ranks.share(every)]
+        with meter.phase("scoring"):
+            columns = prompt_columns([p for p in prompts for _ in range(self.samples)])
+            scores, parts = self._score(rollout, columns)
+            greedy_scores = self._score(greedy, prompt_columns(prompts)).scores if greedy is not None else None
+        return Drawn(rollout, scores, greedy_scores, parts)
 
     def note_drift(self, tally: Tally, logprobs: Tensor, rollout: Rollout) -> None:
         """Tallies the largest and the mean |training-time - decode-time| log-prob of a micro-batch, for `check_drift`.
@@ -279,20 +314,25 @@ class Online(Generic[Config]):
 
     def _score(self, rollout: Rollout, columns: dict[str, list]) -> Scored:
         scored = self.reward.judge(Answers(self.tokenizer, columns, rollout=rollout))
-        penalty_B = self.config.missing_eos_penalty * (~rollout.finished).float()
-        return scored._replace(scores=scored.scores - penalty_B)
+        scores_B = scored.scores - self.config.missing_eos_penalty * (~rollout.finished).float()
+        if self.config.soft_punish_cache:
+            lengths_B = rollout.response_mask.sum(dim=1)
+            longest, cache = self.config.max_response_length, self.config.soft_punish_cache
+            scores_B = scores_B + soft_overlong_punishment(lengths_B, longest, cache).to(scores_B)
+        return scored._replace(scores=scores_B)
 
-    def _question(self, step: int) -> dict[str, Any]:
-        """What round `step` asks of a sampler for this process's prompts."""
-        every = self._round_prompts(step)
+    def _question(self, step: int, more: int = 0) -> dict[str, Any]:
+        """What round `step` asks of a sampler for this process's prompts. more: as in `_round_prompts`."""
+        every = self._round_prompts(step, more)
         ids, earlier = ([p.prompt_ids for p in part] for part in (self.ranks.share(every), self.ranks.earlier(every)))
-        seed = step_seed(self.config.seed, step)
+        seed = (step_seed(self.config.seed, step) + more) % 2**63
         return {"prompts": ids, "earlier": earlier, "seed": seed, "samples": self.samples, "greedy": self.greedy}
 
-    def _round_prompts(self, step: int) -> list[PromptExample]:
+    def _round_prompts(self, step: int, more: int = 0) -> list[PromptExample]:
+        """The prompts of round `step`. more: the number of the batch; each has a shuffled order of its own."""
         per_epoch = len(self.prompts) // self.prompts_per_round
         epoch, index = divmod(step - 1, per_epoch)
-        batches = epoch_batches(len(self.prompts), self.prompts_per_round, self.config.seed, epoch)
+        batches = epoch_batches(len(self.prompts), self.prompts_per_round, self.config.seed + more, epoch)
         return [self.prompts[i] for i in batches[index]]
 
     def _describe(self, experience: Experience) -> dict[str, float]:
@@ -305,6 +345,10 @@ class Online(Generic[Config]):
         tally.add("objective/scores", share * experience.scores.mean())
         tally.add("objective/length", share * mask.sum(dim=1).float().mean())
         tally.add("val/num_eos_tokens", rollout.finished.sum())
+        if getattr(self.config, "max_num_gen_batches", 1) > 1:
+            tally.same("sampling/batches", experience.batches)
+            share_of_prompts = self.samples / self.config.batch_size
+            tally.add("sampling/even_prompts", share_of_prompts * even(experience.scores, self.samples).sum())
         if experience.greedy_scores is not None:
             tally.add("objective/greedy_scores", share * experience.greedy_scores.mean())
         for name, part_B in experience.parts.items():

@@ -61,7 +61,7 @@ def train(config: RewardConfig, *, listeners: Sequence[Listener] = ()) -> None:
     batches = OfflineBatches(len(examples), config.batch_size, config.epochs, config.seed)
     torch.manual_seed(config.seed)  # for the new head
     start = resume_directory(config) or config.model
-    model = load_scorer(start, dtype=config.dtype, lora=lora_of(config)).to(device)  # pyright: ignore[reportArgumentType]
+    model = load_scorer(start, dtype=config.dtype, lora=lora_of(config), shard=config.shard).to(device)  # pyright: ignore[reportArgumentType]
     mark_trained_here(model)
     leave_out(model, "the reward stage")
     check_rows(model, tokenizer, [row for e in (*examples, *held_out) for row in _answers(e)], "max_length")
@@ -156,7 +156,7 @@ def normalize(
 ) -> tuple[float, float]:
     """Shifts the scores so that samples of the SFT model average 0; returns the shift and its standard error."""
     dtype = "fp32" if config.frozen_weights == "fp32" else "bf16"  # decoding is faster than of a mixed model
-    policy = load_policy(config.model, dtype=dtype, trainable=False).to(model.device)  # pyright: ignore[reportArgumentType]
+    policy = load_policy(config.model, dtype=dtype, trainable=False, shard=config.shard).to(model.device)  # pyright: ignore[reportArgumentType]
     prompts = [e.prompt_ids for e in examples[: config.normalize_samples]]
     sampler = LocalSampler(policy, tokenizer, max_new_tokens=config.max_response_length)
     ranks, scorer, scores = current(), Scores(model), []

@@ -42,7 +42,7 @@ def train(config: SFTConfig, *, listeners: Sequence[Listener] = ()) -> None:
     held_out = encode_stage("sft", config.eval_data, tokenizer, config).examples if config.eval_data else []
     batches = OfflineBatches(len(data.examples), config.batch_size, config.epochs, config.seed)
     start = resume_directory(config) or config.model
-    policy = load_policy(start, dtype=config.dtype, lora=lora_of(config)).to(device)  # pyright: ignore[reportArgumentType]
+    policy = load_policy(start, dtype=config.dtype, lora=lora_of(config), shard=config.shard).to(device)  # pyright: ignore[reportArgumentType]
     check_rows(policy, tokenizer, [e.input_ids for e in (*data.examples, *held_out)], "max_length")
     objectives = Objectives(policy, fused=config.fused_head, balanced=True)
 

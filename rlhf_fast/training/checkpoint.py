@@ -12,36 +12,44 @@ that is marked as incomplete, which no reader takes. run.json, which says that a
                                      sub-directories; a model with an adapter has adapter_model.safetensors and
                                      adapter_config.json
     <directory>/state.pt             optimizer, scheduler, step ...: tensors and plain values only
+    <directory>/state/               the tensors of the optimizer that are in shards (`state_files`); in state.pt stand
+                                     tensors without data for them
     <directory>/checkpoint.json      the entries of the checkpoint, and whether it is complete
 
-Left out: fsync (a power failure can lose the newest checkpoint) and sharded state.
+Where models are in shards, all processes write into the hidden directory. The first process renames it, when all of
+them have written.
+
+Left out: fsync (a power failure can lose the newest checkpoint).
 """
 
 import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_fast.data.damage import sentence, writing
 from rlhf_fast.data.files import DELETING, OURS, REPLACED, WRITING, beside, remove
-from rlhf_fast.lm import manifest
+from rlhf_fast.lm import manifest, state_files
 from rlhf_fast.lm.finite import not_finite
-from rlhf_fast.lm.loading import PROCESSOR_FILES, save_model
+from rlhf_fast.lm.loading import PROCESSOR_FILES
 from rlhf_fast.lm.manifest import Manifest
 from rlhf_fast.lm.private import has_adapter
 from rlhf_fast.lm.quiet import without_bars
+from rlhf_fast.lm.saving import save_model
+from rlhf_fast.lm.sharding import is_saved_from_parts
+from rlhf_fast.ranks import Ranks, current
 from rlhf_fast.training.lock import held
 from rlhf_fast.training.stopped import Diverged
 
 FINISHED = "run.json"  # in the directory of a run that has finished
+_PARTS = "state"  # the directory of the optimizer's tensors in shards
 _SAID = 240  # characters of transformers' reason that a message repeats
 _INSIDE = f"{WRITING}inside"  # where a checkpoint is put together in a directory that stays
 _UNSAVED = f"{OURS}unsaved"  # what could not be saved without overwriting somebody's files
@@ -67,51 +75,82 @@ def save(
     *,
     models: dict[str, PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase | None = None,
-    weights: Mapping[str, dict[str, Tensor] | None] | None = None,
     state: dict[str, Any] | None = None,
     extra_files: dict[str, Any] | None = None,
 ) -> Path:
     """Writes a checkpoint to `directory`, in place of an older checkpoint there, and returns its path.
 
     models: sub-directory -> model, "" for the directory itself; saved as safetensors with their config.
-    weights: sub-directory -> the `sharding.whole_state` of a model in shards.
     state: nested dicts and lists of tensors and plain values; `load_state` reads it back.
     extra_files: file name -> anything that JSON can hold.
+    Where a model or a tensor of `state` is in shards, all processes call it, and an error in one is raised in all.
     Raises Diverged where a weight is NaN or infinite, before anything is written. Raises OSError, naming `directory`,
     on a full disk; what was there before stays. Raises ValueError where a file that no `save` wrote would be
     overwritten. The new files are then kept elsewhere in `directory`, and the error says where.
     """
-    weights = weights or {}
+    plain, parts = state_files.split(state)
+    together = bool(parts) or any(map(is_saved_from_parts, models.values()))
+    ranks = current() if together else Ranks()
     for subdirectory, model in models.items():
-        if (name := not_finite(model, trained=has_adapter(model), state=weights.get(subdirectory))) is not None:
+        if name := next(filter(None, ranks.gather(not_finite(model, trained=has_adapter(model)))), None):
             whose = f" of the {subdirectory} model" if subdirectory else ""
             raise Diverged(f"{name}{whose} is not finite, so that it was not written to {directory}")
-    if _step_of(Path(directory)) is not None and os.path.islink(directory):
+    directory, new = ranks.first_does(lambda: _room_for(Path(directory)))
+
+    def write_rest() -> set[str]:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(new)
+        if state is not None:
+            torch.save(plain, new / "state.pt")
+        for name, content in (extra_files or {}).items():
+            (new / name).write_text(json.dumps(content, indent=2) + "\n")
+        entries = set(os.listdir(new))
+        manifest.write(new, manifest.of_files(new))
+        return entries
+
+    try:
+        with writing(directory), without_bars():
+            ranks.first_does(lambda: new.mkdir(parents=True))
+            for subdirectory, model in models.items():
+                if ranks.first or is_saved_from_parts(model):
+                    save_model(model, new / subdirectory)
+            if parts:
+                _check_seen(ranks, new)
+                state_files.write(parts, new / _PARTS)
+            entries = ranks.first_does(write_rest)
+    except OSError:
+        if ranks.first:
+            with suppress(OSError):
+                remove(new)  # what was written of it would keep the disk full
+        raise
+    ranks.first_does(lambda: _put_in_place(new, directory, entries))
+    return directory
+
+
+def _room_for(directory: Path) -> tuple[Path, Path]:
+    """The checkpoint's directory as it is really called, and the hidden directory to write to."""
+    if _step_of(directory) is not None and os.path.islink(directory):
         os.unlink(directory)  # a checkpoint that somebody keeps elsewhere stays as it is
-    directory = Path(directory).resolve()
+    directory = directory.resolve()
     outside, old = beside(directory, WRITING), beside(directory, REPLACED)
     if old.exists() and not directory.exists():  # an earlier save died between its two renames
         os.replace(old, directory)
     for leftover in (outside, directory / _INSIDE, old):
         remove(leftover)
-    new = directory / _INSIDE if _stays(directory) else outside
-    try:
-        with writing(directory), without_bars():
-            new.mkdir(parents=True)
-            for subdirectory, model in models.items():
-                save_model(model, new / subdirectory, weights.get(subdirectory))
-            if tokenizer is not None:
-                tokenizer.save_pretrained(new)
-            if state is not None:
-                torch.save(state, new / "state.pt")
-            for name, content in (extra_files or {}).items():
-                (new / name).write_text(json.dumps(content, indent=2) + "\n")
-            entries = set(os.listdir(new))
-            manifest.write(new, manifest.of_files(new))
-    except OSError:
-        with suppress(OSError):
-            remove(new)  # what was written of it would keep the disk full
-        raise
+    return directory, directory / _INSIDE if _stays(directory) else outside
+
+
+def _check_seen(ranks: Ranks, new: Path) -> None:
+    """OSError unless every process sees the directory that the first process has made."""
+    os.listdir(new.parent)  # so that a network file system looks again
+    if blind := [rank for rank, seen in enumerate(ranks.gather(new.is_dir())) if not seen]:
+        raise OSError(
+            f"output_dir: expected a file system that all processes share, as each writes its part of the optimizer's "
+            f"state, but process {blind[0] + 1} does not see {new}"
+        )
+
+
+def _put_in_place(new: Path, directory: Path, entries: set[str]) -> None:
     if clash := sorted(entries & foreign(directory)):
         found, kept = f"{directory} holds files that no checkpoint put there: {', '.join(clash)}", directory / _UNSAVED
         remove(kept)
@@ -119,12 +158,12 @@ def save(
         raise ValueError(f"directory: {found}; what was to be saved is in {kept}")
     if new.parent == directory:
         _merge(new, directory, entries)
-    else:
-        if directory.exists():
-            os.replace(directory, old)
-        os.replace(new, directory)
-        remove(old)
-    return directory
+        return
+    old = beside(directory, REPLACED)
+    if directory.exists():
+        os.replace(directory, old)
+    os.replace(new, directory)
+    remove(old)
 
 
 def check_savable(models: Iterable[PreTrainedModel], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -215,6 +254,8 @@ def finished(output_dir: str | os.PathLike) -> dict[str, Any] | None:
 def load_state(directory: str | os.PathLike) -> dict[str, Any]:
     """The `state` that `save` wrote, on the CPU. Never unpickles code (weights_only).
 
+    Tensors that were in shards have no data, as in `state_files`.
+
     Raises ValueError where `directory` holds no state.
     """
     path = Path(directory) / "state.pt"
@@ -226,6 +267,7 @@ def load_state(directory: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"{path}: expected a training state, but the file is damaged: {sentence(error)}") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path}: expected a training state, got {type(state).__name__}")
+    state_files.place(state, Path(directory) / _PARTS)
     return state
 
 

@@ -89,11 +89,12 @@ class Evaluator:
         KL is in nats per completion, length in tokens, entropy in nats per token. Where the rows have completions,
         `eval/win_rate` is there too.
         """
+        sampler = self._sampler(policy)
         with whole(policy):
-            return self._evaluate(policy)
+            return self._evaluate(policy, sampler)
 
-    def _evaluate(self, policy: PreTrainedModel) -> Evaluation:
-        sampler, remote = self._sampler(policy), self.samplers is not None and self.samplers.remote
+    def _evaluate(self, policy: PreTrainedModel, sampler: Sampler) -> Evaluation:
+        remote = self.samplers is not None and self.samplers.remote
         objectives = self.objectives(policy)
         parts: list[list[tuple]] = []  # of the rows of every pass: reward, KL, length, entropy, completion
         for rows in passes("evaluation", micro_batches(len(self.prompts), self.batch_size)):

@@ -14,14 +14,15 @@ from transformers import PreTrainedModel
 
 from rlhf_fast.config import StageConfig
 from rlhf_fast.lm.passes import idle
-from rlhf_fast.lm.sharding import full, gathered, is_part, is_sharded
+from rlhf_fast.lm.sharding import full, is_part, is_sharded
 from rlhf_fast.ranks import current
 from rlhf_fast.training.in_backward import InBackward, norm_of
 from rlhf_fast.training.memory import static_bytes
 from rlhf_fast.training.moments import check_state
-from rlhf_fast.training.optimizers import MasterWeights, load_state, lr_factor, make_optimizer
+from rlhf_fast.training.optimizers import MOMENT_BYTES, MasterWeights, load_state, lr_factor, make_optimizer
 from rlhf_fast.training.stopped import Diverged
 from rlhf_fast.training.tally import Tally
+from rlhf_fast.training.tensor_bytes import plain_tensors
 
 
 class Learner:
@@ -43,6 +44,7 @@ class Learner:
     ) -> None:
         self.model, self.max_grad_norm, self.bf16 = model, config.max_grad_norm, config.bf16
         self.static_bytes: dict[str, int] = {}
+        self._moment_bytes = MOMENT_BYTES[config.optimizer]
         self.ranks = current()
         self.parameters = [p for p in (model.parameters() if parameters is None else parameters) if p.requires_grad]
         self.optimizer = make_optimizer(config, self.parameters, learning_rate or config.learning_rate)
@@ -118,6 +120,12 @@ class Learner:
         return not (self.spoilt or self._moving or (self.in_backward is not None and self.in_backward.norms))
 
     @property
+    def bytes_to_come(self) -> int:
+        """Bytes of the optimizer's moments, which the first step makes."""
+        own = (numbers.numel() for parameter in self.parameters for numbers in plain_tensors(parameter.detach()))
+        return round(sum(own) * self._moment_bytes)
+
+    @property
     def lr(self) -> float:
         """The learning rate of the next step."""
         return float(self.scheduler.get_last_lr()[0])
@@ -125,16 +133,19 @@ class Learner:
     def state_dict(self) -> dict[str, Any]:
         """The state of optimizer and schedule; the model's weights are not part of it.
 
-        Of a model in shards all processes call it, and the first process gets the whole tensors.
+        Of a model in shards it has this process's parts of the tensors.
         """
         return {
-            "optimizer": gathered(self.optimizer.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "static_bytes": self.static_bytes,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores a `state_dict`. Raises ValueError where it is that of other weights or of another optimizer."""
+        """Restores a `state_dict` with whole tensors, or with tensors without data (`state_files`).
+
+        Raises ValueError where it is that of other weights or of another optimizer.
+        """
         names = {p: f"weight {i}" for i, p in enumerate(self.parameters)}
         check_state(self.optimizer, state["optimizer"], names | {p: name for name, p in self.model.named_parameters()})
         if isinstance(self.optimizer, MasterWeights):

@@ -101,18 +101,18 @@ def static_bytes(
         result[role] = {
             "weights": held([*parameters, *(model.buffers() if model is not None else [])]),
             "gradients": held(parameter.grad for parameter in parameters),
-            "optimizer": held(_tensors(optimizer.state)) if optimizer is not None else 0,
+            "optimizer": held(tensors_in(optimizer.state)) if optimizer is not None else 0,
         }
     return result
 
 
-def _tensors(value: object) -> Iterator[torch.Tensor]:
+def tensors_in(value: object) -> Iterator[torch.Tensor]:
     """Every tensor in nested dicts, lists and tuples."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)

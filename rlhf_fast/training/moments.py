@@ -79,7 +79,7 @@ def _check_weight(name: str, parameter: nn.Parameter, entry: Any) -> None:
             _check_tensor(name, f"qmap{i}", inner.get(f"qmap{i}", entry.get(f"qmap{i}")), [256], (torch.float32,))
             scales = inner.get(f"absmax{i}", entry.get(f"absmax{i}"))
             _check_tensor(name, f"absmax{i}", scales, [blocks], (torch.float32,))
-        if holder[key].stride() != parameter.stride():
+        if holder[key].stride() != parameter.stride() and not holder[key].is_meta:
             holder[key] = torch.empty_like(parameter, dtype=holder[key].dtype, device="cpu").copy_(holder[key])
 
 

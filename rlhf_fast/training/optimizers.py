@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from rlhf_fast.config import StageConfig
 from rlhf_fast.lm.dtypes import HALVES
 from rlhf_fast.lm.eight_bits import import_bitsandbytes
-from rlhf_fast.lm.sharding import part_of
+from rlhf_fast.lm.state_files import parts_of
 
+MOMENT_BYTES = {"adamw": 8.0, "adamw_8bit": 2 + 2 * 4 / 256}  # of a weight; a byte each, an fp32 scale per 256 of them
 _BETAS = (0.9, 0.95)
 
 
@@ -77,8 +78,9 @@ class MasterWeights:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores a `state_dict` with whole tensors, and the weights as the copies rounded."""
-        for master, saved in zip(self.masters, state["masters"], strict=True):
-            master.copy_(part_of(saved, master))
+        saved = parts_of(list(zip(state["masters"], self.masters, strict=True)))
+        for master, copy in zip(self.masters, saved, strict=True):
+            master.copy_(copy)
         for parameter, master in self.pairs:
             parameter.copy_(master)
         load_state(self.inner, state["inner"])
@@ -88,11 +90,16 @@ def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """`load_state_dict` of a state with whole tensors. Of a weight in shards it keeps this process's part."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     numbers = [number for group in state["param_groups"] for number in group["params"]]
-    for number, weight in zip(numbers, weights, strict=True):
-        moments = state["state"].get(number, {})
-        for name, moment in moments.items():
-            if isinstance(moment, Tensor) and moment.shape == weight.shape:
-                moments[name] = part_of(moment, weight)
+    found = [
+        (moments, name, weight)
+        for number, weight in zip(numbers, weights, strict=True)
+        if (moments := state["state"].get(number))
+        for name, moment in moments.items()
+        if isinstance(moment, Tensor) and moment.shape == weight.shape
+    ]
+    own = parts_of([(moments[name], weight) for moments, name, weight in found])
+    for (moments, name, _), moment in zip(found, own, strict=True):
+        moments[name] = moment
     optimizer.load_state_dict(state)
 
 

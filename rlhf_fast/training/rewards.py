@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf_fast.config.stages import Shard
 from rlhf_fast.data.encoding import continuations, encode_texts, fit_answer, pad_id, pad_left, pad_right
 from rlhf_fast.lm.dtypes import Dtype
 from rlhf_fast.lm.limits import check_rows, context_length
@@ -23,7 +24,7 @@ from rlhf_fast.lm.loading import load_scorer, trained_here
 from rlhf_fast.lm.offload import place, visiting
 from rlhf_fast.lm.scores import Scores
 from rlhf_fast.lm.sequences import Sequences
-from rlhf_fast.lm.sharding import shard, whole
+from rlhf_fast.lm.sharding import shard_frozen, whole
 from rlhf_fast.lm.tokenizers import load_tokenizer
 from rlhf_fast.rollout.generate import Rollout
 from rlhf_fast.training.reading import Conversation, Reader
@@ -124,14 +125,14 @@ class ModelReward:
         shared: PreTrainedModel | None,
         offload: bool,
         dtype: Dtype,
-        how: str,
+        how: Shard,
     ) -> None:
         self.tokenizer, self.device, self.name = tokenizer, device, str(spec)
         self.micro_batch_size, self.max_prompt_length = micro_batch_size, max_prompt_length
         with whole(shared):
-            self.model = load_scorer(spec, dtype=dtype, head=None, trainable=False, shared=shared)
+            self.model = load_scorer(spec, dtype=dtype, head=None, trainable=False, shared=shared, shard=how)
             place(self.model, device, offload and how == "none")
-            shard(self.model, how, offload=offload)
+            shard_frozen(self.model, shared, how, offload=offload)
         own = load_tokenizer(spec, "reward")
         self.retokenizer = None if own.get_vocab() == tokenizer.get_vocab() else own
         self.context = context_length(self.model.config) or sys.maxsize
@@ -212,7 +213,7 @@ class Reward:
         offload: bool = False,
         dtype: Dtype = "fp32",
         timeout: float | None = None,
-        shard: str = "none",
+        shard: Shard = "none",
     ) -> None:
         self.tokenizer, self.device = tokenizer, device
         specs = [spec] if isinstance(spec, str | Path) or callable(spec) else list(spec)

@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import rlhf_fast
 from rlhf_fast.config import StageConfig
 from rlhf_fast.config.fields import describe
 from rlhf_fast.data.files import write_json
-from rlhf_fast.lm.sharding import is_part, whole_state
+from rlhf_fast.lm.sharding import is_part
 from rlhf_fast.methods import load
 from rlhf_fast.ranks import current, gone
 from rlhf_fast.ranks import lost as lost_process
@@ -79,6 +78,7 @@ class Run:
         self.frozen = {role: model for role, model in (frozen or {}).items() if model is not None}
         product, *others = learners
         self.models = {"": learners[product].model, **{role: learners[role].model for role in others}}
+        self.in_shards = any(is_part(p) for learner in learners.values() for p in learner.parameters)
         self.meter = Meter(self.models[""].device)
         self.states = {**learners, **(states or {}), "meter": self.meter}
         self.described = describe(config)  # now, because a failure after the training would lose the model
@@ -219,7 +219,7 @@ class Run:
         moved = any(self._schedules[role] != learner.scheduler.state_dict() for role, learner in self.learners.items())
         if good == 0 or not self.ranks.first:
             return
-        if any(is_part(p) for learner in learners for p in learner.parameters):  # other parts may be gone
+        if self.in_shards:  # other parts may be gone
             return
         if not all(learner.whole for learner in learners) or (exactly and moved):
             return
@@ -280,32 +280,27 @@ class Run:
             listener.log(step, row)
 
     def save_state(self, step: int) -> None:
-        """Writes the checkpoint from which a resumed run goes on after `step`. All processes call it, one writes."""
-        weights = self._whole_weights()
-        state = {name: part.state_dict() for name, part in self.states.items()}
-        if not self.ranks.first:
+        """Writes the checkpoint from which a resumed run goes on after `step`. All processes call it."""
+        if not (self.ranks.first or self.in_shards):
             return
+        state = {name: part.state_dict() for name, part in self.states.items()}
         state |= {"step": step, "train_seconds": self.train_seconds, "facts": self._facts}
         state["metrics"] = self.logger.text
         files = {RUN_CONFIG: {**self.described, MADE_OF: self.made_of}}
         checkpoint.save(
             self._state_at(step),
             models=self.models,
-            weights=weights,
             tokenizer=self.tokenizer,
             state=state,
             extra_files=files,
         )
-        self._reward_failed.unlink(missing_ok=True)
+        if self.ranks.first:
+            self._reward_failed.unlink(missing_ok=True)
 
     def _prune(self, step: int) -> None:
         config = self.config
         limit, every = config.save_total_limit, config.save_steps
         checkpoint.prune(config.output_dir, limit, every=every, last=self.total_steps, after=step)
-
-    def _whole_weights(self) -> dict[str, dict[str, Tensor] | None]:
-        """The weights of the models in shards, whole in the first process. All processes call it."""
-        return {name: whole_state(model) for name, model in self.models.items()}
 
     def _state_at(self, step: int) -> Path:
         return Path(self.config.output_dir) / f"checkpoint-{step}"
@@ -338,9 +333,9 @@ class Run:
             self._evaluate()
         self.logger.check_there()
         self._finishing = True
-        weights, phases, held = self._whole_weights(), self.meter.summary(), self._static_bytes()
+        phases, held = self.meter.summary(), self._static_bytes()
         processes = self.ranks.gather({"static_bytes": held, "phases": phases})
-        if not self.ranks.first:
+        if not (self.ranks.first or self.in_shards):
             self.ranks.wait()
             return
         several = {"processes": processes} if self.ranks.size > 1 else {}
@@ -366,11 +361,10 @@ class Run:
         if self.last_evaluation is not None:
             summary["evaluation"] = self.last_evaluation.metrics
             files["samples.json"] = self.last_evaluation.samples
-        checkpoint.save(
-            self.config.output_dir, models=self.models, weights=weights, tokenizer=self.tokenizer, extra_files=files
-        )
-        self._reward_failed.unlink(missing_ok=True)
-        checkpoint.tidy(self.config.output_dir)
+        checkpoint.save(self.config.output_dir, models=self.models, tokenizer=self.tokenizer, extra_files=files)
+        if self.ranks.first:
+            self._reward_failed.unlink(missing_ok=True)
+            checkpoint.tidy(self.config.output_dir)
         self.ranks.wait()  # a stage that reads the model starts when it is whole
 
     def _static_bytes(self) -> dict[str, dict[str, int]]:

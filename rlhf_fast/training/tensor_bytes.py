@@ -4,6 +4,8 @@ Activations that autograd saves, gradients, optimizer states and the buffers ins
 count. Fake tensors (`FakeTensorMode`) count like real tensors. While a `TensorBytes` is entered, a `Meter` reports its
 peaks as the phases' peaks, in place of the process's resident set.
 
+A storage that is resized counts with its new size: FSDP2 lets go of a weight's whole copy by resizing its storage to 0.
+
 Left out: memory outside of tensors (the interpreter, libraries, scratch inside a matmul), and the allocator's overhead.
 No training run counts in this way, because it costs tens of microseconds per operator.
 """
@@ -30,11 +32,16 @@ class TensorBytes(private.TorchDispatchMode):
         super().__init__()
         self.live = self.peak = self._depth = 0
         self._held: dict[int, int] = {}  # storage -> bytes
+        self._excluded: set[int] = set()
+        self._resize: Any = None
         for tensor in exclude:
-            self._follow(tensor, 0)
+            self._follow(tensor, excluded=True)
 
     def __enter__(self) -> "TensorBytes":
-        TensorBytes.active = self
+        if not self._depth:
+            TensorBytes.active = self
+            self._resize = vars(torch.UntypedStorage).get("resize_")  # another counter's
+            torch.UntypedStorage.resize_ = self._resizing(torch.UntypedStorage.resize_)
         self._depth += 1
         return super().__enter__()
 
@@ -42,7 +49,16 @@ class TensorBytes(private.TorchDispatchMode):
         self._depth -= 1
         if not self._depth:
             TensorBytes.active = None
+            if self._resize is None:
+                del torch.UntypedStorage.resize_  # torch's own is that of a base class
+            else:
+                torch.UntypedStorage.resize_ = self._resize
         super().__exit__(*exc)
+
+    def hold(self, tensors: Iterable[Tensor]) -> None:
+        """Counts tensors that were there before, such as weights."""
+        for tensor in tensors:
+            self._follow(tensor)
 
     def take_peak(self) -> int:
         """The largest `live` since the last call."""
@@ -69,21 +85,43 @@ class TensorBytes(private.TorchDispatchMode):
             for item in value.values():
                 self._follow_all(item)
 
-    def _follow(self, whole: Tensor, size: int | None = None) -> None:
+    def _follow(self, whole: Tensor, excluded: bool = False) -> None:
+        if type(whole) is Tensor:  # most are
+            self._follow_storage(whole.untyped_storage(), excluded)
+            return
         for tensor in plain_tensors(whole):
-            self._follow_storage(tensor.untyped_storage(), size)
+            self._follow_storage(tensor.untyped_storage(), excluded)
 
-    def _follow_storage(self, storage: torch.UntypedStorage, size: int | None) -> None:
+    def _follow_storage(self, storage: torch.UntypedStorage, excluded: bool) -> None:
         key = private.storage_key(storage)
         if key in self._held:
             return
-        self._held[key] = storage.nbytes() if size is None else size
-        self.live += self._held[key]
-        self.peak = max(self.peak, self.live)
+        self._held[key] = 0
+        if excluded:
+            self._excluded.add(key)
+        else:
+            self._count(key, storage.nbytes())
         weakref.finalize(storage, self._free, key).atexit = False
+
+    def _count(self, key: int, size: int) -> None:
+        self.live += size - self._held[key]
+        self._held[key] = size
+        self.peak = max(self.peak, self.live)
+
+    def _resizing(self, resize: Any) -> Any:
+        """`UntypedStorage.resize_` with a count. No mode sees the call, because it is no operator."""
+
+        def resize_(storage: torch.UntypedStorage, size: int) -> Any:
+            result, key = resize(storage, size), private.storage_key(storage)
+            if key in self._held and key not in self._excluded:
+                self._count(key, storage.nbytes())
+            return result
+
+        return resize_
 
     def _free(self, key: int) -> None:
         self.live -= self._held.pop(key)
+        self._excluded.discard(key)
 
 
 def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:

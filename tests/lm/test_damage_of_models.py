@@ -7,7 +7,8 @@ import pytest
 
 from rlhf_fast.lm import manifest
 from rlhf_fast.lm.adapters import LoRA
-from rlhf_fast.lm.loading import load_policy, load_scorer, save_model
+from rlhf_fast.lm.loading import load_policy, load_scorer
+from rlhf_fast.lm.saving import save_model
 from rlhf_fast.lm.tokenizers import load_tokenizer
 
 JSON = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]

@@ -12,8 +12,9 @@ from transformers.models.cohere2.modeling_cohere2 import Cohere2PreTrainedModel
 
 from rlhf_fast.lm.adapters import LoRA
 from rlhf_fast.lm.families import language_class, scorer_class
-from rlhf_fast.lm.loading import load_policy, load_scorer, save_model, value_head_on
+from rlhf_fast.lm.loading import load_policy, load_scorer, value_head_on
 from rlhf_fast.lm.passes import sequence_scores
+from rlhf_fast.lm.saving import save_model
 from rlhf_fast.lm.sequences import Sequences
 from tests.support.models import random_sequences
 

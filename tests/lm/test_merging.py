@@ -12,8 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf_fast.lm import adapters
 from rlhf_fast.lm.adapters import LoRA
-from rlhf_fast.lm.loading import load_policy, load_scorer, save_model
+from rlhf_fast.lm.loading import load_policy, load_scorer
 from rlhf_fast.lm.objectives import Objectives
+from rlhf_fast.lm.saving import save_model
 from rlhf_fast.rollout import engine
 from tests.support.models import random_sequences
 

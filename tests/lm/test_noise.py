@@ -7,8 +7,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from rlhf_fast.lm import noise
-from rlhf_fast.lm.loading import load_policy, load_scorer, save_model
+from rlhf_fast.lm.loading import load_policy, load_scorer
 from rlhf_fast.lm.noise import as_before, silence
+from rlhf_fast.lm.saving import save_model
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 37}
 GATED = {"intermediate_size": 48, "num_key_value_heads": 2}

@@ -9,9 +9,10 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from rlhf_fast.lm.adapters import LoRA
 from rlhf_fast.lm.families import language_class
-from rlhf_fast.lm.loading import load_policy, load_scorer, save_model, value_head_on
+from rlhf_fast.lm.loading import load_policy, load_scorer, value_head_on
 from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.lm.passes import sequence_scores
+from rlhf_fast.lm.saving import save_model
 from rlhf_fast.rollout.generate import generate
 from tests.support.models import random_sequences
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from rlhf_fast.plan.passes import Lengths, rollout, simulate
+from rlhf_fast.plan.passes import Curve, Lengths, rollout
+from rlhf_fast.plan.phases import WHOLE
 from rlhf_fast.plan.shapes import Shape
 from tests.support.zoo import make_config
 
@@ -22,7 +23,7 @@ SLOT = 2 * 2 * 8 * 4  # keys and values of two heads of eight numbers in fp32
 )
 def test_the_cache_of_every_kind_of_layer(name, of_a_row):
     shape = Shape(make_config(name), "policy", torch.float32)
-    found = simulate(shape, rollout(shape, Lengths(20, 12), 2, 0, 1.0), 2)(4)
+    found = Curve(shape, rollout(shape, Lengths(20, 12), 2, 0, 1.0), 2, WHOLE)(4)
     assert found["kv_cache"] == 8 * of_a_row  # four prompts with two rows each
     logits = 8 * 61 * 4
     assert found["decode"] > logits
@@ -30,5 +31,5 @@ def test_the_cache_of_every_kind_of_layer(name, of_a_row):
 
 def test_whole_rows_need_more_for_a_step_than_for_the_prompts():
     shape = Shape(make_config("rwkv"), "policy", torch.float32)
-    found = simulate(shape, rollout(shape, Lengths(20, 12), 2, 0, 1.0), 2)(4)
+    found = Curve(shape, rollout(shape, Lengths(20, 12), 2, 0, 1.0), 2, WHOLE)(4)
     assert found["decode"] > 1.5 * found["prefill"]

@@ -141,3 +141,14 @@ def test_truncated_sampling_goes_through_the_logits(shapes):
     assert truncated["rollout"].parts["pass"] > plain["rollout"].parts["pass"]
     with pytest.raises(ValueError, match="critic: expected a model of its own beside top_k or top_p"):
         Planner(PlanConfig(model=shapes["small"], method="ppo", critic="shared", top_k=5))
+
+
+def test_a_server_decodes_in_memory_of_its_own(shapes):
+    local, served = (phases(shapes["small"], sampler=sampler, eval_rows=4) for sampler in ("local", "vllm"))
+    assert list(served) == ["rescoring" if name == "rollout" else name for name in local]
+    assert served["rescoring"].peak_bytes < local["rollout"].peak_bytes  # no cache of keys and values
+    assert "sampling" in local["evaluation"].how and "sampling" not in served["evaluation"].how
+    for name in ("policy_update", "value_update", "optimizer"):
+        assert served[name] == local[name]
+    with pytest.raises(ValueError, match="^sampler: expected local with measure"):
+        phases(shapes["small"], sampler="vllm", measure=True)

@@ -12,9 +12,10 @@ from rlhf_fast.lm.adapters import LoRA, merged, put_on
 from rlhf_fast.lm.loading import load_policy
 from rlhf_fast.rollout.sampler import LocalSampler
 from rlhf_fast.rollout.vllm.client import Client, ServerError
+from rlhf_fast.rollout.vllm.nccl import Nccl
 from rlhf_fast.rollout.vllm.sampler import VLLMSampler
 from rlhf_fast.rollout.vllm.server import Server
-from tests.support.fake_vllm import FakeVLLM
+from tests.support.fake_vllm import FakeGroup, FakeVLLM
 
 PROMPTS = [[5, 6, 7, 8], [9, 10], [5, 6, 7, 8], [11, 12, 13, 14, 15]]
 OPTIONS = {"max_new_tokens": 10, "temperature": 0.8, "greedy_max_new_tokens": 6}
@@ -136,10 +137,95 @@ def test_an_adapter_is_pushed_with_its_base(fake, policy, tiny_model, tokenizer,
     assert twin.state_dict().keys() == plain.state_dict().keys()
     torch.testing.assert_close(twin(torch.tensor([PROMPTS[0]])).logits, logits, atol=1e-4, rtol=1e-4)
     sampler = connected(fake, policy, tokenizer, tmp_path)
-    sampler.refresh()
+    with pytest.warns(UserWarning, match="the adapter merged into its base: it was started without --enable-lora"):
+        sampler.refresh()
     for a, b in zip(fake.model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(a, b)
     assert all(torch.equal(x, before[name]) for name, x in policy.state_dict().items())
+
+
+@pytest.fixture
+def adapted(fake, policy, tiny_model, tokenizer, tmp_path):
+    """A sampler of a policy with an adapter, by a server that takes adapters."""
+    fake.lora = True
+    put_on(policy, tiny_model, LoRA(2, 16.0, 0), trainable=True)
+    shift_adapter(policy)
+    return connected(fake, policy, tokenizer, tmp_path)
+
+
+def shift_adapter(policy) -> None:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+
+
+def test_an_adapter_goes_alone_under_the_name_of_its_version(adapted, fake, policy, tokenizer, tmp_path):
+    adapted.refresh()
+    first = adapted(PROMPTS, seed=1, samples=0, greedy=True).greedy
+    assert list(fake.adapters) == [adapted.server.name] and fake.version == "default"
+    assert not any(route == "/collective_rpc" for route, _ in fake.asked) and list(tmp_path.iterdir()) == []
+    shift_adapter(policy)
+    adapted.server.changed()
+    adapted.refresh()
+    found = adapted(PROMPTS, seed=1, samples=0, greedy=True).greedy
+    assert len(fake.adapters) == 1 and adapted.server.name.endswith("-2") and adapted.server.name in fake.adapters
+    mine = LocalSampler(policy, tokenizer, **OPTIONS)(PROMPTS, samples=0, greedy=True).greedy
+    assert torch.equal(found.response_ids, mine.response_ids[:, : found.response_ids.shape[1]])
+    assert not torch.equal(found.response_ids, first.response_ids)
+    asked = [body["model"] for route, body in fake.asked if route == COMPLETIONS and "seed" in body]
+    assert {name.rpartition("-")[2] for name in asked} == {"1", "2"}  # never the base
+
+
+def test_weights_by_the_protocol_of_nccl(fake, policy, tokenizer, tmp_path):
+    sampler = connected(fake, policy, tokenizer, tmp_path)
+    sampler.server.way = Nccl(sampler.server.client, FakeGroup)
+    sampler.server.way.name = sampler.server.name
+    fake.asked.clear()
+    for _ in range(2):
+        move(policy)
+        sampler.server.changed()
+        sampler.refresh()
+    routes = [route for route, _ in fake.asked if not route.startswith("/v1")]
+    push = ["/start_weight_update", "/update_weights", "/finish_weight_update", "/reset_prefix_cache"]
+    assert routes == ["/get_world_size", "/init_weight_transfer_engine", *push, *push]
+    info = next(body["init_info"] for route, body in fake.asked if route == "/init_weight_transfer_engine")
+    assert (info["rank_offset"], info["world_size"], info["packed"]) == (1, 2, False)
+    assert fake.joined == bytes(range(128)) and fake.version.endswith("-2") and list(tmp_path.iterdir()) == []
+    for a, b in zip(fake.model.parameters(), policy.parameters(), strict=True):
+        assert torch.equal(a, b)
+    right = sampler(PROMPTS, seed=2, samples=2).sampled
+    fake.faults.append((COMPLETIONS, "restarted"))  # the group is gone with the server
+    same_rows(sampler(PROMPTS, seed=2, samples=2).sampled, right)
+    with pytest.raises(ServerError, match="expected a server that keeps the weights"):
+        sampler.server.reload()
+    fake.faults.append(("/update_weights", "broken"))
+    sampler.server.changed()
+    with pytest.raises(ServerError, match="500 out of memory.*did not take the policy's weights by NCCL"):
+        sampler.refresh()
+
+
+def test_a_server_that_has_lost_the_adapter_gets_it_and_the_round_again(adapted, fake):
+    adapted.refresh()
+    right = adapted(PROMPTS, seed=2, samples=2).sampled
+    fake.faults.append((COMPLETIONS, "restarted"))  # it then knows no model of this name
+    same_rows(adapted(PROMPTS, seed=2, samples=2).sampled, right)
+    assert list(fake.adapters) == [adapted.server.name] and adapted.server.name.endswith("-2")
+
+
+def test_a_stale_adapter_is_an_error_and_a_refused_adapter_is_merged(adapted, fake, policy):
+    fake.faults.append(("/v1/load_lora_adapter", "broken"))
+    with pytest.warns(UserWarning, match="merged into its base: .*500 out of memory"):
+        adapted.refresh()
+    assert fake.adapters == {} and fake.version.endswith("-1") and adapted.server.name == "tiny"
+    fake.restart()
+    fake.deaf = "all"
+    adapted.server.way._merges = False
+    with pytest.raises(ServerError, match="nats a token"):
+        adapted.server.changed()
+        shift_adapter(policy)
+        adapted.refresh()
 
 
 @pytest.mark.parametrize("deaf", ["all", "half"])

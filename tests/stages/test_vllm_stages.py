@@ -1,7 +1,6 @@
 """Every method that samples, pairs and evaluations through a server: their numbers, and how a run ends without it."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -108,21 +107,39 @@ def test_stale_weights_end_the_run_with_a_checkpoint(fake, files, tiny_model, tm
     assert checkpoint.latest(tmp_path) == tmp_path / "checkpoint-1"
 
 
+LORA = {"lora_rank": 2, "lora_alpha": 8.0}
+SEVERAL = {  # the run in one process, and its options beside those of a run in two processes
+    "adapter": ({**LORA}, {"shard": "full"}),  # first, because the server has to have the base
+    "plain": ({}, {"shard": "full"}),
+    "ahead": ({"rollouts_ahead": 1}, {}),
+}
+
+
 def test_two_processes_train_as_one(fake, files, tiny_model, tmp_path):
-    options = served(fake, steps=2, vllm_patience=5.0, max_grad_norm=0.0)
+    options = served(fake, steps=2, batch_size=4, vllm_patience=5.0, max_grad_norm=0.0, max_mismatch=1.0)
+    fake.lora = True
 
-    def job(directory: Path):
-        config = stage_config(ReMaxConfig, files, tiny_model, directory, **options)
-        return "remax", {name: getattr(config, name) for name in config.__dataclass_fields__}
+    def config(name: str, **more):
+        return stage_config(ReMaxConfig, files, tiny_model, tmp_path / name, **options | more)
 
-    remax.train(stage_config(ReMaxConfig, files, tiny_model, tmp_path / "one", **options))
-    results = train_in(2, [job(tmp_path / "two")], tmp_path)
+    def job(name: str):
+        made = config(f"two_{name}", **SEVERAL[name][0], **SEVERAL[name][1])
+        return "remax", {field: getattr(made, field) for field in made.__dataclass_fields__}
+
+    fake.restart()
+    for name in SEVERAL:
+        remax.train(config(f"one_{name}", **SEVERAL[name][0]))
+    fake.restart()
+    results = train_in(2, [job(name) for name in SEVERAL], tmp_path)
+    fake.lora = False
     assert [result.returncode for result in results] == [0, 0], results[0].stderr + results[1].stderr
-    one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
-    for a, b in zip(one, two, strict=True):
-        for name in ("objective/scores", "objective/length", "objective/kl", "loss/policy_avg"):
-            assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), name
-    assert distance(weights(tmp_path / "one"), weights(tmp_path / "two")) < 1e-4
+    for name in SEVERAL:
+        alone, several = tmp_path / f"one_{name}", tmp_path / f"two_{name}"
+        one, two = (read_metrics(path / "metrics.jsonl") for path in (alone, several))
+        for a, b in zip(one, two, strict=True):
+            for key in ("objective/scores", "objective/length", "objective/kl", "loss/policy_avg"):
+                assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6), (name, key)
+        assert distance(weights(alone), weights(several)) < 1e-4
 
 
 def test_pairs_and_the_evaluation_of_an_offline_method(fake, files, tiny_model, tmp_path):
@@ -150,6 +167,10 @@ def test_pairs_and_the_evaluation_of_an_offline_method(fake, files, tiny_model, 
         ({"sampler": "vllm", "vllm_url": "http://a:1", "top_k": 5}, "top_k: expected 0 with sampler vllm"),
         ({"sampler": "vllm", "vllm_url": "http://a:1", "top_p": 0.9}, "top_p: expected 1 with sampler vllm"),
         ({"sampler": "vllm", "vllm_url": "http://a:1", "temperature": 1e-3}, "temperature: expected 0.01 or more"),
+        (
+            {"sampler": "vllm", "vllm_url": "http://a:1", "vllm_transfer": "nccl", "lora_rank": 2},
+            "vllm_transfer: expected files with lora_rank",
+        ),
         ({"mismatch": "token_mask"}, "mismatch: expected sampler vllm beside it, got token_mask"),
         ({"mismatch_cap": 3.0}, "mismatch_cap: expected a mismatch to correct beside it, got 3 alone"),
     ],

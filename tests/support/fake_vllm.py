@@ -5,8 +5,10 @@ with FakeVLLM(path) as server:
     VLLMSampler(Server(Client(server.url, timeout=5, patience=5), ...), ...)
 """
 
+import base64
 import copy
 import json
+import queue
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from rlhf_fast.lm.adapters import put_on
 from rlhf_fast.rollout.generate import generate
 
 
@@ -28,6 +31,25 @@ class _Listener(ThreadingHTTPServer):
         pass  # a client that does not wait for its answer
 
 
+class FakeGroup:
+    """What stands for an NCCL group: a queue to the server's thread."""
+
+    sent_tensors: queue.Queue = queue.Queue()
+
+    def __init__(self, unique: bytes, size: int, device: torch.device) -> None:
+        assert unique == self.unique_id() and size == 2
+
+    @staticmethod
+    def unique_id() -> bytes:
+        return bytes(range(128))
+
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        self.sent_tensors.put(tensor.clone())
+
+    def sent(self) -> bool:
+        return self.sent_tensors.unfinished_tasks == 0
+
+
 class FakeVLLM:
     """A server of the model in directory `path`, whose tokens are those of our own decoding.
 
@@ -35,6 +57,7 @@ class FakeVLLM:
         closes), short (it closes within the answer), slow (the answer takes `nap` seconds), cut (a row loses its last
         token), lost (a row is missing), other (the log-probs are of other tokens), nan, restarted (the server forgets
         the weights that it got).
+    lora: it takes adapters, which keep the names that they are loaded under.
     deaf: reloads weights without taking them: "all", "half" of them, or those whose name it is. load_format: "dummy":
         it starts with random weights and a head of its own, and loads no files before it is told to. mode, dtype, most:
         what the server says of itself. shift: added to every log-prob of a completion.
@@ -46,7 +69,9 @@ class FakeVLLM:
         self.faults: list[tuple[str, str]] = []
         self.asked: list[tuple[str, Any]] = []
         self.deaf, self.mode, self.dtype, self.most = "", "processed_logprobs", "torch.float32", 64
-        self.shift, self.nap, self.load_format = 0.0, 0.5, "auto"
+        self.shift, self.nap, self.load_format, self.lora = 0.0, 0.5, "auto", False
+        self.joined = b""  # the id of the group that weights come by
+        self.adapters: dict[str, Any] = {}  # name -> the base with this adapter on it
         self.__dict__.update(settings)
         self.reads = self.load_format  # which is forgotten when it is started again
         if self.load_format == "dummy":
@@ -84,7 +109,7 @@ class FakeVLLM:
     def restart(self) -> None:
         """The server as it was started: it forgets the weights that it got."""
         self.model, self.version = copy.deepcopy(self.first), "default"
-        self.reads = self.load_format
+        self.reads, self.adapters, self.joined = self.load_format, {}, b""
 
     def answer(self, handler: BaseHTTPRequestHandler, body: Any) -> None:
         route = handler.path.partition("?")[0]
@@ -109,7 +134,7 @@ class FakeVLLM:
             return
         if status == 200 and route == "/v1/completions":
             _spoil(found["choices"], kind)
-        data = json.dumps(found).encode()
+        data = found.encode() if isinstance(found, str) else json.dumps(found).encode()
         handler.send_response(status)
         handler.send_header("Content-Length", str(len(data)))
         handler.end_headers()
@@ -118,10 +143,14 @@ class FakeVLLM:
 
     def of(self, route: str, body: Any) -> tuple[int, Any]:
         if route == "/v1/models":
-            return 200, {"data": [{"id": "tiny", "max_model_len": self.most}]}
+            ids = ["tiny", *self.adapters]
+            return 200, {"data": [{"id": name, "max_model_len": self.most} for name in ids]}
         if route == "/server_info":
             model = {"logprobs_mode": self.mode, "dtype": self.dtype}
-            return 200, {"vllm_config": {"model_config": model, "load_config": {"load_format": self.load_format}}}
+            more = {"lora_config": {"max_lora_rank": 16}} if self.lora else {}
+            return 200, {
+                "vllm_config": {"model_config": model, "load_config": {"load_format": self.load_format}, **more}
+            }
         if route == "/weight_info":
             return 200, {"weight_version": self.version}
         if route == "/update_weight_version":
@@ -134,6 +163,23 @@ class FakeVLLM:
             return 200, {"results": [None]}
         if route == "/collective_rpc":
             return self.reload(Path(body["kwargs"]["weights_path"]))
+        if route == "/get_world_size":
+            return 200, {"world_size": 1}
+        if route == "/init_weight_transfer_engine":
+            self.joined = base64.b64decode(body["init_info"]["nccl_unique_id_b64"])
+            return 200, {"message": "Weight transfer initialized"}
+        if route == "/start_weight_update":
+            return (200, {}) if self.joined else (500, {"error": {"message": "Weight transfer not initialized"}})
+        if route == "/update_weights":
+            return self.receive(**body["update_info"])
+        if route == "/finish_weight_update":
+            self.version = body["weight_version"]
+            return 200, {}
+        if route == "/v1/load_lora_adapter" and self.lora:
+            return self.load_adapter(body["lora_name"], body["lora_path"])
+        if route == "/v1/unload_lora_adapter" and self.lora:
+            gone = self.adapters.pop(body["lora_name"], None) is None
+            return (404, {"error": {"message": "The lora adapter cannot be found."}}) if gone else (200, "Success")
         if route == "/v1/completions":
             return self.complete(body)
         return 404, {"detail": "Not Found"}
@@ -149,8 +195,32 @@ class FakeVLLM:
         self.model.load_state_dict({name: weights[name] for name in names}, strict=False)
         return 200, {"results": [None]}
 
+    def receive(self, names: list[str], dtype_names: list[str], shapes: list[list[int]]) -> tuple[int, Any]:
+        known = dict(self.model.named_parameters())
+        if names != [*known]:
+            return 400, {"error": {"message": "no module or parameter of such a name"}}
+        with torch.no_grad():
+            for name, dtype, shape in zip(names, dtype_names, shapes, strict=True):
+                found = FakeGroup.sent_tensors.get(timeout=10)
+                assert str(found.dtype) == f"torch.{dtype}" and list(found.shape) == shape
+                known[name].copy_(found)
+                FakeGroup.sent_tensors.task_done()
+        return 200, {}
+
+    def load_adapter(self, name: str, place: str) -> tuple[int, Any]:
+        if name in self.adapters:
+            return 400, {"error": {"message": f"The lora adapter '{name}' has already been loaded."}}
+        model = copy.deepcopy(self.model)
+        if self.deaf != "all":
+            put_on(model, place, None, trainable=False)
+        self.adapters[name] = model
+        return 200, f"Success: LoRA adapter '{name}' added successfully."
+
     def complete(self, body: Any) -> tuple[int, Any]:
-        prompt, size = body["prompt"], self.model.config.vocab_size
+        prompt, model = body["prompt"], {"tiny": self.model, **self.adapters}.get(body["model"])
+        if model is None:
+            return 404, {"error": {"message": f"The model `{body['model']}` does not exist."}}
+        size = self.model.config.vocab_size
         if max(prompt) >= size:
             return 400, {"error": {"message": f"Token id {max(prompt)} is out of vocabulary"}}
         if len(prompt) + body["max_tokens"] > self.most:
@@ -158,7 +228,7 @@ class FakeVLLM:
         ids = torch.tensor([prompt])
         greedy, n = body.get("temperature", 1.0) == 0, body.get("n", 1)
         found = generate(
-            self.model,
+            model,
             ids,
             torch.ones_like(ids, dtype=torch.bool),
             max_new_tokens=body["max_tokens"],
@@ -174,7 +244,7 @@ class FakeVLLM:
         choices = [self.choice(i, rollout, prompt) for i in range(len(rollout.finished))]
         if "prompt_logprobs" in body:
             with torch.no_grad():
-                logprobs = self.model(ids).logits[0].log_softmax(-1)
+                logprobs = model(ids).logits[0].log_softmax(-1)
             places = [{str(t): {"logprob": float(logprobs[i, t])}} for i, t in enumerate(prompt[1:])]
             choices[0]["prompt_logprobs"] = [None, *places]
         return 200, {"choices": choices[::-1]}  # vLLM promises no order

@@ -1,6 +1,8 @@
 """Several processes on one machine: starting them as torchrun does, and the stages that a process trains in a test.
 
 python -m tests.support.ranks JOBS.json    trains every job, a list of [stage, options]
+
+The variable FILE_BYTES says how many bytes of weights the files of a model in shards have.
 """
 
 import fcntl
@@ -27,6 +29,8 @@ ROOT = Path(__file__).parent.parent.parent
 Job = tuple[str, dict[str, Any]]  # the name of a stage, and the fields of its config
 COMMON = {"batch_size": 16, "learning_rate": 3e-4, "lr_schedule": "constant", "seed": 3}
 LORA = {"lora_rank": 4, "lora_alpha": 8.0}
+DAPO = {"loss_type": "dapo", "clip_high": 0.28, "scale_rewards": "batch", "mask_truncated_completions": True}
+DAPO |= {"soft_punish_cache": 4, "kl_in": "reward"}
 IN_BACKWARD = {"optimizer_in_backward": True, "max_grad_norm": 0}
 JOBS: dict[str, Job] = {
     "sft": ("sft", {"epochs": 1, "micro_batch_size": 4, "max_length": 48}),
@@ -34,7 +38,17 @@ JOBS: dict[str, Job] = {
     "sft_in_backward": ("sft", {"epochs": 1, "max_length": 48, **IN_BACKWARD}),
     "sft_8bit": ("sft", {"epochs": 1, "max_length": 48, "optimizer": "adamw_8bit", **LORA}),
     "reward": ("reward", {"epochs": 1, "normalize_samples": 20, **LENGTHS}),
-    "dpo": ("dpo", {"epochs": 1, "eval_reward": REWARD, "eval_data": "prompts", "eval_pairs": "pairs", **LENGTHS}),
+    "dpo": (
+        "dpo",
+        {
+            "epochs": 1,
+            "loss_type": ["sigmoid", "bco_pair", "sft"],
+            "eval_reward": REWARD,
+            "eval_data": "prompts",
+            "eval_pairs": "pairs",
+            **LENGTHS,
+        },
+    ),
     "kto": ("kto", {"epochs": 1, "eval_rows": "unpaired", **LENGTHS}),
     "ppo": ("ppo", {"steps": 3, "minibatches": 4, "epochs": 2, "whiten_rewards": True, "eval_data": "prompts"}),
     "ppo_shared": ("ppo", {"steps": 2, "critic": "shared", "micro_batch_size": 4}),
@@ -42,9 +56,9 @@ JOBS: dict[str, Job] = {
     "ppo_in_backward": ("ppo", {"steps": 2, "minibatches": 8, "epochs": 1, **IN_BACKWARD}),  # a process may have no row
     "ppo_shared_in_backward": ("ppo", {"steps": 2, "critic": "shared", **IN_BACKWARD, **LORA}),
     "remax": ("remax", {"steps": 3, "kl_target": 0.5, "kl_horizon": 100}),
-    "reinforce": ("reinforce", {"steps": 2, "gradient_checkpointing": True}),
-    "rloo": ("rloo", {"steps": 3, "group_size": 2, "top_k": 5}),
-    "grpo": ("grpo", {"steps": 2, "group_size": 4, "minibatches": 2, "epochs": 2}),
+    "reinforce": ("reinforce", {"steps": 2, "gradient_checkpointing": True, "normalize_advantages": True}),
+    "rloo": ("rloo", {"steps": 3, "group_size": 2, "top_k": 5, "normalize_advantages": True}),
+    "grpo": ("grpo", {"steps": 2, "group_size": 4, "minibatches": 2, "epochs": 2, **DAPO}),
     "online_dpo": ("online-dpo", {"steps": 2}),
 }
 SHORT = {"epochs": 1, "max_length": 48}
@@ -93,17 +107,21 @@ def plain(
 ) -> tuple[Path, dict[str, str]]:
     """The directory of all jobs' runs in one process, and `files` with what the jobs name beside them.
 
-    `tied` is a model, `scorer` and `adapter` are reward models on `model`, and `few` has a single prompt, so that some
-    processes have none.
+    `tied` and `large` are models, `scorer` and `adapter` are reward models on `model`, and `few` has a single prompt,
+    so that some processes have none.
     """
 
     def make(directory: Path) -> dict[str, str]:
         settings = model_config("llama", len(tokenizer)) | {"tie_word_embeddings": True}
         del settings["vocab_size"]
         init_model(settings, tokenizer, directory / "tied", seed=0)
+        # Of many layers, because a machine holds a model once more in the 32nd part of it that moves at a time.
+        sizes = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 12, "num_key_value_heads": 4}
+        init_model(settings | sizes, tokenizer, directory / "large", seed=0)
         few = directory / "few.jsonl"
         few.write_text("".join(Path(files["prompts"]).read_text().splitlines(keepends=True)[:1]))
-        named = files | {name: str(directory / name) for name in ("tied", "scorer", "adapter")} | {"few": str(few)}
+        names = ("tied", "large", "scorer", "adapter")
+        named = files | {name: str(directory / name) for name in names} | {"few": str(few)}
         options = {**COMMON, **SHORT, "train_data": files["pairs"], "model": model, "normalize_samples": 0}
         train([("reward", {**options, **own, "output_dir": named[name]}) for name, own in
                (("scorer", {}), ("adapter", LORA))])  # fmt: skip
@@ -187,10 +205,15 @@ def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Any]
 
 
 def train(jobs: list[Job]) -> None:
-    """Trains one stage after the other in this process."""
+    """Trains one stage after the other in this process. The stage "load" measures the loading of a model."""
     from rlhf_fast import methods
 
     for stage, options in jobs:
+        if stage == "load":
+            from tests.support import loads
+
+            loads.measure(options["warm"], options["model"], options["output_dir"])
+            continue
         row = methods.STAGES[stage]
         methods.load(row.train)(methods.load(row.config)(**options))
 
@@ -205,5 +228,8 @@ def train_in(size: int, jobs: list[Job], directory: Path, **environment: str) ->
 if __name__ == "__main__":
     import torch
 
+    from rlhf_fast.lm import saving
+
     torch.set_num_threads(1)
+    saving.FILE_BYTES = int(os.environ.get("FILE_BYTES", saving.FILE_BYTES))
     train(json.loads(Path(sys.argv[1]).read_text()))

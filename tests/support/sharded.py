@@ -16,7 +16,7 @@ from rlhf_fast.lm.forward import within
 from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.lm.passes import idle, response_hidden
 from rlhf_fast.lm.scores import Scores
-from rlhf_fast.lm.sharding import full, is_part, shard, whole, whole_state
+from rlhf_fast.lm.sharding import full, gathered, is_part, pieces_of, shard, whole
 from rlhf_fast.ranks import current
 from rlhf_fast.training.learner import checkpoint_activations
 from rlhf_fast.training.memory import static_bytes
@@ -168,7 +168,7 @@ def main() -> None:
 
 def check_state(one, many):
     """The state of all processes' parts is one process's, in the first process alone."""
-    state, truth = whole_state(many), one.state_dict()
+    state, truth = gathered(pieces_of(many, 1 << 40)[0]), one.state_dict()
     if current().first:
         assert state.keys() == truth.keys() and all(map(torch.equal, state.values(), truth.values()))
         assert len({id(x) for x in state.values()}) == len({x.data_ptr() for x in truth.values()})

@@ -52,9 +52,12 @@ STAGES = {
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
-    """Every tensor that a run saved, its critic's too."""
-    files = sorted(directory.glob("*.safetensors")) + sorted(directory.glob("value/*.safetensors"))
-    return {f"{path.parent.name}/{k}": v for path in files for k, v in load_file(path).items()}
+    """Every tensor that a run saved, its critic's too, in the order of their names."""
+    found = {}
+    for place in (directory, directory / "value"):
+        tensors = {name: tensor for path in place.glob("*.safetensors") for name, tensor in load_file(path).items()}
+        found |= {f"{place.name}/{name}": tensors[name] for name in sorted(tensors)}
+    return found
 
 
 def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:

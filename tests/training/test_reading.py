@@ -8,7 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_fast.data.encoding import encode_preferences
 from rlhf_fast.lm.adapters import LoRA
-from rlhf_fast.lm.loading import load_scorer, mark_trained_here, save_model, trained_here
+from rlhf_fast.lm.loading import load_scorer, mark_trained_here, trained_here
+from rlhf_fast.lm.saving import save_model
 from rlhf_fast.rollout.generate import Rollout
 from rlhf_fast.stages.init import train_bpe
 from rlhf_fast.training.evaluation import compared_prompts, completion_rewards, prompt_columns, scored_prompts

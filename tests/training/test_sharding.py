@@ -1,16 +1,20 @@
 """Stages with their models in shards: the metrics, weights and tokens of one process; checkpoints; refusals."""
 
 import json
+import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from rlhf_fast import cli
 from rlhf_fast.config import SFTConfig
+from rlhf_fast.lm.loading import load_policy
 from rlhf_fast.lm.sharding import shard
+from rlhf_fast.lm.state_files import parts_of
 from rlhf_fast.stages import sft
 from rlhf_fast.training import checkpoint
 from rlhf_fast.training.metrics import read_metrics
@@ -50,7 +54,10 @@ def trained(files, tiny_model, tokenizer, tmp_path_factory):
 
 def _train_all(made, directory, one):
     said = {}
-    said[2] = train_in(2, made(ALL, directory / "2", shard="full"), directory)
+    in_two = made(ALL, directory / "2", shard="full")
+    lora = {"ppo_models": ALL["ppo_models"]}
+    in_two += made(lora, directory / "whole_base", shard="full", shard_base=False)
+    said[2] = train_in(2, in_two, directory, FILE_BYTES="20000")
 
     def cut_off(whole: Path, name: str, **options) -> list[Job]:
         for job in RESUMED:
@@ -64,10 +71,14 @@ def _train_all(made, directory, one):
     again += made(TWICE, directory / "again", shard="full")
     said["again"] = train_in(2, again, directory)
     train(cut_off(directory / "2", "cut_1"))
+    interrupted(directory / "2/sft_saved", directory / "cut_hybrid/sft_saved")
+    four = made({"sft_saved": RESUMED["sft_saved"]}, directory / "cut_hybrid", resume=True, shard="hybrid")
+    four += made({"loaded.json": ("load", {"model": "large", "warm": "tied"})}, directory)
     shards = {"4": "full", "whole": "none", "hybrid": "hybrid"}
-    four = {where: made({name: ALL[name] for name in names}, directory / where, shard=shards[where])
-            for where, names in FOUR.items()}  # fmt: skip
-    said[4] = train_in(4, [job for jobs in four.values() for job in jobs], directory, LOCAL_WORLD_SIZE="2")
+    for where, names in FOUR.items():
+        four += made({name: ALL[name] for name in names}, directory / where, shard=shards[where])
+    # glibc gives freed memory of this size back at once, so that the bytes of a process are those that it uses
+    said[4] = train_in(4, four, directory, LOCAL_WORLD_SIZE="2", MALLOC_MMAP_THRESHOLD_="65536")
     return said
 
 
@@ -80,7 +91,7 @@ def test_the_processes_end_well(size, trained):
 
 
 RUNS = [(2, name) for name in ALL] + [(size, name) for size in (1, 3) for name in SMALL]
-RUNS += [(where, name) for where, names in FOUR.items() for name in names]
+RUNS += [(where, name) for where, names in FOUR.items() for name in names] + [("whole_base", "ppo_models")]
 
 
 @pytest.mark.parametrize(("where", "name"), RUNS)
@@ -103,6 +114,18 @@ def test_run_json_has_the_bytes_of_one_process(trained):
             )  # buffers are not sharded
     assert [one["static_bytes"].keys() for one in half["processes"]] == [plain["static_bytes"].keys()] * 2
     assert half["parameters"] == plain["parameters"] and half["trained_parameters"] == plain["trained_parameters"]
+
+
+def test_the_base_of_adapters_is_whole_where_asked(trained):
+    """The policy's base, on which the reference stands, and the value model's; the reward model is in shards."""
+    places = (trained[0], trained[1] / "2", trained[1] / "whole_base")
+    bytes_of = [json.loads((place / "ppo_models/run.json").read_text())["static_bytes"] for place in places]
+    plain, parts, kept = ({role: of[role]["weights"] for role in of} for of in bytes_of)
+    for role in ("policy", "value"):
+        assert kept[role] == pytest.approx(plain[role], rel=0.01) and parts[role] < 0.7 * plain[role]
+    assert kept["reference"] == plain["reference"] == 0
+    reward = next(role for role in plain if role.startswith("reward"))
+    assert kept[reward] == parts[reward] < 0.6 * plain[reward]
 
 
 def test_models_on_one_base_have_its_parts_once(trained):
@@ -128,8 +151,55 @@ def test_a_run_goes_on_with_other_processes_and_shards(size, name, trained):
     assert largest == 0 if size == 2 else largest < (2e-3 if "bf16" in name else 1e-5)
 
 
-def test_a_run_without_shards_goes_on_with_them(trained):
-    assert distance(weights(trained[0] / "sft_saved"), weights(trained[1] / "cut_plain/sft_saved")) < 1e-5
+def test_a_run_goes_on_with_other_shards(trained):
+    one, several, _ = trained
+    for before, after in ((one, "cut_plain"), (several / "2", "cut_hybrid")):
+        assert distance(weights(before / "sft_saved"), weights(several / after / "sft_saved")) < 1e-5
+
+
+@pytest.mark.parametrize("place", ["ppo", "ppo/value", "sft_saved/checkpoint-4"])
+def test_a_model_in_shards_is_saved_in_files_of_a_layer_each(place, trained):
+    place = trained[1] / "2" / place
+    index = json.loads((place / "model.safetensors.index.json").read_text())
+    tensors = {file.name: load_file(file) for file in sorted(place.glob("*.safetensors"))}
+    assert [*tensors] == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    assert index["weight_map"] == {name: file for file, held in tensors.items() for name in held}
+    total = sum(tensor.nbytes for held in tensors.values() for tensor in held.values())
+    assert index["metadata"]["total_size"] == total
+
+
+def test_a_machine_holds_the_weights_once_while_they_are_loaded(trained):
+    """Four processes; the weights are the right ones, also where pickle does not take the model."""
+    found = json.loads((trained[1] / "loaded.json").read_text())
+    assert 36e6 < found["model"] < 40e6
+    assert found["model"] < found["peak"] < 1.5 * found["model"]
+    assert found["after"] < 1.2 * found["model"]
+    truth = {name: p.double().sum().item() for name, p in load_policy(trained[0] / "large").named_parameters()}
+    assert found["sums"] == pytest.approx(truth, abs=1e-9)
+    first, again = found["again"]
+    assert first == again
+
+
+def test_damaged_states_of_an_optimizer_are_one_line(trained, tmp_path):
+    whole = trained[1] / "2/sft_saved/checkpoint-4"
+    assert not [file for file in (whole / "state").iterdir() if file.suffix != ".safetensors"]  # no pickled code
+    cut = tmp_path / "checkpoint-4"
+    for damage, said in (
+        (lambda file: file.unlink(), r"found \d+ of the \d+ numbers of policy/optimizer/state/\d+/exp_avg"),
+        (lambda file: file.write_bytes(b"no safetensors"), "Error while deserializing header"),
+        (lambda file: shutil.rmtree(file.parent), "No such file or directory"),
+    ):
+        shutil.rmtree(cut, ignore_errors=True)
+        shutil.copytree(whole, cut)
+        saved = checkpoint.load_state(cut)["policy"]["optimizer"]["state"]
+        wanted = [(moment, torch.empty(moment.shape)) for of in saved.values() for moment in (of["exp_avg"],)]
+        usual = parts_of(wanted)
+        assert all(part.isfinite().all() for part in usual) and any(part.any() for part in usual)
+        damage(sorted((cut / "state").iterdir())[0])
+        with pytest.raises(ValueError, match=rf"^{cut}/state: expected the states of the optimizer.*damaged: .*{said}"):
+            parts_of(wanted)
+        with pytest.raises(ValueError, match="^resume: expected a checkpoint that is not damaged.*state/shard-00001"):
+            checkpoint.newest_whole(tmp_path)
 
 
 def test_a_signal_ends_all_processes_after_the_same_step(files, tiny_model, tmp_path):
@@ -147,13 +217,30 @@ def test_a_signal_ends_all_processes_after_the_same_step(files, tiny_model, tmp_
 CONFIG = {"model": "m", "output_dir": "o", "train_data": "t.jsonl", "shard": "full"}
 
 
-def test_states_in_8_bits_go_with_shards_for_adapters_alone():
-    refused = (
-        "^optimizer: expected adamw with shard=full, got adamw_8bit, whose blocks of states cannot be cut into shards"
-    )
-    with pytest.raises(ValueError, match=refused):
-        SFTConfig(**CONFIG, optimizer="adamw_8bit")
-    assert SFTConfig(**CONFIG, optimizer="adamw_8bit", lora_rank=4).shard == "full"
+@pytest.mark.parametrize(
+    ("config", "wrong", "message"),
+    [
+        (
+            SFTConfig,
+            {"optimizer": "adamw_8bit"},
+            "optimizer: expected adamw with shard=full, got adamw_8bit, whose blocks of states cannot be cut into "
+            "shards; adamw_8bit goes with lora_rank, whose adapters are not in shards",
+        ),
+        (
+            SFTConfig,
+            {"shard_base": False},
+            "shard_base: expected False beside shard and lora_rank alone, got it with shard=full and lora_rank=0",
+        ),
+        (
+            SFTConfig,
+            {"shard": "none", "shard_base": False, "lora_rank": 4},
+            "shard_base: expected False beside shard and lora_rank alone, got it with shard=none and lora_rank=4",
+        ),
+    ],
+)
+def test_what_does_not_go_with_shards_is_refused(config, wrong, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        config(**CONFIG | wrong)
 
 
 def test_one_process_without_a_launcher_is_refused(files, tiny_model, tmp_path, monkeypatch):
@@ -171,7 +258,8 @@ def test_none_leaves_a_model_as_it_is():
     assert kinds == {type(parameter) for parameter in model.parameters()} == {torch.nn.Parameter}
 
 
-def test_a_dry_run_plans_no_shards(capsys):
+def test_a_dry_run_without_a_launcher_plans_no_shards(capsys):
     given = ["--model=m", "--output-dir=o", "--train-data=t.jsonl", "--shard=full", "--dry-run"]
     assert cli.main(["sft", *given]) == 1
-    assert "shard: expected none with --dry-run, got full; `rlhf-fast plan --gpus N" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "shard: expected none with --dry-run in one process, got full; start it with torchrun, or use" in said

@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 
-from rlhf_fast.lm.loading import load_scorer, save_model
+from rlhf_fast.lm.loading import load_scorer
 from rlhf_fast.lm.passes import sequence_scores
+from rlhf_fast.lm.saving import save_model
 from tests.support import zoo_turns
 from tests.support.zoo_checks import TRAINED, ragged, save_member
 

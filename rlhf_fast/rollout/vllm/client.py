@@ -4,10 +4,11 @@
     GET  /server_info            the server's config: data type, mode of log-probs
     POST /v1/completions         token ids in, token ids and log-probs out
     POST /collective_rpc         `reload_weights` from a directory that the server can read
+    POST /v1/load_lora_adapter   an adapter from a directory, under a name; /v1/unload_lora_adapter takes it away
     POST /reset_prefix_cache     keys and values of older weights are forgotten
     POST /update_weight_version  names the weights; GET /weight_info tells the name, which a restarted server forgets
 
-All but the completions and the models need VLLM_SERVER_DEV_MODE=1 in the server's environment.
+All but the completions, the models and the adapters need VLLM_SERVER_DEV_MODE=1 in the server's environment.
 Left out on purpose: what the numbers in an answer mean.
 """
 
@@ -32,7 +33,14 @@ _SAID = 300  # characters of the server's own words that a message repeats
 
 
 class ServerError(ConnectionError):
-    """The server does not do what is asked of it. One sentence says what, and what to do."""
+    """The server does not do what is asked of it. One sentence says what, and what to do.
+
+    status: of the answer by which the server refuses a request; None where there is no answer.
+    """
+
+    def __init__(self, said: str, *, status: int | None = None) -> None:
+        super().__init__(said)
+        self.status = status
 
 
 class BadAnswer(ServerError):
@@ -60,9 +68,11 @@ class Client:
         """The JSON of a route."""
         return self.ask("GET", route, None, lambda answer: answer)
 
-    def post(self, route: str, body: dict[str, Any] | None = None, *, permanent: Collection[int] = ()) -> Any:
-        """The JSON that the server answers to `body`. permanent: as in `ask`."""
-        return self.ask("POST", route, body or {}, lambda answer: answer, permanent=permanent)
+    def post(
+        self, route: str, body: dict[str, Any] | None = None, *, permanent: Collection[int] = (), plain: bool = False
+    ) -> Any:
+        """The JSON that the server answers to `body`. permanent, plain: as in `ask`."""
+        return self.ask("POST", route, body or {}, lambda answer: answer, permanent=permanent, plain=plain)
 
     def ask(
         self,
@@ -72,16 +82,18 @@ class Client:
         read: Callable[[Any], Answer],
         *,
         permanent: Collection[int] = (),
+        plain: bool = False,
     ) -> Answer:
         """`read(answer)` of the first answer that `read` takes; `read` raises BadAnswer for another answer.
 
-        permanent: statuses of 500 and above after which the request is not made again.
+        permanent: statuses of 500 and above after which the request is not made again. plain: the answer is a text in
+        place of JSON.
         Raises ServerError where no try within `patience` succeeds, and where the server refuses the request.
         """
         end, pause, why = time.monotonic() + self.patience, _PAUSE, ""
         while True:
             try:
-                return read(self._once(method, route, body, permanent))
+                return read(self._once(method, route, body, permanent, plain))
             except (OSError, http.client.HTTPException, BadAnswer) as error:
                 if isinstance(error, ServerError) and not isinstance(error, BadAnswer):
                     raise
@@ -95,7 +107,9 @@ class Client:
                 )
             pause = min(2 * pause, _LONGEST_PAUSE)
 
-    def _once(self, method: str, route: str, body: dict[str, Any] | None, permanent: Collection[int]) -> Any:
+    def _once(
+        self, method: str, route: str, body: dict[str, Any] | None, permanent: Collection[int], plain: bool
+    ) -> Any:
         connection = getattr(self._mine, "connection", None)
         if connection is not None and time.monotonic() - self._mine.used > _IDLE:
             self._drop()
@@ -111,7 +125,10 @@ class Client:
         if response.status in _BUSY and response.status not in permanent:
             raise BadAnswer(f"{response.status} {_said(text)}")
         if response.status >= 300:
-            raise ServerError(f"vllm_url: {self.url}{route} refuses the request: {response.status} {_said(text)}")
+            said = f"vllm_url: {self.url}{route} refuses the request: {response.status} {_said(text)}"
+            raise ServerError(said, status=response.status)
+        if plain:
+            return text.decode(errors="replace")
         try:
             return json.loads(text) if text else None
         except ValueError as error:

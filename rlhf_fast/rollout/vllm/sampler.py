@@ -13,6 +13,7 @@ from rlhf_fast.data.encoding import pad_id, pad_left
 from rlhf_fast.ranks import current
 from rlhf_fast.rollout.generate import Generation, Rollout, eos_token_ids
 from rlhf_fast.rollout.uniforms import prompt_keys, row_seeds
+from rlhf_fast.rollout.vllm.client import ServerError
 from rlhf_fast.rollout.vllm.rows import Request, Row
 from rlhf_fast.rollout.vllm.server import Restarted, Server
 
@@ -112,10 +113,10 @@ class VLLMSampler:
 
         again: gives the weights to a server that was started again.
         """
-        tries = _TRIES if current().size == 1 and self.server.directory is not None else 1
+        tries = _TRIES if current().size == 1 and self.server.way is not None else 1
         for left in reversed(range(tries)):
-            rows = self._ask(asked.requests, asked.eos)
             try:
+                rows = self._ask(asked.requests, asked.eos)
                 self.server.confirm()
                 return rows
             except Restarted:
@@ -135,13 +136,17 @@ class VLLMSampler:
                 for r in requests
             ]
             return [rows.result() for rows in asked]
-        except BaseException:
+        except BaseException as error:
             client.break_off()  # else the end of the process would wait for answers that nobody reads
-            raise
+            if not isinstance(error, ServerError) or error.status != 404:
+                raise
+            lost = error
         finally:
             pool.shutdown(cancel_futures=True)
             client.close()  # the pool's threads are gone
             client.stopped.clear()
+        self.server.confirm()  # a server that was started again has no adapter of this name
+        raise lost
 
 
 def _rollout(ids: Tensor, mask: Tensor, rows: list[Row], samples: int, pad: int) -> Rollout:

@@ -1,7 +1,6 @@
 """A vLLM server as a run uses it: it is checked, it gets the policy's weights, and it proves that it samples from them.
 
-Weights go by files. They are written to a hidden directory beside the run's output, which the server must be able to
-read, and deleted when the server has loaded them. A push is believed after two proofs:
+`files` and `nccl` have the ways by which weights go. A push is believed after two proofs:
 
 - numbers: the server's log-probs of a probe text are ours. Where a push changes our log-probs by more than rounding,
   the server's have to move with them; weights that are stale, or loaded by half, do not. In fp32 they also have to
@@ -11,29 +10,25 @@ read, and deleted when the server has loaded them. A push is believed after two 
 
 A run that samples a round ahead keeps the files of its last push, because its own weights move on while the server
 samples: a server that is started again gets them from there.
-Left out: weight transfer by NCCL.
 """
 
-import json
-import os
 import uuid
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_fast.data.damage import read_json
-from rlhf_fast.data.files import OURS, WRITING, remove, write_json
-from rlhf_fast.lm.adapters import merged
-from rlhf_fast.lm.loading import save_model
+from rlhf_fast.data.files import write_json
 from rlhf_fast.lm.passes import response_logits
-from rlhf_fast.lm.quiet import without_bars
 from rlhf_fast.lm.sequences import Sequences
+from rlhf_fast.lm.sharding import whole
 from rlhf_fast.ranks import current
-from rlhf_fast.rollout.vllm.client import BadAnswer, Client, ServerError
+from rlhf_fast.rollout.vllm.client import Client, ServerError
+from rlhf_fast.rollout.vllm.files import Files
+from rlhf_fast.rollout.vllm.nccl import Nccl
 from rlhf_fast.rollout.vllm.rows import Request, text_logprobs
 
 _PROBE = 64  # tokens of the probe text at most
@@ -63,11 +58,16 @@ class Server:
     directory: where weights are written for the server; None: it keeps the weights that it was started with, which
         have to be the model's.
     bound: nats a token by which the server's log-probs of the probe may differ from ours on average, in bf16.
-    keeps: the files of the last push stay until the next push, for `reload`.
+    keeps: as in `Files`. transfer: "files" or "nccl".
     """
 
-    def __init__(self, client: Client, *, directory: Path | None, bound: float, keeps: bool = False) -> None:
-        self.client, self.directory, self.bound, self.keeps = client, directory, bound, keeps
+    def __init__(
+        self, client: Client, *, directory: Path | None, bound: float, keeps: bool = False, transfer: str = "files"
+    ) -> None:
+        self.client, self.bound = client, bound
+        self.way: Files | Nccl | None = None
+        if directory is not None:
+            self.way = Nccl(client) if transfer == "nccl" else Files(client, directory, keeps=keeps)
         self.name = ""  # of the model, in requests
         self._run, self._pushes = uuid.uuid4().hex[:8], 0
         self._version = ""  # the name of the weights that the server has to have
@@ -77,7 +77,6 @@ class Server:
         self._proven: Tensor | None = None  # our log-probs of the probe at the last push that a change has proven
         self._noise = _ROUNDING  # nats a token by which the two engines differ at the same weights
         self._exact, self._first = False, 0.0  # both in fp32; nats a token by which they differed after the first push
-        self._unloaded = False  # the server was started without weights, and with a head of its own
 
     def changed(self) -> None:
         """The policy's weights have changed."""
@@ -120,8 +119,10 @@ class Server:
             ) from error
         if mode != MODE:
             raise ServerError(f"vllm_url: expected a server with --logprobs-mode {MODE}, got {mode}")
-        self._unloaded = load_format == UNLOADED
-        if self._unloaded and self.directory is None:
+        if self.way is not None:
+            self.way.name, self.way.unloaded = self.name, load_format == UNLOADED
+            self.way.takes_adapters = info.get("lora_config") is not None
+        elif load_format == UNLOADED:
             raise ServerError(
                 f"vllm_url: expected a server with the model's weights, got --load-format {UNLOADED}, which waits for "
                 "weights, and `pairs` pushes none; `rlhf-fast vllm-command --config` with the config of `pairs` prints "
@@ -152,16 +153,24 @@ class Server:
         """
         if not self._stale:
             return
-        if current().first:
-            self._proof = self._numbers(model)
-            self._version = self._push(model) if self.directory is not None else self._weights()
-            self._prove(self._proof)
-        self._version, self._stale = current().gather(self._version)[0], False
+        ranks = current()
+        with whole(model):
+            proof = self._numbers(model) if ranks.first else None
+        version = self._next_version()
+        if self.way is not None:
+            self.name = self.way.push(model, version)
+        if proof is not None:
+            self._proof, self._version = proof, self._weights() if self.way is None else version
+            self._prove(proof)
+        self._version, self.name = ranks.gather((self._version, self.name))[0]
+        self._stale = False
 
     def confirm(self) -> None:
         """Restarted where the server has other weights than those of the last `refresh`."""
         if (found := self._weights()) != self._version:
             self._stale = True
+            if self.way is not None:
+                self.way.restarted()
             raise Restarted(
                 f"vllm_url: expected the weights {self._version!r} at {self.client.url}, got {found!r}: the server was "
                 "started again, or another run uses it"
@@ -172,14 +181,14 @@ class Server:
 
         step: the number of a round, from 1 on.
         """
-        if current().first and self._proof is not None:
+        if current().first and self._proof is not None and isinstance(self.way, Files):
             note = {"round": step, "probe": self._probe, **self._proof._asdict()}
-            write_json(self._kept / _NOTE, note)
+            write_json(self.way.kept / _NOTE, note)
 
     def reload(self) -> None:
         """Gives a server that was started again the kept weights of the last `refresh`, while the model moves on."""
-        assert self._proof is not None  # a refresh comes before
-        self._load(self._kept, self._version)
+        assert self._proof is not None and self.way is not None  # a refresh comes before
+        self.name = self.way.reload(self._version)
         self._prove(self._proof)  # the model itself may have moved on, so that it stays as stale as it is
 
     def restored(self, step: int) -> bool:
@@ -187,67 +196,33 @@ class Server:
 
         The next `refresh` pushes the model's weights. All processes call it.
         """
-        note = read_json(self._kept / _NOTE) if (self._kept / _NOTE).is_file() else {}
+        path = self.way.kept / _NOTE if isinstance(self.way, Files) else None
+        note = read_json(path) if path is not None and path.is_file() else {}
         found = current().gather(note.get("round") == step)[0]
         if found and current().first:
             self._probe, self._proof = note["probe"], Proof(note["logprobs"], note["likeliest"])
             self._version = self._next_version()
             self.reload()
-        self._version, self._stale = current().gather(self._version)[0], True
+        self._version, self.name = current().gather((self._version, self.name))[0]
+        self._stale = True
         return found
 
     def forget(self) -> None:
         """Deletes the kept files."""
-        if self.keeps and current().first:
-            remove(self._kept)
-
-    @property
-    def _kept(self) -> Path:
-        """Where the files of the last push stay, for a server that is started again while the model moves on."""
-        assert self.directory is not None  # only a run that trains keeps files
-        return self.directory.resolve() / f"{OURS}pushed"
+        if self.way is not None:
+            self.way.forget()
 
     def _weights(self) -> str:
-        return str(self.client.get("/weight_info")["weight_version"])
+        """The name of the weights that the server has; of an adapter, its own name where the server has it."""
+        found = str(self.client.get("/weight_info")["weight_version"])
+        if self.way is None or self.name == self.way.name:
+            return found
+        served = {model["id"] for model in self.client.get("/v1/models")["data"]}
+        return self.name if self.name in served else f"{found}, without the adapter"
 
     def _next_version(self) -> str:
         self._pushes += 1
         return f"{self._run}-{self._pushes}"
-
-    def _push(self, model: PreTrainedModel) -> str:
-        assert self.directory is not None  # `refresh` asks first
-        place = self.directory.resolve() / f"{WRITING}vllm"
-        remove(place)
-        try:
-            place.mkdir(parents=True)
-            with without_bars():
-                save_model(merged(model), place)
-            if self._unloaded:
-                _write_head(model, place)
-            version = self._next_version()
-            self._load(place, version)
-            if self.keeps:
-                remove(self._kept)
-                os.replace(place, self._kept)
-        finally:
-            remove(place)
-        return version
-
-    def _load(self, place: Path, version: str) -> None:
-        """The server reads its weights from the directory `place`, forgets what it has cached, and keeps the name."""
-        try:
-            if self._unloaded:
-                read = {"overrides": {"load_config": {"load_format": "auto"}}}
-                self.client.post("/collective_rpc", {"method": "update_config", "kwargs": read}, permanent={500})
-            body = {"method": "reload_weights", "kwargs": {"weights_path": str(place)}}
-            self.client.post("/collective_rpc", body, permanent={500})
-            self.client.ask("POST", "/reset_prefix_cache", {}, _is_reset)
-            self.client.post("/update_weight_version", {"new_version": version})
-        except ServerError as error:
-            raise ServerError(
-                f"{error}; the server did not take the policy's weights from {place}, which it has to be able to read, "
-                "and whose shapes have to be those of its model"
-            ) from error
 
     @torch.no_grad()
     def _numbers(self, model: PreTrainedModel) -> Proof:
@@ -269,9 +244,9 @@ class Server:
         drift = float((torch.tensor(theirs, dtype=torch.float64) - ours).abs().mean())
         moved = 0.0 if self._proven is None else float((ours - self._proven).abs().mean())
         told = moved > 12 * self._noise  # far enough that old and new weights cannot be mistaken for each other
-        which = "those that it was started with" if self.directory is None else f"version {self._version}"
+        which = "those that it was started with" if self.way is None else f"version {self._version}"
         if not drift <= self.bound:
-            advice = "; start it with the policy's model" if self.directory is None else ""
+            advice = "; start it with the policy's model" if self.way is None else ""
             raise ServerError(
                 f"vllm_url: expected the policy's weights at {self.client.url} ({which}), but its log-probs of a probe "
                 f"differ by {drift:.3g} nats a token, more than {self.bound:g}{advice}"
@@ -298,23 +273,6 @@ class Server:
             self._proven = ours
         self._noise = max(self._noise, drift)
         self._first = self._first or drift
-
-
-def _write_head(model: PreTrainedModel, place: Path) -> None:
-    """Adds the head of a model whose head is its embedding, for a server that keeps the two apart."""
-    head = model.get_output_embeddings()
-    name = next(name for name, module in model.named_modules() if module is head)
-    save_file({f"{name}.weight": head.weight.detach().cpu().contiguous()}, place / "head.safetensors")
-    index = place / "model.safetensors.index.json"
-    if index.is_file():
-        content = json.loads(index.read_text())
-        content["weight_map"][f"{name}.weight"] = "head.safetensors"
-        index.write_text(json.dumps(content))
-
-
-def _is_reset(answer: dict) -> None:
-    if answer is not None and answer.get("success") is False:  # another client's requests are running
-        raise BadAnswer("the prefix cache is in use")
 
 
 def _logits(model: PreTrainedModel, ids: list[int]) -> Tensor:
