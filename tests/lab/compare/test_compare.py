@@ -106,11 +106,11 @@ def test_the_whole_command(start, tiny_model, tmp_path, capsys):
     assert (out / "dpo-seed0" / "run.json").stat().st_mtime_ns == before
     cell = SimpleNamespace(name="PPO", method="ppo", options={"model": tiny_model, "lora_rank": 0, "nonsense": 1})
     # in two processes a run over both of them has the same numbers
-    two = [*flags[:-4], "--methods", "reinforce", "--model", tiny_model, "--output-dir", str(tmp_path / "two")]
+    two = [*flags[:-5], "--methods", "reinforce", "--model", tiny_model, "--output-dir", str(tmp_path / "two")]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "rlhf_fast"]
     done = subprocess.run([*torchrun, "compare", *two], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("compare: wrote") == 1 and "REINFORCE" in done.stdout
+    assert done.stdout.count("REINFORCE, seed 0") == 1 and done.stdout.count("compare.md") == 1
     runs = [json.loads((path / "reinforce-seed0/run.json").read_text()) for path in (out, tmp_path / "two")]
     assert [len(one.get("processes", [])) for one in runs] == [0, 2]
     one, several = (numbers(path / "reinforce-seed0") for path in (out, tmp_path / "two"))
