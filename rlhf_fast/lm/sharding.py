@@ -140,7 +140,7 @@ def whole(model: nn.Module | None) -> Iterator[None]:
     For passes without gradients, such as decoding. Nested, and for a model without shards, it does nothing.
     """
     shards: _Shards | None = getattr(model, _SHARDS, None)
-    if shards is None or shards.whole:
+    if model is None or shards is None or shards.whole:
         yield
         return
     shards.whole = True
@@ -151,7 +151,7 @@ def whole(model: nn.Module | None) -> Iterator[None]:
             unit.set_reshard_after_forward(False, recurse=False)
             unit.unshard()
         if not is_open(model):
-            _compare(model, shards, lambda: _trial(model))
+            _compare(model, shards)
         yield
     finally:
         shards.whole = False
@@ -230,7 +230,7 @@ def pieces_of(model: PreTrainedModel, most: int) -> list[dict[str, Tensor]]:
         by_unit[next((unit for unit in units if name.startswith(unit)), "")][name] = tensor
     pieces, size = [], 0
     for piece in by_unit.values():
-        own = sum(tensor.numel() * tensor.itemsize for tensor in piece.values())
+        own = sum(tensor.numel() * tensor.itemsize for tensor in {id(x): x for x in piece.values()}.values())
         if not pieces or size + own > most:
             pieces.append({})
             size = 0
@@ -334,7 +334,7 @@ def _register(model: Any, name: str) -> None:
     def run(passes: Callable[[], Any]) -> Any:
         shards: _Shards = getattr(model, _SHARDS)
         if not shards.whole:
-            _compare(model, shards, lambda: run(lambda: _trial(model)))
+            _compare(model, shards, run)
         out = entry(passes)
         if not torch.is_grad_enabled() and not shards.whole:
             model.reshard()
@@ -344,13 +344,16 @@ def _register(model: Any, name: str) -> None:
 
 
 @torch.no_grad()
-def _compare(model: Any, shards: _Shards, repeat: Callable[[], Tensor | None]) -> None:
-    """ValueError where the first pass of the model in shards gives other numbers than before. repeat: a `_trial`."""
+def _compare(model: Any, shards: _Shards, enter: Callable[[Callable[[], Any]], Any] = lambda passes: passes()) -> None:
+    """ValueError where the first pass of the model in shards gives other numbers than before.
+
+    enter: runs the pass as a forward of the root.
+    """
     usual, shards.usual = shards.usual, None
     if usual is None:
         return
     with torch.autocast(usual.device.type, enabled=False):
-        found = repeat()
+        found = enter(lambda: _trial(model))
     if found is None or not agree(found, usual):
         name = type(model).__name__.removeprefix("FSDP")
         raise ValueError(f"shard: expected a model that FSDP2 can shard, got other numbers from {name} in shards")
