@@ -1,25 +1,32 @@
 """What has to hold against a real vLLM server. `make DIRECTORY` writes a model; `check DIRECTORY URL` checks."""
 
+import gzip
 import json
+import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from rlhf_fast import methods
-from rlhf_fast.config import PairsConfig
+from rlhf_fast.config import PairsConfig, VLLMCommandConfig
 from rlhf_fast.lab.world import build_tokenizer, prompt_rows
 from rlhf_fast.lm.loading import load_policy
 from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.lm.tokenizers import load_tokenizer
 from rlhf_fast.rollout.sampler import LocalSampler
 from rlhf_fast.rollout.vllm.client import Client, ServerError
+from rlhf_fast.rollout.vllm.command import command
 from rlhf_fast.rollout.vllm.sampler import VLLMSampler
 from rlhf_fast.rollout.vllm.server import Server
 from rlhf_fast.stages import pairs
 from rlhf_fast.stages.init import init_model
+from rlhf_fast.training.listeners import Listener
 from rlhf_fast.training.metrics import read_metrics
 from rlhf_fast.training.mismatch import rescored
 
@@ -45,6 +52,8 @@ def make(directory: Path) -> None:
     tokenizer.save_pretrained(directory / "model")
     rows = prompt_rows(32, seed=1)
     (directory / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with gzip.open(directory / "prompts.jsonl.gz", "wt") as file:  # as the benches read them
+        file.write((directory / "prompts.jsonl").read_text())
     (directory / "reward.py").write_text(REWARD)
     config = {
         "model": str(directory / "model"),
@@ -169,6 +178,14 @@ def stages_train(url: str, directory: Path) -> None:
     print(f"pairs: {len((directory / 'pairs.jsonl').read_text().splitlines())} rows")
 
 
+def restarted(directory: Path, command: str = "") -> None:
+    """A server that has forgotten its weights; command: started in this way from now on."""
+    (directory / "command").write_text(command)
+    (directory / "command").rename(directory / "restart")  # whole, because the shell reads it at once
+    while (directory / "restart").exists():
+        time.sleep(0.1)
+
+
 def a_restart_is_found(sampler: VLLMSampler, prompts: list[list[int]], directory: Path) -> None:
     """A server that is started again in the middle gets the weights and the round again."""
     with torch.no_grad():
@@ -177,12 +194,100 @@ def a_restart_is_found(sampler: VLLMSampler, prompts: list[list[int]], directory
     sampler.refresh()
     before = sampler(prompts, seed=7, samples=2).sampled
     began = time.perf_counter()
-    (directory / "restart").touch()
-    while (directory / "restart").exists():
-        time.sleep(0.1)
+    restarted(directory)
     again = sampler(prompts, seed=7, samples=2).sampled
     assert torch.equal(before.response_ids, again.response_ids)
     print(f"a restart: the same rows after {time.perf_counter() - began:.0f} s")
+
+
+def remax(url: str, directory: Path, name: str, **options: Any) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    """The metrics and the weights of a run of ReMax."""
+    config = yaml.safe_load((directory / "ppo.yaml").read_text()) | {"vllm_url": url, "eval_data": None} | options
+    row, output = methods.STAGES["remax"], directory / name
+    methods.load(row.train)(methods.load(row.config)(**config | {"output_dir": str(output)}))
+    return read_metrics(output / "metrics.jsonl"), load_file(output / "model.safetensors")
+
+
+def a_round_ahead_is_the_same_twice(url: str, directory: Path) -> None:
+    """Rounds one ahead, twice and over a resumed run: the same scores and weights, within the server's rounding."""
+    options = {"rollouts_ahead": 1, "max_mismatch": 1.0, "steps": 4}
+
+    class Away(Listener):
+        def collected(self, step: int, experience: Any) -> None:
+            if step == 3:
+                raise RuntimeError("away")
+
+    first, again = (remax(url, directory, f"ahead-{i}", **options) for i in range(2))
+    row = methods.STAGES["remax"]
+    config = yaml.safe_load((directory / "ppo.yaml").read_text()) | {"vllm_url": url, "eval_data": None} | options
+    config = methods.load(row.config)(**config | {"output_dir": str(directory / "ahead-cut")})
+    try:
+        methods.load(row.train)(config, listeners=[Away()])
+    except RuntimeError as error:
+        assert str(error) == "away", error
+    resumed = remax(url, directory, "ahead-cut", resume=True, **options)
+    for metrics, weights in (again, resumed):
+        worst = max(abs(a["objective/scores"] - b["objective/scores"]) for a, b in zip(metrics, first[0], strict=True))
+        apart = max(float((weights[name] - x).abs().mean()) for name, x in first[1].items())
+        assert worst < 0.02 and apart < 1e-4, (worst, apart)
+        print(f"one round ahead, again: scores differ by {worst:.1e}, weights by {apart:.1e} on average")
+    moved = [r["mismatch/mean"] for r in first[0]]
+    assert moved[0] < 1e-4 < min(moved[1:]), moved
+    print(f"a round is older by one update: {moved[1]:.1e} nats a token")
+
+
+def two_processes_in_shards(url: str, directory: Path) -> None:
+    """Two processes with a model in shards give the scores of one process."""
+    alone, _ = remax(url, directory, "alone", max_grad_norm=0.0)
+    config = yaml.safe_load((directory / "ppo.yaml").read_text()) | {"vllm_url": url, "max_grad_norm": 0.0}
+    config = {name: value for name, value in config.items() if name != "eval_data"}
+    (directory / "shards.yaml").write_text(yaml.safe_dump(config | {"output_dir": str(directory / "shards")}))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "rlhf_fast", "remax"]
+    subprocess.run([*launcher, "--config", str(directory / "shards.yaml"), "--shard", "full"], check=True)
+    several = read_metrics(directory / "shards" / "metrics.jsonl")
+    for a, b in zip(alone, several, strict=True):
+        assert abs(a["objective/scores"] - b["objective/scores"]) < 0.02, (a, b)
+    print("two processes, a model in shards: the scores of one process")
+
+
+def benches_run(url: str, directory: Path) -> None:
+    """Both benches of a server, a few tokens each."""
+    where = ["--vllm", url, "--model", str(directory / "model"), "--data", str(directory), "--quick", "--rounds", "2"]
+    for what in ("rollout", "ahead"):
+        out = directory / f"{what}.json"
+        subprocess.run([sys.executable, "-m", "bench", what, *where, "--out", str(out)], check=True)
+        assert json.loads(out.read_text())["results"]
+
+
+def an_adapter_goes_alone(url: str, directory: Path) -> None:
+    """A server for adapters gets them alone, by the names of their versions, and a restart is found."""
+    options = {"lora_rank": 2, "learning_rate": 1e-2}
+    plain = yaml.safe_load((directory / "ppo.yaml").read_text())
+    started = VLLMCommandConfig(
+        model=plain["model"], max_prompt_length=32, max_response_length=16, vllm_url=url, lora_rank=2, device="cpu"
+    )
+    merged, _ = remax_with_adapter(url, directory, "merged", **options)
+    restarted(directory, command(started))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        alone, last = remax_with_adapter(url, directory, "alone-adapter", **options)
+    assert not [line for line in said if "merged into its base" in str(line.message)], said
+    for a, b in zip(alone, merged, strict=True):  # a draw within rounding of two tokens' boundary may fall otherwise
+        assert a["mismatch/mean"] < 1e-4 and abs(a["objective/scores"] - b["objective/scores"]) < 0.02, (a, b)
+    client = Client(url, timeout=60, patience=PATIENCE)
+    served = [model["id"] for model in client.get("/v1/models")["data"]]
+    assert len(served) == 2 and served[1].endswith("-3"), served  # one adapter, of the third round
+    assert str(client.get("/weight_info")["weight_version"]) == "default"
+    print(f"adapters alone: the scores of merged adapters; served: {', '.join(served)}; {last}")
+
+
+def remax_with_adapter(url: str, directory: Path, name: str, **options: Any) -> tuple[list[dict], str]:
+    """The metrics of a run with an adapter, and what it says of its largest mismatch."""
+    config = yaml.safe_load((directory / "ppo.yaml").read_text()) | {"vllm_url": url, "eval_data": None} | options
+    row, output = methods.STAGES["remax"], directory / name
+    methods.load(row.train)(methods.load(row.config)(**config | {"output_dir": str(output)}))
+    rows = read_metrics(output / "metrics.jsonl")
+    return rows, f"largest mismatch {max(r['mismatch/max'] for r in rows):.1e}"
 
 
 def check(directory: Path, url: str) -> None:
@@ -193,7 +298,11 @@ def check(directory: Path, url: str) -> None:
     pushes_are_right(sampler, prompts)
     one_batch_for_remax(sampler, prompts)
     stages_train(url, directory)
+    a_round_ahead_is_the_same_twice(url, directory)
+    two_processes_in_shards(url, directory)
+    benches_run(url, directory)
     a_restart_is_found(*connect(url, directory), directory)
+    an_adapter_goes_alone(url, directory)
     print(f"all checks hold after {time.perf_counter() - began:.0f} s")
 
 

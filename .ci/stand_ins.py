@@ -14,45 +14,50 @@ from pathlib import Path
 NO_DEVICE = 100  # cudaErrorNoDevice
 UNVERSIONED = {"cuFile": "libcufile.so.0", "cusparseLt": "libcusparseLt.so.0", "nccl": "libnccl.so.2"}
 NVIDIA = re.compile(r"lib(cu|nccl|nvrtc|nvToolsExt|nvshmem)")
+TEXT = re.compile(r"Get(Error|Status|Result)?(String|Name)|GetErrorEnum|ncclGetLastError")  # functions that return one
 
 
-def functions(libraries: list[Path]) -> dict[str, set[str]]:
-    """By NVIDIA library, the names that torch's libraries want of it: `name@library`, or a name of its kind."""
-    wanted: dict[str, set[str]] = {}
+def said(*command: str | Path) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def wanted(libraries: list[Path]) -> dict[str, set[str]]:
+    """By NVIDIA library, the functions that torch's libraries take from it.
+
+    Most symbols carry their library's name as their version; the other libraries' start with a word of their own.
+    """
+    functions: dict[str, set[str]] = {}
     for library in libraries:
-        needed = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
-        for name in re.findall(r"NEEDED.*\[(.+)\]", needed):
+        for name in re.findall(r"NEEDED.*\[(.+)\]", said("readelf", "-d", library)):
             if NVIDIA.match(name):
-                wanted.setdefault(name, set())
-        symbols = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True)
-        for symbol in symbols.stdout.split():
+                functions.setdefault(name, set())
+        for symbol in said("nm", "-D", "--undefined-only", library).split():
             name, _, version = symbol.partition("@")
-            home = version if NVIDIA.match(version) else next((UNVERSIONED[k] for k in UNVERSIONED if name.startswith(k)), "")
-            if home:
-                wanted.setdefault(home, set()).add(name)
-    return wanted
+            homes = [home for start, home in UNVERSIONED.items() if name.startswith(start)]
+            homes += [version] if NVIDIA.match(version) else []
+            for home in homes:
+                functions.setdefault(home, set()).add(name)
+    return functions
 
 
 def source(names: set[str]) -> str:
     """C functions of these names. What gives a text gives the empty one, everything else an error."""
-    text = "const char *{}(void) {{ return \"\"; }}"
-    number = "long {}(void) {{ return %d; }}" % NO_DEVICE
-    is_text = re.compile(r"(Get|get)(Error|Status|Result)?(String|Name)|GetLastError")
-    return "\n".join((text if is_text.search(name) else number).format(name) for name in sorted(names)) + "\n"
+    text, number = 'const char *NAME(void) { return ""; }\n', f"long NAME(void) {{ return {NO_DEVICE}; }}\n"
+    return "".join((text if TEXT.search(name) else number).replace("NAME", name) for name in sorted(names))
 
 
 def main(site: Path) -> None:
     lib = site / "torch" / "lib"
-    wanted = functions(sorted(lib.glob("*.so*")))
+    functions = wanted(sorted(lib.glob("*.so*")))
     with tempfile.TemporaryDirectory() as scratch:
-        for name, names in wanted.items():
-            code, script = Path(scratch, "code.c"), Path(scratch, "versions")
+        code, script = Path(scratch, "code.c"), Path(scratch, "versions")
+        for name, names in functions.items():
             code.write_text(source(names))
             script.write_text(f"{name} {{ *; }};\n")
             versions = [] if name in UNVERSIONED.values() else [f"-Wl,--version-script={script}"]
-            link = ["cc", "-w", "-fno-builtin", "-shared", "-fPIC", f"-Wl,-soname,{name}", *versions, code, "-o", lib / name]
-            subprocess.run(link, check=True)
-    print(f"stand-ins for {', '.join(wanted) or 'nothing: torch is a CPU build'}")
+            link = ["cc", "-w", "-fno-builtin", "-shared", "-fPIC", f"-Wl,-soname,{name}", *versions]
+            subprocess.run([*link, code, "-o", lib / name], check=True)
+    print(f"stand-ins for {', '.join(functions) or 'nothing: torch is a CPU build'}")
 
 
 main(Path(sys.argv[1]))

@@ -9,6 +9,8 @@
     python -m bench rollout --check              decoding beside transformers' generate
     python -m bench rollout --model DIR --data DIR --check
                                                  the same with a checkpoint in fp32, under bf16 autocast, and in bf16
+    python -m bench rollout --vllm URL --model DIR --data DIR
+                                                 a vLLM server of that model beside our decoder and generate
     python -m bench ahead --vllm URL --model DIR --data DIR
                                                  rounds in turn and one ahead, with a vLLM server of that model
     python -m bench trainers --trl-python P --ppo-python Q --check
@@ -16,6 +18,8 @@
                                                  of environments with trl==1.16.0 and trl==1.12.0
     python -m bench trainers --model DIR --data DIR --dtypes fp32 bf16 ...
                                                  the same on a checkpoint, with rows of real lengths
+    python -m bench integrations                 TRL's trainers and transformers' Trainer, plain and with our passes
+                                                 and losses inside; takes --model, --data, --dtypes, --trl-python too
     python -m bench trust --quick                kills, damages and crosses runs on purpose, and counts what is lost;
                                                  its own --help has the options
 
@@ -32,7 +36,7 @@ from pathlib import Path
 
 import torch
 
-from bench import ahead, exactness, exactness_report, report, rollout
+from bench import ahead, exactness, exactness_report, integrations, report, rollout, served
 from bench.cases import all_cases
 from bench.device import CPU, CUDA
 from bench.libraries import with_libraries
@@ -50,7 +54,7 @@ from rlhf_fast.training.metrics import print_table
 def arguments() -> argparse.Namespace:
     """The command line, checked; where the results go by default."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=["ops", "exactness", "rollout", "ahead", "trainers"])
+    parser.add_argument("what", choices=["ops", "exactness", "rollout", "ahead", "trainers", "integrations"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="ops, rollout: where (default cpu)")
     parser.add_argument("--quick", action="store_true", help="toy shapes and few rounds; no bars")
     parser.add_argument("--only", metavar="NAME", default="", help="the cases whose name contains NAME")
@@ -76,8 +80,8 @@ def arguments() -> argparse.Namespace:
         parser.error("--quick, --check: exactness takes seconds and always checks")
     if args.quick and args.check:
         parser.error("--check: the bars hold at full size, not with --quick")
-    if args.what == "trainers" and args.device == "cuda":
-        parser.error("--device: trainers runs on the CPU")
+    if args.what in ("trainers", "integrations") and args.device == "cuda":
+        parser.error(f"--device: {args.what} runs on the CPU")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")
     if args.rounds < 1:
@@ -88,10 +92,13 @@ def arguments() -> argparse.Namespace:
         parser.error("--model, --data: expected both or none of them")
     if args.vllm and args.what not in ("rollout", "ahead"):
         parser.error(f"--vllm: expected rollout or ahead, got {args.what}")
-    if args.what == "ahead" and not (args.vllm and args.model):
-        parser.error("--vllm, --model, --data: expected all of them with ahead")
+    if (args.what == "ahead" or args.vllm) and not (args.vllm and args.model):
+        parser.error("--vllm, --model, --data: expected all of them")
+    if args.vllm and args.check:
+        parser.error("--check: there are no bars of a server")
     if args.out is None and not args.quick:
         name = f"{args.what}_{args.model.name}" if args.model else args.what
+        name += "_vllm" * bool(args.vllm)
         args.out = Path(f"bench/results/{'gpu' if args.device == 'cuda' else 'cpu'}_{name}.json")
     return args
 
@@ -135,9 +142,10 @@ def main() -> int:
     commands = {
         "ops": run_ops,
         "exactness": run_exactness,
-        "rollout": rollout.run,
+        "rollout": served.run if args.vllm else rollout.run,
         "ahead": ahead.run,
         "trainers": trainers.run,
+        "integrations": integrations.run,
     }
     return commands[args.what](args)
 

@@ -66,18 +66,44 @@ enum DPOType {
     kApoDown,
     kSigmoidNorm,
     kSppoHard,
-    kDiscopop
+    kDiscopop,
+    kBcoPair,
+    kSft,
+    kCpo,
+    kSimpo,
+    kOddsRatio
 };
 
-// Loss of one pair, with derivatives by c and r. c and r are the log-ratios logp - ref_logp of the chosen and rejected
-// answer. eps is the label smoothing. kIPO and kSigmoidNorm get log-ratios already divided by the lengths.
+// log(1 - e^x) for x < 0, with all its digits at both ends.
 template <typename T>
-RLHF_INLINE PairTerm<T> dpo_term(T c, T r, T beta, int type, T eps) {
-    const T h = beta * (c - r), p = sigmoid(h), q = sigmoid(-h), log_p = log_sigmoid(h), log_q = log_sigmoid(-h);
+RLHF_INLINE T log1mexp(T x) {
+    return x > T(-0.6931471805599453) ? std::log(-std::expm1(x)) : std::log1p(-std::exp(x));
+}
+
+// ORPO's term -log sigmoid(log odds(c) - log odds(r)) of average log-probs, odds(x) = e^x / (1 - e^x). An average above
+// -1e-7 counts as -1e-7, because the odds of a certain answer are infinite.
+template <typename T>
+RLHF_INLINE PairTerm<T> odds_ratio(T c, T r) {
+    c = c > T(-1e-7) ? T(-1e-7) : c;
+    r = r > T(-1e-7) ? T(-1e-7) : r;
+    const T c_rest = log1mexp(c), r_rest = log1mexp(r), log_odds = (c - r) - (c_rest - r_rest);
+    const T lost = log_sigmoid(-log_odds);
+    return {softplus(-log_odds), -std::exp(lost - c_rest), std::exp(lost - r_rest)};
+}
+
+// Loss of one pair, with derivatives by c and r. c and r are the log-ratios logp - ref_logp of the chosen and rejected
+// answer, or their log-probs where the loss has no reference. eps is the label smoothing, margin SimPO's gamma. The
+// losses that `averages` says get numbers already divided by the lengths.
+template <typename T>
+RLHF_INLINE PairTerm<T> dpo_term(T c, T r, T beta, int type, T eps, T margin) {
+    const T h = beta * (c - r) - (type == kSimpo ? margin : T(0)), p = sigmoid(h), q = sigmoid(-h),
+            log_p = log_sigmoid(h), log_q = log_sigmoid(-h);
     T value = 0, by_h = 0;  // set by the losses that depend on h alone
     switch (type) {
         case kSigmoid:
         case kSigmoidNorm:
+        case kCpo:
+        case kSimpo:
             value = -(1 - eps) * log_p - eps * log_q;
             by_h = -(1 - eps) * q + eps * p;
             break;
@@ -116,6 +142,16 @@ RLHF_INLINE PairTerm<T> dpo_term(T c, T r, T beta, int type, T eps) {
             const T win = c - 1 / (2 * beta), lose = r + 1 / (2 * beta);
             return {win * win + lose * lose, 2 * win, 2 * lose};
         }
+        case kBcoPair: {
+            const T a = beta * c, b = beta * r;
+            return {softplus(-a) + softplus(b), -beta * sigmoid(-a), beta * sigmoid(b)};
+        }
+        case kSft:
+            return {-c, T(-1), T(0)};
+        case kOddsRatio: {
+            const PairTerm<T> term = odds_ratio(c, r);
+            return {beta * term.value, beta * term.grad_chosen, beta * term.grad_rejected};
+        }
         default: {  // kDiscopop, temperature 0.05
             const T tau = T(0.05), mix = sigmoid(h / tau), rest = sigmoid(-h / tau);
             const T e_mix = std::exp(-h - softplus(-h / tau));  // e^-h by itself overflows where mix is 0
@@ -126,13 +162,26 @@ RLHF_INLINE PairTerm<T> dpo_term(T c, T r, T beta, int type, T eps) {
     return {value, beta * by_h, -beta * by_h};
 }
 
-// dpo_term of log-ratios summed over tokens. kIPO and kSigmoidNorm divide the sums by the lengths; a length of 0 is 1.
-RLHF_INLINE PairTerm<double> dpo_pair(double c, double r, double c_length, double r_length, double beta, int type,
-                                      double eps) {
-    const bool average = type == kIPO || type == kSigmoidNorm;
+// Whether a loss takes averages over tokens.
+RLHF_INLINE bool averages(int type) {
+    return type == kIPO || type == kSigmoidNorm || type == kSft || type == kSimpo || type == kOddsRatio;
+}
+
+struct PairOutcome {
+    PairTerm<double> term;
+    double chosen_reward, rejected_reward;
+};
+
+// dpo_term of log-ratios summed over tokens, and the rewards. Sums are divided by the lengths where the loss averages;
+// a length below 1 is 1. The rewards of the losses without a reference are averages where the loss is.
+RLHF_INLINE PairOutcome dpo_pair(double c, double r, double c_length, double r_length, double beta, int type,
+                                 double eps, double margin) {
+    const bool average = averages(type), rewarded = type == kSimpo || type == kOddsRatio;
     const double by_c = average ? maximum(c_length, 1.0) : 1, by_r = average ? maximum(r_length, 1.0) : 1;
-    const PairTerm<double> term = dpo_term(c / by_c, r / by_r, beta, type, eps);
-    return {term.value, term.grad_chosen / by_c, term.grad_rejected / by_r};
+    const PairTerm<double> term = dpo_term(c / by_c, r / by_r, beta, type, eps, margin);
+    return {{term.value, term.grad_chosen / by_c, term.grad_rejected / by_r},
+            beta * (rewarded ? c / by_c : c),
+            beta * (rewarded ? r / by_r : r)};
 }
 
 }  // namespace rlhf::ISA

@@ -3,20 +3,30 @@
 import triton
 import triton.language as tl
 
-from rlhf_fast.kernels.maths import sigmoid, softplus
+from rlhf_fast.kernels.maths import expm1, log1p, sigmoid, softplus
 
 BLOCK = 256
-# The order of LOSS_TYPES in rlhf_fast/ops/preference.py.
+# The order of PAIR_TERMS in rlhf_fast/ops/pair_options.py.
 SIGMOID, ROBUST, HINGE, IPO, EXO_PAIR, NCA_PAIR, APO_ZERO, APO_DOWN, SIGMOID_NORM, SPPO_HARD, DISCOPOP = (
     tl.constexpr(i) for i in range(11)
 )
+BCO_PAIR, SFT, CPO, SIMPO, ODDS_RATIO = (tl.constexpr(i) for i in range(11, 16))
 
 
 @triton.jit
-def _term(c, r, beta, eps, log_eps, log_rest, TYPE: tl.constexpr):
+def _log1mexp(x):
+    """log(1 - e^x) for x < 0, with all its digits at both ends."""
+    near = x > -0.6931471805599453
+    return tl.where(near, tl.log(-expm1(tl.where(near, x, -1.0))), log1p(-tl.exp(tl.where(near, -1.0, x))))
+
+
+@triton.jit
+def _term(c, r, beta, eps, log_eps, log_rest, margin, TYPE: tl.constexpr):
     """The loss of the log-ratios c and r, and its derivatives by c and r. eps is the label smoothing, log_eps its log,
-    log_rest the log of 1 - eps."""
+    log_rest the log of 1 - eps, margin SimPO's gamma."""
     h = (c - r) * beta
+    if TYPE == SIMPO:
+        h -= margin
     p = sigmoid(h)
     q = sigmoid(-h)
     log_p = -softplus(-h)
@@ -36,6 +46,20 @@ def _term(c, r, beta, eps, log_eps, log_rest, TYPE: tl.constexpr):
     elif TYPE == APO_DOWN:
         a = c * beta
         return sigmoid(a) + q, (sigmoid(a) * sigmoid(-a) - p * q) * beta, p * q * beta
+    elif TYPE == BCO_PAIR:
+        a = c * beta
+        b = r * beta
+        return softplus(-a) + softplus(b), -beta * sigmoid(-a), beta * sigmoid(b)
+    elif TYPE == SFT:
+        return -c, c * 0 - 1, c * 0
+    elif TYPE == ODDS_RATIO:
+        c = tl.where(c > -1e-7, -1e-7, c)
+        r = tl.where(r > -1e-7, -1e-7, r)
+        c_rest = _log1mexp(c)
+        r_rest = _log1mexp(r)
+        log_odds = (c - r) - (c_rest - r_rest)
+        lost = -softplus(log_odds)
+        return softplus(-log_odds) * beta, -beta * tl.exp(lost - c_rest), beta * tl.exp(lost - r_rest)
     elif TYPE == SPPO_HARD:
         win = c - 1 / (2 * beta)
         lose = r + 1 / (2 * beta)
@@ -77,7 +101,7 @@ def _length(lengths, b, inside, TYPE: tl.constexpr):
     one = tl.full(b.shape, 1.0, tl.float64)
     if lengths is None:
         return one
-    elif TYPE == IPO or TYPE == SIGMOID_NORM:  # noqa: SIM109
+    elif TYPE == IPO or TYPE == SIGMOID_NORM or TYPE == SFT or TYPE == SIMPO or TYPE == ODDS_RATIO:  # noqa: SIM109
         return tl.maximum(tl.load(lengths + b, mask=inside, other=1.0).to(tl.float64), 1.0)
     else:
         return one
@@ -101,6 +125,7 @@ def _dpo_loss(
     eps: tl.float64,
     log_eps: tl.float64,
     log_rest: tl.float64,
+    margin: tl.float64,
     TYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -110,8 +135,11 @@ def _dpo_loss(
     r = _log_ratio(rejected, ref_rejected, b, inside)
     c_length = _length(chosen_lengths, b, inside, TYPE)
     r_length = _length(rejected_lengths, b, inside, TYPE)
-    value, by_c, by_r = _term(c / c_length, r / r_length, beta, eps, log_eps, log_rest, TYPE)
+    value, by_c, by_r = _term(c / c_length, r / r_length, beta, eps, log_eps, log_rest, margin, TYPE)
     tl.store(losses + b, value, mask=inside)
+    if TYPE == SIMPO or TYPE == ODDS_RATIO:  # noqa: SIM109
+        c /= c_length
+        r /= r_length
     tl.store(chosen_rewards + b, c * beta, mask=inside)
     tl.store(rejected_rewards + b, r * beta, mask=inside)
     if grad_chosen is not None:
@@ -121,15 +149,16 @@ def _dpo_loss(
 
 def dpo_loss(
     chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, beta, loss_type, eps, log_eps,
-    log_rest, losses, chosen_rewards, rejected_rewards, grad_chosen, grad_rejected,
+    log_rest, margin, losses, chosen_rewards, rejected_rewards, grad_chosen, grad_rejected,
 ):  # fmt: skip
     """log_eps: log(eps), log_rest: log(1 - eps); only exo_pair reads them."""
     B = chosen.numel()
     if B:
         _dpo_loss[(triton.cdiv(B, BLOCK),)](
             chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, losses, chosen_rewards,
-            rejected_rewards, grad_chosen, grad_rejected, B, beta, eps, log_eps, log_rest, TYPE=loss_type, BLOCK=BLOCK,
+            rejected_rewards, grad_chosen, grad_rejected, B, beta, eps, log_eps, log_rest, margin, TYPE=loss_type,
+            BLOCK=BLOCK,
         )  # fmt: skip
 
 
-COMPILED = [(_dpo_loss, {}, {"TYPE": loss_type, "BLOCK": BLOCK}) for loss_type in range(11)]
+COMPILED = [(_dpo_loss, {}, {"TYPE": loss_type, "BLOCK": BLOCK}) for loss_type in range(16)]

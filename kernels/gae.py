@@ -34,6 +34,7 @@ def _gae(
     rewards,
     values,
     mask,
+    lams,
     advantages,
     returns,
     T: tl.int64,
@@ -45,6 +46,8 @@ def _gae(
     columns = tl.arange(0, BLOCK)
     advantage = tl.zeros([1], tl.float64)
     next_value = tl.zeros([1], tl.float64)
+    if lams is not None:
+        gamma_lam = gamma * tl.load(lams + row).to(tl.float64)
     for done in range(0, T, BLOCK):
         t = T - done - BLOCK + columns
         at = row * T + t
@@ -71,10 +74,13 @@ def _gae(
         next_value = next_value * _first(w, columns) + _first(u, columns)
 
 
-def gae(rewards, values, mask, gamma, lam, advantages, returns):
+def gae(rewards, values, mask, lams, gamma, lam, advantages, returns):
+    """lams: [B], a lambda for each row in place of lam, or None."""
     B, T = rewards.shape
     if B:
-        _gae[(B,)](rewards, values, mask, advantages, returns, T, gamma, gamma * lam, BLOCK=BLOCK, num_warps=WARPS)
+        _gae[(B,)](
+            rewards, values, mask, lams, advantages, returns, T, gamma, gamma * lam, BLOCK=BLOCK, num_warps=WARPS
+        )  # fmt: skip
 
 
 @triton.jit
@@ -148,6 +154,7 @@ def remax_returns(scores, greedy_scores, logprobs, ref, mask, kl_coef, log_gamma
 
 COMPILED = [
     (_gae, {"mask": "*i1"}, {"BLOCK": BLOCK, "num_warps": WARPS}),
+    (_gae, {"mask": "*i1"}, {"BLOCK": BLOCK, "num_warps": WARPS, "lams": None}),
     (_discounted_returns, {"mask": "*i1"}, {"BLOCK": BLOCK, "num_warps": WARPS}),
     *(
         (_remax_returns, {"mask": "*i1"}, {"VARIANT": variant, "BLOCK": BLOCK, "num_warps": WARPS})

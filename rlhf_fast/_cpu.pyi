@@ -98,8 +98,8 @@ def shape_rewards(
     """Per-token rewards: minus the weighted KL, and the score on the last True token of a row."""
 
 def gae(
-    dtype: int, rewards: int, values: int, mask: int, B: int, T: int, gamma: float, lam: float, advantages: int,
-    returns: int, threads: int, /,
+    dtype: int, rewards: int, values: int, mask: int, lams: int, B: int, T: int, gamma: float, lam: float,
+    advantages: int, returns: int, threads: int, /,
 ) -> None:
     """Generalised advantage estimates, and the returns they imply."""
 
@@ -154,7 +154,7 @@ def ranking_loss(dtype: int, scores: int, ranks: int, B: int, K: int, grad: int,
 
 def dpo_loss(
     dtype: int, chosen: int, rejected: int, ref_chosen: int, ref_rejected: int, chosen_lengths: int,
-    rejected_lengths: int, B: int, beta: float, loss_type: int, label_smoothing: float, losses: int,
+    rejected_lengths: int, B: int, beta: float, loss_type: int, label_smoothing: float, margin: float, losses: int,
     chosen_rewards: int, rejected_rewards: int, grad_chosen: int, grad_rejected: int, threads: int, /,
 ) -> None:
     """Direct preference loss and rewards of each pair, and the gradients; loss_type: index in LOSS_TYPES."""

@@ -54,8 +54,8 @@ def shape_rewards(
     """Per-token rewards: minus the weighted KL, and the score on the last True token of a row."""
 
 def gae(
-    dtype: int, rewards: int, values: int, mask: int, B: int, T: int, gamma: float, lam: float, advantages: int,
-    returns: int, stream: int, /,
+    dtype: int, rewards: int, values: int, mask: int, lams: int, B: int, T: int, gamma: float, lam: float,
+    advantages: int, returns: int, stream: int, /,
 ) -> None:
     """Generalised advantage estimates, and the returns they imply."""
 
@@ -114,7 +114,7 @@ def ranking_loss(
 
 def dpo_loss(
     dtype: int, chosen: int, rejected: int, ref_chosen: int, ref_rejected: int, chosen_lengths: int,
-    rejected_lengths: int, B: int, beta: float, loss_type: int, label_smoothing: float, losses: int,
+    rejected_lengths: int, B: int, beta: float, loss_type: int, label_smoothing: float, margin: float, losses: int,
     chosen_rewards: int, rejected_rewards: int, grad_chosen: int, grad_rejected: int, stream: int, /,
 ) -> None:
     """Direct preference loss and rewards of each pair, and the gradients; loss_type: index in LOSS_TYPES."""

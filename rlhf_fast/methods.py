@@ -1,7 +1,7 @@
 """The table of training stages: one row has everything that the package knows about a stage by its name.
 
 The command line, the pipeline, the planner, `compare`, the studies and the plots read this table. A new method needs a
-config class in `config/online.py` or `config/stages.py`, a module in `stages/` and a row here; then tests, docs and the
+config class in `config/online.py`, `clipped.py` or `stages.py`, a module in `stages/` and a row here; then tests, docs,
 changelog.
 
 This module imports nothing of the package, so that every other module may import it. A row therefore names classes and

@@ -17,7 +17,7 @@ import pickle
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -29,7 +29,8 @@ from torch.distributed.rendezvous import rendezvous
 
 Row = TypeVar("Row")
 
-_WAIT = timedelta(hours=2)  # a reward function or the writing of a model may keep one process busy for long
+GONE = "another process of the run has ended, or does not answer"  # the beginning of an error that says so
+WAIT = timedelta(hours=2)  # a reward function or the writing of a model may keep one process busy for long
 _BUCKET = 1 << 24  # numbers that are added up in one call
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -191,6 +192,23 @@ def first_to_fail() -> bool:
         return False
 
 
+def flag(name: str) -> None:
+    """Tells all processes of something under this name, without waiting for them; `flagged` finds it."""
+    with suppress(RuntimeError, OSError):  # the process that keeps the store is gone
+        _store.add(f"rlhf_fast/{name}", 1)
+
+
+def flagged(name: str) -> bool:
+    """Whether a process has raised the flag of this name, or is gone with the store that keeps it.
+
+    There are several processes, and they have joined.
+    """
+    try:
+        return _store.add(f"rlhf_fast/{name}", 0) > 0
+    except (RuntimeError, OSError):
+        return True
+
+
 def gone(error: BaseException) -> bool:
     """Whether an error says that another process of the run has ended, or does not answer."""
     said = isinstance(error, RuntimeError) and re.search(r"\b(gloo|NCCL)\b", str(error), re.IGNORECASE) is not None
@@ -200,7 +218,7 @@ def gone(error: BaseException) -> bool:
 def lost(error: BaseException) -> ConnectionError:
     """An error that is `gone`, as one sentence."""
     said = str(error).partition("\n")[0]
-    return ConnectionError(f"another process of the run has ended, or does not answer ({said:.200})")
+    return ConnectionError(f"{GONE} ({said:.200})")
 
 
 def _join() -> Ranks:
@@ -222,8 +240,8 @@ def connect() -> None:
     if not dist.is_initialized():
         global _store
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        _store, rank, size = next(rendezvous("env://", timeout=_WAIT))
-        dist.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=_WAIT)
+        _store, rank, size = next(rendezvous("env://", timeout=WAIT))
+        dist.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=WAIT)
         atexit.register(_leave)
 
 

@@ -99,8 +99,10 @@ def trainer(spec: dict[str, Any]) -> Any:
         max_completion_length=spec["response_length"],
         beta=spec["kl_coef"],
     )
-    made = ReplayingRLOOTrainer(model, reward_funcs=reward_of(spec["reward"]), args=args, **data)
-    made.completions = Completions(spec["completions"])
+    kind = ReplayingRLOOTrainer if spec["completions"] else RLOOTrainer
+    made = kind(model, reward_funcs=reward_of(spec["reward"]), args=args, **data)
+    if spec["completions"]:
+        made.completions = Completions(spec["completions"])
     return made
 
 

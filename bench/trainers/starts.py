@@ -48,13 +48,13 @@ class Start:
         return f"{self.reward.__code__.co_filename}:{self.reward.__name__}"
 
 
-def demo(directory: Path) -> Start:
-    """The demo's model, trained by SFT on the embedded world's reviews."""
+def demo(directory: Path, rows: int = 3000) -> Start:
+    """The demo's model, trained by SFT on so many of the embedded world's reviews."""
     directory.mkdir(parents=True)
     tokenizer = world.build_tokenizer()
     init, trained = directory / "init", directory / "sft"
     init_model(MODEL, tokenizer, init, seed=0)
-    data = write_rows(directory / "sft_start.jsonl", world.sft_rows(3000, seed=1))
+    data = write_rows(directory / "sft_start.jsonl", world.sft_rows(rows, seed=1))
     sft.train(SFTConfig(model=str(init), output_dir=str(trained), train_data=data, batch_size=32, learning_rate=3e-3))
     return demo_with({"init": str(init), **_models(directory, tokenizer, trained, noise=lambda weight: 0.02)})
 

@@ -175,8 +175,13 @@ CALLS: dict[str, Callable[[Draw], Arguments]] = {
         "values": d.floats(d.B, d.T),
         "mask": d.mask(d.B, d.T),
         "gamma": d.rng.choice((1.0, 0.9)),
-        "lam": d.rng.choice((1.0, 0.95, 0.0)),
+        "lam": d.rng.choice((1.0, 0.95, 0.0, d.floats(d.B).sigmoid())),
+        "value_lam": d.rng.choice((None, 1.0)),
     },
+    "length_adaptive_lambda": lambda d: {"lengths": d.floats(d.B).abs(), "alpha": d.rng.choice((0.05, 2.0))},
+    "soft_overlong_punishment": lambda d: (
+        {"lengths": 20 * d.floats(d.B).abs(), "max_length": 20} | {"soft_punish_cache": d.rng.choice((1, 5))}
+    ),
     "discounted_returns": lambda d: {"rewards": d.floats(d.B, d.T), "mask": d.mask(d.B, d.T), "gamma": 0.9},
     "whiten": lambda d: {"x": d.floats(d.B, d.T), "mask": d.mask(d.B, d.T), "shift_mean": d.rng.random() < 0.5},
     "remax_returns": lambda d: {

@@ -7,21 +7,22 @@ namespace rlhf::ISA {
 namespace {
 
 template <typename T>
-void gae_rows(Pointer rewards, Pointer values, Pointer mask, int64_t B, int64_t L, double gamma, double lam,
-              Pointer advantages, Pointer returns, int threads) {
+void gae_rows(Pointer rewards, Pointer values, Pointer mask, Pointer lams, int64_t B, int64_t L, double gamma,
+              double lam, Pointer advantages, Pointer returns, int threads) {
     const int team = team_size(B * L, threads);
 #pragma omp parallel for num_threads(team) schedule(static)
     for (int64_t b = 0; b < B; ++b) {
         const T *r = rewards.as<T>() + b * L, *v = values.as<T>() + b * L;
         const uint8_t* on = mask.as<uint8_t>() + b * L;
         T *a = advantages.as<T>() + b * L, *ret = returns.as<T>() + b * L;
+        const double of_row = lams ? double(lams.as<T>()[b]) : lam;
         GAEState state;
         for (int64_t t = L - 1; t >= 0; --t) {
             if (!on[t]) {
                 a[t] = ret[t] = 0;
                 continue;
             }
-            state.step(double(r[t]), double(v[t]), gamma, lam);
+            state.step(double(r[t]), double(v[t]), gamma, of_row);
             a[t] = T(state.advantage);
             ret[t] = T(state.advantage + double(v[t]));
         }
@@ -63,9 +64,9 @@ void remax_rows(Pointer scores, Pointer greedy, Pointer logp, Pointer ref, Point
 
 }  // namespace
 
-void gae(int dtype, Pointer rewards, Pointer values, Pointer mask, int64_t B, int64_t T, double gamma, double lam,
-         Pointer advantages, Pointer returns, int threads) {
-    RLHF_BY_DTYPE(gae_rows, rewards, values, mask, B, T, gamma, lam, advantages, returns, threads);
+void gae(int dtype, Pointer rewards, Pointer values, Pointer mask, Pointer lams, int64_t B, int64_t T, double gamma,
+         double lam, Pointer advantages, Pointer returns, int threads) {
+    RLHF_BY_DTYPE(gae_rows, rewards, values, mask, lams, B, T, gamma, lam, advantages, returns, threads);
 }
 
 void discounted_returns(int dtype, Pointer rewards, Pointer mask, int64_t B, int64_t T, double gamma, Pointer out,

@@ -72,8 +72,9 @@ void kl_penalty(int dtype, Pointer logp, Pointer ref, int64_t n, int estimator, 
 void shape_rewards(int dtype, Pointer scores, Pointer logp, Pointer ref, Pointer mask, int64_t B, int64_t T,
                    double kl_coef, int estimator, double clip, Pointer out, int threads);
 
-void gae(int dtype, Pointer rewards, Pointer values, Pointer mask, int64_t B, int64_t T, double gamma, double lam,
-         Pointer advantages, Pointer returns, int threads);
+// lams: a lambda for each row in place of lam, or absent.
+void gae(int dtype, Pointer rewards, Pointer values, Pointer mask, Pointer lams, int64_t B, int64_t T, double gamma,
+         double lam, Pointer advantages, Pointer returns, int threads);
 void discounted_returns(int dtype, Pointer rewards, Pointer mask, int64_t B, int64_t T, double gamma, Pointer out,
                         int threads);
 void remax_returns(int dtype, Pointer scores, Pointer greedy, Pointer logp, Pointer ref, Pointer mask, int64_t B,
@@ -104,7 +105,7 @@ void ranking_loss(int dtype, Pointer scores, Pointer ranks, int64_t B, int64_t K
                   int threads);
 void dpo_loss(int dtype, Pointer chosen, Pointer rejected, Pointer ref_chosen, Pointer ref_rejected,
               Pointer chosen_lengths, Pointer rejected_lengths, int64_t B, double beta, int loss_type,
-              double label_smoothing, Pointer losses, Pointer chosen_rewards, Pointer rejected_rewards,
+              double label_smoothing, double margin, Pointer losses, Pointer chosen_rewards, Pointer rejected_rewards,
               Pointer grad_chosen, Pointer grad_rejected, int threads);
 
 }  // namespace rlhf::ISA

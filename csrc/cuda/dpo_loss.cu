@@ -18,24 +18,24 @@ __device__ double at(const T* x, int64_t b, double absent) {
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    dpo_pairs(DPOTensors<T> x, int64_t B, double beta, int loss_type, double label_smoothing) {
+    dpo_pairs(DPOTensors<T> x, int64_t B, double beta, int loss_type, double label_smoothing, double margin) {
     const int64_t b = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
     if (b >= B) return;
     const double c = at(x.chosen, b, 0) - at(x.ref_chosen, b, 0), r = at(x.rejected, b, 0) - at(x.ref_rejected, b, 0);
-    const PairTerm<double> term =
-        dpo_pair(c, r, at(x.chosen_lengths, b, 1), at(x.rejected_lengths, b, 1), beta, loss_type, label_smoothing);
-    x.losses[b] = T(term.value);
-    x.chosen_rewards[b] = T(beta * c);
-    x.rejected_rewards[b] = T(beta * r);
-    if (x.grad_chosen) x.grad_chosen[b] = T(term.grad_chosen);
-    if (x.grad_rejected) x.grad_rejected[b] = T(term.grad_rejected);
+    const PairOutcome pair = dpo_pair(c, r, at(x.chosen_lengths, b, 1), at(x.rejected_lengths, b, 1), beta, loss_type,
+                                      label_smoothing, margin);
+    x.losses[b] = T(pair.term.value);
+    x.chosen_rewards[b] = T(pair.chosen_reward);
+    x.rejected_rewards[b] = T(pair.rejected_reward);
+    if (x.grad_chosen) x.grad_chosen[b] = T(pair.term.grad_chosen);
+    if (x.grad_rejected) x.grad_rejected[b] = T(pair.term.grad_rejected);
 }
 
 template <typename T>
 void launch_dpo(Pointer chosen, Pointer rejected, Pointer ref_chosen, Pointer ref_rejected, Pointer chosen_lengths,
-                Pointer rejected_lengths, int64_t B, double beta, int loss_type, double label_smoothing, Pointer losses,
-                Pointer chosen_rewards, Pointer rejected_rewards, Pointer grad_chosen, Pointer grad_rejected,
-                Pointer stream) {
+                Pointer rejected_lengths, int64_t B, double beta, int loss_type, double label_smoothing, double margin,
+                Pointer losses, Pointer chosen_rewards, Pointer rejected_rewards, Pointer grad_chosen,
+                Pointer grad_rejected, Pointer stream) {
     const DPOTensors<T> tensors = {chosen.as<const T>(),
                                    rejected.as<const T>(),
                                    ref_chosen.as<const T>(),
@@ -49,18 +49,18 @@ void launch_dpo(Pointer chosen, Pointer rejected, Pointer ref_chosen, Pointer re
                                    grad_rejected.as<T>()};
     constexpr int threads = 64;  // small blocks spread the usual few pairs over more multiprocessors
     launch("dpo_loss", stream, dpo_pairs<T>, blocks_for(B, threads), threads, tensors, B, beta, loss_type,
-           label_smoothing);
+           label_smoothing, margin);
 }
 
 }  // namespace
 
 void dpo_loss(int dtype, Pointer chosen, Pointer rejected, Pointer ref_chosen, Pointer ref_rejected,
               Pointer chosen_lengths, Pointer rejected_lengths, int64_t B, double beta, int loss_type,
-              double label_smoothing, Pointer losses, Pointer chosen_rewards, Pointer rejected_rewards,
+              double label_smoothing, double margin, Pointer losses, Pointer chosen_rewards, Pointer rejected_rewards,
               Pointer grad_chosen, Pointer grad_rejected, Pointer stream) {
     RLHF_BY_DTYPE(launch_dpo, chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, B, beta,
-                  loss_type, label_smoothing, losses, chosen_rewards, rejected_rewards, grad_chosen, grad_rejected,
-                  stream);
+                  loss_type, label_smoothing, margin, losses, chosen_rewards, rejected_rewards, grad_chosen,
+                  grad_rejected, stream);
 }
 
 }  // namespace rlhf::cuda

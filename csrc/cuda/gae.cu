@@ -69,7 +69,7 @@ void launch_scan(const char* what, const Recurrence& recurrence, Pointer mask, i
 
 template <typename T>
 struct GAERows {
-    const T *rewards, *values;
+    const T *rewards, *values, *lams;
     double gamma, lam;
     T *advantages, *returns;
 
@@ -77,13 +77,14 @@ struct GAERows {
     struct Token {
         T reward, value;
     };
+    __device__ double of_row() const { return lams ? double(lams[blockIdx.x]) : lam; }
     __device__ GAEState start(int64_t) const { return {}; }
     __device__ Token load(int64_t i) const { return {rewards[i], values[i]}; }
     __device__ Map map(const Token& token) const {
-        return GAEMap::of_step(double(token.reward), double(token.value), gamma, lam);
+        return GAEMap::of_step(double(token.reward), double(token.value), gamma, of_row());
     }
     __device__ void step(GAEState& state, const Token& token) const {
-        state.step(double(token.reward), double(token.value), gamma, lam);
+        state.step(double(token.reward), double(token.value), gamma, of_row());
     }
     __device__ void write(int64_t i, bool on, const Token& token, const GAEState& state) const {
         advantages[i] = on ? T(state.advantage) : T(0);
@@ -130,9 +131,9 @@ struct RemaxRows {
 };
 
 template <typename T>
-void launch_gae(Pointer rewards, Pointer values, Pointer mask, int64_t B, int64_t L, double gamma, double lam,
-                Pointer advantages, Pointer returns, Pointer stream) {
-    const GAERows<T> rows = {rewards.as<const T>(), values.as<const T>(), gamma, lam,
+void launch_gae(Pointer rewards, Pointer values, Pointer mask, Pointer lams, int64_t B, int64_t L, double gamma,
+                double lam, Pointer advantages, Pointer returns, Pointer stream) {
+    const GAERows<T> rows = {rewards.as<const T>(), values.as<const T>(), lams.as<const T>(), gamma, lam,
                              advantages.as<T>(),    returns.as<T>()};
     launch_scan("gae", rows, mask, B, L, stream);
 }
@@ -159,9 +160,9 @@ void launch_remax(Pointer scores, Pointer greedy, Pointer logp, Pointer ref, Poi
 
 }  // namespace
 
-void gae(int dtype, Pointer rewards, Pointer values, Pointer mask, int64_t B, int64_t T, double gamma, double lam,
-         Pointer advantages, Pointer returns, Pointer stream) {
-    RLHF_BY_DTYPE(launch_gae, rewards, values, mask, B, T, gamma, lam, advantages, returns, stream);
+void gae(int dtype, Pointer rewards, Pointer values, Pointer mask, Pointer lams, int64_t B, int64_t T, double gamma,
+         double lam, Pointer advantages, Pointer returns, Pointer stream) {
+    RLHF_BY_DTYPE(launch_gae, rewards, values, mask, lams, B, T, gamma, lam, advantages, returns, stream);
 }
 
 void discounted_returns(int dtype, Pointer rewards, Pointer mask, int64_t B, int64_t T, double gamma, Pointer out,

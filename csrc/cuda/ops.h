@@ -39,8 +39,8 @@ void kl_penalty(int dtype, Pointer logp, Pointer ref, int64_t n, int estimator, 
 void shape_rewards(int dtype, Pointer scores, Pointer logp, Pointer ref, Pointer mask, int64_t B, int64_t T,
                    double kl_coef, int estimator, double clip, Pointer out, Pointer stream);
 
-void gae(int dtype, Pointer rewards, Pointer values, Pointer mask, int64_t B, int64_t T, double gamma, double lam,
-         Pointer advantages, Pointer returns, Pointer stream);
+void gae(int dtype, Pointer rewards, Pointer values, Pointer mask, Pointer lams, int64_t B, int64_t T, double gamma,
+         double lam, Pointer advantages, Pointer returns, Pointer stream);
 void discounted_returns(int dtype, Pointer rewards, Pointer mask, int64_t B, int64_t T, double gamma, Pointer out,
                         Pointer stream);
 void remax_returns(int dtype, Pointer scores, Pointer greedy, Pointer logp, Pointer ref, Pointer mask, int64_t B,
@@ -73,7 +73,7 @@ void ranking_loss(int dtype, Pointer scores, Pointer ranks, int64_t B, int64_t K
                   Pointer stats, Pointer scratch, Pointer stream);
 void dpo_loss(int dtype, Pointer chosen, Pointer rejected, Pointer ref_chosen, Pointer ref_rejected,
               Pointer chosen_lengths, Pointer rejected_lengths, int64_t B, double beta, int loss_type,
-              double label_smoothing, Pointer losses, Pointer chosen_rewards, Pointer rejected_rewards,
+              double label_smoothing, double margin, Pointer losses, Pointer chosen_rewards, Pointer rejected_rewards,
               Pointer grad_chosen, Pointer grad_rejected, Pointer stream);
 
 }  // namespace rlhf::cuda

@@ -65,11 +65,15 @@ def make_parser(config_class: type, prog: str) -> ArgumentParser:
         if hint is bool:
             kind: dict[str, Any] = {"action": ActionYesNo(no_prefix="no-")}
         elif item := _item(hint):
-            kind = {"type": item, "nargs": "*", "metavar": _type_name(item).upper()}
+            kind = {
+                "type": item,
+                "nargs": "*",
+                "metavar": "NAME" if get_origin(item) is Literal else _type_name(item).upper(),
+            }
         else:
             names = {Literal: "NAME", dict: "PAIRS"}
             kind = {"type": hint, "metavar": names.get(get_origin(_given(hint)), _type_name(hint).upper())}
-        group.add_argument(_flag(field.name), default=_default(field), help=_help(field, hint), **kind)
+        group.add_argument(_flag(field.name), default=_listed(_default(field), hint), help=_help(field, hint), **kind)
     general = parser.add_argument_group("general")
     general.add_argument("--config", action="config", metavar="FILE", help="YAML file with these keys; flags win.")
     general.add_argument("--print-config", action="store_true", help="Print the resulting config as YAML and stop.")
@@ -208,8 +212,8 @@ def _given(hint: Any) -> Any:
 
 
 def _takes_one_too(hint: Any) -> bool:
-    """Whether the field takes one text or a list of texts."""
-    return get_origin(hint) in (Union, UnionType) and str in get_args(hint) and bool(_item(hint))
+    """Whether the field takes one value or a list of such values: `str | list[str]`, or names alike."""
+    return get_origin(hint) in (Union, UnionType) and _item(hint) in get_args(hint)
 
 
 def _listed(value: Any, hint: Any) -> Any:
@@ -291,8 +295,8 @@ def _default(field: dataclasses.Field) -> Any:
 
 def _help(field: dataclasses.Field, hint: Any) -> str:
     text, default = field.metadata["help"], _default(field)
-    if get_origin(_given(hint)) is Literal:
-        text += f" {_type_name(hint)}"
+    if get_origin(named := _item(hint) or _given(hint)) is Literal:
+        text += f" {_type_name(named)}"
     if bounds := bounds_of(field, int if int in (hint, *get_args(hint)) else float):
         text += f" {bounds}"
     if default is not None and default != {}:

@@ -1,31 +1,36 @@
-"""The configs of the methods that sample from their policy; `stages` says how configs are built."""
+"""The configs of the methods that sample from their policy; `stages` says how configs are built.
+
+`clipped` has PPO's and GRPO's, which make several updates of each rollout.
+"""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from rlhf_fast.config.fields import arg, check, check_reward_weights, required
 from rlhf_fast.config.sampling import Mismatch
 from rlhf_fast.config.stages import (
     BETA_HELP,
+    CPO_ALPHA,
+    CPO_ALPHA_HELP,
+    DPO_LOSS_HELP,
     FUSED_HEAD_HELP,
     LABEL_SMOOTHING_HELP,
+    LOSS_WEIGHTS_HELP,
+    SIMPO_GAMMA,
+    SIMPO_GAMMA_HELP,
     DPOLossType,
     MethodConfig,
-    check_label_smoothing,
+    check_pair_losses,
 )
 
 __all__ = [
-    "ClippedConfig",
-    "GRPOConfig",
     "OnlineConfig",
     "OnlineDPOConfig",
-    "PPOConfig",
     "RLOOConfig",
     "ReMaxConfig",
     "ReinforceConfig",
 ]
 
-Critic = Literal["model", "shared"]
 CAP = 2.0  # of the weights that correct for the sampler
 RemaxVariant = Literal["official", "paper", "verl"]
 
@@ -62,6 +67,9 @@ class OnlineConfig(MethodConfig):
     )
     offload: bool = arg(False, "Reference and reward model wait in CPU memory for their phase; no effect on a CPU.")
     missing_eos_penalty: float = arg(0.0, "Subtracted from the score of a completion that never ends.")
+    soft_punish_cache: int = arg(
+        0, "The score falls by up to 1 over so many last tokens before max_response_length (DAPO); 0: no.", at_least=0
+    )
     max_logprob_drift: float | None = arg(
         None,
         "Stop where a token's log-probs of decoding and of training differ by more; default: 0.01; in bf16 the mean "
@@ -94,6 +102,11 @@ class OnlineConfig(MethodConfig):
             raise ValueError(f"mismatch: expected sampler vllm beside it, got {self.mismatch} with sampler local")
         if self.correction == "none" and self.mismatch_cap != CAP:
             raise ValueError(f"mismatch_cap: expected a mismatch to correct beside it, got {self.mismatch_cap:g} alone")
+        if self.soft_punish_cache > self.max_response_length:
+            raise ValueError(
+                f"soft_punish_cache: expected at most max_response_length={self.max_response_length}, got "
+                f"{self.soft_punish_cache}"
+            )
         if self.rollouts_ahead and self.sampler == "local":
             raise ValueError("rollouts_ahead: expected 0 with sampler local, because one process cannot do both; got 1")
         if self.rollouts_ahead and self.correction == "none" and not self.takes_any_policy:
@@ -118,52 +131,6 @@ class OnlineConfig(MethodConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClippedConfig(OnlineConfig):
-    """What a method takes that makes several clipped updates of each rollout."""
-
-    epochs: int = arg(1, "Passes over each rollout.", at_least=1)
-    minibatches: int = arg(1, "Optimizer steps per pass.", at_least=1)
-    clip: float = arg(0.2, "The probability ratio is clipped to [1 - clip, 1 + clip].", above=0, below=1)
-
-    @property
-    def rows_per_step(self) -> int:
-        """Rows of one optimizer step, a part of each rollout."""
-        return self.batch_size // self.minibatches
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.batch_size % self.minibatches:
-            raise ValueError(f"minibatches: expected a divisor of batch_size={self.batch_size}, got {self.minibatches}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PPOConfig(ClippedConfig):
-    """PPO with policy, value, reward and reference models (Schulman et al. 2017; Ziegler et al. 2019)."""
-
-    learning_rate: float = arg(3e-6, "Peak learning rate of the policy.", above=0)
-    epochs: int = arg(4, "Passes over each rollout.", at_least=1)
-    critic: Critic = arg("model", "A value model of its own, or a value head on the policy's trunk.")
-    value_coef: float = arg(0.1, "Weight of the value loss in the joint backward pass of a shared critic.", at_least=0)
-    value_model: str | None = arg(None, "Value model to start from; default: the reward model, else `model`.")
-    value_learning_rate: float = arg(
-        1e-5, "Peak learning rate of the value model, or of a shared critic's head.", above=0
-    )
-    value_clip: float = arg(0.2, "New values are clipped to the old value +- this.", above=0, infinite=True)
-    gamma: float = arg(1.0, "Discount.", at_least=0, at_most=1)
-    lam: float = arg(0.95, "GAE lambda.", at_least=0, at_most=1)
-    whiten_rewards: bool = arg(False, "Divide the shaped rewards by their standard deviation.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.critic == "shared" and self.value_model is not None:
-            raise ValueError(f"value_model: expected none with the shared critic, got {self.value_model!r}")
-        if self.critic == "shared" and not self.fused_head:
-            raise ValueError("fused_head: expected true with the shared critic, which needs the hidden states")
-        if self.critic == "shared" and (self.top_k or self.top_p < 1):
-            raise ValueError("critic: expected a model of its own beside top_k or top_p, which go through the logits")
-
-
-@dataclass(frozen=True, kw_only=True)
 class ReMaxConfig(OnlineConfig):
     """ReMax: REINFORCE with the greedy completion's score as baseline (arXiv 2310.10505)."""
 
@@ -182,6 +149,17 @@ class ReinforceConfig(OnlineConfig):
     """REINFORCE without a baseline (Williams 1992), the yardstick of ReMax."""
 
     gamma: float = arg(1.0, "Discount of the score towards earlier tokens.", at_least=0, at_most=1)
+    kl_to_go: bool = arg(
+        False, "A token pays the KL penalty from itself to the end (REINFORCE++), not its own alone; needs gamma 1."
+    )
+    normalize_advantages: bool = arg(
+        False, "Whiten the weights of all tokens of the batch, whose mean is then the baseline (REINFORCE++)."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kl_to_go and self.gamma != 1:
+            raise ValueError(f"gamma: expected 1 with kl_to_go, got {self.gamma}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,25 +167,17 @@ class RLOOConfig(OnlineConfig):
     """RLOO: each sample's baseline is the mean of the others of its prompt (arXiv 2402.14740)."""
 
     group_size: int = arg(4, "Samples per prompt; batch_size counts samples.")
+    normalize_advantages: bool = arg(
+        False, "Whiten the advantages of the batch (with it RLOO is REINFORCE++-baseline, arXiv 2501.03262)."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_groups(self)
+        check_groups(self)
 
 
-@dataclass(frozen=True, kw_only=True)
-class GRPOConfig(ClippedConfig):
-    """GRPO: scores whitened within each prompt's group, PPO's clipped loss, KL in the loss (arXiv 2402.03300)."""
-
-    group_size: int = arg(8, "Samples per prompt; batch_size counts samples.")
-    kl_coef: float = arg(0.04, "Weight of the per-token KL to the reference in the loss (k3 estimate).", at_least=0)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_groups(self)
-
-
-def _check_groups(config: RLOOConfig | GRPOConfig) -> None:
+def check_groups(config: Any) -> None:
+    """ValueError unless the groups of RLOO or GRPO make up a batch."""
     if config.group_size < 2 or config.batch_size % config.group_size:
         raise ValueError(f"group_size: expected >= 2 and a divisor of batch_size, got {config.group_size}")
 
@@ -218,8 +188,11 @@ class OnlineDPOConfig(OnlineConfig):
 
     batch_size: int = arg(32, "Sampled completions per round, two of each prompt.", at_least=1)
     beta: float = arg(0.1, BETA_HELP, above=0)
-    loss_type: DPOLossType = arg("sigmoid", "Loss on the log-ratio difference, named as in TRL.")
+    loss_type: DPOLossType | list[DPOLossType] = arg("sigmoid", DPO_LOSS_HELP)
+    loss_weights: list[float] | None = arg(None, LOSS_WEIGHTS_HELP)
     label_smoothing: float = arg(0.0, LABEL_SMOOTHING_HELP)
+    simpo_gamma: float = arg(SIMPO_GAMMA, SIMPO_GAMMA_HELP)
+    cpo_alpha: float = arg(CPO_ALPHA, CPO_ALPHA_HELP, at_least=0)
     kl_coef: float = arg(
         0.0,
         "A completion's score is less this times its KL to the reference, before the scores are compared.",
@@ -238,7 +211,7 @@ class OnlineDPOConfig(OnlineConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_label_smoothing(self)
+        check_pair_losses(self)
         if self.mismatch not in (None, "none"):
             raise ValueError(
                 f"mismatch: expected none, because DPO learns from pairs of any policy, got {self.mismatch}"

@@ -8,6 +8,7 @@ from rlhf_fast.config.fields import arg
 
 SamplerName = Literal["local", "vllm"]
 Mismatch = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+Transfer = Literal["files", "nccl"]
 TIMEOUT, PATIENCE = 600.0, 120.0  # seconds
 COLDEST = 0.01
 """The lowest temperature that vLLM samples at; it takes a lower one for this one, or for greedy decoding."""
@@ -25,6 +26,7 @@ class SamplerOptions:
     vllm_patience: float = arg(
         PATIENCE, "Seconds during which a request that fails is made again, before the run ends.", at_least=0
     )
+    vllm_transfer: Transfer = arg("files", "How weights go to the server: files that it can read, or NCCL (GPUs).")
 
 
 def check_url(url: str) -> None:
@@ -42,13 +44,16 @@ def check_url(url: str) -> None:
 def check_sampler(config: Any) -> None:
     """ValueError where the options of the sampler contradict each other, or where a vLLM server cannot honour them."""
     if config.sampler == "local":
-        for name, unset in (("vllm_url", None), ("vllm_timeout", TIMEOUT), ("vllm_patience", PATIENCE)):
+        unset_values = {"vllm_url": None, "vllm_timeout": TIMEOUT, "vllm_patience": PATIENCE, "vllm_transfer": "files"}
+        for name, unset in unset_values.items():
             if getattr(config, name) != unset:
                 raise ValueError(f"{name}: expected sampler vllm beside it, got {getattr(config, name)} with local")
         return
     if config.vllm_url is None:
         raise ValueError("vllm_url: expected the address of a server, such as http://127.0.0.1:8000, got none")
     check_url(config.vllm_url)
+    if config.vllm_transfer == "nccl" and getattr(config, "lora_rank", 0):
+        raise ValueError("vllm_transfer: expected files with lora_rank, because an adapter is a small file; got nccl")
     for name, off in (("top_k", 0), ("top_p", 1)):
         if getattr(config, name, off) != off:
             raise ValueError(

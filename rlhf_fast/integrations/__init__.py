@@ -9,3 +9,7 @@
 
 Left out: other libraries' loops of rollouts. `docs/recipes.md` has verl and OpenRLHF.
 """
+
+from rlhf_fast.extras import need_train
+
+need_train("rlhf_fast.integrations")

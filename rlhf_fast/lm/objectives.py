@@ -142,7 +142,7 @@ class Objectives:
     def dpo(
         self,
         pairs: Sequences,
-        ref_logps: tuple[Tensor, Tensor],
+        ref_logps: tuple[Tensor | None, Tensor | None],
         normalizer: float,
         *,
         kept: Tensor | None = None,
@@ -150,15 +150,16 @@ class Objectives:
     ) -> LinearDPOLoss:
         """`dpo_loss` of B pairs, with its options: the sum over pairs divided by normalizer.
 
-        pairs: 2 B rows, first the B chosen answers, then the B rejected answers. ref_logps: [B] each.
+        pairs: 2 B rows, first the B chosen answers, then the B rejected answers. ref_logps: [B] each, or None where
+            the loss has no reference.
         """
-        part = len(ref_logps[0]) / normalizer
+        part = len(pairs.response_ids) / 2 / normalizer
         return self._with_balance(part, self._dpo, pairs, ref_logps, normalizer, kept, **options)
 
     def _dpo(
         self,
         pairs: Sequences,
-        ref_logps: tuple[Tensor, Tensor],
+        ref_logps: tuple[Tensor | None, Tensor | None],
         normalizer: float,
         kept: Tensor | None,
         **options: Any,

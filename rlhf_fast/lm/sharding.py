@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import PreTrainedModel
 
-from rlhf_fast.lm.forward import enter_by, is_open
+from rlhf_fast.lm.forward import enter_by, is_open, run_alike
 from rlhf_fast.lm.passes import settle
 from rlhf_fast.lm.precision import HALVES, decoder_layers, is_half
 from rlhf_fast.lm.private import has_adapter
@@ -74,12 +74,14 @@ def shard(model: PreTrainedModel, how: str, *, checkpointing: bool = False, offl
     trained, name, device = bool(_trained(model)), type(model).__name__, model.device
     # A trial of half-precision weights takes fp32 copies, so that on a machine's CPU one process tries at a time.
     with current().in_turn() if device.type == "cpu" and is_half(model) else nullcontext():
-        if trained and (reason := settle(model, checkpointing=checkpointing)) is not None:
-            raise ValueError(f"shard: expected a model whose rows share a pass, got {name}: {reason}")
+        apart = trained and settle(model, checkpointing=checkpointing)
     mesh, usual = mesh_of(how, device.type), _trial(model)
     try:
         shard_untried(model, mesh, offload=offload)
         getattr(model, _SHARDS).usual = usual
+        if apart:
+            for part in (model, model.base_model):
+                run_alike(part, functools.partial(_extra_runs, model))
         if not trained:
             check_room(whole_bytes(model), name, PASSES, device)
     except NoRoom:
@@ -98,12 +100,20 @@ def shard_frozen(model: PreTrainedModel, trained: PreTrainedModel | None, how: s
         shard(model, how, offload=offload)
 
 
-def shard_untried(model: PreTrainedModel, mesh: DeviceMesh, *, offload: bool = False) -> None:
-    """`shard` over the processes of `mesh` without a trial, for models whose tensors have no numbers."""
+def shard_untried(
+    model: PreTrainedModel, mesh: DeviceMesh, *, offload: bool = False, reduce_scatter: Any = None
+) -> None:
+    """`shard` over the processes of `mesh` without a trial, for models whose tensors have no numbers.
+
+    reduce_scatter: what sends gradients, in place of FSDP2's own; as `FSDPModule.set_custom_reduce_scatter` takes it.
+    """
     trained = bool(_trained(model))
     _wrap(model, mesh, offload and not trained)
     if trained:
         enter_by(model, _register)
+    if reduce_scatter is not None:
+        for unit in getattr(model, _SHARDS).units:
+            unit.set_custom_reduce_scatter(reduce_scatter)
 
 
 @functools.cache
@@ -134,7 +144,7 @@ def is_sharded(model: nn.Module | None) -> bool:
 
 
 @contextmanager
-def whole(model: nn.Module | None) -> Iterator[None]:
+def whole(model: Any) -> Iterator[None]:
     """Inside, all weights of a sharded `model` are plain tensors. All processes enter; inside nobody waits for another.
 
     For passes without gradients, such as decoding. Nested, and for a model without shards, it does nothing.
@@ -145,9 +155,7 @@ def whole(model: nn.Module | None) -> Iterator[None]:
         return
     shards.whole = True
     try:
-        for unit in reversed(
-            shards.units
-        ):  # the root, mostly the largest, first: its message is gone when all is whole
+        for unit in reversed(shards.units):  # the root, mostly the largest, first: its message is gone at the end
             unit.set_reshard_after_forward(False, recurse=False)
             unit.unshard()
         if not is_open(model):
@@ -161,6 +169,11 @@ def whole(model: nn.Module | None) -> Iterator[None]:
         for unit in shards.units:
             unit.reshard()
             unit.set_reshard_after_forward(unit is not root, recurse=False)
+
+
+def _extra_runs(model: PreTrainedModel, runs: int) -> int:
+    """How many runs of the layers a pass of another process makes more than `runs`."""
+    return 0 if getattr(model, _SHARDS).whole else max(current().gather(runs)) - runs
 
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:
@@ -263,6 +276,11 @@ def rows_of_part(rows: int, size: int, rank: int) -> tuple[int, int]:
     return max(0, min(kept, rows - rank * kept)), kept
 
 
+def units_of(model: PreTrainedModel) -> list[Any]:
+    """The modules whose weights are whole together: every decoder layer, and the root, which has the rest, last."""
+    return [*_layers(model), model]
+
+
 def _trained(model: nn.Module) -> set[nn.Parameter]:
     return {parameter for parameter in model.parameters() if parameter.requires_grad}
 
@@ -281,7 +299,7 @@ def _wrap(model: PreTrainedModel, mesh: DeviceMesh, offload: bool) -> None:
     wholes = [ref(place.weight) for place in frozen]  # which other models may have too, and which nothing else keeps
     if offload and mesh.device_type != "cpu" and not taken:
         options["offload_policy"] = CPUOffloadPolicy()
-    shards.units = [*_layers(model), model]
+    shards.units = units_of(model)
     for unit in shards.units:
         fully_shard(unit, reshard_after_forward=unit is not model, **options)
         unit.set_gradient_divide_factor(1.0)  # losses are sums over the processes

@@ -7,9 +7,11 @@ of any strides, and returns float32 statistics; masks are bool, True = counts. E
 
 import rlhf_fast
 from rlhf_fast.ops.dispatch import CUDA, TRITON, backend
+from rlhf_fast.ops.dpo import dpo_loss
 from rlhf_fast.ops.groups import grpo_advantages, rloo_advantages
 from rlhf_fast.ops.kl import kl_penalty, shape_rewards
 from rlhf_fast.ops.kto import kto_loss
+from rlhf_fast.ops.lengths import length_adaptive_lambda, soft_overlong_punishment
 from rlhf_fast.ops.linear import linear_token_logprobs
 from rlhf_fast.ops.linear_kl import linear_token_kl
 from rlhf_fast.ops.linear_kto import linear_kto_loss
@@ -17,7 +19,7 @@ from rlhf_fast.ops.linear_loss import linear_loss
 from rlhf_fast.ops.linear_losses import linear_dpo_loss, linear_ppo_loss, linear_reinforce_loss, linear_sft_loss
 from rlhf_fast.ops.logprobs import token_logprobs
 from rlhf_fast.ops.policy_loss import ppo_loss, ppo_value_loss, reinforce_loss
-from rlhf_fast.ops.preference import dpo_loss, ranking_loss, reward_loss
+from rlhf_fast.ops.preference import ranking_loss, reward_loss
 from rlhf_fast.ops.results import (
     GAE,
     DPOLoss,

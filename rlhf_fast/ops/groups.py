@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.ops import reference
-from rlhf_fast.ops.checks import check_dims, check_floats, check_integer, expect
+from rlhf_fast.ops.checks import check_dims, check_floats, check_integer, check_option, expect
 from rlhf_fast.ops.dispatch import LIBRARY, _cpu, call, code, common_dtype, define, has_kernel, kernel, threads
 
 define("rloo_advantages(Tensor scores, int group_size) -> Tensor")
@@ -33,17 +33,32 @@ def rloo_advantages(scores: Tensor, group_size: int) -> Tensor:
     return call("rloo_advantages", *common_dtype(scores), group_size)
 
 
+SCALES = ("group", "batch", "none")
+
+
 @torch.no_grad()
-def grpo_advantages(scores: Tensor, group_size: int) -> Tensor:
-    """Each score whitened within its group, with the unbiased standard deviation (GRPO, arXiv 2402.03300, 4.1.2).
+def grpo_advantages(scores: Tensor, group_size: int, *, scale_rewards: str = "group") -> Tensor:
+    """Each score less its group's mean, over a standard deviation (GRPO, arXiv 2402.03300, 4.1.2).
 
         A_i = (s_i - mean) / (std + 1e-4)
 
-    Args, returns and errors are those of `rloo_advantages`.
+    Args:
+        scores, group_size: as in `rloo_advantages`.
+        scale_rewards: named as in TRL
+            "group"  std of the group's scores, unbiased
+            "batch"  std of all scores, unbiased (arXiv 2508.08221); of several processes pass all their scores
+            "none"   A_i = s_i - mean (Dr. GRPO, arXiv 2503.20783)
+
+    Returns:
+        As `rloo_advantages`.
+
+    Raises:
+        ValueError: as `rloo_advantages`; an unknown scale_rewards.
     """
     _check(scores, group_size)
-    if not has_kernel("grpo_advantages", scores):
-        return reference.grpo_advantages(scores, group_size)
+    check_option("scale_rewards", scale_rewards, SCALES)
+    if scale_rewards != "group" or not has_kernel("grpo_advantages", scores):
+        return reference.grpo_advantages(scores, group_size, scale_rewards=scale_rewards)
     return call("grpo_advantages", *common_dtype(scores), group_size)
 
 

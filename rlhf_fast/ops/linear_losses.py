@@ -6,7 +6,7 @@ logits are there, and the backward pass only multiplies it by the upstream gradi
 denominator counts the whole batch, or is passed in; it never counts a chunk.
 """
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from rlhf_fast.ops import (
 from rlhf_fast.ops.checks import INTEGERS, check_dims, check_dtype, check_like, check_mask, check_number, expect
 from rlhf_fast.ops.dispatch import has_kernel
 from rlhf_fast.ops.linear import check_head, wants_gradients
+from rlhf_fast.ops.pair_options import check_dpo_arguments
 from rlhf_fast.ops.policy_options import (
     SAPO_TEMPERATURE,
     as_tensor,
@@ -25,7 +26,6 @@ from rlhf_fast.ops.policy_options import (
     check_ppo_options,
     check_tokens,
 )
-from rlhf_fast.ops.preference import check_dpo_arguments
 from rlhf_fast.ops.reference import IGNORED_ID, compute_dtype
 from rlhf_fast.ops.results import LinearDPOLoss, LinearLoss, LinearPPOLoss, PPOLoss
 
@@ -187,14 +187,18 @@ def linear_dpo_loss(
     hidden: Tensor,
     weight: Tensor,
     token_ids: Tensor,
-    ref_chosen_logps: Tensor | None,
-    ref_rejected_logps: Tensor | None,
+    ref_chosen_logps: Tensor | None = None,
+    ref_rejected_logps: Tensor | None = None,
     *,
     beta: float = 0.1,
-    loss_type: str = "sigmoid",
+    loss_type: str | Sequence[str] = "sigmoid",
+    loss_weights: Sequence[float] | None = None,
     label_smoothing: float = 0.0,
     chosen_lengths: Tensor | None = None,
     rejected_lengths: Tensor | None = None,
+    mean_chosen_length: float | Tensor | None = None,
+    simpo_gamma: float = 0.5,
+    cpo_alpha: float = 1.0,
     reference_free: bool = False,
     normalizer: float | Tensor | None = None,
     bias: Tensor | None = None,
@@ -210,8 +214,9 @@ def linear_dpo_loss(
     Args:
         hidden: [2B, T, H], the B chosen answers and then the B rejected ones.
         token_ids: [2B, T], -100 where nothing counts (prompt, padding).
-        ref_chosen_logps, ref_rejected_logps, beta, loss_type, label_smoothing, chosen_lengths, rejected_lengths,
-            reference_free: as in `dpo_loss`; sigmoid_norm counts the answers' tokens itself where no lengths are given.
+        ref_chosen_logps, ref_rejected_logps, beta, loss_type, loss_weights, label_smoothing, chosen_lengths,
+            rejected_lengths, mean_chosen_length, simpo_gamma, cpo_alpha, reference_free: as in `dpo_loss`; all losses
+            but ipo count the answers' tokens themselves where no lengths are given.
         normalizer: replaces the number of pairs B.
         weight, bias, temperature, softcap, memory_budget: as in `linear_token_logprobs`; gradients flow to hidden,
             weight and bias.
@@ -227,35 +232,31 @@ def linear_dpo_loss(
     expect(len(token_ids) % 2 == 0, "token_ids", "an even number of rows, chosen then rejected", list(token_ids.shape))
     budget = check_head(hidden, weight, bias, token_ids, temperature, softcap, memory_budget)
     check_normalizer(normalizer, hidden)
-    if loss_type == "sigmoid_norm" and chosen_lengths is None:
+    names = (loss_type,) if isinstance(loss_type, str) else loss_type
+    if chosen_lengths is None and rejected_lengths is None and "ipo" not in names:
         chosen_lengths, rejected_lengths = (token_ids != IGNORED_ID).sum(1).chunk(2)
-    options: dict[str, Any] = dict(
-        beta=beta, loss_type=loss_type, label_smoothing=label_smoothing, reference_free=reference_free
-    )
+    if mean_chosen_length is None and not {"sft", "cpo", "orpo"}.isdisjoint(names):
+        pairs = max(len(token_ids) // 2, 1)
+        mean_chosen_length = (token_ids[: len(token_ids) // 2] != IGNORED_ID).sum().double() / pairs
     like = hidden.new_empty(len(token_ids) // 2, dtype=compute_dtype(hidden, weight, bias))
-    references, lengths = check_dpo_arguments(
-        like, like, ref_chosen_logps, ref_rejected_logps, chosen_lengths, rejected_lengths, **options
-    )
+    options, constants = check_dpo_arguments(
+        like, like, ref_chosen_logps, ref_rejected_logps, chosen_lengths, rejected_lengths, beta=beta,
+        loss_type=loss_type, loss_weights=loss_weights, label_smoothing=label_smoothing,
+        mean_chosen_length=mean_chosen_length, simpo_gamma=simpo_gamma, cpo_alpha=cpo_alpha,
+        reference_free=reference_free,
+    )  # fmt: skip
     if not has_kernel("linear_dpo_loss", hidden):
         out = reference.linear_token_logprobs(
             hidden, weight, token_ids, bias=bias, temperature=temperature, softcap=softcap
         )
         chosen_logps, rejected_logps = out.logprobs.sum(1).chunk(2)
-        losses, chosen_rewards, rejected_rewards = reference.dpo_loss(
-            chosen_logps, rejected_logps, *references, chosen_lengths=lengths[0], rejected_lengths=lengths[1], **options
-        )
-        whole = max(len(losses), 1) if normalizer is None else normalizer
-        return LinearDPOLoss(
-            reference.mean_over(losses, whole),
-            losses.detach(),
-            chosen_rewards,
-            rejected_rewards,
-            chosen_logps.detach(),
-            rejected_logps.detach(),
-        )
+        losses, chosen, rejected = reference.dpo_loss(chosen_logps, rejected_logps, constants, options)
+        loss = reference.mean_over(losses, max(len(losses), 1) if normalizer is None else normalizer)
+        logps = chosen_logps.detach(), rejected_logps.detach()
+        return LinearDPOLoss(loss, losses.detach(), chosen, rejected, *logps)
     loss, losses, chosen_rewards, rejected_rewards, logps, _, _, _ = torch.ops.rlhf_fast.linear_dpo_loss(
-        hidden, weight, bias, token_ids.long(), *references, *lengths, as_tensor(normalizer), beta, loss_type,
-        label_smoothing, temperature, softcap or 0.0, budget, *wants_gradients(hidden, weight, bias),
+        hidden, weight, bias, token_ids.long(), *constants, as_tensor(normalizer), *options, temperature,
+        softcap or 0.0, budget, *wants_gradients(hidden, weight, bias),
     )  # fmt: skip
     return LinearDPOLoss(loss, losses, chosen_rewards, rejected_rewards, *logps.chunk(2))
 

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.ops.dispatch import LIBRARY, define, kernel
+from rlhf_fast.ops.dpo import mixture
 from rlhf_fast.ops.gradients import register_consumed_gradients
 from rlhf_fast.ops.heads import Head, full_precision, loss_in_forward, pack_rows
 from rlhf_fast.ops.linear import empty_gradients
+from rlhf_fast.ops.pair_options import PairConstants, PairOptions
 from rlhf_fast.ops.policy_options import SCHEMA, PolicyOptions
 from rlhf_fast.ops.reference import compute_dtype
 
@@ -29,8 +31,9 @@ define(
 )
 define(
     f"linear_dpo_loss({HEAD}, Tensor? ref_chosen, Tensor? ref_rejected, Tensor? chosen_lengths, "
-    "Tensor? rejected_lengths, Tensor? normalizer, float beta, str loss_type, float label_smoothing, "
-    f"{OPTIONS}) -> (Tensor loss, Tensor losses, Tensor chosen_rewards, Tensor rejected_rewards, Tensor logps, "
+    "Tensor? rejected_lengths, Tensor? mean_length, Tensor? normalizer, str[] terms, float[] weights, float beta, "
+    f"float label_smoothing, float margin, {OPTIONS}) "
+    "-> (Tensor loss, Tensor losses, Tensor chosen_rewards, Tensor rejected_rewards, Tensor logps, "
     f"{GRADIENTS})"
 )
 
@@ -153,23 +156,19 @@ def _dpo(
     ref_rejected: Tensor | None,
     chosen_lengths: Tensor | None,
     rejected_lengths: Tensor | None,
+    mean_length: Tensor | None,
     normalizer: Tensor | None,
-    beta: float,
-    loss_type: str,
-    label_smoothing: float,
-    *options: Any,
+    *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    head = head_of(hidden, weight, bias, token_ids, options)
+    options = PairOptions(*arguments[:5])
+    head = head_of(hidden, weight, bias, token_ids, arguments[5:])
     B, T = token_ids.shape[0] // 2, token_ids.shape[1]
-    constants = [
-        None if x is None else x.to(head.dtype) for x in (ref_chosen, ref_rejected, chosen_lengths, rejected_lengths)
-    ]
+    constants = PairConstants(ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, mean_length).to(head.dtype)
     whole = max(B, 1) if normalizer is None else float(normalizer)
 
     def losses_of(logps_2B: Tensor, pairs: slice, with_grad: bool) -> tuple[Tensor, ...]:
         chosen, rejected = (x[pairs] for x in logps_2B.chunk(2))
-        here = (None if x is None else x[pairs] for x in constants)
-        return torch.ops.rlhf_fast.dpo_loss(chosen, rejected, *here, beta, loss_type, label_smoothing, with_grad)
+        return mixture(torch.ops.rlhf_fast.dpo_loss, chosen, rejected, constants.of(pairs), options, with_grad)
 
     def coefficients(rows: Tensor, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, None]:
         sequence = rows // T

@@ -18,6 +18,9 @@ from rlhf_fast.ops.checks import (
     check_number,
     check_option,
     check_per_row,
+    expect,
+    is_readable,
+    shown,
 )
 from rlhf_fast.ops.dispatch import (
     LIBRARY,
@@ -29,6 +32,7 @@ from rlhf_fast.ops.dispatch import (
     define,
     has_kernel,
     kernel,
+    pointer,
     threads,
 )
 from rlhf_fast.ops.results import GAE
@@ -37,7 +41,7 @@ from rlhf_fast.ops.results import GAE
 REMAX_VARIANTS = ("official", "paper", "verl")
 """The kernels know a variant by its place here: `RemaxVariant` in csrc/returns.h."""
 
-define("gae(Tensor rewards, Tensor values, Tensor mask, float gamma, float lam) -> (Tensor, Tensor)")
+define("gae(Tensor rewards, Tensor values, Tensor mask, Tensor? lams, float gamma, float lam) -> (Tensor, Tensor)")
 define("discounted_returns(Tensor rewards, Tensor mask, float gamma) -> Tensor")
 define("whiten(Tensor x, Tensor mask, bool shift_mean) -> Tensor")
 define(
@@ -47,32 +51,55 @@ define(
 
 
 @torch.no_grad()
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 0.95) -> GAE:
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float = 1.0,
+    lam: float | Tensor = 0.95,
+    value_lam: float | None = None,
+) -> GAE:
     """Generalised advantage estimation (arXiv 1506.02438, eq. 16), over the True places of each row:
 
         delta_t = r_t + gamma V_{t+1} - V_t      A_t = delta_t + gamma lam A_{t+1}      returns = A + V
 
     t+1 is the next True place: masked places are skipped over, not taken as zeros, and nothing follows the last one
-    (V = A = 0 there). Plain PyTorch: a loop over T of a dozen [B] operations each; this is one pass.
+    (V = A = 0 there). With value_lam the returns are A' + V, where A' has value_lam in place of lam (VAPO, arXiv
+    2504.05118, section 4.1: value_lam = 1, and lam of `length_adaptive_lambda`). Plain PyTorch: a loop over T of a
+    dozen [B] operations each; this is one pass, or two with value_lam.
 
     Args:
         rewards, values: [B, T], float32, bfloat16, float16 or float64.
         mask: [B, T] bool; both results are 0 where it is False.
+        lam: a number, or [B], floating point, a lambda for each row.
+        value_lam: the lambda of the returns; None: lam.
 
     Returns:
         GAE(advantages, returns), [B, T], float32 (float64 if an input is), without gradient.
 
     Raises:
-        ValueError: gamma or lam outside [0, 1]; shapes, dtypes or devices that do not fit.
+        ValueError: gamma, lam or value_lam outside [0, 1]; shapes, dtypes or devices that do not fit.
     """
     _check_fraction("gamma", gamma)
-    _check_fraction("lam", lam)
+    if value_lam is not None:
+        _check_fraction("value_lam", value_lam)
     check_floats("rewards", rewards=rewards, values=values)
     check_dims("rewards", rewards, "BT")
     check_mask(mask, "rewards", rewards)
+    if isinstance(lam, Tensor):
+        check_per_row("lam", lam, "rewards", rewards)
+        if is_readable(lam):
+            expect(bool(((lam >= 0) & (lam <= 1)).all()), "lam", "numbers in [0, 1]", shown(lam.tolist()))
+    else:
+        _check_fraction("lam", lam)
+    if value_lam is not None:
+        returns = gae(rewards, values, mask, gamma=gamma, lam=value_lam).returns
+        return gae(rewards, values, mask, gamma=gamma, lam=lam)._replace(returns=returns)
     if not has_kernel("gae", rewards):
         return reference.gae(rewards, values, mask, gamma=gamma, lam=lam)
-    return GAE(*call("gae", *common_dtype(rewards, values), mask, gamma, lam))
+    rewards, values, lams = common_dtype(rewards, values, lam if isinstance(lam, Tensor) else None)
+    return GAE(*call("gae", rewards, values, mask, lams, gamma, 0.0 if isinstance(lam, Tensor) else lam))
 
 
 @torch.no_grad()
@@ -189,18 +216,20 @@ def _check_fraction(name: str, value: float) -> None:
 
 
 @kernel("gae", "cpu")
-def _gae_cpu(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    rewards, values, mask = contiguous(rewards, values, mask)
+def _gae_cpu(
+    rewards: Tensor, values: Tensor, mask: Tensor, lams: Tensor | None, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    rewards, values, mask, lams = contiguous(rewards, values, mask, lams)
     advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
     _cpu.gae(
-        code(rewards), rewards.data_ptr(), values.data_ptr(), mask.data_ptr(), *rewards.shape, gamma, lam,
-        advantages.data_ptr(), returns.data_ptr(), threads(rewards),
+        code(rewards), rewards.data_ptr(), values.data_ptr(), mask.data_ptr(), pointer(lams), *rewards.shape, gamma,
+        lam, advantages.data_ptr(), returns.data_ptr(), threads(rewards),
     )  # fmt: skip
     return advantages, returns
 
 
 @torch.library.register_fake("rlhf_fast::gae", lib=LIBRARY)
-def gae_outputs(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+def gae_outputs(rewards: Tensor, *args: Tensor | float | None) -> tuple[Tensor, Tensor]:
     """The empty results that a kernel fills."""
     return rewards.new_empty(rewards.shape), rewards.new_empty(rewards.shape)
 

@@ -44,7 +44,8 @@ def run(plan: PlanConfig) -> None:
     if plan.measure:
         from rlhf_fast.plan.measure import compare
 
-        report["measured"] = compare(planner)
+        measured = compare(planner)
+        report["measured"] = measured if processes > 1 else measured[0]
     if plan.out:
         write_text(plan.out, json.dumps(report, indent=2) + "\n")
 
@@ -86,6 +87,8 @@ def plan_of(method: str, config: StageConfig, **processes: int) -> PlanConfig:
         response = given["max_response_length"]
     if "value" in STAGES[method].roles:
         values["critic"] = "shared" if given.get("critic") == "shared" else given["value_model"] or "same"
+    if getattr(config, "reference_free", False) and given["eval_data"] is None:
+        values["reference_free"] = True
     if "reward" in given:
         rewards = given["reward"] if isinstance(given["reward"], list | tuple) else [given["reward"]]
         models = [one for one in rewards if not callable(one) and (":" not in str(one) or Path(one).is_dir())]
@@ -93,7 +96,8 @@ def plan_of(method: str, config: StageConfig, **processes: int) -> PlanConfig:
     if method in METHODS and given["eval_data"] is not None:
         values["eval_rows"] = EVAL_ROWS  # at least as many prompts as are there
     lengths = {"prompt_length": prompt, "response_length": response}
-    return PlanConfig(**values | {"method": method} | lengths | processes)
+    fields: dict[str, Any] = values | {"method": method} | lengths | processes
+    return PlanConfig(**fields)
 
 
 def make_report(planner: Planner) -> dict[str, Any]:

@@ -52,6 +52,7 @@ class PlanConfig:
     critic: str = arg("same", "Value model of ppo: `same` as the reward model, `shared` trunk, or its config.")
     reward: str | None = arg(None, "Reward model's config, or `none` for a Python function; default: as the model.")
     reference: str | None = arg(None, "Reference model's config; default: as the model.")
+    reference_free: bool = arg(False, "The loss has no reference (dpo: sft, cpo, simpo, orpo), so none is loaded.")
     lora_rank: int = arg(
         0, "Train LoRA adapters of this rank on all linear layers but the head; 0: all weights.", at_least=0
     )
@@ -108,6 +109,12 @@ class PlanConfig:
         self._check_shards()
         if self.eval_rows and self.method not in METHODS:
             raise ValueError(f"eval_rows: expected 0 for {self.method}, which samples no prompts, got {self.eval_rows}")
+        if self.reference_free and self.method != "dpo":
+            raise ValueError(f"reference_free: expected method dpo beside it, got {self.method}")
+        if self.reference_free and self.eval_rows:
+            raise ValueError(
+                f"eval_rows: expected 0 with reference_free, as evaluations have one, got {self.eval_rows}"
+            )
         if self.sampler == "vllm" and self.truncated:
             raise ValueError("sampler: expected local with top_k or top_p, which a server does not return; got vllm")
         if self.sampler == "vllm" and self.measure:

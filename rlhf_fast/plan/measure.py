@@ -133,7 +133,9 @@ def _config(planner: Planner, directory: Path) -> StageConfig:
         values |= {"critic": "shared"}
     elif not plan.share_base:
         values |= {"value_model": str(directory / "value")}
-    if not plan.lora_rank or plan.reference:
+    if plan.reference_free:
+        values |= {"loss_type": "simpo"}
+    elif not plan.lora_rank or plan.reference:
         values |= {"reference": str(directory / "reference")}
     if plan.optimizer_in_backward:
         values |= {"max_grad_norm": 0.0}

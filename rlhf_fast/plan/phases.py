@@ -14,7 +14,15 @@ from rlhf_fast.ops import backend
 from rlhf_fast.ops.heads import MEMORY_BUDGET, Layer, working_bytes
 from rlhf_fast.plan.config import PlanConfig
 from rlhf_fast.plan.passes import Curve, Lengths, Run, inference, rollout, set_bytes, training
-from rlhf_fast.plan.roles import Role, bytes_per_trained, master_bytes, roles_of, static_bytes, zero_stage
+from rlhf_fast.plan.roles import (
+    Role,
+    bytes_per_trained,
+    master_bytes,
+    roles_of,
+    static_bytes,
+    widened_bytes,
+    zero_stage,
+)
 from rlhf_fast.plan.shapes import Shape
 from rlhf_fast.plan.spread import Spread, own_rows, rows_of_minibatch, spread_of
 from rlhf_fast.ranks import bytes_to_add
@@ -63,13 +71,16 @@ class Planner:
         # gradients wait on the weights for the optimizer's step; otherwise `static` has them, split or in CPU memory
         self.keeps_gradients = not (plan.optimizer_in_backward or plan.offload_optimizer or plan.zero >= 2)
         self.curves: dict[object, Curve] = {}
+        self._others: dict[int, Planner] = {}
 
     def at(self, rank: int) -> "Planner":
         """The planner of another process, which has the same curves."""
-        other = copy.copy(self)
-        other.rank = rank
-        other.static = {name: static_bytes(role, self.plan, rank) for name, role in self.roles.items()}
-        return other
+        if rank not in self._others:
+            other = copy.copy(self)
+            other.rank = rank
+            other.static = {name: static_bytes(role, self.plan, rank) for name, role in self.roles.items()}
+            self._others[rank] = other
+        return self._others[rank]
 
     def processes(self, device: str, batch: int | None = None) -> list[dict[str, Phase]]:
         """`phases` of every process."""
@@ -128,8 +139,11 @@ class Planner:
     def _optimizer(self) -> Phase:
         gradients = {} if self.plan.offload_optimizer else {n: self.static[n].gradients for n in self.trained}
         parts = self._resident(None) | {f"{n} gradients": size for n, size in gradients.items()}
-        if messages := max(map(self._messages, self.trained)):
-            parts["messages"] = messages
+        messages = max(map(self._messages, self.trained))
+        masters = bytes_per_trained(self.plan).master and not (self.plan.optimizer_in_backward or self.plan.zero)
+        widened = widened_bytes(self.roles[self.main], self.plan, self.rank) if masters else 0
+        if buffers := max(messages, widened):
+            parts["messages" if messages == buffers else "fp32 gradients"] = buffers
         return Phase(parts, "")
 
     def _messages(self, name: str) -> int:
@@ -295,7 +309,7 @@ class Planner:
             fused=self.fused,
             truncated=self.truncated,
             keep=self.keeps_gradients,
-            added=self.plan.gpus > 1 and not (self.sharded or self.plan.zero),
+            added=self.plan.gpus > 1 and not self.sharded and self.plan.zero == 0,
             repeats=2 if later else 1,
             critic=self.plan.shared_critic,
         )

@@ -17,7 +17,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from rlhf_fast.lm.adapters import base_path
 from rlhf_fast.lm.dtypes import DTYPES
 from rlhf_fast.lm.precision import HALVES, layers_of_a_trial
-from rlhf_fast.lm.sharding import rows_of_part, stays_whole
+from rlhf_fast.lm.sharding import rows_of_part, stays_whole, units_of
 from rlhf_fast.plan.config import PlanConfig
 from rlhf_fast.plan.shapes import Head, Shape, layers_of, period, read_config
 from rlhf_fast.plan.spread import spread_of
@@ -31,6 +31,7 @@ class Weight(NamedTuple):
     row: int  # numbers of a row
     trainable: bool
     whole: bool  # in every process, also where the model is in shards
+    unit: int  # which module's weights, of those that shards make whole together, it belongs to
 
     @property
     def numel(self) -> int:
@@ -135,7 +136,7 @@ def roles_of(plan: PlanConfig) -> dict[str, Role]:
     has_reward = "reward" in others and plan.reward != "none"
     if plan.shared_critic:
         width = roles["policy"].shape.config.get_text_config().hidden_size
-        roles["value"] = roles["policy"]._replace(weights=(Weight(1, width, trainable=True, whole=True),))
+        roles["value"] = roles["policy"]._replace(weights=(Weight(1, width, trainable=True, whole=True, unit=0),))
     elif "value" in others:
         source = plan.critic if plan.critic != "same" else plan.reward if has_reward else None
         roles["value"] = role("score", source, trained=True, on_base=plan.share_base)
@@ -144,7 +145,7 @@ def roles_of(plan: PlanConfig) -> dict[str, Role]:
             raise ValueError(f"critic: expected the policy's vocabulary of {sizes[0]} tokens, got {sizes[1]}")
     if has_reward:
         roles["reward"] = role("score", plan.reward, trained=False, on_base=plan.share_base)
-    if "reference" in others:
+    if "reference" in others and not plan.reference_free:
         roles["reference"] = role("policy", plan.reference, trained=False)
         if _is_base(plan):  # the policy's base, adapters off
             roles["reference"] = roles["reference"]._replace(weights=tuple(filter(apart, roles["reference"].weights)))
@@ -167,13 +168,16 @@ def _count(shape: Shape) -> Counts:
     left_out = layers[layers_of_a_trial(layers, shape.config.get_text_config()) :]
     uncopied = {id(p) for p in left_out.parameters()}
 
-    whole = {id(p) for p in stays_whole(model)}
+    whole, units = {id(p) for p in stays_whole(model)}, dict[int, int]()
+    for number, module in enumerate(units_of(model)):
+        for parameter in module.parameters():
+            units.setdefault(id(parameter), number)
 
     def copied(part: nn.Module) -> int:
         return sum(p.numel() for p in part.parameters() if p.dtype in HALVES and id(p) not in uncopied)
 
     return Counts(
-        tuple(_weight(p, id(p) in whole) for p in model.parameters()),
+        tuple(_weight(p, id(p) in whole, units[id(p)]) for p in model.parameters()),
         sum(p.numel() for p in model.parameters()),
         sum(p.numel() for p in model.parameters() if p.requires_grad),
         max(sizes),
@@ -183,9 +187,9 @@ def _count(shape: Shape) -> Counts:
     )
 
 
-def _weight(parameter: nn.Parameter, whole: bool) -> Weight:
+def _weight(parameter: nn.Parameter, whole: bool, unit: int) -> Weight:
     rows = parameter.shape[0] if parameter.dim() else 1
-    return Weight(rows, parameter.numel() // max(1, rows), parameter.requires_grad, whole)
+    return Weight(rows, parameter.numel() // max(1, rows), parameter.requires_grad, whole, unit)
 
 
 class Trained(NamedTuple):
@@ -238,6 +242,29 @@ def master_bytes(role: Role, plan: PlanConfig, rank: int = 0) -> int:
     """Of the optimizer's bytes in process `rank`, those that are there before the first step."""
     each, optimizer = bytes_per_trained(plan), static_bytes(role, plan, rank).optimizer
     return round(optimizer * each.master / each.optimizer)
+
+
+def widened_bytes(role: Role, plan: PlanConfig, rank: int) -> int:
+    """What a step through fp32 copies takes beside the gradients at its peak, as `MasterWeights` takes it.
+
+    The step widens one gradient after the other, the smallest first, and drops each. The gradients of a unit in shards
+    lie in one storage, which is there as long as one of them is.
+    """
+    spread = spread_of(plan)
+    waiting, dropped, most = dict[int, int](), 0, 0
+    weights = sorted(role.trained_weights, key=lambda weight: weight.numel)
+    together = [weight.unit if spread.parts > 1 and not weight.whole else -1 - i for i, weight in enumerate(weights)]
+    for unit in together:
+        waiting[unit] = waiting.get(unit, 0) + 1
+    held = dict.fromkeys(waiting, 0)
+    for weight, unit in zip(weights, together, strict=True):
+        own, kept = weight.part(spread.parts, rank % spread.parts)
+        most = max(most, 4 * own - dropped)
+        held[unit] += 2 * kept
+        waiting[unit] -= 1
+        if not waiting[unit]:
+            dropped += held[unit]
+    return most
 
 
 def _share(size: float, gpus: int) -> int:

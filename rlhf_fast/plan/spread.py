@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from rlhf_fast.lm.sharding import lay_out, shard_untried
@@ -45,14 +44,7 @@ class Spread(NamedTuple):
             return
         with pretended(self.size):
             mesh = lay_out(self.how, "cpu", self.size, self.local)
-
-            def put(model: PreTrainedModel) -> None:
-                shard_untried(model, mesh)
-                for unit in model.modules():
-                    if self.gloo and isinstance(unit, FSDPModule):
-                        unit.set_custom_reduce_scatter(_GlooReduceScatter())
-
-            yield put
+            yield lambda model: shard_untried(model, mesh, reduce_scatter=_GlooReduceScatter() if self.gloo else None)
 
 
 class _GlooReduceScatter:

@@ -87,7 +87,7 @@ class MethodRun:
             rest = row["time/step"] - row.get("time/evaluation", 0.0) - sum(phases.values())
             for phase, seconds in {**phases, "other": max(0.0, rest)}.items():
                 totals[phase] = totals.get(phase, 0.0) + seconds
-        return {phase: totals[phase] / len(rows) for phase in _ordered(totals, PHASE_COLORS)}
+        return {phase: totals[phase] / len(rows) for phase in in_order(totals, PHASE_COLORS)}
 
     @property
     def peak_bytes(self) -> dict[str, int]:
@@ -97,7 +97,7 @@ class MethodRun:
             for key, value in row.items():
                 if key.startswith("memory/") and key != "memory/evaluation":
                     peaks[key[7:]] = max(peaks.get(key[7:], 0), value)
-        return {phase: peaks[phase] for phase in _ordered(peaks, PHASE_COLORS)}
+        return {phase: peaks[phase] for phase in in_order(peaks, PHASE_COLORS)}
 
 
 _NOT_PHASES = ("step", "total", "elapsed", "evaluation")
@@ -189,7 +189,7 @@ def reward_time(runs: Sequence[MethodRun], reward_name: str) -> Figure:
 @_styled
 def step_time(runs: Sequence[MethodRun]) -> Figure:
     """Mean wall time of a step, stacked by phase."""
-    phases = _ordered({phase: 0 for run in runs for phase in run.seconds_per_step}, PHASE_COLORS)
+    phases = in_order({phase: 0 for run in runs for phase in run.seconds_per_step}, PHASE_COLORS)
     figure, axes = _figure(6.4, 1.9 + 0.42 * len(runs))
     for i, run in enumerate(runs):
         left = 0.0
@@ -208,11 +208,11 @@ def step_time(runs: Sequence[MethodRun]) -> Figure:
 @_styled
 def static_memory(runs: Sequence[MethodRun]) -> Figure:
     """What the models hold: bytes by role, the shade telling weights, gradients and optimizer state."""
-    roles = _ordered({role: 0 for run in runs for role in run.static_bytes}, ROLE_COLORS)
+    roles = in_order({role: 0 for run in runs for role in run.static_bytes}, ROLE_COLORS)
     figure, axes = _figure(6.4, 2.3 + 0.42 * len(runs))
     for i, run in enumerate(runs):
         left = 0.0
-        for role in _ordered(run.static_bytes, ROLE_COLORS):
+        for role in in_order(run.static_bytes, ROLE_COLORS):
             for kind in KINDS:
                 mib = run.static_bytes[role].get(kind, 0) / MIB
                 if not mib:
@@ -230,7 +230,7 @@ def static_memory(runs: Sequence[MethodRun]) -> Figure:
 @_styled
 def peak_memory(runs: Sequence[MethodRun]) -> Figure:
     """Peak memory of each phase; a dot per method, side by side where they coincide."""
-    phases = _ordered({phase: 0 for run in runs for phase in run.peak_bytes}, PHASE_COLORS)
+    phases = in_order({phase: 0 for run in runs for phase in run.peak_bytes}, PHASE_COLORS)
     figure, axes = _figure(6.4, 1.7 + 0.5 * len(phases))
     styles = styles_of(run.name for run in runs)
     for i, run in enumerate(runs):
@@ -317,7 +317,7 @@ def _tint(color: str, kind: str) -> tuple[float, float, float]:
     return red, green, blue
 
 
-def _ordered(names: Mapping[str, Any], order: Mapping[str, Any]) -> list[str]:
+def in_order(names: Mapping[str, Any], order: Mapping[str, Any]) -> list[str]:
     """`names` in the order of `order`, unknown ones before "other"."""
     known = list(order)
     place = {name: i for i, name in enumerate(known)}

@@ -18,6 +18,7 @@ import matplotlib
 
 from rlhf_fast.data.damage import read_json
 from rlhf_fast.data.files import write_text
+from rlhf_fast.report import processes
 from rlhf_fast.report.curves import CURVES, make_curves
 from rlhf_fast.report.plots import START_COLOR, MethodRun, make_plots
 from rlhf_fast.report.settings import differences, held_out
@@ -40,7 +41,12 @@ _QUALITY = (
 )
 _HELD_OUT = "Held-out rows after training, mean ± standard error over rows where it is known."
 _SETTINGS = "Settings that are not the same in all runs."
-_COST = "Time without evaluation. Model memory: weights, gradients and optimizer state; peak: the largest of any phase."
+_COST = (
+    "Time without evaluation. Model memory: weights, gradients and optimizer state; peak: the largest of any phase. Of "
+    "several processes the first one's."
+)
+_HELD = "Weights, gradients and optimizer state of each role between steps."
+_PEAKS = "The largest memory while each phase runs; on a CPU that is the whole process, Python and torch included."
 _TEMPLATE = "report.html.jinja"  # beside this file
 _SHOWN = 5  # prompts, each with the completions of all methods
 _EVALUATION = (
@@ -95,6 +101,7 @@ def write_report(
         "quality": quality_table(evaluated, samples, reward_name, start) if evaluated else [],
         "held_out": held_out(runs),
         "cost": cost_table(runs),
+        "processes": {"held": processes.held(runs), "peaks": processes.peaks(runs)},
         "settings": differences(runs),
         "methods": {
             run.name: {
@@ -115,6 +122,8 @@ def write_report(
         ("What each method bought", report["quality"], _QUALITY),
         ("On held-out rows", report["held_out"], _HELD_OUT),
         ("What it cost", report["cost"], _COST),
+        ("What each process held", report["processes"]["held"], _HELD),
+        ("Peaks of each process", report["processes"]["peaks"], _PEAKS),
         ("What differs between the runs", report["settings"], _SETTINGS),
     ]
     html = _template().render(

@@ -31,7 +31,7 @@ class Samplers:
             directory = None if output_dir is None else Path(output_dir)
             keeps = getattr(config, "rollouts_ahead", 0) > 0
             bound = _BOUND if keeps else getattr(config, "max_mismatch", _BOUND)
-            self.server = Server(client, directory=directory, bound=bound, keeps=keeps)
+            self.server = Server(client, directory=directory, bound=bound, keeps=keeps, transfer=config.vllm_transfer)
 
     def __call__(
         self,

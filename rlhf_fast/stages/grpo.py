@@ -4,21 +4,22 @@
     KL_t = e^(log ref - log pi) - 1 - (log ref - log pi)   (k3)
 
 The KL to the reference is a term of the loss, not of the reward. Every completion weighs the same, whatever its length.
-Left out: the iterative variant, which also trains the reward model.
+These are the defaults. `loss_type` and the options beside it make Dr. GRPO, DAPO, GSPO, CISPO and SAPO of them
+(`stages.clipped`). Left out: the iterative variant, which also trains the reward model.
 """
 
 from collections.abc import Sequence
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from rlhf_fast.config import GRPOConfig
 from rlhf_fast.lm.trust import trusts_as_asked
 from rlhf_fast.ops import grpo_advantages
 from rlhf_fast.rollout.generate import Rollout
+from rlhf_fast.stages.clipped import denominator, loss_options, scores_less_kl
 from rlhf_fast.stages.online import Experience, Online
-from rlhf_fast.stages.updates import several_epochs
+from rlhf_fast.stages.updates import of_all, several_epochs
 from rlhf_fast.training.batches import micro_batches
 from rlhf_fast.training.learner import take_step, training_passes
 from rlhf_fast.training.listeners import Listener
@@ -35,39 +36,49 @@ def train(config: GRPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
     online = Online(config, "GRPO", samples=config.group_size, updates_per_round=updates)
 
     def update(run: Run, experience: Experience) -> dict[str, float]:
-        advantages_B = grpo_advantages(experience.scores, config.group_size)
+        advantages_B = of_all(
+            online,
+            scores_less_kl(online, experience),
+            lambda scores: grpo_advantages(scores, config.group_size, scale_rewards=config.scale_rewards),
+        )
+        rollout = experience.rollout
+        counted_B = rollout.finished if config.mask_truncated_completions else None
+        mask = rollout.response_mask if counted_B is None else rollout.response_mask & counted_B[:, None]
+        tokens = online.ranks.sum(mask.sum())  # of the round
         targets = (experience.weighed(advantages_B), experience.ref_logprobs)
-        return several_epochs(online, experience, targets, partial(minibatch_update, run, online))
+        one_step = partial(minibatch_update, run, online, tokens)
+        return several_epochs(online, experience, targets, one_step, counted=counted_B)
 
     online.run(update, listeners=listeners)
 
 
 def minibatch_update(
-    run: Run, online: Online[GRPOConfig], rollout: Rollout, targets: tuple[Tensor, ...], untouched: bool
+    run: Run,
+    online: Online[GRPOConfig],
+    round_tokens: Tensor,
+    rollout: Rollout,
+    targets: tuple[Tensor, ...],
+    untouched: bool,
 ) -> dict[str, float]:
-    """One optimizer step on the clipped loss with its KL term; the denominator is the number of completions.
+    """One optimizer step on the loss that the config names.
 
-    targets: advantages [B] or [B, T] and the reference's log-probs [B, T]. untouched: as in `several_epochs`.
+    round_tokens: of the whole rollout of all processes. targets: advantages [B] or [B, T] and the reference's log-probs
+    [B, T]. untouched: as in `several_epochs`.
     """
-    config, (advantages_B, ref_logprobs_BT) = online.config, targets
-    counts = torch.stack([torch.tensor(len(advantages_B), device=online.device), rollout.response_mask.sum()])
-    completions, tokens = online.ranks.sum(counts)  # of all processes
+    config, (advantages, ref_logprobs_BT) = online.config, targets
+    tokens = online.ranks.sum(rollout.response_mask.sum())
     tally = Tally()
-    for rows in training_passes(micro_batches(len(advantages_B), config.micro_batch_size), online.learner):
+    for rows in training_passes(micro_batches(len(advantages), config.micro_batch_size), online.learner):
         part = rollout.rows(rows)
         with run.meter.phase("policy_update"):
             with online.learner.autocast():
                 out = online.objectives.ppo(
                     part.sequences,
                     part.logprobs,
-                    advantages_B[rows],
+                    advantages[rows],
                     kept=part.kept,
-                    clip=config.clip,
-                    ref_logprobs=ref_logprobs_BT[rows],
-                    kl_coef=online.kl.coef,
-                    kl_estimator="k3",
-                    reduction="sequence_mean",
-                    normalizer=completions,
+                    normalizer=denominator(online, tokens, round_tokens),
+                    **loss_options(online, advantages[rows], ref_logprobs_BT[rows]),
                 )
             online.learner.backward(out.loss)
         if untouched:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from rlhf_fast.config import OnlineConfig
 from rlhf_fast.data.chat import with_template
-from rlhf_fast.data.encoding import PromptExample, epoch_batches
+from rlhf_fast.data.encoding import PromptExample, epoch_batches, pad_id
 from rlhf_fast.data.rows import load_rows
 from rlhf_fast.lm.balance import leave_out
 from rlhf_fast.lm.loading import default_device
@@ -24,10 +24,11 @@ from rlhf_fast.lm.offload import place, visiting
 from rlhf_fast.lm.room import EVALUATIONS, INSTEAD, PASSES, ROLLOUTS, check_room
 from rlhf_fast.lm.sharding import shard, shard_frozen, whole, whole_bytes
 from rlhf_fast.lm.tokenizers import check_tokenizer, load_tokenizer
-from rlhf_fast.ops import kl_penalty
+from rlhf_fast.ops import kl_penalty, soft_overlong_punishment
 from rlhf_fast.ranks import current
-from rlhf_fast.rollout.generate import Rollout
+from rlhf_fast.rollout.generate import Generation, Rollout
 from rlhf_fast.rollout.samplers import Samplers
+from rlhf_fast.stages.dynamic import Drawn, even, replaced
 from rlhf_fast.stages.kl import KLController
 from rlhf_fast.stages.rounds import rounds
 from rlhf_fast.training.batches import micro_batches, seed_everything, step_seed
@@ -52,6 +53,7 @@ class Experience(NamedTuple):
     ref_logprobs: Tensor  # [B, T]
     parts: dict[str, Tensor]  # of several rewards: name -> scores [B] float64, NaN where it does not judge
     weights: Tensor | None = None  # [B, T] fp32, of each token's policy loss, where another engine has sampled
+    batches: int = 1  # that were sampled to get these completions
 
     def weighed(self, advantages: Tensor) -> Tensor:
         """Advantages [B] or [B, T] times `weights`.
@@ -216,27 +218,41 @@ class Online(Generic[Config]):
 
     def collect(self, meter: Meter, step: int) -> Experience:
         """Samples, scores and takes the reference's log-probs for round `step`."""
-        prompts = [*self.ranks.share(self._round_prompts(step))]
         seed_everything(self.config.seed, step)
         with autocast(self.device, self.config.bf16), torch.no_grad():
             with meter.phase("rollout"):
-                rollout, greedy = self.rounds.take(step)
+                generation = self.rounds.take(step)
+            drawn, batches = self._judged(meter, generation, self._round_prompts(step)), 1
+            for more in range(1, getattr(self.config, "max_num_gen_batches", 1)):
+                if not self.ranks.sum(even(drawn.scores, self.samples).sum()):
+                    break
+                with meter.phase("rollout"):
+                    generation = self.sampler(**self._question(step, more))
+                found = self._judged(meter, generation, self._round_prompts(step, more))
+                drawn = replaced(drawn, found, self.samples, pad_id(self.tokenizer))
+                batches += 1
+            rollout = drawn.rollout
             if self.samplers.remote:
                 with meter.phase("rescoring"), whole(self.policy):
                     rollout = rescored(rollout, self.objectives, self.config.micro_batch_size)
-            with meter.phase("scoring"):
-                columns = prompt_columns([p for p in prompts for _ in range(self.samples)])
-                scores, parts = self._score(rollout, columns)
-                greedy_scores = self._score(greedy, prompt_columns(prompts)).scores if greedy is not None else None
             with meter.phase("reference"), visiting(self.reference):
                 ref_logprobs = torch.cat(
                     [
                         self.reference_objectives.logprobs(part.sequences, kept=part.kept).logprobs
-                        for part in map(rollout.rows, micro_batches(len(scores), self.config.micro_batch_size))
+                        for part in map(rollout.rows, micro_batches(len(drawn.scores), self.config.micro_batch_size))
                     ]
                 )
         weights = self.correction.weights(rollout)
-        return Experience(rollout, scores, greedy_scores, ref_logprobs, parts, weights)
+        return Experience(rollout, *drawn[1:3], ref_logprobs, drawn.parts, weights, batches)
+
+    def _judged(self, meter: Meter, generation: Generation, every: list[PromptExample]) -> Drawn:
+        """This process's completions with their scores. every: the prompts of all processes."""
+        (rollout, greedy), prompts = generation, [*self.ranks.share(every)]
+        with meter.phase("scoring"):
+            columns = prompt_columns([p for p in prompts for _ in range(self.samples)])
+            scores, parts = self._score(rollout, columns)
+            greedy_scores = self._score(greedy, prompt_columns(prompts)).scores if greedy is not None else None
+        return Drawn(rollout, scores, greedy_scores, parts)
 
     def note_drift(self, tally: Tally, logprobs: Tensor, rollout: Rollout) -> None:
         """Tallies the largest and the mean |training-time - decode-time| log-prob of a micro-batch, for `check_drift`.
@@ -298,20 +314,25 @@ class Online(Generic[Config]):
 
     def _score(self, rollout: Rollout, columns: dict[str, list]) -> Scored:
         scored = self.reward.judge(Answers(self.tokenizer, columns, rollout=rollout))
-        penalty_B = self.config.missing_eos_penalty * (~rollout.finished).float()
-        return scored._replace(scores=scored.scores - penalty_B)
+        scores_B = scored.scores - self.config.missing_eos_penalty * (~rollout.finished).float()
+        if self.config.soft_punish_cache:
+            lengths_B = rollout.response_mask.sum(dim=1)
+            longest, cache = self.config.max_response_length, self.config.soft_punish_cache
+            scores_B = scores_B + soft_overlong_punishment(lengths_B, longest, cache).to(scores_B)
+        return scored._replace(scores=scores_B)
 
-    def _question(self, step: int) -> dict[str, Any]:
-        """What round `step` asks of a sampler for this process's prompts."""
-        every = self._round_prompts(step)
+    def _question(self, step: int, more: int = 0) -> dict[str, Any]:
+        """What round `step` asks of a sampler for this process's prompts. more: as in `_round_prompts`."""
+        every = self._round_prompts(step, more)
         ids, earlier = ([p.prompt_ids for p in part] for part in (self.ranks.share(every), self.ranks.earlier(every)))
-        seed = step_seed(self.config.seed, step)
+        seed = (step_seed(self.config.seed, step) + more) % 2**63
         return {"prompts": ids, "earlier": earlier, "seed": seed, "samples": self.samples, "greedy": self.greedy}
 
-    def _round_prompts(self, step: int) -> list[PromptExample]:
+    def _round_prompts(self, step: int, more: int = 0) -> list[PromptExample]:
+        """The prompts of round `step`. more: the number of the batch; each has a shuffled order of its own."""
         per_epoch = len(self.prompts) // self.prompts_per_round
         epoch, index = divmod(step - 1, per_epoch)
-        batches = epoch_batches(len(self.prompts), self.prompts_per_round, self.config.seed, epoch)
+        batches = epoch_batches(len(self.prompts), self.prompts_per_round, self.config.seed + more, epoch)
         return [self.prompts[i] for i in batches[index]]
 
     def _describe(self, experience: Experience) -> dict[str, float]:
@@ -324,6 +345,10 @@ class Online(Generic[Config]):
         tally.add("objective/scores", share * experience.scores.mean())
         tally.add("objective/length", share * mask.sum(dim=1).float().mean())
         tally.add("val/num_eos_tokens", rollout.finished.sum())
+        if getattr(self.config, "max_num_gen_batches", 1) > 1:
+            tally.same("sampling/batches", experience.batches)
+            share_of_prompts = self.samples / self.config.batch_size
+            tally.add("sampling/even_prompts", share_of_prompts * even(experience.scores, self.samples).sum())
         if experience.greedy_scores is not None:
             tally.add("objective/greedy_scores", share * experience.greedy_scores.mean())
         for name, part_B in experience.parts.items():

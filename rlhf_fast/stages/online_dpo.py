@@ -14,6 +14,7 @@ from rlhf_fast.config import OnlineDPOConfig
 from rlhf_fast.lm.trust import trusts_as_asked
 from rlhf_fast.ops import kl_penalty
 from rlhf_fast.rollout.generate import Rollout
+from rlhf_fast.stages.dpo import pair_options
 from rlhf_fast.stages.online import Experience, Online
 from rlhf_fast.training.batches import micro_batches
 from rlhf_fast.training.learner import take_step, training_passes
@@ -62,7 +63,9 @@ def step(
     refs_B: the reference's log-probs, summed over each completion.
     """
     config, tally = online.config, Tally()
-    pairs = int(online.ranks.sum(torch.tensor(len(chosen))))  # of all processes
+    counts = torch.stack([torch.tensor(len(chosen)), rollout.response_mask[chosen].sum().cpu()])
+    pairs, tokens = online.ranks.sum(counts).tolist()  # of all processes
+    mean_length = tokens / max(pairs, 1) or 1.0
     size = None if config.micro_batch_size is None else config.micro_batch_size // 2
     tally.add("pairs", len(chosen))
     for rows in training_passes(micro_batches(len(chosen), size), online.learner):
@@ -76,9 +79,8 @@ def step(
                     refs_B[index].chunk(2),
                     pairs,
                     kept=part.kept,
-                    beta=config.beta,
-                    loss_type=config.loss_type,
-                    label_smoothing=config.label_smoothing,
+                    mean_chosen_length=mean_length,
+                    **pair_options(config),
                     chosen_lengths=lengths[: len(index) // 2],
                     rejected_lengths=lengths[len(index) // 2 :],
                 )

@@ -3,7 +3,8 @@
 There are four models: policy, value, reward, reference. With LoRA the reference is the policy's base. With `share_base`
 all four models stand on this base. With `critic: shared` the value model is a head on the policy's trunk. The reward is
 the score at the last token, less the KL penalty at every token. Advantages are GAE's (arXiv 1506.02438), whitened over
-the rollout. Several epochs of minibatches follow, with clipped policy and value losses.
+the rollout. Several epochs of minibatches follow, with clipped policy and value losses. `value_lam` and
+`length_adaptive_alpha` are those of VAPO (arXiv 2504.05118); `stages.clipped` has the other policy losses.
 """
 
 from collections.abc import Sequence
@@ -23,10 +24,11 @@ from rlhf_fast.lm.scores import Scores
 from rlhf_fast.lm.sharding import shard, whole
 from rlhf_fast.lm.tokenizers import check_tokenizer
 from rlhf_fast.lm.trust import trusts_as_asked
-from rlhf_fast.ops import LinearPPOLoss, ValueLoss, gae, ppo_value_loss, shape_rewards, whiten
+from rlhf_fast.ops import LinearPPOLoss, ValueLoss, gae, length_adaptive_lambda, ppo_value_loss, shape_rewards
 from rlhf_fast.rollout.generate import Rollout
+from rlhf_fast.stages.clipped import denominator, loss_options
 from rlhf_fast.stages.online import Experience, Online
-from rlhf_fast.stages.updates import several_epochs
+from rlhf_fast.stages.updates import several_epochs, whiten_all
 from rlhf_fast.training.batches import micro_batches
 from rlhf_fast.training.learner import Learner, take_step, training_passes
 from rlhf_fast.training.listeners import Listener
@@ -42,6 +44,7 @@ class Targets(NamedTuple):
     advantages: Tensor  # whitened, then weighed where another engine has sampled
     returns: Tensor
     values: Tensor  # from the value model before its first step on the rollout
+    ref_logprobs: Tensor  # of the reference
 
 
 @writes_alone("output_dir")
@@ -53,7 +56,8 @@ def train(config: PPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
 
     def update(run: Run, experience: Experience) -> dict[str, float]:
         targets = advantages_and_returns(run, online, critic, experience)
-        return several_epochs(online, experience, targets, partial(minibatch_update, run, online, critic))
+        tokens = online.ranks.sum(experience.rollout.response_mask.sum())  # of the round
+        return several_epochs(online, experience, targets, partial(minibatch_update, run, online, critic, tokens))
 
     online.run(update, learners={"value": critic}, listeners=listeners)
 
@@ -95,30 +99,37 @@ def advantages_and_returns(run: Run, online: Online[PPOConfig], critic: Learner,
     with run.meter.phase("value"), torch.no_grad(), whole(scores.root), critic.autocast():
         rows = micro_batches(len(mask), config.micro_batch_size)
         values = torch.cat([scores.values(rollout.rows(r).sequences) for r in rows])
-    rewards = shape_rewards(experience.scores, rollout.logprobs, experience.ref_logprobs, mask, kl_coef=online.kl.coef)
+    in_reward = config.kl_in == "reward"
+    rewards = shape_rewards(
+        experience.scores,
+        rollout.logprobs,
+        experience.ref_logprobs,
+        mask,
+        kl_coef=online.kl.coef if in_reward else 0.0,
+        estimator=config.estimator,
+    )
     if config.whiten_rewards:
         rewards = whiten_all(online, rewards, mask, shift_mean=False)
-    advantages, returns = gae(rewards, values, mask, gamma=config.gamma, lam=config.lam)
-    return Targets(experience.weighed(whiten_all(online, advantages, mask)), returns, values)
-
-
-def whiten_all(online: Online[PPOConfig], x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
-    """`whiten` over the rollouts of all processes. x, mask: [B, T]."""
-    if online.ranks.size == 1:
-        return whiten(x, mask, shift_mean=shift_mean)
-    parts = online.ranks.gather(x[mask].cpu())
-    every = torch.cat(parts).to(x.device)
-    whitened = whiten(every, torch.ones_like(every, dtype=torch.bool), shift_mean=shift_mean)
-    mine = whitened.split([len(part) for part in parts])[online.ranks.rank]
-    return torch.zeros_like(x, dtype=whitened.dtype).masked_scatter(mask, mine)
+    alpha, lam, value_lam = config.length_adaptive_alpha, config.lam, config.value_lam
+    if alpha:
+        lam, value_lam = length_adaptive_lambda(mask.sum(dim=1), alpha), lam if value_lam is None else value_lam
+    advantages, returns = gae(rewards, values, mask, gamma=config.gamma, lam=lam, value_lam=value_lam)
+    return Targets(experience.weighed(whiten_all(online, advantages, mask)), returns, values, experience.ref_logprobs)
 
 
 def minibatch_update(
-    run: Run, online: Online[PPOConfig], critic: Learner, rollout: Rollout, targets: tuple[Tensor, ...], untouched: bool
+    run: Run,
+    online: Online[PPOConfig],
+    critic: Learner,
+    round_tokens: Tensor,
+    rollout: Rollout,
+    targets: tuple[Tensor, ...],
+    untouched: bool,
 ) -> dict[str, float]:
-    """One optimizer step of policy and value model; the denominator is the number of the minibatch's tokens.
+    """One optimizer step of policy and value model; the value loss's denominator is the minibatch's tokens.
 
-    targets: the fields of `Targets`. untouched: as in `several_epochs`.
+    round_tokens: of the whole rollout of all processes. targets: the fields of `Targets`. untouched: as in
+    `several_epochs`.
     """
     mask = rollout.response_mask
     tokens = online.ranks.sum(mask.sum())
@@ -127,7 +138,7 @@ def minibatch_update(
     parts = micro_batches(len(mask), online.config.micro_batch_size)
     for rows in training_passes(parts, online.learner, critic):
         part, target = rollout.rows(rows), Targets(*(x[rows] for x in targets))
-        policy, value = backward(run, online, critic, part, target, tokens)
+        policy, value = backward(run, online, critic, part, target, tokens, round_tokens)
         if untouched:
             online.note_drift(tally, policy.logprobs, part)
         share = (part.response_mask.sum() / tokens).double()
@@ -143,31 +154,31 @@ def minibatch_update(
 
 
 def separate_backward(
-    run: Run, online: Online[PPOConfig], critic: Learner, part: Rollout, target: Targets, tokens: Tensor
+    run: Run, online: Online[PPOConfig], critic: Learner, part: Rollout, target: Targets, *tokens: Tensor
 ) -> tuple[LinearPPOLoss, ValueLoss]:
     """Policy and value model, each with a forward and a backward pass of its own."""
     with run.meter.phase("policy_update"):
         with online.learner.autocast():
-            policy = policy_loss(online, part, target, tokens)
+            policy = policy_loss(online, part, target, *tokens)
         online.learner.backward(policy.loss)
     with run.meter.phase("value_update"):
         with critic.autocast():
             values = critic_scores(online, critic).values(part.sequences)
-            value = value_loss(online, part, target, tokens, values)
+            value = value_loss(online, part, target, tokens[0], values)
         critic.backward(value.loss)
     return policy, value
 
 
 def joint_backward(
-    run: Run, online: Online[PPOConfig], critic: Learner, part: Rollout, target: Targets, tokens: Tensor
+    run: Run, online: Online[PPOConfig], critic: Learner, part: Rollout, target: Targets, *tokens: Tensor
 ) -> tuple[LinearPPOLoss, ValueLoss]:
     """One forward pass of the trunk that policy and value head share, and one backward pass of both losses."""
     scores = critic_scores(online, critic)
 
     def losses() -> tuple[LinearPPOLoss, ValueLoss]:
         hidden_BTH = response_hidden(online.policy, part.sequences)
-        policy = policy_loss(online, part, target, tokens, hidden=hidden_BTH)
-        return policy, value_loss(online, part, target, tokens, scores.values_of(hidden_BTH))
+        policy = policy_loss(online, part, target, *tokens, hidden=hidden_BTH)
+        return policy, value_loss(online, part, target, tokens[0], scores.values_of(hidden_BTH))
 
     with run.meter.phase("policy_update"):
         with online.learner.autocast():
@@ -182,16 +193,16 @@ def critic_scores(online: Online[PPOConfig], critic: Learner) -> Scores:
 
 
 def policy_loss(
-    online: Online[PPOConfig], part: Rollout, target: Targets, tokens: Tensor, **hidden: Tensor
+    online: Online[PPOConfig], part: Rollout, target: Targets, tokens: Tensor, round_tokens: Tensor, **hidden: Tensor
 ) -> LinearPPOLoss:
-    """The clipped policy loss of a micro-batch. tokens: the denominator. hidden: as in `Objectives.ppo`."""
+    """The policy loss of a micro-batch. tokens, round_tokens: of minibatch and rollout. hidden: of `Objectives.ppo`."""
     return online.objectives.ppo(
         part.sequences,
         part.logprobs,
         target.advantages,
         kept=part.kept,
-        clip=online.config.clip,
-        normalizer=tokens,
+        normalizer=denominator(online, tokens, round_tokens),
+        **loss_options(online, target.advantages, target.ref_logprobs),
         **hidden,
     )
 

@@ -26,7 +26,8 @@ from rlhf_fast.rollout.vllm.client import ServerError
 from rlhf_fast.rollout.vllm.rows import Row
 from rlhf_fast.rollout.vllm.sampler import Asked, VLLMSampler
 
-Model, Result = TypeVar("Model"), TypeVar("Result")
+Model = TypeVar("Model")
+Result = TypeVar("Result")
 Rows = list[list[Row]]  # of every request
 
 
@@ -133,7 +134,7 @@ class Ahead(InTurn):
             self._coming.exception()
         self._pool.shutdown()
         if not self._owed:
-            self.sampler.server.files.forget()
+            self.sampler.server.forget()
 
     def state_dict(self) -> dict[str, Any]:
         """The rows of the round that trains next; without rows where the server did not give it."""

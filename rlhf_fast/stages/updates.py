@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.config import ClippedConfig
+from rlhf_fast.ops import whiten
 from rlhf_fast.rollout.generate import Rollout
 from rlhf_fast.stages.online import Experience, Online
 from rlhf_fast.training.batches import micro_batches
@@ -22,23 +23,44 @@ def several_epochs(
     experience: Experience,
     targets: tuple[Tensor, ...],
     minibatch_update: Callable[[Rollout, tuple[Tensor, ...], bool], dict[str, float]],
+    *,
+    counted: Tensor | None = None,
 ) -> dict[str, float]:
     """config.epochs passes over a rollout in config.minibatches steps each; returns the mean of the steps' metrics.
 
     targets: tensors with a row for each row of the rollout.
     minibatch_update: takes one optimizer step on the rows of `(rollout, targets, untouched)`. untouched: True while the
         policy is still the policy that sampled.
+    counted: [B] bool, the rows of the rollout that a step takes; None: all.
     """
     config, totals = online.config, dict[str, list[float]]()
     for epoch in range(config.epochs):
         order = torch.randperm(config.batch_size)  # of the rows of all processes
         for number, chunk in enumerate(order.chunk(config.minibatches)):
             index = online.own_rows(chunk)
+            index = index if counted is None else index[counted[index]]
             part = tuple(x[index] for x in targets)
             metrics = minibatch_update(experience.rollout.rows(index), part, epoch == 0 and number == 0)
             for name, value in metrics.items():
                 totals.setdefault(name, []).append(value)
     return {name: sum(values) / len(values) for name, values in totals.items()}
+
+
+def of_all(online: Online, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """`function` of the values [B] of all processes, in their order; returns this process's part, [B]."""
+    part = online.ranks.part(online.prompts_per_round)
+    return function(online.ranks.cat(x))[part.start * online.samples : part.stop * online.samples]
+
+
+def whiten_all(online: Online, x: Tensor, mask: Tensor, *, shift_mean: bool = True) -> Tensor:
+    """`whiten` over the rollouts of all processes. x, mask: of one shape."""
+    if online.ranks.size == 1:
+        return whiten(x, mask, shift_mean=shift_mean)
+    parts = online.ranks.gather(x[mask].cpu())
+    every = torch.cat(parts).to(x.device)
+    whitened = whiten(every, torch.ones_like(every, dtype=torch.bool), shift_mean=shift_mean)
+    mine = whitened.split([len(part) for part in parts])[online.ranks.rank]
+    return torch.zeros_like(x, dtype=whitened.dtype).masked_scatter(mask, mine)
 
 
 def policy_gradient_step(

@@ -21,6 +21,7 @@ FREE = {
     "track",
     "vllm_patience",
     "vllm_timeout",
+    "vllm_transfer",
     "vllm_url",
 }
 """Fields on which no number of a finished run depends."""

@@ -39,12 +39,19 @@ def load_policy_and_reference(
     an adapter, it has that adapter, frozen.
     """
     lora, reference = adapters.lora_of(config), config.reference or config.model
-    start, how = resume_directory(config) or config.model, config.shard
-    policy = load_policy(start, dtype=config.dtype, lora=lora, shard=how).to(device)  # pyright: ignore[reportArgumentType]
+    policy = load_trained(config, device)
     on_policy = lora is not None and adapters.stands_on(policy, adapters.base_path(reference))
     on_policy = on_policy and config.frozen_dtype in (None, config.dtype)
     shared = policy if on_policy else None
-    return policy, load_policy(reference, dtype=config.frozen_weights, trainable=False, shared=shared, shard=how)
+    return policy, load_policy(
+        reference, dtype=config.frozen_weights, trainable=False, shared=shared, shard=config.shard
+    )
+
+
+def load_trained(config: OnlineConfig | OfflineConfig, device: torch.device) -> PreTrainedModel:
+    """The policy to train, on `device`."""
+    start, lora = resume_directory(config) or config.model, adapters.lora_of(config)
+    return load_policy(start, dtype=config.dtype, lora=lora, shard=config.shard).to(device)  # pyright: ignore[reportArgumentType]
 
 
 def resume_directory(config: StageConfig, say: Callable[[str], None] = lambda line: None) -> Path | None:

@@ -40,8 +40,8 @@ class TensorBytes(private.TorchDispatchMode):
     def __enter__(self) -> "TensorBytes":
         if not self._depth:
             TensorBytes.active = self
-            self._resize = torch.UntypedStorage.resize_
-            torch.UntypedStorage.resize_ = self._resizing(self._resize)
+            self._resize = vars(torch.UntypedStorage).get("resize_")  # another counter's
+            torch.UntypedStorage.resize_ = self._resizing(torch.UntypedStorage.resize_)
         self._depth += 1
         return super().__enter__()
 
@@ -49,7 +49,10 @@ class TensorBytes(private.TorchDispatchMode):
         self._depth -= 1
         if not self._depth:
             TensorBytes.active = None
-            torch.UntypedStorage.resize_ = self._resize
+            if self._resize is None:
+                del torch.UntypedStorage.resize_  # torch's own is that of a base class
+            else:
+                torch.UntypedStorage.resize_ = self._resize
         super().__exit__(*exc)
 
     def hold(self, tensors: Iterable[Tensor]) -> None:

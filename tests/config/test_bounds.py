@@ -13,7 +13,7 @@ from rlhf_fast.config.fields import arg, check_fields, random_seed
 from rlhf_fast.config.online import RemaxVariant
 from rlhf_fast.config.stages import DPOLossType
 from rlhf_fast.methods import load
-from rlhf_fast.ops.preference import LOSS_TYPES
+from rlhf_fast.ops.pair_options import LOSS_TYPES
 from rlhf_fast.ops.returns import REMAX_VARIANTS
 
 CONFIGS = {name: load(command.config) for name, command in cli.COMMANDS.items()}

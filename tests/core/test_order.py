@@ -7,8 +7,8 @@ import pytest
 
 from rlhf_fast.kernels import dpo_loss, gae, maths, ppo_loss
 from rlhf_fast.ops.kl import ESTIMATORS
+from rlhf_fast.ops.pair_options import PAIR_TERMS
 from rlhf_fast.ops.policy_options import OBJECTIVES, REDUCTIONS
-from rlhf_fast.ops.preference import LOSS_TYPES
 from rlhf_fast.ops.returns import REMAX_VARIANTS
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
@@ -28,7 +28,7 @@ def enum(header: str, name: str) -> tuple[str, ...]:
         (ESTIMATORS, "math.h", "Estimator", maths),
         (REDUCTIONS, "math.h", "Reduction", ppo_loss),
         (OBJECTIVES, "math.h", "Objective", ppo_loss),
-        (LOSS_TYPES, "pair_terms.h", "DPOType", dpo_loss),
+        (PAIR_TERMS, "pair_terms.h", "DPOType", dpo_loss),
         (REMAX_VARIANTS, "returns.h", "RemaxVariant", gae),
     ],
 )

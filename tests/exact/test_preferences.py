@@ -114,3 +114,40 @@ def test_bad_input():
         exact.dpo_minimiser(random_logprobs(3), torch.zeros(3, 3), -1)
     with pytest.raises(ValueError, match=r"ref_logprobs: expected shape \[N\], got \[2, 3\]"):
         exact.dpo_minimiser(random_logprobs(2, 3), torch.zeros(2, 3, 3), 0.1)
+
+
+def test_cpo_is_dpo_with_a_uniform_reference_and_the_likelihood_of_the_chosen():
+    """Over all pairs in their proportions; lengths are 1, because a completion is one action here."""
+    N, beta, alpha = 9, 0.3, 0.4
+    policy, preferences = random_logprobs(N, seed=1).requires_grad_(), exact.bradley_terry(random_rewards(N))
+    uniform = torch.full((N,), -math.log(N), dtype=torch.float64)
+    first, second = torch.cartesian_prod(torch.arange(N), torch.arange(N)).T
+    weights = preferences[first, second] / N**2
+    options = dict(beta=beta, loss_type="cpo", cpo_alpha=alpha, mean_chosen_length=1.0)
+    loss = weights @ rf.dpo_loss(policy[first], policy[second], **options).losses
+    chosen = preferences.sum(1) / N**2
+    close(loss, exact.dpo_population_loss(policy, uniform, preferences, beta) - alpha * chosen @ policy)
+    mine, theirs = (torch.autograd.grad(x, policy, retain_graph=True)[0] for x in (loss, -alpha * chosen @ policy))
+    (dpo,) = torch.autograd.grad(exact.dpo_population_loss(policy, uniform, preferences, beta), policy)
+    close(mine, dpo + theirs)
+
+
+def test_sft_alone_is_least_at_the_distribution_of_the_chosen_answers():
+    N = 7
+    preferences = exact.bradley_terry(random_rewards(N))
+    first, second = torch.cartesian_prod(torch.arange(N), torch.arange(N)).T
+    weights = preferences[first, second] / preferences.sum()
+    logits = (weights.view(N, N).sum(1)).log().requires_grad_()
+    policy = logits.log_softmax(-1)
+    loss = weights @ rf.dpo_loss(policy[first], policy[second], loss_type="sft", mean_chosen_length=1.0).losses
+    close(torch.autograd.grad(loss, logits)[0], torch.zeros(N), tolerance=1e-12)
+
+
+def test_simpo_and_orpo_prefer_by_the_mean_of_a_token():
+    """Two answers with one log-prob, of 2 and of 4 tokens: the longer answer has the larger average."""
+    logps = torch.full((1,), -2.0, dtype=torch.float64)
+    lengths = dict(chosen_lengths=torch.tensor([4]), rejected_lengths=torch.tensor([2]))
+    simpo = rf.dpo_loss(logps, logps, beta=2.0, loss_type="simpo", simpo_gamma=0.0, **lengths).losses
+    close(simpo, [math.log1p(math.exp(-2.0 * 0.5))])
+    odds = math.exp(-0.5) / (1 - math.exp(-0.5)) / (math.exp(-1) / (1 - math.exp(-1)))
+    close(rf.dpo_loss(logps, logps, beta=2.0, loss_type="orpo", **lengths).losses, [0.5 + 2 * math.log1p(1 / odds)])

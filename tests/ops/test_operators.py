@@ -76,8 +76,8 @@ def samples():
              "k1", False, 0.0, "token_mean", 1.0, 0.0, 1 << 20, True, True, False),
         ],
         "linear_dpo_loss": [
-            (leaf(x), leaf(w), None, torch.randint(V, (4, T)), b[:2], b[1:], None, None, None, 0.1, "sigmoid", 0.0,
-             1.0, 0.0, 1 << 20, True, True, False)
+            (leaf(x), leaf(w), None, torch.randint(V, (4, T)), b[:2], b[1:], None, None, n, None, ["sigmoid", "sft"],
+             [1.0, 0.5], 0.1, 0.0, 0.5, 1.0, 0.0, 1 << 20, True, True, False)
             for x in [torch.randn(4, T, 6)]
         ],
         "linear_kto_loss": [
@@ -111,7 +111,7 @@ def samples():
         "swiglu_backward": [(x, x.cos(), x.sin())],
         "kl_penalty": [(leaf(f), g, "k3", True), (f.t(), g.t(), "k1", False)],
         "shape_rewards": [(b, f, g, mask(B, T), 0.1, "k1", 5.0)],
-        "gae": [(f, g, mask(B, T), 1.0, 0.95)],
+        "gae": [(f, g, mask(B, T), None, 1.0, 0.95), (f, g, mask(B, T), b.sigmoid(), 1.0, 0.0)],
         "discounted_returns": [(f, mask(B, T), 0.9)],
         "whiten": [(f, mask(B, T), True)],
         "remax_returns": [(b, b.flip(0), f, g, mask(B, T), 0.1, 0.99, 5.0, "official")],
@@ -132,8 +132,8 @@ def samples():
             (b, b.flip(0), b > 0, n, 0.1, "apo_zero_unpaired", 1.0, 1.0, False),
         ],
         "dpo_loss": [
-            (leaf(b), leaf(b), b, b, None, None, 0.1, "sigmoid", 0.0, True),
-            (leaf(b), leaf(b), None, None, b.exp(), b.exp(), 0.1, "ipo", 0.0, True),
+            (leaf(b), leaf(b), b, b, None, None, 0.1, "sigmoid", 0.0, 0.5, True),
+            (leaf(b), leaf(b), None, None, b.exp(), b.exp(), 0.1, "ipo", 0.0, 0.5, True),
         ],
     }  # fmt: skip
 

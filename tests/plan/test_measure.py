@@ -14,7 +14,7 @@ LENGTHS = {"batch_size": 4, "prompt_length": 24, "response_length": 6}
 
 def check(plan: PlanConfig, within: float = 0.1) -> None:
     planner = Planner(plan)
-    phases, compared = planner.phases("cpu"), compare(planner)
+    phases, (compared,) = planner.phases("cpu"), compare(planner)
     assert compared.keys() == phases.keys()
     for name, row in compared.items():
         assert row["planned"] == phases[name].peak_bytes

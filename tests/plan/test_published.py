@@ -46,7 +46,7 @@ def test_which_runs_fit_one_and_four_gpus_of_80_gb(shapes):
     for method, rows in table.items():
         curves = {}
         for (gpus, offload_optimizer, batch_size), fits in rows.items():
-            options = {"gpus": gpus, "offload_optimizer": offload_optimizer, "batch_size": batch_size}
+            options = {"gpus": gpus, "offload_optimizer": offload_optimizer, "batch_size": gpus * batch_size}
             planner = Planner(PlanConfig(model=shapes["llama-2-7b"], method=method, **fixed, **options))
             planner.curves = curves  # the passes are the same in all rows
             peak = max(phase.peak_bytes for phase in planner.phases("cuda").values())

@@ -235,3 +235,24 @@ def test_bad_input(tmp_path, runs):
     with pytest.raises(ValueError, match="samples: expected the prompts of PPO's samples in the same order"):
         write_report(tmp_path / "r.html", runs, title="t", samples=START[::-1])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_in_several_processes_shows_each_of_them(tmp_path, runs):
+    def process(weights: int, peak: int) -> dict:
+        static = {"policy": {"weights": weights * MIB, "gradients": 3 * MIB, "optimizer": 6 * MIB}}
+        return {"static_bytes": static, "phases": {"rollout": {"peak_bytes": peak * MIB}, "steps": 2}}
+
+    several = dataclasses.replace(runs[0], record={"processes": [process(4, 400), process(4, 390), process(2, 390)]})
+    write_report(tmp_path / "report.html", [several, runs[1]], title="t")
+    page, report = Page((tmp_path / "report.html").read_text()), json.loads((tmp_path / "report.json").read_text())
+    at = page.rows.index(["method", "process", "policy memory"])
+    assert page.rows[at + 1 : at + 6] == [
+        ["PPO", "0-1", "13.0 MiB"],
+        ["PPO", "2", "11.0 MiB"],
+        ["method", "process", "rollout memory"],
+        ["PPO", "0", "400.0 MiB"],
+        ["PPO", "1-2", "390.0 MiB"],
+    ]
+    assert report["processes"]["held"][1] == {"method": "PPO", "process": "2", "policy bytes": 11 * MIB}
+    write_report(tmp_path / "report.html", runs, title="t")
+    assert "each process" not in Page((tmp_path / "report.html").read_text()).text

@@ -12,9 +12,10 @@ from rlhf_fast.lm.adapters import LoRA, merged, put_on
 from rlhf_fast.lm.loading import load_policy
 from rlhf_fast.rollout.sampler import LocalSampler
 from rlhf_fast.rollout.vllm.client import Client, ServerError
+from rlhf_fast.rollout.vllm.nccl import Nccl
 from rlhf_fast.rollout.vllm.sampler import VLLMSampler
 from rlhf_fast.rollout.vllm.server import Server
-from tests.support.fake_vllm import FakeVLLM
+from tests.support.fake_vllm import FakeGroup, FakeVLLM
 
 PROMPTS = [[5, 6, 7, 8], [9, 10], [5, 6, 7, 8], [11, 12, 13, 14, 15]]
 OPTIONS = {"max_new_tokens": 10, "temperature": 0.8, "greedy_max_new_tokens": 6}
@@ -177,6 +178,34 @@ def test_an_adapter_goes_alone_under_the_name_of_its_version(adapted, fake, poli
     assert {name.rpartition("-")[2] for name in asked} == {"1", "2"}  # never the base
 
 
+def test_weights_by_the_protocol_of_nccl(fake, policy, tokenizer, tmp_path):
+    sampler = connected(fake, policy, tokenizer, tmp_path)
+    sampler.server.way = Nccl(sampler.server.client, FakeGroup)
+    sampler.server.way.name = sampler.server.name
+    fake.asked.clear()
+    for _ in range(2):
+        move(policy)
+        sampler.server.changed()
+        sampler.refresh()
+    routes = [route for route, _ in fake.asked if not route.startswith("/v1")]
+    push = ["/start_weight_update", "/update_weights", "/finish_weight_update", "/reset_prefix_cache"]
+    assert routes == ["/get_world_size", "/init_weight_transfer_engine", *push, *push]
+    info = next(body["init_info"] for route, body in fake.asked if route == "/init_weight_transfer_engine")
+    assert (info["rank_offset"], info["world_size"], info["packed"]) == (1, 2, False)
+    assert fake.joined == bytes(range(128)) and fake.version.endswith("-2") and list(tmp_path.iterdir()) == []
+    for a, b in zip(fake.model.parameters(), policy.parameters(), strict=True):
+        assert torch.equal(a, b)
+    right = sampler(PROMPTS, seed=2, samples=2).sampled
+    fake.faults.append((COMPLETIONS, "restarted"))  # the group is gone with the server
+    same_rows(sampler(PROMPTS, seed=2, samples=2).sampled, right)
+    with pytest.raises(ServerError, match="expected a server that keeps the weights"):
+        sampler.server.reload()
+    fake.faults.append(("/update_weights", "broken"))
+    sampler.server.changed()
+    with pytest.raises(ServerError, match="500 out of memory.*did not take the policy's weights by NCCL"):
+        sampler.refresh()
+
+
 def test_a_server_that_has_lost_the_adapter_gets_it_and_the_round_again(adapted, fake):
     adapted.refresh()
     right = adapted(PROMPTS, seed=2, samples=2).sampled
@@ -192,7 +221,7 @@ def test_a_stale_adapter_is_an_error_and_a_refused_adapter_is_merged(adapted, fa
     assert fake.adapters == {} and fake.version.endswith("-1") and adapted.server.name == "tiny"
     fake.restart()
     fake.deaf = "all"
-    adapted.server.files._merges = False
+    adapted.server.way._merges = False
     with pytest.raises(ServerError, match="nats a token"):
         adapted.server.changed()
         shift_adapter(policy)

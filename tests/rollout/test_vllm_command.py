@@ -66,6 +66,11 @@ def test_a_server_for_adapters(tiny_model):
     assert "--max-lora-rank 16 " in found and "--enable-lora" in found and "dummy" not in found
 
 
+def test_a_server_that_takes_weights_by_nccl(tiny_model):
+    found = command(VLLMCommandConfig(model=tiny_model, vllm_transfer="nccl"))
+    assert """ --weight-transfer-config '{"backend": "nccl"}'""" in found
+
+
 def test_an_address_that_is_none(capsys):
     assert cli.main(["vllm-command", "--model", "m", "--vllm-url", "127.0.0.1:8000"]) == 2
     assert (

@@ -142,7 +142,7 @@ def test_shared_critic_is_one_pass_and_the_sum_of_both_gradients(files, tiny_mod
 
     passes = []
     hook = online.policy.base_model.register_forward_hook(lambda *_: passes.append(1))
-    ppo.joint_backward(run, online, critic, rollout, targets, mask.sum())
+    ppo.joint_backward(run, online, critic, rollout, targets, mask.sum(), mask.sum())
     hook.remove()
     assert len(passes) == 1
     found = {name: p.grad for name, p in online.policy.named_parameters()}

@@ -211,7 +211,9 @@ def test_grpo_loss_is_equation_3(files, tiny_model, tmp_path):
     loss = sum(losses) / len(losses)
     loss.backward()
     total_norm = torch.cat([p.grad.flatten() for p in policy.parameters()]).norm()
-    metrics = grpo.minibatch_update(run, online, moved, (advantages, experience.ref_logprobs), untouched=False)
+    tokens = rollout.response_mask.sum()
+    targets = (advantages, experience.ref_logprobs)
+    metrics = grpo.minibatch_update(run, online, tokens, moved, targets, untouched=False)
     assert metrics["loss/policy_avg"] == pytest.approx(loss.item(), rel=1e-4)
     assert metrics["grad_norm"] == pytest.approx(total_norm.item(), rel=1e-4)
     assert 0 < metrics["policy/clipfrac_avg"] < 1

@@ -5,8 +5,10 @@ with FakeVLLM(path) as server:
     VLLMSampler(Server(Client(server.url, timeout=5, patience=5), ...), ...)
 """
 
+import base64
 import copy
 import json
+import queue
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -29,6 +31,25 @@ class _Listener(ThreadingHTTPServer):
         pass  # a client that does not wait for its answer
 
 
+class FakeGroup:
+    """What stands for an NCCL group: a queue to the server's thread."""
+
+    sent_tensors: queue.Queue = queue.Queue()
+
+    def __init__(self, unique: bytes, size: int, device: torch.device) -> None:
+        assert unique == self.unique_id() and size == 2
+
+    @staticmethod
+    def unique_id() -> bytes:
+        return bytes(range(128))
+
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        self.sent_tensors.put(tensor.clone())
+
+    def sent(self) -> bool:
+        return self.sent_tensors.unfinished_tasks == 0
+
+
 class FakeVLLM:
     """A server of the model in directory `path`, whose tokens are those of our own decoding.
 
@@ -49,6 +70,7 @@ class FakeVLLM:
         self.asked: list[tuple[str, Any]] = []
         self.deaf, self.mode, self.dtype, self.most = "", "processed_logprobs", "torch.float32", 64
         self.shift, self.nap, self.load_format, self.lora = 0.0, 0.5, "auto", False
+        self.joined = b""  # the id of the group that weights come by
         self.adapters: dict[str, Any] = {}  # name -> the base with this adapter on it
         self.__dict__.update(settings)
         self.reads = self.load_format  # which is forgotten when it is started again
@@ -87,7 +109,7 @@ class FakeVLLM:
     def restart(self) -> None:
         """The server as it was started: it forgets the weights that it got."""
         self.model, self.version = copy.deepcopy(self.first), "default"
-        self.reads, self.adapters = self.load_format, {}
+        self.reads, self.adapters, self.joined = self.load_format, {}, b""
 
     def answer(self, handler: BaseHTTPRequestHandler, body: Any) -> None:
         route = handler.path.partition("?")[0]
@@ -141,6 +163,18 @@ class FakeVLLM:
             return 200, {"results": [None]}
         if route == "/collective_rpc":
             return self.reload(Path(body["kwargs"]["weights_path"]))
+        if route == "/get_world_size":
+            return 200, {"world_size": 1}
+        if route == "/init_weight_transfer_engine":
+            self.joined = base64.b64decode(body["init_info"]["nccl_unique_id_b64"])
+            return 200, {"message": "Weight transfer initialized"}
+        if route == "/start_weight_update":
+            return (200, {}) if self.joined else (500, {"error": {"message": "Weight transfer not initialized"}})
+        if route == "/update_weights":
+            return self.receive(**body["update_info"])
+        if route == "/finish_weight_update":
+            self.version = body["weight_version"]
+            return 200, {}
         if route == "/v1/load_lora_adapter" and self.lora:
             return self.load_adapter(body["lora_name"], body["lora_path"])
         if route == "/v1/unload_lora_adapter" and self.lora:
@@ -160,6 +194,18 @@ class FakeVLLM:
         names = [name for name in names if name != self.deaf]
         self.model.load_state_dict({name: weights[name] for name in names}, strict=False)
         return 200, {"results": [None]}
+
+    def receive(self, names: list[str], dtype_names: list[str], shapes: list[list[int]]) -> tuple[int, Any]:
+        known = dict(self.model.named_parameters())
+        if names != [*known]:
+            return 400, {"error": {"message": "no module or parameter of such a name"}}
+        with torch.no_grad():
+            for name, dtype, shape in zip(names, dtype_names, shapes, strict=True):
+                found = FakeGroup.sent_tensors.get(timeout=10)
+                assert str(found.dtype) == f"torch.{dtype}" and list(found.shape) == shape
+                known[name].copy_(found)
+                FakeGroup.sent_tensors.task_done()
+        return 200, {}
 
     def load_adapter(self, name: str, place: str) -> tuple[int, Any]:
         if name in self.adapters:

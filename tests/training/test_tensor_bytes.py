@@ -30,6 +30,21 @@ def test_bytes_live_and_peak():
         assert counter.live == 8 * KiB
 
 
+def test_a_storage_that_is_resized_counts_with_its_new_size():
+    """FSDP2 lets go of a weight's whole copy in this way."""
+    left_out = torch.ones(KiB)
+    with TensorBytes(exclude=[left_out]) as counter:
+        whole = torch.ones(2 * KiB)
+        whole.untyped_storage().resize_(0)
+        assert (counter.live, counter.take_peak()) == (0, 8 * KiB)
+        whole.untyped_storage().resize_(8 * KiB)
+        left_out.untyped_storage().resize_(16 * KiB)
+        assert (counter.live, counter.peak) == (8 * KiB, 8 * KiB)
+        del whole
+        assert counter.live == 0
+    assert "resize_" not in vars(torch.UntypedStorage)
+
+
 def test_excluded_storages_and_their_views_are_left_out():
     weight = torch.ones(64, 64)
     with TensorBytes(exclude=[weight]) as counter:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import _cuda
-from rlhf_fast.ops import groups, kl, policy_loss, policy_options, preference, returns, sampling
+from rlhf_fast.ops import dpo, groups, kl, pair_options, policy_loss, policy_options, preference, returns, sampling
 from rlhf_fast.ops.dispatch import code, contiguous, kernel, pointer
 from rlhf_fast.ops.logprobs import token_logprobs_outputs
 from rlhf_fast.ops.row_blocks import gradient_kernels, over_rows, rows_contiguous
@@ -149,9 +149,11 @@ def _shape_rewards(
 
 
 @kernel("gae", "cuda")
-def _gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    tensors = contiguous(rewards, values, mask)
-    outputs = returns.gae_outputs(rewards, values, mask, gamma, lam)
+def _gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, lams: Tensor | None, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    tensors = contiguous(rewards, values, mask, lams)
+    outputs = returns.gae_outputs(rewards, values, mask, lams, gamma, lam)
     _launch("gae", rewards, code(rewards), *map(pointer, tensors), *rewards.shape, gamma, lam, *map(pointer, outputs))
     return outputs
 
@@ -304,12 +306,13 @@ def _dpo_loss(
     beta: float,
     loss_type: str,
     label_smoothing: float,
+    margin: float,
     with_grad: bool,
 ) -> tuple[Tensor, ...]:
     tensors = contiguous(chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths)
-    outputs = preference.dpo_outputs(chosen, with_grad)
+    outputs = dpo.dpo_outputs(chosen, with_grad)
     _launch(
         "dpo_loss", chosen, code(chosen), *map(pointer, tensors), chosen.shape[0], beta,
-        preference.LOSS_TYPES.index(loss_type), label_smoothing, *map(pointer, outputs),
+        pair_options.PAIR_TERMS.index(loss_type), label_smoothing, margin, *map(pointer, outputs),
     )  # fmt: skip
     return outputs

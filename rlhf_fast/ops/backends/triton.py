@@ -19,10 +19,12 @@ from rlhf_fast.kernels import ppo_loss as policy
 from rlhf_fast.kernels import reward_loss as reward
 from rlhf_fast.kernels import whiten as normalised
 from rlhf_fast.ops.dispatch import contiguous, kernel, on_device
+from rlhf_fast.ops.dpo import dpo_outputs
 from rlhf_fast.ops.kl import ESTIMATORS, kl_penalty_outputs
+from rlhf_fast.ops.pair_options import PAIR_TERMS
 from rlhf_fast.ops.policy_loss import ppo_outputs, ppo_value_outputs, reinforce_outputs
 from rlhf_fast.ops.policy_options import REDUCTIONS, PolicyOptions
-from rlhf_fast.ops.preference import LOSS_TYPES, dpo_outputs, ranking_outputs, reward_outputs
+from rlhf_fast.ops.preference import ranking_outputs, reward_outputs
 from rlhf_fast.ops.returns import REMAX_VARIANTS
 
 
@@ -76,10 +78,12 @@ def _shape_rewards(
 
 @kernel("gae", "triton")
 @on_device
-def _gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    rewards, values, mask = contiguous(rewards, values, mask)
+def _gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, lams: Tensor | None, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    rewards, values, mask, lams = contiguous(rewards, values, mask, lams)
     advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
-    recurrences.gae(rewards, values, mask, gamma, lam, advantages, returns)
+    recurrences.gae(rewards, values, mask, lams, gamma, lam, advantages, returns)
     return advantages, returns
 
 
@@ -252,6 +256,7 @@ def _dpo_loss(
     beta: float,
     loss_type: str,
     label_smoothing: float,
+    margin: float,
     with_grad: bool,
 ) -> tuple[Tensor, ...]:
     inputs = contiguous(chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths)
@@ -259,7 +264,7 @@ def _dpo_loss(
     losses, chosen_rewards, rejected_rewards, grad_chosen, grad_rejected = outputs
     eps = label_smoothing
     dpo.dpo_loss(
-        *inputs, beta, LOSS_TYPES.index(loss_type), eps, _log(eps), _log(1 - eps), losses, chosen_rewards,
+        *inputs, beta, PAIR_TERMS.index(loss_type), eps, _log(eps), _log(1 - eps), margin, losses, chosen_rewards,
         rejected_rewards, _present(grad_chosen), _present(grad_rejected),
     )  # fmt: skip
     return outputs

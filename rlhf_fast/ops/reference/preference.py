@@ -6,10 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rlhf_fast.ops.pair_options import PairConstants, PairOptions
 from rlhf_fast.ops.reference.dtypes import at_least_fp32
 from rlhf_fast.ops.results import DPOLoss, KTOLoss, RankingLoss, RewardLoss
 
 DISCOPOP_TAU = 0.05
+CERTAIN = 1e-7
+"""An average log-prob above -1e-7 counts as this in ORPO, because the odds of a certain answer are infinite."""
 
 
 def reward_loss(
@@ -43,36 +46,35 @@ def ranking_loss(scores_BK: Tensor, ranks_BK: Tensor) -> RankingLoss:
 
 
 def dpo_loss(
-    chosen_logps_B: Tensor,
-    rejected_logps_B: Tensor,
-    ref_chosen_logps_B: Tensor | None,
-    ref_rejected_logps_B: Tensor | None,
-    *,
-    beta: float = 0.1,
-    loss_type: str = "sigmoid",
-    label_smoothing: float = 0.0,
-    chosen_lengths: Tensor | None = None,
-    rejected_lengths: Tensor | None = None,
-    reference_free: bool = False,
+    chosen_logps_B: Tensor, rejected_logps_B: Tensor, constants: PairConstants, options: PairOptions
 ) -> DPOLoss:
-    """`pair_losses` of the log-ratios to the reference, and the implicit rewards beta times these."""
+    """The weighted sum of the terms' `pair_losses`, and the implicit rewards of the first term."""
     chosen, rejected = at_least_fp32(chosen_logps_B), at_least_fp32(rejected_logps_B)
-    if not reference_free:
-        assert ref_chosen_logps_B is not None and ref_rejected_logps_B is not None
-        chosen = chosen - at_least_fp32(ref_chosen_logps_B).detach()
-        rejected = rejected - at_least_fp32(ref_rejected_logps_B).detach()
-    rewards = beta * chosen.detach(), beta * rejected.detach()
-    if loss_type in ("ipo", "sigmoid_norm") and chosen_lengths is not None:
-        assert rejected_lengths is not None  # `check_dpo_arguments`: both or neither
-        chosen, rejected = chosen / chosen_lengths.clamp(min=1), rejected / rejected_lengths.clamp(min=1)
-    return DPOLoss(pair_losses(chosen, rejected, beta, loss_type, label_smoothing), *rewards)
+    losses, rewards = torch.zeros_like(chosen), None
+    for term, weight in zip(options.terms, options.weights, strict=True):
+        *refs, chosen_lengths, rejected_lengths = constants.of_term(term, chosen)
+        c, r = (
+            x if ref is None else x - at_least_fp32(ref).detach()
+            for x, ref in zip((chosen, rejected), refs, strict=True)
+        )
+        summed = c, r
+        if chosen_lengths is not None and rejected_lengths is not None:
+            c, r = c / chosen_lengths.clamp(min=1), r / rejected_lengths.clamp(min=1)
+        if rewards is None:
+            of = (c, r) if term in ("simpo", "odds_ratio") else summed
+            rewards = [options.beta * x.detach() for x in of]
+        losses = losses + weight * pair_losses(c, r, options.beta, term, options.smoothing, options.margin)
+    assert rewards is not None  # `check_dpo_arguments`: at least one term
+    return DPOLoss(losses, *rewards)
 
 
-def pair_losses(chosen: Tensor, rejected: Tensor, beta: float, loss_type: str, smoothing: float) -> Tensor:
-    """The loss of each pair from the log-ratios log pi/pi_ref of its two answers."""
+def pair_losses(
+    chosen: Tensor, rejected: Tensor, beta: float, loss_type: str, smoothing: float, margin: float
+) -> Tensor:
+    """The loss of each pair from the log-ratios log pi/pi_ref of its two answers, or from their log-probs."""
     h = beta * (chosen - rejected)
     match loss_type:
-        case "sigmoid":  # DPO eq. 7; with smoothing the conservative DPO of Mitchell
+        case "sigmoid" | "cpo":  # DPO eq. 7; with smoothing the conservative DPO of Mitchell
             return -(1 - smoothing) * F.logsigmoid(h) - smoothing * F.logsigmoid(-h)
         case "sigmoid_norm":
             return -F.logsigmoid(h)
@@ -97,7 +99,24 @@ def pair_losses(chosen: Tensor, rejected: Tensor, beta: float, loss_type: str, s
         case "discopop":  # Lu et al. 2024, eq. 5
             share = h / DISCOPOP_TAU  # as log-odds; its product with e^-h is taken in logs, where e^-h may overflow
             return -torch.sigmoid(-share) * F.logsigmoid(h) + torch.exp(F.logsigmoid(share) - h)
+        case "bco_pair":  # Jung et al. 2024
+            return -F.logsigmoid(beta * chosen) - F.logsigmoid(-beta * rejected)
+        case "sft":
+            return -chosen
+        case "simpo":  # Meng et al. 2024, eq. 6
+            h = h - margin
+            return -(1 - smoothing) * F.logsigmoid(h) - smoothing * F.logsigmoid(-h)
+        case "odds_ratio":  # Hong et al. 2024, eq. 7
+            c, r = (x + (x.clamp(max=-CERTAIN) - x).detach() for x in (chosen, rejected))
+            return -beta * F.logsigmoid((c - log1mexp(c)) - (r - log1mexp(r)))
     raise ValueError(f"unknown loss_type {loss_type!r}")
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """log(1 - e^x) for x < 0."""
+    near = x > -math.log(2)
+    far = torch.where(near, -1.0, x)
+    return torch.where(near, torch.log(-torch.expm1(torch.where(near, x, -0.5))), torch.log1p(-torch.exp(far)))
 
 
 def kto_loss(

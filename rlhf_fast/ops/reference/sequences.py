@@ -49,7 +49,9 @@ def count_from_end(mask_BT: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def gae(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, *, gamma: float = 1.0, lam: float = 0.95) -> GAE:
+def gae(
+    rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, *, gamma: float = 1.0, lam: float | Tensor = 0.95
+) -> GAE:
     """A_t = delta_t + gamma lam A_{t+1} from the last True place back (arXiv 1506.02438, eq. 16)."""
     r, v = at_least_fp32(rewards_BT), at_least_fp32(values_BT)
     advantages = torch.zeros_like(r)
@@ -122,9 +124,13 @@ def rloo_advantages(scores_B: Tensor, group_size: int) -> Tensor:
 
 
 @torch.no_grad()
-def grpo_advantages(scores_B: Tensor, group_size: int) -> Tensor:
+def grpo_advantages(scores_B: Tensor, group_size: int, *, scale_rewards: str = "group") -> Tensor:
     """(score - mean) / (std + 1e-4) within each group (arXiv 2402.03300, section 4.1.2)."""
     groups = at_least_fp32(scores_B).view(-1, group_size)
     centred = groups - groups.mean(1, keepdim=True)
+    if scale_rewards == "none":
+        return centred.view(-1)
+    if scale_rewards == "batch":
+        return (centred / (groups.std() + 1e-4)).view(-1)
     std = (centred.square().sum(1, keepdim=True) / (group_size - 1)).sqrt()
     return (centred / (std + 1e-4)).view(-1)

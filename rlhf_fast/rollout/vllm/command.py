@@ -44,6 +44,8 @@ def command(config: VLLMCommandConfig) -> str:
     }
     variables = {"VLLM_SERVER_DEV_MODE": "1"}  # opens the routes that take weights
     switches = ["--trust-remote-code"] * config.trust_remote_code
+    if config.vllm_transfer == "nccl":
+        options["weight-transfer-config"] = '{"backend": "nccl"}'
     if config.lora_rank:
         variables["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
         options["max-lora-rank"] = next((rank for rank in _RANKS if rank >= config.lora_rank), config.lora_rank)

@@ -67,8 +67,11 @@ class Files:
 
     def reload(self, version: str) -> str:
         """Gives a server that was started again the kept weights; the name by which requests ask for them."""
-        self._adapter = ""
         return self._load(self.kept, version)
+
+    def restarted(self) -> None:
+        """The server has lost what it had."""
+        self._adapter = ""
 
     def forget(self) -> None:
         """Deletes the kept files."""
@@ -114,7 +117,7 @@ class Files:
                 self.client.post("/collective_rpc", {"method": "update_config", "kwargs": read}, permanent={500})
             body = {"method": "reload_weights", "kwargs": {"weights_path": str(place)}}
             self.client.post("/collective_rpc", body, permanent={500})
-            self.client.ask("POST", "/reset_prefix_cache", {}, _is_reset)
+            self.client.ask("POST", "/reset_prefix_cache", {}, is_reset)
             self.client.post("/update_weight_version", {"new_version": version})
             return self.name
         except ServerError as error:
@@ -162,6 +165,7 @@ def _write_head(name: str, weight: Tensor, place: Path) -> None:
         index.write_text(json.dumps(content))
 
 
-def _is_reset(answer: Any) -> None:
+def is_reset(answer: Any) -> None:
+    """BadAnswer where the prefix cache could not be reset."""
     if answer is not None and answer.get("success") is False:  # another client's requests are running
         raise BadAnswer("the prefix cache is in use")

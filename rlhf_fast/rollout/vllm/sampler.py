@@ -113,7 +113,7 @@ class VLLMSampler:
 
         again: gives the weights to a server that was started again.
         """
-        tries = _TRIES if current().size == 1 and self.server.files is not None else 1
+        tries = _TRIES if current().size == 1 and self.server.way is not None else 1
         for left in reversed(range(tries)):
             try:
                 rows = self._ask(asked.requests, asked.eos)

@@ -1,6 +1,6 @@
 """A vLLM server as a run uses it: it is checked, it gets the policy's weights, and it proves that it samples from them.
 
-`files` has the ways by which weights go. A push is believed after two proofs:
+`files` and `nccl` have the ways by which weights go. A push is believed after two proofs:
 
 - numbers: the server's log-probs of a probe text are ours. Where a push changes our log-probs by more than rounding,
   the server's have to move with them; weights that are stale, or loaded by half, do not. In fp32 they also have to
@@ -10,7 +10,6 @@
 
 A run that samples a round ahead keeps the files of its last push, because its own weights move on while the server
 samples: a server that is started again gets them from there.
-Left out: weight transfer by NCCL.
 """
 
 import uuid
@@ -29,6 +28,7 @@ from rlhf_fast.lm.sharding import whole
 from rlhf_fast.ranks import current
 from rlhf_fast.rollout.vllm.client import Client, ServerError
 from rlhf_fast.rollout.vllm.files import Files
+from rlhf_fast.rollout.vllm.nccl import Nccl
 from rlhf_fast.rollout.vllm.rows import Request, text_logprobs
 
 _PROBE = 64  # tokens of the probe text at most
@@ -58,12 +58,16 @@ class Server:
     directory: where weights are written for the server; None: it keeps the weights that it was started with, which
         have to be the model's.
     bound: nats a token by which the server's log-probs of the probe may differ from ours on average, in bf16.
-    keeps: as in `Files`.
+    keeps: as in `Files`. transfer: "files" or "nccl".
     """
 
-    def __init__(self, client: Client, *, directory: Path | None, bound: float, keeps: bool = False) -> None:
+    def __init__(
+        self, client: Client, *, directory: Path | None, bound: float, keeps: bool = False, transfer: str = "files"
+    ) -> None:
         self.client, self.bound = client, bound
-        self.files = None if directory is None else Files(client, directory, keeps=keeps)
+        self.way: Files | Nccl | None = None
+        if directory is not None:
+            self.way = Nccl(client) if transfer == "nccl" else Files(client, directory, keeps=keeps)
         self.name = ""  # of the model, in requests
         self._run, self._pushes = uuid.uuid4().hex[:8], 0
         self._version = ""  # the name of the weights that the server has to have
@@ -115,9 +119,9 @@ class Server:
             ) from error
         if mode != MODE:
             raise ServerError(f"vllm_url: expected a server with --logprobs-mode {MODE}, got {mode}")
-        if self.files is not None:
-            self.files.name, self.files.unloaded = self.name, load_format == UNLOADED
-            self.files.takes_adapters = info.get("lora_config") is not None
+        if self.way is not None:
+            self.way.name, self.way.unloaded = self.name, load_format == UNLOADED
+            self.way.takes_adapters = info.get("lora_config") is not None
         elif load_format == UNLOADED:
             raise ServerError(
                 f"vllm_url: expected a server with the model's weights, got --load-format {UNLOADED}, which waits for "
@@ -153,10 +157,10 @@ class Server:
         with whole(model):
             proof = self._numbers(model) if ranks.first else None
         version = self._next_version()
-        if self.files is not None:
-            self.name = self.files.push(model, version)
+        if self.way is not None:
+            self.name = self.way.push(model, version)
         if proof is not None:
-            self._proof, self._version = proof, self._weights() if self.files is None else version
+            self._proof, self._version = proof, self._weights() if self.way is None else version
             self._prove(proof)
         self._version, self.name = ranks.gather((self._version, self.name))[0]
         self._stale = False
@@ -165,6 +169,8 @@ class Server:
         """Restarted where the server has other weights than those of the last `refresh`."""
         if (found := self._weights()) != self._version:
             self._stale = True
+            if self.way is not None:
+                self.way.restarted()
             raise Restarted(
                 f"vllm_url: expected the weights {self._version!r} at {self.client.url}, got {found!r}: the server was "
                 "started again, or another run uses it"
@@ -175,14 +181,14 @@ class Server:
 
         step: the number of a round, from 1 on.
         """
-        if current().first and self._proof is not None and self.files is not None:
+        if current().first and self._proof is not None and isinstance(self.way, Files):
             note = {"round": step, "probe": self._probe, **self._proof._asdict()}
-            write_json(self.files.kept / _NOTE, note)
+            write_json(self.way.kept / _NOTE, note)
 
     def reload(self) -> None:
         """Gives a server that was started again the kept weights of the last `refresh`, while the model moves on."""
-        assert self._proof is not None and self.files is not None  # a refresh comes before
-        self.name = self.files.reload(self._version)
+        assert self._proof is not None and self.way is not None  # a refresh comes before
+        self.name = self.way.reload(self._version)
         self._prove(self._proof)  # the model itself may have moved on, so that it stays as stale as it is
 
     def restored(self, step: int) -> bool:
@@ -190,9 +196,8 @@ class Server:
 
         The next `refresh` pushes the model's weights. All processes call it.
         """
-        assert self.files is not None  # only a run that trains keeps files
-        path = self.files.kept / _NOTE
-        note = read_json(path) if path.is_file() else {}
+        path = self.way.kept / _NOTE if isinstance(self.way, Files) else None
+        note = read_json(path) if path is not None and path.is_file() else {}
         found = current().gather(note.get("round") == step)[0]
         if found and current().first:
             self._probe, self._proof = note["probe"], Proof(note["logprobs"], note["likeliest"])
@@ -202,10 +207,15 @@ class Server:
         self._stale = True
         return found
 
+    def forget(self) -> None:
+        """Deletes the kept files."""
+        if self.way is not None:
+            self.way.forget()
+
     def _weights(self) -> str:
         """The name of the weights that the server has; of an adapter, its own name where the server has it."""
         found = str(self.client.get("/weight_info")["weight_version"])
-        if self.files is None or self.name == self.files.name:
+        if self.way is None or self.name == self.way.name:
             return found
         served = {model["id"] for model in self.client.get("/v1/models")["data"]}
         return self.name if self.name in served else f"{found}, without the adapter"
@@ -234,9 +244,9 @@ class Server:
         drift = float((torch.tensor(theirs, dtype=torch.float64) - ours).abs().mean())
         moved = 0.0 if self._proven is None else float((ours - self._proven).abs().mean())
         told = moved > 12 * self._noise  # far enough that old and new weights cannot be mistaken for each other
-        which = "those that it was started with" if self.files is None else f"version {self._version}"
+        which = "those that it was started with" if self.way is None else f"version {self._version}"
         if not drift <= self.bound:
-            advice = "; start it with the policy's model" if self.files is None else ""
+            advice = "; start it with the policy's model" if self.way is None else ""
             raise ServerError(
                 f"vllm_url: expected the policy's weights at {self.client.url} ({which}), but its log-probs of a probe "
                 f"differ by {drift:.3g} nats a token, more than {self.bound:g}{advice}"
