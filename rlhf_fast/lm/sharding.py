@@ -150,7 +150,7 @@ def whole(model: Any) -> Iterator[None]:
     For passes without gradients, such as decoding. Nested, and for a model without shards, it does nothing.
     """
     shards: _Shards | None = getattr(model, _SHARDS, None)
-    if model is None or shards is None or shards.whole:
+    if shards is None or shards.whole:
         yield
         return
     shards.whole = True
@@ -159,7 +159,7 @@ def whole(model: Any) -> Iterator[None]:
             unit.set_reshard_after_forward(False, recurse=False)
             unit.unshard()
         if not is_open(model):
-            _compare(model, shards)
+            _compare(model, shards, lambda: _trial(model))
         yield
     finally:
         shards.whole = False
@@ -352,7 +352,7 @@ def _register(model: Any, name: str) -> None:
     def run(passes: Callable[[], Any]) -> Any:
         shards: _Shards = getattr(model, _SHARDS)
         if not shards.whole:
-            _compare(model, shards, run)
+            _compare(model, shards, lambda: run(lambda: _trial(model)))
         out = entry(passes)
         if not torch.is_grad_enabled() and not shards.whole:
             model.reshard()
@@ -362,16 +362,13 @@ def _register(model: Any, name: str) -> None:
 
 
 @torch.no_grad()
-def _compare(model: Any, shards: _Shards, enter: Callable[[Callable[[], Any]], Any] = lambda passes: passes()) -> None:
-    """ValueError where the first pass of the model in shards gives other numbers than before.
-
-    enter: runs the pass as a forward of the root.
-    """
+def _compare(model: Any, shards: _Shards, repeat: Callable[[], Tensor | None]) -> None:
+    """ValueError where the first pass of the model in shards gives other numbers than before. repeat: a `_trial`."""
     usual, shards.usual = shards.usual, None
     if usual is None:
         return
     with torch.autocast(usual.device.type, enabled=False):
-        found = enter(lambda: _trial(model))
+        found = repeat()
     if found is None or not agree(found, usual):
         name = type(model).__name__.removeprefix("FSDP")
         raise ValueError(f"shard: expected a model that FSDP2 can shard, got other numbers from {name} in shards")
