@@ -243,7 +243,7 @@ def pieces_of(model: PreTrainedModel, most: int) -> list[dict[str, Tensor]]:
         by_unit[next((unit for unit in units if name.startswith(unit)), "")][name] = tensor
     pieces, size = [], 0
     for piece in by_unit.values():
-        own = sum(tensor.numel() * tensor.itemsize for tensor in piece.values())
+        own = sum(tensor.numel() * tensor.itemsize for tensor in {id(x): x for x in piece.values()}.values())
         if not pieces or size + own > most:
             pieces.append({})
             size = 0
