@@ -126,7 +126,7 @@ def check_precision(config: Any) -> None:
 
 def check_shard(config: Any) -> None:
     """ValueError where an option does not go with models in shards."""
-    if not config.shard_base and (config.shard == "none" or not config.lora_rank):
+    if not getattr(config, "shard_base", True) and (config.shard == "none" or not config.lora_rank):
         got = f"shard={config.shard} and lora_rank={config.lora_rank}"
         raise ValueError(f"shard_base: expected False beside shard and lora_rank alone, got it with {got}")
     if config.shard != "none" and config.optimizer == "adamw_8bit" and not config.lora_rank:

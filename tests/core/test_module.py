@@ -62,7 +62,7 @@ def gae(B, T, threads=2):
     g = torch.Generator().manual_seed(T)
     rewards, values = torch.randn(B, T, generator=g), torch.randn(B, T, generator=g)
     mask, advantages, returns = torch.rand(B, T, generator=g) < 0.8, torch.empty(B, T), torch.empty(B, T)
-    inputs = (rewards.data_ptr(), values.data_ptr(), mask.data_ptr())
+    inputs = (rewards.data_ptr(), values.data_ptr(), mask.data_ptr(), 0)  # 0: the same lambda in every row
     _cpu.gae(0, *inputs, B, T, 0.99, 0.95, advantages.data_ptr(), returns.data_ptr(), threads)
     return advantages, returns
 
