@@ -333,7 +333,7 @@ class DPOConfig(OfflineConfig):
     loss_type: DPOLossType | list[DPOLossType] = arg("sigmoid", DPO_LOSS_HELP)
     loss_weights: list[float] | None = arg(None, LOSS_WEIGHTS_HELP)
     label_smoothing: float = arg(0.0, LABEL_SMOOTHING_HELP)
-    simpo_gamma: float = arg(SIMPO_GAMMA, SIMPO_GAMMA_HELP)
+    simpo_gamma: float = arg(SIMPO_GAMMA, SIMPO_GAMMA_HELP, at_least=0)
     cpo_alpha: float = arg(CPO_ALPHA, CPO_ALPHA_HELP, at_least=0)
     eval_pairs: str | None = arg(None, "Held-out pairs; their loss and accuracy are reported after every epoch.")
     reference_logprobs: str | None = arg(None, _REFERENCE_LOGPROBS)
