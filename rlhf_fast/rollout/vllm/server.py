@@ -15,6 +15,7 @@ Left out: weight transfer by NCCL.
 import json
 import uuid
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -229,7 +230,7 @@ class Server:
 
 def _write_head(model: PreTrainedModel, place: Path) -> None:
     """Adds the head of a model whose head is its embedding, for a server that keeps the two apart."""
-    head = model.get_output_embeddings()
+    head: Any = model.get_output_embeddings()
     name = next(name for name, module in model.named_modules() if module is head)
     save_file({f"{name}.weight": head.weight.detach().cpu().contiguous()}, place / "head.safetensors")
     index = place / "model.safetensors.index.json"
