@@ -1,185 +1,22 @@
-"""`python -m bench`: measures the operations, prints tables, writes JSON, Markdown and a chart.
+"""`python -m bench COMMAND`: imports no more than the command needs, because a GPU would wait for the rest."""
 
-    python -m bench ops                          every case at full size; results under bench/results/
-    python -m bench ops --only gae --check       the cases whose name holds "gae"; exit code 1 where a bar is missed
-    python -m bench ops --device cuda --check    the same on a GPU, at a GPU's shapes; under 8 minutes
-    python -m bench ops --quick                  toy shapes: shows in seconds that everything runs
-    python -m bench exactness                    errors beside other libraries' (the extra `rivals`), -inf and all;
-                                                 exit code 1 where ours is beyond its tolerance
-    python -m bench rollout --check              decoding beside transformers' generate
-    python -m bench rollout --model DIR --data DIR --check
-                                                 the same with a checkpoint in fp32, under bf16 autocast, and in bf16
-    python -m bench rollout --vllm URL --model DIR --data DIR
-                                                 a vLLM server of that model beside our decoder and generate
-    python -m bench ahead --vllm URL --model DIR --data DIR
-                                                 rounds in turn and one ahead, with a vLLM server of that model
-    python -m bench trainers --trl-python P --ppo-python Q --check
-                                                 whole training runs beside TRL's trainers; P and Q are the interpreters
-                                                 of environments with trl==1.16.0 and trl==1.12.0
-    python -m bench trainers --model DIR --data DIR --dtypes fp32 bf16 ...
-                                                 the same on a checkpoint, with rows of real lengths
-    python -m bench integrations                 TRL's trainers and transformers' Trainer, plain and with our passes
-                                                 and losses inside; takes --model, --data, --dtypes, --trl-python too
-    python -m bench trust --quick                kills, damages and crosses runs on purpose, and counts what is lost;
-                                                 its own --help has the options
-
-Threads are torch's (OMP_NUM_THREADS). Every kernel is checked against float64 before it is timed.
-"""
-
-import argparse
-import io
-import json
-import os
-import subprocess
 import sys
-from pathlib import Path
-
-import torch
-
-from bench import ahead, exactness, exactness_report, integrations, report, rollout, served
-from bench.cases import all_cases
-from bench.device import CPU, CUDA
-from bench.libraries import with_libraries
-from bench.measure import measure
-from bench.record import about_run, versions
-from bench.rivals import FROM_HIDDEN, FROM_LOGITS
-from bench.trainers import command as trainers
-from bench.trials import hidden_trials, logits_trials
-from bench.trust.command import main as trust
-from rlhf_fast.data.files import write_bytes, write_text
-from rlhf_fast.ops import dispatch
-from rlhf_fast.training.metrics import print_table
-
-
-def arguments() -> argparse.Namespace:
-    """The command line, checked; where the results go by default."""
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=["ops", "exactness", "rollout", "ahead", "trainers", "integrations"])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="ops, rollout: where (default cpu)")
-    parser.add_argument("--quick", action="store_true", help="toy shapes and few rounds; no bars")
-    parser.add_argument("--only", metavar="NAME", default="", help="the cases whose name contains NAME")
-    parser.add_argument("--check", action="store_true", help="exit code 1 where a bar is missed")
-    parser.add_argument(
-        "--rounds", type=int, default=11, help="at least so many rounds of each case (default 11; linear_*: 3)"
-    )
-    parser.add_argument("--vllm", metavar="URL", help="rollout, ahead: a vLLM server of --model")
-    parser.add_argument("--trl-python", metavar="PATH", help="trainers: of an environment with trl==1.16.0")
-    parser.add_argument("--ppo-python", metavar="PATH", help="trainers: of an environment with trl==1.12.0")
-    parser.add_argument("--model", type=Path, metavar="DIR", help="rollout, trainers: a checkpoint")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="the rows for --model: sft.jsonl.gz and others")
-    parser.add_argument(
-        "--dtypes",
-        nargs="+",
-        choices=["fp32", "bf16"],
-        default=["fp32"],
-        help="trainers: fp32, bf16 (autocast) or both",
-    )
-    parser.add_argument("--out", type=Path, help="the JSON file; Markdown and chart go beside it")
-    args = parser.parse_args()
-    if args.what == "exactness" and (args.quick or args.check):
-        parser.error("--quick, --check: exactness takes seconds and always checks")
-    if args.quick and args.check:
-        parser.error("--check: the bars hold at full size, not with --quick")
-    if args.what in ("trainers", "integrations") and args.device == "cuda":
-        parser.error(f"--device: {args.what} runs on the CPU")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU")
-    if args.rounds < 1:
-        parser.error(f"--rounds: expected at least 1, got {args.rounds}")
-    if args.out is not None and args.out.suffix != ".json":
-        parser.error(f"--out: expected a file name ending in .json, got {args.out}")
-    if (args.model is None) != (args.data is None):
-        parser.error("--model, --data: expected both or none of them")
-    if args.vllm and args.what not in ("rollout", "ahead"):
-        parser.error(f"--vllm: expected rollout or ahead, got {args.what}")
-    if (args.what == "ahead" or args.vllm) and not (args.vllm and args.model):
-        parser.error("--vllm, --model, --data: expected all of them")
-    if args.vllm and args.check:
-        parser.error("--check: there are no bars of a server")
-    if args.out is None and not args.quick:
-        name = f"{args.what}_{args.model.name}" if args.model else args.what
-        name += "_vllm" * bool(args.vllm)
-        args.out = Path(f"bench/results/{'gpu' if args.device == 'cuda' else 'cpu'}_{name}.json")
-    return args
-
-
-def run_exactness(args: argparse.Namespace) -> int:
-    """`python -m bench exactness`; the exit code."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and not dispatch.INTERPRETED:  # Triton and our back ends read it when they are imported
-        command = [sys.executable, "-m", "bench", *sys.argv[1:]]
-        return subprocess.call(command, env=os.environ | {"TRITON_INTERPRET": "1"})
-    groups = {"logits": (logits_trials(), FROM_LOGITS), "hidden states": (hidden_trials(), FROM_HIDDEN)}
-    run = about_run()
-    run["machine"] |= versions("trl", "liger-kernel", "triton")
-    run["machine"]["triton kernels"] = "interpreted" if device == "cpu" else torch.cuda.get_device_name()
-    run["tables"] = {}
-    for inputs, (trials, implementations) in groups.items():
-        print(f"from {inputs} ...", file=sys.stderr, flush=True)
-        trials = [trial for trial in trials if args.only in trial.name]
-        if not trials:
-            sys.exit(
-                f"--only: no case contains {args.only!r}; there are {', '.join(t.name for t in groups[inputs][0])}"
-            )
-        run["tables"][inputs] = exactness.measure(trials, implementations, device)
-    run["failures"] = [miss for results in run["tables"].values() for miss in exactness.failures(results)]
-    for inputs, results in run["tables"].items():
-        exactness_report.print_short(f"From {inputs}", exactness_report.short_rows(results))
-    print("Log-prob and its gradient / entropy and the gradient of both.", *exactness_report.notes(run), sep="\n")
-    for miss in run["failures"]:
-        print(f"FAILS: {miss}")
-    write_text(args.out.with_suffix(".md"), exactness_report.markdown(run))
-    write_text(args.out, json.dumps(run, indent=2, allow_nan=False) + "\n")
-    print(f"written: {args.out} and beside it .md with every number")
-    return int(bool(run["failures"]))
 
 
 def main() -> int:
     """Run the command that was named; its exit code."""
-    if sys.argv[1:2] == ["trust"]:
-        return trust(sys.argv[2:])
-    args = arguments()
-    commands = {
-        "ops": run_ops,
-        "exactness": run_exactness,
-        "rollout": served.run if args.vllm else rollout.run,
-        "ahead": ahead.run,
-        "trainers": trainers.run,
-        "integrations": integrations.run,
-    }
-    return commands[args.what](args)
+    command, *argv = sys.argv[1:] or [""]
+    if command == "trust":
+        from bench.trust.command import main as trust
 
+        return trust(argv)
+    if command == "static":
+        from bench.static.command import main as static
 
-def run_ops(args: argparse.Namespace) -> int:
-    """`python -m bench ops`; the exit code."""
-    cases = [case for case in all_cases(args.quick, args.device) if args.only in case.name]
-    if args.device == "cuda":
-        cases = with_libraries(cases)
-    if not cases:
-        names = ", ".join(case.name for case in all_cases(args.quick, args.device))
-        sys.exit(f"--only: no case contains {args.only!r}; there are {names}")
-    device = CUDA() if args.device == "cuda" else CPU()
-    results, run = [], about_run()
-    run["machine"] |= device.about()
-    for case in cases:
-        print(f"{case.name} {case.shape} ...", file=sys.stderr, flush=True)
-        slow = case.products and args.device == "cpu"  # ten seconds a round
-        rounds = 2 if args.quick else min(args.rounds, 3) if slow else args.rounds
-        results.append(measure(case, rounds, 0.0 if args.quick else 3.0, device))
-    promised = report.CPU_BARS if args.device == "cpu" else report.GPU_BARS
-    bars = [] if args.quick else report.bar_rows(results, promised)
-    run |= {"cases": results, "bars": bars}
-    print_table(run["command"], report.rows(results))
-    if bars:
-        print_table("Bars", bars)
-    if args.out:
-        chart = io.BytesIO()
-        report.figure(results).savefig(chart, format="png", dpi=150)
-        write_bytes(args.out.with_suffix(".png"), chart.getvalue())
-        write_text(args.out.with_suffix(".md"), report.markdown(run, args.out.with_suffix(".png").name))
-        write_text(args.out, json.dumps(run, indent=2) + "\n")
-        print(f"written: {args.out} and beside it .md and .png")
-    return int(args.check and any(bar["met"] == "NO" for bar in bars))
+        return static(argv)
+    from bench.command import main as others
+
+    return others()
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ B sequences, T response tokens, N tokens, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,23 +18,38 @@ from rlhf_fast import ops
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+class Shapes(NamedTuple):
+    """tokens: [N, V] logits. sequences: [B, T]. heads: N, H, V. attention: as in `attention_cases`. pairs: B."""
+
+    tokens: tuple[int, int]
+    sequences: tuple[int, int]
+    heads: tuple[int, int, int]
+    attention: tuple[tuple[int, int, int, int], ...] = ()  # none on a GPU, because there is no GPU kernel of ours
+    pairs: int = 64
+
+
+QUICK = Shapes((64, 5003), (16, 128), (128, 32, 1009), ((8, 16, 2, 16),))
+"""Toy shapes that take seconds and prove only that everything runs."""
+FULL = {
+    "cpu": Shapes((1024, 50257), (64, 1024), (4096, 512, 32000), ((64, 57, 4, 16), (16, 512, 8, 64), (4, 2048, 8, 64))),
+    "cuda": Shapes((8192, 151_936), (512, 4096), (8192, 4096, 151_936)),
+}
+
+
 def all_cases(quick: bool = False, device: str = "cpu") -> list[Case]:
-    """Every case at the shapes of the bars, or at toy shapes that take seconds and prove only that everything runs."""
-    if quick:
-        tokens, sequences, heads = (64, 5003), (16, 128), (128, 32, 1009)
-        attention = [(8, 16, 2, 16)]
-    elif device == "cpu":
-        tokens, sequences, heads = (1024, 50257), (64, 1024), (4096, 512, 32000)
-        attention = [(64, 57, 4, 16), (16, 512, 8, 64), (4, 2048, 8, 64)]
-    else:
-        tokens, sequences, heads = (8192, 151_936), (512, 4096), (8192, 4096, 151_936)
-        attention = []  # because there is no GPU kernel of ours
+    """Every case at the shapes of the bars, or at toy shapes."""
+    return cases_at(QUICK if quick else FULL[device], device)
+
+
+def cases_at(shapes: Shapes, device: str) -> list[Case]:
+    """Every case at these shapes, in the dtypes that are measured on the device."""
+    dtypes = (("fp32", "bf16", "fp16"), ("fp32", "bf16")) if device == "cpu" else (["bf16"], ["bf16"])
     return [
-        *_token_cases(*tokens, *((("fp32", "bf16", "fp16"), ("fp32", "bf16")) if device == "cpu" else (["bf16"],) * 2)),
-        *_sequence_cases(*sequences),
-        *_pair_cases(64),
-        *attention_cases(*attention),
-        *linear_cases(*heads, torch.float32 if device == "cpu" else torch.bfloat16),
+        *_token_cases(*shapes.tokens, *dtypes),
+        *_sequence_cases(*shapes.sequences),
+        *_pair_cases(shapes.pairs),
+        *attention_cases(*shapes.attention),
+        *linear_cases(*shapes.heads, torch.float32 if device == "cpu" else torch.bfloat16),
     ]
 
 

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.backends import cuda_stands_beside, in_cuda
 from bench.case import OURS, Case, Function
 from bench.device import CPU, CUDA, Contender
-from rlhf_fast import ops
-from rlhf_fast.ops import dispatch
 
 CEILING = "ceiling"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -52,16 +51,16 @@ def contenders(case: Case, inputs: tuple[Tensor, ...]) -> dict[str, Contender]:
 
     ours = Contender(bind(case.ours, own, case.differentiable), restore if case.overwrites else None)
     rivals = {name: Contender(bind(f, inputs, case.differentiable)) for name, f in case.functions().items()}
-    if inputs[0].is_cuda and dispatch.CUDA and dispatch.TRITON:
-        rivals[OURS_IN_CUDA] = Contender(on_backend("cuda", ours.run), ours.restore)
+    if cuda_stands_beside(inputs[0]):
+        rivals[OURS_IN_CUDA] = Contender(in_cuda_kernels(ours.run), ours.restore)
     return rivals | {OURS: ours}
 
 
-def on_backend(name: str, run: Callable[[], object]) -> Callable[[], object]:
-    """The call, inside `ops.backend(name)`."""
+def in_cuda_kernels(run: Callable[[], object]) -> Callable[[], object]:
+    """The call, on the CUDA C++ kernels."""
 
     def call() -> object:
-        with ops.backend(name):
+        with in_cuda():
             return run()
 
     return call

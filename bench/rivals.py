@@ -12,21 +12,19 @@ Left out: flash-attn's own kernel, which needs CUDA to install; its arithmetic i
 
 import contextlib
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.backends import in_cuda, in_triton
 from bench.case import EAGER, OURS, UPCAST
 from bench.cases import eager_token_logprobs
 from bench.linear_cases import TORCH_CHUNK
 from bench.measure import OURS_IN_CUDA
 from rlhf_fast import ops
-from rlhf_fast.ops import dispatch
-from tests.emulation import cuda_on_host
-from tests.emulation.cuda_on_cpu import cuda_on_cpu
 from tests.emulation.triton_on_cpu import triton_on_cpu
 
 Function = Callable[..., tuple[Tensor, Tensor | None]]
@@ -119,23 +117,6 @@ class FlashFormula(torch.autograd.Function):
 def flash_formula(logits: Tensor, ids: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, None]:
     """Log-probs by `FlashFormula`; it has no entropy."""
     return FlashFormula.apply(logits, ids, temperature), None
-
-
-# Ours on other back ends
-
-
-@contextlib.contextmanager
-def in_triton() -> Iterator[None]:
-    """Inside, our operations run Triton's kernels, interpreted on a CPU."""
-    if not dispatch.TRITON:
-        raise RuntimeError("expected TRITON_INTERPRET=1 from before rlhf_fast was imported")
-    with triton_on_cpu(), ops.backend("triton"):
-        yield
-
-
-def in_cuda() -> contextlib.AbstractContextManager:
-    """Inside, our operations run the CUDA C++ kernels, emulated where there is no GPU."""
-    return ops.backend("cuda") if torch.cuda.is_available() else cuda_on_cpu(cuda_on_host.load())
 
 
 # Other libraries

@@ -26,6 +26,7 @@ from torch.nn import Parameter
 from typing_extensions import TypeVarTuple, Unpack
 
 from rlhf_fast.ops import private
+from rlhf_fast.ops.fastest import FASTEST
 
 LIBRARY = torch.library.Library("rlhf_fast", "DEF")
 
@@ -48,7 +49,7 @@ TRITON = importlib.util.find_spec("triton") is not None and (GPU_BUILD or INTERP
 CUDA = importlib.util.find_spec("rlhf_fast._cuda") is not None and torch.version.cuda is not None
 
 OWN = {"cpu": "cpu"} | ({"cuda": "triton" if TRITON else "cuda"} if TRITON or CUDA else {})
-"""By device type, the back end that runs where no override names another."""
+"""By device type, the back end that runs where neither an override nor `fastest.FASTEST` names another."""
 KERNELS: dict[str, dict[str, Callable]] = {name: {} for name in ("cpu", "triton", "cuda")}
 """By back end and operator, its implementation; filled by `kernel`. What is not in it runs `ops.reference`."""
 ARGUMENTS: dict[str, tuple[str, ...]] = {}
@@ -88,7 +89,7 @@ _chosen_at_call: set[str] = set()
 def run_kernel(operator: str, first: Tensor, *args: object) -> object:
     """What torch's dispatcher calls: the operator on the back end chosen for the device of its first argument."""
     device = first.device.type
-    return KERNELS[_chosen(operator, device) or OWN[device]][operator](first, *args)
+    return KERNELS[_chosen(operator, device, first.numel()) or OWN[device]][operator](first, *args)
 
 
 AUTOGRAD: dict[str, Callable] = {}
@@ -119,13 +120,24 @@ def _is_plain(args: tuple) -> bool:
 _is_watched, _is_plain_cpu = private.is_watched, private.is_plain_cpu  # a call of an operator looks both up
 
 
-def _chosen(operator: str, device: str) -> str | None:
-    """The back end of `KERNELS` that runs the operator on a device; None: the reference."""
+def _chosen(operator: str, device: str, elements: int = 0) -> str | None:
+    """The back end of `KERNELS` that runs the operator on a device; None: the reference.
+
+    elements: of the operator's first tensor.
+    """
     name, other = OWN.get(device), override()
+    if other is None and device == "cuda":
+        name = _fastest(operator, elements) or name
     if other is not None:
         runs = other == device or (other == "triton" and (device == "cuda" or INTERPRETED))
         name = other if runs else None
     return name if name is not None and operator in KERNELS[name] else None
+
+
+def _fastest(operator: str, elements: int) -> str | None:
+    """The GPU back end that was measured to be the fastest at this size; None where none was, or it is not built."""
+    reached = [name for least, name in FASTEST.get(operator, ()) if elements >= least]
+    return reached[-1] if reached and operator in KERNELS[reached[-1]] else None
 
 
 def _known(name: str | None, source: str) -> str | None:

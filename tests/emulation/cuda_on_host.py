@@ -1,7 +1,7 @@
 """Compiles csrc/cuda for the CPU, with the headers of include/ in place of CUDA's.
 
 `python -m tests.emulation.cuda_on_host` builds the module. It needs a C++ compiler and pybind11, but no torch.
-RLHF_FAST_CXXFLAGS adds flags, as for setup.py.
+RLHF_FAST_CXXFLAGS adds flags, as for setup.py. A module that counts (see counts.cpp) needs GCC, and is slower.
 """
 
 import fcntl
@@ -18,16 +18,20 @@ from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADERS = Path(__file__).resolve().parent / "include"
+COUNTS = Path(__file__).resolve().parent / "counts.cpp"
 FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
 
 
-def build() -> Path:
-    """The module, compiled unless one of the same sources and flags is there already."""
+def build(counting: bool = False) -> Path:
+    """The module, compiled unless one of the same sources and flags is there already.
+
+    counting: the module that counts the kernels' bytes of global memory.
+    """
     flags = [*FLAGS, *shlex.split(os.environ.get("RLHF_FAST_CXXFLAGS", ""))]
     sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
     read = [*sources, *(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc/cuda").glob("*.cuh"), *HEADERS.iterdir()]
     state = hashlib.sha256(repr(flags).encode())
-    for path in sorted({*read, ROOT / "csrc/bind_cuda.cpp"}):
+    for path in sorted({*read, ROOT / "csrc/bind_cuda.cpp", *([COUNTS] if counting else [])}):
         state.update(path.read_bytes())
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     module = ROOT / "build/cuda_on_host" / state.hexdigest()[:16] / f"_cuda{suffix}"
@@ -35,11 +39,11 @@ def build() -> Path:
     with open(module.parent / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of several pytest workers one builds
         if not module.exists():
-            _compile(module, flags, sources)
+            _compile(module, flags, sources, counting)
     return module
 
 
-def _compile(module: Path, flags: list[str], sources: list[Path]) -> None:
+def _compile(module: Path, flags: list[str], sources: list[Path], counting: bool) -> None:
     import pybind11
 
     scratch = module.parent / str(os.getpid())
@@ -51,20 +55,24 @@ def _compile(module: Path, flags: list[str], sources: list[Path]) -> None:
 
     def compile_(source: Path) -> Path:
         target = scratch / f"{source.stem}.o"
-        options = binding if source.suffix == ".cpp" else kernel
+        options = kernel if source.suffix == ".cu" else binding
+        if counting and source.suffix == ".cu":
+            options = [*kernel, "-fsanitize=thread"]
+        elif source == COUNTS:
+            options = [f"-I{HEADERS}"]
         subprocess.run([cxx, *flags, *options, "-c", source, "-o", target], check=True, env=environment)
         return target
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_, [ROOT / "csrc/bind_cuda.cpp", *sources]))
+        objects = list(pool.map(compile_, [ROOT / "csrc/bind_cuda.cpp", *sources, *([COUNTS] if counting else [])]))
     subprocess.run([cxx, *flags, "-shared", *objects, "-o", scratch / module.name], check=True, env=environment)
     (scratch / module.name).replace(module)
 
 
 @functools.cache
-def load() -> ModuleType:
+def load(counting: bool = False) -> ModuleType:
     """The module, built."""
-    spec = importlib.util.spec_from_file_location("_cuda", build())
+    spec = importlib.util.spec_from_file_location("_cuda", build(counting))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -93,6 +93,7 @@ struct Machine {
     Context scheduler;
     unsigned current = 0;
     bool moved = false;  // since the scheduler last looked at every thread
+    long blocks = 0;     // that have begun, of all launches
     void (*body)(void*) = nullptr;
     void* arguments = nullptr;
 };
@@ -127,6 +128,7 @@ inline void resume(unsigned thread) {
 }
 
 inline void run_block(unsigned threads) {
+    ++machine.blocks;
     for (unsigned k = 0; k < threads; ++k) {
         machine.fibers[k].done = false;
         machine.fibers[k].block_barriers = machine.fibers[k].warp_barriers = 0;
