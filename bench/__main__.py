@@ -14,6 +14,10 @@ def main() -> int:
         from bench.static.command import main as static
 
         return static(argv)
+    if command == "gpu":
+        from bench.gpu.command import main as gpu
+
+        return gpu(argv)
     from bench.command import main as others
 
     return others()

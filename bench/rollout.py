@@ -147,7 +147,8 @@ def untrained(shape: Shape, device: str) -> Loaded:
     torch.manual_seed(0)
     settings = dict(shape.config)
     config = AutoConfig.for_model(settings.pop("model_type"), **settings, eos_token_id=None, bos_token_id=None)
-    model = AutoModelForCausalLM.from_config(config, dtype=shape.dtype).to(device).eval()
+    with torch.device(device):  # where random weights are made faster than they are copied
+        model = AutoModelForCausalLM.from_config(config, dtype=shape.dtype).eval()
     ids = torch.randint(1, config.vocab_size, (shape.prompts, shape.prompt_length), device=device)
     lengths = torch.randint(shape.prompt_length // 2, shape.prompt_length + 1, (shape.prompts, 1), device=device)
     mask = torch.arange(shape.prompt_length, device=device) >= shape.prompt_length - lengths

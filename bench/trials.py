@@ -48,15 +48,15 @@ def log_sum_others(z: Tensor, ids: Tensor) -> Tensor:
     return z.double().scatter(1, ids[:, None], -math.inf).logsumexp(1)
 
 
-def logits_trials() -> list[Trial]:
-    """The trials from logits."""
+def logits_trials(tokens: int = 16, vocabulary: int = 5120) -> list[Trial]:
+    """The trials from logits. tokens, vocabulary: of the trials that have no shape of their own."""
 
     def trial(
         name: str,
         change: Callable[[Tensor, Tensor], Tensor] = lambda z, ids: z,
         *,
-        n: int = 16,
-        v: int = 5120,
+        n: int = tokens,
+        v: int = vocabulary,
         dtype: torch.dtype = torch.float32,
         first_id: int = 0,
         relative: bool = False,
@@ -93,7 +93,7 @@ def logits_trials() -> list[Trial]:
     ]
 
 
-def hidden_trials() -> list[Trial]:
+def hidden_trials(tokens: int = 16, vocabulary: int = 5120) -> list[Trial]:
     """The same trials from hidden states; a bias shapes the logits.
 
     The inputs lie on a grid on which logits are exact in float32, even at +1000, because the trials are about what
@@ -104,8 +104,8 @@ def hidden_trials() -> list[Trial]:
         name: str,
         bias: Callable[[Tensor, Tensor], Tensor] | None = None,
         *,
-        n: int = 16,
-        v: int = 5120,
+        n: int = tokens,
+        v: int = vocabulary,
         scale: float = 2.0,
         dtype: torch.dtype = torch.float32,
         first_id: int = 0,

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from bench.static.kernel import Compiled
+from bench.static.occupancy import SYSTEM_SHARED
 
 THREADS = {"dpo_pairs": 64}
 """Threads of a block, where they are not MOST_THREADS (`launch` in the sources)."""
@@ -65,7 +66,8 @@ def built(path: Path) -> list[Compiled]:
         names = titles([row[0] for row in rows]) if rows else {}
         for name, registers, _, shared, local in rows:
             assert arch
-            found.append(Compiled(names[name], arch[1], threads(name), int(registers), int(shared), int(local)))
+            own = int(shared) - (SYSTEM_SHARED if arch[1] == "sm_90" and int(shared) else 0)  # which is among it there
+            found.append(Compiled(names[name], arch[1], threads(name), int(registers), own, int(local)))
     return found
 
 

@@ -77,3 +77,26 @@ def test_a_compiler_without_openmp_is_as_good_as_none(tmp_path):
     said = build(tree, CXX=str(cxx))
     assert f"{cxx} does not compile C++17 with OpenMP" in said
     assert not list((tree / "rlhf_fast").glob("_cpu*"))
+
+
+def test_one_arch_or_all(tmp_path):
+    """nvcc's flags, as build.ninja has them; both compilers are a stand-in that compiles nothing."""
+    tree = plant(tmp_path)
+    (tree / "csrc/cuda").mkdir()
+    for file in ("csrc/bind_cuda.cpp", "csrc/cuda/kernel.cu"):
+        (tree / file).write_text("")
+    nvcc = tree / "home/bin/nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text('#!/bin/sh\nwhile [ $# -gt 0 ]; do [ "$1" = -o ] && touch "$2" "$2.d"; shift; done\n')
+    nvcc.chmod(0o755)
+    given = {"CXX": str(nvcc), "CUDA_HOME": str(tree / "home")}
+    one, every = "-gencode arch=compute_90,code=sm_90", "-gencode arch=compute_80,code=[sm_80,sm_90,compute_80]"
+    for flags, environment in ((one, {"RLHF_FAST_CUDA_ARCH": "90"}), (every, {})):
+        build(tree, **given, **environment)
+        (ninja,) = tree.glob("build/*/build.ninja")
+        assert f"{flags}\n" in ninja.read_text()
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    environment = os.environ | given | {"RLHF_FAST_CUDA_ARCH": "sm_90", "RLHF_FAST_CUDA": "1"}
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
+    message = "RLHF_FAST_CUDA_ARCH: expected a compute capability such as 90, got 'sm_90'"
+    assert done.returncode and message in done.stderr
