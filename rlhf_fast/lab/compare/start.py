@@ -94,7 +94,7 @@ def prepare(config: CompareConfig) -> Start:
     if config.model == "demo":
         return _demo(out, config)
     if config.model in SHAPES:
-        return _random(out, SHAPES[config.model], config)
+        return untrained(out, SHAPES[config.model], config)
     if not Path(config.model).is_dir():
         raise ValueError(f"model: expected demo, {', '.join(SHAPES)} or a directory, got {config.model!r}")
     for name in ("reward", "train_data"):
@@ -141,7 +141,8 @@ def _demo(out: Path, config: CompareConfig) -> Start:
     )
 
 
-def _random(out: Path, shape: Shape, config: CompareConfig) -> Start:
+def untrained(out: Path, shape: Shape, config: CompareConfig) -> Start:
+    """Models of a shape with random weights, and rows of the lengths that `config` says, made in `out`."""
     length = config.prompt_length + config.response_length
     tokenizer = _padded(build_tokenizer(), shape.vocabulary)
     positions = {"max_position_embeddings": max(2048, length)}
