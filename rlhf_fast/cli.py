@@ -100,7 +100,7 @@ COMMANDS = {
 }
 
 
-SEVERAL = {*STAGES, "pairs", "pipeline", "plan"}
+SEVERAL = {*STAGES, "pairs", "pipeline", "plan", "compare"}
 """Commands that run in several processes."""
 
 

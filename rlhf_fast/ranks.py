@@ -32,7 +32,7 @@ from rlhf_fast.presence import Address, Presence, answers, meet
 
 Row = TypeVar("Row")
 
-_WAIT = timedelta(hours=2)  # a reward function or the writing of a model may keep one process busy for long
+WAIT = timedelta(hours=2)  # a reward function or the writing of a model may keep one process busy for long
 _BUCKET = 1 << 24  # numbers that are added up in one call
 _SMALL = 2048  # bytes of a value, with its length, that `gather` exchanges in one call
 _LENGTH = 8  # bytes
@@ -228,6 +228,23 @@ def first_to_fail() -> bool:
         return os.environ["RANK"] == "1"
 
 
+def flag(name: str) -> None:
+    """Tells all processes of something under this name, without waiting for them; `flagged` finds it."""
+    with suppress(RuntimeError, OSError):  # the process that keeps the store is gone
+        _store.add(f"rlhf_fast/{name}", 1)
+
+
+def flagged(name: str) -> bool:
+    """Whether a process has raised the flag of this name, or is gone with the store that keeps it.
+
+    There are several processes, and they have joined.
+    """
+    try:
+        return _store.add(f"rlhf_fast/{name}", 0) > 0
+    except (RuntimeError, OSError):
+        return True
+
+
 def gone(error: BaseException) -> bool:
     """Whether an error says that another process of the run has ended, or does not answer."""
     said = isinstance(error, RuntimeError) and re.search(r"\b(gloo|NCCL)\b", str(error), re.IGNORECASE) is not None
@@ -242,6 +259,11 @@ def lost(error: BaseException) -> ConnectionError:
     else:
         who = "another process of the run has ended, or does not answer"
     return ConnectionError(f"{who} ({said:.200})")
+
+
+def says_lost(text: str) -> bool:
+    """Whether the text holds an error that `lost` has made."""
+    return re.search(r"(another process of the run|process \d+( and process \d+)* of \d+) has ended\b", text) is not None
 
 
 def _ended() -> list[int]:
@@ -297,9 +319,9 @@ def connect() -> None:
         global _store
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         with _together():
-            store, rank, size = next(rendezvous("env://", timeout=_WAIT))
+            store, rank, size = next(rendezvous("env://", timeout=WAIT))
             _store = dist.PrefixStore(meet(store, rank, size), store)
-            dist.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=_WAIT)
+            dist.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=WAIT)
         atexit.register(_leave)
 
 

@@ -1,4 +1,7 @@
-"""The import rule of rlhf_fast/README.md: imports go down only, in no circle, and GPU code is imported in one place."""
+"""The import rule of rlhf_fast/README.md: imports go down only, in no circle, and GPU code is imported in one place.
+
+And no two test files share a name.
+"""
 
 import ast
 from graphlib import TopologicalSorter
@@ -62,3 +65,9 @@ def test_gpu_code_is_imported_by_the_back_ends_alone():
     theirs = ("triton", "rlhf_fast.kernels", "rlhf_fast._cuda")
     importers = {name for name, others in IMPORTS.items() if any(other.startswith(theirs) for other in others)}
     assert importers and all(name.startswith("rlhf_fast.ops.backends.") for name in importers)
+
+
+def test_no_two_test_files_share_a_name():
+    """pytest imports test files by name, so the second file of a name is an error of collection."""
+    names = sorted(path.name for path in Path(__file__).parent.rglob("test_*.py"))
+    assert sorted(set(names)) == names

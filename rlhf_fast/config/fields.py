@@ -106,11 +106,12 @@ def check_fields(config: Any) -> None:
         if value is None and NoneType in options:
             continue
         if get_origin(options[0]) is Literal:
-            choices, several = get_args(options[0]), list[options[0]] in options and isinstance(value, list)
-            for one in value if several else [value]:
+            choices = get_args(options[0])
+            several = value if list[options[0]] in options and isinstance(value, list) else None
+            for one in [value] if several is None else several:
                 if one not in choices:
                     raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}, got {one!r}")
-            if several and len({*value}) != len(value) or value == []:
+            if several is not None and (not several or len({*several}) != len(several)):
                 raise ValueError(f"{name}: expected one name, or several different names, got {value}")
         elif options[0] in _PLAIN and not _is_a(options[0], value):
             raise ValueError(f"{name}: expected {_PLAIN[options[0]]}, got {value!r}")

@@ -191,7 +191,7 @@ class OnlineDPOConfig(OnlineConfig):
     loss_type: DPOLossType | list[DPOLossType] = arg("sigmoid", DPO_LOSS_HELP)
     loss_weights: list[float] | None = arg(None, LOSS_WEIGHTS_HELP)
     label_smoothing: float = arg(0.0, LABEL_SMOOTHING_HELP)
-    simpo_gamma: float = arg(SIMPO_GAMMA, SIMPO_GAMMA_HELP)
+    simpo_gamma: float = arg(SIMPO_GAMMA, SIMPO_GAMMA_HELP, at_least=0)
     cpo_alpha: float = arg(CPO_ALPHA, CPO_ALPHA_HELP, at_least=0)
     kl_coef: float = arg(
         0.0,

@@ -126,7 +126,7 @@ def check_precision(config: Any) -> None:
 
 def check_shard(config: Any) -> None:
     """ValueError where an option does not go with models in shards."""
-    if not config.shard_base and (config.shard == "none" or not config.lora_rank):
+    if not getattr(config, "shard_base", True) and (config.shard == "none" or not config.lora_rank):
         got = f"shard={config.shard} and lora_rank={config.lora_rank}"
         raise ValueError(f"shard_base: expected False beside shard and lora_rank alone, got it with {got}")
     if config.shard != "none" and config.optimizer == "adamw_8bit" and not config.lora_rank:
@@ -333,7 +333,7 @@ class DPOConfig(OfflineConfig):
     loss_type: DPOLossType | list[DPOLossType] = arg("sigmoid", DPO_LOSS_HELP)
     loss_weights: list[float] | None = arg(None, LOSS_WEIGHTS_HELP)
     label_smoothing: float = arg(0.0, LABEL_SMOOTHING_HELP)
-    simpo_gamma: float = arg(SIMPO_GAMMA, SIMPO_GAMMA_HELP)
+    simpo_gamma: float = arg(SIMPO_GAMMA, SIMPO_GAMMA_HELP, at_least=0)
     cpo_alpha: float = arg(CPO_ALPHA, CPO_ALPHA_HELP, at_least=0)
     eval_pairs: str | None = arg(None, "Held-out pairs; their loss and accuracy are reported after every epoch.")
     reference_logprobs: str | None = arg(None, _REFERENCE_LOGPROBS)

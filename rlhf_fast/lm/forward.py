@@ -20,6 +20,7 @@ from torch import nn
 Result = TypeVar("Result")
 
 _ENTRY = "rlhf_fast_pass"
+_EXTRA = "rlhf_fast_extra_runs"
 _entered: ContextVar[tuple[nn.Module, ...]] = ContextVar("_entered", default=())
 
 
@@ -54,6 +55,20 @@ def enter_by(model: nn.Module, register: Callable[[nn.Module, str], None]) -> No
     """
     setattr(model, _ENTRY, MethodType(_run, model))
     register(model, _ENTRY)
+
+
+def run_alike(module: nn.Module, extra: Callable[[int], int]) -> None:
+    """Tells the passes through `module`, which may run its layers several times, of a wrapper that counts these runs.
+
+    extra: from the number of a pass's runs to the number of empty runs that the pass has to make more.
+    """
+    setattr(module, _EXTRA, extra)
+
+
+def extra_runs(module: nn.Module, runs: int) -> int:
+    """How many empty runs a pass through `module` makes behind `runs` runs of its layers. Called before the first."""
+    extra = getattr(module, _EXTRA, None)
+    return 0 if extra is None else extra(runs)
 
 
 def is_open(model: nn.Module) -> bool:

@@ -16,6 +16,7 @@ Shapes: B rows, L slots, N real tokens, H hidden; h heads of d.
 import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -25,6 +26,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from rlhf_fast.lm import balance, layers
 from rlhf_fast.lm.fast_paths import not_taken
+from rlhf_fast.lm.forward import extra_runs
 from rlhf_fast.lm.limits import sides
 from rlhf_fast.lm.private import attention_as, attention_of, checkpoints_activations
 from rlhf_fast.lm.switches import difference, switching_length, trial_rows, windows
@@ -49,12 +51,32 @@ def real_hidden(
     """
     if is_fake(mask_BL):
         return _planned(backbone, ids_BL[:, : max(1, mask_BL.shape[1] - (not last))])
+    runs, starts_B = _runs(backbone, ids_BL, mask_BL, last)
+    extra = extra_runs(backbone, len(runs))
+    states = [run() for run, _ in runs]
+    for _ in range(extra):
+        states[0] = states[0] + empty_run(backbone)
+    return states[0] if len(states) == 1 else torch.cat(states), starts_B
+
+
+def empty_run(backbone: PreTrainedModel) -> Tensor:
+    """0, from a run of the layers over two tokens, in whose backward pass every weight gets a gradient of 0."""
+    hidden = backbone(input_ids=trial_rows(backbone, (2,))[0], use_cache=False)[0]
+    return (hidden.float().sum() * 0.0).to(hidden.dtype)
+
+
+Run = tuple[Callable[[], Tensor], int]  # a run of the layers, which gives hidden states [M, H]; M
+
+
+def _runs(backbone: PreTrainedModel, ids_BL: Tensor, mask_BL: Tensor, last: bool) -> tuple[list[Run], Tensor]:
+    """The runs of `real_hidden`, and the starts [B] of the rows in their states side by side."""
     counts_B, limit = mask_BL.sum(dim=1), switching_length(backbone.config)
     if parts := sides(backbone.config, counts_B):
-        found = [real_hidden(backbone, ids_BL[rows], mask_BL[rows], last=last) for rows in parts]
-        behind = torch.tensor([0, *(len(states) for states, _ in found[:-1])], device=ids_BL.device).cumsum(dim=0)
+        found = [_runs(backbone, ids_BL[rows], mask_BL[rows], last) for rows in parts]
+        sizes = [sum(size for _, size in runs) for runs, _ in found]
+        behind = torch.tensor([0, *sizes[:-1]], device=ids_BL.device).cumsum(dim=0)
         starts_B = torch.cat([starts + n for (_, starts), n in zip(found, behind, strict=True)])
-        return torch.cat([states for states, _ in found]), starts_B[torch.cat(parts).argsort()]
+        return [run for runs, _ in found for run in runs], starts_B[torch.cat(parts).argsort()]
     last = last or bool(balance.asks())  # routers are balanced over last tokens too
     if limit is not None and int(counts_B.max()) == limit + 1:
         last = True  # without their last tokens these rows would be on the other side
@@ -69,19 +91,21 @@ def real_hidden(
     gains = tokens < B * width or has_kernel("packed_attention", ids_BL)
     if gains and can_pack(backbone):
         layout = slots_N.expand(B, 1, width, tokens)
-        return _packed(backbone, ids_N, positions_N, layout, says=True), starts_B
+        return [(partial(_packed, backbone, ids_N, positions_N, layout, says=True), tokens)], starts_B
     if tokens < B * width and not _can_pad(backbone):
-        return _alone(backbone, [ids[None] for ids in ids_N.split(lengths)]), starts_B
-    return _padded(backbone, ids_N.new_zeros(B * width).index_copy(0, slots_N, ids_N).view(B, width), slots_N)
+        return [(partial(_alone, backbone, [ids[None]]), len(ids)) for ids in ids_N.split(lengths)], starts_B
+    padded_BL = ids_N.new_zeros(B * width).index_copy(0, slots_N, ids_N).view(B, width)
+    starts_B = torch.arange(B, device=ids_BL.device) * width
+    return [(lambda: _padded(backbone, padded_BL, slots_N)[0], B * width)], starts_B
 
 
-def settle(backbone: PreTrainedModel, *, checkpointing: bool) -> str | None:
-    """Takes the trials of the model's rows now. Why a pass may run its layers several times; None where it does not.
+def settle(backbone: PreTrainedModel, *, checkpointing: bool) -> bool:
+    """Takes the trials of the model's rows now. Whether a pass may run the layers several times.
 
     checkpointing: whether the model is going to checkpoint its activations.
     """
     packs = not checkpointing and can_pack(backbone)
-    return None if packs or _can_pad(backbone) else "its rows run one by one, as padding changes them"
+    return not (packs or _can_pad(backbone)) or switching_length(backbone.config) is not None
 
 
 def _planned(backbone: PreTrainedModel, ids_BL: Tensor) -> tuple[Tensor, Tensor]:

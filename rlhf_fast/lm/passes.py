@@ -20,13 +20,13 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from rlhf_fast.lm import balance, packing
-from rlhf_fast.lm.forward import call, one_pass
+from rlhf_fast.lm.forward import call, extra_runs, one_pass
 from rlhf_fast.lm.limits import sides
-from rlhf_fast.lm.packing import real_hidden
+from rlhf_fast.lm.packing import empty_run, real_hidden
 from rlhf_fast.lm.precision import trial
 from rlhf_fast.lm.private import score_head
 from rlhf_fast.lm.sequences import Sequences, position_ids
-from rlhf_fast.lm.switches import agree, difference, switching_length, trial_rows
+from rlhf_fast.lm.switches import agree, difference, trial_rows
 from rlhf_fast.ops.private import is_fake
 
 _paddable: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
@@ -42,11 +42,27 @@ def response_logits(model: PreTrainedModel, sequences: Sequences) -> Tensor:
     predicting, mask_BL = _predicting(sequences), sequences.attention_mask()
     if not is_fake(mask_BL):
         if parts := sides(model.config, mask_BL.sum(dim=1)):
-            found = torch.cat([response_logits(model, sequences.rows(rows)) for rows in parts])
-            return found.index_select(0, torch.cat(parts).argsort())
-        if not _can_pad_left(model) and not sequences.prompt_mask.all():
-            return _logits_of_rows_on_the_left(model, sequences)
+            extra = extra_runs(model, len(parts))
+            found = torch.cat([_response_logits(model, sequences.rows(rows), predicting) for rows in parts])
+            return _behind(model, found.index_select(0, torch.cat(parts).argsort()), extra)
+        extra = extra_runs(model, 1)
+        return _behind(model, _response_logits(model, sequences, predicting), extra)
+    return _response_logits(model, sequences, predicting)
+
+
+def _response_logits(model: PreTrainedModel, sequences: Sequences, predicting: slice) -> Tensor:
+    """`response_logits` in one run of the layers."""
+    mask_BL = sequences.attention_mask()
+    if not is_fake(mask_BL) and not _can_pad_left(model) and not sequences.prompt_mask.all():
+        return _logits_of_rows_on_the_left(model, sequences)
     return _logits(model, forward_inputs(model, sequences.input_ids(), mask_BL, position_ids(mask_BL)), predicting)
+
+
+def _behind(model: PreTrainedModel, x: Tensor, runs: int) -> Tensor:
+    """`x`, with so many empty runs of the model's layers behind it."""
+    for _ in range(runs):
+        x = x + empty_run(model.base_model)  # pyright: ignore[reportArgumentType]
+    return x
 
 
 @one_pass
@@ -90,16 +106,16 @@ def idle(model: PreTrainedModel) -> Tensor:
 
     Where a model is in shards, a process without rows makes it while the other processes make passes over theirs.
     """
-    return call(model, input_ids=trial_rows(model, (2,))[0], use_cache=False).logits.float().sum() * 0.0
+    extra = extra_runs(model, 1)
+    nothing = call(model, input_ids=trial_rows(model, (2,))[0], use_cache=False).logits.float().sum() * 0.0
+    return _behind(model, nothing, extra)
 
 
-def settle(model: PreTrainedModel, *, checkpointing: bool) -> str | None:
-    """Takes all trials of the model's passes now. Why a pass may run its layers several times; None where it does not.
+def settle(model: PreTrainedModel, *, checkpointing: bool) -> bool:
+    """Takes all trials of the model's passes now. Whether a pass may run the layers several times.
 
     checkpointing: whether the model is going to checkpoint its activations.
     """
-    if switching_length(model.config) is not None:
-        return "rows on both sides of its original length run apart"
     backbone: Any = model.base_model
     for part in (model, backbone):
         _takes_positions(part, trial_rows(model, (8,))[0])

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import PreTrainedModel
 
-from rlhf_fast.lm.forward import enter_by, is_open
+from rlhf_fast.lm.forward import enter_by, is_open, run_alike
 from rlhf_fast.lm.passes import settle
 from rlhf_fast.lm.precision import HALVES, decoder_layers, is_half
 from rlhf_fast.lm.private import has_adapter
@@ -74,12 +74,14 @@ def shard(model: PreTrainedModel, how: str, *, checkpointing: bool = False, offl
     trained, name, device = bool(_trained(model)), type(model).__name__, model.device
     # A trial of half-precision weights takes fp32 copies, so that on a machine's CPU one process tries at a time.
     with current().in_turn() if device.type == "cpu" and is_half(model) else nullcontext():
-        if trained and (reason := settle(model, checkpointing=checkpointing)) is not None:
-            raise ValueError(f"shard: expected a model whose rows share a pass, got {name}: {reason}")
+        apart = trained and settle(model, checkpointing=checkpointing)
     mesh, usual = mesh_of(how, device.type), _trial(model)
     try:
         shard_untried(model, mesh, offload=offload)
         getattr(model, _SHARDS).usual = usual
+        if apart:
+            for part in (model, model.base_model):
+                run_alike(part, functools.partial(_extra_runs, model))
         if not trained:
             check_room(whole_bytes(model), name, PASSES, device)
     except NoRoom:
@@ -142,7 +144,7 @@ def is_sharded(model: nn.Module | None) -> bool:
 
 
 @contextmanager
-def whole(model: nn.Module | None) -> Iterator[None]:
+def whole(model: Any) -> Iterator[None]:
     """Inside, all weights of a sharded `model` are plain tensors. All processes enter; inside nobody waits for another.
 
     For passes without gradients, such as decoding. Nested, and for a model without shards, it does nothing.
@@ -153,9 +155,7 @@ def whole(model: nn.Module | None) -> Iterator[None]:
         return
     shards.whole = True
     try:
-        for unit in reversed(
-            shards.units
-        ):  # the root, mostly the largest, first: its message is gone when all is whole
+        for unit in reversed(shards.units):  # the root, mostly the largest, first: its message is gone at the end
             unit.set_reshard_after_forward(False, recurse=False)
             unit.unshard()
         if not is_open(model):
@@ -169,6 +169,11 @@ def whole(model: nn.Module | None) -> Iterator[None]:
         for unit in shards.units:
             unit.reshard()
             unit.set_reshard_after_forward(unit is not root, recurse=False)
+
+
+def _extra_runs(model: PreTrainedModel, runs: int) -> int:
+    """How many runs of the layers a pass of another process makes more than `runs`."""
+    return 0 if getattr(model, _SHARDS).whole else max(current().gather(runs)) - runs
 
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:
@@ -238,7 +243,7 @@ def pieces_of(model: PreTrainedModel, most: int) -> list[dict[str, Tensor]]:
         by_unit[next((unit for unit in units if name.startswith(unit)), "")][name] = tensor
     pieces, size = [], 0
     for piece in by_unit.values():
-        own = sum(tensor.numel() * tensor.itemsize for tensor in piece.values())
+        own = sum(tensor.numel() * tensor.itemsize for tensor in {id(x): x for x in piece.values()}.values())
         if not pieces or size + own > most:
             pieces.append({})
             size = 0

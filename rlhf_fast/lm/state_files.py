@@ -48,8 +48,9 @@ def write(parts: dict[str, Tensor], directory: Path) -> None:
 
     Raises OSError on a full disk, and where the processes do not see the same files.
     """
-    from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
     from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     try:
         save(dict(parts), storage_writer=HuggingFaceStorageWriter(str(directory), save_distributed=True))
@@ -86,8 +87,9 @@ def parts_of(pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
 
 def _read(directory: Path, tensors: dict[str, Tensor]) -> None:
     """Sets the tensors, parts of tensors in shards included, to their numbers in `directory`."""
-    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
     from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     try:
         known: Any = HuggingFaceStorageReader(str(directory)).read_metadata().state_dict_metadata

@@ -109,7 +109,7 @@ def dpo_loss(
     if not has_kernel("dpo_loss", chosen_logps):
         return reference.dpo_loss(chosen_logps, rejected_logps, constants, options)
     chosen, rejected, *references = common_dtype(chosen_logps, rejected_logps, *constants[:2])
-    constants = PairConstants(*references, *constants[2:]).to(chosen.dtype)
+    constants = constants._replace(ref_chosen=references[0], ref_rejected=references[1]).to(chosen.dtype)
     with_grad = any_grad(chosen, rejected)
     outputs = mixture(lambda *arguments: call("dpo_loss", *arguments), chosen, rejected, constants, options, with_grad)
     return DPOLoss(*outputs[:3])

@@ -250,10 +250,10 @@ def linear_dpo_loss(
             hidden, weight, token_ids, bias=bias, temperature=temperature, softcap=softcap
         )
         chosen_logps, rejected_logps = out.logprobs.sum(1).chunk(2)
-        losses, *rewards = reference.dpo_loss(chosen_logps, rejected_logps, constants, options)
-        whole = max(len(losses), 1) if normalizer is None else normalizer
+        losses, chosen, rejected = reference.dpo_loss(chosen_logps, rejected_logps, constants, options)
+        loss = reference.mean_over(losses, max(len(losses), 1) if normalizer is None else normalizer)
         logps = chosen_logps.detach(), rejected_logps.detach()
-        return LinearDPOLoss(reference.mean_over(losses, whole), losses.detach(), *rewards, *logps)
+        return LinearDPOLoss(loss, losses.detach(), chosen, rejected, *logps)
     loss, losses, chosen_rewards, rejected_rewards, logps, _, _, _ = torch.ops.rlhf_fast.linear_dpo_loss(
         hidden, weight, bias, token_ids.long(), *constants, as_tensor(normalizer), *options, temperature,
         softcap or 0.0, budget, *wants_gradients(hidden, weight, bias),

@@ -78,7 +78,8 @@ class PairConstants(NamedTuple):
 
     def of(self, pairs: slice) -> "PairConstants":
         """Those of some of the pairs."""
-        return PairConstants(*(None if x is None else x[pairs] for x in self[:4]), self.mean_length)
+        of_pairs = [None if x is None else x[pairs] for x in self[:4]]
+        return PairConstants(*of_pairs, mean_length=self.mean_length)
 
     def of_term(self, term: str, like: Tensor) -> tuple[Tensor | None, ...]:
         """The first four, as one term reads them. like: [B]."""

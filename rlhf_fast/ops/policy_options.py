@@ -48,10 +48,9 @@ class PolicyOptions(NamedTuple):
 
     def indices(self) -> tuple[int | float | bool, ...]:
         """These options with numbers in place of names."""
-        named = self._replace(
-            objective=OBJECTIVES.index(self.objective), kl_estimator=ESTIMATORS.index(self.kl_estimator)
-        )  # pyright: ignore[reportArgumentType]
-        return tuple(named)
+        objective, *others = self
+        *others, estimator, by_ratio = others
+        return OBJECTIVES.index(objective), *others, ESTIMATORS.index(estimator), by_ratio  # pyright: ignore[reportReturnType]
 
 
 SCHEMA = (
@@ -83,8 +82,9 @@ def check_ppo_options(
     if dual_clip is not None:
         expect(objective == "clip", "dual_clip", f"None, as {objective} has none", dual_clip)
         check_number("dual_clip", dual_clip, "a number > 1 or None", lambda x: x > 1)
-    taus = sapo_temperature if isinstance(sapo_temperature, (tuple, list)) else (sapo_temperature,)
+    taus: tuple = tuple(sapo_temperature) if isinstance(sapo_temperature, (tuple, list)) else (sapo_temperature,)
     expect(len(taus) == 2, "sapo_temperature", "two numbers, (positive, negative)", sapo_temperature)
+    positive, negative = taus
     for tau in taus:  # e^tau has to be a float32
         check_number("sapo_temperature", tau, "numbers in (0, 80]", lambda x: 0 < x <= 80)
     check_number("kl_coef", kl_coef)
@@ -95,7 +95,7 @@ def check_ppo_options(
         expected = 'False at another importance_sampling_level than "token"'
         expect(level == "token", "use_bias_correction_kl", expected, use_bias_correction_kl)
     return PolicyOptions(
-        objective, level != "token", low, high, dual_clip or 0.0, *taus, kl_coef, kl_estimator,
+        objective, level != "token", low, high, dual_clip or 0.0, positive, negative, kl_coef, kl_estimator,
         bool(use_bias_correction_kl),
     )  # fmt: skip
 

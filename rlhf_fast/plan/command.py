@@ -96,7 +96,8 @@ def plan_of(method: str, config: StageConfig, **processes: int) -> PlanConfig:
     if method in METHODS and given["eval_data"] is not None:
         values["eval_rows"] = EVAL_ROWS  # at least as many prompts as are there
     lengths = {"prompt_length": prompt, "response_length": response}
-    return PlanConfig(**values | {"method": method} | lengths | processes)
+    fields: dict[str, Any] = values | {"method": method} | lengths | processes
+    return PlanConfig(**fields)
 
 
 def make_report(planner: Planner) -> dict[str, Any]:

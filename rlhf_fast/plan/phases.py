@@ -309,7 +309,7 @@ class Planner:
             fused=self.fused,
             truncated=self.truncated,
             keep=self.keeps_gradients,
-            added=self.plan.gpus > 1 and not (self.sharded or self.plan.zero),
+            added=self.plan.gpus > 1 and not self.sharded and self.plan.zero == 0,
             repeats=2 if later else 1,
             critic=self.plan.shared_critic,
         )

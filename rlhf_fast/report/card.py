@@ -97,7 +97,8 @@ def _hub_name(model: str) -> str | None:
 def _licence_of(model: str) -> str | None:
     """The licence in the card of a base model's directory."""
     card = Path(model) / CARD
-    return huggingface_hub.metadata_load(card).get("license") if card.is_file() else None
+    found = huggingface_hub.metadata_load(card) if card.is_file() else None
+    return found.get("license") if found else None
 
 
 def _loading(place: str, base: str | None, adapter: bool, scores: bool) -> str:

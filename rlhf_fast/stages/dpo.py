@@ -144,7 +144,7 @@ def train(config: DPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
                 refs = torch.stack([found[name] for name in names])
         if evaluator is None:
             reference = None  # nobody needs its weights any more
-        else:
+        elif reference is not None:
             shard_frozen(reference, policy, config.shard)
         stage.steps(loss)
 

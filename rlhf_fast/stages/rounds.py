@@ -26,7 +26,8 @@ from rlhf_fast.rollout.vllm.client import ServerError
 from rlhf_fast.rollout.vllm.rows import Row
 from rlhf_fast.rollout.vllm.sampler import Asked, VLLMSampler
 
-Model, Result = TypeVar("Model"), TypeVar("Result")
+Model = TypeVar("Model")
+Result = TypeVar("Result")
 Rows = list[list[Row]]  # of every request
 
 

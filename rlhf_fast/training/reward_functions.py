@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_fast.ranks import WAIT, current
 from rlhf_fast.training.ending import Ended
 from rlhf_fast.training.reward_calls import call, described
 from rlhf_fast.training.reward_files import load_file, load_module
@@ -38,6 +39,9 @@ class FunctionReward:
     """
 
     def __init__(self, spec: str | RewardFunction, timeout: float | None = None) -> None:
+        if timeout is not None and current().size > 1 and timeout >= WAIT.total_seconds():
+            expected = f"less than the {WAIT.total_seconds():g} seconds that processes wait for each other"
+            raise ValueError(f"reward_timeout: expected {expected}, got {timeout:g}")
         self.timeout = timeout
         if callable(spec):
             self.function, self.name = spec, getattr(spec, "__name__", "reward")

@@ -38,8 +38,9 @@ def ppo_loss(B, T, dtype=torch.float32, threads=2, **options):
     mask = torch.rand(B, T, generator=g) < 0.7
     grad_logp, grad_entropy, stats = torch.empty_like(logp), torch.empty_like(logp), torch.empty(8, dtype=dtype)
     settings = dict(
-        low=0.2, high=0.3, dual_clip=3.0, kl_coef=0.1, estimator=2, entropy_coef=0.01, reduction=0, denominator=0.0
-    )
+        objective=0, by_sequence=False, low=0.2, high=0.3, dual_clip=3.0, tau_pos=0.0, tau_neg=0.0, kl_coef=0.1,
+        estimator=2, kl_by_ratio=False, entropy_coef=0.01, reduction=0, denominator=0.0,
+    )  # fmt: skip
     tensors = (logp, old, advantages, True, mask, ref, entropy)
     _cpu.ppo_loss(
         DTYPES[dtype], *(x if x is True else x.data_ptr() for x in tensors), B, T, *(settings | options).values(),
@@ -61,7 +62,7 @@ def gae(B, T, threads=2):
     g = torch.Generator().manual_seed(T)
     rewards, values = torch.randn(B, T, generator=g), torch.randn(B, T, generator=g)
     mask, advantages, returns = torch.rand(B, T, generator=g) < 0.8, torch.empty(B, T), torch.empty(B, T)
-    inputs = (rewards.data_ptr(), values.data_ptr(), mask.data_ptr())
+    inputs = (rewards.data_ptr(), values.data_ptr(), mask.data_ptr(), 0)  # 0: the same lambda in every row
     _cpu.gae(0, *inputs, B, T, 0.99, 0.95, advantages.data_ptr(), returns.data_ptr(), threads)
     return advantages, returns
 

@@ -70,8 +70,8 @@ void losses(int B, int T, int threads) {
     std::vector<uint8_t> mask(n);
     for (int i = 0; i < n; ++i) mask[i] = i % 5 != 0;
     std::vector<float> a(n), b(n), c(B), d(B), e(B), stats(8);
-    op::ppo_loss(0, at(logp), at(old), at(adv), true, at(mask), at(ref), at(entropy), B, T, 0.2, 0.3, 3, 0.1, 2, 0.01, 0,
-                 0, at(a), at(b), at(stats), threads);
+    op::ppo_loss(0, at(logp), at(old), at(adv), true, at(mask), at(ref), at(entropy), B, T, 0, false, 0.2, 0.3, 3, 0, 0,
+                 0.1, 2, false, 0.01, 0, 0, at(a), at(b), at(stats), threads);
     print("ppo_loss", stats, a, b);
     op::gae(0, at(logp), at(values), at(mask), B, T, 0.99, 0.95, at(a), at(b), threads);
     print("gae", a, b);

@@ -12,8 +12,8 @@ def test_gradients_of_two_processes_are_those_of_one():
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
     worst = dict(line.rsplit(": ", 1) for line in first.stdout.splitlines() if ": " in line)
     assert worst.keys() == {
-        *("sft", "sft, tied", "sft, checkpointed", "sft, GPT-2", "reinforce", "ppo", "ppo from logits"),
-        *("log-probs", "joint", "scores", "values"),
+        *("sft", "sft, tied", "sft, checkpointed", "sft, GPT-2", "reinforce", "ppo", "ppo from logits", "dpo", "kto"),
+        *("log-probs", "joint", "scores", "values", "sft, LongRoPE", "sft from logits, LongRoPE", "sft, rows alone"),
     }
     assert all(float(difference) < 2e-6 for difference in worst.values()), worst
 

@@ -107,7 +107,7 @@ def test_options_that_do_not_fit(cls, options, message):
     [
         {"importance_sampling_level": "sequence", "clip": 0.01, "scale_rewards": "none"},
         {"loss_type": "cispo", "use_bias_correction_kl": True, "kl_estimator": "k1"},
-        {"loss_type": "dr_grpo", "mask_truncated_completions": True, "soft_punish_cache": 4, "scale_rewards": "batch"},
+        {"loss_type": "dr_grpo", "soft_punish_cache": 4, "scale_rewards": "batch"},
     ],
 )
 def test_micro_batches_change_nothing(options, files, tiny_model, tmp_path):

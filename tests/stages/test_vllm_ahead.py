@@ -76,8 +76,9 @@ def test_every_method_samples_round_t_plus_1_from_the_weights_after_t_minus_1(na
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert rows[0]["mismatch/mean"] < 1e-5  # the weights that train have sampled
     for row in rows[1:]:  # an update lies between
-        assert row["mismatch/mean"] < 0.5  # a round of online DPO may hold equal scores alone, and no update
-        assert (row["mismatch/mean"] > 1e-4 and row["mismatch/kl"] > 0) or name == "online-dpo"
+        assert row["mismatch/mean"] < 0.5
+        updated = row["mismatch/mean"] > 1e-4 and row["mismatch/kl"] > 0
+        assert updated or name in ("online-dpo", "rloo")  # a round of few prompts may hold equal scores, and no update
         assert row.get("val/logprob_drift", 0) < 1e-4
     assert not list(tmp_path.glob(".rlhf_fast-[pw]*"))
 

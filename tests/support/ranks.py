@@ -18,9 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import PreTrainedTokenizerBase
 
 from rlhf_fast.data.rows import write_rows
-from tests.support.stages import LENGTHS, REWARD
+from rlhf_fast.stages.init import init_model
+from tests.support.models import model_config
+from tests.support.stages import LENGTHS, REWARD, distance, numbers, weights
 
 ROOT = Path(__file__).parent.parent.parent
 Job = tuple[str, dict[str, Any]]  # the name of a stage, and the fields of its config
@@ -51,13 +54,30 @@ JOBS: dict[str, Job] = {
     "ppo_shared": ("ppo", {"steps": 2, "critic": "shared", "micro_batch_size": 4}),
     "ppo_base": ("ppo", {"steps": 2, "share_base": True, "reward": "adapter", "offload": True, **LORA}),
     "ppo_in_backward": ("ppo", {"steps": 2, "minibatches": 8, "epochs": 1, **IN_BACKWARD}),  # a process may have no row
-    "ppo_shared_in_backward": ("ppo", {"steps": 1, "critic": "shared", **IN_BACKWARD, **LORA}),
+    "ppo_shared_in_backward": ("ppo", {"steps": 2, "critic": "shared", **IN_BACKWARD, **LORA}),
     "remax": ("remax", {"steps": 3, "kl_target": 0.5, "kl_horizon": 100}),
     "reinforce": ("reinforce", {"steps": 2, "gradient_checkpointing": True, "normalize_advantages": True}),
     "rloo": ("rloo", {"steps": 3, "group_size": 2, "top_k": 5, "normalize_advantages": True}),
     "grpo": ("grpo", {"steps": 2, "group_size": 4, "minibatches": 2, "epochs": 2, **DAPO}),
     "online_dpo": ("online-dpo", {"steps": 2}),
 }
+SHORT = {"epochs": 1, "max_length": 48}
+OWN: dict[str, Job] = {  # trained in shards too, and with models of their own
+    "sft_one_row": ("sft", {**SHORT, "micro_batch_size": 1, "gradient_checkpointing": True}),
+    "sft_tied": ("sft", {**SHORT, "model": "tied", "micro_batch_size": 8}),
+    "sft_logits": ("sft", {**SHORT, "fused_head": False, "eval_data": "sft", "weight_decay": 0.1}),
+    "sft_bf16": ("sft", {**SHORT, "bf16": True}),
+    "ppo_models": ("ppo", {"steps": 2, "minibatches": 2, "reward": "scorer", "eval_data": "prompts", **LORA}),
+    "remax_bf16": ("remax", {"steps": 2, "reward": "scorer", "bf16": True}),
+    "remax_scored": ("remax", {"steps": 2, "reward": "scorer", "eval_data": "few", "micro_batch_size": 4}),
+}
+RESUMED: dict[str, Job] = {
+    "sft_saved": ("sft", {**SHORT, "save_steps": 4}),
+    "ppo_saved": ("ppo", {"steps": 5, "save_steps": 4, "minibatches": 2}),
+    "sft_bf16_saved": ("sft", {**SHORT, "save_steps": 4, "dtype": "bf16"}),
+}
+ALL = JOBS | OWN | RESUMED
+HALVES = ("sft_bf16", "sft_bf16_saved", "remax_bf16")
 DATA = {"sft": "sft", "reward": "pairs", "dpo": "pairs", "kto": "unpaired"}
 
 
@@ -82,13 +102,59 @@ def jobs_in(
     return made
 
 
-def models(directory: Path, files: dict[str, str], model: str) -> dict[str, str]:
-    """`files` with two reward models on `model`, made in `directory`: whole (`scorer`), and an adapter (`adapter`)."""
-    options = {**COMMON, "epochs": 1, "max_length": 48, "train_data": files["pairs"], "model": model}
-    made = {"scorer": {}, "adapter": LORA}
-    train([("reward", {**options, **own, "normalize_samples": 0, "output_dir": str(directory / name)})
-           for name, own in made.items()])  # fmt: skip
-    return files | {name: str(directory / name) for name in made}
+def plain(
+    factory: pytest.TempPathFactory, files: dict[str, str], model: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Path, dict[str, str]]:
+    """The directory of all jobs' runs in one process, and `files` with what the jobs name beside them.
+
+    `tied` and `large` are models, `scorer` and `adapter` are reward models on `model`, and `few` has a single prompt,
+    so that some processes have none.
+    """
+
+    def make(directory: Path) -> dict[str, str]:
+        settings = model_config("llama", len(tokenizer)) | {"tie_word_embeddings": True}
+        del settings["vocab_size"]
+        init_model(settings, tokenizer, directory / "tied", seed=0)
+        # Of many layers, because a machine holds a model once more in the 32nd part of it that moves at a time.
+        sizes = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 12, "num_key_value_heads": 4}
+        init_model(settings | sizes, tokenizer, directory / "large", seed=0)
+        few = directory / "few.jsonl"
+        few.write_text("".join(Path(files["prompts"]).read_text().splitlines(keepends=True)[:1]))
+        names = ("tied", "large", "scorer", "adapter")
+        named = files | {name: str(directory / name) for name in names} | {"few": str(few)}
+        options = {**COMMON, **SHORT, "train_data": files["pairs"], "model": model, "normalize_samples": 0}
+        train([("reward", {**options, **own, "output_dir": named[name]}) for name, own in
+               (("scorer", {}), ("adapter", LORA))])  # fmt: skip
+        train(jobs_in(directory, named, model, ALL))
+        return named
+
+    return once(factory, "plain", make)
+
+
+def check_same(name: str, one: Path, several: Path) -> None:
+    """The runs of job `name` in one and in several processes have the same metrics, weights and tokens.
+
+    A metric may differ by 1e-5 of it, or by 1e-6: the KL and DPO's margins are differences of near numbers, and so is
+    everything that has a part in them.
+    """
+    rows, others = numbers(one), numbers(several)
+    assert len(rows) == len(others) > 1
+    relative, absolute, moved = (2e-2, 2e-3, 2e-3) if name in HALVES else (1e-5, 1e-6, 1e-5)
+    for row, other in zip(rows, others, strict=True):
+        assert row.keys() == other.keys()
+        for key in row.keys() - {"val/logprob_drift", "val/logprob_drift_mean"}:  # differences of rounding
+            assert other[key] == pytest.approx(row[key], rel=relative, abs=absolute), (row["step"], key)
+    assert distance(weights(one), weights(several)) < moved
+    for file in ("samples.json", "samples_before.json"):
+        if (one / file).exists():
+            mine, theirs = (json.loads((path / file).read_text()) for path in (one, several))
+            assert [row["completion"] for row in mine] == [row["completion"] for row in theirs]
+
+
+def check_bits(one: Path, other: Path) -> None:
+    """Two runs have the same bits in every metric and weight."""
+    assert numbers(one) == numbers(other)
+    assert distance(weights(one), weights(other)) == 0
 
 
 def start(size: int, *command: str, **environment: str) -> list[subprocess.Popen[str]]:

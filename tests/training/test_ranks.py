@@ -1,54 +1,65 @@
 """Several processes train as one: the same metrics, weights and tokens; one process writes and speaks."""
 
-import json
 import signal
 import time
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from rlhf_fast import ranks
 from rlhf_fast.ranks import Ranks
-from rlhf_fast.training import checkpoint
+from rlhf_fast.training import checkpoint, reward_functions
 from rlhf_fast.training.lock import held
 from rlhf_fast.training.metrics import read_metrics
-from tests.support.ranks import COMMON, JOBS, jobs_in, launch, models, once, results_of, start, train, train_in
-from tests.support.stages import LENGTHS, REWARD, distance, interrupted, numbers, weights
+from tests.support.ranks import (
+    COMMON,
+    JOBS,
+    OWN,
+    check_bits,
+    check_same,
+    jobs_in,
+    launch,
+    once,
+    plain,
+    results_of,
+    start,
+    train_in,
+)
+from tests.support.stages import LENGTHS, REWARD, constant, distance, interrupted, numbers, weights
+
+TWO = JOBS | {name: OWN[name] for name in ("sft_tied", "remax_bf16")}
+THREE = {name: job for name, job in JOBS.items() if name not in ("sft_8bit", "ppo_shared_in_backward")}
+TWICE = {name: JOBS[name] for name in ("ppo_base", "dpo")}
 
 
 @pytest.fixture(scope="module")
-def trained(files, tiny_model, tmp_path_factory):
-    """Size -> the directory of runs with so many processes; and what the processes said."""
+def trained(files, tiny_model, tokenizer, tmp_path_factory):
+    """The directory of runs in one process; that of runs by number of processes; what the processes said."""
+    one, named = plain(tmp_path_factory, files, tiny_model, tokenizer)
 
     def make(directory):
-        named = models(directory, files, tiny_model)
-        train(jobs_in(directory / "1", named, tiny_model))
-        return {size: train_in(size, jobs_in(directory / str(size), named, tiny_model), directory) for size in (2, 3)}
+        jobs = {size: jobs_in(directory / str(size), named, tiny_model, jobs) for size, jobs in ((2, TWO), (3, THREE))}
+        jobs[2] += jobs_in(directory / "again", named, tiny_model, TWICE)
+        return {size: train_in(size, some, directory) for size, some in jobs.items()}
 
-    return once(tmp_path_factory, "ranks", make)
+    return one, *once(tmp_path_factory, "ranks", make)
 
 
-@pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize("name", JOBS)
-def test_several_processes_give_the_numbers_of_one(name, size, trained):
-    directory, said = trained
+@pytest.mark.parametrize(("size", "name"), [(2, name) for name in TWO] + [(3, name) for name in THREE])
+def test_several_processes_give_the_numbers_of_one(size, name, trained):
+    one, directory, said = trained
     assert [result.returncode for result in said[size]] == [0] * size, said[size][0].stderr
-    one, several = directory / "1" / name, directory / str(size) / name
-    rows, others = numbers(one), numbers(several)
-    assert len(rows) == len(others) > 1
-    for row, other in zip(rows, others, strict=True):
-        assert row.keys() == other.keys()
-        for key in row.keys() - {"val/logprob_drift", "val/logprob_drift_mean"}:  # differences of rounding
-            assert other[key] == pytest.approx(row[key], rel=1e-4, abs=1e-5), (row["step"], key)
-    assert distance(weights(one), weights(several)) < 1e-5
-    for file in ("samples.json", "samples_before.json"):
-        if (one / file).exists():
-            mine, theirs = (json.loads((path / file).read_text()) for path in (one, several))
-            assert [row["completion"] for row in mine] == [row["completion"] for row in theirs]
+    check_same(name, one / name, directory / str(size) / name)
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_as_many_processes_give_the_same_bits(name, trained):
+    check_bits(trained[1] / "2" / name, trained[1] / "again" / name)
 
 
 def test_the_first_process_alone_speaks(trained):
-    _, said = trained
-    first, *others = said[3]
+    first, *others = trained[2][3]
     assert "SFT  1/" in first.stderr
     assert [other.stdout + other.stderr for other in others] == ["", ""]
 
@@ -59,6 +70,21 @@ def test_shares_are_consecutive_and_differ_by_one_row_at_most():
     assert [row for share in shares for row in share] == rows and [len(share) for share in shares] == [3, 4, 4]
     assert Ranks(2, 3).earlier(rows) == rows[:7] and Ranks().share(rows) is rows
     assert Ranks(1, 2).share([5]) == [5] and Ranks(0, 2).share([5]) == []
+
+
+def test_processes_wait_two_hours_for_a_slow_reward_function(monkeypatch):
+    waits = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(ranks, "rendezvous", lambda url, timeout: iter([waits.append(timeout) or (None, 0, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, timeout, **__: waits.append(timeout))
+    monkeypatch.setattr(ranks.atexit, "register", lambda _: None)
+    monkeypatch.setattr(ranks, "_store", None)
+    ranks.connect()
+    assert [wait.total_seconds() for wait in waits] == [7200, 7200]
+    monkeypatch.setattr(reward_functions, "current", lambda: Ranks(0, 2))
+    assert reward_functions.FunctionReward(constant, 7199).timeout == 7199
+    with pytest.raises(ValueError, match="^reward_timeout: expected less than the 7200 seconds that .*, got 7200$"):
+        reward_functions.FunctionReward(constant, 7200)
 
 
 def test_one_process_needs_no_group():

@@ -16,117 +16,96 @@ from rlhf_fast.lm.loading import load_policy
 from rlhf_fast.lm.sharding import shard
 from rlhf_fast.lm.state_files import parts_of
 from rlhf_fast.stages import sft
-from rlhf_fast.stages.init import init_model
 from rlhf_fast.training import checkpoint
 from rlhf_fast.training.metrics import read_metrics
-from tests.support.models import model_config, random_policy
-from tests.support.ranks import JOBS, LORA, Job, jobs_in, models, once, results_of, start, train, train_in
-from tests.support.stages import distance, interrupted, numbers, weights
+from tests.support.models import random_policy
+from tests.support.ranks import (
+    ALL,
+    RESUMED,
+    SHORT,
+    Job,
+    check_bits,
+    check_same,
+    jobs_in,
+    once,
+    plain,
+    results_of,
+    start,
+    train,
+    train_in,
+)
+from tests.support.stages import distance, interrupted, weights
 
-SHORT = {"epochs": 1, "max_length": 48}
-OWN: dict[str, Job] = {
-    "sft_one_row": ("sft", {**SHORT, "micro_batch_size": 1, "gradient_checkpointing": True}),
-    "sft_tied": ("sft", {**SHORT, "model": "tied", "micro_batch_size": 8}),
-    "sft_logits": ("sft", {**SHORT, "fused_head": False, "eval_data": "sft", "weight_decay": 0.1}),
-    "sft_bf16": ("sft", {**SHORT, "bf16": True}),
-    "ppo_models": ("ppo", {"steps": 2, "minibatches": 2, "reward": "scorer", "eval_data": "prompts", **LORA}),
-    "remax_bf16": ("remax", {"steps": 2, "reward": "scorer", "bf16": True}),
-    "remax_scored": ("remax", {"steps": 2, "reward": "scorer", "eval_data": "few", "micro_batch_size": 4}),
-}
-RESUMED: dict[str, Job] = {
-    "sft_saved": ("sft", {**SHORT, "save_steps": 4}),
-    "ppo_saved": ("ppo", {"steps": 5, "save_steps": 4, "minibatches": 2}),
-    "sft_bf16_saved": ("sft", {**SHORT, "save_steps": 4, "dtype": "bf16"}),
-}
-ALL = JOBS | OWN | RESUMED
-SMALL = {"sft_one_row": ALL["sft_one_row"], "ppo": ALL["ppo"], "remax_scored": ALL["remax_scored"]}
-HALVES = ("sft_bf16", "sft_bf16_saved", "remax_bf16")
-DRIFTS = {"val/logprob_drift", "val/logprob_drift_mean"}  # differences of rounding
+SMALL = {name: ALL[name] for name in ("sft_one_row", "ppo", "remax_scored")}
+FOUR = {"4": ("ppo_base", "grpo"), "whole": ("ppo", "kto"), "hybrid": ("sft",)}  # folder -> jobs in four processes
+TWICE = {name: ALL[name] for name in ("ppo_base", "dpo")}
 
 
 @pytest.fixture(scope="module")
-def made(files, tiny_model, tokenizer, tmp_path_factory):
-    """(jobs, directory, options) -> the jobs with the models of this file."""
-    directory = tmp_path_factory.mktemp("models")
-    settings = model_config("llama", len(tokenizer)) | {"tie_word_embeddings": True}
-    del settings["vocab_size"]
-    init_model(settings, tokenizer, directory / "tied", seed=0)
-    files = models(directory, files, tiny_model)
-    few = directory / "few.jsonl"  # an evaluation in which a process has no prompt
-    few.write_text("".join(Path(files["prompts"]).read_text().splitlines(keepends=True)[:1]))
-    # Of many layers, because a machine holds a model once more in the 32nd part of it that moves at a time.
-    sizes = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 12, "num_key_value_heads": 4}
-    init_model(settings | sizes, tokenizer, directory / "large", seed=0)
-    files = files | {"few": str(few)} | {name: str(directory / name) for name in ("tied", "large")}
-    return lambda jobs, where, **options: jobs_in(where, files, tiny_model, jobs, **options)
+def trained(files, tiny_model, tokenizer, tmp_path_factory):
+    """The directory of runs in one process; that of a folder for each number of processes; what the processes said."""
+    one, named = plain(tmp_path_factory, files, tiny_model, tokenizer)
+
+    def made(jobs: dict[str, Job], where: Path, **options) -> list[Job]:
+        return jobs_in(where, named, tiny_model, jobs, **options)
+
+    return one, *once(tmp_path_factory, "shards", lambda directory: _train_all(made, directory, one))
 
 
-@pytest.fixture(scope="module")
-def trained(made, tmp_path_factory):
-    """The directory with a folder of runs for each number of processes; what the processes said."""
-    return once(tmp_path_factory, "shards", lambda directory: _train_all(made, directory))
-
-
-def _train_all(made, directory):
+def _train_all(made, directory, one):
     said = {}
-    train(made(ALL, directory / "plain"))
     in_two = made(ALL, directory / "2", shard="full")
     lora = {"ppo_models": ALL["ppo_models"]}
     in_two += made(lora, directory / "whole_base", shard="full", shard_base=False)
     said[2] = train_in(2, in_two, directory, FILE_BYTES="20000")
 
-    def cut_off(whole: str, name: str, **options) -> list[Job]:
+    def cut_off(whole: Path, name: str, **options) -> list[Job]:
         for job in RESUMED:
-            interrupted(directory / whole / job, directory / name / job)
+            interrupted(whole / job, directory / name / job)
         return made(RESUMED, directory / name, resume=True, **options)
 
     said[1] = train_in(1, made(SMALL, directory / "1", shard="full"), directory)
-    small = made(SMALL, directory / "3", shard="full") + cut_off("2", "cut_3", shard="full")
+    small = made(SMALL, directory / "3", shard="full") + cut_off(directory / "2", "cut_3", shard="full")
     said[3] = train_in(3, small, directory)
-    again = cut_off("2", "cut_2", shard="full") + cut_off("plain", "cut_plain", shard="full")
+    again = cut_off(directory / "2", "cut_2", shard="full") + cut_off(one, "cut_plain", shard="full")
+    again += made(TWICE, directory / "again", shard="full")
     said["again"] = train_in(2, again, directory)
-    train(cut_off("2", "cut_1"))
-    hybrid = made({"sft": ALL["sft"]}, directory / "hybrid", shard="hybrid")
+    train(cut_off(directory / "2", "cut_1"))
     interrupted(directory / "2/sft_saved", directory / "cut_hybrid/sft_saved")
-    resumed = {"sft_saved": RESUMED["sft_saved"]}
-    hybrid += made(resumed, directory / "cut_hybrid", resume=True, shard="hybrid")
-    hybrid += made({"loaded.json": ("load", {"model": "large", "warm": "tied"})}, directory)
+    four = made({"sft_saved": RESUMED["sft_saved"]}, directory / "cut_hybrid", resume=True, shard="hybrid")
+    four += made({"loaded.json": ("load", {"model": "large", "warm": "tied"})}, directory)
+    shards = {"4": "full", "whole": "none", "hybrid": "hybrid"}
+    for where, names in FOUR.items():
+        four += made({name: ALL[name] for name in names}, directory / where, shard=shards[where])
     # glibc gives freed memory of this size back at once, so that the bytes of a process are those that it uses
-    said["hybrid"] = train_in(4, hybrid, directory, LOCAL_WORLD_SIZE="2", MALLOC_MMAP_THRESHOLD_="65536")
+    said[4] = train_in(4, four, directory, LOCAL_WORLD_SIZE="2", MALLOC_MMAP_THRESHOLD_="65536")
     return said
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, "again", "hybrid"])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, "again"])
 def test_the_processes_end_well(size, trained):
-    _, said = trained
+    said = trained[2]
     assert [result.returncode for result in said[size]] == [0] * len(said[size]), said[size][0].stderr
     assert all(result.stdout + result.stderr == "" for result in said[size][1:])
     assert "FSDP" not in said[size][0].stderr  # no warning of FSDP2
 
 
 RUNS = [(2, name) for name in ALL] + [(size, name) for size in (1, 3) for name in SMALL]
-RUNS += [("hybrid", "sft"), ("whole_base", "ppo_models")]
+RUNS += [(where, name) for where, names in FOUR.items() for name in names] + [("whole_base", "ppo_models")]
 
 
-@pytest.mark.parametrize(("size", "name"), RUNS)
-def test_shards_give_the_numbers_of_one_process(size, name, trained):
-    one, several = trained[0] / "plain" / name, trained[0] / str(size) / name
-    rows, others = numbers(one), numbers(several)
-    assert len(rows) == len(others) > 1
-    relative, absolute, moved = (2e-2, 2e-3, 2e-3) if name in HALVES else (1e-4, 1e-5, 1e-5)
-    for row, other in zip(rows, others, strict=True):
-        assert row.keys() == other.keys()
-        for key in row.keys() - DRIFTS:
-            assert other[key] == pytest.approx(row[key], rel=relative, abs=absolute), (row["step"], key)
-    assert distance(weights(one), weights(several)) < moved
-    for file in ("samples.json", "samples_before.json"):
-        if (one / file).exists():
-            mine, theirs = (json.loads((path / file).read_text()) for path in (one, several))
-            assert [row["completion"] for row in mine] == [row["completion"] for row in theirs]
+@pytest.mark.parametrize(("where", "name"), RUNS)
+def test_shards_give_the_numbers_of_one_process(where, name, trained):
+    check_same(name, trained[0] / name, trained[1] / str(where) / name)
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_as_many_processes_give_the_same_bits(name, trained):
+    check_bits(trained[1] / "2" / name, trained[1] / "again" / name)
 
 
 def test_run_json_has_the_bytes_of_one_process(trained):
-    plain, half = (json.loads((trained[0] / n / "remax_scored/run.json").read_text()) for n in ("plain", "2"))
+    plain, half = (json.loads((d / "remax_scored/run.json").read_text()) for d in (trained[0], trained[1] / "2"))
     for role, parts in plain["static_bytes"].items():
         for part, size in parts.items():
             assert 0.5 * size <= half["static_bytes"][role][part] <= 0.56 * size, (
@@ -139,8 +118,8 @@ def test_run_json_has_the_bytes_of_one_process(trained):
 
 def test_the_base_of_adapters_is_whole_where_asked(trained):
     """The policy's base, on which the reference stands, and the value model's; the reward model is in shards."""
-    names = ("plain", "2", "whole_base")
-    bytes_of = [json.loads((trained[0] / name / "ppo_models/run.json").read_text())["static_bytes"] for name in names]
+    places = (trained[0], trained[1] / "2", trained[1] / "whole_base")
+    bytes_of = [json.loads((place / "ppo_models/run.json").read_text())["static_bytes"] for place in places]
     plain, parts, kept = ({role: of[role]["weights"] for role in of} for of in bytes_of)
     for role in ("policy", "value"):
         assert kept[role] == pytest.approx(plain[role], rel=0.01) and parts[role] < 0.7 * plain[role]
@@ -150,7 +129,7 @@ def test_the_base_of_adapters_is_whole_where_asked(trained):
 
 
 def test_models_on_one_base_have_its_parts_once(trained):
-    plain, half = (json.loads((trained[0] / n / "ppo_base/run.json").read_text()) for n in ("plain", "2"))
+    plain, half = (json.loads((d / "ppo_base/run.json").read_text()) for d in (trained[0], trained[1] / "2"))
     roles, parts = plain["static_bytes"], half["static_bytes"]
     assert parts["policy"]["weights"] < 0.6 * roles["policy"]["weights"]
     assert parts["reference"]["weights"] == 0 and parts["value"] == roles["value"]
@@ -159,7 +138,7 @@ def test_models_on_one_base_have_its_parts_once(trained):
 
 @pytest.mark.parametrize("name", ["sft_tied", "ppo"])
 def test_the_saved_model_is_as_from_one_process(name, trained):
-    one, several = trained[0] / "plain" / name, trained[0] / "2" / name
+    one, several = trained[0] / name, trained[1] / "2" / name
     assert json.loads((one / "config.json").read_text()) == json.loads((several / "config.json").read_text())
     assert [*weights(one)] == [*weights(several)]
 
@@ -168,19 +147,19 @@ def test_the_saved_model_is_as_from_one_process(name, trained):
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_a_run_goes_on_with_other_processes_and_shards(size, name, trained):
     """A run in two processes was cut off; it goes on in two, with the same bits, in three, and without shards."""
-    largest = distance(weights(trained[0] / "2" / name), weights(trained[0] / f"cut_{size}" / name))
+    largest = distance(weights(trained[1] / "2" / name), weights(trained[1] / f"cut_{size}" / name))
     assert largest == 0 if size == 2 else largest < (2e-3 if "bf16" in name else 1e-5)
 
 
-@pytest.mark.parametrize(("before", "after"), [("plain", "cut_plain"), ("2", "cut_hybrid")])
-def test_a_run_goes_on_with_other_shards(before, after, trained):
-    whole, gone_on = (weights(trained[0] / name / "sft_saved") for name in (before, after))
-    assert distance(whole, gone_on) < 1e-5
+def test_a_run_goes_on_with_other_shards(trained):
+    one, several, _ = trained
+    for before, after in ((one, "cut_plain"), (several / "2", "cut_hybrid")):
+        assert distance(weights(before / "sft_saved"), weights(several / after / "sft_saved")) < 1e-5
 
 
 @pytest.mark.parametrize("place", ["ppo", "ppo/value", "sft_saved/checkpoint-4"])
 def test_a_model_in_shards_is_saved_in_files_of_a_layer_each(place, trained):
-    place = trained[0] / "2" / place
+    place = trained[1] / "2" / place
     index = json.loads((place / "model.safetensors.index.json").read_text())
     tensors = {file.name: load_file(file) for file in sorted(place.glob("*.safetensors"))}
     assert [*tensors] == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
@@ -189,21 +168,20 @@ def test_a_model_in_shards_is_saved_in_files_of_a_layer_each(place, trained):
     assert index["metadata"]["total_size"] == total
 
 
-def test_a_machine_holds_the_weights_once_while_they_are_loaded(trained, made):
+def test_a_machine_holds_the_weights_once_while_they_are_loaded(trained):
     """Four processes; the weights are the right ones, also where pickle does not take the model."""
-    found = json.loads((trained[0] / "loaded.json").read_text())
+    found = json.loads((trained[1] / "loaded.json").read_text())
     assert 36e6 < found["model"] < 40e6
     assert found["model"] < found["peak"] < 1.5 * found["model"]
     assert found["after"] < 1.2 * found["model"]
-    ((_, job),) = made({"": ("load", {"model": "large"})}, trained[0])
-    truth = {name: p.double().sum().item() for name, p in load_policy(job["model"]).named_parameters()}
+    truth = {name: p.double().sum().item() for name, p in load_policy(trained[0] / "large").named_parameters()}
     assert found["sums"] == pytest.approx(truth, abs=1e-9)
     first, again = found["again"]
     assert first == again
 
 
 def test_damaged_states_of_an_optimizer_are_one_line(trained, tmp_path):
-    whole = trained[0] / "2/sft_saved/checkpoint-4"
+    whole = trained[1] / "2/sft_saved/checkpoint-4"
     assert not [file for file in (whole / "state").iterdir() if file.suffix != ".safetensors"]  # no pickled code
     cut = tmp_path / "checkpoint-4"
     for damage, said in (
@@ -271,14 +249,6 @@ def test_one_process_without_a_launcher_is_refused(files, tiny_model, tmp_path, 
     with pytest.raises(ValueError, match="^shard: expected none in a process that no launcher such as torchrun has"):
         sft.train(config)
     assert not (tmp_path / "metrics.jsonl").exists()
-
-
-def test_a_model_whose_passes_split_their_rows_is_refused(monkeypatch):
-    model = random_policy("llama")
-    longrope = {"rope_type": "longrope", "original_max_position_embeddings": 16, "rope_theta": 1e4}
-    monkeypatch.setattr(model.config, "rope_parameters", longrope)
-    with pytest.raises(ValueError, match="^shard: expected a model whose rows share a pass, got Llama"):
-        shard(model, "full")
 
 
 def test_none_leaves_a_model_as_it_is():

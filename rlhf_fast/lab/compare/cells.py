@@ -11,6 +11,7 @@ from rlhf_fast.data.rows import read_rows
 from rlhf_fast.lab.compare.config import CompareConfig
 from rlhf_fast.lab.compare.start import LORA_RATE, Start
 from rlhf_fast.methods import METHODS, load
+from rlhf_fast.ranks import current
 
 CRITICS: dict[str | None, str] = {"same": "", "small": ", small critic", "shared": ", shared trunk"}
 
@@ -51,7 +52,9 @@ def first_rows(method: str, pairs: str | None, rows: int, config: CompareConfig)
     found = [json.dumps(row) for _, row in itertools.islice(read_rows(pairs), rows)]
     if len(found) < rows:
         raise ValueError(f"pairs: expected at least steps * batch_size / 2 = {rows} rows, got {len(found)}")
-    write_text(path, "\n".join(found) + "\n")
+    if current().first:
+        write_text(path, "\n".join(found) + "\n")
+    current().wait()
     return str(path)
 
 

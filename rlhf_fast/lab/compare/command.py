@@ -3,7 +3,6 @@
 import dataclasses
 import datetime
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from rlhf_fast.lab.compare.cells import Cell, cells_of
 from rlhf_fast.lab.compare.config import CompareConfig
 from rlhf_fast.lab.compare.figures import figures_of, median_over_seeds, time_model
 from rlhf_fast.lab.compare.plots import write_plots
+from rlhf_fast.lab.compare.processes import run_cell
 from rlhf_fast.lab.compare.start import prepare
 from rlhf_fast.lab.compare.tables import markdown, show
 from rlhf_fast.lm import manifest
@@ -23,9 +23,9 @@ from rlhf_fast.methods import METHODS, load
 from rlhf_fast.plan.command import largest_batch, plan_of
 from rlhf_fast.plan.gpus import parse_memory
 from rlhf_fast.plan.phases import Planner
+from rlhf_fast.ranks import current
 from rlhf_fast.report.reuse import not_resumable
 from rlhf_fast.training import checkpoint
-from rlhf_fast.training.ending import CHILDREN, Ended
 from rlhf_fast.training.lock import writes_alone
 from rlhf_fast.training.made import difference, made_with
 
@@ -33,19 +33,28 @@ from rlhf_fast.training.made import difference, made_with
 @writes_alone("output_dir")
 @trusts_as_asked
 def run(config: CompareConfig) -> None:
-    """Everything goes to `config.output_dir`: compare.json, compare.md, plots/ and a folder per run."""
-    out = Path(config.output_dir)
+    """Everything goes to `config.output_dir`: compare.json, compare.md, plots/ and a folder per run.
+
+    In several processes every cell runs over all of them.
+    """
+    out, ranks = Path(config.output_dir), current()
+    if config.memory and ranks.size > 1:
+        raise ValueError(f"memory: expected none in {ranks.size} processes, got {config.memory}")
     start = prepare(config)
     cells = cells_of(config, start)
     memory = parse_memory(config.memory) if config.memory else None
     for number, cell in enumerate(cells, 1):
-        changed = _changed(cell, out / cell.key, memory) if config.resume else ""
+        changed = ""
+        if config.resume:  # the first process alone changes what is there
+            changed = ranks.gather(_changed(cell, out / cell.key, memory) if ranks.first else None)[0]
         if changed is not None:
             why = f": made anew, because {changed}" if changed else ""
             print(f"[{number}/{len(cells)}] {cell.name}, seed {cell.seed}{why}", flush=True)
-            if changed:
+            if changed and ranks.first:
                 checkpoint.clear(out / cell.key)
-            _run_cell(cell, out / cell.key, memory, config.resume and not changed)
+            run_cell(cell, out / cell.key, memory, config.resume and not changed)
+    if not ranks.first:
+        return
     results = [figures_of(cell, out / cell.key) for cell in cells]
     rows = median_over_seeds(results)
     if memory:
@@ -84,41 +93,6 @@ def _changed(cell: Cell, directory: Path, memory: int | None) -> str | None:
 
 def _config(cell: Cell, directory: Path) -> Any:
     return from_dict(load(METHODS[cell.method].config), cell.options | {"output_dir": str(directory)}, cell.name)
-
-
-def _run_cell(cell: Cell, directory: Path, memory: int | None, resume: bool = False) -> None:
-    """Run one cell in a process of its own. Its output goes to a file; if it fails, the last lines are shown.
-
-    resume: a cell that a signal ended goes on from its checkpoint.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    result, config_file, log = directory / "result.json", directory / "cell.json", directory / "output.txt"
-    result.unlink(missing_ok=True)
-    write_json(config_file, cell.options | {"output_dir": str(directory), "memory": memory, "resume": resume})
-    command = [sys.executable, "-m", "rlhf_fast.lab.compare.cell", cell.method, str(config_file), str(result)]
-    # the pipe has no content, and its end tells the cell that this process has ended
-    options: dict[str, Any] = {"stdin": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    with log.open("w") as file, subprocess.Popen(command, stdout=file, **options) as process:
-        code = _wait_for(process)
-    if code:
-        print("\n".join(log.read_text().splitlines()[-20:]), file=sys.stderr)
-        raise ValueError(f"{cell.name} failed with exit code {code}; its last lines are above, all of them in {log}")
-
-
-def _wait_for(process: subprocess.Popen) -> int:
-    """The exit code of the process. SIGTERM or SIGHUP goes on to the process, which has its time to save.
-
-    After Ctrl-C the process ends with its pipe, because Ctrl-C saves nothing.
-    """
-    try:
-        return process.wait()
-    except Ended as error:
-        process.send_signal(error.signum)
-        try:
-            process.wait(CHILDREN)
-        except subprocess.TimeoutExpired:
-            process.kill()
-        raise
 
 
 def _largest_batch(cell: Cell, memory: int) -> int:

@@ -25,6 +25,7 @@ from rlhf_fast.lm.adapters import LoRA
 from rlhf_fast.lm.loading import load_scorer
 from rlhf_fast.lm.tokenizers import load_tokenizer
 from rlhf_fast.methods import METHODS, section
+from rlhf_fast.ranks import current
 from rlhf_fast.report import pipeline
 from rlhf_fast.report.reuse import make_stage
 from rlhf_fast.stages.init import init_model
@@ -114,12 +115,14 @@ def prepare(config: CompareConfig) -> Start:
 
 def _demo(out: Path, config: CompareConfig) -> Start:
     seed = config.seeds[0]
-    (out / _NOTE).unlink(missing_ok=True)  # the demo's reward model takes the place of another shape's
     plan = demo.pipeline_config(DemoConfig(output_dir=str(out), seed=seed, resume=True), 1)
-    demo.write_data(out / "data", seed, 1)
-    tokenizer = build_tokenizer()
-    for name, model in (("init", demo.MODEL), ("small", _DEMO_SMALL)):
-        init_model(model, tokenizer, out / name, seed)
+    if current().first:
+        (out / _NOTE).unlink(missing_ok=True)  # the demo's reward model takes the place of another shape's
+        demo.write_data(out / "data", seed, 1)
+        tokenizer = build_tokenizer()
+        for name, model in (("init", demo.MODEL), ("small", _DEMO_SMALL)):
+            init_model(model, tokenizer, out / name, seed)
+    current().wait()
     stages = pipeline.make_plan(plan)
     pipeline.run_stages(plan, pipeline.BEFORE_METHODS)
     adapter = str(out / f"reward_lora{config.lora_rank}") if config.lora_rank else None
@@ -143,6 +146,20 @@ def _demo(out: Path, config: CompareConfig) -> Start:
 
 def untrained(out: Path, shape: Shape, config: CompareConfig) -> Start:
     """Models of a shape with random weights, and rows of the lengths that `config` says, made in `out`."""
+    adapter = out / f"reward_lora{config.lora_rank}" if config.lora_rank else None
+    if current().first:
+        _write_untrained(out, shape, config, adapter)
+    current().wait()
+    # a random policy has no EOS to speak of and drifts with any learning rate: the weights are hardly moved
+    common = {"learning_rate": 1e-7, "lr_schedule": "constant"}
+    policy, reward, small, prompts, pairs = (
+        str(out / name) for name in ("policy", "reward", "small", "prompts.jsonl", "pairs.jsonl")
+    )
+    return Start(policy, reward, str(adapter) if adapter else None, small, prompts, pairs, {"common": common})
+
+
+def _write_untrained(out: Path, shape: Shape, config: CompareConfig, adapter: Path | None) -> None:
+    """The models, and the prompts and pairs. adapter: the directory of a reward model with LoRA."""
     length = config.prompt_length + config.response_length
     tokenizer = _padded(build_tokenizer(), shape.vocabulary)
     positions = {"max_position_embeddings": max(2048, length)}
@@ -161,15 +178,8 @@ def untrained(out: Path, shape: Shape, config: CompareConfig) -> Start:
     pairs = zip(prompts, answers, answers[1:] + answers[:1], strict=True)
     write_rows(out / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
     write_rows(out / "pairs.jsonl", [{"prompt": p, "chosen": a, "rejected": b} for p, a, b in pairs])
-    adapter = out / f"reward_lora{config.lora_rank}" if config.lora_rank else None
     if adapter and not adapter.is_dir():
         _write_reward_model(out / "policy", adapter, LoRA(config.lora_rank, 16.0, 0))
-    # a random policy has no EOS to speak of and drifts with any learning rate: the weights are hardly moved
-    common = {"learning_rate": 1e-7, "lr_schedule": "constant"}
-    policy, reward, small, prompts, pairs = (
-        str(out / name) for name in ("policy", "reward", "small", "prompts.jsonl", "pairs.jsonl")
-    )
-    return Start(policy, reward, str(adapter) if adapter else None, small, prompts, pairs, {"common": common})
 
 
 def _padded(tokenizer: PreTrainedTokenizerFast, vocabulary: int) -> PreTrainedTokenizerFast:

@@ -1,5 +1,7 @@
 """Losses of policy and value function from log-probs, advantages and values of responses."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -61,7 +63,7 @@ def ppo_loss(
     log_ratio_BT = clamped_log_ratio(logprobs_BT, old_logprobs_BT.detach(), mask_BT, importance_sampling_level)
     ratio_BT = torch.exp(log_ratio_BT)
     if objective == "cispo":
-        largest = 5.0 if clip is None else clip
+        largest: Any = 5.0 if clip is None else clip  # one number for cispo
         loss_BT = -A_BT * ratio_BT.detach().clamp(max=largest) * torch.where(mask_BT, at_least_fp32(logprobs_BT), 0.0)
         clipped_BT = ratio_BT > largest
     elif objective == "sapo":

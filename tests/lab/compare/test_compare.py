@@ -14,17 +14,20 @@ import pytest
 
 from rlhf_fast.cli import main
 from rlhf_fast.config import PPOConfig
-from rlhf_fast.lab.compare import command
+from rlhf_fast.lab.compare import command, processes
 from rlhf_fast.lab.compare.cell import end_with
 from rlhf_fast.lab.compare.cell import main as cell_main
 from rlhf_fast.lab.compare.cells import cells_of
 from rlhf_fast.lab.compare.config import CompareConfig
+from rlhf_fast.lab.compare.processes import run_cell
 from rlhf_fast.lab.compare.start import SHAPES, Shape, Start, prepare
 from rlhf_fast.lab.world import preference_rows, prompt_rows, sft_rows
 from rlhf_fast.lm.loading import load_scorer
 from rlhf_fast.lm.tokenizers import load_tokenizer
 from rlhf_fast.methods import METHODS
+from rlhf_fast.ranks import GONE, Ranks
 from rlhf_fast.training import checkpoint
+from tests.support.stages import numbers
 
 
 @pytest.fixture
@@ -102,8 +105,19 @@ def test_the_whole_command(start, tiny_model, tmp_path, capsys):
     assert main(["compare", "--model", tiny_model, "--output-dir", str(out), *flags, "--resume"]) == 0
     assert (out / "dpo-seed0" / "run.json").stat().st_mtime_ns == before
     cell = SimpleNamespace(name="PPO", method="ppo", options={"model": tiny_model, "lora_rank": 0, "nonsense": 1})
+    # in two processes a run over both of them has the same numbers
+    two = [*flags[:-5], "--methods", "reinforce", "--model", tiny_model, "--output-dir", str(tmp_path / "two")]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "rlhf_fast"]
+    done = subprocess.run([*torchrun, "compare", *two], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("REINFORCE, seed 0") == 1 and done.stdout.count("compare.md") == 1
+    runs = [json.loads((path / "reinforce-seed0/run.json").read_text()) for path in (out, tmp_path / "two")]
+    assert [len(one.get("processes", [])) for one in runs] == [0, 2]
+    one, several = (numbers(path / "reinforce-seed0") for path in (out, tmp_path / "two"))
+    for row, other in zip(one, several, strict=True):
+        assert other == pytest.approx(row, rel=1e-5, abs=1e-6)
     with pytest.raises(ValueError, match="PPO failed with exit code 1; its last lines are above"):
-        command._run_cell(cell, tmp_path / "failing", None)
+        run_cell(cell, tmp_path / "failing", None)
     assert "nonsense" in capsys.readouterr().err
     assert PPOConfig(model="a", output_dir="b", train_data="c", reward="d").epochs == 4  # compare's 1 is its own
 
@@ -148,6 +162,36 @@ def test_a_run_of_other_settings_data_or_memory_or_a_damaged_one_is_not_taken(st
     assert command._changed(cell, directory, memory) == "config.json is missing"
 
 
+@pytest.mark.parametrize("which", ["fails", "does not fit"])
+def test_a_run_in_several_processes_ends_with_the_first_that_fails(which, tmp_path, monkeypatch):
+    """This process's part would sleep for a minute. The other process's part has failed."""
+    unfit = {"ran": False, "error": "out of memory"}
+    theirs = (1, None, "no luck", "their.txt") if which == "fails" else (0, unfit, "", "their.txt")
+
+    class Two(Ranks):
+        def gather(self, value):
+            return [value, theirs] if isinstance(value, tuple) else [value, value]
+
+    program = [sys.executable, "-S", "-c", f"import time; print({GONE!r}, flush=True); time.sleep(60)"]
+
+    class Sleeping(subprocess.Popen):
+        def __init__(self, _, **options):
+            assert options["env"]["MASTER_PORT"].isdecimal()
+            super().__init__(program, **options)
+
+    monkeypatch.setattr(processes, "current", lambda: Two(0, 2))
+    monkeypatch.setattr(processes, "flagged", lambda name: True)
+    monkeypatch.setattr(processes, "flag", lambda name: None)
+    monkeypatch.setattr(processes.subprocess, "Popen", Sleeping)
+    cell = SimpleNamespace(name="PPO", method="ppo", options={})
+    if which == "fails":
+        with pytest.raises(ValueError, match="PPO failed with exit code 1; its last lines are above, .* in their.txt"):
+            run_cell(cell, tmp_path, None)
+    else:
+        run_cell(cell, tmp_path, None)
+        assert json.loads((tmp_path / "result.json").read_text()) == unfit
+
+
 @pytest.mark.parametrize("how", ["killed", "interrupted"])
 def test_a_run_ends_with_the_command_that_started_it(how, tmp_path, monkeypatch):
     """The run would sleep for a minute. A process that is killed runs no code of its own, so the pipe alone tells."""
@@ -156,7 +200,7 @@ def test_a_run_ends_with_the_command_that_started_it(how, tmp_path, monkeypatch)
     reading, writing = os.pipe()
 
     class Sleeping(subprocess.Popen):
-        def __init__(self, _, stdin, stdout, stderr):
+        def __init__(self, _, stdin, stdout, stderr, env):
             super().__init__(program, stdin=stdin, stdout=writing)
             os.write(writing, f"{self.pid}\n".encode())
 
@@ -165,11 +209,11 @@ def test_a_run_ends_with_the_command_that_started_it(how, tmp_path, monkeypatch)
                 raise KeyboardInterrupt
             return super().wait(timeout)
 
-    monkeypatch.setattr(command.subprocess, "Popen", Sleeping)
+    monkeypatch.setattr(processes.subprocess, "Popen", Sleeping)
     parent = os.fork()
     if parent == 0:
         with suppress(KeyboardInterrupt):
-            command._run_cell(SimpleNamespace(name="PPO", method="ppo", options={}), tmp_path, None)
+            run_cell(SimpleNamespace(name="PPO", method="ppo", options={}), tmp_path, None)
         os._exit(3)
     os.close(writing)
     with os.fdopen(reading) as file:
