@@ -263,7 +263,9 @@ def lost(error: BaseException) -> ConnectionError:
 
 def says_lost(text: str) -> bool:
     """Whether the text holds an error that `lost` has made."""
-    return re.search(r"(another process of the run|process \d+( and process \d+)* of \d+) has ended\b", text) is not None
+    return (
+        re.search(r"(another process of the run|process \d+( and process \d+)* of \d+) has ended\b", text) is not None
+    )
 
 
 def _ended() -> list[int]:

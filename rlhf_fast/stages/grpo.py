@@ -18,7 +18,8 @@ from rlhf_fast.lm.trust import trusts_as_asked
 from rlhf_fast.ops import grpo_advantages
 from rlhf_fast.rollout.generate import Rollout
 from rlhf_fast.stages.clipped import denominator, loss_options, scores_less_kl
-from rlhf_fast.stages.online import Experience, Online, Shares
+from rlhf_fast.stages.online import Experience, Online
+from rlhf_fast.stages.shares import Shares
 from rlhf_fast.stages.updates import of_all, several_epochs
 from rlhf_fast.training.learner import take_step, training_passes
 from rlhf_fast.training.listeners import Listener

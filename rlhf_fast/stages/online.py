@@ -31,6 +31,7 @@ from rlhf_fast.rollout.samplers import Samplers
 from rlhf_fast.stages.dynamic import Drawn, even, replaced
 from rlhf_fast.stages.kl import KLController
 from rlhf_fast.stages.rounds import rounds
+from rlhf_fast.stages.shares import Everyone, Shares
 from rlhf_fast.training.batches import micro_batches, seed_everything, step_seed
 from rlhf_fast.training.evaluation import check_prompts, make_evaluator, prompt_columns, scored_prompts
 from rlhf_fast.training.learner import Learner, autocast
@@ -42,20 +43,6 @@ from rlhf_fast.training.rewards import Answers, Reward, Scored
 from rlhf_fast.training.run import Run
 from rlhf_fast.training.stopped import Diverged
 from rlhf_fast.training.tally import Tally
-
-
-class Everyone(NamedTuple):
-    """The completions of all processes in their order, on the device."""
-
-    lengths: Tensor  # [batch_size] int64, response tokens
-    finished: Tensor  # [batch_size] bool
-
-
-class Shares(NamedTuple):
-    """What the processes have of some completions."""
-
-    rows: list[int]  # of every process
-    tokens: Tensor  # response tokens of all of them, 0-dim int64 on the device
 
 
 class Experience(NamedTuple):

@@ -27,7 +27,8 @@ from rlhf_fast.lm.trust import trusts_as_asked
 from rlhf_fast.ops import LinearPPOLoss, ValueLoss, gae, length_adaptive_lambda, ppo_value_loss, shape_rewards
 from rlhf_fast.rollout.generate import Rollout
 from rlhf_fast.stages.clipped import denominator, loss_options
-from rlhf_fast.stages.online import Experience, Online, Shares
+from rlhf_fast.stages.online import Experience, Online
+from rlhf_fast.stages.shares import Shares
 from rlhf_fast.stages.updates import several_epochs, whiten_all
 from rlhf_fast.training.batches import micro_batches
 from rlhf_fast.training.learner import Learner, take_step, training_passes

@@ -10,7 +10,8 @@ from torch import Tensor
 from rlhf_fast.config import ClippedConfig
 from rlhf_fast.ops import whiten
 from rlhf_fast.rollout.generate import Rollout
-from rlhf_fast.stages.online import Experience, Online, Shares
+from rlhf_fast.stages.online import Experience, Online
+from rlhf_fast.stages.shares import Shares
 from rlhf_fast.training.learner import take_step, training_passes
 from rlhf_fast.training.run import Run
 from rlhf_fast.training.tally import Tally

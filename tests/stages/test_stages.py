@@ -27,7 +27,8 @@ from rlhf_fast.lm.tokenizers import load_tokenizer
 from rlhf_fast.ops import grpo_advantages
 from rlhf_fast.stages import dpo, grpo, ppo, remax, reward, sft
 from rlhf_fast.stages.kl import KLController
-from rlhf_fast.stages.online import Online, Shares
+from rlhf_fast.stages.online import Online
+from rlhf_fast.stages.shares import Shares
 from rlhf_fast.training import checkpoint
 from rlhf_fast.training.meter import Meter
 from rlhf_fast.training.metrics import read_metrics
