@@ -20,6 +20,9 @@
                                                  the same on a checkpoint, with rows of real lengths
     python -m bench integrations                 TRL's trainers and transformers' Trainer, plain and with our passes
                                                  and losses inside; takes --model, --data, --dtypes, --trl-python too
+    python -m bench ranks --check                several processes beside one: steps/s, collectives and their bytes
+    python -m bench ranks --computed             step times on machines that nobody has measured
+    python -m bench ranks --device cuda          one GPU beside all of them, by NCCL
     python -m bench trust --quick                kills, damages and crosses runs on purpose, and counts what is lost;
                                                  its own --help has the options
 
@@ -41,6 +44,7 @@ from bench.cases import all_cases
 from bench.device import CPU, CUDA
 from bench.libraries import with_libraries
 from bench.measure import measure
+from bench.ranks import command as ranks
 from bench.record import about_run, versions
 from bench.rivals import FROM_HIDDEN, FROM_LOGITS
 from bench.trainers import command as trainers
@@ -54,8 +58,10 @@ from rlhf_fast.training.metrics import print_table
 def arguments() -> argparse.Namespace:
     """The command line, checked; where the results go by default."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=["ops", "exactness", "rollout", "ahead", "trainers", "integrations"])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="ops, rollout: where (default cpu)")
+    parser.add_argument("what", choices=["ops", "exactness", "rollout", "ahead", "trainers", "integrations", "ranks"])
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="ops, rollout, ranks: where (default cpu)"
+    )
     parser.add_argument("--quick", action="store_true", help="toy shapes and few rounds; no bars")
     parser.add_argument("--only", metavar="NAME", default="", help="the cases whose name contains NAME")
     parser.add_argument("--check", action="store_true", help="exit code 1 where a bar is missed")
@@ -74,6 +80,7 @@ def arguments() -> argparse.Namespace:
         default=["fp32"],
         help="trainers: fp32, bf16 (autocast) or both",
     )
+    parser.add_argument("--computed", action="store_true", help="ranks: prints the computed table and runs nothing")
     parser.add_argument("--out", type=Path, help="the JSON file; Markdown and chart go beside it")
     args = parser.parse_args()
     if args.what == "exactness" and (args.quick or args.check):
@@ -84,6 +91,10 @@ def arguments() -> argparse.Namespace:
         parser.error(f"--device: {args.what} runs on the CPU")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")
+    if args.what == "ranks" and args.device == "cuda" and torch.cuda.device_count() < 2:
+        parser.error(f"--device cuda: ranks takes two GPUs at least, torch sees {torch.cuda.device_count()}")
+    if args.computed and args.what != "ranks":
+        parser.error(f"--computed: expected ranks, got {args.what}")
     if args.rounds < 1:
         parser.error(f"--rounds: expected at least 1, got {args.rounds}")
     if args.out is not None and args.out.suffix != ".json":
@@ -146,6 +157,7 @@ def main() -> int:
         "ahead": ahead.run,
         "trainers": trainers.run,
         "integrations": integrations.run,
+        "ranks": ranks.run,
     }
     return commands[args.what](args)
 
