@@ -11,6 +11,8 @@
                                                  the same with a checkpoint in fp32, under bf16 autocast, and in bf16
     python -m bench rollout --vllm URL --model DIR --data DIR
                                                  a vLLM server of that model beside our decoder and generate
+    python -m bench busy --check                 rollouts and training passes beside other busy processes, by the way
+                                                 that OpenMP's threads wait; takes --model and --data too
     python -m bench ahead --vllm URL --model DIR --data DIR
                                                  rounds in turn and one ahead, with a vLLM server of that model
     python -m bench trainers --trl-python P --ppo-python Q --check
@@ -40,6 +42,7 @@ from pathlib import Path
 import torch
 
 from bench import ahead, exactness, exactness_report, integrations, report, rollout, served
+from bench.busy import command as busy
 from bench.cases import all_cases
 from bench.device import CPU, CUDA
 from bench.libraries import with_libraries
@@ -58,7 +61,9 @@ from rlhf_fast.training.metrics import print_table
 def arguments() -> argparse.Namespace:
     """The command line, checked; where the results go by default."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=["ops", "exactness", "rollout", "ahead", "trainers", "integrations", "ranks"])
+    parser.add_argument(
+        "what", choices=["ops", "exactness", "rollout", "busy", "ahead", "trainers", "integrations", "ranks"]
+    )
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], default="cpu", help="ops, rollout, ranks: where (default cpu)"
     )
@@ -87,7 +92,7 @@ def arguments() -> argparse.Namespace:
         parser.error("--quick, --check: exactness takes seconds and always checks")
     if args.quick and args.check:
         parser.error("--check: the bars hold at full size, not with --quick")
-    if args.what in ("trainers", "integrations") and args.device == "cuda":
+    if args.what in ("busy", "trainers", "integrations") and args.device == "cuda":
         parser.error(f"--device: {args.what} runs on the CPU")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")
@@ -154,6 +159,7 @@ def main() -> int:
         "ops": run_ops,
         "exactness": run_exactness,
         "rollout": served.run if args.vllm else rollout.run,
+        "busy": busy.run,
         "ahead": ahead.run,
         "trainers": trainers.run,
         "integrations": integrations.run,

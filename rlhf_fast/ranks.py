@@ -56,6 +56,11 @@ class Ranks:
         """Whether this process is the one that writes files and prints."""
         return self.rank == 0
 
+    @property
+    def beside(self) -> int:
+        """The number of the run's processes on this machine, as the launcher says it."""
+        return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", str(self.size))))
+
     def part(self, rows: int, rank: int | None = None) -> slice:
         """The place of this process's rows among `rows` rows, or of the process `rank`.
 

@@ -22,6 +22,7 @@ from rlhf_fast.lm.sharding import is_part
 from rlhf_fast.methods import load
 from rlhf_fast.ranks import current, gone
 from rlhf_fast.ranks import lost as lost_process
+from rlhf_fast.threads import crowded
 from rlhf_fast.training import checkpoint, ending
 from rlhf_fast.training.batches import seed_everything
 from rlhf_fast.training.ending import Ended
@@ -128,7 +129,9 @@ class Run:
             show=self.show,
         )
         self.logger.__enter__()
-        for line in passed:
+        device = self.models[""].device
+        slow = crowded(torch.get_num_threads(), self.ranks.beside) if device.type == "cpu" else ""
+        for line in [*passed, *([slow] if slow else [])]:
             self.say(line)
         self._mark_good(self.first_step - 1)
         try:
