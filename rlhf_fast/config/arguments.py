@@ -31,7 +31,7 @@ class _Formatter(argparse.HelpFormatter):
     """One line per flag on a terminal of usual width."""
 
     def __init__(self, prog: str, **options: Any) -> None:
-        super().__init__(prog, **{"max_help_position": 33, **options})
+        super().__init__(prog, **{"max_help_position": 38, **options})
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if isinstance(action, ActionYesNo):

@@ -109,13 +109,17 @@ def check_dpo_arguments(
     reference_free: bool,
 ) -> tuple[PairOptions, PairConstants]:
     """Check the arguments of `dpo_loss`; returns them as the operators take them."""
-    names = (loss_type,) if isinstance(loss_type, str) else tuple(loss_type)
+    names = (loss_type,) if isinstance(loss_type, str) else loss_type
+    expect(isinstance(names, (tuple, list)), "loss_type", "a name, or several in a list", shown(loss_type))
+    names = tuple(names)
     expect(len(names) > 0, "loss_type", "a name, or several", list(names))
     for name in names:
         check_option("loss_type", name, LOSS_TYPES)
     expect(len(set(names)) == len(names), "loss_type", "each name once", list(names))
-    weights = (1.0,) * len(names) if loss_weights is None else tuple(loss_weights)
+    weights = (1.0,) * len(names) if loss_weights is None else loss_weights
     expected = f"a finite number for each of {len(names)} losses"
+    expect(isinstance(weights, (tuple, list)), "loss_weights", expected, shown(weights))
+    weights = tuple(weights)
     expect(len(weights) == len(names), "loss_weights", expected, list(weights))
     for weight in weights:
         check_number("loss_weights", weight, expected, is_finite)
@@ -135,8 +139,10 @@ def check_dpo_arguments(
     check_dims("chosen_logps", chosen_logps, "B")
     averaged = [term for term in terms if term in AVERAGES]
     mean = None
-    if "sft" in terms:
+    if "sft" in terms or mean_chosen_length is not None:
         mean = _mean_length(chosen_logps, chosen_lengths, mean_chosen_length)
+    if "sft" not in terms:
+        mean = None
     if not averaged:
         chosen_lengths = rejected_lengths = None
     _check_lengths(averaged, chosen_logps, chosen_lengths, rejected_lengths)

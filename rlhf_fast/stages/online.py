@@ -152,7 +152,7 @@ class Online(Generic[Config]):
         self.learner = Learner(self.policy, config, self.updates)
         self.drift_bound = self._drift_bound()
         self.kl = KLController(config.kl_coef, config.kl_target, config.kl_horizon)
-        self.rounds = rounds(self.sampler, self._question, ahead=config.rollouts_ahead, last=config.steps)
+        self.rounds = rounds(self.sampler, self.question, ahead=config.rollouts_ahead, last=config.steps)
 
     def run(
         self,
@@ -227,7 +227,7 @@ class Online(Generic[Config]):
                 if not self.ranks.sum(even(drawn.scores, self.samples).sum()):
                     break
                 with meter.phase("rollout"):
-                    generation = self.sampler(**self._question(step, more))
+                    generation = self.sampler(**self.question(step, more))
                 found = self._judged(meter, generation, self._round_prompts(step, more))
                 drawn = replaced(drawn, found, self.samples, pad_id(self.tokenizer), self.ranks)
                 batches += 1
@@ -321,7 +321,7 @@ class Online(Generic[Config]):
             scores_B = scores_B + soft_overlong_punishment(lengths_B, longest, cache).to(scores_B)
         return scored._replace(scores=scores_B)
 
-    def _question(self, step: int, more: int = 0) -> dict[str, Any]:
+    def question(self, step: int, more: int = 0) -> dict[str, Any]:
         """What round `step` asks of a sampler for this process's prompts. more: as in `_round_prompts`."""
         every = self._round_prompts(step, more)
         ids, earlier = ([p.prompt_ids for p in part] for part in (self.ranks.share(every), self.ranks.earlier(every)))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_fast.lab.compare import command
+from rlhf_fast.lab.compare import processes
 from rlhf_fast.lab.study import runs
 from rlhf_fast.training import ending
 from tests.support.forked import Forked
@@ -30,7 +30,7 @@ time.sleep(60)
 def test_a_comparison_waits_for_its_cell(number, tmp_path):
     def run() -> int:
         with ending.signals():
-            command._wait_for(subprocess.Popen([sys.executable, "-c", CHILD, str(tmp_path)]))
+            processes._wait_for(subprocess.Popen([sys.executable, "-c", CHILD, str(tmp_path)]), None)
         return 0
 
     parent = Forked(run, tmp_path / "said")

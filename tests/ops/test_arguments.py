@@ -20,10 +20,12 @@ LAYER = dict(bias=torch.randn(V), temperature=1.0, softcap=20.0, memory_budget=2
 NORMALIZED = dict(normalizer=torch.tensor(7.0))
 PPO = dict(
     old_logprobs=X, advantages=X, mask=MASK, clip=(0.1, 0.3), dual_clip=3.0, ref_logprobs=X, kl_coef=0.1,
-    kl_estimator="k3", entropy_coef=0.1, reduction="token_mean", **NORMALIZED,
+    kl_estimator="k3", entropy_coef=0.1, reduction="token_mean", objective="clip", importance_sampling_level="token",
+    sapo_temperature=(1.0, 1.05), use_bias_correction_kl=True, **NORMALIZED,
 )  # fmt: skip
 DPO = dict(
-    ref_chosen_logps=ROW[:2], ref_rejected_logps=ROW[:2], beta=0.1, loss_type="ipo", label_smoothing=0.0,
+    ref_chosen_logps=ROW[:2], ref_rejected_logps=ROW[:2], beta=0.1, loss_type="ipo", loss_weights=(2.0,),
+    label_smoothing=0.0, mean_chosen_length=torch.tensor(2.5), simpo_gamma=0.5, cpo_alpha=1.0,
     chosen_lengths=torch.tensor([3, 2]), rejected_lengths=torch.tensor([3, 2]), reference_free=False,
 )  # fmt: skip
 KTO = dict(
@@ -49,15 +51,17 @@ VALID = {
     "shape_rewards": dict(
         scores=ROW, logprobs=X, ref_logprobs=X, mask=MASK, kl_coef=0.1, estimator="k1", clip=5.0
     ),
-    "gae": dict(rewards=X, values=X, mask=MASK, gamma=1.0, lam=0.95),
+    "gae": dict(rewards=X, values=X, mask=MASK, gamma=1.0, lam=0.95, value_lam=1.0),
     "discounted_returns": dict(rewards=X, mask=MASK, gamma=1.0),
+    "length_adaptive_lambda": dict(lengths=ROW.abs(), alpha=0.05),
+    "soft_overlong_punishment": dict(lengths=ROW.abs(), max_length=8, soft_punish_cache=3),
     "whiten": dict(x=X, mask=MASK, shift_mean=True),
     "remax_returns": dict(
         scores=ROW, greedy_scores=ROW, logprobs=X, ref_logprobs=X, mask=MASK, kl_coef=0.1, gamma=1.0, clip=5.0,
         variant="official",
     ),
     "rloo_advantages": dict(scores=ROW, group_size=2),
-    "grpo_advantages": dict(scores=ROW, group_size=2),
+    "grpo_advantages": dict(scores=ROW, group_size=2, scale_rewards="group"),
     "ppo_loss": PPO | dict(logprobs=X, entropy=X),
     "ppo_value_loss": dict(values=X, old_values=X, returns=X, mask=MASK, clip=0.2, **NORMALIZED),
     "reinforce_loss": dict(logprobs=X, advantages=X, mask=MASK, reduction="token_mean", **NORMALIZED),
@@ -71,7 +75,8 @@ VALID = {
     ),
 }  # fmt: skip
 OPTIONAL = {"bias", "ref_bias", "softcap", "memory_budget", "normalizer", "dual_clip", "clip", "margin", "generator"}
-OPTIONAL |= {"greedy_mask", "uniforms", "entropy", "ref_logprobs", "kl"}  # or it says what else lacks it
+OPTIONAL |= {"greedy_mask", "uniforms", "entropy", "ref_logprobs", "kl", "value_lam", "loss_weights"}
+OPTIONAL |= {"mean_chosen_length"}  # or it says what else lacks it
 
 
 def of_tensors(x: torch.Tensor) -> dict[str, object]:
@@ -126,7 +131,7 @@ OF_OTHERS = {"a number": 1, "a text": "x", "a list": [1]}
 def wrong_values(name: str, value: object) -> dict[str, object]:
     if isinstance(value, torch.Tensor):
         wrong = of_tensors(value)
-        if name in ("normalizer", "kl"):  # a number does too
+        if name in ("normalizer", "kl", "mean_chosen_length"):  # a number does too
             del wrong["a float"], wrong["a list"]
             wrong |= {"a pair": (1.0, 2.0)}
         if name.endswith("_lengths"):
@@ -136,8 +141,10 @@ def wrong_values(name: str, value: object) -> dict[str, object]:
         return OF_FLAGS
     if isinstance(value, str):
         return OF_TEXTS
-    if isinstance(value, tuple):  # the bounds of a clip
+    if isinstance(value, tuple):  # the bounds of a clip, or what there are several numbers of
         bounds = {"one": (0.1,), "three": (0.1, 0.2, 0.3), "texts": ("a", "b"), "lists": ([0.1], [0.2])}
+        if len(value) == 1:
+            del bounds["one"]
         return bounds | {key: wrong for key, wrong in OF_NUMBERS.items() if key != "a list"}
     if isinstance(value, int | float):
         more = {} if name in OPTIONAL else {"none": None}
@@ -169,8 +176,8 @@ def call(op: str, arguments: dict) -> object:
 @pytest.mark.parametrize(("op", "name"), [(op, name) for op, valid in VALID.items() for name in valid])
 def test_a_wrong_argument_is_named(op, name):
     for kind, wrong in wrong_values(name, VALID[op][name]).items():
-        if kind == "meta" and sum(isinstance(x, torch.Tensor) for x in VALID[op].values()) == 1:
-            continue  # a tensor alone may be anywhere
+        if kind in ("meta", "one row more") and sum(isinstance(x, torch.Tensor) for x in VALID[op].values()) == 1:
+            continue  # a tensor alone may be anywhere, and of any length
         try:
             got = call(op, VALID[op] | {name: wrong})
         except (ValueError, TypeError) as error:

@@ -5,7 +5,7 @@ import os
 
 import pytest
 from rich.console import Console
-from test_runs import write_run
+from test_report_of_runs import write_run
 
 from rlhf_fast.config import WatchConfig
 from rlhf_fast.report.watch import ended, newest, run, view

@@ -83,10 +83,11 @@ DATA = {"sft": "sft", "reward": "pairs", "dpo": "pairs", "kto": "unpaired"}
 
 
 def jobs_in(
-    directory: Path, files: dict[str, str], model: str, jobs: dict[str, Job] = JOBS, **common: Any
+    directory: Path, files: dict[str, str], jobs: dict[str, Job] = JOBS, **common: Any
 ) -> list[Job]:
     """The jobs over rows of `files`; each writes to the folder of its name in `directory`. common: for every job.
 
+    The model is the file `model`, except where a job names another model.
     An option whose value is a name in `files` gets that file, except the name of the stage's own rows.
     """
     rows = [json.loads(line) for line in Path(files["prompts"]).read_text().splitlines()]
@@ -98,7 +99,7 @@ def jobs_in(
         options = {k: files.get(v, v) if isinstance(v, str) else v for k, v in options.items()}
         online = stage not in DATA
         own = {"reward": REWARD, **LENGTHS} if online else {}
-        files_of = {"train_data": files[DATA.get(stage, "repeated")], "model": model}
+        files_of = {"train_data": files[DATA.get(stage, "repeated")], "model": files["model"]}
         made.append((stage, {**COMMON, **own, **files_of, **options, **common, "output_dir": str(directory / name)}))
     return made
 
@@ -108,6 +109,7 @@ def plain(
 ) -> tuple[Path, dict[str, str]]:
     """The directory of all jobs' runs in one process, and `files` with what the jobs name beside them.
 
+    `model` is the model of all jobs: that of the worker that has made the runs, because workers have copies.
     `tied` and `large` are models, `scorer` and `adapter` are reward models on `model`, and `few` has a single prompt,
     so that some processes have none.
     """
@@ -122,11 +124,11 @@ def plain(
         few = directory / "few.jsonl"
         few.write_text("".join(Path(files["prompts"]).read_text().splitlines(keepends=True)[:1]))
         names = ("tied", "large", "scorer", "adapter")
-        named = files | {name: str(directory / name) for name in names} | {"few": str(few)}
+        named = files | {"model": model} | {name: str(directory / name) for name in names} | {"few": str(few)}
         options = {**COMMON, **SHORT, "train_data": files["pairs"], "model": model, "normalize_samples": 0}
         train([("reward", {**options, **own, "output_dir": named[name]}) for name, own in
                (("scorer", {}), ("adapter", LORA))])  # fmt: skip
-        train(jobs_in(directory, named, model, ALL))
+        train(jobs_in(directory, named, ALL))
         return named
 
     return once(factory, "plain", make)

@@ -39,8 +39,8 @@ def trained(files, tiny_model, tokenizer, tmp_path_factory):
     one, named = plain(tmp_path_factory, files, tiny_model, tokenizer)
 
     def make(directory):
-        jobs = {size: jobs_in(directory / str(size), named, tiny_model, jobs) for size, jobs in ((2, TWO), (3, THREE))}
-        jobs[2] += jobs_in(directory / "again", named, tiny_model, TWICE)
+        jobs = {size: jobs_in(directory / str(size), named, jobs) for size, jobs in ((2, TWO), (3, THREE))}
+        jobs[2] += jobs_in(directory / "again", named, TWICE)
         return {size: train_in(size, some, directory) for size, some in jobs.items()}
 
     return one, *once(tmp_path_factory, "ranks", make)

@@ -47,7 +47,7 @@ def trained(files, tiny_model, tokenizer, tmp_path_factory):
     one, named = plain(tmp_path_factory, files, tiny_model, tokenizer)
 
     def made(jobs: dict[str, Job], where: Path, **options) -> list[Job]:
-        return jobs_in(where, named, tiny_model, jobs, **options)
+        return jobs_in(where, named, jobs, **options)
 
     return one, *once(tmp_path_factory, "shards", lambda directory: _train_all(made, directory, one))
 

@@ -40,6 +40,7 @@ from rlhf_fast.report import pipeline
 from rlhf_fast.rollout.generate import Rollout
 from rlhf_fast.stages import remax
 from rlhf_fast.stages.online import Experience, Online
+from rlhf_fast.stages.rounds import rounds
 from rlhf_fast.stages.ppo import value_start
 from rlhf_fast.training import checkpoint
 from rlhf_fast.training.batches import micro_batches
@@ -127,6 +128,7 @@ def in_groups(online: Online[ReMaxConfig], size: int) -> Online[ReMaxConfig]:
     """The same models and completions per round, `size` of them of each prompt and no greedy one."""
     grouped = copy.copy(online)
     grouped.samples, grouped.greedy, grouped.prompts_per_round = size, False, online.config.batch_size // size
+    grouped.rounds = rounds(grouped.sampler, grouped.question, ahead=0, last=grouped.config.steps)
     return grouped
 
 
