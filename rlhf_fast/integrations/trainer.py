@@ -79,8 +79,8 @@ class FusedTrainer(Trainer):
 
         if not smoothing:  # transformers' smoothed loss is no output of the model
             half = self.accelerator.mixed_precision != "no"
-            rows = (of_short_row(model, each) for each in (model, partial(forward, model, fused_loss=True)))
-            compare(model, *rows, ("loss",), "its own", half=half)
+            theirs, ours = (of_short_row(model, each) for each in (model, partial(forward, model, fused_loss=True)))
+            compare(model, theirs, ours, ("loss",), "its own", half=half)
         autocast: Any = self.accelerator.autocast  # which accelerate hangs on the model's forward
         self._replaced = Replaced(model, forward, autocast)
 

@@ -153,9 +153,10 @@ class _Items:
         try:
             return self.losses(logprobs, entropy, index)
         except Exception as error:
-            if hasattr(error, "add_note"):  # from Python 3.11 on
+            add_note = getattr(error, "add_note", None)  # from Python 3.11 on
+            if add_note is not None:
                 given = f"logprobs and entropy {list(logprobs.shape)}, index {list(index.shape)}"
-                error.add_note(f"linear_loss: raised by coefficients, which got {given} (pack={self.pack!r})")
+                add_note(f"linear_loss: raised by coefficients, which got {given} (pack={self.pack!r})")
             raise
 
 

@@ -82,9 +82,7 @@ HALVES = ("sft_bf16", "sft_bf16_saved", "remax_bf16")
 DATA = {"sft": "sft", "reward": "pairs", "dpo": "pairs", "kto": "unpaired"}
 
 
-def jobs_in(
-    directory: Path, files: dict[str, str], jobs: dict[str, Job] = JOBS, **common: Any
-) -> list[Job]:
+def jobs_in(directory: Path, files: dict[str, str], jobs: dict[str, Job] = JOBS, **common: Any) -> list[Job]:
     """The jobs over rows of `files`; each writes to the folder of its name in `directory`. common: for every job.
 
     The model is the file `model`, except where a job names another model.

@@ -40,8 +40,8 @@ from rlhf_fast.report import pipeline
 from rlhf_fast.rollout.generate import Rollout
 from rlhf_fast.stages import remax
 from rlhf_fast.stages.online import Experience, Online
-from rlhf_fast.stages.rounds import rounds
 from rlhf_fast.stages.ppo import value_start
+from rlhf_fast.stages.rounds import rounds
 from rlhf_fast.training import checkpoint
 from rlhf_fast.training.batches import micro_batches
 from rlhf_fast.training.fingerprint import fingerprints
