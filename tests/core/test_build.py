@@ -77,3 +77,10 @@ def test_a_compiler_without_openmp_is_as_good_as_none(tmp_path):
     said = build(tree, CXX=str(cxx))
     assert f"{cxx} does not compile C++17 with OpenMP" in said
     assert not list((tree / "rlhf_fast").glob("_cpu*"))
+
+
+def test_what_another_processor_runs_compiles():
+    """`.ci/aarch64` compiles and runs this file; here its calls have to fit the kernels of today."""
+    command = [os.environ.get("CXX", "g++"), "-std=c++17", "-fopenmp", "-fsyntax-only", "-Wall", "-Wextra", "-Werror"]
+    done = subprocess.run([*command, "-DISA=scalar", ROOT / "tests/emulation/numbers.cpp"], stderr=subprocess.PIPE)
+    assert done.returncode == 0, done.stderr.decode()
