@@ -11,6 +11,8 @@
                                                  the same with a checkpoint in fp32, under bf16 autocast, and in bf16
     python -m bench rollout --vllm URL --model DIR --data DIR
                                                  a vLLM server of that model beside our decoder and generate
+    python -m bench busy --check                 rollouts and training passes beside other busy processes, by the way
+                                                 that OpenMP's threads wait; takes --model and --data too
     python -m bench ahead --vllm URL --model DIR --data DIR
                                                  rounds in turn and one ahead, with a vLLM server of that model
     python -m bench trainers --trl-python P --ppo-python Q --check
@@ -20,6 +22,9 @@
                                                  the same on a checkpoint, with rows of real lengths
     python -m bench integrations                 TRL's trainers and transformers' Trainer, plain and with our passes
                                                  and losses inside; takes --model, --data, --dtypes, --trl-python too
+    python -m bench ranks --check                several processes beside one: steps/s, collectives and their bytes
+    python -m bench ranks --computed             step times on machines that nobody has measured
+    python -m bench ranks --device cuda          one GPU beside all of them, by NCCL
     python -m bench trust --quick                kills, damages and crosses runs on purpose, and counts what is lost;
                                                  its own --help has the options
 
@@ -37,10 +42,12 @@ from pathlib import Path
 import torch
 
 from bench import ahead, exactness, exactness_report, integrations, report, rollout, served
+from bench.busy import command as busy
 from bench.cases import all_cases
 from bench.device import CPU, CUDA
 from bench.libraries import with_libraries
 from bench.measure import measure
+from bench.ranks import command as ranks
 from bench.record import about_run, versions
 from bench.rivals import FROM_HIDDEN, FROM_LOGITS
 from bench.trainers import command as trainers
@@ -54,8 +61,12 @@ from rlhf_fast.training.metrics import print_table
 def arguments() -> argparse.Namespace:
     """The command line, checked; where the results go by default."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=["ops", "exactness", "rollout", "ahead", "trainers", "integrations"])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="ops, rollout: where (default cpu)")
+    parser.add_argument(
+        "what", choices=["ops", "exactness", "rollout", "busy", "ahead", "trainers", "integrations", "ranks"]
+    )
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="ops, rollout, ranks: where (default cpu)"
+    )
     parser.add_argument("--quick", action="store_true", help="toy shapes and few rounds; no bars")
     parser.add_argument("--only", metavar="NAME", default="", help="the cases whose name contains NAME")
     parser.add_argument("--check", action="store_true", help="exit code 1 where a bar is missed")
@@ -74,16 +85,21 @@ def arguments() -> argparse.Namespace:
         default=["fp32"],
         help="trainers: fp32, bf16 (autocast) or both",
     )
+    parser.add_argument("--computed", action="store_true", help="ranks: prints the computed table and runs nothing")
     parser.add_argument("--out", type=Path, help="the JSON file; Markdown and chart go beside it")
     args = parser.parse_args()
     if args.what == "exactness" and (args.quick or args.check):
         parser.error("--quick, --check: exactness takes seconds and always checks")
     if args.quick and args.check:
         parser.error("--check: the bars hold at full size, not with --quick")
-    if args.what in ("trainers", "integrations") and args.device == "cuda":
+    if args.what in ("busy", "trainers", "integrations") and args.device == "cuda":
         parser.error(f"--device: {args.what} runs on the CPU")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")
+    if args.what == "ranks" and args.device == "cuda" and torch.cuda.device_count() < 2:
+        parser.error(f"--device cuda: ranks takes two GPUs at least, torch sees {torch.cuda.device_count()}")
+    if args.computed and args.what != "ranks":
+        parser.error(f"--computed: expected ranks, got {args.what}")
     if args.rounds < 1:
         parser.error(f"--rounds: expected at least 1, got {args.rounds}")
     if args.out is not None and args.out.suffix != ".json":
@@ -143,9 +159,11 @@ def main() -> int:
         "ops": run_ops,
         "exactness": run_exactness,
         "rollout": served.run if args.vllm else rollout.run,
+        "busy": busy.run,
         "ahead": ahead.run,
         "trainers": trainers.run,
         "integrations": integrations.run,
+        "ranks": ranks.run,
     }
     return commands[args.what](args)
 

@@ -15,6 +15,8 @@ import torch
 import rlhf_fast
 from rlhf_fast.ops import dispatch
 
+ROOT = Path(__file__).resolve().parent.parent  # where `python -m bench` runs
+
 
 def machine() -> dict[str, Any]:
     """The processor, its threads, the kernels and the versions."""

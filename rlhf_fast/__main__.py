@@ -3,6 +3,7 @@
 import sys
 
 from rlhf_fast.extras import NotInstalled, need_train
+from rlhf_fast.threads import wait_quietly
 
 
 def main() -> int:
@@ -12,6 +13,7 @@ def main() -> int:
     except NotInstalled as error:
         print(f"rlhf-fast: {error}", file=sys.stderr)
         return 1
+    wait_quietly()
     from rlhf_fast import cli
 
     return cli.main()

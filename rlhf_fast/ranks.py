@@ -15,6 +15,7 @@ import atexit
 import os
 import pickle
 import re
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -27,11 +28,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
+from rlhf_fast.presence import Address, Presence, answers, meet
+
 Row = TypeVar("Row")
 
-GONE = "another process of the run has ended, or does not answer"  # the beginning of an error that says so
 WAIT = timedelta(hours=2)  # a reward function or the writing of a model may keep one process busy for long
 _BUCKET = 1 << 24  # numbers that are added up in one call
+_SMALL = 2048  # bytes of a value, with its length, that `gather` exchanges in one call
+_LENGTH = 8  # bytes
+_NOTICE = 3.0  # seconds in which the end of a process is noticed
+_OFTEN = 0.1  # seconds between two looks at the others
+_PARTING = 10.0  # seconds that a failed process keeps the store open, so that the others see who has failed
+_ENDING = "rlhf_fast/ending"  # key in the store of every process that ends by an error
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -48,9 +56,22 @@ class Ranks:
         """Whether this process is the one that writes files and prints."""
         return self.rank == 0
 
-    def part(self, rows: int) -> slice:
-        """The place of this process's rows among `rows` rows. The processes' shares differ by at most one row."""
-        return slice(rows * self.rank // self.size, rows * (self.rank + 1) // self.size)
+    @property
+    def beside(self) -> int:
+        """The number of the run's processes on this machine, as the launcher says it."""
+        return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", str(self.size))))
+
+    def part(self, rows: int, rank: int | None = None) -> slice:
+        """The place of this process's rows among `rows` rows, or of the process `rank`.
+
+        The processes' shares differ by at most one row.
+        """
+        rank = self.rank if rank is None else rank
+        return slice(rows * rank // self.size, rows * (rank + 1) // self.size)
+
+    def shares(self, rows: int) -> list[int]:
+        """How many of `rows` rows each process has, in the order of the processes."""
+        return [part.stop - part.start for part in (self.part(rows, rank) for rank in range(self.size))]
 
     def share(self, rows: Sequence[Row]) -> Sequence[Row]:
         """This process's rows: consecutive ones, in the order of the processes."""
@@ -61,13 +82,27 @@ class Ranks:
         return rows[: self.part(len(rows)).start]
 
     def gather(self, value: Row) -> list[Row]:
-        """The values of all processes in their order. value: anything that pickle takes, such as tensors on the CPU."""
+        """The values of all processes in their order. value: anything that pickle takes, such as tensors on the CPU.
+
+        Values of up to 2 KiB take one collective, and larger values take two.
+        """
         if self.size == 1:
             return [value]
-        values: list[Any] = [None] * self.size
+        data = pickle.dumps(value)
+        parts = self._gather_bytes(len(data).to_bytes(_LENGTH, "big") + data, _SMALL)
+        lengths = [_LENGTH + int.from_bytes(part[:_LENGTH], "big") for part in parts]
+        if max(lengths) > _SMALL:
+            rest = self._gather_bytes(data[_SMALL - _LENGTH :], max(lengths) - _SMALL)
+            parts = [first + more for first, more in zip(parts, rest, strict=True)]
+        return [pickle.loads(part[_LENGTH:length]) for part, length in zip(parts, lengths, strict=True)]
+
+    def _gather_bytes(self, mine: bytes, size: int) -> list[bytes]:
+        """The first `size` bytes of all processes; a shorter value is filled up."""
+        sent = torch.frombuffer(bytearray(mine[:size].ljust(size, b"\0")), dtype=torch.uint8)
+        got = [torch.empty(size, dtype=torch.uint8) for _ in range(self.size)]
         with _together():
-            dist.all_gather_object(values, value)
-        return values
+            dist.all_gather(got, sent)
+        return [part.numpy().tobytes() for part in got]
 
     def join(self, parts: list[list[Row]]) -> list[Row]:
         """The rows of all processes in their order, part by part. parts: what this process made of every part's share.
@@ -130,27 +165,30 @@ class Ranks:
         """Replaces the gradients of the parameters by their sums over all processes.
 
         A parameter that has a gradient in one process alone, such as an expert that no other process's rows chose,
-        gets it in all of them. Gradients in half precision are added in float32.
+        gets it in all of them. Gradients in half precision are added in float32. A number for each parameter goes with
+        the gradients: in how many processes it has one.
         """
         if self.size == 1:
             return
-        parameters = list(parameters)
-        there = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
-        with _together():
-            dist.all_reduce(there, dist.ReduceOp.MAX)
-        found = [p for p, anywhere in zip(parameters, there.tolist(), strict=True) if anywhere]
-        for parameter in found:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        for bucket in _buckets([p.grad for p in found if p.grad is not None]):
+        for bucket in _buckets(parameters):
             flat = _flat(bucket)
-            parts = flat.split([gradient.numel() for gradient in bucket])
-            for gradient, part in zip(bucket, parts, strict=True):
-                part.copy_(gradient.flatten())
+            *parts, there = flat.split([*(parameter.numel() for parameter in bucket), len(bucket)])
+            for parameter, part in zip(bucket, parts, strict=True):
+                if parameter.grad is None:
+                    part.zero_()
+                else:
+                    part.copy_(parameter.grad.flatten())
+            there.copy_(torch.tensor([parameter.grad is not None for parameter in bucket]))
             with _together():
                 dist.all_reduce(flat)
-            for gradient, part in zip(bucket, parts, strict=True):
-                gradient.copy_(part.view_as(gradient))
+            missing = [i for i, parameter in enumerate(bucket) if parameter.grad is None]
+            elsewhere = there.tolist() if missing else []  # waits for a GPU only where a gradient is missing here
+            for i in missing:
+                if elsewhere[i]:
+                    bucket[i].grad = torch.zeros_like(bucket[i])
+            for parameter, part in zip(bucket, parts, strict=True):
+                if parameter.grad is not None:
+                    parameter.grad.copy_(part.view_as(parameter))
 
 
 def bytes_to_add(gradients: Iterable[Tensor]) -> int:
@@ -161,6 +199,8 @@ def bytes_to_add(gradients: Iterable[Tensor]) -> int:
 
 _current: Ranks | None = None
 _store: Any = None  # of the process group
+_present: tuple[Presence | None, list[Address | None]] | None = None  # this process, and the addresses of all
+_failing = False  # whether this process ends by an error
 
 
 def current() -> Ranks:
@@ -186,10 +226,11 @@ def first_to_fail() -> bool:
     """
     if _store is None:
         return os.environ.get("RANK", "0") == "0"
+    _say_ending()
     try:
         return _store.add("rlhf_fast/failed", 1) == 1
-    except (RuntimeError, OSError):  # the process that keeps the store is gone
-        return False
+    except (RuntimeError, OSError):  # killed: the process 0 that kept the store waits for the others where it failed
+        return os.environ["RANK"] == "1"
 
 
 def flag(name: str) -> None:
@@ -217,8 +258,46 @@ def gone(error: BaseException) -> bool:
 
 def lost(error: BaseException) -> ConnectionError:
     """An error that is `gone`, as one sentence."""
-    said = str(error).partition("\n")[0]
-    return ConnectionError(f"{GONE} ({said:.200})")
+    said, ended = str(error).partition("\n")[0], _ended()
+    if ended:
+        who = f"process {' and process '.join(map(str, ended))} of {os.environ['WORLD_SIZE']} has ended"
+    else:
+        who = "another process of the run has ended, or does not answer"
+    return ConnectionError(f"{who} ({said:.200})")
+
+
+def says_lost(text: str) -> bool:
+    """Whether the text holds an error that `lost` has made."""
+    return (
+        re.search(r"(another process of the run|process \d+( and process \d+)* of \d+) has ended\b", text) is not None
+    )
+
+
+def _ended() -> list[int]:
+    """The processes that have ended, but for those that have ended because of an error and said so."""
+    if _present is None:
+        return []
+    _say_ending()
+    end = time.monotonic() + _NOTICE
+    while True:
+        silent = [rank for rank, address in enumerate(_present[1]) if not answers(address)]
+        if silent or time.monotonic() > end:
+            return [rank for rank in silent if not _has_said(rank)]
+        time.sleep(_OFTEN)
+
+
+def _say_ending() -> None:
+    global _failing
+    _failing = True
+    with suppress(RuntimeError, OSError):
+        _store.set(f"{_ENDING}/{os.environ['RANK']}", "")
+
+
+def _has_said(rank: int) -> bool:
+    try:
+        return _store.check([f"{_ENDING}/{rank}"])
+    except (RuntimeError, OSError):
+        return False
 
 
 def _join() -> Ranks:
@@ -228,6 +307,12 @@ def _join() -> Ranks:
         raise ValueError(f"WORLD_SIZE: expected {', '.join(missing)} beside it in the environment; torchrun sets them")
     connect()
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+    global _present
+    try:
+        own = Presence(os.environ["MASTER_ADDR"])
+    except OSError:  # no port to be had: a death is then said without the number of the process
+        own = None
+    _present = own, ranks.gather(own and own.address)
     if torch.cuda.is_available():
         torch.cuda.set_device(ranks.local)
     if not ranks.first:
@@ -240,8 +325,10 @@ def connect() -> None:
     if not dist.is_initialized():
         global _store
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        _store, rank, size = next(rendezvous("env://", timeout=WAIT))
-        dist.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=WAIT)
+        with _together():
+            store, rank, size = next(rendezvous("env://", timeout=WAIT))
+            _store = dist.PrefixStore(meet(store, rank, size), store)
+            dist.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=WAIT)
         atexit.register(_leave)
 
 
@@ -279,23 +366,29 @@ def _sendable(error: Exception | None) -> Exception | None:
 
 
 def _leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    if not dist.is_initialized():
+        return
+    first = dist.get_rank() == 0
+    dist.destroy_process_group()
+    others = [*enumerate(_present[1])][1:] if _present and _failing and first else []
+    end = time.monotonic() + _PARTING
+    while any(not _has_said(rank) and answers(address) for rank, address in others) and time.monotonic() < end:
+        time.sleep(_OFTEN)  # the others ask the store, which this process may keep, who was the first to fail
 
 
-def _flat(bucket: list[Tensor]) -> Tensor:
-    """Room for the numbers of all gradients of a bucket, in float32 at least."""
+def _flat(bucket: list[Any]) -> Tensor:
+    """Room for the numbers of a bucket, in float32 at least, and for one number for each of its parameters."""
     dtype = torch.promote_types(bucket[0].dtype, torch.float32)
-    return torch.empty(sum(gradient.numel() for gradient in bucket), dtype=dtype, device=bucket[0].device)
+    return torch.empty(sum(p.numel() for p in bucket) + len(bucket), dtype=dtype, device=bucket[0].device)
 
 
-def _buckets(gradients: list[Tensor]) -> Iterable[list[Tensor]]:
-    """The gradients in groups of one dtype and of about `_BUCKET` numbers, in their order."""
-    bucket: list[Tensor] = []
-    for gradient in gradients:
-        if bucket and (bucket[0].dtype != gradient.dtype or sum(g.numel() for g in bucket) >= _BUCKET):
+def _buckets(parameters: Iterable[Any]) -> Iterator[list[Any]]:
+    """The parameters in groups of one dtype and of about `_BUCKET` numbers, in their order."""
+    bucket: list[Any] = []
+    for parameter in parameters:
+        if bucket and (bucket[0].dtype != parameter.dtype or sum(p.numel() for p in bucket) >= _BUCKET):
             yield bucket
             bucket = []
-        bucket.append(gradient)
+        bucket.append(parameter)
     if bucket:
         yield bucket

@@ -33,11 +33,13 @@ def conduct(
     seconds: float | None = None,
     quick: bool = False,
     case: str | None = None,
+    tries: int | None = None,
     keep: Path | None = None,
 ) -> dict[str, Tally]:
     """Tries everything, or as much as fits into `seconds`, and returns what became of it by kind.
 
-    case: the name of the only case. keep: the directory for the files of lost tries.
+    case: the name of the only case. tries: at most so many of each kind, drawn at random. keep: the directory for the
+    files of lost tries.
     A kind that takes less than its share of the time leaves the rest to the kinds after it.
     """
     began, tallies = time.monotonic(), {}
@@ -54,13 +56,15 @@ def conduct(
         else:
             targets = list(kind.quick if quick else kind.targets)
             rng = random.Random(f"{seed}/{name}")
-            if ends is None:
+            if ends is None and tries is None:
                 cases = (one for target in targets for one in _of_target(kind, target, world, tally))
             else:
                 cases = _drawn(kind, targets, world, tally, rng, shuffled=not quick)
         start = time.monotonic()
         for one in cases:
             if ends is not None and tally.tries and time.monotonic() > ends:
+                break
+            if tries is not None and tally.tries >= tries:
                 break
             _try(name, one, root, tally, seed=seed, keep=keep)
         tally.seconds = time.monotonic() - start

@@ -4,6 +4,7 @@ python -m bench trust --quick                  each kind, three minutes in all
 python -m bench trust --minutes 30             the time is divided among the kinds, and cases are drawn at random
 python -m bench trust                          every case of every kind, which takes hours
 python -m bench trust --only crashes           one kind, by its name
+python -m bench trust --only ranks --tries 60  so many tries of it, drawn at random
 python -m bench trust --only crashes --case sft/17
                                                one try again, as a loss names it
 """
@@ -33,6 +34,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench trust", description=__doc__, formatter_class=form)
     parser.add_argument("--quick", action="store_true", help="three minutes in all, on few targets")
     parser.add_argument("--minutes", type=float, metavar="N", help="so long in all, cases drawn at random")
+    parser.add_argument("--tries", type=int, metavar="N", help="so many of each kind, cases drawn at random")
     parser.add_argument("--only", metavar="KIND", action="append", help="this kind; may be repeated")
     parser.add_argument("--case", metavar="NAME", help="this case of the kind that --only names")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of all random numbers (default 0)")
@@ -41,6 +43,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.minutes is not None and (args.quick or not args.minutes > 0):
         parser.error(f"--minutes: expected a number above 0 and no --quick, got {args.minutes}")
+    if args.tries is not None and (args.case is not None or args.tries < 1):
+        parser.error(f"--tries: expected a number of at least 1 and no --case, got {args.tries}")
     if args.case is not None and (args.only is None or len(args.only) != 1):
         parser.error("--case: expected one kind by --only beside it")
     return args
@@ -64,6 +68,7 @@ def main(argv: list[str]) -> int:
             seconds=None if args.case else seconds,
             quick=args.quick,
             case=args.case,
+            tries=args.tries,
             keep=args.keep,
         )
     table = campaign.rows(kinds, tallies)

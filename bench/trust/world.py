@@ -236,4 +236,6 @@ def warm() -> None:
     for row in STAGES.values():
         load(row.train), load(row.config)
     load("lm.loading:load_policy")
+    import torch.distributed.fsdp  # noqa: F401, of models in shards
+
     assert METHODS

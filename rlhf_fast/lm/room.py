@@ -4,7 +4,6 @@ Left out: what the passes add to the copy, such as a KV cache, which `rlhf-fast 
 container. A run that is refused could not have made the copy at all.
 """
 
-import os
 import re
 from pathlib import Path
 
@@ -32,7 +31,7 @@ def free_bytes(device: torch.device) -> tuple[int, str] | None:
         return torch.cuda.mem_get_info(device)[0] + cached, f"on GPU {device.index or 0}"
     if not _MEMINFO.exists() or not (match := re.search(r"MemAvailable:\s+(\d+) kB", _MEMINFO.read_text())):
         return None
-    local = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", str(current().size))))
+    local = current().beside
     shared = f", shared by {local} processes" if local > 1 else ""
     return int(match[1]) * 1024 // local, f"in memory{shared}"
 

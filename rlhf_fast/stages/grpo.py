@@ -19,8 +19,8 @@ from rlhf_fast.ops import grpo_advantages
 from rlhf_fast.rollout.generate import Rollout
 from rlhf_fast.stages.clipped import denominator, loss_options, scores_less_kl
 from rlhf_fast.stages.online import Experience, Online
+from rlhf_fast.stages.shares import Shares
 from rlhf_fast.stages.updates import of_all, several_epochs
-from rlhf_fast.training.batches import micro_batches
 from rlhf_fast.training.learner import take_step, training_passes
 from rlhf_fast.training.listeners import Listener
 from rlhf_fast.training.lock import writes_alone
@@ -41,13 +41,13 @@ def train(config: GRPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
             scores_less_kl(online, experience),
             lambda scores: grpo_advantages(scores, config.group_size, scale_rewards=config.scale_rewards),
         )
-        rollout = experience.rollout
-        counted_B = rollout.finished if config.mask_truncated_completions else None
-        mask = rollout.response_mask if counted_B is None else rollout.response_mask & counted_B[:, None]
-        tokens = online.ranks.sum(mask.sum())  # of the round
+        assert experience.everyone is not None  # `run` has exchanged it
+        lengths, finished = experience.everyone
+        counted = finished if config.mask_truncated_completions else None
+        tokens = (lengths if counted is None else lengths[counted]).sum()  # of the round
         targets = (experience.weighed(advantages_B), experience.ref_logprobs)
         one_step = partial(minibatch_update, run, online, tokens)
-        return several_epochs(online, experience, targets, one_step, counted=counted_B)
+        return several_epochs(online, experience, targets, one_step, counted=counted)
 
     online.run(update, listeners=listeners)
 
@@ -58,17 +58,17 @@ def minibatch_update(
     round_tokens: Tensor,
     rollout: Rollout,
     targets: tuple[Tensor, ...],
+    shares: Shares,
     untouched: bool,
 ) -> dict[str, float]:
     """One optimizer step on the loss that the config names.
 
     round_tokens: of the whole rollout of all processes. targets: advantages [B] or [B, T] and the reference's log-probs
-    [B, T]. untouched: as in `several_epochs`.
+    [B, T]. shares, untouched: as in `several_epochs`.
     """
     config, (advantages, ref_logprobs_BT) = online.config, targets
-    tokens = online.ranks.sum(rollout.response_mask.sum())
-    tally = Tally()
-    for rows in training_passes(micro_batches(len(advantages), config.micro_batch_size), online.learner):
+    tokens, tally = shares.tokens, Tally()
+    for rows in training_passes(shares.rows, config.micro_batch_size, online.learner):
         part = rollout.rows(rows)
         with run.meter.phase("policy_update"):
             with online.learner.autocast():

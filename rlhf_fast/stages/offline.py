@@ -19,7 +19,7 @@ from rlhf_fast.lm.room import EVALUATIONS, check_room
 from rlhf_fast.lm.sequences import Sequences
 from rlhf_fast.lm.sharding import shard, whole, whole_bytes
 from rlhf_fast.ranks import current
-from rlhf_fast.training.batches import OfflineBatches, micro_batches
+from rlhf_fast.training.batches import OfflineBatches
 from rlhf_fast.training.evaluation import Evaluator
 from rlhf_fast.training.learner import Learner, autocast, take_step, training_passes
 from rlhf_fast.training.listeners import Listener
@@ -104,7 +104,7 @@ class Offline:
         for step in run.steps():
             batch, tally = self.batches(step), Tally()
             whole, mine = self.whole(batch), current().share(batch)
-            for rows in training_passes(micro_batches(len(mine), self.config.micro_batch_size), learner):
+            for rows in training_passes(current().shares(len(batch)), self.config.micro_batch_size, learner):
                 with run.meter.phase("policy_update"):
                     with learner.autocast():
                         part = loss([*mine[rows]], whole, tally)

@@ -31,6 +31,7 @@ from rlhf_fast.rollout.samplers import Samplers
 from rlhf_fast.stages.dynamic import Drawn, even, replaced
 from rlhf_fast.stages.kl import KLController
 from rlhf_fast.stages.rounds import rounds
+from rlhf_fast.stages.shares import Everyone, Shares
 from rlhf_fast.training.batches import micro_batches, seed_everything, step_seed
 from rlhf_fast.training.evaluation import check_prompts, make_evaluator, prompt_columns, scored_prompts
 from rlhf_fast.training.learner import Learner, autocast
@@ -54,6 +55,7 @@ class Experience(NamedTuple):
     parts: dict[str, Tensor]  # of several rewards: name -> scores [B] float64, NaN where it does not judge
     weights: Tensor | None = None  # [B, T] fp32, of each token's policy loss, where another engine has sampled
     batches: int = 1  # that were sampled to get these completions
+    everyone: Everyone | None = None  # where `Online.run` has exchanged it
 
     def weighed(self, advantages: Tensor) -> Tensor:
         """Advantages [B] or [B, T] times `weights`.
@@ -196,7 +198,8 @@ class Online(Generic[Config]):
                 experience = self.collect(run.meter, step)
                 for listener in run.listeners:
                     listener.collected(step, experience)
-                metrics = {**self._describe(experience), **update(run, experience)}
+                described, everyone = self._describe(experience)
+                metrics = {**described, **update(run, experience._replace(everyone=everyone))}
                 self.samplers.changed()
                 metrics |= {"lr": self.learner.lr, "episode": step * self.config.batch_size}
                 self.kl.update(metrics["objective/kl"], self.config.batch_size)
@@ -295,9 +298,20 @@ class Online(Generic[Config]):
 
         rows: numbers of completions among those of all processes, int64.
         """
-        part = self.ranks.part(self.prompts_per_round)
-        first, last = part.start * self.samples, part.stop * self.samples
+        first, last = self._place(self.ranks.rank)
         return (rows[(rows >= first) & (rows < last)] - first).to(self.device)
+
+    def shares(self, experience: Experience, rows: Tensor) -> Shares:
+        """What the processes have of these completions. rows: as in `own_rows`."""
+        assert experience.everyone is not None  # `run` has exchanged it
+        places = map(self._place, range(self.ranks.size))
+        counts = [int(((rows >= first) & (rows < last)).sum()) for first, last in places]
+        return Shares(counts, experience.everyone.lengths[rows.to(self.device)].sum())
+
+    def _place(self, rank: int) -> tuple[int, int]:
+        """The numbers of the first completion of a process, and of the first one behind its completions."""
+        part = self.ranks.part(self.prompts_per_round, rank)
+        return part.start * self.samples, part.stop * self.samples
 
     def _drift_bound(self) -> tuple[str, float, str]:
         """The metric that is checked, its largest right value, and the name of the bound.
@@ -335,8 +349,8 @@ class Online(Generic[Config]):
         batches = epoch_batches(len(self.prompts), self.prompts_per_round, self.config.seed + more, epoch)
         return [self.prompts[i] for i in batches[index]]
 
-    def _describe(self, experience: Experience) -> dict[str, float]:
-        """The metrics of a rollout: means over the completions of all processes."""
+    def _describe(self, experience: Experience) -> tuple[dict[str, float], Everyone]:
+        """The metrics of a rollout, as means over the completions of all processes; `Experience.everyone`."""
         rollout, mask, tally = experience.rollout, experience.rollout.response_mask, Tally()
         kl_B = kl_penalty(rollout.logprobs, experience.ref_logprobs, "k1").where(mask, 0.0).sum(dim=1)
         share = len(kl_B) / self.config.batch_size
@@ -355,16 +369,22 @@ class Online(Generic[Config]):
             tally.add(f"objective/scores/{name}", part_B.nansum())
             tally.add(f"judged/{name}", (~part_B.isnan()).sum())
         self.correction.note(tally, rollout, experience.weights)
-        metrics = self.correction.describe(tally.read())
+        everyone = Everyone(mask.sum(dim=1), rollout.finished)
+        numbers, told = tally.exchange([part.tolist() for part in everyone] if self.ranks.size > 1 else [])
+        if self.ranks.size > 1:
+            columns = ([value for part in column for value in part] for column in zip(*told, strict=True))
+            everyone = Everyone(*(torch.tensor(column, device=self.device) for column in columns))
+        metrics = self.correction.describe(numbers)
         self.correction.check(metrics)
         for name in experience.parts:  # the mean over the completions that this reward judges
             judged, total = metrics.pop(f"judged/{name}"), metrics.pop(f"objective/scores/{name}")
             if judged:
                 metrics[f"objective/scores/{name}"] = total / judged
         non_score = -self.kl.coef * metrics["objective/kl"]
-        return metrics | {
+        metrics |= {
             "objective/non_score_reward": non_score,
             "objective/rlhf_reward": metrics["objective/scores"] + non_score,
             "objective/kl_coef": self.kl.coef,
             "val/num_eos_tokens": int(metrics["val/num_eos_tokens"]),
         }
+        return metrics, everyone

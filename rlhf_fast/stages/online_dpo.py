@@ -16,7 +16,6 @@ from rlhf_fast.ops import kl_penalty
 from rlhf_fast.rollout.generate import Rollout
 from rlhf_fast.stages.dpo import pair_options
 from rlhf_fast.stages.online import Experience, Online
-from rlhf_fast.training.batches import micro_batches
 from rlhf_fast.training.learner import take_step, training_passes
 from rlhf_fast.training.listeners import Listener
 from rlhf_fast.training.lock import writes_alone
@@ -63,12 +62,13 @@ def step(
     refs_B: the reference's log-probs, summed over each completion.
     """
     config, tally = online.config, Tally()
-    counts = torch.stack([torch.tensor(len(chosen)), rollout.response_mask[chosen].sum().cpu()])
-    pairs, tokens = online.ranks.sum(counts).tolist()  # of all processes
+    told = online.ranks.gather((len(chosen), int(rollout.response_mask[chosen].sum())))
+    counts, lengths = zip(*told, strict=True)
+    pairs, tokens = sum(counts), sum(lengths)  # of all processes
     mean_length = tokens / max(pairs, 1) or 1.0
     size = None if config.micro_batch_size is None else config.micro_batch_size // 2
     tally.add("pairs", len(chosen))
-    for rows in training_passes(micro_batches(len(chosen), size), online.learner):
+    for rows in training_passes(counts, size, online.learner):
         index = torch.cat([chosen[rows], rejected[rows]])
         part = rollout.rows(index)
         lengths = part.response_mask.sum(dim=1)

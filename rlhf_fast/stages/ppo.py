@@ -28,6 +28,7 @@ from rlhf_fast.ops import LinearPPOLoss, ValueLoss, gae, length_adaptive_lambda,
 from rlhf_fast.rollout.generate import Rollout
 from rlhf_fast.stages.clipped import denominator, loss_options
 from rlhf_fast.stages.online import Experience, Online
+from rlhf_fast.stages.shares import Shares
 from rlhf_fast.stages.updates import several_epochs, whiten_all
 from rlhf_fast.training.batches import micro_batches
 from rlhf_fast.training.learner import Learner, take_step, training_passes
@@ -56,7 +57,8 @@ def train(config: PPOConfig, *, listeners: Sequence[Listener] = ()) -> None:
 
     def update(run: Run, experience: Experience) -> dict[str, float]:
         targets = advantages_and_returns(run, online, critic, experience)
-        tokens = online.ranks.sum(experience.rollout.response_mask.sum())  # of the round
+        assert experience.everyone is not None  # `run` has exchanged it
+        tokens = experience.everyone.lengths.sum()  # of the round
         return several_epochs(online, experience, targets, partial(minibatch_update, run, online, critic, tokens))
 
     online.run(update, learners={"value": critic}, listeners=listeners)
@@ -124,19 +126,17 @@ def minibatch_update(
     round_tokens: Tensor,
     rollout: Rollout,
     targets: tuple[Tensor, ...],
+    shares: Shares,
     untouched: bool,
 ) -> dict[str, float]:
     """One optimizer step of policy and value model; the value loss's denominator is the minibatch's tokens.
 
-    round_tokens: of the whole rollout of all processes. targets: the fields of `Targets`. untouched: as in
+    round_tokens: of the whole rollout of all processes. targets: the fields of `Targets`. shares, untouched: as in
     `several_epochs`.
     """
-    mask = rollout.response_mask
-    tokens = online.ranks.sum(mask.sum())
-    tally = Tally()
+    tokens, tally = shares.tokens, Tally()
     backward = joint_backward if online.config.critic == "shared" else separate_backward
-    parts = micro_batches(len(mask), online.config.micro_batch_size)
-    for rows in training_passes(parts, online.learner, critic):
+    for rows in training_passes(shares.rows, online.config.micro_batch_size, online.learner, critic):
         part, target = rollout.rows(rows), Targets(*(x[rows] for x in targets))
         policy, value = backward(run, online, critic, part, target, tokens, round_tokens)
         if untouched:

@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
@@ -51,6 +51,7 @@ class _State:
     """What this process knows of its end."""
 
     signum: int | None = None  # the first signal that came
+    heard: int | None = None  # the first signal that came to any process of the run, as all of them know
     kept: Callable[[], str] | None = None  # of the run that is in a step: says what is on the disk
     broken_off = threading.Event()  # Python has broken off a step that took too long
     over = threading.Event()  # the run has reached the end of its step
@@ -67,7 +68,7 @@ def signals() -> Iterator[None]:
         yield
         return
     before = {number: signal.getsignal(number) for number in (*_SIGNALS, signal.SIGINT)}
-    _state.signum = None
+    _state.signum = _state.heard = None
     for number in _SIGNALS:
         if before[number] is not signal.SIG_IGN:
             signal.signal(number, _end)
@@ -83,6 +84,16 @@ def signals() -> Iterator[None]:
 def asked() -> int | None:
     """The signal that has asked this process to end."""
     return _state.signum
+
+
+def hear(signals: Iterable[int | None]) -> None:
+    """Notes the signals that have asked the processes of the run to end, by process; all processes note the same."""
+    _state.heard = next((signum for signum in (_state.heard, *signals) if signum is not None), None)
+
+
+def heard() -> int | None:
+    """The signal that has asked a process of the run to end, as far as all processes know of it."""
+    return _state.heard
 
 
 @contextmanager

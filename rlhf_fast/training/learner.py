@@ -5,7 +5,7 @@ the loop over micro-batches.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from rlhf_fast.config import StageConfig
 from rlhf_fast.lm.passes import idle
 from rlhf_fast.lm.sharding import full, is_part, is_sharded
 from rlhf_fast.ranks import current
+from rlhf_fast.training.batches import micro_batches
 from rlhf_fast.training.in_backward import InBackward, norm_of
 from rlhf_fast.training.memory import static_bytes
 from rlhf_fast.training.moments import check_state
@@ -168,15 +169,17 @@ def autocast(device: torch.device, bf16: bool) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
 
 
-def training_passes(parts: list[slice], *learners: Learner) -> Iterator[slice]:
-    """The micro-batches `parts` of this process, one after the other, for a pass of every learner over each of them.
+def training_passes(rows: Sequence[int], size: int | None, *learners: Learner) -> Iterator[slice]:
+    """The micro-batches of this process, one after the other, for a pass of every learner over each of them.
 
+    rows: of every process, in their order. size: rows of a micro-batch; None: all of them.
     Where a model is in shards, all processes have to make equally many passes. A process with fewer micro-batches than
     another makes idle passes behind them.
     """
-    in_shards = [learner for learner in learners if is_sharded(learner.model)]
-    most = max(current().gather(len(parts))) if in_shards else len(parts)
+    parts = micro_batches(rows[current().rank], size)
     yield from parts
+    most = max(len(micro_batches(count, size)) for count in rows)
+    in_shards = [learner for learner in learners if is_sharded(learner.model)]
     for _ in range(most - len(parts)):
         for learner in in_shards:
             learner.idle()

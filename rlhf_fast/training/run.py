@@ -22,6 +22,7 @@ from rlhf_fast.lm.sharding import is_part
 from rlhf_fast.methods import load
 from rlhf_fast.ranks import current, gone
 from rlhf_fast.ranks import lost as lost_process
+from rlhf_fast.threads import crowded
 from rlhf_fast.training import checkpoint, ending
 from rlhf_fast.training.batches import seed_everything
 from rlhf_fast.training.ending import Ended
@@ -128,7 +129,9 @@ class Run:
             show=self.show,
         )
         self.logger.__enter__()
-        for line in passed:
+        device = self.models[""].device
+        slow = crowded(torch.get_num_threads(), self.ranks.beside) if device.type == "cpu" else ""
+        for line in [*passed, *([slow] if slow else [])]:
             self.say(line)
         self._mark_good(self.first_step - 1)
         try:
@@ -196,10 +199,10 @@ class Run:
 
     def _end_if_asked(self, step: int) -> None:
         """Where a signal has asked for the end, writes the state after `step` and raises Ended in every process."""
-        asked = [signum for signum in self.ranks.gather(ending.asked()) if signum is not None]
-        if not asked:
+        # What all processes know; a signal that came after the last numbers of a step waits for the next step's.
+        signum = ending.asked() if self.ranks.size == 1 else ending.heard()
+        if signum is None:
             return
-        signum = asked[0]
         ending.reached()
         new = step >= self.first_step and checkpoint.latest(self.config.output_dir) != self._state_at(step)
         if self.ranks.gather(new)[0]:
@@ -250,6 +253,7 @@ class Run:
             if self.ranks.first:
                 write_json(Path(self.config.output_dir) / "samples_before.json", before.samples)
             self.meter.step(counted=False)
+        ending.hear(self.ranks.gather(ending.asked()))
         self._end_if_asked(self.first_step - 1)
         for step in range(self.first_step, self.total_steps + 1):
             seed_everything(self.config.seed, step)

@@ -11,12 +11,16 @@ and reads them together. Sums are float64, as the sums of Python's floats would 
 With several processes every process adds the numbers of its own rows, and `read` gives the numbers of all of them.
 """
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
 from rlhf_fast.ranks import current
+from rlhf_fast.training import ending
 
 Number = Tensor | float
+Told = TypeVar("Told")
 
 
 class Tally:
@@ -48,9 +52,17 @@ class Tally:
 
         With several processes the sums and maxima are those of all processes.
         """
-        mine, *others = current().gather((self._mine(), self._largest))
-        numbers, largest = dict(mine[0]), mine[1]
-        for theirs, names in others:
+        return self.exchange(None)[0]
+
+    def exchange(self, told: Told) -> tuple[dict[str, float], list[Told]]:
+        """`read`, and what every process has told the others, in one collective.
+
+        The signals that have asked a process to end go with it, so that all processes end after the same step.
+        """
+        every = current().gather((self._mine(), self._largest, ending.asked(), told))
+        ending.hear([signum for _, _, signum, _ in every])
+        numbers, largest = dict(every[0][0]), every[0][1]
+        for theirs, names, *_ in every[1:]:
             largest = largest | names
             for name, value in theirs.items():
                 if name not in numbers:
@@ -59,7 +71,7 @@ class Tally:
                     numbers[name] = max(numbers[name], value) if value == value else value
                 else:
                     numbers[name] += value
-        return numbers
+        return numbers, [told for *_, told in every]
 
     def _mine(self) -> dict[str, float]:
         """The numbers of this process."""

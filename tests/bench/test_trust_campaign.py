@@ -21,6 +21,7 @@ from bench.trust import (
     kills,
     mutations,
     ops,
+    ranks,
     registry,
     reuse,
     rewards,
@@ -213,6 +214,26 @@ def test_two(world, tmp_path, monkeypatch):
         two._told([child.Ended(1, "FileExistsError: .checkpoint-2.new", 0.0)])
 
 
+class Early(Random):
+    """Kills process 1 when process 0 has come to a third of its changes of the file system."""
+
+    def choice(self, options):
+        return "beside"
+
+    def randint(self, first, last):
+        return (first + last) // 3
+
+
+def test_ranks(world, tmp_path, monkeypatch):
+    ranks.killed(world, "sft", tmp_path / "whole", Early())
+    ranks.failed(world, "sft", tmp_path / "failed", Random(0), "memory", 1)
+    monkeypatch.setattr("rlhf_fast.ranks._ended", lambda: [])
+    with pytest.raises(
+        Lost, match="expected exit code 1 and that process 1 has ended, got exit code 1 .*another process"
+    ):
+        ranks.killed(world, "sft", tmp_path / "unnamed", Early())
+
+
 def test_disk(world, tmp_path, monkeypatch):
     size = disk._bytes(world.baseline("sft").directory) // 2
     monkeypatch.setattr(cli, "_fail", lambda message, code: code)
@@ -300,6 +321,12 @@ def test_a_campaign_counts_and_keeps_what_is_lost(options, tries, tmp_path, monk
     assert not list(tmp_path.glob("fake-*")), "the directories of tries are gone"
 
 
+def test_so_many_tries_are_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(campaign, "World", lambda root: nullcontext())
+    found = campaign.conduct({"fake": FAKE}, tmp_path, seed=3, tries=3)["fake"]
+    assert found.tries == 3 and set(found.targets) == {"a", "b"}
+
+
 def test_the_command_exits_1_on_a_loss(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(campaign, "World", lambda root: nullcontext())
     monkeypatch.setattr(command, "KINDS", {"fake": FAKE})
@@ -320,7 +347,7 @@ def test_the_command_exits_1_on_a_loss(tmp_path, monkeypatch, capsys):
 
 def test_what_is_covered():
     assert list(registry.KINDS) == [
-        "crashes", "kills", "two", "disk", "damage", "reuse", "rows", "rewards", "ops", "soak",
+        "crashes", "kills", "two", "ranks", "disk", "damage", "reuse", "rows", "rewards", "ops", "soak",
     ]  # fmt: skip
     assert set(STAGES) <= set(TARGETS)
     public = {name for name in rlhf_fast.__all__ if name[0].islower()}

@@ -28,6 +28,7 @@ from rlhf_fast.ops import grpo_advantages
 from rlhf_fast.stages import dpo, grpo, ppo, remax, reward, sft
 from rlhf_fast.stages.kl import KLController
 from rlhf_fast.stages.online import Online
+from rlhf_fast.stages.shares import Shares
 from rlhf_fast.training import checkpoint
 from rlhf_fast.training.meter import Meter
 from rlhf_fast.training.metrics import read_metrics
@@ -213,7 +214,8 @@ def test_grpo_loss_is_equation_3(files, tiny_model, tmp_path):
     total_norm = torch.cat([p.grad.flatten() for p in policy.parameters()]).norm()
     tokens = rollout.response_mask.sum()
     targets = (advantages, experience.ref_logprobs)
-    metrics = grpo.minibatch_update(run, online, tokens, moved, targets, untouched=False)
+    shares = Shares([len(advantages)], tokens)
+    metrics = grpo.minibatch_update(run, online, tokens, moved, targets, shares, untouched=False)
     assert metrics["loss/policy_avg"] == pytest.approx(loss.item(), rel=1e-4)
     assert metrics["grad_norm"] == pytest.approx(total_norm.item(), rel=1e-4)
     assert 0 < metrics["policy/clipfrac_avg"] < 1

@@ -14,7 +14,7 @@ from typing import Any
 from rlhf_fast.data.damage import read_json
 from rlhf_fast.data.files import write_json
 from rlhf_fast.lab.compare.cells import Cell
-from rlhf_fast.ranks import GONE, current, flag, flagged
+from rlhf_fast.ranks import current, flag, flagged, says_lost
 from rlhf_fast.training.ending import CHILDREN, Ended
 
 
@@ -52,7 +52,7 @@ def run_cell(cell: Cell, directory: Path, memory: int | None, resume: bool = Fal
         write_json(result, unfit[0])
     if failed and not unfit:
         # The others mostly say that this process is gone.
-        code, said, log = next((found for found in failed if found[0] > 0 and GONE not in found[1]), failed[0])
+        code, said, log = next((found for found in failed if found[0] > 0 and not says_lost(found[1])), failed[0])
         if ranks.first:
             print(said, file=sys.stderr)
         raise ValueError(f"{cell.name} failed with exit code {code}; its last lines are above, all of them in {log}")

@@ -95,7 +95,7 @@ def prepare(config: CompareConfig) -> Start:
     if config.model == "demo":
         return _demo(out, config)
     if config.model in SHAPES:
-        return _random(out, SHAPES[config.model], config)
+        return untrained(out, SHAPES[config.model], config)
     if not Path(config.model).is_dir():
         raise ValueError(f"model: expected demo, {', '.join(SHAPES)} or a directory, got {config.model!r}")
     for name in ("reward", "train_data"):
@@ -144,10 +144,11 @@ def _demo(out: Path, config: CompareConfig) -> Start:
     )
 
 
-def _random(out: Path, shape: Shape, config: CompareConfig) -> Start:
+def untrained(out: Path, shape: Shape, config: CompareConfig) -> Start:
+    """Models of a shape with random weights, and rows of the lengths that `config` says, made in `out`."""
     adapter = out / f"reward_lora{config.lora_rank}" if config.lora_rank else None
     if current().first:
-        _write_random(out, shape, config, adapter)
+        _write_untrained(out, shape, config, adapter)
     current().wait()
     # a random policy has no EOS to speak of and drifts with any learning rate: the weights are hardly moved
     common = {"learning_rate": 1e-7, "lr_schedule": "constant"}
@@ -157,7 +158,7 @@ def _random(out: Path, shape: Shape, config: CompareConfig) -> Start:
     return Start(policy, reward, str(adapter) if adapter else None, small, prompts, pairs, {"common": common})
 
 
-def _write_random(out: Path, shape: Shape, config: CompareConfig, adapter: Path | None) -> None:
+def _write_untrained(out: Path, shape: Shape, config: CompareConfig, adapter: Path | None) -> None:
     """The models, and the prompts and pairs. adapter: the directory of a reward model with LoRA."""
     length = config.prompt_length + config.response_length
     tokenizer = _padded(build_tokenizer(), shape.vocabulary)

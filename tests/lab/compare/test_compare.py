@@ -25,7 +25,7 @@ from rlhf_fast.lab.world import preference_rows, prompt_rows, sft_rows
 from rlhf_fast.lm.loading import load_scorer
 from rlhf_fast.lm.tokenizers import load_tokenizer
 from rlhf_fast.methods import METHODS
-from rlhf_fast.ranks import GONE, Ranks
+from rlhf_fast.ranks import Ranks, lost
 from rlhf_fast.training import checkpoint
 from tests.support.stages import numbers
 
@@ -172,7 +172,8 @@ def test_a_run_in_several_processes_ends_with_the_first_that_fails(which, tmp_pa
         def gather(self, value):
             return [value, theirs] if isinstance(value, tuple) else [value, value]
 
-    program = [sys.executable, "-S", "-c", f"import time; print({GONE!r}, flush=True); time.sleep(60)"]
+    said = str(lost(RuntimeError("gloo: connection closed")))
+    program = [sys.executable, "-S", "-c", f"import time; print({said!r}, flush=True); time.sleep(60)"]
 
     class Sleeping(subprocess.Popen):
         def __init__(self, _, **options):
