@@ -26,6 +26,16 @@ def test_configs_are_valid(name):
     assert (EXAMPLES / name / init.model_config).is_file()
 
 
+def test_the_notebook_is_kept_with_the_outputs_of_a_run():
+    text = (EXAMPLES / "losses.ipynb").read_text()
+    cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == [*range(1, len(cells) + 1)]
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert {output.get("name", output["output_type"]) for output in outputs} == {"stdout", "display_data"}
+    assert sum("assert" in "".join(cell["source"]) for cell in cells) >= len(cells) - 2  # but imports and a picture
+    assert len(text) < 100_000
+
+
 @pytest.fixture
 def prepare(monkeypatch, tmp_path):
     """Runs an example's prepare.py on rows; returns the folder it wrote."""

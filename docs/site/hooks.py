@@ -18,6 +18,7 @@ OUTSIDE = {  # path in the repository -> path on the site
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "examples/README.md": "examples.md",
+    "examples/losses.ipynb": "losses.ipynb",
     "bench/results/README.md": "results/index.md",
     "bench/results/cpu_exactness.md": "results/cpu_exactness.md",
     "bench/results/cpu_ops.md": "results/cpu_ops.md",

@@ -29,11 +29,15 @@ BLOCK_BYTES = 64 << 20
 
 
 class Distribution(NamedTuple):
-    """What becomes of the product with the weight: z = softcap * tanh(scale * (h W^T + b) / softcap) / temperature."""
+    """What becomes of the product with the weight: z = softcap * tanh(scale * (h W^T + b) / softcap) / temperature.
+
+    in_fp32: the product is one of float32 under autocast too.
+    """
 
     temperature: float = 1.0
     softcap: float | None = None
     scale: float = 1.0
+    in_fp32: bool = False
 
 
 class Layer(NamedTuple):
@@ -46,7 +50,9 @@ class Layer(NamedTuple):
     def scaled(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """hidden, weight and bias whose product is scale * (h W^T + b), in the dtype of autocast on a GPU."""
         weight, bias, scale = self.weight, self.bias, self.distribution.scale
-        if hidden.is_cuda and torch.is_autocast_enabled("cuda"):  # as the model's own head would run
+        if self.distribution.in_fp32:
+            hidden, weight = hidden.float(), weight.float()
+        elif hidden.is_cuda and torch.is_autocast_enabled("cuda"):  # as the model's own head would run
             dtype = torch.get_autocast_dtype("cuda")
             hidden, weight = hidden.to(dtype), weight.to(dtype)
         if scale != 1.0:

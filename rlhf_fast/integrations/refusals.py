@@ -1,5 +1,6 @@
 """What does not fit is refused in one line, before anything is changed."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +28,10 @@ def refuse_trainer(trainer: Any) -> None:
         raise ValueError("trainer: expected use_liger_kernel=False, because Liger replaces the same layers, got True")
     if args.torch_compile:
         raise ValueError("trainer: expected torch_compile=False, because losses run eagerly, got True")
+    if getattr(args, "activation_offloading", False):  # of TRL
+        raise ValueError(
+            "trainer: expected activation_offloading=False, because it has not been tried with this package, got True"
+        )
     if args.n_gpu > 1:
         raise ValueError(f"trainer: expected one device a process, got {args.n_gpu}; start it by torchrun")
     parallelism = getattr(accelerator, "parallelism_config", None)
@@ -40,12 +45,17 @@ def refuse_trainer(trainer: Any) -> None:
 
 
 def refuse_model(model: PreTrainedModel) -> None:
-    """Raises for a model that is no decoder of text."""
+    """Raises for a model that is no decoder of text, or whose weights are not all here."""
     name = type(model).__name__
     if model.config.is_encoder_decoder:
         raise ValueError(f"trainer.model: expected a decoder, got the encoder-decoder {name}")
     if model.config.get_text_config() is not model.config:
         raise ValueError(f"trainer.model: expected a model of text alone, got {name}")
+    places = {str(place): None for place in (getattr(model, "hf_device_map", None) or {}).values()}
+    if len(places) > 1:
+        raise ValueError(f"trainer.model: expected all weights on one device, got a device map of {', '.join(places)}")
+    if any(hasattr(weight, "full_tensor") for weight in model.parameters()):
+        raise ValueError("trainer.model: expected whole weights in every process, got DTensors")
 
 
 def refuse_head(model: PreTrainedModel) -> None:
@@ -60,23 +70,23 @@ def refuse_head(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def compare(
-    model: PreTrainedModel, forward: Any, call: dict[str, Any], names: tuple[str, ...], whose: str, *, half: bool
-) -> None:
-    """Raises where the outputs for a short row are not those that the model's forward has.
-
-    forward: function of (model, **inputs). call: arguments that the model and `forward` get besides the row. names: of
-    the outputs. whose: in the error, such as "TRL's". half: the model's forward may run in bf16.
-    """
+def of_short_row(model: PreTrainedModel, forward: Callable[..., Any]) -> Any:
+    """What a forward of the model, function of (**inputs), makes of a short row with labels."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         (row,) = trial_rows(model, (12,))
-        inputs = {"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row}
-        theirs, ours = model(**inputs, **call), forward(model, **inputs, **call)
+        return forward(input_ids=row, attention_mask=torch.ones_like(row), labels=row)
     finally:
         for module in training:
             module.training = True
+
+
+def compare(model: PreTrainedModel, theirs: Any, ours: Any, names: tuple[str, ...], whose: str, *, half: bool) -> None:
+    """Raises where the outputs of two forwards for one row differ.
+
+    names: of the outputs. whose: in the error, such as "TRL's". half: the model's forward may run in bf16.
+    """
     tolerance = 5e-2 if half or next(model.parameters()).dtype in HALVES else 1e-3
     for name in names:
         if not torch.allclose(ours[name].float(), theirs[name].float(), tolerance, tolerance):

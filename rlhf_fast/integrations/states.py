@@ -3,7 +3,8 @@
 A packed pass leaves padding out of every layer, and runs a layer's norms, gated MLP and rotary embedding as one kernel
 each (`rlhf_fast.lm.packing`). Where a batch or a model does not fit, the model's own backbone runs, as without us.
 
-Left out: passes on GPUs, which have no such kernels; batches that are packed already (`position_ids`).
+Left out: passes on GPUs, which have no such kernels; batches that are packed already (`position_ids`); embeddings with
+a hook, such as the noise of `neftune_noise_alpha`, because a hook would see another shape.
 
 Shapes: B rows, L slots, M states, n real tokens, H hidden.
 """
@@ -19,6 +20,7 @@ from rlhf_fast.lm.fast_paths import not_taken
 from rlhf_fast.lm.packing import can_pack, real_hidden
 from rlhf_fast.lm.switches import difference, trial_rows
 from rlhf_fast.ops.dispatch import has_kernel
+from rlhf_fast.ops.private import has_forward_hooks
 
 _KNOWN = {"input_ids", "attention_mask", "use_cache", "return_dict", "output_attentions", "output_hidden_states"}
 _shiftable: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
@@ -76,6 +78,9 @@ def packs(model: PreTrainedModel, inputs: dict[str, Any], read: Tensor) -> bool:
     real = mask.bool()
     begins = torch.cat([real[:, :1], real[:, 1:] & ~real[:, :-1]], dim=1).sum(1)
     if not bool((begins == 1).all()) or bool((read & ~real).any()):  # a gap in a row moves its positions
+        return False
+    if has_forward_hooks(model.get_input_embeddings()):  # NEFTune's noise depends on the shape of a batch
+        not_taken("packed passes are", model, "its embeddings have a hook", "rows run padded")
         return False
     backbone: Any = model.base_model
     return can_pack(backbone) and (bool(real[:, 0].all()) or _can_shift(model))

@@ -10,7 +10,14 @@ from transformers import PreTrainedModel, Trainer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from rlhf_fast.integrations.forwards import Replaced, ask_routers, distribution_of, language_fields, summed_loss
-from rlhf_fast.integrations.refusals import base_model, compare, refuse_head, refuse_model, refuse_trainer
+from rlhf_fast.integrations.refusals import (
+    base_model,
+    compare,
+    of_short_row,
+    refuse_head,
+    refuse_model,
+    refuse_trainer,
+)
 from rlhf_fast.ops import token_logprobs
 from rlhf_fast.ops.reference import IGNORED_ID
 
@@ -30,8 +37,8 @@ class FusedTrainer(Trainer):
 
     Raises:
         ValueError: an encoder-decoder, a model of images, `use_liger_kernel`, `torch_compile`, DeepSpeed, FSDP or
-            another sharding; `label_smoothing_factor` with a model whose logits have a soft cap; a model whose loss on
-            a short row is another.
+            another sharding, several devices; `label_smoothing_factor` with a model whose logits have a soft cap; a
+            model whose loss on a short row is another.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -72,7 +79,8 @@ class FusedTrainer(Trainer):
 
         if not smoothing:  # transformers' smoothed loss is no output of the model
             half = self.accelerator.mixed_precision != "no"
-            compare(model, partial(forward, fused_loss=True), {}, ("loss",), "its own", half=half)
+            theirs, ours = (of_short_row(model, each) for each in (model, partial(forward, model, fused_loss=True)))
+            compare(model, theirs, ours, ("loss",), "its own", half=half)
         autocast: Any = self.accelerator.autocast  # which accelerate hangs on the model's forward
         self._replaced = Replaced(model, forward, autocast)
 

@@ -8,6 +8,7 @@ packed pass.
 Left out: sharded models, encoder-decoders, models of images.
 """
 
+from functools import partial
 from importlib.metadata import version
 from types import TracebackType
 from typing import Any
@@ -23,18 +24,22 @@ from rlhf_fast.integrations.forwards import (
     pooled_scores,
     summed_loss,
 )
-from rlhf_fast.integrations.refusals import MARK, base_model, compare, refuse_head, refuse_model, refuse_trainer
+from rlhf_fast.integrations.head import Distribution
+from rlhf_fast.integrations.refusals import (
+    MARK,
+    base_model,
+    compare,
+    of_short_row,
+    refuse_head,
+    refuse_model,
+    refuse_trainer,
+)
 from rlhf_fast.lm.private import GenericForSequenceClassification
 
 VERSION = "1.16"
-FIELDS = {
-    "SFTTrainer": ("entropy", "is_top1"),
-    "DPOTrainer": ("entropy", "mean_logits", "is_top1"),
-    "KTOTrainer": ("entropy", "mean_logits"),
-    "RLOOTrainer": ("entropy",),
-    "GRPOTrainer": ("entropy",),
-}
-"""What each trainer asks of its policy's head besides log-probs. A reference is asked for log-probs alone."""
+TRAINERS = ("SFTTrainer", "DPOTrainer", "KTOTrainer", "RLOOTrainer", "GRPOTrainer", "RewardTrainer")
+FIELDS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
+"""What a head may be asked for besides log-probs."""
 
 
 class Accelerated:
@@ -82,8 +87,8 @@ def accelerate_trainer(trainer: Any, *, packed: bool = True) -> Accelerated:
 
     Raises:
         ValueError: another trainer or version of TRL; a trainer that was changed already; `use_liger_kernel`,
-            `torch_compile`, DeepSpeed, FSDP or another sharding; an encoder-decoder; a model of images; a last layer
-            whose numbers this package does not reproduce.
+            `torch_compile`, `activation_offloading`, DeepSpeed, FSDP or another sharding, several devices; an
+            encoder-decoder; a model of images; a last layer whose numbers this package does not reproduce.
     """
     kind = _kind(trainer)
     refuse_trainer(trainer)
@@ -92,20 +97,23 @@ def accelerate_trainer(trainer: Any, *, packed: bool = True) -> Accelerated:
     if kind == "RewardTrainer":
         forwards = [(_classifier(model), pooled_scores)] if packed else []
         return Accelerated(trainer, forwards)
-    names = FIELDS[kind] + (("log_sum_sq_probs",) if getattr(trainer, "use_weighting", False) else ())
     temperature = getattr(trainer, "temperature", None) if kind in ("RLOOTrainer", "GRPOTrainer") else 1.0
-    summed = kind == "SFTTrainer" and trainer.args.loss_type == "nll"
-    heads = [(model, names, summed)]
+    in_fp32 = bool(getattr(trainer.args, "cast_lm_head_to_fp32", False))
+    heads = [(model, kind == "SFTTrainer" and trainer.args.loss_type == "nll")]
     if getattr(trainer, "ref_model", None) is not None:
         reference = base_model(trainer.accelerator.unwrap_model(trainer.ref_model, keep_fp32_wrapper=True))
-        heads.append((reference, (), False))
+        refuse_model(reference)
+        heads.append((reference, False))
     forwards: list[tuple[PreTrainedModel, Any]] = []
-    for part, asked, sums in heads:
+    for part, summed in heads:
         refuse_head(part)
-        forward = _fused_forward(part, float(temperature or 1.0), asked, sums, packed)
-        call = {"fused_lm_head": True}
-        fields = ("log_probs", *(name for name in asked if name != "is_top1"))
-        compare(part, forward, call, fields, "TRL's", half=trainer.accelerator.mixed_precision != "no")
+        theirs = of_short_row(part, partial(part, fused_lm_head=True))
+        names = tuple(name for name in FIELDS if name in theirs)
+        distribution = distribution_of(part.config, float(temperature or 1.0))._replace(in_fp32=in_fp32)
+        forward = _fused_forward(distribution, names, summed, packed)
+        ours = of_short_row(part, partial(forward, part, fused_lm_head=True))
+        compared = ("log_probs", *(name for name in names if name != "is_top1"))
+        compare(part, theirs, ours, compared, "TRL's", half=trainer.accelerator.mixed_precision != "no")
         forwards.append((part, forward))
     return Accelerated(trainer, forwards)
 
@@ -115,13 +123,12 @@ def _kind(trainer: Any) -> str:
     import trl  # pyright: ignore[reportMissingImports]
 
     name = f"{type(trainer).__module__}.{type(trainer).__qualname__}"
-    known = (*FIELDS, "RewardTrainer")
     if not version("trl").startswith(f"{VERSION}."):
         raise ValueError(f"trainer: expected a trainer of TRL {VERSION}, got TRL {version('trl')}")
-    for kind in known:
+    for kind in TRAINERS:
         if isinstance(trainer, getattr(trl, kind)):
             return kind
-    raise ValueError(f"trainer: expected one of TRL's {', '.join(known)}, got {name}")
+    raise ValueError(f"trainer: expected one of TRL's {', '.join(TRAINERS)}, got {name}")
 
 
 def _classifier(model: PreTrainedModel) -> PreTrainedModel:
@@ -131,11 +138,9 @@ def _classifier(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _fused_forward(model: PreTrainedModel, temperature: float, names: tuple[str, ...], summed: bool, pack: bool) -> Any:
+def _fused_forward(distribution: Distribution, names: tuple[str, ...], summed: bool, pack: bool) -> Any:
     """The forward behind `fused_lm_head=True`, as `trl.trainer.utils.add_fused_lm_head` describes it."""
     from trl.trainer.utils import FusedCausalLMOutput  # pyright: ignore[reportMissingImports]
-
-    distribution = distribution_of(model.config, temperature)
 
     def forward(
         model: PreTrainedModel,

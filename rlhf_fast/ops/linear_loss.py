@@ -75,8 +75,8 @@ def linear_loss(
 
     Raises:
         ValueError: as `linear_token_logprobs`; an unknown pack; token_ids that are not [B, T], or for pairs an odd
-            number of rows; normalizer <= 0; coefficients that return another shape than one
-            number per item.
+            number of rows; normalizer <= 0; coefficients that return another shape than one floating-point number
+            per item, or another device. An error that coefficients raise goes on as it is.
         RuntimeError: under torch.compile, which would need `coefficients` as an operator: call it eagerly; a second
             backward pass, as the gradients are handed over in the first.
     """
@@ -137,15 +137,27 @@ class _Items:
             logprobs, entropy = (
                 x.new_zeros(shape).view(-1).index_copy(0, places, x).view(shape) for x in (logprobs, entropy)
             )
-        losses = self.losses(logprobs, entropy, index)
+        losses = self._called(logprobs, entropy, index)
         got = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        expected = f"a function that returns shape [{len(index)}], one per {self.pack}"
+        expect(isinstance(losses, Tensor) and got == [len(index)], "coefficients", expected, got)
         expect(
-            got == [len(index)],
-            "coefficients",
-            f"a function that returns shape [{len(index)}], one per {self.pack}",
-            got,
+            losses.is_floating_point(), "coefficients", "a function that returns floating-point losses", losses.dtype
         )
+        expected = f"a function that returns losses on {logprobs.device}"
+        expect(losses.device == logprobs.device, "coefficients", expected, losses.device)
         return index, losses
+
+    def _called(self, logprobs: Tensor, entropy: Tensor, index: Tensor) -> Tensor:
+        """The function's result. Its error goes on as it is, with a note of what the function was given."""
+        try:
+            return self.losses(logprobs, entropy, index)
+        except Exception as error:
+            add_note = getattr(error, "add_note", None)  # from Python 3.11 on
+            if add_note is not None:
+                given = f"logprobs and entropy {list(logprobs.shape)}, index {list(index.shape)}"
+                add_note(f"linear_loss: raised by coefficients, which got {given} (pack={self.pack!r})")
+            raise
 
 
 def _in_forward(head: Head, items: _Items, scale: Tensor) -> tuple[LinearLoss, Gradients]:

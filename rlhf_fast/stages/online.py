@@ -232,7 +232,7 @@ class Online(Generic[Config]):
                 with meter.phase("rollout"):
                     generation = self.sampler(**self.question(step, more))
                 found = self._judged(meter, generation, self._round_prompts(step, more))
-                drawn = replaced(drawn, found, self.samples, pad_id(self.tokenizer))
+                drawn = replaced(drawn, found, self.samples, pad_id(self.tokenizer), self.ranks)
                 batches += 1
             rollout = drawn.rollout
             if self.samplers.remote:

@@ -100,3 +100,10 @@ def test_one_arch_or_all(tmp_path):
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
     message = "RLHF_FAST_CUDA_ARCH: expected a compute capability such as 90, got 'sm_90'"
     assert done.returncode and message in done.stderr
+
+
+def test_what_another_processor_runs_compiles():
+    """`.ci/aarch64` compiles and runs this file; here its calls have to fit the kernels of today."""
+    command = [os.environ.get("CXX", "g++"), "-std=c++17", "-fopenmp", "-fsyntax-only", "-Wall", "-Wextra", "-Werror"]
+    done = subprocess.run([*command, "-DISA=scalar", ROOT / "tests/emulation/numbers.cpp"], stderr=subprocess.PIPE)
+    assert done.returncode == 0, done.stderr.decode()

@@ -122,7 +122,7 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_the_output_is_that_of_TRLs_head(name, padding):
     model = MODELS[name]()
-    forward = _fused_forward(model, 0.9, ALL, False, True)
+    forward = _fused_forward(distribution_of(model.config, 0.9), ALL, False, True)
     add_fused_lm_head(model, temperature=0.9, outputs=("log_probs", *ALL))
     g = torch.Generator().manual_seed(1)
     ids = torch.randint(2, 37, (3, 9), generator=g)

@@ -1,10 +1,7 @@
 """TRL's trainers with our passes and heads inside: the numbers of 20 steps are those of the plain trainer."""
 
-import copy
-
 import pytest
 import torch
-import trl
 from peft import LoraConfig, PromptTuningConfig
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, Trainer, TrainingArguments
 
@@ -12,21 +9,16 @@ from rlhf_fast.integrations import states
 from rlhf_fast.integrations import trl as trl_integration
 from rlhf_fast.integrations.trl import accelerate_trainer
 from rlhf_fast.lm import fast_paths
-from tests.support import trainers
 from tests.support.trainers import (
-    PLAIN,
     assert_same_training,
-    classifier,
     history,
-    pair_rows,
+    made,
     policy,
-    sft_rows,
+    refused,
     tokenizer,
 )
 
-ROWS = {"processing_class": tokenizer()}
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-
 HEAD = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
 
 
@@ -37,22 +29,6 @@ def start(tmp_path_factory):
     policy().save_pretrained(directory)
     tokenizer().save_pretrained(directory)
     return str(directory)
-
-
-def made(name, tmp_path, model, *, rows=None, adapter=None, **options):
-    """A trainer of TRL by its name. model: a model, or a directory."""
-    torch.manual_seed(3)
-    base = PLAIN | {"gradient_checkpointing": False, "output_dir": str(tmp_path)}
-    given = dict(ROWS, peft_config=copy.deepcopy(adapter)) if adapter else dict(ROWS)
-    if name in ("RLOO", "GRPO"):
-        base |= {"num_generations": 4, "max_completion_length": 4, "beta": 0.05}
-        base |= {"per_device_train_batch_size": 8}  # two prompts, of which the shorter is padded
-        given["reward_funcs"] = trainers.reward_of_words
-    if name == "Reward":
-        model = classifier()
-    rows = rows or (pair_rows if name in ("DPO", "Reward") else sft_rows)
-    args = getattr(trl, f"{name}Config")(**base | options)
-    return getattr(trl, f"{name}Trainer")(model, args=args, train_dataset=rows(80), **given)
 
 
 @pytest.fixture
@@ -97,11 +73,7 @@ def test_other_adapters_of_peft(adapter, start, tmp_path):
 
 
 def test_kto(start, tmp_path):
-    def rows(number):
-        kept = sft_rows(number)
-        return kept.add_column("label", [n % 3 != 0 for n in range(number)])
-
-    plain, changed = (steps("KTO", tmp_path, start, rows=rows) for _ in range(2))
+    plain, changed = (steps("KTO", tmp_path, start) for _ in range(2))
     accelerate_trainer(changed)
     assert_same_training(plain, changed, steps=2)
 
@@ -175,6 +147,7 @@ def test_what_does_not_fit_is_refused_in_one_line(start, tmp_path, monkeypatch):
     for options, message in {
         ("use_liger_kernel", True): "use_liger_kernel=False, because Liger replaces the same layers, got True$",
         ("torch_compile", True): "torch_compile=False, because losses run eagerly, got True$",
+        ("activation_offloading", True): "activation_offloading=False, because it has not been tried .*, got True$",
     }.items():
         with monkeypatch.context() as patch:
             patch.setattr(trainer.args, *options)
@@ -190,6 +163,12 @@ def test_what_does_not_fit_is_refused_in_one_line(start, tmp_path, monkeypatch):
         config = AutoConfig.for_model("t5", vocab_size=37, d_model=8, d_ff=8, num_layers=1, num_heads=1, d_kv=8)
         patch.setattr(trainer, "model", AutoModelForSeq2SeqLM.from_config(config))
         refused(trainer, "a decoder, got the encoder-decoder T5ForConditionalGeneration$")
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.model, "hf_device_map", {"model.embed_tokens": 0, "model": 0, "lm_head": "cpu"}, False)
+        refused(trainer, "all weights on one device, got a device map of 0, cpu$")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.Parameter, "full_tensor", lambda weight: weight, raising=False)
+        refused(trainer, "whole weights in every process, got DTensors$")
     with monkeypatch.context() as patch:
         patch.setattr(trainer.model.config, "logit_scale", 0.5, raising=False)
         refused(trainer, "TRL's log_probs on a short row, got numbers that differ by")
@@ -207,11 +186,3 @@ def test_what_does_not_fit_is_refused_in_one_line(start, tmp_path, monkeypatch):
         refused(trainer, message)
     trainer.model.lm_head = head
     accelerate_trainer(trainer)
-
-
-def refused(trainer, message):
-    forward = trainer.model.forward
-    with pytest.raises(ValueError, match=rf"^trainer(\.model)?: expected .*{message}") as caught:
-        accelerate_trainer(trainer)
-    assert "\n" not in str(caught.value)
-    assert trainer.model.forward == forward

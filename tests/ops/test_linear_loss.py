@@ -1,5 +1,8 @@
 """A loss of one's own from hidden states: against its formula on logits in float64, and against the built-in losses."""
 
+import re
+import sys
+
 import pytest
 import torch
 from torch.nn.functional import logsigmoid
@@ -245,8 +248,17 @@ def test_errors():
         linear_loss(hidden, weight, ids, mean)
     with pytest.raises(ValueError, match=r"returns shape \[3\], one per row, got \[3, 5\]"):
         linear_loss(hidden, weight, ids, lambda logprobs, entropy, index: logprobs, pack="row")
-    with pytest.raises(ValueError, match="got float"):
-        linear_loss(hidden, weight, ids, lambda *_: 0.5)
+    for result, got in ((0.5, "float"), (None, "NoneType"), ([0.5] * 15, "list")):
+        with pytest.raises(ValueError, match=rf"coefficients: expected .* shape \[15\], one per token, got {got}$"):
+            linear_loss(hidden, weight, ids, lambda *_, result=result: result)
+    with pytest.raises(
+        ValueError, match=r"^coefficients: expected a function that returns floating-point losses, got torch\.bool$"
+    ):
+        linear_loss(hidden, weight, ids, lambda logprobs, *_: logprobs > 0)
+    with pytest.raises(ValueError, match="^coefficients: expected a function that returns losses on cpu, got meta$"):
+        linear_loss(hidden, weight, ids, lambda logprobs, *_: logprobs.to("meta"))
+    with pytest.raises(ValueError, match=r"^coefficients: expected a function of \(.*\), got a tensor of shape"):
+        linear_loss(hidden, weight, ids, hidden)
     with pytest.raises(ValueError, match="pack: expected one of token, row, pair, got 'batch'"):
         linear_loss(hidden, weight, ids, mean, pack="batch")
     with pytest.raises(ValueError, match="token_ids: expected an even number of rows, chosen then rejected"):
@@ -261,14 +273,46 @@ def test_errors():
         loss.backward()
 
 
-def test_compiled_code_runs_it_eagerly_or_says_that_it_cannot():
+@pytest.mark.parametrize("pack", LOSSES)
+@pytest.mark.parametrize("grad", [True, False])
+def test_an_error_of_the_function_goes_on_as_it_is(pack, grad):
+    """With a note of what the function got. The next call is none the worse for it."""
+    hidden, weight = inputs(torch.float32, bias=False)
+    wrong = KeyError("no such column")
+
+    def losses(logprobs, entropy, index):
+        if len(calls) == 2:
+            raise wrong
+        calls.append(list(logprobs.shape))
+        return LOSSES[pack](logprobs, entropy, index)
+
+    calls, options = [], dict(pack=pack, memory_budget=SMALLEST)
+    with torch.set_grad_enabled(grad):
+        if pack == "pair":
+            calls.append(None)
+        with pytest.raises(KeyError) as caught:
+            linear_loss(hidden, weight, IDS, losses, **options)
+    assert caught.value is wrong and len(calls) == 2
+    if sys.version_info >= (3, 11):
+        (note,) = wrong.__notes__
+        shape = re.escape(str(calls[1]) if pack != "token" else "[")
+        assert re.match(rf"linear_loss: raised by coefficients, which got logprobs and entropy {shape}.*{pack}", note)
+    again = linear_loss(hidden, weight, IDS, LOSSES[pack], **options).loss
+    assert torch.isfinite(torch.autograd.grad(again, hidden)[0]).all()
+
+
+def test_compiled_code_runs_it_eagerly_or_says_that_it_cannot(monkeypatch):
     hidden, weight = inputs(torch.float32, bias=False)
     call = lambda h: linear_loss(h, weight, IDS, cispo).loss * 2  # noqa: E731
     torch._dynamo.reset()
-    # torch 2.8 shows where the exception is raised, without its sentence
-    with pytest.raises(Exception, match="linear_loss: runs eagerly only|Observed exception"):
+    # torch shows the line that raises; torch 2.8 leaves out what the exception says
+    with pytest.raises(Exception, match=r'linear_loss\.py", line \d+, in linear_loss'):
         torch.compile(call, fullgraph=True, backend="eager")(hidden)
     torch._dynamo.reset()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        with pytest.raises(RuntimeError, match="^linear_loss: runs eagerly only; keep its caller out of torch.compile"):
+            call(hidden)
     aside = torch.compiler.disable(linear_loss)
     compiled = torch.compile(lambda h: aside(h, weight, IDS, cispo).loss * 2, backend="eager")
     torch.testing.assert_close(compiled(hidden), call(hidden))

@@ -1,5 +1,7 @@
 """The policy losses that a config names: denominators, options, dynamic sampling, and the numbers of a stage."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -7,13 +9,14 @@ import torch
 
 from rlhf_fast.config import GRPOConfig, PPOConfig, ReinforceConfig
 from rlhf_fast.ops import gae, grpo_advantages, length_adaptive_lambda, whiten
+from rlhf_fast.ranks import Ranks
 from rlhf_fast.rollout.generate import Rollout
 from rlhf_fast.stages import dynamic, grpo, ppo
 from rlhf_fast.stages.clipped import denominator, loss_options, scores_less_kl
 from rlhf_fast.stages.online import Experience, Online
 from rlhf_fast.training.meter import Meter
 from rlhf_fast.training.metrics import read_metrics
-from tests.support.stages import stage_config
+from tests.support.stages import PARITY, stage_config
 
 OWN = {"model": "m", "output_dir": "o", "train_data": "t", "reward": "f.py:r"}
 
@@ -53,7 +56,7 @@ def test_options():
 
 
 def some_rollout(B=4, T=3):
-    mask = torch.arange(T) < torch.tensor([3, 1, 2, 3])[:B, None]
+    mask = torch.arange(T) < torch.tensor([3, 1, 2, 3]).repeat(B // 4)[:, None]
     ids = torch.arange(B * T).view(B, T)
     return Rollout(ids, mask, ids, mask, -torch.rand(B, T) * mask, torch.rand(B, T) * mask, mask[:, -1])
 
@@ -160,7 +163,7 @@ class TestDynamicSampling:
         first, longer = some_rollout(), some_rollout(T=4)
         scores, more = torch.tensor([1.0, 1.0, 0.0, 1.0]), torch.tensor([0.5, 0.5, 0.2, 0.3])
         a = dynamic.Drawn(first, scores, None, {"x": scores.double()})
-        got = dynamic.replaced(a, dynamic.Drawn(longer, more, None, {"x": more.double()}), 2, pad=99)
+        got = dynamic.replaced(a, dynamic.Drawn(longer, more, None, {"x": more.double()}), 2, 99, Ranks())
         assert got.scores.tolist() == pytest.approx([0.2, 0.3, 0.0, 1.0])
         assert got.parts["x"].tolist() == pytest.approx([0.2, 0.3, 0.0, 1.0])
         assert got.rollout.response_ids.tolist() == [*longer.response_ids[2:].tolist(), [6, 7, 8, 99], [9, 10, 11, 99]]
@@ -168,12 +171,34 @@ class TestDynamicSampling:
         assert got.rollout.response_mask.sum(1).tolist() == [2, 3, 2, 3]
         assert torch.equal(got.rollout.logprobs[:2], longer.logprobs[2:])
 
+    @pytest.mark.parametrize("size", [2, 3])
+    def test_several_processes_replace_what_one_replaces(self, size):
+        """Prompts 0, 1 and 4 of 6 are even; of the second batch 2 and 5 are not, which other processes have sampled."""
+        scores, more = torch.arange(12.0), torch.ones(12)
+        scores[[1, 3, 9]] -= 1
+        more[[4, 11]] = 0.5
+        a = dynamic.Drawn(some_rollout(12), scores, None, {"x": scores.double()})
+        b = dynamic.Drawn(some_rollout(12, T=4), more, None, {"x": more.double()})
+        whole = dynamic.replaced(a, b, 2, 99, Ranks())
+        assert whole.scores.tolist() == [0.5, 1.0, 1.0, 0.5, *scores[4:].tolist()]
+
+        def one(ranks):
+            own = torch.arange(6)[ranks.part(6)]
+            return dynamic.replaced(a.prompts(own, 2), b.prompts(own, 2), 2, 99, ranks)
+
+        parts = in_threads(size, one)
+        assert [len(part.scores) for part in parts] == [12 // size] * size
+        for name, x in whole.rollout._asdict().items():
+            assert x is None or torch.equal(torch.cat([getattr(part.rollout, name) for part in parts]), x), name
+        assert torch.equal(torch.cat([part.scores for part in parts]), whole.scores)
+        assert torch.equal(torch.cat([part.parts["x"] for part in parts]), whole.parts["x"])
+
     @pytest.mark.parametrize("batches", [1, 3])
     def test_a_round_samples_until_no_prompt_is_even(self, batches, files, tiny_model, tmp_path):
         """A reward of a random bit: of 8 prompts with two samples half are even. A constant one: all, to the end."""
         options = {"group_size": 2, "max_num_gen_batches": batches, "max_response_length": 4, "kl_coef": 0.0}
         left = []
-        for reward in (f"{__file__}:parity", f"{__file__}:zero"):
+        for reward in (PARITY, f"{__file__}:zero"):
             config = stage_config(GRPOConfig, files, tiny_model, tmp_path, **options, reward=reward)
             experience = Online(config, "test", samples=2).collect(Meter("cpu"), 1)
             left.append(dynamic.even(experience.scores, 2).sum().item())
@@ -181,8 +206,20 @@ class TestDynamicSampling:
         assert left[0] > 0 if batches == 1 else left[0] < 3
 
 
-def parity(prompts, completions):
-    return [float(len(c) % 2) for c in completions]
+def in_threads(size, act):
+    """What act(ranks) returns in each of `size` threads that stand for processes."""
+    shared, barrier = [None] * size, threading.Barrier(size, timeout=30)
+
+    class Thread(Ranks):
+        def gather(self, value):
+            shared[self.rank] = value
+            barrier.wait()
+            found = list(shared)
+            barrier.wait()
+            return found
+
+    with ThreadPoolExecutor(size) as pool:
+        return [*pool.map(lambda rank: act(Thread(rank, size)), range(size))]
 
 
 def zero(prompts, completions):

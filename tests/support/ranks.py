@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_fast.data.rows import write_rows
 from rlhf_fast.stages.init import init_model
 from tests.support.models import model_config
-from tests.support.stages import LENGTHS, REWARD, distance, numbers, weights
+from tests.support.stages import LENGTHS, PARITY, REWARD, distance, numbers, weights
 
 ROOT = Path(__file__).parent.parent.parent
 Job = tuple[str, dict[str, Any]]  # the name of a stage, and the fields of its config
@@ -59,6 +59,7 @@ JOBS: dict[str, Job] = {
     "reinforce": ("reinforce", {"steps": 2, "gradient_checkpointing": True, "normalize_advantages": True}),
     "rloo": ("rloo", {"steps": 3, "group_size": 2, "top_k": 5, "normalize_advantages": True}),
     "grpo": ("grpo", {"steps": 2, "group_size": 4, "minibatches": 2, "epochs": 2, **DAPO}),
+    "grpo_dynamic": ("grpo", {"steps": 2, "group_size": 2, "max_num_gen_batches": 3, "reward": PARITY}),
     "online_dpo": ("online-dpo", {"steps": 2}),
 }
 SHORT = {"epochs": 1, "max_length": 48}

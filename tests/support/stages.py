@@ -30,7 +30,12 @@ def constant(prompts, completions):
     return [0.0] * len(completions)
 
 
-REWARD = f"{__file__}:shortness"
+def parity(prompts, completions):
+    """A reward that is the same for both samples of about every second prompt."""
+    return [float(len(c) % 2) for c in completions]
+
+
+REWARD, PARITY = (f"{__file__}:{name}" for name in ("shortness", "parity"))
 _FILES = {"sft": "sft", "preference": "pairs", "unpaired": "unpaired", "prompt": "prompts"}  # kind of rows -> file
 LENGTHS = {"max_prompt_length": 16, "max_response_length": 12}
 

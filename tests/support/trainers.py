@@ -1,10 +1,13 @@
 """Trainers of other libraries on a tiny model: the same run twice, with this package inside and without it."""
 
+import copy
 import random
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import datasets
+import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast, set_seed
@@ -63,6 +66,10 @@ def pair_rows(number: int) -> datasets.Dataset:
     )
 
 
+def labelled_rows(number: int) -> datasets.Dataset:
+    return sft_rows(number).add_column("label", [n % 3 != 0 for n in range(number)])
+
+
 def reward_of_words(completions: list[str], **_: Any) -> list[float]:
     """The share of words that end in 7, less a tenth of the length."""
     return [sum(w.endswith("7") for w in c.split()) / 4 - len(c.split()) / 10 for c in completions]
@@ -77,6 +84,37 @@ def classifier(architecture: str = "llama", seed: int = 0) -> Any:
 
 def policy(architecture: str = "llama", seed: int = 0) -> Any:
     return random_policy(architecture, 64, seed)
+
+
+def made(name: str, tmp_path: Path, model: Any, *, adapter: Any = None, given: Any = None, **options: Any) -> Any:
+    """A trainer of TRL by its name. model: a model, or a directory. given: more arguments; options: of the config."""
+    import trl  # which needs Python 3.11
+
+    torch.manual_seed(3)
+    base = PLAIN | {"gradient_checkpointing": False, "output_dir": str(tmp_path)}
+    given = {"processing_class": tokenizer(), **(given or {})}
+    if adapter:
+        given["peft_config"] = copy.deepcopy(adapter)
+    if name in ("RLOO", "GRPO"):
+        base |= {"num_generations": 4, "max_completion_length": 4, "beta": 0.05}
+        base |= {"per_device_train_batch_size": 8}  # two prompts, of which the shorter is padded
+        given["reward_funcs"] = reward_of_words
+    if name == "Reward":
+        model = classifier()
+    rows = {"DPO": pair_rows, "Reward": pair_rows, "KTO": labelled_rows}.get(name, sft_rows)(80)
+    args = getattr(trl, f"{name}Config")(**base | options)
+    return getattr(trl, f"{name}Trainer")(model, args=args, train_dataset=rows, **given)
+
+
+def refused(trainer: Any, message: str) -> None:
+    """`accelerate_trainer` refuses the trainer in one line, and changes nothing."""
+    from rlhf_fast.integrations.trl import accelerate_trainer
+
+    forward = trainer.model.forward
+    with pytest.raises(ValueError, match=rf"^trainer(\.model)?: expected .*{message}") as caught:
+        accelerate_trainer(trainer)
+    assert "\n" not in str(caught.value)
+    assert trainer.model.forward == forward
 
 
 def history(trainer: Any) -> tuple[list[dict[str, float]], torch.Tensor]:
