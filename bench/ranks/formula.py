@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers import PreTrainedModel
 
-from bench.ranks.traffic import NORM, NUMBERS
+from bench.ranks.traffic import NUMBERS
 from rlhf_fast.lm.precision import HALVES, decoder_layers
 from rlhf_fast.methods import METHODS, STAGES
 
@@ -86,7 +86,7 @@ def collectives(work: Work, sizes: dict[str, Sizes], shards: bool) -> Kinds:
             gradients = (size.layer_numbers + size.root_numbers) * size.gradient_bytes
             _add(found, GATHER, passes * (2 * size.layers + 1), passes * gathered)
             _add(found, SCATTER, passes * (size.layers + 1), passes * gradients)
-            _add(found, NORM, work.updates, work.updates * size.gradient_bytes)
+            _add(found, ADD, work.updates, work.updates * size.parameters * size.gradient_bytes)  # for the norm
     else:
         for role in trained:
             size = sizes[role]

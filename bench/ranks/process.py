@@ -22,7 +22,7 @@ from bench.ranks.formula import Sizes, sizes_of
 from bench.ranks.traffic import Traffic
 from rlhf_fast.methods import STAGES, load
 from rlhf_fast.ranks import Ranks, current
-from rlhf_fast.rollout.sampler import LocalSampler
+from rlhf_fast.rollout import sampler
 from rlhf_fast.training.listeners import Listener
 from rlhf_fast.training.run import Run
 
@@ -102,22 +102,22 @@ class Counter(Listener):
 @contextmanager
 def watched(traffic: Traffic) -> Iterator[None]:
     """Inside, collectives in a decode are of the phase `decoding`, and exchanges of numbers are known as such."""
-    decode, gather = LocalSampler.__call__, Ranks.gather
+    decode, gather = sampler.generate, Ranks.gather
 
-    def decoding(self: LocalSampler, *arguments: Any, **options: Any) -> Any:
+    def decoding(*arguments: Any, **options: Any) -> Any:
         with traffic.phase(DECODING):
-            return decode(self, *arguments, **options)
+            return decode(*arguments, **options)
 
     def exchange(self: Ranks, value: Any) -> list[Any]:
         with traffic.numbers():
             return gather(self, value)
 
-    LocalSampler.__call__, Ranks.gather = decoding, exchange
+    sampler.generate, Ranks.gather = decoding, exchange
     try:
         with traffic:
             yield
     finally:
-        LocalSampler.__call__, Ranks.gather = decode, gather
+        sampler.generate, Ranks.gather = decode, gather
 
 
 def main() -> None:

@@ -31,9 +31,8 @@ KINDS = {  # words in an operator's name -> what the tables call it; the first t
     "barrier": "barrier",
 }
 _NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
-_NO_TRAFFIC = ("wait_tensor", "wait_work")
+_NO_TRAFFIC = ("wait_tensor", "wait_work", "_wrap_tensor")
 NUMBERS = "numbers"  # what the tables call an exchange of a handful of numbers
-NORM = "all-reduce of one number"
 OUTSIDE = "outside of phases"
 
 Counts = dict[str, dict[str, dict[str, int]]]
@@ -85,8 +84,6 @@ class Traffic(TorchDispatchMode):
             size = sum(sizes) - size
         if self._numbers:
             kind = NUMBERS
-        elif kind == "all-reduce" and size <= 8:
-            kind = NORM
         counted = self._counts.setdefault(self._phase, {}).setdefault(kind, {"count": 0, "bytes": 0})
         counted["count"] += 1
         counted["bytes"] += size

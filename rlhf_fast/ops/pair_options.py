@@ -110,7 +110,8 @@ def check_dpo_arguments(
 ) -> tuple[PairOptions, PairConstants]:
     """Check the arguments of `dpo_loss`; returns them as the operators take them."""
     names = (loss_type,) if isinstance(loss_type, str) else loss_type
-    expect(isinstance(names, (tuple, list)), "loss_type", "a name, or several in a list", shown(loss_type))
+    if not isinstance(names, (tuple, list)):
+        raise ValueError(f"loss_type: expected a name, or several in a list, got {shown(loss_type)}")
     names = tuple(names)
     expect(len(names) > 0, "loss_type", "a name, or several", list(names))
     for name in names:
@@ -118,7 +119,8 @@ def check_dpo_arguments(
     expect(len(set(names)) == len(names), "loss_type", "each name once", list(names))
     weights = (1.0,) * len(names) if loss_weights is None else loss_weights
     expected = f"a finite number for each of {len(names)} losses"
-    expect(isinstance(weights, (tuple, list)), "loss_weights", expected, shown(weights))
+    if not isinstance(weights, (tuple, list)):
+        raise ValueError(f"loss_weights: expected {expected}, got {shown(weights)}")
     weights = tuple(weights)
     expect(len(weights) == len(names), "loss_weights", expected, list(weights))
     for weight in weights:

@@ -83,7 +83,8 @@ def check_ppo_options(
         expect(objective == "clip", "dual_clip", f"None, as {objective} has none", dual_clip)
         check_number("dual_clip", dual_clip, "a number > 1 or None", lambda x: x > 1)
     taus: tuple = tuple(sapo_temperature) if isinstance(sapo_temperature, (tuple, list)) else (sapo_temperature,)
-    expect(len(taus) == 2, "sapo_temperature", "two numbers, (positive, negative)", shown(sapo_temperature))
+    if len(taus) != 2:
+        raise ValueError(f"sapo_temperature: expected two numbers, (positive, negative), got {shown(sapo_temperature)}")
     positive, negative = taus
     for tau in taus:  # e^tau has to be a float32
         check_number("sapo_temperature", tau, "numbers in (0, 80]", lambda x: 0 < x <= 80)

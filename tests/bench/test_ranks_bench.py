@@ -100,11 +100,10 @@ def test_the_computed_table_is_in_the_documents_as_the_command_prints_it(monkeyp
 def test_computed_seconds_by_hand():
     setting, (near, far) = computed.Setting("sft", computed.Model("m", 2, 8, 2), 4, 8, 1), computed.MACHINES
     assert computed.compute_seconds(setting, near) == pytest.approx(6 * 10 * 4 / (0.4 * 989e12))
-    gathered, scattered = (2 * 8 + 2) * 2, 10 * 4
-    assert computed.sending_seconds(setting, near, "full") == pytest.approx(
-        (gathered + scattered) * 7 / 8 / (0.7 * 450e9)
-    )
-    hybrid = (gathered + scattered) * 7 / 8 / (0.7 * 450e9) + scattered / (0.7 * 50e9)
+    gathered, scattered, norm = (2 * 8 + 2) * 2, 10 * 4, 2 * 4 * (9 * 2 + 3)  # the norm is added up: twice around
+    inside = (gathered + scattered + norm) * 7 / 8 / (0.7 * 450e9)
+    assert computed.sending_seconds(setting, near, "full") == pytest.approx(inside)
+    hybrid = inside + scattered / (0.7 * 50e9)
     assert computed.sending_seconds(setting, far, "hybrid") == pytest.approx(hybrid)
     added = 2 * 4 * (10 + 9 * 2 + 3)  # twice around; a number for each parameter goes with the gradients
     assert computed.sending_seconds(setting, far, "none") == pytest.approx(added * 15 / 16 / (0.7 * 50e9))

@@ -201,10 +201,13 @@ def test_a_dry_run_plans_as_many_processes_as_a_launcher_starts(tiny_model, monk
 
 
 def test_messages_that_add_up_gradients():
-    """Gradients of one dtype share a message until it has 16 million numbers; half precision is added in float32."""
+    """Gradients of one dtype share a message until it has 16 million numbers; half precision is added in float32.
+
+    With each gradient goes a number.
+    """
     large, small, half = (
         torch.empty(n, dtype=d, device="meta") for n, d in ((1 << 24, None), (5, None), (7, torch.bfloat16))
     )
-    assert ranks.bytes_to_add([large, small, half]) == 4 << 24
-    assert ranks.bytes_to_add([small, large, half]) == (4 << 24) + 20
-    assert ranks.bytes_to_add([half]) == 28 and ranks.bytes_to_add([]) == 0
+    assert ranks.bytes_to_add([large, small, half]) == 4 * ((1 << 24) + 1)
+    assert ranks.bytes_to_add([small, large, half]) == 4 * ((1 << 24) + 5 + 2)
+    assert ranks.bytes_to_add([half]) == 4 * (7 + 1) and ranks.bytes_to_add([]) == 0

@@ -75,7 +75,9 @@ def test_shares_are_consecutive_and_differ_by_one_row_at_most():
 def test_processes_wait_two_hours_for_a_slow_reward_function(monkeypatch):
     waits = []
     monkeypatch.setattr(dist, "is_initialized", lambda: False)
-    monkeypatch.setattr(ranks, "rendezvous", lambda url, timeout: iter([waits.append(timeout) or (None, 0, 2)]))
+    monkeypatch.setattr(
+        ranks, "rendezvous", lambda url, timeout: iter([waits.append(timeout) or (dist.HashStore(), 0, 1)])
+    )
     monkeypatch.setattr(dist, "init_process_group", lambda *_, timeout, **__: waits.append(timeout))
     monkeypatch.setattr(ranks.atexit, "register", lambda _: None)
     monkeypatch.setattr(ranks, "_store", None)
