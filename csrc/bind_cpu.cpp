@@ -3,6 +3,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <array>
 #include <cstdlib>
 #include <string>
@@ -58,6 +66,40 @@ void set_isa(const std::string& name) {
                           ", got '" + name + "'");
 }
 
+// The units of this CPU that multiply bfloat16, by the numbers that matmul_bf16 takes.
+bool has_bf16_unit(int unit) {
+    if (level < 2) return false;
+#if defined(__x86_64__) && defined(__linux__)
+    unsigned a, b, c, d;
+    if (unit == 1) return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+    // The system keeps AMX's registers for a process that asks, from the first question on.
+    if (unit == 2)
+        return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && (d >> 24 & 1) &&
+               syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* the data of tiles */) == 0;
+#endif
+    (void)unit;
+    return false;
+}
+
+std::vector<int> bf16_units() {
+    std::vector<int> units;
+    for (int unit : {1, 2})
+        if (has_bf16_unit(unit)) units.push_back(unit);
+    return units;
+}
+
+// AMX, else vdpbf16ps where it is faster than the fused multiply-add of floats: not on Intel's CPUs.
+int bf16_unit() {
+    static const bool amx = has_bf16_unit(2);
+    if (level < 2) return 0;
+    if (amx) return 2;
+#if defined(__x86_64__)
+    return !__builtin_cpu_is("intel") && has_bf16_unit(1) ? 1 : 0;
+#else
+    return 0;
+#endif
+}
+
 template <typename Result, typename... Args>
 void define(py::module_& module, const char* name, const std::array<Result (*)(Args...), 3>& versions) {
     module.def(name, [versions](Args... args) {
@@ -75,12 +117,15 @@ PYBIND11_MODULE(_cpu, module) {
     module.def("isa", [] { return kNames[level]; });
     module.def("isas", isas);
     module.def("set_isa", set_isa);
+    module.def("bf16_units", bf16_units);
+    module.def("bf16_unit", bf16_unit);
 #define RLHF_DEFINE(op) define(module, #op, std::array<decltype(&rlhf::scalar::op), 3> RLHF_VERSIONS(op))
     RLHF_DEFINE(token_logprobs);
     RLHF_DEFINE(token_logprobs_backward);
     RLHF_DEFINE(token_kl);
     RLHF_DEFINE(token_kl_backward);
     RLHF_DEFINE(sample_tokens);
+    RLHF_DEFINE(matmul_bf16);
     RLHF_DEFINE(decode_attention);
     RLHF_DEFINE(add_rms_norm);
     RLHF_DEFINE(add_rms_norm_backward);

@@ -16,6 +16,12 @@ def isas() -> list[str]:
 def set_isa(name: str, /) -> None:
     """Use this instruction set; ValueError if the CPU does not have it."""
 
+def bf16_units() -> list[int]:
+    """The units of this CPU, in this instruction set, that multiply bfloat16: 1 vdpbf16ps, 2 AMX."""
+
+def bf16_unit() -> int:
+    """The unit that is faster than float32 in the fused heads; 0: none."""
+
 def token_logprobs(
     logits: int, dtype: int, row_stride: int, ids: int, N: int, V: int, inv_temperature: float, softcap: float,
     logprobs: int, entropy: int, stats: int, threads: int, /,
@@ -25,7 +31,7 @@ def token_logprobs(
 def token_logprobs_backward(
     logits: int, dtype: int, row_stride: int, ids: int, N: int, V: int, inv_temperature: float, softcap: float,
     logprobs: int, entropy: int, stats: int, grad_logprobs: int, grad_entropy: int, grad_logits: int,
-    grad_row_stride: int, threads: int, /,
+    grad_dtype: int, grad_row_stride: int, threads: int, /,
 ) -> None:
     """Gradient of log-probs and entropies by the logits; grad_logits may be logits."""
 
@@ -39,7 +45,7 @@ def token_kl(
 def token_kl_backward(
     logits: int, dtype: int, row_stride: int, ref_logits: int, ref_row_stride: int, ids: int, N: int, V: int,
     inv_temperature: float, softcap: float, logprobs: int, entropy: int, stats: int, grad_logprobs: int,
-    grad_entropy: int, grad_kl: int, grad_logits: int, grad_row_stride: int, threads: int, /,
+    grad_entropy: int, grad_kl: int, grad_logits: int, grad_dtype: int, grad_row_stride: int, threads: int, /,
 ) -> None:
     """Gradient of log-probs, entropies and KL by the logits; grad_logits may be logits."""
 
@@ -48,6 +54,12 @@ def sample_tokens(
     tokens: int, logprobs: int, entropy: int, threads: int, /,
 ) -> int:
     """A token per row, its log-prob and the entropy; -1, or the first row without a distribution."""
+
+def matmul_bf16(
+    unit: int, M: int, N: int, K: int, left: int, left_row_stride: int, left_k_stride: int, right: int,
+    right_k_stride: int, right_column_stride: int, sums: int, sums_row_stride: int, add: bool, threads: int, /,
+) -> bool:
+    """Product of bfloat16 matrices with float32 sums; False where this instruction set has no unit for it."""
 
 def decode_attention(
     dtype: int, heads: int, n: int, Q: int, K: int, D: int, cosines: int, sines: int, positions: int, starts: int,

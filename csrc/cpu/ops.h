@@ -12,14 +12,15 @@ namespace rlhf::ISA {
 
 // Returns -1, or the first row whose token id is outside [0, V) and not -100. stats[N, 2], which the backward pass
 // reads: a shift near the row's largest logit (after the softcap, before the temperature), and the log of the sum of
-// e^((logit - shift) / temperature).
+// e^((logit - shift) / temperature). The gradient has the logits' dtype, or is bfloat16 by float logits; it may lie
+// over the logits, each row at the start of the row's memory.
 int64_t token_logprobs(Pointer logits, int dtype, int64_t row_stride, Pointer ids, int64_t N, int64_t V,
                        double inv_temperature, double softcap, Pointer logprobs, Pointer entropy, Pointer stats,
                        int threads);
 void token_logprobs_backward(Pointer logits, int dtype, int64_t row_stride, Pointer ids, int64_t N, int64_t V,
                              double inv_temperature, double softcap, Pointer logprobs, Pointer entropy, Pointer stats,
-                             Pointer grad_logprobs, Pointer grad_entropy, Pointer grad_logits, int64_t grad_row_stride,
-                             int threads);
+                             Pointer grad_logprobs, Pointer grad_entropy, Pointer grad_logits, int grad_dtype,
+                             int64_t grad_row_stride, int threads);
 // token_logprobs of the policy's logits, and the KL to the reference's ref_logits. stats[N, 4]: the policy's shift and
 // log of the sum as above; a centre, the policy's mean of ref_logit - logit, rounded; the policy's mean of
 // (ref_logit - logit - centre) / temperature, NaN where the KL is infinite.
@@ -29,10 +30,17 @@ int64_t token_kl(Pointer logits, int dtype, int64_t row_stride, Pointer ref_logi
 void token_kl_backward(Pointer logits, int dtype, int64_t row_stride, Pointer ref_logits, int64_t ref_row_stride,
                        Pointer ids, int64_t N, int64_t V, double inv_temperature, double softcap, Pointer logprobs,
                        Pointer entropy, Pointer stats, Pointer grad_logprobs, Pointer grad_entropy, Pointer grad_kl,
-                       Pointer grad_logits, int64_t grad_row_stride, int threads);
+                       Pointer grad_logits, int grad_dtype, int64_t grad_row_stride, int threads);
 // Returns -1, or the first row without a distribution: a row with NaN or +inf, or with no logit above -inf.
 int64_t sample_tokens(Pointer logits, int dtype, int64_t row_stride, int64_t N, int64_t V, double inv_temperature,
                       Pointer uniforms, Pointer greedy, Pointer tokens, Pointer logprobs, Pointer entropy, int threads);
+
+// sums [M, N] = left [M, K] x right [K, N], or sums += ... with `add`: bfloat16 factors, float sums, by the unit of
+// `bf16_units` with this number. One stride of each factor is 1. Returns false, and does nothing, where this
+// instruction set has no unit.
+bool matmul_bf16(int unit, int64_t M, int64_t N, int64_t K, Pointer left, int64_t left_row_stride,
+                 int64_t left_k_stride, Pointer right, int64_t right_k_stride, int64_t right_column_stride,
+                 Pointer sums, int64_t sums_row_stride, bool add, int threads);
 
 // Attention of one new token of each of n rows. heads [n, Q + 2 K, D] holds the token's queries, keys and values. The
 // kernel writes keys and values to slot `slot` of cache [n, 2 K, S, D]. The queries attend to the slots from

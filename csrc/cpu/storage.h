@@ -105,5 +105,13 @@ inline auto with_storage(int dtype, Function function) {
     }
 }
 
+// Calls the function with values of the storage types of logits and of their gradient: the same, or bfloat16 for the
+// gradient by floats.
+template <typename Function>
+inline void with_gradient(int dtype, int grad_dtype, Function function) {
+    if (dtype == 0 && grad_dtype == 1) return function(float(), bfloat16());
+    with_storage(dtype, [&](auto storage) { function(storage, storage); });
+}
+
 }  // namespace
 }  // namespace rlhf::ISA

@@ -104,9 +104,10 @@ inline void gradients_of(const T* z, const T* z_ref, T* g, int64_t n, PairGradie
     for (int64_t k = 0; k < n; ++k) g[k] = row.template at<kNear>(z[k], z_ref[k]);
 }
 
-// Gradient of the columns [begin, end) of one row. out may be the same memory as row.
-template <typename In, typename T>
-void row_gradient(const In* row, const In* ref_row, In* out, int64_t begin, int64_t end, int64_t target,
+// Gradient of the columns [begin, end) of one row. out may be the same memory as row, for a narrower Out too, because a
+// block is written only after it has been read, onto numbers that have been read.
+template <typename In, typename Out, typename T>
+void row_gradient(const In* row, const In* ref_row, Out* out, int64_t begin, int64_t end, int64_t target,
                   double inv_temperature, double softcap, double logprob, double entropy, const T* stats,
                   PairUpstream by) {
     alignas(64) T buffer[kBlock], ref_buffer[kBlock], gradients[kBlock];
@@ -120,34 +121,38 @@ void row_gradient(const In* row, const In* ref_row, In* out, int64_t begin, int6
         const T* z = block(row + i, n, softcap, buffer);
         const T* z_ref = block(ref_row + i, n, softcap, ref_buffer);
         T* g = gradients;
-        if constexpr (sizeof(In) == sizeof(T)) g = out + i;
+        if constexpr (std::is_same_v<Out, T>) g = out + i;
         is_near_0(gradient.centre) ? gradients_of<true>(z, z_ref, g, n, gradient)
                                    : gradients_of<false>(z, z_ref, g, n, gradient);
         if (softcap != 0) {
 #pragma omp simd
             for (int64_t k = 0; k < n; ++k) g[k] = through_softcap(z[k], g[k], T(softcap));
         }
-        if constexpr (sizeof(In) != sizeof(T)) store(gradients, out + i, n);
+        if constexpr (!std::is_same_v<Out, T>) {
+            asm volatile("" : : : "memory");  // because the compiler takes pointers of two types for two places
+            store(gradients, out + i, n);
+        }
     }
     if (!has_target) return;
     const T at_target = gradient.at_target(z_t, z_ref_t, logprob, entropy, by, inv_temperature);
     narrow(through_softcap(z_t, at_target, T(softcap)), out[target]);
 }
 
-template <typename In>
+template <typename In, typename Out>
 void backward(const Rows<In>& rows, int64_t N, Pointer logprobs, Pointer entropy, Pointer stats, Pointer grad_logprobs,
-              Pointer grad_entropy, Pointer grad_kl, In* grad_logits, int64_t grad_stride, int threads) {
+              Pointer grad_entropy, Pointer grad_kl, Out* grad_logits, int64_t grad_stride, int threads) {
     using T = Compute<In>;
-    const int64_t V = rows.V, segments = segments_of(V);
+    // A narrower row that may lie over its logits is one task, because its segments need their order.
+    const int64_t V = rows.V, columns = std::is_same_v<In, Out> ? kSegment : V, segments = (V + columns - 1) / columns;
     const int team = team_size(N * V, threads);
-    if (grad_logits != rows.logits && N > 0) prefer_huge_pages(grad_logits, (N - 1) * grad_stride + V);
+    if ((const void*)grad_logits != rows.logits && N > 0) prefer_huge_pages(grad_logits, (N - 1) * grad_stride + V);
     const auto upstream = [](Pointer grad, int64_t i) { return grad ? double(grad.as<T>()[i]) : 0.0; };
 #pragma omp parallel for num_threads(team) schedule(static)
     for (int64_t task = 0; task < N * segments; ++task) {
-        const int64_t i = task / segments, begin = task % segments * kSegment, end = minimum(begin + kSegment, V);
-        In* out = grad_logits + i * grad_stride;
+        const int64_t i = task / segments, begin = task % segments * columns, end = minimum(begin + columns, V);
+        Out* out = grad_logits + i * grad_stride;
         if (rows.ids[i] == kMasked) {
-            memset(out + begin, 0, size_t(end - begin) * sizeof(In));
+            memset(out + begin, 0, size_t(end - begin) * sizeof(Out));
             continue;
         }
         row_gradient(rows.policy(i), rows.reference(i), out, begin, end, rows.ids[i], rows.inv_temperature,
@@ -181,11 +186,12 @@ int64_t token_kl(Pointer logits, int dtype, int64_t row_stride, Pointer ref_logi
 void token_kl_backward(Pointer logits, int dtype, int64_t row_stride, Pointer ref_logits, int64_t ref_row_stride,
                        Pointer ids, int64_t N, int64_t V, double inv_temperature, double softcap, Pointer logprobs,
                        Pointer entropy, Pointer stats, Pointer grad_logprobs, Pointer grad_entropy, Pointer grad_kl,
-                       Pointer grad_logits, int64_t grad_row_stride, int threads) {
-    with_storage(dtype, [&](auto storage) {
+                       Pointer grad_logits, int grad_dtype, int64_t grad_row_stride, int threads) {
+    with_gradient(dtype, grad_dtype, [&](auto storage, auto gradient) {
         using In = decltype(storage);
+        using Out = decltype(gradient);
         const auto rows = rows_of<In>(logits, row_stride, ref_logits, ref_row_stride, V, ids, inv_temperature, softcap);
-        backward(rows, N, logprobs, entropy, stats, grad_logprobs, grad_entropy, grad_kl, grad_logits.as<In>(),
+        backward(rows, N, logprobs, entropy, stats, grad_logprobs, grad_entropy, grad_kl, grad_logits.as<Out>(),
                  grad_row_stride, threads);
     });
 }

@@ -63,9 +63,10 @@ inline __attribute__((always_inline)) void gradients(const T* z, T* g, int n, T 
 }
 
 // Gradient of the columns [begin, end) of one row: dz_j = gL (1[j = t] - p_j) - gH p_j (log p_j + H), then the chain
-// rule through the temperature and the softcap. out may be the same memory as row.
-template <typename In>
-void row_gradient(const In* row, In* out, int64_t begin, int64_t end, int64_t target, double inv_temperature,
+// rule through the temperature and the softcap. out may be the same memory as row, for a narrower Out too, because a
+// block is written only after it has been read, onto numbers that have been read.
+template <typename In, typename Out>
+void row_gradient(const In* row, Out* out, int64_t begin, int64_t end, int64_t target, double inv_temperature,
                   double softcap, double logprob, double entropy, double shift, double log_sum, double grad_logprob,
                   double grad_entropy) {
     using T = Compute<In>;
@@ -81,7 +82,7 @@ void row_gradient(const In* row, In* out, int64_t begin, int64_t end, int64_t ta
         const int64_t n = minimum(kBlock, end - i);
         const T* z = block(row + i, n, softcap, buffer);
         T* g = gradient;
-        if constexpr (sizeof(In) == sizeof(T)) g = out + i;
+        if constexpr (std::is_same_v<Out, T>) g = out + i;
         int64_t k = 0;
         for (; k + kLine <= n; k += kLine) {
             fetch(row + i + k);
@@ -92,7 +93,10 @@ void row_gradient(const In* row, In* out, int64_t begin, int64_t end, int64_t ta
 #pragma omp simd
             for (k = 0; k < n; ++k) g[k] *= 1 - (z[k] / cap_) * (z[k] / cap_);
         }
-        if constexpr (sizeof(In) != sizeof(T)) store(gradient, out + i, n);
+        if constexpr (!std::is_same_v<Out, T>) {
+            asm volatile("" : : : "memory");  // because the compiler takes pointers of two types for two places
+            store(gradient, out + i, n);
+        }
     }
     if (!has_target) return;
     const double by_softcap = softcap == 0 ? 1 : 1 - (z_t / softcap) * (z_t / softcap);
@@ -100,20 +104,21 @@ void row_gradient(const In* row, In* out, int64_t begin, int64_t end, int64_t ta
            out[target]);
 }
 
-template <typename In>
+template <typename In, typename Out>
 void backward(const In* logits, int64_t row_stride, const int64_t* ids, int64_t N, int64_t V, double inv_temperature,
               double softcap, Pointer logprobs, Pointer entropy, Pointer stats, Pointer grad_logprobs,
-              Pointer grad_entropy, In* grad_logits, int64_t grad_row_stride, int threads) {
+              Pointer grad_entropy, Out* grad_logits, int64_t grad_row_stride, int threads) {
     using T = Compute<In>;
-    const int64_t segments = segments_of(V);
+    // A narrower row that may lie over its logits is one task, because its segments need their order.
+    const int64_t columns = std::is_same_v<In, Out> ? kSegment : V, segments = (V + columns - 1) / columns;
     const int team = team_size(N * V, threads);
-    if (grad_logits != logits && N > 0) prefer_huge_pages(grad_logits, (N - 1) * grad_row_stride + V);
+    if ((const void*)grad_logits != logits && N > 0) prefer_huge_pages(grad_logits, (N - 1) * grad_row_stride + V);
 #pragma omp parallel for num_threads(team) schedule(static)
     for (int64_t task = 0; task < N * segments; ++task) {
-        const int64_t i = task / segments, begin = task % segments * kSegment, end = minimum(begin + kSegment, V);
-        In* out = grad_logits + i * grad_row_stride;
+        const int64_t i = task / segments, begin = task % segments * columns, end = minimum(begin + columns, V);
+        Out* out = grad_logits + i * grad_row_stride;
         if (ids[i] == kMasked) {
-            memset(out + begin, 0, size_t(end - begin) * sizeof(In));
+            memset(out + begin, 0, size_t(end - begin) * sizeof(Out));
             continue;
         }
         row_gradient(logits + i * row_stride, out, begin, end, ids[i], inv_temperature, softcap,
@@ -140,12 +145,13 @@ int64_t token_logprobs(Pointer logits, int dtype, int64_t row_stride, Pointer id
 
 void token_logprobs_backward(Pointer logits, int dtype, int64_t row_stride, Pointer ids, int64_t N, int64_t V,
                              double inv_temperature, double softcap, Pointer logprobs, Pointer entropy, Pointer stats,
-                             Pointer grad_logprobs, Pointer grad_entropy, Pointer grad_logits, int64_t grad_row_stride,
-                             int threads) {
-    with_storage(dtype, [&](auto storage) {
+                             Pointer grad_logprobs, Pointer grad_entropy, Pointer grad_logits, int grad_dtype,
+                             int64_t grad_row_stride, int threads) {
+    with_gradient(dtype, grad_dtype, [&](auto storage, auto gradient) {
         using In = decltype(storage);
+        using Out = decltype(gradient);
         backward(logits.as<const In>(), row_stride, ids.as<const int64_t>(), N, V, inv_temperature, softcap, logprobs,
-                 entropy, stats, grad_logprobs, grad_entropy, grad_logits.as<In>(), grad_row_stride, threads);
+                 entropy, stats, grad_logprobs, grad_entropy, grad_logits.as<Out>(), grad_row_stride, threads);
     });
 }
 

@@ -1,5 +1,5 @@
 // The CUDA kernels' signatures. They are those of cpu/ops.h with the stream, as an integer, in place of the number of
-// threads, and with further arguments:
+// threads, without grad_dtype, because a gradient has the logits' dtype, and with further arguments:
 //   normalizer   address of a double on the device that replaces the denominator, or 0
 //   loss         a tensor of its own for stats[0]
 //   scratch      kScratchBytes of device memory that no other stream uses, all 0 before the first launch

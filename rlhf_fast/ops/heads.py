@@ -5,29 +5,29 @@ hidden states, weight and bias. The next chunk takes the buffer over, so that no
 sizes the chunks. Masked tokens reach no matmul.
 
 Logits and sums are float32 (float64 for float64 input) whatever the input, because a sum over tokens in half precision
-loses digits. A half-precision weight is widened one tile at a time. On a GPU the matmuls read bfloat16 as it is and
-write float32; the gradient by the logits is rounded to bfloat16 once, before its matmuls.
+loses digits.
 
-Leaves out the losses: they are in `rlhf_fast.ops.linear*`.
+Leaves out the matmuls, which are in `rlhf_fast.ops.head_layers`, and the losses, which are in `rlhf_fast.ops.linear*`.
 
 Shapes: N tokens, n of them counted, C in a chunk, H hidden, V vocabulary.
 """
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from rlhf_fast.ops.dispatch import contiguous
+from rlhf_fast.ops.head_layers import Layer, layer_of
+from rlhf_fast.ops.logprobs import gradient_cpu
 from rlhf_fast.ops.reference import IGNORED_ID, no_autocast
 
 MEMORY_BUDGET = {"cpu": 128 << 20, "cuda": 2 << 30}
 """Bytes of working memory by device type, beyond inputs and gradients, where the caller names none."""
 FEWEST_ROWS = 32
 """The fewest rows of a chunk, however small the budget: fewer take as long, because a matmul reads the whole weight."""
-TILE_BYTES = 16 << 20
-"""The size of one tile of a half-precision weight, once widened."""
 
 
 def full_precision(kernel: Callable) -> Callable:
@@ -39,11 +39,6 @@ def full_precision(kernel: Callable) -> Callable:
             return kernel(hidden, *args)
 
     return call
-
-
-def mixes(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether matmuls read bfloat16 and write float32. Not float16: it cannot hold a gradient's small entries."""
-    return hidden.is_cuda and hidden.dtype == weight.dtype == torch.bfloat16
 
 
 def kept_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -75,62 +70,6 @@ class Chunk(NamedTuple):
     logprobs: Tensor  # [C]
     entropy: Tensor  # [C]
     stats: Tensor  # [C, 2]
-
-
-class Layer:
-    """A weight and a bias, and the buffer of their logits.
-
-    The weight is widened to the compute dtype one tile at a time. mixed: matmuls read bfloat16 as it is. `operands` is
-    the dtype that matmuls read.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, mixed: bool = False) -> None:
-        self.weight, self.bias, self.dtype, self.mixed = weight, bias, dtype, mixed
-        self.operands = weight.dtype if mixed else dtype
-        V, H = weight.shape
-        self.tile = V if weight.dtype == self.operands else max(1, min(V, TILE_BYTES // (H * dtype.itemsize)))
-        self.tile_bytes = self.tile * H * dtype.itemsize if self.tile < V else 0
-        self.row_bytes = V * (dtype.itemsize + (self.operands.itemsize if mixed else 0))
-
-    def allocate(self, rows: int) -> None:
-        """Make the buffer [rows, V] of the logits, and a second buffer where matmuls read another dtype."""
-        self.buffer = self.weight.new_empty((rows, self.weight.shape[0]), dtype=self.dtype)
-        self.rounded = torch.empty_like(self.buffer, dtype=self.operands) if self.mixed else None
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[C, V], a view of the buffer."""
-        logits = self.buffer[: len(hidden)]
-        if self.mixed:
-            torch.mm(hidden, self.weight.t(), out_dtype=self.dtype, out=logits)
-        else:
-            for columns, weight in self._tiles():
-                torch.mm(hidden, weight.t(), out=logits[:, columns])
-        if self.bias is not None:
-            logits += self.bias
-        return logits
-
-    def operand(self, grad_logits: Tensor) -> Tensor:
-        """The gradient in the dtype that matmuls read."""
-        return grad_logits if self.rounded is None else self.rounded[: len(grad_logits)].copy_(grad_logits)
-
-    def times_weight(self, grad_logits: Tensor) -> Tensor:
-        """[C, V] times the weight [V, H]: the gradient by the hidden states, [C, H]."""
-        if self.mixed:
-            return torch.mm(grad_logits, self.weight)
-        out = grad_logits.new_zeros((len(grad_logits), self.weight.shape[1]))
-        for columns, weight in self._tiles():
-            out.addmm_(grad_logits[:, columns], weight)
-        return out
-
-    def add_product(self, total: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
-        """total [V, H] += grad_logits^T hidden"""
-        wide: dict[str, Any] = {"out_dtype": self.dtype} if self.mixed else {}
-        torch.addmm(total, grad_logits.t(), hidden, out=total, **wide)
-
-    def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        for begin in range(0, self.weight.shape[0], self.tile):
-            columns = slice(begin, begin + self.tile)
-            yield columns, self.weight[columns].to(self.dtype)
 
 
 def chunk_rows(n: int, layers: list[Layer], budget: int) -> int:
@@ -187,7 +126,7 @@ class Head:
         if beside is not None:
             self.dtype = beside.dtype
         self.rows = (self.ids != IGNORED_ID).nonzero().squeeze(1)
-        self.layer = Layer(weight, bias, self.dtype, mixes(hidden, weight))
+        self.layer = layer_of(weight, bias, hidden.dtype, self.dtype)
         layers = [self.layer] if beside is None else [self.layer, beside]
         n = len(self.rows)
         self.chunk_rows = chunk_rows(n, layers, budget)
@@ -222,7 +161,7 @@ class Head:
     def add_gradients(self, rows: Tensor, hidden: Tensor, grad_logits: Tensor) -> None:
         """Add what the gradient by a chunk's logits gives. A row comes once: its gradient by hidden is overwritten."""
         if self.grad_bias is not None:
-            self.grad_bias += grad_logits.sum(0)
+            self.grad_bias += grad_logits.sum(0, dtype=self.dtype)
         operand = self.layer.operand(grad_logits)
         if self.grad_hidden is not None:
             self.grad_hidden.index_copy_(0, rows, self.layer.times_weight(operand).to(self.grad_hidden.dtype))
@@ -244,6 +183,11 @@ class Head:
         return Gradients(hidden if self.grad_hidden is None else hidden.view(self.shape), weight, bias)
 
     def _grad_logits(self, chunk: Chunk, grad_logprobs: Tensor | None, grad_entropy: Tensor | None) -> Tensor:
+        rounded = self.layer.over_logits(len(chunk.rows))
+        if rounded is not None:
+            per_row = contiguous(chunk.ids, chunk.logprobs, chunk.entropy, chunk.stats, grad_logprobs, grad_entropy)
+            gradient_cpu(rounded, chunk.logits, self.temperature, self.softcap, *per_row)
+            return rounded
         torch.ops.rlhf_fast.token_logprobs_backward_(
             chunk.logits, chunk.ids, chunk.logprobs, chunk.entropy, chunk.stats, grad_logprobs, grad_entropy,
             self.temperature, self.softcap,

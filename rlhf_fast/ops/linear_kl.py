@@ -11,12 +11,14 @@ from torch import Tensor
 
 from rlhf_fast.ops import reference
 from rlhf_fast.ops.checks import check_device, expect
-from rlhf_fast.ops.dispatch import LIBRARY, define, has_kernel, kernel
+from rlhf_fast.ops.dispatch import LIBRARY, contiguous, define, has_kernel, kernel
 from rlhf_fast.ops.gradients import Context, no_second_derivative, register_autograd
-from rlhf_fast.ops.heads import Head, Layer, full_precision, mixes
+from rlhf_fast.ops.head_layers import Layer, layer_of
+from rlhf_fast.ops.heads import Head, full_precision
 from rlhf_fast.ops.linear import check_head, check_layer, empty_gradients
 from rlhf_fast.ops.reference import compute_dtype
 from rlhf_fast.ops.results import TokenKL
+from rlhf_fast.ops.token_kl import gradient_cpu
 
 _INPUTS = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor ref_hidden, Tensor ref_weight, Tensor? ref_bias, "
@@ -117,7 +119,7 @@ def _token_kl(
     *options: Any,
 ) -> tuple[Tensor, ...]:
     dtype = compute_dtype(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
-    layer = Layer(ref_weight, ref_bias, dtype, mixes(ref_hidden, ref_weight))
+    layer = layer_of(ref_weight, ref_bias, ref_hidden.dtype, dtype)
     head = Head(hidden, weight, bias, token_ids, *options, beside=layer)
     results = tuple(hidden.new_zeros(token_ids.shape, dtype=head.dtype) for _ in range(4))
     for rows, _, _, _, _, *chunk, _ in _chunks(head, layer, ref_hidden):
@@ -160,15 +162,18 @@ def _token_kl_backward(
     *wanted: bool,
 ) -> tuple[Tensor, ...]:
     dtype = compute_dtype(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
-    layer = Layer(ref_weight, ref_bias, dtype, mixes(ref_hidden, ref_weight))
+    layer = layer_of(ref_weight, ref_bias, ref_hidden.dtype, dtype)
     head = Head(hidden, weight, bias, token_ids, temperature, softcap, memory_budget, wanted, beside=layer)
     flat = [None if g is None else g.reshape(-1) for g in (grad_logprobs, grad_entropy, grad_kl)]
     for rows, chunk_hidden, ids, logits, ref_logits, logprobs, entropy, _, _, stats in _chunks(head, layer, ref_hidden):
-        torch.ops.rlhf_fast.token_kl_backward_(
-            logits, ref_logits, ids, logprobs, entropy, stats, *(None if g is None else g[rows] for g in flat),
-            temperature, softcap,
-        )  # fmt: skip
-        head.add_gradients(rows, chunk_hidden, logits)
+        upstream = (None if g is None else g[rows] for g in flat)
+        per_row = contiguous(ids, logprobs, entropy, stats, *upstream)
+        rounded = head.layer.over_logits(len(rows))
+        if rounded is None:
+            torch.ops.rlhf_fast.token_kl_backward_(logits, ref_logits, *per_row, temperature, softcap)
+        else:
+            gradient_cpu(rounded, logits, ref_logits, temperature, softcap, *per_row)
+        head.add_gradients(rows, chunk_hidden, logits if rounded is None else rounded)
     return tuple(head.gradients())
 
 

@@ -182,13 +182,17 @@ def token_logprobs_outputs(
 
 
 @gradient_kernels("token_logprobs_backward", "cpu")
-def _gradient_cpu(
+def gradient_cpu(
     grad: Tensor, z: Tensor, temperature: float, softcap: float, ids: Tensor, *per_row: Tensor | None
 ) -> None:
-    """per_row: logprobs, entropy, stats, the gradients by the first two."""
+    """grad: in the dtype of the logits, or bfloat16 by float32 logits, over which it may lie, row by row.
+
+    per_row: logprobs, entropy, stats, the gradients by the first two.
+    """
     _cpu.token_logprobs_backward(
         z.data_ptr(), code(z), z.stride(0), ids.data_ptr(), *z.shape, 1.0 / temperature, softcap,
-        *map(pointer, per_row), grad.data_ptr(), grad.stride(0), threads(z),
+        *map(pointer, per_row), grad.data_ptr(), code(grad), grad.stride(0),
+        threads(z),
     )  # fmt: skip
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from rlhf_fast.ops import backend
-from rlhf_fast.ops.heads import MEMORY_BUDGET, Layer, working_bytes
+from rlhf_fast.ops.head_layers import layer_of
+from rlhf_fast.ops.heads import MEMORY_BUDGET, working_bytes
 from rlhf_fast.plan.config import PlanConfig
 from rlhf_fast.plan.passes import Curve, Lengths, Run, inference, rollout, set_bytes, training
 from rlhf_fast.plan.roles import (
@@ -350,9 +351,8 @@ class Planner:
         hidden = torch.bfloat16 if role.shape.autocast else dtype
         if not self.fused:  # the logits; truncated sampling makes two masks besides, of a byte for each
             return rows * lengths.response * V * (hidden.itemsize + 2 * self.truncated)
-        mixed = device == "cuda" and hidden == dtype == torch.bfloat16
         with torch.device("meta"):
-            layer = Layer(nn.Parameter(torch.empty(V, H, dtype=dtype)), None, torch.float32, mixed)
+            layer = layer_of(nn.Parameter(torch.empty(V, H, dtype=dtype)), None, hidden, torch.float32, device)
         return working_bytes(rows * lengths.response, n, hidden, layer, MEMORY_BUDGET[device], wanted)
 
     def _rolled_out(self, prompts: int, rows_per_prompt: int | None = None) -> dict[str, int]:

@@ -27,8 +27,9 @@ def token_logprobs(z_NV, ids_N, *, temperature=1.0, softcap=0.0, threads=2, in_p
     gradient = z_NV if in_place else torch.empty_like(z_NV)
     by_logprob, by_entropy = (torch.full((N,), scale * w, dtype=real) for w in (0.7, -0.3))
     _cpu.token_logprobs_backward(
-        *head, *saved, pointer(by_logprob), pointer(by_entropy), gradient.data_ptr(), gradient.stride(0), threads
-    )
+        *head, *saved, pointer(by_logprob), pointer(by_entropy), gradient.data_ptr(), head[1],
+        gradient.stride(0), threads,
+    )  # fmt: skip
     return logprobs, entropy, gradient
 
 

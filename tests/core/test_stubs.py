@@ -57,8 +57,8 @@ def test_the_cuda_stub_has_the_module_s_names():
 def test_a_stub_has_the_header_s_arguments(module, path):
     functions = {node.name: node for node in stub(module).body if isinstance(node, ast.FunctionDef)}
     declared = header(path)
-    assert len(declared) == {"_cpu": 26, "_cuda": 19}[module]
-    assert functions.keys() - {"isa", "isas", "set_isa"} == declared.keys()
+    assert len(declared) == {"_cpu": 27, "_cuda": 19}[module]
+    assert functions.keys() - {"isa", "isas", "set_isa", "bf16_units", "bf16_unit"} == declared.keys()
     for name, (result, arguments) in declared.items():
         given = functions[name].args
         assert [(x.arg, ast.unparse(x.annotation)) for x in given.posonlyargs] == arguments, name

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import rlhf_fast
-from rlhf_fast.ops import heads, reference
+from rlhf_fast.ops import head_layers, heads, reference
+from rlhf_fast.ops.head_layers import MixedLayer
 
 B, T, H, V = 4, 37, 24, 1009
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -111,7 +112,8 @@ def test_an_evaluation_makes_no_gradient(monkeypatch, name):
 
 
 def test_a_half_weight_is_widened_tile_by_tile(monkeypatch):
-    monkeypatch.setattr(heads, "TILE_BYTES", 100 * H * 4)
+    monkeypatch.setattr(head_layers, "TILE_BYTES", 100 * H * 4)
+    monkeypatch.setattr(head_layers, "bf16_unit", lambda: 0)
     agree("ppo", torch.bfloat16)
     agree("both", torch.float16)
 
@@ -129,7 +131,7 @@ def test_bfloat16_into_float32_matmuls(monkeypatch, name):
         assert total is out and a.dtype == b.dtype == torch.bfloat16 and out_dtype == torch.float32
         return out.add_(a.float() @ b.float())
 
-    monkeypatch.setattr(heads, "mixes", lambda hidden, weight: True)
+    monkeypatch.setattr(heads, "layer_of", lambda weight, bias, hidden, dtype: MixedLayer(weight, bias, dtype))
     monkeypatch.setattr(torch, "mm", mm)
     monkeypatch.setattr(torch, "addmm", addmm)
     agree(name, torch.bfloat16)

@@ -5,7 +5,7 @@ import torch
 
 import rlhf_fast
 from rlhf_fast import linear_token_kl
-from rlhf_fast.ops import heads
+from rlhf_fast.ops import head_layers, heads
 from tests.support.oracle import VALUE_TOLERANCE
 
 DTYPES = list(VALUE_TOLERANCE)
@@ -67,7 +67,8 @@ def test_temperature_and_softcap():
 
 
 def test_half_weights_are_widened_tile_by_tile(monkeypatch):
-    monkeypatch.setattr(heads, "TILE_BYTES", 100 * H * 4)
+    monkeypatch.setattr(head_layers, "TILE_BYTES", 100 * H * 4)
+    monkeypatch.setattr(head_layers, "bf16_unit", lambda: 0)
     agree(torch.bfloat16)
 
 
@@ -145,7 +146,7 @@ def test_never_holds_the_logits():
     """The buffers of both layers fit into the budget."""
     tokens, vocabulary, budget = 4096, 4001, 4 << 20
     hidden, weight = torch.randn(tokens, 8), torch.randn(vocabulary, 8)
-    layer = heads.Layer(weight.cos(), None, torch.float32)
+    layer = head_layers.Layer(weight.cos(), None, torch.float32)
     head = heads.Head(hidden, weight, None, torch.arange(tokens) % vocabulary, 1.0, 0.0, budget, beside=layer)
     buffers = [x.buffer.untyped_storage().nbytes() for x in (head.layer, layer)]
     assert buffers[0] == buffers[1] and budget / 2 < sum(buffers) <= budget

@@ -5,7 +5,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rlhf_fast.ops import linear_reinforce_loss, linear_token_logprobs
-from rlhf_fast.ops.heads import Layer, working_bytes
+from rlhf_fast.ops.head_layers import layer_of
+from rlhf_fast.ops.heads import working_bytes
 from rlhf_fast.training.meter import Meter
 from rlhf_fast.training.tensor_bytes import TensorBytes
 
@@ -73,7 +74,7 @@ def test_working_bytes_of_the_fused_heads(dtype, budget, trained):
     whole = torch.randn(B, T + 3, H, dtype=dtype).requires_grad_()
     weight = torch.randn(V, H, dtype=dtype).requires_grad_(trained)
     ids, mask = torch.randint(0, V, (B, T)), torch.ones(B, T, dtype=torch.bool)
-    layer = Layer(weight, None, torch.float32)
+    layer = layer_of(weight, None, dtype, torch.float32)
     expected = working_bytes(B * T, B * T, dtype, layer, budget, (True, trained))
     hidden, advantages = whole[:, 3:], torch.randn(B)
     with TensorBytes(exclude=[whole, weight, ids, mask, advantages]) as counter:
