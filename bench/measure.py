@@ -19,6 +19,7 @@ from bench.device import CPU, CUDA, Contender
 
 CEILING = "ceiling"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+ROUNDED_BEFORE = 1.5  # fused heads round the gradient by the logits before its matmuls too, by half of that at most
 OURS_IN_CUDA = f"{OURS}, CUDA C++"  # beside the back end that the dispatch table chooses
 
 
@@ -86,8 +87,9 @@ def errors(case: Case, inputs: tuple[Tensor, ...], competitors: dict[str, Conten
         worst[name] = max(error)
         if name == OURS:
             for i, (x, e) in enumerate(zip(results, error, strict=True)):
-                if not e <= TOLERANCE[x.dtype]:
-                    raise Disagreement(f"{case.name}: result {i} is off by {e:.2g}, more than {TOLERANCE[x.dtype]:.2g}")
+                most = TOLERANCE[x.dtype] * (ROUNDED_BEFORE if case.products and x.dtype == torch.bfloat16 else 1.0)
+                if not e <= most:
+                    raise Disagreement(f"{case.name}: result {i} is off by {e:.2g}, more than {most:.2g}")
     return worst
 
 

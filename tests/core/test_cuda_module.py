@@ -12,7 +12,7 @@ if importlib.util.find_spec("rlhf_fast._cuda") is None:
     pytest.skip("the compiled core was built without nvcc", allow_module_level=True)
 
 
-CPU_ALONE = {"decode_attention"}  # and these; a GPU runs torch's own
+CPU_ALONE = {"decode_attention", "matmul_bf16", "bf16_unit", "bf16_units"}  # and these; a GPU runs torch's own
 CPU_ALONE |= {name + end for name in ("packed_attention", "add_rms_norm", "swiglu") for end in ("", "_backward")}
 
 

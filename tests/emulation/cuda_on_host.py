@@ -72,7 +72,8 @@ def _compile(module: Path, flags: list[str], sources: list[Path], counting: bool
 @functools.cache
 def load(counting: bool = False) -> ModuleType:
     """The module, built."""
-    spec = importlib.util.spec_from_file_location("_cuda", build(counting))
+    name = "counting._cuda" if counting else "_cuda"  # pybind11 keeps one module of a name
+    spec = importlib.util.spec_from_file_location(name, build(counting))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -38,13 +38,13 @@ void rows(int N, int V, int threads) {
     std::vector<float> logp(N), entropy(N), kl(N), ref_logp(N), stats(4 * N), grad(N * V);
     op::token_logprobs(at(z), 0, V, at(ids), N, V, 1.25, 0, at(logp), at(entropy), at(stats), threads);
     op::token_logprobs_backward(at(z), 0, V, at(ids), N, V, 1.25, 0, at(logp), at(entropy), at(stats), at(g), at(g),
-                                at(grad), V, threads);
+                                at(grad), 0, V, threads);
     print("token_logprobs", logp, entropy, grad);
     z[V - 1] = 0;
     op::token_kl(at(z), 0, V, at(ref), V, at(ids), N, V, 1, 20, at(logp), at(entropy), at(kl), at(ref_logp), at(stats),
                  threads);
     op::token_kl_backward(at(z), 0, V, at(ref), V, at(ids), N, V, 1, 20, at(logp), at(entropy), at(stats), at(g), at(g),
-                          at(g), at(grad), V, threads);
+                          at(g), at(grad), 0, V, threads);
     print("token_kl", logp, entropy, kl, ref_logp, grad);
     std::vector<uint16_t> half(N * V), half_grad(N * V);
     for (int dtype : {1, 2}) {  // bf16, fp16: 1, 1.5 or -2 by the bits
@@ -55,7 +55,7 @@ void rows(int N, int V, int threads) {
         }
         op::token_logprobs(at(half), dtype, V, at(ids), N, V, 1, 0, at(logp), at(entropy), at(stats), threads);
         op::token_logprobs_backward(at(half), dtype, V, at(ids), N, V, 1, 0, at(logp), at(entropy), at(stats), at(g),
-                                    at(g), at(half_grad), V, threads);
+                                    at(g), at(half_grad), dtype, V, threads);
         print(dtype == 1 ? "bf16" : "fp16", logp, entropy);
         print(dtype == 1 ? "bf16_gradient_bits" : "fp16_gradient_bits", half_grad);
     }
