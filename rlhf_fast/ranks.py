@@ -327,7 +327,7 @@ def connect() -> None:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         with _together():
             store, rank, size = next(rendezvous("env://", timeout=WAIT))
-            _store = dist.PrefixStore(meet(store, rank, size), store)
+            _store = dist.PrefixStore(meet(store, rank, size), store)  # pyright: ignore[reportPrivateImportUsage]
             dist.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=WAIT)
         atexit.register(_leave)
 
