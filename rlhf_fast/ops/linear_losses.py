@@ -18,7 +18,7 @@ from rlhf_fast.ops import (
 from rlhf_fast.ops.checks import INTEGERS, check_dims, check_dtype, check_like, check_mask, check_number, expect
 from rlhf_fast.ops.dispatch import has_kernel
 from rlhf_fast.ops.linear import check_head, wants_gradients
-from rlhf_fast.ops.pair_options import check_dpo_arguments
+from rlhf_fast.ops.pair_options import check_dpo_arguments, loss_names
 from rlhf_fast.ops.policy_options import (
     SAPO_TEMPERATURE,
     as_tensor,
@@ -232,7 +232,7 @@ def linear_dpo_loss(
     expect(len(token_ids) % 2 == 0, "token_ids", "an even number of rows, chosen then rejected", list(token_ids.shape))
     budget = check_head(hidden, weight, bias, token_ids, temperature, softcap, memory_budget)
     check_normalizer(normalizer, hidden)
-    names = (loss_type,) if isinstance(loss_type, str) else loss_type
+    names = loss_names(loss_type)
     if chosen_lengths is None and rejected_lengths is None and "ipo" not in names:
         chosen_lengths, rejected_lengths = (token_ids != IGNORED_ID).sum(1).chunk(2)
     if mean_chosen_length is None and not {"sft", "cpo", "orpo"}.isdisjoint(names):

@@ -91,6 +91,18 @@ class PairConstants(NamedTuple):
         return (*references, *(self[2:4] if term in AVERAGES else (None, None)))
 
 
+def loss_names(loss_type: str | Sequence[str]) -> tuple[str, ...]:
+    """The names of the losses, checked."""
+    names = (loss_type,) if isinstance(loss_type, str) else loss_type
+    if not isinstance(names, (tuple, list)):
+        raise ValueError(f"loss_type: expected a name, or several in a list, got {shown(loss_type)}")
+    expect(len(names) > 0, "loss_type", "a name, or several", list(names))
+    for name in names:
+        check_option("loss_type", name, LOSS_TYPES)
+    expect(len(set(names)) == len(names), "loss_type", "each name once", list(names))
+    return tuple(names)
+
+
 def check_dpo_arguments(
     chosen_logps: Tensor,
     rejected_logps: Tensor,
@@ -109,14 +121,7 @@ def check_dpo_arguments(
     reference_free: bool,
 ) -> tuple[PairOptions, PairConstants]:
     """Check the arguments of `dpo_loss`; returns them as the operators take them."""
-    names = (loss_type,) if isinstance(loss_type, str) else loss_type
-    if not isinstance(names, (tuple, list)):
-        raise ValueError(f"loss_type: expected a name, or several in a list, got {shown(loss_type)}")
-    names = tuple(names)
-    expect(len(names) > 0, "loss_type", "a name, or several", list(names))
-    for name in names:
-        check_option("loss_type", name, LOSS_TYPES)
-    expect(len(set(names)) == len(names), "loss_type", "each name once", list(names))
+    names = loss_names(loss_type)
     weights = (1.0,) * len(names) if loss_weights is None else loss_weights
     expected = f"a finite number for each of {len(names)} losses"
     if not isinstance(weights, (tuple, list)):

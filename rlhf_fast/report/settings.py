@@ -7,7 +7,7 @@ from typing import Any
 from rlhf_fast.report.plots import MethodRun
 from rlhf_fast.training.made import FREE
 
-_SHOWN = 60  # characters of a value
+_SHOWN = 300  # characters of a value; the table wraps
 _HELD_OUT = {"eval/loss": "loss", "eval/accuracy": "accuracy"}
 
 
@@ -22,9 +22,9 @@ def differences(runs: Sequence[MethodRun]) -> list[dict[str, Any]]:
     keys = dict.fromkeys(key for config in configs.values() for key in config if key not in FREE)
     rows = []
     for key in keys:
-        values = {name: _short(config[key]) if key in config else None for name, config in configs.items()}
+        values = {name: _text(config[key]) if key in config else None for name, config in configs.items()}
         if len(set(values.values())) > 1:
-            rows.append({"setting": key, **values})
+            rows.append({"setting": key} | {name: text and _short(text) for name, text in values.items()})
     return rows
 
 
@@ -43,6 +43,9 @@ def held_out(runs: Sequence[MethodRun]) -> list[dict[str, Any]]:
     return [{column: row.get(column) for column in columns} for row in rows]
 
 
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _short(text: str) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

@@ -196,6 +196,11 @@ def test_a_normalizer_without_numbers(op):
         call(op, VALID[op] | {"normalizer": torch.tensor(5.0, device="meta")})
 
 
+def test_a_loss_type_is_checked_before_answers_are_counted():
+    with pytest.raises(ValueError, match="^loss_type: expected a name, or several in a list, got nan"):
+        ops.linear_dpo_loss(HIDDEN, WEIGHT, IDS, ROW[:2], ROW[:2], loss_type=float("nan"))  # pyright: ignore
+
+
 def test_numbers_of_numpy_are_numbers():
     expected = ops.gae(X, X, MASK, gamma=0.5, lam=0.25)
     given = ops.gae(X, X, MASK, gamma=numpy.float32(0.5), lam=numpy.float64(0.25))
