@@ -95,7 +95,8 @@ def test_libraries_take_part_where_installed(monkeypatch):
             competitors = bench.measure.contenders(
                 dataclasses.replace(case, compiled=False), inputs := case.make_inputs()
             )
-            assert bench.measure.errors(case, inputs, competitors)["a library"] <= 2**-8
+            most = bench.measure.TOLERANCE[torch.bfloat16] * bench.measure.ROUNDED_BEFORE  # the library is ours here
+            assert bench.measure.errors(case, inputs, competitors)["a library"] <= most
 
 
 def test_contenders_take_turns():
