@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.measure import quantiles
-from bench.record import about_run, versions
+from bench.record import about_run, opening, versions
 from rlhf_fast.config import ReMaxConfig
 from rlhf_fast.data.encoding import load_rows
 from rlhf_fast.data.files import write_text
@@ -113,8 +113,8 @@ def run(args: argparse.Namespace) -> int:
     print_table("A round of ReMax", rows(record))
     print(said)
     if args.out:
-        text = f"# One round ahead\n\n`{record['command']}`\n\n{markdown_table(rows(record))}\n\n{said}\n"
-        write_text(args.out.with_suffix(".md"), text)
+        parts = [*opening("One round ahead", record), markdown_table(rows(record)), f"{said[0].upper()}{said[1:]}."]
+        write_text(args.out.with_suffix(".md"), "\n\n".join(parts) + "\n")
         write_text(args.out, json.dumps(record, indent=2) + "\n")
         print(f"written: {args.out} and beside it .md", file=sys.stderr)
     return 0

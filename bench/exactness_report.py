@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bench.exactness import AT_TARGET, ENTROPY, GRADIENT, LOGPROB, LOGPROB_GRADIENT, NO_SUCH, QUANTITIES, Cell
+from bench.record import opening
 from rlhf_fast.training.metrics import markdown_table
 
 NOTES = (
@@ -104,8 +105,7 @@ def notes(run: dict[str, Any]) -> list[str]:
 
 def markdown(run: dict[str, Any]) -> str:
     """The whole result as one page of Markdown."""
-    machine = ", ".join(f"{key} {value}" for key, value in run["machine"].items())
-    parts = ["# Exactness", f"`{run['command']}`, {run['date']}: {machine}.", *notes(run)]
+    parts = [*opening("Exactness", run), *notes(run)]
     parts += ["Log-prob and its gradient / entropy and the gradient of both:"]
     for inputs, results in run["tables"].items():
         parts += [f"## From {inputs}", markdown_table(emphasised(short_rows(results)))]

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from bench.measure import quantiles
-from bench.record import about_run
+from bench.record import about_run, opening
 from bench.trainers import starts
 from bench.trainers.cases import CASES, TRL, Case, write_specs
 from bench.trainers.compare import CLOCKS, TOLERANCE, Contender, gradient_equalities, take_turns, why_absent
@@ -140,10 +140,8 @@ def rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def markdown(record: dict[str, Any]) -> str:
     """The whole result as one page of Markdown."""
-    machine = ", ".join(f"{key} {value}" for key, value in record["machine"].items())
     parts = [
-        "# Inside other trainers",
-        f"`{record['command']}`, {record['date']}: {machine}.",
+        *opening("Inside other trainers", record),
         f"The same trainer on {record['start']}, plain and with this package inside, with the same weights, rows and "
         "seeds. Each side has a process of its own, and the two take turns. Speeds are medians of the rounds' ratios, "
         "with their 20 and 80 % quantiles. Peak memory is that of the process, imports included. The worst difference "

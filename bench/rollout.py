@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from bench.device import CPU, CUDA, Contender
 from bench.measure import Disagreement, quantiles, take_turns
-from bench.record import about_run, versions
+from bench.record import about_run, page, versions
 from rlhf_fast.data.encoding import encode_prompts, load_rows, pad_left
 from rlhf_fast.data.files import write_text
 from rlhf_fast.lab.compare.start import llama
@@ -29,7 +29,7 @@ from rlhf_fast.lab.demo import MODEL
 from rlhf_fast.lab.world import build_tokenizer
 from rlhf_fast.lm.objectives import Objectives
 from rlhf_fast.rollout.generate import generate
-from rlhf_fast.training.metrics import markdown_table, print_table
+from rlhf_fast.training.metrics import print_table
 
 NO_EOS = (-1,)
 SAMPLED, GREEDY, FOLDED = "rlhf_fast, sampled", "rlhf_fast, greedy", "rlhf_fast, sampled + greedy folded"
@@ -250,11 +250,7 @@ def tables(record: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 def markdown(record: dict[str, Any]) -> str:
     """The whole result as one page of Markdown."""
-    machine = ", ".join(f"{key} {value}" for key, value in record["machine"].items())
-    parts = ["# Rollouts", f"`{record['command']}`, {record['date']}: {machine}."]
-    for title, table in tables(record).items():
-        parts += [f"## {title}", markdown_table(table)]
-    return "\n\n".join(parts) + "\n"
+    return page("Rollouts", record, tables(record))
 
 
 def run(args: argparse.Namespace) -> int:

@@ -15,9 +15,9 @@ from typing import Any
 
 from bench import rollout
 from bench.measure import quantiles
-from bench.record import ROOT, about_run, versions
+from bench.record import ROOT, about_run, page, versions
 from rlhf_fast.data.files import write_text
-from rlhf_fast.training.metrics import markdown_table, print_table
+from rlhf_fast.training.metrics import print_table
 
 SETTINGS = {
     "torch's own": {},
@@ -145,11 +145,7 @@ def tables(record: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 def markdown(record: dict[str, Any]) -> str:
     """The whole result as one page of Markdown."""
-    machine = ", ".join(f"{key} {value}" for key, value in record["machine"].items())
-    parts = ["# Busy machines", f"`{record['command']}`, {record['date']}: {machine}."]
-    for title, table in tables(record).items():
-        parts += [f"## {title}", markdown_table(table)]
-    return "\n\n".join(parts) + "\n"
+    return page("Busy machines", record, tables(record))
 
 
 def run(args: argparse.Namespace) -> int:

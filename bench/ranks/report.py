@@ -3,6 +3,7 @@
 from typing import Any
 
 from bench.ranks import computed
+from bench.record import page
 from rlhf_fast.training.metrics import markdown_table
 
 ONE = "1 process"
@@ -61,11 +62,7 @@ def tables(record: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 def markdown(record: dict[str, Any]) -> str:
     """The whole result as one page of Markdown."""
-    machine = ", ".join(f"{key} {value}" for key, value in record["machine"].items())
-    parts = ["# Several processes beside one", f"`{record['command']}`, {record['date']}: {machine}."]
-    for title, table in tables(record).items():
-        parts += [f"## {title}", markdown_table(table)]
-    return "\n\n".join(parts) + "\n"
+    return page("Several processes beside one", record, tables(record))
 
 
 def computed_markdown() -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from bench.record import opening
 from bench.trainers.compare import OURS, TOLERANCE
 from rlhf_fast.training.metrics import markdown_table
 
@@ -68,14 +69,12 @@ def bar_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def markdown(run: dict[str, Any]) -> str:
     """The whole result as one page of Markdown."""
-    machine = ", ".join(f"{key} {value}" for key, value in run["machine"].items())
     environments = [
         f"{name}: {', '.join(f'{key} {value}' for key, value in environment.items())}"
         for name, environment in _environments(run["cases"]).items()
     ]
     parts = [
-        "# Trainers",
-        f"`{run['command']}`, {run['date']}: {machine}.",
+        *opening("Trainers", run),
         "; ".join(environments) + ".",
         f"All contenders train {run['start']}, with the same weights, batches, "
         "optimizer and lengths. Each contender has a process of its own. The contenders take turns of some steps in "
