@@ -11,6 +11,7 @@ TRACKIO_SPACE_ID, ...).
 import importlib
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -61,8 +62,8 @@ def tracked(row: dict[str, Any]) -> dict[str, float]:
     }
 
 
-class Tracker(Listener):
-    """What the trackers have in common. A tracker defines `open`, `write`, `table`, `file` and `close`."""
+class Tracker(Listener, ABC):
+    """What the trackers have in common."""
 
     name = ""  # in `track`
     package = ""  # what pip installs
@@ -101,25 +102,25 @@ class Tracker(Listener):
             if (self.directory / file).is_file():
                 self.file(self.directory / file)
 
+    @abstractmethod
     def open(self, name: str, config: dict[str, Any], earlier: Any) -> Any:
         """Starts the run `name`, or goes on with the run `earlier`; returns what finds it again."""
-        raise NotImplementedError
 
+    @abstractmethod
     def write(self, numbers: dict[str, float], step: int) -> None:
         """Sends the numbers of a step."""
-        raise NotImplementedError
 
+    @abstractmethod
     def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
         """Sends a table."""
-        raise NotImplementedError
 
+    @abstractmethod
     def file(self, path: Path) -> None:
         """Sends a file."""
-        raise NotImplementedError
 
+    @abstractmethod
     def close(self) -> None:
         """Ends the run there."""
-        raise NotImplementedError
 
 
 class WandB(Tracker):
