@@ -209,7 +209,7 @@ def _failed_before() -> bool:
     """Whether another process of this run has failed before this process did, and has said so."""
     if processes() == 1:
         return False
-    from rlhf_fast.ranks import first_to_fail
+    from rlhf_fast.failing import first_to_fail
 
     return not first_to_fail()
 

@@ -8,17 +8,16 @@ MASTER_PORT. Without them there is one process, and every function here returns 
     total = ranks.sum(loss_of(mine))  # the same number in every process
 
 Every process makes the same calls in the same order, because a call waits for the calls of the other processes. torch's
-process groups are used in this module alone. A call raises ConnectionError where another process is gone.
+process groups are used in this module alone. A call raises ConnectionError where another process is gone
+(`rlhf_fast.failing`).
 """
 
 import atexit
 import os
 import pickle
-import re
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -28,7 +27,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
-from rlhf_fast.presence import Address, Presence, answers, meet
+from rlhf_fast import failing
+from rlhf_fast.presence import meet
 
 Row = TypeVar("Row")
 
@@ -36,10 +36,6 @@ WAIT = timedelta(hours=2)  # a reward function or the writing of a model may kee
 _BUCKET = 1 << 24  # numbers that are added up in one call
 _SMALL = 2048  # bytes of a value, with its length, that `gather` exchanges in one call
 _LENGTH = 8  # bytes
-_NOTICE = 3.0  # seconds in which the end of a process is noticed
-_OFTEN = 0.1  # seconds between two looks at the others
-_PARTING = 10.0  # seconds that a failed process keeps the store open, so that the others see who has failed
-_ENDING = "rlhf_fast/ending"  # key in the store of every process that ends by an error
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -198,9 +194,6 @@ def bytes_to_add(gradients: Iterable[Tensor]) -> int:
 
 
 _current: Ranks | None = None
-_store: Any = None  # of the process group
-_present: tuple[Presence | None, list[Address | None]] | None = None  # this process, and the addresses of all
-_failing = False  # whether this process ends by an error
 
 
 def current() -> Ranks:
@@ -219,87 +212,6 @@ def announced() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def first_to_fail() -> bool:
-    """Whether this process is the first that fails. The others mostly fail because this process is gone.
-
-    Where the processes have not joined yet, all of them fail in the same way, and the first process says so.
-    """
-    if _store is None:
-        return os.environ.get("RANK", "0") == "0"
-    _say_ending()
-    try:
-        return _store.add("rlhf_fast/failed", 1) == 1
-    except (RuntimeError, OSError):  # killed: the process 0 that kept the store waits for the others where it failed
-        return os.environ["RANK"] == "1"
-
-
-def flag(name: str) -> None:
-    """Tells all processes of something under this name, without waiting for them; `flagged` finds it."""
-    with suppress(RuntimeError, OSError):  # the process that keeps the store is gone
-        _store.add(f"rlhf_fast/{name}", 1)
-
-
-def flagged(name: str) -> bool:
-    """Whether a process has raised the flag of this name, or is gone with the store that keeps it.
-
-    There are several processes, and they have joined.
-    """
-    try:
-        return _store.add(f"rlhf_fast/{name}", 0) > 0
-    except (RuntimeError, OSError):
-        return True
-
-
-def gone(error: BaseException) -> bool:
-    """Whether an error says that another process of the run has ended, or does not answer."""
-    said = isinstance(error, RuntimeError) and re.search(r"\b(gloo|NCCL)\b", str(error), re.IGNORECASE) is not None
-    return said or isinstance(error, dist.DistNetworkError)
-
-
-def lost(error: BaseException) -> ConnectionError:
-    """An error that is `gone`, as one sentence."""
-    said, ended = str(error).partition("\n")[0], _ended()
-    if ended:
-        who = f"process {' and process '.join(map(str, ended))} of {os.environ['WORLD_SIZE']} has ended"
-    else:
-        who = "another process of the run has ended, or does not answer"
-    return ConnectionError(f"{who} ({said:.200})")
-
-
-def says_lost(text: str) -> bool:
-    """Whether the text holds an error that `lost` has made."""
-    return (
-        re.search(r"(another process of the run|process \d+( and process \d+)* of \d+) has ended\b", text) is not None
-    )
-
-
-def _ended() -> list[int]:
-    """The processes that have ended, but for those that have ended because of an error and said so."""
-    if _present is None:
-        return []
-    _say_ending()
-    end = time.monotonic() + _NOTICE
-    while True:
-        silent = [rank for rank, address in enumerate(_present[1]) if not answers(address)]
-        if silent or time.monotonic() > end:
-            return [rank for rank in silent if not _has_said(rank)]
-        time.sleep(_OFTEN)
-
-
-def _say_ending() -> None:
-    global _failing
-    _failing = True
-    with suppress(RuntimeError, OSError):
-        _store.set(f"{_ENDING}/{os.environ['RANK']}", "")
-
-
-def _has_said(rank: int) -> bool:
-    try:
-        return _store.check([f"{_ENDING}/{rank}"])
-    except (RuntimeError, OSError):
-        return False
-
-
 def _join() -> Ranks:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Ranks()
@@ -307,12 +219,7 @@ def _join() -> Ranks:
         raise ValueError(f"WORLD_SIZE: expected {', '.join(missing)} beside it in the environment; torchrun sets them")
     connect()
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
-    global _present
-    try:
-        own = Presence(os.environ["MASTER_ADDR"])
-    except OSError:  # no port to be had: a death is then said without the number of the process
-        own = None
-    _present = own, ranks.gather(own and own.address)
+    failing.watch(ranks.gather)
     if torch.cuda.is_available():
         torch.cuda.set_device(ranks.local)
     if not ranks.first:
@@ -323,12 +230,12 @@ def _join() -> Ranks:
 def connect() -> None:
     """Makes the process group of the processes that a launcher has started, also where there is one process alone."""
     if not dist.is_initialized():
-        global _store
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         with _together():
             store, rank, size = next(rendezvous("env://", timeout=WAIT))
-            _store = dist.PrefixStore(meet(store, rank, size), store)  # pyright: ignore[reportPrivateImportUsage]
-            dist.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=WAIT)
+            store = dist.PrefixStore(meet(store, rank, size), store)  # pyright: ignore[reportPrivateImportUsage]
+            failing.ask(store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=WAIT)
         atexit.register(_leave)
 
 
@@ -353,7 +260,7 @@ def _together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise lost(error) from error
+        raise failing.lost(error) from error
 
 
 def _sendable(error: Exception | None) -> Exception | None:
@@ -368,12 +275,8 @@ def _sendable(error: Exception | None) -> Exception | None:
 def _leave() -> None:
     if not dist.is_initialized():
         return
-    first = dist.get_rank() == 0
     dist.destroy_process_group()
-    others = [*enumerate(_present[1])][1:] if _present and _failing and first else []
-    end = time.monotonic() + _PARTING
-    while any(not _has_said(rank) and answers(address) for rank, address in others) and time.monotonic() < end:
-        time.sleep(_OFTEN)  # the others ask the store, which this process may keep, who was the first to fail
+    failing.part()
 
 
 def _flat(bucket: list[Any]) -> Tensor:

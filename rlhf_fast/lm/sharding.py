@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import PreTrainedModel
 
+from rlhf_fast.failing import gone, lost
 from rlhf_fast.lm.forward import enter_by, is_open, run_alike
 from rlhf_fast.lm.passes import settle
 from rlhf_fast.lm.precision import HALVES, decoder_layers, is_half
@@ -41,7 +42,7 @@ from rlhf_fast.lm.private import has_adapter
 from rlhf_fast.lm.room import PASSES, NoRoom, check_room
 from rlhf_fast.lm.shared_parts import Place, emptied, note_parts, places, taken_over
 from rlhf_fast.lm.switches import agree, trial_rows
-from rlhf_fast.ranks import connect, current, gone, lost
+from rlhf_fast.ranks import connect, current
 
 _SHARDS = "rlhf_fast_shards"  # the attribute of a root that says how it is sharded
 _EXPERTS = "experts"  # the name of a layer's list of experts

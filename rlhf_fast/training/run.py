@@ -18,10 +18,11 @@ import rlhf_fast
 from rlhf_fast.config import StageConfig
 from rlhf_fast.config.fields import describe
 from rlhf_fast.data.files import write_json
+from rlhf_fast.failing import gone
+from rlhf_fast.failing import lost as lost_process
 from rlhf_fast.lm.sharding import is_part
 from rlhf_fast.methods import load
-from rlhf_fast.ranks import current, gone
-from rlhf_fast.ranks import lost as lost_process
+from rlhf_fast.ranks import current
 from rlhf_fast.threads import crowded
 from rlhf_fast.training import checkpoint, ending
 from rlhf_fast.training.batches import seed_everything

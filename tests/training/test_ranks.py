@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from rlhf_fast import ranks
+from rlhf_fast import failing, ranks
 from rlhf_fast.ranks import Ranks
 from rlhf_fast.training import checkpoint, reward_functions
 from rlhf_fast.training.lock import held
@@ -80,7 +80,7 @@ def test_processes_wait_two_hours_for_a_slow_reward_function(monkeypatch):
     )
     monkeypatch.setattr(dist, "init_process_group", lambda *_, timeout, **__: waits.append(timeout))
     monkeypatch.setattr(ranks.atexit, "register", lambda _: None)
-    monkeypatch.setattr(ranks, "_store", None)
+    monkeypatch.setattr(failing, "_store", None)
     ranks.connect()
     assert [wait.total_seconds() for wait in waits] == [7200, 7200]
     monkeypatch.setattr(reward_functions, "current", lambda: Ranks(0, 2))
@@ -106,6 +106,24 @@ def test_a_failure_is_said_once_with_its_process(files, tiny_model, tmp_path):
     assert first.returncode == second.returncode == 1
     assert "process 1 of 2" in second.stderr and "no luck" in second.stderr
     assert "no luck" not in first.stderr and "Traceback" not in first.stderr
+
+
+@pytest.mark.parametrize("shard", ["none", "full"])
+def test_a_failed_process_stays_until_the_others_know_who_failed(shard, files, tiny_model, tmp_path):
+    """Process 0 keeps the store. Process 1 is slow here between two questions to the store."""
+    (tmp_path / "slow.py").write_text(
+        "import os, time\n\nfrom rlhf_fast import failing\nfrom rlhf_fast.training.learner import Learner\n\n"
+        "def clip(*arguments, **options):\n    raise ValueError('no luck')\n\n"
+        "def say(what, original=failing._say):\n    original(what)\n    time.sleep(1.0)\n\n"
+        "if os.environ['RANK'] == '0':\n    Learner.clip = clip\nelse:\n    failing._say = say\n\n"
+        "def reward(completions):\n    return [float(len(text)) for text in completions]\n"
+    )
+    options = [f"--model={tiny_model}", f"--train-data={files['prompts']}", f"--output-dir={tmp_path / 'out'}"]
+    options += [f"--reward={tmp_path / 'slow.py'}:reward", "--steps=2", "--batch-size=4", "--max-response-length=8"]
+    first, second = launch(2, "-m", "rlhf_fast", "reinforce", f"--shard={shard}", *options)
+    assert first.returncode == second.returncode == 1
+    assert "rlhf-fast: process 0 of 2: " in first.stderr and "no luck" in first.stderr
+    assert "rlhf-fast: " not in second.stderr and "sendBytes" not in second.stderr, second.stderr
 
 
 def test_a_signal_ends_all_processes_after_the_same_step(files, tiny_model, tmp_path):

@@ -13,8 +13,9 @@ from typing import Any
 
 from rlhf_fast.data.damage import read_json
 from rlhf_fast.data.files import write_json
+from rlhf_fast.failing import flag, flagged, says_lost
 from rlhf_fast.lab.compare.cells import Cell
-from rlhf_fast.ranks import current, flag, flagged, says_lost
+from rlhf_fast.ranks import current
 from rlhf_fast.training.ending import CHILDREN, Ended
 
 

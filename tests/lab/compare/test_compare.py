@@ -14,6 +14,7 @@ import pytest
 
 from rlhf_fast.cli import main
 from rlhf_fast.config import PPOConfig
+from rlhf_fast.failing import lost
 from rlhf_fast.lab.compare import command, processes
 from rlhf_fast.lab.compare.cell import end_with
 from rlhf_fast.lab.compare.cell import main as cell_main
@@ -25,7 +26,7 @@ from rlhf_fast.lab.world import preference_rows, prompt_rows, sft_rows
 from rlhf_fast.lm.loading import load_scorer
 from rlhf_fast.lm.tokenizers import load_tokenizer
 from rlhf_fast.methods import METHODS
-from rlhf_fast.ranks import Ranks, lost
+from rlhf_fast.ranks import Ranks
 from rlhf_fast.training import checkpoint
 from tests.support.stages import numbers
 
