@@ -172,6 +172,24 @@ def test_differences(tmp_path):
     ]
 
 
+def test_parts_of_a_state_are_equal_in_any_order_of_a_headers_keys(tmp_path):
+    entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    contents = [
+        ({"x": entry}, b"0000"),
+        ({"x": dict(reversed(entry.items()))}, b"0000"),
+        ({"x": entry}, b"0001"),
+        ({"y": entry}, b"0000"),
+    ]
+    for name, (header, numbers) in zip("abcd", contents, strict=True):
+        (tmp_path / name / "state").mkdir(parents=True)
+        text = json.dumps(header).encode()
+        whole = len(text).to_bytes(8, "little") + text + numbers
+        (tmp_path / name / "state" / "shard-00001.safetensors").write_bytes(whole)
+    assert differences(tmp_path / "a", tmp_path / "b") == []
+    for name in "cd":
+        assert differences(tmp_path / "a", tmp_path / name) == ["state/shard-00001.safetensors: other content"]
+
+
 def test_crashes(world, tmp_path, monkeypatch):
     places = world.baseline("sft").mutations
     assert places > 60
@@ -227,7 +245,7 @@ class Early(Random):
 def test_ranks(world, tmp_path, monkeypatch):
     ranks.killed(world, "sft", tmp_path / "whole", Early())
     ranks.failed(world, "sft", tmp_path / "failed", Random(0), "memory", 1)
-    monkeypatch.setattr("rlhf_fast.ranks._ended", lambda: [])
+    monkeypatch.setattr("rlhf_fast.failing._ended", lambda: [])
     with pytest.raises(
         Lost, match="expected exit code 1 and that process 1 has ended, got exit code 1 .*another process"
     ):
