@@ -1,5 +1,7 @@
 """What is measured: the operations on logits and log-probs beside their rivals (see `bench.case`).
 
+torch.compile is a rival of all but `gae`, whose loop of 1024 steps it would unroll, and packed attention.
+
 B sequences, T response tokens, N tokens, V vocabulary.
 """
 
@@ -14,6 +16,7 @@ from bench.attention_cases import attention_cases
 from bench.case import Case, Function
 from bench.linear_cases import linear_cases
 from rlhf_fast import ops
+from rlhf_fast.ops.head_layers import bf16_unit
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -50,7 +53,14 @@ def cases_at(shapes: Shapes, device: str) -> list[Case]:
         *_pair_cases(shapes.pairs),
         *attention_cases(*shapes.attention),
         *linear_cases(*shapes.heads, torch.float32 if device == "cpu" else torch.bfloat16),
+        *(_bf16_cases(*shapes.heads) if device == "cpu" and bf16_unit() else []),
     ]
+
+
+def _bf16_cases(*heads: int) -> list[Case]:
+    """The heads that have bars in bfloat16."""
+    names = "linear_ppo_loss bf16", "linear_token_logprobs bf16"
+    return [case for case in linear_cases(*heads, torch.bfloat16, " bf16") if case.name.startswith(names)]
 
 
 # Log-probabilities and entropy from logits
@@ -196,19 +206,28 @@ def _sequence_cases(b: int, t: int) -> list[Case]:
             compiled=True,
             differentiable=(0,),
         ),
-        case("ppo_value_loss forward + backward", floats(3), ops.ppo_value_loss, eager_value_loss, differentiable=(0,)),
-        case("whiten", floats(1), lambda *x: (ops.whiten(*x),), eager_whiten),
+        case(
+            "ppo_value_loss forward + backward",
+            floats(3),
+            ops.ppo_value_loss,
+            eager_value_loss,
+            compiled=True,
+            differentiable=(0,),
+        ),
+        case("whiten", floats(1), lambda *x: (ops.whiten(*x),), eager_whiten, compiled=True),
         case(
             "shape_rewards",
             floats(2, scores=1),
             lambda *x: (ops.shape_rewards(*x, kl_coef=0.05, clip=5.0),),
             eager_shape_rewards,
+            compiled=True,
         ),
         case(
             "remax_returns",
             floats(2, scores=2),
             lambda *x: (ops.remax_returns(*x, kl_coef=0.05, variant="verl"),),
             eager_remax,
+            compiled=True,
         ),
     ]
 
@@ -240,7 +259,7 @@ def _pair_cases(b: int) -> list[Case]:
     def case(name: str, count: int, ours: Function, eager: Function) -> Case:
         return Case(
             name=f"{name} forward + backward", shape=f"[{b}]", make_inputs=make(count), ours=ours, eager=eager,
-            differentiable=(0, 1),
+            compiled=True, differentiable=(0, 1),
         )  # fmt: skip
 
     return [

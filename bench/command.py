@@ -1,6 +1,7 @@
 """`python -m bench`: measures the operations, prints tables, writes JSON, Markdown and a chart.
 
-    python -m bench ops                          every case at full size; results under bench/results/
+    python -m bench ops                          every case at full size; results under bench/results/, as
+                                                 cpu_ops.* or on a machine with AVX-512 as cpu_ops_avx512.*
     python -m bench ops --only gae --check       the cases whose name holds "gae"; exit code 1 where a bar is missed
     python -m bench ops --device cuda --check    the same on a GPU, at a GPU's shapes; under 8 minutes
     python -m bench ops --quick                  toy shapes: shows in seconds that everything runs
@@ -50,7 +51,7 @@ from bench.device import CPU, CUDA
 from bench.libraries import with_libraries
 from bench.measure import measure
 from bench.ranks import command as ranks
-from bench.record import about_run, versions
+from bench.record import about_run, machine, versions
 from bench.rivals import FROM_HIDDEN, FROM_LOGITS
 from bench.trainers import command as trainers
 from bench.trials import hidden_trials, logits_trials
@@ -116,6 +117,7 @@ def arguments() -> argparse.Namespace:
     if args.out is None and not args.quick:
         name = f"{args.what}_{args.model.name}" if args.model else args.what
         name += "_vllm" * bool(args.vllm)
+        name += "_avx512" * (args.what == "ops" and args.device == "cpu" and machine()["kernels"] == "avx512")
         args.out = Path(f"bench/results/{'gpu' if args.device == 'cuda' else 'cpu'}_{name}.json")
     return args
 
@@ -183,7 +185,7 @@ def run_ops(args: argparse.Namespace) -> int:
         slow = case.products and args.device == "cpu"  # ten seconds a round
         rounds = 2 if args.quick else min(args.rounds, 3) if slow else args.rounds
         results.append(measure(case, rounds, 0.0 if args.quick else 3.0, device))
-    promised = report.CPU_BARS if args.device == "cpu" else report.GPU_BARS
+    promised = report.bars_of(args.device, run["machine"]["kernels"])
     bars = [] if args.quick else report.bar_rows(results, promised)
     run |= {"cases": results, "bars": bars}
     print_table(run["command"], report.rows(results))

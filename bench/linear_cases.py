@@ -1,7 +1,7 @@
 """The fused linear heads beside the unfused layer and loss, torch's own fused cross-entropy, and the bare matmuls.
 
-N tokens, H hidden, V vocabulary. bf16 is left out on CPU, where the rivals' bf16 matmul of an untransposed matrix takes
-minutes without hardware for it. Ours widens the weight a tile at a time and takes as long as in fp32.
+N tokens, H hidden, V vocabulary. bf16 is left out on CPUs without a unit for it, where the rivals' bf16 matmul of an
+untransposed matrix takes minutes. Ours widens the weight a tile at a time there and takes as long as in fp32.
 """
 
 from collections.abc import Callable
@@ -18,8 +18,8 @@ TORCH_CHUNK = 512
 """Rows of a chunk: torch's default chunking is several times slower on CPU."""
 
 
-def linear_cases(n: int, hidden: int, vocabulary: int, dtype: torch.dtype) -> list[Case]:
-    """The cases at hidden [n, hidden] and weight [vocabulary, hidden] of this dtype."""
+def linear_cases(n: int, hidden: int, vocabulary: int, dtype: torch.dtype, tag: str = "") -> list[Case]:
+    """The cases at hidden [n, hidden] and weight [vocabulary, hidden] of this dtype; `tag` follows the names."""
 
     def inputs(*extra: Callable[[], Tensor]) -> Callable[[], tuple[Tensor, ...]]:
         def make() -> tuple[Tensor, ...]:
@@ -31,7 +31,7 @@ def linear_cases(n: int, hidden: int, vocabulary: int, dtype: torch.dtype) -> li
 
     def case(name: str, extra: tuple, ours: Function, eager: Function, products: int, **options: object) -> Case:
         return Case(
-            name=f"{name} forward + backward",
+            name=f"{name}{tag} forward + backward",
             shape=f"[{n}, {hidden}] x [{vocabulary}, {hidden}]",
             make_inputs=inputs(*extra),
             ours=ours,

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from bench.case import COMPILED, EAGER, OURS, UPCAST
 from bench.linear_cases import TORCH_FUSED
 from bench.measure import CEILING, OURS_IN_CUDA
+from bench.record import opening
 from rlhf_fast.training.metrics import markdown_table
 
 COLORS = {OURS: "#0072B2", OURS_IN_CUDA: "#56B4E9", COMPILED: "#E69F00", UPCAST: "#999999", TORCH_FUSED: "#CC79A7"}
@@ -41,7 +42,7 @@ class Bar:
 
 OWN = ("memory of the input", "GiB", "microseconds")
 _IN_PLACE = "token_logprobs forward + in-place backward"
-CPU_BARS = (
+AVX2_BARS = (
     Bar("token_logprobs forward fp32", CEILING, at_least=0.8),
     Bar(f"{_IN_PLACE} fp32", EAGER, at_least=6),
     Bar(f"{_IN_PLACE} fp32", COMPILED, at_least=3),
@@ -59,6 +60,20 @@ CPU_BARS = (
     Bar("linear_ppo_loss forward + backward", EAGER, at_least=1),
     Bar("linear_token_logprobs forward + backward", CEILING, at_least=1 / 1.5),
 )
+_SHARED = [bar for bar in AVX2_BARS if bar.against != CEILING]
+AVX512_BARS = (
+    Bar("token_logprobs forward fp32", CEILING, at_least=0.9),
+    Bar("token_logprobs forward fp32", COMPILED, at_least=6),
+    Bar("token_logprobs forward bf16", CEILING, at_least=0.8),
+    *_SHARED,
+    Bar("linear_sft_loss forward + backward", CEILING, at_least=1 / 1.15),
+    Bar("linear_ppo_loss forward + backward", CEILING, at_least=1 / 1.1),
+    Bar("linear_token_logprobs forward + backward", CEILING, at_least=1 / 1.35),
+    Bar("linear_ppo_loss bf16 forward + backward", CEILING, at_least=1 / 1.5),
+    Bar("linear_token_logprobs bf16 forward + backward", CEILING, at_least=1 / 2),
+    Bar("dpo_loss forward + backward", EAGER, at_least=1),
+    Bar("reward_loss forward + backward", EAGER, at_least=1),
+)
 _PPO, _GRADIENTS_GIB = "linear_ppo_loss forward + backward", (151_936 + 8192) * 4096 * 2 / 2**30
 GPU_BARS = (
     Bar("token_logprobs forward bf16", CEILING, at_least=0.9),
@@ -70,6 +85,13 @@ GPU_BARS = (
     Bar(_PPO, "GiB", at_most=3 + _GRADIENTS_GIB),
     Bar("linear_ppo_loss, frozen head, forward + backward", CEILING, at_least=1 / 1.15),
 )
+
+
+def bars_of(device: str, kernels: str) -> Sequence[Bar]:
+    """The bars of a GPU, or of a CPU whose kernels are these ("avx512", "avx2", ...: `machine()["kernels"]`)."""
+    if device == "cuda":
+        return GPU_BARS
+    return AVX512_BARS if kernels == "avx512" else AVX2_BARS
 
 
 def spread(result: dict[str, Any], names: Sequence[str]) -> float:
@@ -123,14 +145,13 @@ def bar_rows(results: Sequence[dict[str, Any]], bars: Sequence[Bar]) -> list[dic
 
 def markdown(run: dict[str, Any], chart: str) -> str:
     """The whole result as one page of Markdown. chart: the name of the PNG beside it."""
-    machine = ", ".join(f"{key} {value}" for key, value in run["machine"].items())
     parts = [
-        f"# {'GPU' if 'GPU' in run['machine'] else 'CPU'} operations",
-        f"`{run['command']}`, {run['date']}: {machine}.",
+        *opening(f"{'GPU' if 'GPU' in run['machine'] else 'CPU'} operations", run),
         "Times are medians of interleaved rounds. GB/s counts the bytes that have to be moved at least once. The "
         "ceiling moves as many bytes with plain torch in the same rounds (`sum`, on a GPU a copy, then `copy_` or "
         "`neg_`), or makes the bare matmuls. Temporary memory is the peak during one call above the memory that was "
-        "held before; it includes the results. Errors are against float64, and relative where entries are large.",
+        "held before; it includes the results. Errors are against float64, and relative where entries are large; a "
+        "bf16 gradient out of matmuls has the relative error of its norm.",
         f"![Speed relative to eager PyTorch]({chart})",
         markdown_table(rows(run["cases"])),
     ]
