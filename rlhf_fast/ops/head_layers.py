@@ -23,6 +23,8 @@ TILE_BYTES = 16 << 20
 """The size of one tile of a half-precision weight, once widened."""
 LINE = 16
 """Floats of a cache line. The rows of a UnitLayer's logits begin at one."""
+PACKED_BYTES = 4 << 20
+"""Of a factor that a UnitLayer's matmul reads, packed; `kPacked` of csrc/cpu/matmul_bf16.cpp."""
 
 
 class Layer:
@@ -112,13 +114,15 @@ class MixedLayer(Layer):
 class UnitLayer(Layer):
     """Matmuls of our own that read bfloat16 and write float32, by the CPU's unit of this number (`_cpu.bf16_units`).
 
-    Beside the buffer each matmul holds up to 4 MiB of packed weight, and 0.6 MiB a thread.
+    Beside the buffer each matmul packs up to PACKED_BYTES, which the budget counts, and 0.6 MiB a thread, which the
+    budget leaves out, because the chunks and so the bits must not depend on the threads.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, unit: int) -> None:
         super().__init__(weight if 1 in weight.stride() else weight.contiguous(), bias, dtype)
         self.unit, self.stride = unit, -(-len(weight) // LINE) * LINE
         self.row_bytes = self.stride * dtype.itemsize
+        self.tile_bytes = PACKED_BYTES
 
     def _operands(self) -> torch.dtype:
         return self.weight.dtype
