@@ -17,7 +17,7 @@ import torch
 _MEASURED = re.compile(r"(^|[/_ ])(time|memory|seconds|bytes)([/_ ]|$)|per_(second|minute)")
 _SECONDS = re.compile(r"\bin \d+ s\b")  # in a sentence of a report
 _ABOUT = {"output_dir", "environment", "resume", "command", "date", "phases", "time_model", "phase_seconds"}
-_ABOUT |= {"static_bytes", "meter", "resumed"}
+_ABOUT |= {"static_bytes", "meter", "resumed", "peaks"}
 _PICTURES = {".png", ".html", ".md", ".txt", ".csv"}  # drawn with times in them, or logs
 
 

@@ -25,7 +25,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from types import MethodType
 from typing import Any
 from weakref import ref
 
@@ -316,8 +315,9 @@ def _wrap(model: PreTrainedModel, mesh: DeviceMesh, offload: bool) -> None:
     found = ((whole_one(), part) for whole_one, (_, part) in zip(wholes, shards.frozen, strict=True))
     note_parts((weight, part) for weight, part in found if weight is not None)
     setattr(model, _SHARDS, shards)
-    # FSDP takes the first unit that runs for the root, and a pass of a frozen model may begin with a layer.
-    _begin(model)
+    # FSDP takes the first unit that runs for the root, and a pass of a frozen model may begin with a layer. A pass of
+    # the model would say so too, but it makes embeddings and head whole, which a machine's CPU holds once a process.
+    model._get_fsdp_state()._lazy_init()  # pyright: ignore
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
@@ -329,18 +329,6 @@ def _layers(model: nn.Module) -> list[nn.Module]:
 
 def _children(unit: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((name.rpartition(".")[2], module) for name, module in unit.named_modules())
-
-
-@torch.no_grad()
-def _begin(model: Any) -> None:
-    from torch.distributed.fsdp import register_fsdp_forward_method
-
-    name = "rlhf_fast_begin"
-    setattr(model, name, MethodType(lambda _: None, model))
-    register_fsdp_forward_method(model, name)
-    getattr(model, name)()
-    delattr(model, name)
-    model.reshard()
 
 
 def _register(model: Any, name: str) -> None:

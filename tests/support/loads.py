@@ -1,7 +1,8 @@
 """Host memory of all processes of a run while they load a model and put it into shards.
 
-The bytes are those that belong to processes alone: anonymous memory, and shared memory divided among the processes that
-map it (Pss_Anon and Pss_Shmem of Linux). Pages of the model's files, which the system may drop, do not count.
+The bytes are the anonymous memory of the processes and the machine's shared memory. Pages of the model's files, which
+the system may drop, do not count. The counters are read in microseconds. Pss of smaps_rollup takes so long for a large
+model that the processes let go of their weights in the meantime, and the sum over them counts a weight several times.
 
 python -m tests.support.loads WARM MODEL OUT.json    in each process of a launcher, for a model of any size
 """
@@ -27,9 +28,12 @@ EVERY = 0.004  # seconds between two looks
 
 
 def held(pids: list[int]) -> int:
-    """Bytes of the processes."""
-    texts = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in pids]
-    return 1024 * sum(int(kb) for text in texts for kb in re.findall(r"^Pss_(?:Anon|Shmem): +(\d+) kB", text, re.M))
+    """Bytes of the processes, and all shared memory of the machine."""
+    texts = [Path(f"/proc/{pid}/status").read_text() for pid in pids]
+    anonymous = sum(int(kb) for text in texts for kb in re.findall(r"^RssAnon:\s+(\d+) kB", text, re.M))
+    shared = re.search(r"^Shmem:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
+    assert shared is not None
+    return 1024 * (anonymous + int(shared[1]))
 
 
 def load(path: str) -> PreTrainedModel:
