@@ -23,6 +23,8 @@
                                                  the same on a checkpoint, with rows of real lengths
     python -m bench integrations                 TRL's trainers and transformers' Trainer, plain and with our passes
                                                  and losses inside; takes --model, --data, --dtypes, --trl-python too
+    python -m bench steps --dtypes fp32 bf16     whole steps and decoding beside their bare matmuls, and where
+                                                 their time goes; takes --model, --data too
     python -m bench ranks --check                several processes beside one: steps/s, collectives and their bytes
     python -m bench ranks --computed             step times on machines that nobody has measured
     python -m bench ranks --device cuda          one GPU beside all of them, by NCCL
@@ -53,6 +55,7 @@ from bench.measure import measure
 from bench.ranks import command as ranks
 from bench.record import about_run, machine, versions
 from bench.rivals import FROM_HIDDEN, FROM_LOGITS
+from bench.steps import command as steps
 from bench.trainers import command as trainers
 from bench.trials import hidden_trials, logits_trials
 from rlhf_fast.data.files import write_bytes, write_text
@@ -64,7 +67,7 @@ def arguments() -> argparse.Namespace:
     """The command line, checked; where the results go by default."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.partition("\n")[0])
     parser.add_argument(
-        "what", choices=["ops", "exactness", "rollout", "busy", "ahead", "trainers", "integrations", "ranks"]
+        "what", choices=["ops", "exactness", "rollout", "busy", "ahead", "trainers", "integrations", "steps", "ranks"]
     )
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], default="cpu", help="ops, rollout, ranks: where (default cpu)"
@@ -94,7 +97,7 @@ def arguments() -> argparse.Namespace:
         parser.error("--quick, --check: exactness takes seconds and always checks")
     if args.quick and args.check:
         parser.error("--check: the bars hold at full size, not with --quick")
-    if args.what in ("busy", "trainers", "integrations") and args.device == "cuda":
+    if args.what in ("busy", "trainers", "integrations", "steps") and args.device == "cuda":
         parser.error(f"--device: {args.what} runs on the CPU")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")
@@ -164,6 +167,7 @@ def main() -> int:
         "ahead": ahead.run,
         "trainers": trainers.run,
         "integrations": integrations.run,
+        "steps": steps.run,
         "ranks": ranks.run,
     }
     return commands[args.what](args)

@@ -82,7 +82,7 @@ def checkpoint(directory: Path, model: Path, data: Path) -> Start:
     """
     directory.mkdir(parents=True)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    _give_pad_of_its_own(tokenizer)
+    give_pad_of_its_own(tokenizer)
     models = _models(directory, tokenizer, model, noise=lambda weight: 0.01 * weight.std())
     return checkpoint_with({"init": str(model), **models}, model, data)
 
@@ -112,7 +112,7 @@ def checkpoint_with(models: dict[str, str], model: Path, data: Path) -> Start:
     )
 
 
-def _give_pad_of_its_own(tokenizer: PreTrainedTokenizerBase) -> None:
+def give_pad_of_its_own(tokenizer: PreTrainedTokenizerBase) -> None:
     """A pad token that is not EOS, because transformers' classifiers take every pad id at a row's end for padding."""
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
         ends = {tokenizer.eos_token_id}
@@ -152,11 +152,11 @@ def _models(
         model.config.pad_token_id = tokenizer.pad_token_id
         save(paths[name], models={"": model}, tokenizer=tokenizer, state=None, extra_files={})
     for name, load in {"sft": load_policy, "policy": load_policy, "reward": load_scorer}.items():
-        paths[f"endless {name}"] = _without_end(load, paths[name], directory / f"endless_{name}")
+        paths[f"endless {name}"] = without_end(load, paths[name], directory / f"endless_{name}")
     return {name: str(path) for name, path in paths.items()}
 
 
-def _without_end(load: Callable[[Path], PreTrainedModel], path: Path, copy: Path) -> Path:
+def without_end(load: Callable[[Path], PreTrainedModel], path: Path, copy: Path) -> Path:
     """A copy whose EOS is an id beyond the model's vocabulary."""
     model, tokenizer = load(path), AutoTokenizer.from_pretrained(path)
     tokenizer.add_special_tokens({"eos_token": "<end>"})

@@ -230,7 +230,7 @@ def test_a_checkpoint_is_trained_on_its_own_rows(tmp_path):
 def test_a_checkpoint_whose_pad_token_is_eos_gets_a_pad_token_of_its_own():
     tokenizer = build_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
-    starts._give_pad_of_its_own(tokenizer)
+    starts.give_pad_of_its_own(tokenizer)
     assert tokenizer.pad_token_id != tokenizer.eos_token_id and tokenizer.pad_token in tokenizer.all_special_tokens
 
 
@@ -240,6 +240,6 @@ def test_nothing_ends_a_completion_of_an_endless_model(tiny_model, tmp_path):
     (tmp_path / "model").mkdir()
     load_policy(tiny_model).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    path = starts._without_end(load_policy, tmp_path / "model", tmp_path / "endless")
+    path = starts.without_end(load_policy, tmp_path / "model", tmp_path / "endless")
     model, endless = load_policy(path), AutoTokenizer.from_pretrained(path)
     assert [n for n in eos_token_ids(model, endless) if n < model.config.vocab_size] == []
