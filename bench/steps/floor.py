@@ -18,36 +18,41 @@ BYTES_PER_WEIGHT = 28  # AdamW in fp32 reads weight, gradient and two moments, a
 
 
 def floor(counts: Counts, seconds: float) -> dict[str, Any]:
-    """{"seconds", "groups": group -> seconds, "products": one row each}. seconds: at least so long for each matmul."""
-    rows, groups = [], dict.fromkeys(counts, 0.0)
+    """{"seconds", "cpu_seconds", "groups": group -> seconds, "products": one row each}.
+
+    seconds: at least so long for each matmul.
+    """
+    rows, groups, cpu_seconds = [], dict.fromkeys(counts, 0.0), 0.0
     for group, found in counts.items():
         for product, times in found.items():
-            alone = time_alone(product, times, seconds)
+            alone, cpu_alone = time_alone(product, times, seconds)
             groups[group] += times * alone
+            cpu_seconds += times * cpu_alone
             rows.append({"group": group, **product._asdict(), "times": times, "seconds": alone})
     rows.sort(key=lambda row: -row["times"] * row["seconds"])
-    return {"seconds": sum(groups.values()), "groups": groups, "products": rows}
+    return {"seconds": sum(groups.values()), "cpu_seconds": cpu_seconds, "groups": groups, "products": rows}
 
 
 @torch.no_grad()
-def time_alone(product: Product, times: float, seconds: float) -> float:
-    """Seconds of one such matmul, the median of several turns. times: how often the step runs it."""
+def time_alone(product: Product, times: float, seconds: float) -> tuple[float, float]:
+    """Seconds and CPU seconds of one such matmul, the medians of several turns. times: how often the step runs it."""
     operands = _operands(product)
     size = sum(x.nbytes for x in operands)
     copies = [operands] + [_operands(product) for _ in range(min(int(times), -(-APART // size)) - 1)]
     multiply = torch.bmm if product.batch > 1 else torch.mm
 
-    def turn() -> float:
-        begin = time.perf_counter()
+    def turn() -> tuple[float, float]:
+        begin, cpu_begin = time.perf_counter(), time.process_time()
         for a, b, out in copies:
             multiply(a, b, out=out)
-        return (time.perf_counter() - begin) / len(copies)
+        return (time.perf_counter() - begin) / len(copies), (time.process_time() - cpu_begin) / len(copies)
 
     turn()
     samples, end = [], time.perf_counter() + seconds
     while len(samples) < 3 or time.perf_counter() < end:
         samples.append(turn())
-    return quantiles(samples)["median"]
+    wall, cpu = (quantiles([*clock])["median"] for clock in zip(*samples, strict=True))
+    return wall, cpu
 
 
 def _operands(product: Product) -> tuple[Tensor, Tensor, Tensor]:

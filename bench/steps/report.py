@@ -27,6 +27,7 @@ def step_rows(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "CPU, one thread seconds": result["one_thread_cpu_seconds"],
             "floor seconds": result["floor"]["seconds"],
             "of the floor": f"{ratio(result):.2f}x",
+            "by CPU time": f"{result['cpu_seconds']['median'] / result['floor']['cpu_seconds']:.2f}x",
         }
         for result in results
     ]
@@ -102,7 +103,7 @@ def markdown(record: dict[str, Any]) -> str:
         "the step runs it. Attention's matmuls count in the floor: two forward, five backward for each row and head, "
         "and of a causal square the half that is seen. A step of PPO and ReMax is a round, rollout and scoring "
         "included. The groups of a profiled step add up to its time. `waiting` is the part of threads x time in which "
-        "a thread had no work.",
+        "a thread had no work. `by CPU time` compares the CPU time of both, which other processes disturb less.",
         *([RIVALS] if record["checkpoint"] else []),
     ]
     for title, table in tables(record).items():

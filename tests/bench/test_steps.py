@@ -101,9 +101,10 @@ def test_under_autocast_the_operator_that_multiplies_counts(tmp_path):
 
 def test_a_floor_is_the_sum_of_matmuls_alone(monkeypatch):
     a, b = Product(1, 2, 3, 4, False, True, "float32"), Product(2, 2, 3, 4, True, False, "bfloat16")
-    monkeypatch.setattr(floor, "time_alone", lambda product, times, seconds: {a: 0.5, b: 0.25}[product])
+    monkeypatch.setattr(floor, "time_alone", lambda product, times, seconds: {a: (0.5, 1.0), b: (0.25, 0.5)}[product])
     found = floor.floor({MATMUL: {a: 3.0}, ATTENTION: {a: 1.0, b: 2.0}}, 0.0)
-    assert (found["seconds"], found["groups"]) == (2.5, {MATMUL: 1.5, ATTENTION: 1.0})
+    assert (found["seconds"], found["cpu_seconds"]) == (2.5, 5.0)
+    assert found["groups"] == {MATMUL: 1.5, ATTENTION: 1.0}
     assert [row["times"] for row in found["products"]] == [3.0, 1.0, 2.0]
 
 
@@ -115,7 +116,7 @@ def test_operands_lie_as_they_do_in_the_step(product):
     assert torch.allclose(torch.matmul(a, b).float(), torch.tensor(product.k * 1e-4), rtol=1e-2)
     assert (a.stride(-1) != 1, b.stride(-1) != 1) == (product.left, product.right)
     assert out.shape[-2:] == (product.m, product.n)
-    assert floor.time_alone(product, 3.0, 0.0) > 0
+    assert min(floor.time_alone(product, 3.0, 0.0)) > 0
 
 
 def result(step, seconds):
