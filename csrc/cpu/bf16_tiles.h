@@ -4,12 +4,8 @@
 //     right panel   [step][tile][pair of k][column]
 // Both units add the products of a sum in one order, which depends on k alone. Denormals count as zeros.
 #pragma once
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of its own intrinsics' undefined registers
-#endif
-#include <immintrin.h>
-
 #include "../math.h"
+#include "intrinsics.h"
 
 namespace rlhf::ISA {
 namespace {

@@ -3,6 +3,9 @@
 // two formed after its polynomial, the loop is a sixth faster than the vectoriser's.
 #pragma once
 #include "../math.h"
+#ifdef __AVX512F__
+#include "fine_sums.h"
+#endif
 
 namespace rlhf::ISA {
 namespace {
@@ -95,6 +98,37 @@ __attribute__((noinline)) bool add_lines(const T* z, const In* source, int64_t n
     }
     return true;
 }
+
+// The same without kWide on half-precision logits as they are stored, where the instruction set has a loop for them. On
+// floats that loop does not pay, because memory bounds both loops.
+#ifdef __AVX512F__
+template <typename In>
+constexpr bool kReadsStored = sizeof(In) < sizeof(float);
+
+template <typename In>
+__attribute__((noinline)) bool add_stored(const In* source, int64_t n, float minus_shift, float factor,
+                                          LaneSums& sums) {
+    FineSums fine(minus_shift, factor);
+    int64_t i = 0;
+    for (; i + 2 * kLine <= n; i += 2 * kLine) {
+        __m512 a, b;
+        fetch(source + i);
+        load_lines(source + i, a, b);
+        fine.add(a);
+        fine.add(b);
+    }
+    if (i < n) fine.add(load_line(source + i));
+    if (!fine.fits(kMostSum)) return false;
+    for (int k = 0; k < kLanes; ++k) {
+        sums.sum[k] += double(fine.sum[k]);
+        sums.centred[k] += double(fine.centred[k]);
+    }
+    return true;
+}
+#else
+template <typename In>
+constexpr bool kReadsStored = false;
+#endif
 
 }  // namespace
 }  // namespace rlhf::ISA

@@ -83,6 +83,8 @@ Softmax accumulate(const In* row, int64_t begin, int64_t end, int64_t target, do
     const auto add_range = [&](int64_t from, int64_t to) {
         for (int64_t i = from; i < to; i += kChunk) {
             const int64_t n = minimum(kChunk, to - i), lines = n / kLine * kLine;
+            if constexpr (kReadsStored<In>)
+                if (!wide && softcap == 0 && lines == n && add_stored(row + i, n, -shift, factor, sums)) continue;
             const T* z = block(row + i, n, softcap, buffer);
             if (lines > 0) add(z, row + i, lines);
             if (lines == n) continue;
