@@ -11,8 +11,8 @@ import rlhf_fast
 
 PACKAGE = Path(rlhf_fast.__file__).parent
 LAYERS = (
-    "presence | failing | extras methods ranks threads | config ops data | lm | rollout exact integrations | training | stages | "
-    "plan report | lab | cli world | __main__"
+    "presence | failing | extras methods ranks threads | config ops data | lm | rollout exact integrations | "
+    "training | stages | plan report | lab | cli world | __main__"
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS.split("|")) for name in names.split()}
 MODULES = {

@@ -62,7 +62,7 @@ def measure(warm: str, path: str, out: str, *, again: bool = True) -> None:
 
     small = load(warm)
     ranks.wait()
-    before, watching = held(pids), threading.Thread(target=watch)
+    before, watching = held(pids), threading.Thread(target=watch, daemon=True)
     if ranks.first:
         watching.start()
     ranks.wait()

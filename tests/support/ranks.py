@@ -117,11 +117,12 @@ def plain(
         del settings["vocab_size"]
         init_model(settings, tokenizer, directory / "tied", seed=0)
         # Of many layers, because a machine holds a model once more in the 32nd part of it that moves at a time.
-        sizes = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 12, "num_key_value_heads": 4}
+        sizes = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 24, "num_key_value_heads": 4}
         init_model(settings | sizes, tokenizer, directory / "large", seed=0)
         large = AutoModelForCausalLM.from_pretrained(directory / "large")
         large.resize_token_embeddings(8192, mean_resizing=False)  # of a share in the weights as in a real model
         large.save_pretrained(directory / "large")
+        (directory / "large" / "checkpoint.json").unlink()  # it says that the model is as it was made
         few = directory / "few.jsonl"
         few.write_text("".join(Path(files["prompts"]).read_text().splitlines(keepends=True)[:1]))
         names = ("tied", "large", "scorer", "adapter")

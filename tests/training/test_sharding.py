@@ -171,7 +171,7 @@ def test_a_model_in_shards_is_saved_in_files_of_a_layer_each(place, trained):
 def test_a_machine_holds_the_weights_once_while_they_are_loaded(trained):
     """Four processes; the weights are the right ones, also where pickle does not take the model."""
     found = json.loads((trained[1] / "loaded.json").read_text())
-    assert 44e6 < found["model"] < 48e6
+    assert 84e6 < found["model"] < 88e6
     assert found["model"] < found["peak"] < 1.5 * found["model"]
     assert found["after"] < 1.2 * found["model"]
     truth = {name: p.double().sum().item() for name, p in load_policy(trained[0] / "large").named_parameters()}
