@@ -23,8 +23,15 @@ OUTSIDE = {  # path in the repository -> path on the site
     "bench/results/cpu_exactness.md": "results/cpu_exactness.md",
     "bench/results/cpu_ops.md": "results/cpu_ops.md",
     "bench/results/cpu_ops.png": "results/cpu_ops.png",
+    "bench/results/cpu_ops_avx512.md": "results/cpu_ops_avx512.md",
+    "bench/results/cpu_ops_avx512.png": "results/cpu_ops_avx512.png",
+    "bench/results/cpu_ranks.md": "results/cpu_ranks.md",
     "bench/results/cpu_rollout.md": "results/cpu_rollout.md",
+    "bench/results/cpu_rollout_smollm2.md": "results/cpu_rollout_smollm2.md",
+    "bench/results/cpu_steps.md": "results/cpu_steps.md",
     "bench/results/cpu_trainers.md": "results/cpu_trainers.md",
+    "bench/results/cpu_trainers_smollm2.md": "results/cpu_trainers_smollm2.md",
+    "bench/results/static.md": "results/static.md",
 }
 SOURCE = {page: path for path, page in OUTSIDE.items()}
 LINK = re.compile(r"(?<=\]\()(?!\w+:)([^)#\s]+)")
