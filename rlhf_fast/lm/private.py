@@ -1,4 +1,4 @@
-"""Every name of transformers and peft that the package uses and that they do not promise. They stand here alone.
+"""Every name of transformers, peft and FSDP2 that the package uses and that they do not promise. They stand here alone.
 
 Where a name is missing, the package takes a slower way: rows are padded, layers are called as modules. An adapter that
 could not be saved right is an error. tests/test_upstream.py tests every name, so that an upgrade fails there.
@@ -189,6 +189,18 @@ def untie(model: Part) -> None:
 def original_of(module: Part) -> nn.Module:
     """The module as it was before `with_saved_copy`."""
     return module.original_module
+
+
+# Models in shards
+
+
+def begin_in_shards(model: Part) -> None:
+    """Makes the model the root of its units, as its first pass would, but makes no weight whole.
+
+    FSDP2 takes the first unit that runs for the root, and a pass of a frozen model may begin with a layer. A whole
+    embedding stands on a machine's CPU once for each process.
+    """
+    model._get_fsdp_state()._lazy_init()
 
 
 # Parts of a model by their names

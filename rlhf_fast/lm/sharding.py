@@ -37,7 +37,7 @@ from rlhf_fast.failing import gone, lost
 from rlhf_fast.lm.forward import enter_by, is_open, run_alike
 from rlhf_fast.lm.passes import settle
 from rlhf_fast.lm.precision import HALVES, decoder_layers, is_half
-from rlhf_fast.lm.private import has_adapter
+from rlhf_fast.lm.private import begin_in_shards, has_adapter
 from rlhf_fast.lm.room import PASSES, NoRoom, check_room
 from rlhf_fast.lm.shared_parts import Place, emptied, note_parts, places, taken_over
 from rlhf_fast.lm.switches import agree, trial_rows
@@ -315,9 +315,7 @@ def _wrap(model: PreTrainedModel, mesh: DeviceMesh, offload: bool) -> None:
     found = ((whole_one(), part) for whole_one, (_, part) in zip(wholes, shards.frozen, strict=True))
     note_parts((weight, part) for weight, part in found if weight is not None)
     setattr(model, _SHARDS, shards)
-    # FSDP takes the first unit that runs for the root, and a pass of a frozen model may begin with a layer. A pass of
-    # the model would say so too, but it makes embeddings and head whole, which a machine's CPU holds once a process.
-    model._get_fsdp_state()._lazy_init()  # pyright: ignore
+    begin_in_shards(model)
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
