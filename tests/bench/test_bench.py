@@ -59,6 +59,39 @@ def test_refuses_to_time_a_kernel_that_disagrees(ours, result):
     )
 
 
+@pytest.mark.parametrize(("off", "refused"), [(2**-9, False), (2**-7, True)])
+def test_a_bf16_gradient_out_of_matmuls_has_the_error_of_its_norm(off, refused):
+    class Gradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight):
+            ctx.save_for_backward(weight)
+            return (x @ weight.t()).float().sum()
+
+        @staticmethod
+        def backward(ctx, upstream):
+            (weight,) = ctx.saved_tensors
+            exact = weight.double().sum(0).expand(2, -1).clone()
+            exact[0, 0] += off * exact.norm()  # one entry has all of the error
+            return exact.bfloat16(), None
+
+    case = bench.case.Case(
+        name="product",
+        shape="[2, 3] x [4, 3]",
+        make_inputs=lambda: (torch.ones(2, 3).bfloat16(), torch.full((4, 3), 0.25).bfloat16()),
+        ours=lambda x, weight: (Gradient.apply(x, weight),),
+        eager=lambda x, weight: ((x @ weight.t()).float().sum(),),
+        products=3,
+        differentiable=(0,),
+    )
+    inputs = case.make_inputs()
+    contenders = bench.measure.contenders(case, inputs)
+    if refused:
+        with pytest.raises(bench.measure.Disagreement, match="product: result 1 is off by"):
+            bench.measure.errors(case, inputs, contenders)
+    else:
+        assert bench.measure.errors(case, inputs, contenders)["rlhf_fast"] <= 2**-8
+
+
 def test_every_operation_agrees_with_float64(monkeypatch):
     cases = bench.cases.all_cases(quick=True)
     monkeypatch.setattr(bench.cases, "bf16_unit", lambda: 2)  # the bars of AVX-512 machines are about bf16 too

@@ -172,6 +172,16 @@ def test_differences(tmp_path):
     ]
 
 
+def test_reports_are_equal_but_for_what_was_measured(tmp_path):
+    for name, seconds, peak, number in (("a", 0, 100, 16), ("b", 1, 200, 16), ("c", 0, 100, 17)):
+        (tmp_path / name).mkdir()
+        notes = [f"SFT from {tmp_path / name}/model on {number} rows in {seconds} s"]
+        report = {"notes": notes, "processes": {"peaks": [{"process": 0, "scores": peak}]}}
+        (tmp_path / name / "report.json").write_text(json.dumps(report))
+    assert differences(tmp_path / "a", tmp_path / "b") == []
+    assert len(differences(tmp_path / "a", tmp_path / "c")) == 1
+
+
 def test_parts_of_a_state_are_equal_in_any_order_of_a_headers_keys(tmp_path):
     entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
     contents = [

@@ -1,4 +1,4 @@
-"""Half-precision logits on every instruction set: far from the shift, around the loop's lengths, and bit for bit."""
+"""Half-precision logits on every instruction set: far from the shift, and around the lengths of the loop."""
 
 import pytest
 import torch
@@ -55,6 +55,5 @@ def test_junk_in_the_middle(instruction_set, dtype, junk):
     if junk == -torch.inf:
         check(logits, torch.tensor([7, 7]))
     else:
-        assert not torch.isfinite(out.logprobs[0]) or junk == torch.inf
-        assert not torch.isfinite(out.entropy[0])
+        assert out.logprobs[0].isnan() and out.entropy[0].isnan()
     assert torch.isfinite(out.logprobs[1]) and torch.isfinite(out.entropy[1])

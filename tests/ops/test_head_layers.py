@@ -1,5 +1,8 @@
 """The CPU's bfloat16 matmuls: their bound against float64, their bits, their shapes, and what runs without a unit."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,6 +10,7 @@ import rlhf_fast
 from rlhf_fast import _cpu
 from rlhf_fast.ops import head_layers
 from rlhf_fast.ops.head_layers import Layer, UnitLayer, layer_of
+from rlhf_fast.ops.heads import FEWEST_ROWS, chunk_rows
 
 UNITS = _cpu.bf16_units()
 needs_a_unit = pytest.mark.skipif(not UNITS, reason="this CPU has no unit for bfloat16")
@@ -138,3 +142,13 @@ def test_other_dtypes_and_back_ends_take_no_unit(monkeypatch):
     assert type(layer_of(weight, None, torch.bfloat16, torch.float64)) is Layer
     with rlhf_fast.ops.backend("triton"):
         assert type(layer_of(weight, None, torch.bfloat16, torch.float32)) is Layer
+
+
+@needs_a_unit
+def test_the_budget_counts_the_packed_factor():
+    source = (Path(__file__).parents[2] / "csrc/cpu/matmul_bf16.cpp").read_text()
+    assert 2 * eval(re.search(r"kPacked = ([^;]+);", source)[1]) == head_layers.PACKED_BYTES  # numbers of two bytes
+    layer = UnitLayer(torch.zeros(1000, 8).bfloat16(), None, torch.float32, UNITS[0])
+    rows = 3 * FEWEST_ROWS
+    assert chunk_rows(10 * rows, [layer], head_layers.PACKED_BYTES + rows * layer.row_bytes) == rows
+    assert chunk_rows(10 * rows, [layer], rows * layer.row_bytes) == FEWEST_ROWS
