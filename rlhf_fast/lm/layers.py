@@ -6,15 +6,17 @@ itself (`ops.layers`, `ops.attention`). The projections are called as modules, s
 keep working.
 
 A layer may have these parts and still compute something else. The caller therefore compares with the model's own
-forward, as `packing` does. Left out: caches, dropout, activation checkpointing, GPUs.
+forward, as `packing` does. A cache only takes keys and values in. Left out: dropout, activation checkpointing, GPUs.
 Shapes: N tokens side by side, H hidden; h heads of d.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import cast
 
+import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from rlhf_fast.lm.private import Part
 from rlhf_fast.ops.attention import packed_attention
@@ -83,6 +85,7 @@ def _has_parts(layer: Part) -> bool:
         _children(attention) - {"q_norm", "k_norm"} == _ATTENTION
         and _children(mlp) in (_MLP, _MLP - {"act_fn"})
         and hasattr(attention, "scaling")
+        and hasattr(attention, "layer_idx")
     )
 
 
@@ -100,14 +103,18 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def _layer(layer: Part) -> Callable[..., Tensor]:
-    attention, mlp = layer.self_attn, layer.mlp
+    attention, mlp, index = layer.self_attn, layer.mlp, cast(int, layer.self_attn.layer_idx)
     gated = swiglu if type(mlp.act_fn).__name__ in _SILU else lambda gate, up: mlp.act_fn(gate) * up
 
     def forward(
-        hidden_states: Tensor, attention_mask: Tensor, position_embeddings: tuple[Tensor, Tensor], **unread: object
+        hidden_states: Tensor,
+        attention_mask: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        past_key_values: Cache | None = None,
+        **unread: object,
     ) -> Tensor:
         """hidden_states: [1, N, H]. attention_mask: the layout [B, 1, L, N] of `packing`.
-        position_embeddings: cosines and sines [1, N, d]."""
+        position_embeddings: cosines and sines [1, N, d]. past_key_values: gets the keys, turned, and the values."""
         x_NH, (rows, _, length, N) = hidden_states[0], attention_mask.shape
         normed_NH = _normed(layer.input_layernorm, x_NH)
         cos, sin = position_embeddings
@@ -115,6 +122,9 @@ def _layer(layer: Part) -> Callable[..., Tensor]:
         query, key, value = projections
         if hasattr(attention, "q_norm"):
             query, key = _normed(attention.q_norm, query), _normed(attention.k_norm, key)
+        if past_key_values is not None:
+            turned = rotate(key, cos[0, :, None], sin[0, :, None])
+            past_key_values.update(turned.transpose(0, 1)[None], value.transpose(0, 1)[None], index)
         heads = packed_attention(
             query.transpose(0, 1),
             key.transpose(0, 1),
@@ -132,6 +142,12 @@ def _layer(layer: Part) -> Callable[..., Tensor]:
         return x_NH[None] + delta_NH.to(x_NH.dtype)[None]  # no view, because FSDP hangs a hook on it
 
     return forward
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The rotary embedding of x [..., d]: elements i and i + d / 2 are turned together (arXiv 2104.09864)."""
+    low, high = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-high, low], dim=-1) * sin).to(x.dtype)
 
 
 def _norm(module: Part) -> Callable[[Tensor], Tensor]:

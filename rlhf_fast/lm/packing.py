@@ -9,7 +9,8 @@ A trial on the model at hand decides whether its rows are packed, and whether it
 because such a model runs its layers again in the backward pass, when this attention is gone. Where padding on the right
 changes what a row computes, as in a model that looks ahead, rows run one by one.
 
-Left out: caches.
+Prompts of a rollout are packed too (`prompt_states`), and their keys and values come out side by side.
+
 Shapes: B rows, L slots, N real tokens, H hidden; h heads of d.
 """
 
@@ -22,13 +23,14 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 
 from rlhf_fast.lm import balance, layers
 from rlhf_fast.lm.fast_paths import not_taken
 from rlhf_fast.lm.forward import extra_runs
 from rlhf_fast.lm.limits import sides
 from rlhf_fast.lm.private import attention_as, attention_of, checkpoints_activations
+from rlhf_fast.lm.sequences import position_ids
 from rlhf_fast.lm.switches import difference, switching_length, trial_rows, windows
 from rlhf_fast.ops import reference
 from rlhf_fast.ops.attention import packed_attention
@@ -99,6 +101,34 @@ def _runs(backbone: PreTrainedModel, ids_BL: Tensor, mask_BL: Tensor, last: bool
     return [(lambda: _padded(backbone, padded_BL, slots_N)[0], B * width)], starts_B
 
 
+def packs_prompts(backbone: PreTrainedModel) -> bool:
+    """Whether `prompt_states` takes the model's prompts, which gains where packed attention has a kernel."""
+    weight: Any = next(backbone.parameters())
+    if not has_kernel("packed_attention", weight):
+        return False
+    if is_fake(weight):
+        return not checkpoints_activations(backbone) and _unsuited(backbone) is None
+    return can_pack(backbone)
+
+
+def prompt_states(
+    backbone: PreTrainedModel, ids_BP: Tensor, mask_BP: Tensor, cache: DynamicCache
+) -> tuple[Tensor, Tensor]:
+    """The last hidden states [B, H] of left-padded prompts, and slots [N] of their real tokens in [B P].
+
+    cache: gets the keys and values [1, h, N, d] of every layer, in the order of the slots.
+    The model must be one that `packs_prompts`. Fake prompts count as full.
+    """
+    P, fake = ids_BP.shape[1], is_fake(mask_BP)
+    slots_N = torch.arange(ids_BP.numel(), device=ids_BP.device) if fake else mask_BP.flatten().nonzero().squeeze(1)
+    positions_N = position_ids(mask_BP).flatten().index_select(0, slots_N)
+    rows_N, last_B = slots_N // P, torch.arange(P, ids_BP.numel() + 1, P, device=ids_BP.device)
+    layout = (rows_N * P + positions_N).expand(len(ids_BP), 1, P, len(slots_N))
+    states_NH = _packed(backbone, ids_BP.flatten().index_select(0, slots_N), positions_N, layout, cache=cache)
+    last_B = last_B if fake else mask_BP.sum(dim=1).cumsum(dim=0)
+    return states_NH.index_select(0, last_B - 1), slots_N
+
+
 def settle(backbone: PreTrainedModel, *, checkpointing: bool) -> bool:
     """Takes the trials of the model's rows now. Whether a pass may run the layers several times.
 
@@ -127,16 +157,26 @@ def _padded(backbone: PreTrainedModel, ids_BL: Tensor, slots_N: Tensor | None = 
 
 
 def _packed(
-    backbone: PreTrainedModel, ids_N: Tensor, positions_N: Tensor, layout: Tensor, *, says: bool = False
+    backbone: PreTrainedModel,
+    ids_N: Tensor,
+    positions_N: Tensor,
+    layout: Tensor,
+    *,
+    says: bool = False,
+    cache: DynamicCache | None = None,
 ) -> Tensor:
-    """The last hidden states [N, H] of packed tokens. says: warn where the model's layers cannot be fused."""
-    inputs = {"input_ids": ids_N[None], "position_ids": positions_N[None], "attention_mask": layout}
+    """The last hidden states [N, H] of packed tokens.
+
+    says: warn where the model's layers cannot be fused. cache: gets their keys and values.
+    """
+    inputs: dict[str, Any] = {"input_ids": ids_N[None], "position_ids": positions_N[None], "attention_mask": layout}
+    inputs |= {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}
     wanted = _fusable.get(backbone, True) and has_kernel("add_rms_norm", ids_N)
     known = wanted and layers.has_known_layers(backbone)
     if says and wanted and not known:
         _not_fused(backbone, layers.refusal(backbone))
     with attention_as(backbone.config, _NAME), layers.fused(backbone) if known else nullcontext():
-        return balance.record(backbone(**inputs, use_cache=False, **balance.asks())).last_hidden_state[0]
+        return balance.record(backbone(**inputs, **balance.asks())).last_hidden_state[0]
 
 
 def _attention(

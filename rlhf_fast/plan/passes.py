@@ -25,6 +25,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from rlhf_fast.lm.forward import within
 from rlhf_fast.lm.objectives import kept_logits
+from rlhf_fast.lm.packing import packs_prompts
 from rlhf_fast.lm.passes import response_hidden, sequence_scores, token_values
 from rlhf_fast.lm.private import cache_bytes, lengthen
 from rlhf_fast.lm.sequences import Sequences
@@ -308,7 +309,8 @@ def rollout(shape: Shape, lengths: Lengths, rows_per_prompt: int, top_k: int, to
                 ids, mask, _, _ = lengths.sequences(prompts)
                 parts = blocks.read(model, torch.bfloat16 if shape.autocast else None)
                 if parts is not None:
-                    steps = StaticDecoder(model, parts, lengths.response)
+                    backbone: Any = model.base_model
+                    steps = StaticDecoder(model, parts, lengths.response, packs=packs_prompts(backbone))
                 else:
                     steps = CacheDecoder(model) if takes_cache(model) else WholeDecoder(model)
                 steps.prefill(ids, mask, rows_per_prompt)

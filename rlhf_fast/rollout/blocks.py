@@ -55,7 +55,8 @@ class Blocks(NamedTuple):
 
     embed: Callable[[Tensor, Tensor], Tensor]  # tokens [n], positions [n] -> [n, H]
     blocks: list[Block]
-    logits: Function  # [n, H] -> [n, V]
+    norm: Function  # of the last layer's output
+    head: Function  # [n, H] -> [n, V], softcap included
     rope: Callable[[Tensor], tuple[Tensor, Tensor]] | None  # positions [S] -> cos, sin [S, D]
     query_heads: int
     key_value_heads: int
@@ -86,7 +87,8 @@ def read(model: PreTrainedModel, dtype: torch.dtype | None = None) -> Blocks | N
     return Blocks(
         embed,
         blocks,
-        _logits(norm, _linear([head], dtype), config),
+        norm,
+        _head(_linear([head], dtype), config),
         rope,
         heads,
         getattr(config, "num_key_value_heads", None) or heads,
@@ -186,11 +188,11 @@ def _plain(up: Function, act: Function, down: Function) -> Function:
     return lambda x: down(act(up(x)))
 
 
-def _logits(norm: Function, head: Function, config: object) -> Function:
+def _head(head: Function, config: object) -> Function:
     softcap = getattr(config, "final_logit_softcapping", None)
     if softcap is None:
-        return lambda x: head(norm(x))
-    return lambda x: softcap * torch.tanh(head(norm(x)) / softcap)
+        return head
+    return lambda x: softcap * torch.tanh(head(x) / softcap)
 
 
 def _norm(module: Part) -> Function:

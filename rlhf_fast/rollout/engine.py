@@ -10,6 +10,7 @@ G query heads per key/value head, V vocabulary.
 
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 from rlhf_fast.lm.causal import check_decoder
 from rlhf_fast.lm.dtypes import as_it_runs
 from rlhf_fast.lm.fast_paths import not_taken
+from rlhf_fast.lm.packing import packs_prompts, prompt_states
 from rlhf_fast.lm.passes import forward_inputs
 from rlhf_fast.lm.private import keys_and_values
 from rlhf_fast.lm.sequences import position_ids
@@ -28,6 +30,8 @@ from rlhf_fast.rollout.decoders import ByLength, CacheDecoder, Decoder, WholeDec
 
 # Attention reads the cache in pieces of this many slots; on CUDA a graph is captured for each number of pieces.
 _SLOTS = 64
+# `StaticDecoder` by its names in `_choice`.
+_STATIC = ("static, packed prompts", "static")
 # Model -> the decoder that gave the model's own logits in a trial, by its name in `_choice`.
 _chosen: "weakref.WeakKeyDictionary[PreTrainedModel, str]" = weakref.WeakKeyDictionary()
 
@@ -43,12 +47,12 @@ def decoder(model: PreTrainedModel, new_tokens: int) -> Decoder:
     choice, limit = _chosen[model], switching_length(model.config)
 
     def make() -> Decoder:
-        parts = blocks.read(model, dtype) if choice == "static" else None
+        parts = blocks.read(model, dtype) if choice in _STATIC else None
         if parts is not None:
-            return StaticDecoder(model, parts, new_tokens)
+            return StaticDecoder(model, parts, new_tokens, packs=choice == "static, packed prompts")
         return WholeDecoder(model) if choice == "whole" else CacheDecoder(model, padded=choice == "cache")
 
-    if choice in ("static", "cache"):
+    if choice in (*_STATIC, "cache"):
         return make() if limit is None else ByLength(make, limit)
     return ByLength(make)
 
@@ -58,18 +62,27 @@ def _autocast_dtype(model: PreTrainedModel) -> torch.dtype | None:
 
 
 class StaticDecoder:
-    """Our own step over a cache [L, R, 2 K, S, D] that is allocated once: keys first, then values."""
+    """Our own step over a cache [L, R, 2 K, S, D] that is allocated once: keys first, then values.
 
-    def __init__(self, model: PreTrainedModel, parts: blocks.Blocks, new_tokens: int) -> None:
-        self.model, self.parts, self.new_tokens = model, parts, new_tokens
+    packs: whether prompts run side by side, without their padding; the model must be one that `packs_prompts`.
+    """
+
+    def __init__(self, model: PreTrainedModel, parts: blocks.Blocks, new_tokens: int, *, packs: bool = False) -> None:
+        self.model, self.parts, self.new_tokens, self.packs = model, parts, new_tokens, packs
 
     def prefill(self, ids: Tensor, mask: Tensor, copies: int) -> Tensor:
-        """As in `Decoder`, by transformers' forward, whose keys and values are copied into our cache."""
+        """As in `Decoder`, by a packed pass or by transformers' forward; its keys and values go into our cache."""
         (B, P), device, parts = ids.shape, ids.device, self.parts
         positions = position_ids(mask)
         cache = DynamicCache()  # keeps every key, because our masks have the sliding windows
-        inputs = forward_inputs(self.model, ids, mask, positions)
-        logits = self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        slots_N = None
+        if self.packs:
+            backbone: Any = self.model.base_model
+            states_BH, slots_N = prompt_states(backbone, ids, mask, cache)
+            logits = parts.head(states_BH)
+        else:
+            inputs = forward_inputs(self.model, ids, mask, positions)
+            logits = self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
         self.rows, self.length, S = B * copies, P, P + self.new_tokens
         layers = keys_and_values(cache)
@@ -77,8 +90,11 @@ class StaticDecoder:
         shape = (len(parts.blocks), self.rows, 2 * parts.key_value_heads, S, parts.head_dim)
         self.cache = first.new_zeros(shape)  # uninitialised slots could hold NaN, and a mask does not hide NaN
         for layer, mine in zip(layers, self.cache, strict=True):
-            both = torch.cat(layer, dim=1)
-            mine.view(B, copies, *shape[2:])[:, :, :, :P] = both[:, None]
+            both, places = torch.cat(layer, dim=1), mine.view(B, copies, *shape[2:])
+            if slots_N is None:
+                places[:, :, :, :P] = both[:, None]
+            else:
+                places[slots_N // P, :, :, slots_N % P] = both[0].transpose(0, 1)[:, None]
         self.starts = (~mask).sum(dim=1).repeat_interleave(copies)
         self.slot = torch.full((1,), P, device=device)
         self.position = (positions[:, -1] + 1).repeat_interleave(copies)
@@ -171,7 +187,7 @@ class StaticDecoder:
             x = x + (y if block.mlp_post_norm is None else block.mlp_post_norm(y))
         self.slot += 1
         self.position += 1
-        return parts.logits(x)
+        return parts.head(parts.norm(x))
 
     def _attention(self) -> Callable[[int, blocks.Block, Tensor], Tensor]:
         """Attention of this step in plain PyTorch. Masks and rotary tables, which all layers share, are made first."""
@@ -233,12 +249,12 @@ class _Graph:
 
 @torch.no_grad()
 def _choice(model: PreTrainedModel) -> str:
-    """The first decoder that gives the model's own logits: "static", "cache", "cache by length" or "whole"."""
+    """The decoder that gives the model's own logits: one of `_STATIC`, "cache", "cache by length" or "whole"."""
 
-    def static() -> Decoder:
+    def static(packs: bool = False) -> Decoder:
         parts = blocks.read(model, _autocast_dtype(model))  # anew in every trial, because it reads the windows
         assert parts is not None
-        return StaticDecoder(model, parts, _STEPS)
+        return StaticDecoder(model, parts, _STEPS, packs=packs)
 
     with torch.autocast(model.device.type, enabled=False):
         try:
@@ -247,6 +263,13 @@ def _choice(model: PreTrainedModel) -> str:
         except Exception as error:
             reason = f"a step over its weights raises {type(error).__name__}"
         if reason is None:
+            backbone: Any = model.base_model
+            if not packs_prompts(backbone):
+                return "static"
+            reason = _refusal(model, lambda: static(packs=True), replaces=True)
+            if reason is None:
+                return "static, packed prompts"
+            not_taken("packed prompts are", model, reason, "transformers' forward runs over padded prompts")
             return "static"
         instead = "transformers' forward runs with its own cache"
         not_taken("our own decoding steps are", model, reason, instead)

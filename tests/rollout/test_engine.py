@@ -6,6 +6,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from rlhf_fast.lm import packing
 from rlhf_fast.rollout import blocks, cpu, engine
 from tests.support.models import ARCHITECTURES, random_policy, random_sequences
 
@@ -48,6 +49,39 @@ def test_steps_give_the_models_logits_while_rows_leave(architecture, kernels):
                 orders[i] = orders[i][d.keep(mask.nonzero().squeeze(1))]
         token = torch.randint(2, 37, (8,), generator=generator)
         logits = [d.step(token[o]) for d, o in zip(decoders, orders, strict=True)]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt2", "opt"])
+@pytest.mark.parametrize("own_layers", [False, True])
+def test_packed_prompts_fill_the_cache_that_padded_prompts_fill(architecture, own_layers, monkeypatch):
+    """Logits, real slots of the cache and what is decoded from them; by fused layers and by transformers' layers."""
+    model, sequences = random_policy(architecture), random_sequences(rows=5, prompt=9, seed=3)
+    assert packing.packs_prompts(model.base_model) and not sequences.prompt_mask.all()
+    if own_layers:
+        monkeypatch.setitem(packing._fusable, model.base_model, False)
+    padded, packed = (engine.StaticDecoder(model, blocks.read(model), 4, packs=packs) for packs in (False, True))
+    logits = [d.prefill(sequences.prompt_ids, sequences.prompt_mask, 3) for d in (packed, padded)]
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
+    real = sequences.prompt_mask.repeat_interleave(3, dim=0)
+    caches = [d.cache.transpose(2, 3)[:, :, :9][:, real] for d in (packed, padded)]
+    torch.testing.assert_close(*caches, rtol=1e-5, atol=1e-5)
+    assert not packed.cache.transpose(2, 3)[:, :, :9][:, ~real].any()
+    for token in torch.randint(2, 37, (3, 15), generator=torch.Generator().manual_seed(0)):
+        torch.testing.assert_close(packed.step(token), padded.step(token), rtol=1e-4, atol=1e-4)
+
+
+def test_a_packed_pass_that_goes_wrong_over_prompts_is_not_taken(monkeypatch):
+    model, states = random_policy("llama"), engine.prompt_states
+
+    def wrong(*args):
+        found, slots = states(*args)
+        return found.roll(1, dims=0), slots
+
+    monkeypatch.setattr(engine, "prompt_states", wrong)
+    with pytest.warns(UserWarning, match="packed prompts are not used for LlamaForCausalLM: its own"):
+        assert engine._choice(model) == "static"
+    monkeypatch.undo()
+    assert engine._choice(model) == "static, packed prompts"
 
 
 def test_the_step_is_the_same_program_at_every_place(monkeypatch):

@@ -14,6 +14,7 @@ from tests.support.zoo_checks import measure
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 DECODING = {
+    "static, packed prompts": "our own step, packed prompts",
     "static": "our own step",
     "cache": "transformers' cache",
     "cache by length": "transformers' cache, prompts of each length apart",
