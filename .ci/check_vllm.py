@@ -104,6 +104,22 @@ def rows_are_right(sampler: VLLMSampler, prompts: list[list[int]]) -> None:
     print(f"{counts[1]} greedy tokens are ours; log-probs of {counts[0]} sampled tokens differ by {drift:.1e} at most")
 
 
+def draws_follow_the_model(sampler: VLLMSampler, prompts: list[list[int]]) -> None:
+    """First tokens come as often as the model says, and samples of one request agree as often as independent ones."""
+    drawn = sampler(prompts[:1] * 64, seed=11, samples=16).sampled
+    tokens, prompt = drawn.response_ids[:, 0].view(64, 16), torch.tensor(prompts[:1])
+    with torch.no_grad():
+        p = (sampler.model(prompt).logits[0, -1].double() / sampler.temperature).softmax(dim=0)
+    expected, found = 1024 * p, tokens.flatten().bincount(minlength=len(p)).double()
+    common = expected >= 5
+    pooled = [torch.cat([x[common], x[~common].sum()[None]]) for x in (found, expected)]
+    chi2, freedom = ((pooled[0] - pooled[1]).square() / pooled[1].clamp(min=1e-9)).sum().item(), int(common.sum())
+    assert chi2 < freedom + 5 * (2 * freedom) ** 0.5 + 10, (chi2, freedom)
+    agreed, alike = (tokens[:, 1:] == tokens[:, :-1]).double().mean().item(), p.square().sum().item()
+    assert abs(agreed - alike) < 5 * (alike * (1 - alike) / (64 * 15)) ** 0.5, (agreed, alike)
+    print(f"1024 draws: chi^2 {chi2:.1f} of {freedom} tokens; neighbours agree in {agreed:.3f} ({alike:.3f})")
+
+
 def pushes_are_right(sampler: VLLMSampler, prompts: list[list[int]]) -> None:
     """A push changes what is sampled; a push that the server does not take is an error."""
     first = sampler(prompts, samples=0, greedy=True).greedy
@@ -295,6 +311,7 @@ def check(directory: Path, url: str) -> None:
     sampler, prompts = connect(url, directory)
     print(f"the server is up and has the weights after {time.perf_counter() - began:.0f} s")
     rows_are_right(sampler, prompts)
+    draws_follow_the_model(sampler, prompts)
     pushes_are_right(sampler, prompts)
     one_batch_for_remax(sampler, prompts)
     stages_train(url, directory)

@@ -24,6 +24,7 @@ SETTINGS = {
     "passive": {"OMP_WAIT_POLICY": "passive"},
     "spins 1,000 times": {"GOMP_SPINCOUNT": "1000"},
     "spins 10,000 times": {"GOMP_SPINCOUNT": "10000"},
+    "spins 100,000 times": {"GOMP_SPINCOUNT": "100000"},
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
 """What each setting adds to the environment."""

@@ -12,15 +12,104 @@ namespace {
 template <typename In>
 void rotated(const In* x, const float* cosine, const float* sine, int64_t D, float scale, float* out) {
     if (!cosine) {
+#pragma omp simd
         for (int64_t i = 0; i < D; ++i) out[i] = widen(x[i]) * scale;
         return;
     }
     const int64_t half = D / 2;
+#pragma omp simd
     for (int64_t i = 0; i < half; ++i) {
         const float a = widen(x[i]), b = widen(x[i + half]);
         out[i] = (a * cosine[i] + b * sine[i]) * scale;
         out[i + half] = (b * cosine[i + half] + a * sine[i + half]) * scale;
     }
+}
+
+typedef VectorOf<float>::type Vector;
+
+inline void widen_lanes(const float* x, Vector& to) { to = *reinterpret_cast<const VectorOf<float>::unaligned*>(x); }
+#if defined(__AVX512F__)
+template <typename In>
+inline void widen_lanes(const In* x, Vector& to) {
+    to = (Vector)load_line(x);
+}
+#elif defined(__AVX2__)
+inline void widen_lanes(const bfloat16* x, Vector& to) {
+    to = (Vector)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)x)), 16);
+}
+inline void widen_lanes(const float16* x, Vector& to) {
+    to = (Vector)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)x));
+}
+#else
+template <typename In>
+inline void widen_lanes(const In* x, Vector& to) {
+    for (int k = 0; k < kLanes; ++k) to[k] = widen(x[k]);
+}
+#endif
+
+#ifdef __clang__
+inline float total_of(const Vector& lanes) {
+    float halves[kLanes];
+    memcpy(halves, &lanes, sizeof halves);
+    for (int width = kLanes / 2; width > 0; width /= 2)
+        for (int k = 0; k < width; ++k) halves[k] += halves[k + width];
+    return halves[0];
+}
+#else
+// For each half, quarter, ... of a vector the lane that stands so far behind each lane, around the vector's end.
+struct Turns {
+    alignas(64) int32_t lanes[4][kLanes];
+    constexpr Turns() : lanes() {
+        for (int t = 0; t < 4; ++t)
+            for (int k = 0; k < kLanes; ++k) lanes[t][k] = (k + (kLanes >> (t + 1))) % kLanes;
+    }
+};
+constexpr Turns kTurns;
+
+// The sum of a vector's lanes, half onto half.
+inline float total_of(const Vector& lanes) {
+    typedef int32_t Places __attribute__((vector_size(kLanes * sizeof(int32_t)), may_alias));
+    Vector x = lanes;
+#pragma GCC unroll 4
+    for (int t = 0; kLanes >> (t + 1) > 0; ++t)
+        x += __builtin_shuffle(x, *reinterpret_cast<const Places*>(kTurns.lanes[t]));
+    return x[0];
+}
+#endif
+
+// scores [kKeys] of one query x [D] with kKeys keys that stand one behind the other.
+template <int kKeys, typename In>
+inline void score(const float* x, const In* keys, int64_t D, float* scores) {
+    Vector sums[kKeys] = {};
+    int64_t i = 0;
+    for (; i + kLanes <= D; i += kLanes) {
+        Vector left, right;
+        widen_lanes(x + i, left);
+#pragma GCC unroll 4
+        for (int k = 0; k < kKeys; ++k) {
+            widen_lanes(keys + k * D + i, right);
+            sums[k] += left * right;
+        }
+    }
+#pragma GCC unroll 4
+    for (int k = 0; k < kKeys; ++k) scores[k] = total_of(sums[k]);
+    for (; i < D; ++i)
+        for (int k = 0; k < kKeys; ++k) scores[k] += x[i] * widen(keys[k * D + i]);
+}
+
+// out [kVectors vectors] = the first columns of values [n, D], weighted, over total.
+template <int kVectors, typename In>
+inline void mix(const float* weights, const In* values, int64_t n, int64_t D, float total, float* out) {
+    Vector sums[kVectors] = {};
+    for (int64_t s = 0; s < n; ++s)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+            Vector right;
+            widen_lanes(values + s * D + v * kLanes, right);
+            sums[v] += weights[s] * right;
+        }
+    for (int v = 0; v < kVectors; ++v)
+        *reinterpret_cast<VectorOf<float>::unaligned*>(out + v * kLanes) = sums[v] / total;
 }
 
 // Turns n scores into weights e^(score - largest score); returns the weights' sum.
@@ -65,22 +154,20 @@ void attend(const In* heads, int64_t n, int64_t Q, int64_t K, int64_t D, const f
                 const int64_t first = window > 0 ? maximum(starts[row], slot - window + 1) : starts[row];
                 for (int64_t q = k * group; q < (k + 1) * group; ++q) {
                     rotated(mine + q * D, cosine, sine, D, scale, x);
-                    for (int64_t s = first; s <= slot; ++s) {
-                        const In* key = keys + s * D;
-                        float dot = 0;
-#pragma omp simd reduction(+ : dot)
-                        for (int64_t i = 0; i < D; ++i) dot += x[i] * widen(key[i]);
-                        scores[s - first] = dot;
+                    const int64_t n = slot + 1 - first;
+                    const In *key = keys + first * D, *value = values + first * D;
+                    int64_t s = 0, i = 0;
+                    for (; s + 4 <= n; s += 4) score<4>(x, key + s * D, D, scores + s);
+                    for (; s < n; ++s) score<1>(x, key + s * D, D, scores + s);
+                    const float total = weigh(scores, n, softcap);
+                    for (; i + 4 * kLanes <= D; i += 4 * kLanes) mix<4>(scores, value + i, n, D, total, sum + i);
+                    for (; i + kLanes <= D; i += kLanes) mix<1>(scores, value + i, n, D, total, sum + i);
+                    for (; i < D; ++i) {
+                        float rest = 0;
+                        for (s = 0; s < n; ++s) rest += scores[s] * widen(value[s * D + i]);
+                        sum[i] = rest / total;
                     }
-                    const float total = weigh(scores, slot + 1 - first, softcap);
-                    for (int64_t i = 0; i < D; ++i) sum[i] = 0;
-                    for (int64_t s = first; s <= slot; ++s) {
-                        const float weight = scores[s - first];
-                        const In* value = values + s * D;
-#pragma omp simd
-                        for (int64_t i = 0; i < D; ++i) sum[i] += weight * widen(value[i]);
-                    }
-                    for (int64_t i = 0; i < D; ++i) narrow(sum[i] / total, out[(row * Q + q) * D + i]);
+                    store(sum, out + (row * Q + q) * D, D);
                 }
             }
     }

@@ -6,9 +6,11 @@ from the first run's. OUT.png has the curves.
 
 import json
 import sys
+from itertools import cycle
 from pathlib import Path
 
 from matplotlib import pyplot
+from matplotlib.ticker import MaxNLocator
 
 from rlhf_fast.training.metrics import read_metrics
 
@@ -46,12 +48,13 @@ def main() -> None:
     shown = [key for key in FIGURES if any(key in row for row in rows[first])]
     figure, axes = pyplot.subplots(1, len(shown), figsize=(5.2 * len(shown), 3.4), layout="constrained", squeeze=False)
     for key, axis in zip(shown, axes[0], strict=True):
-        for style, (name, found) in zip(("-", "--", ":", "-."), rows.items(), strict=False):
+        for style, (name, found) in zip(cycle(("-", "--", ":", "-.")), rows.items(), strict=False):
             points = [(row["step"], row[key]) for row in found if key in row]
             axis.plot(*zip(*points, strict=True), style, label=name)
         axis.set_xlabel("step")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_title(SHOWN[key], fontsize=10)
-    axes[0][0].legend(frameon=False)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(out.with_suffix(".png"), dpi=120)
     for name, found in content["largest_difference"].items():
         print(f"{name} against {first}:", {key: f"{value:.2g}" for key, value in found.items()})

@@ -29,6 +29,11 @@ _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 _SILU = {"SiLU", "SiLUActivation"}
 
 
+def is_silu(act: object) -> bool:
+    """Whether a gated MLP with this activation is `ops.layers.swiglu`."""
+    return type(act).__name__ in _SILU
+
+
 @contextmanager
 def fused(backbone: PreTrainedModel) -> Iterator[None]:
     """Inside, the layers of `backbone` run by this module's forward, which takes packed rows alone.
@@ -104,7 +109,7 @@ def _is_plain(module: nn.Module) -> bool:
 
 def _layer(layer: Part) -> Callable[..., Tensor]:
     attention, mlp, index = layer.self_attn, layer.mlp, cast(int, layer.self_attn.layer_idx)
-    gated = swiglu if type(mlp.act_fn).__name__ in _SILU else lambda gate, up: mlp.act_fn(gate) * up
+    gated = swiglu if is_silu(mlp.act_fn) else lambda gate, up: mlp.act_fn(gate) * up
 
     def forward(
         hidden_states: Tensor,

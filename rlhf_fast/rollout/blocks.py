@@ -20,7 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from rlhf_fast.lm.layers import is_silu
 from rlhf_fast.lm.private import Part, attention_of, is_transposed, lora_deltas, plain_base, rotary_of
+from rlhf_fast.ops.layers import swiglu
 from rlhf_fast.ops.private import has_forward_hooks
 from rlhf_fast.rollout import cpu
 
@@ -107,7 +109,6 @@ def _llama(base: Part, config: PreTrainedConfig, dtype: torch.dtype | None) -> t
         attention, mlp = layer.self_attn, layer.mlp
         if hasattr(attention, "q_norm") and attention.q_norm.weight.shape != (attention.head_dim,):  # OLMo 2: all heads
             return None
-        gate_up, act, down = _linear([mlp.gate_proj, mlp.up_proj], dtype), mlp.act_fn, _linear([mlp.down_proj], dtype)
         four_norms = hasattr(layer, "pre_feedforward_layernorm")  # Gemma 2 has a norm behind each half too
         blocks.append(
             Block(
@@ -118,7 +119,7 @@ def _llama(base: Part, config: PreTrainedConfig, dtype: torch.dtype | None) -> t
                 _linear([attention.o_proj], dtype),
                 _norm(layer.post_attention_layernorm) if four_norms else None,
                 _norm(layer.pre_feedforward_layernorm if four_norms else layer.post_attention_layernorm),
-                _gated(gate_up, act, down),
+                _gated(mlp, dtype),
                 _norm(layer.post_feedforward_layernorm) if four_norms else None,
                 attention.scaling,
                 getattr(attention, "attn_logit_softcapping", None) if eager else None,
@@ -176,12 +177,21 @@ def _plain_block(
     return Block(attention_norm, qkv, None, None, out, None, mlp_norm, mlp, None, scaling, None, None)
 
 
-def _gated(gate_up: Function, act: Function, down: Function) -> Function:
-    def mlp(x: Tensor) -> Tensor:
-        gate, up = gate_up(x).chunk(2, dim=-1)
-        return down(act(gate) * up)
+def _gated(mlp: Part, dtype: torch.dtype | None) -> Function:
+    """The gated MLP. Small gate and up projections run as one matmul; others hand the compiled kernel their outputs."""
+    sides, act, down = [mlp.gate_proj, mlp.up_proj], mlp.act_fn, _linear([mlp.down_proj], dtype)
+    weights = [_weight(side) for side in sides]
+    if sum(_MOST_COPIED if weight is None else weight.nbytes for weight in weights) <= _MOST_COPIED:
+        both = _linear(sides, dtype)
 
-    return mlp
+        def narrow(x: Tensor) -> Tensor:
+            gate, up = both(x).chunk(2, dim=-1)
+            return down(act(gate) * up)
+
+        return narrow
+    gate, up = (_linear([side], dtype) for side in sides)
+    middle = swiglu if is_silu(act) else lambda left, right: act(left) * right
+    return lambda x: down(middle(gate(x), up(x)))
 
 
 def _plain(up: Function, act: Function, down: Function) -> Function:
