@@ -5,7 +5,7 @@
 
 A thread that waits at the end of a parallel region spins for a while. On a busy machine the waiting thread thereby
 keeps the thread that it waits for from its core, and one step of decoding has hundreds of regions: a rollout beside one
-busy process takes several times as long (`python -m bench busy`). Threads that soon sleep take the time that the other
+busy process takes up to eight times as long (`python -m bench busy`). Threads that soon sleep take the time that the other
 process leaves them.
 """
 
@@ -16,18 +16,32 @@ from collections.abc import MutableMapping
 from pathlib import Path
 from typing import NamedTuple
 
-QUIET = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
-"""Threads of GNU's OpenMP spin a few microseconds and then sleep; those of other OpenMPs sleep soon."""
+SPINS = {False: "10000", True: "1000"}
+"""How often a waiting thread of GNU's OpenMP looks before it sleeps: on free cores for half a millisecond, so that the
+threads stay awake from region to region; beside busy processes for 50 microseconds (`python -m bench busy`)."""
+_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 _FEW = 0.3  # seconds under which the use of the cores is not judged
+_GLANCE = 0.05  # seconds of the look at the cores before torch is loaded
+_BUSY = 0.4  # of a core that others use
 
 
 def wait_quietly(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Makes OpenMP's threads sleep where they wait, unless the environment says how they wait.
+    """Makes OpenMP's threads soon sleep where they wait, unless the environment says how they wait.
 
-    Changes nothing where torch has been loaded, because OpenMP has read its settings then.
+    Looks for 0.05 s whether other processes use the cores. Other OpenMPs than GNU's are told to sleep at once. Changes
+    nothing where torch has been loaded, because OpenMP has read its settings then.
     """
-    if "torch" not in sys.modules and not QUIET.keys() & environment.keys():
-        environment.update(QUIET)
+    if "torch" in sys.modules or any(name in environment for name in _WAITING):
+        return
+    began = clocks()
+    if began is not None:
+        time.sleep(_GLANCE)
+    environment.update({"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": SPINS[are_busy(began, clocks())]})
+
+
+def are_busy(since: "Clocks | None", now: "Clocks | None") -> bool:
+    """Whether other processes used the cores in between. True where the system does not say."""
+    return since is None or now is None or _others(since, now) > _BUSY
 
 
 def _allowed() -> set[int]:
@@ -60,6 +74,11 @@ def clocks(stat: Path = Path("/proc/stat")) -> Clocks | None:
     return Clocks(time.monotonic(), used / tick, time.process_time())
 
 
+def _others(since: Clocks, now: Clocks) -> float:
+    """The cores that other processes used on average."""
+    return (now.cores - since.cores - (now.own - since.own)) / (now.wall - since.wall)
+
+
 _start = clocks()
 _said = False
 
@@ -78,8 +97,7 @@ def crowded(threads: int, processes: int = 1, since: Clocks | None = _start, now
     if processes == 1:
         if now.wall - since.wall < _FEW:
             return ""
-        others = (now.cores - since.cores - (now.own - since.own)) / (now.wall - since.wall)
-        free = min(free, len(_allowed()) - max(0.0, others))
+        free = min(free, len(_allowed()) - max(0.0, _others(since, now)))
     if threads * processes <= free + 0.5:
         return ""
     _said = True

@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from rlhf_fast import threads
-from rlhf_fast.threads import Clocks, cores_of_this_process, crowded, wait_quietly
+from rlhf_fast import threads
+from rlhf_fast.threads import Clocks, are_busy, cores_of_this_process, crowded, wait_quietly
 
 
 @pytest.fixture(autouse=True)
@@ -64,11 +65,21 @@ def test_the_environment_is_settled_before_torch_and_not_against_the_user(monkey
     wait_quietly(environment)
     assert environment == {}  # torch is loaded here
     monkeypatch.delitem(sys.modules, "torch")
-    wait_quietly(environment)
-    assert environment == {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "1000"}
+    for busy, spins in ((False, "10000"), (True, "1000")):
+        monkeypatch.setattr(threads, "are_busy", lambda since, now, busy=busy: busy)
+        environment.clear()
+        wait_quietly(environment)
+        assert environment == {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": spins}
     own = {"OMP_WAIT_POLICY": "active"}
     wait_quietly(own)
     assert own == {"OMP_WAIT_POLICY": "active"}
+
+
+def test_cores_that_others_use_are_seen():
+    began = Clocks(10.0, 50.0, 1.0)
+    assert not are_busy(began, Clocks(10.1, 50.12, 1.09))  # 0.03 s of 0.1 s by others
+    assert are_busy(began, Clocks(10.1, 50.15, 1.0))
+    assert are_busy(None, began) and are_busy(began, None)
 
 
 def test_the_command_settles_it():
