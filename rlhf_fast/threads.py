@@ -5,8 +5,8 @@
 
 A thread that waits at the end of a parallel region spins for a while. On a busy machine the waiting thread thereby
 keeps the thread that it waits for from its core, and one step of decoding has hundreds of regions: a rollout beside one
-busy process takes up to eight times as long (`python -m bench busy`). Threads that soon sleep take the time that the other
-process leaves them.
+busy process takes up to eight times as long (`python -m bench busy`). Threads that soon sleep take the time that the
+other process leaves them.
 """
 
 import os

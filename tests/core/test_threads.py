@@ -7,7 +7,6 @@ import sys
 import pytest
 
 from rlhf_fast import threads
-from rlhf_fast import threads
 from rlhf_fast.threads import Clocks, are_busy, cores_of_this_process, crowded, wait_quietly
 
 
