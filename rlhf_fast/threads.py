@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 SPINS = {False: "10000", True: "1000"}
-"""How often a waiting thread of GNU's OpenMP looks before it sleeps: on free cores for half a millisecond, so that the
-threads stay awake from region to region; beside busy processes for 50 microseconds (`python -m bench busy`)."""
+"""Whether other processes use the cores -> how often a waiting thread of GNU's OpenMP looks before it sleeps. 10,000
+looks take about half a millisecond, so that threads stay awake from region to region (`python -m bench busy`)."""
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 _FEW = 0.3  # seconds under which the use of the cores is not judged
 _GLANCE = 0.05  # seconds of the look at the cores before torch is loaded

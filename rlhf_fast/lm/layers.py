@@ -6,7 +6,8 @@ itself (`ops.layers`, `ops.attention`). The projections are called as modules, s
 keep working.
 
 A layer may have these parts and still compute something else. The caller therefore compares with the model's own
-forward, as `packing` does. A cache only takes keys and values in. Left out: dropout, activation checkpointing, GPUs.
+forward, as `packing` does. A cache takes the keys and values of these tokens, and earlier tokens in it are not seen.
+Left out: dropout, activation checkpointing, GPUs.
 Shapes: N tokens side by side, H hidden; h heads of d.
 """
 
@@ -122,13 +123,13 @@ def _layer(layer: Part) -> Callable[..., Tensor]:
         position_embeddings: cosines and sines [1, N, d]. past_key_values: gets the keys, turned, and the values."""
         x_NH, (rows, _, length, N) = hidden_states[0], attention_mask.shape
         normed_NH = _normed(layer.input_layernorm, x_NH)
-        cos, sin = position_embeddings
+        cos, sin = (table[0].float() for table in position_embeddings)
         projections = (getattr(attention, f"{name}_proj")(normed_NH).view(N, -1, attention.head_dim) for name in "qkv")
         query, key, value = projections
         if hasattr(attention, "q_norm"):
             query, key = _normed(attention.q_norm, query), _normed(attention.k_norm, key)
         if past_key_values is not None:
-            turned = rotate(key, cos[0, :, None], sin[0, :, None])
+            turned = rotate(key, cos[:, None], sin[:, None])
             past_key_values.update(turned.transpose(0, 1)[None], value.transpose(0, 1)[None], index)
         heads = packed_attention(
             query.transpose(0, 1),
@@ -138,7 +139,7 @@ def _layer(layer: Part) -> Callable[..., Tensor]:
             rows,
             length,
             scale=attention.scaling,
-            rotary=(cos[0].float(), sin[0].float()),
+            rotary=(cos, sin),
         )
         delta_NH = attention.o_proj(heads.flatten(1)).to(x_NH.dtype)
         norm = layer.post_attention_layernorm

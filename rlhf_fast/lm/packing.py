@@ -102,7 +102,7 @@ def _runs(backbone: PreTrainedModel, ids_BL: Tensor, mask_BL: Tensor, last: bool
 
 
 def packs_prompts(backbone: PreTrainedModel) -> bool:
-    """Whether `prompt_states` takes the model's prompts, which gains where packed attention has a kernel."""
+    """Whether `prompt_states` takes the model's prompts. Where packed attention has no kernel, nothing is gained."""
     weight: Any = next(backbone.parameters())
     if not has_kernel("packed_attention", weight):
         return False
@@ -123,6 +123,7 @@ def prompt_states(
     slots_N = torch.arange(ids_BP.numel(), device=ids_BP.device) if fake else mask_BP.flatten().nonzero().squeeze(1)
     positions_N = position_ids(mask_BP).flatten().index_select(0, slots_N)
     rows_N, last_B = slots_N // P, torch.arange(P, ids_BP.numel() + 1, P, device=ids_BP.device)
+    # The layout's slots begin each row at its place 0; `slots_N` has the padding on the left.
     layout = (rows_N * P + positions_N).expand(len(ids_BP), 1, P, len(slots_N))
     states_NH = _packed(backbone, ids_BP.flatten().index_select(0, slots_N), positions_N, layout, cache=cache)
     last_B = last_B if fake else mask_BP.sum(dim=1).cumsum(dim=0)

@@ -1,9 +1,9 @@
 """A transformers decoder taken apart into the few functions that a one-token step calls.
 
 transformers' forward does the same arithmetic behind masks, caches, output classes and hooks, which cost a small model
-more time than the arithmetic. Here the query, key and value projections become one matmul, and gate and up become
-another. An RMS norm is one call. A small LoRA adapter is added to its weight. Three layouts are known: Llama's (Qwen,
-Mistral, Gemma, ...), GPT-2's and OPT's.
+more time than the arithmetic. Here the query, key and value projections become one matmul, and small gate and up
+projections another. An RMS norm is one call. A small LoRA adapter is added to its weight. Three layouts are known:
+Llama's (Qwen, Mistral, Gemma, ...), GPT-2's and OPT's.
 
 A model may have one of these layouts and still compute something else. The caller of `read` therefore compares with the
 model's own forward, as `engine.decoder` does. Modules that are not plain layers (large adapters, quantised weights) are
@@ -178,10 +178,10 @@ def _plain_block(
 
 
 def _gated(mlp: Part, dtype: torch.dtype | None) -> Function:
-    """The gated MLP. Small gate and up projections run as one matmul; others hand the compiled kernel their outputs."""
+    """The gated MLP. Small gate and up projections run as one matmul, larger ones apart."""
     sides, act, down = [mlp.gate_proj, mlp.up_proj], mlp.act_fn, _linear([mlp.down_proj], dtype)
-    weights = [_weight(side) for side in sides]
-    if sum(_MOST_COPIED if weight is None else weight.nbytes for weight in weights) <= _MOST_COPIED:
+    bases = [plain_base(side) for side in sides]
+    if sum(_MOST_COPIED if base is None else base.weight.nbytes for base in bases) <= _MOST_COPIED:
         both = _linear(sides, dtype)
 
         def narrow(x: Tensor) -> Tensor:
