@@ -17,19 +17,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 SPINS = {False: "10000", True: "1000"}
-"""Whether other processes use the cores -> how often a waiting thread of GNU's OpenMP looks before it sleeps. 10,000
-looks take about half a millisecond, so that threads stay awake from region to region (`python -m bench busy`)."""
+"""Whether threads and other processes outnumber the cores -> how often a waiting thread of GNU's OpenMP looks before it
+sleeps. 10,000 looks take about half a millisecond, so that threads stay awake from region to region (`bench busy`)."""
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 _FEW = 0.3  # seconds under which the use of the cores is not judged
 _GLANCE = 0.05  # seconds of the look at the cores before torch is loaded
-_BUSY = 0.4  # of a core that others use
+_SLACK = 0.4  # of a core that threads and other processes may use more than there are
 
 
 def wait_quietly(environment: MutableMapping[str, str] = os.environ) -> None:
     """Makes OpenMP's threads soon sleep where they wait, unless the environment says how they wait.
 
-    Looks for 0.05 s whether other processes use the cores. Other OpenMPs than GNU's are told to sleep at once. Changes
-    nothing where torch has been loaded, because OpenMP has read its settings then.
+    Looks for 0.05 s whether other processes leave a core for each thread. Other OpenMPs than GNU's are told to sleep at
+    once. Changes nothing where torch has been loaded, because OpenMP has read its settings then.
     """
     if "torch" in sys.modules or any(name in environment for name in _WAITING):
         return
@@ -39,9 +39,16 @@ def wait_quietly(environment: MutableMapping[str, str] = os.environ) -> None:
     environment.update({"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": SPINS[are_busy(began, clocks())]})
 
 
-def are_busy(since: "Clocks | None", now: "Clocks | None") -> bool:
-    """Whether other processes used the cores in between. True where the system does not say."""
-    return since is None or now is None or _others(since, now) > _BUSY
+def are_busy(since: "Clocks | None", now: "Clocks | None", threads: int | None = None) -> bool:
+    """Whether the cores that other processes left free in between are fewer than `threads`, by default OpenMP's.
+
+    True where the system does not say.
+    """
+    if since is None or now is None:
+        return True
+    if threads is None:
+        threads = int(os.environ.get("OMP_NUM_THREADS") or cores_of_this_process())
+    return threads + _others(since, now) > len(_allowed()) + _SLACK
 
 
 def _allowed() -> set[int]:

@@ -17,17 +17,19 @@ from bench import rollout
 from bench.measure import quantiles
 from bench.record import ROOT, about_run, page, versions
 from rlhf_fast.data.files import write_text
+from rlhf_fast.threads import SPINS
 from rlhf_fast.training.metrics import print_table
 
 SETTINGS = {
-    "torch's own": {"GOMP_SPINCOUNT": "300000"},  # what GNU's OpenMP does unless told; `bench` itself sets another
-    "spins 1,000 times": {"GOMP_SPINCOUNT": "1000"},
-    "spins 10,000 times": {"GOMP_SPINCOUNT": "10000"},
-    "one thread": {"OMP_NUM_THREADS": "1"},
+    # What GNU's OpenMP does unless told, because the import of `bench` tells it something.
+    "torch's own": {"GOMP_SPINCOUNT": "300000"},
+    "beside busy processes": {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": SPINS[True]},
+    "on free cores": {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": SPINS[False]},
+    "one thread": {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"},
 }
 """What each setting adds to the environment."""
 OWN = "torch's own"
-CHOSEN = {0: "spins 10,000 times", 1: "spins 1,000 times"}  # by busy processes, as `threads.wait_quietly` chooses
+CHOSEN = {0: "on free cores", 1: "beside busy processes"}  # by busy processes, as `threads.wait_quietly` chooses
 WORKS = ("rollout", "pass")
 BUSY = (0, 1, 2)
 BARS = ((0, 1.05), (1, 2.2))
@@ -111,11 +113,11 @@ def _take_turns(processes: dict[str, Process], work: str, rounds: int) -> dict[s
 
 
 def rows(results: list[dict[str, Any]], work: str) -> list[dict[str, Any]]:
-    """One row for each setting: seconds by number of busy processes, and the CPU seconds beside one."""
+    """One row for each setting: seconds and CPU seconds by number of busy processes."""
     by_number = {result["busy"]: result for result in results if result["work"] == work}
     return [
         {
-            "setting": " ".join(f"{key}={value}" for key, value in setting.items()) or OWN,
+            "setting": ", ".join([name, *(f"{key}={value}" for key, value in setting.items())]),
             **{f"{n} busy, time": result["seconds"][name]["median"] for n, result in by_number.items()},
             **{f"{n} busy, CPU time": result["cpu_seconds"][name]["median"] for n, result in by_number.items()},
         }

@@ -154,17 +154,17 @@ void attend(const In* heads, int64_t n, int64_t Q, int64_t K, int64_t D, const f
                 const int64_t first = window > 0 ? maximum(starts[row], slot - window + 1) : starts[row];
                 for (int64_t q = k * group; q < (k + 1) * group; ++q) {
                     rotated(mine + q * D, cosine, sine, D, scale, x);
-                    const int64_t n = slot + 1 - first;
+                    const int64_t seen = slot + 1 - first;
                     const In *key = keys + first * D, *value = values + first * D;
                     int64_t s = 0, i = 0;
-                    for (; s + 4 <= n; s += 4) score<4>(x, key + s * D, D, scores + s);
-                    for (; s < n; ++s) score<1>(x, key + s * D, D, scores + s);
-                    const float total = weigh(scores, n, softcap);
-                    for (; i + 4 * kLanes <= D; i += 4 * kLanes) mix<4>(scores, value + i, n, D, total, sum + i);
-                    for (; i + kLanes <= D; i += kLanes) mix<1>(scores, value + i, n, D, total, sum + i);
+                    for (; s + 4 <= seen; s += 4) score<4>(x, key + s * D, D, scores + s);
+                    for (; s < seen; ++s) score<1>(x, key + s * D, D, scores + s);
+                    const float total = weigh(scores, seen, softcap);
+                    for (; i + 4 * kLanes <= D; i += 4 * kLanes) mix<4>(scores, value + i, seen, D, total, sum + i);
+                    for (; i + kLanes <= D; i += kLanes) mix<1>(scores, value + i, seen, D, total, sum + i);
                     for (; i < D; ++i) {
                         float rest = 0;
-                        for (s = 0; s < n; ++s) rest += scores[s] * widen(value[s * D + i]);
+                        for (s = 0; s < seen; ++s) rest += scores[s] * widen(value[s * D + i]);
                         sum[i] = rest / total;
                     }
                     store(sum, out + (row * Q + q) * D, D);

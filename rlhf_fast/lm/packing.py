@@ -41,6 +41,7 @@ _NAME = "rlhf_fast_packed"
 _packable: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 _paddable: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 _fusable: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+_unsaid: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()  # what a trial found, until it is said
 
 
 def real_hidden(
@@ -102,13 +103,15 @@ def _runs(backbone: PreTrainedModel, ids_BL: Tensor, mask_BL: Tensor, last: bool
 
 
 def packs_prompts(backbone: PreTrainedModel) -> bool:
-    """Whether `prompt_states` takes the model's prompts. Where packed attention has no kernel, nothing is gained."""
+    """Whether `prompt_states` takes the model's prompts. Where packed attention has no kernel, nothing is gained.
+
+    The first call takes the trial. A model that checkpoints its activations runs its layers once where nothing is
+    trained, so that its prompts are packed.
+    """
     weight: Any = next(backbone.parameters())
     if not has_kernel("packed_attention", weight):
         return False
-    if is_fake(weight):
-        return not checkpoints_activations(backbone) and _unsuited(backbone) is None
-    return can_pack(backbone)
+    return _unsuited(backbone) is None if is_fake(weight) else _packs(backbone)
 
 
 def prompt_states(
@@ -212,6 +215,14 @@ def can_pack(backbone: PreTrainedModel) -> bool:
     if checkpoints_activations(backbone):
         _not_packed(backbone, "its layers run again in the backward pass, when the packed attention is gone")
         return False
+    packs = _packs(backbone)
+    if (reason := _unsaid.pop(backbone, None)) is not None:
+        (_not_fused if packs else _not_packed)(backbone, reason)
+    return packs
+
+
+def _packs(backbone: PreTrainedModel) -> bool:
+    """Whether rows can be packed, by a trial in the first call."""
     if backbone not in _packable:
         unsuited = _unsuited(backbone)
         reason = first = unsuited or _difference(backbone)
@@ -219,10 +230,8 @@ def can_pack(backbone: PreTrainedModel) -> bool:
         if unsuited is None and first is not None:
             reason = _difference(backbone)  # now with the model's own layers
         _packable[backbone] = reason is None
-        if reason is not None:
-            _not_packed(backbone, reason)
-        elif first is not None:
-            _not_fused(backbone, first)
+        if first is not None:
+            _unsaid[backbone] = reason or first
     return _packable[backbone]
 
 

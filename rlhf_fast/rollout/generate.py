@@ -87,6 +87,13 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 
 @torch.no_grad()
+def settle(model: PreTrainedModel) -> None:
+    """Takes the trial of decoding now. `generate` takes the trial in its first call, and holds its memory then."""
+    with _evaluating(model), as_it_runs(model):
+        decoder(model, 1)
+
+
+@torch.no_grad()
 def generate(
     model: PreTrainedModel,
     prompt_ids: Tensor,

@@ -26,7 +26,7 @@ from rlhf_fast.lm.sharding import shard, shard_frozen, whole, whole_bytes
 from rlhf_fast.lm.tokenizers import check_tokenizer, load_tokenizer
 from rlhf_fast.ops import kl_penalty, soft_overlong_punishment
 from rlhf_fast.ranks import current
-from rlhf_fast.rollout.generate import Generation, Rollout
+from rlhf_fast.rollout.generate import Generation, Rollout, settle
 from rlhf_fast.rollout.samplers import Samplers
 from rlhf_fast.stages.dynamic import Drawn, even, replaced
 from rlhf_fast.stages.kl import KLController
@@ -120,6 +120,8 @@ class Online(Generic[Config]):
                 Objectives(model, temperature=config.temperature, fused=config.fused_head)
                 for model in (self.policy, self.reference)
             )
+        if config.vllm_url is None:
+            settle(self.policy)  # before the first round, whose memory is that of every round
         # before more models are loaded
         shard(self.policy, config.shard_trained, checkpointing=config.gradient_checkpointing)
         self._check_room()

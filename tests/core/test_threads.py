@@ -74,11 +74,16 @@ def test_the_environment_is_settled_before_torch_and_not_against_the_user(monkey
     assert own == {"OMP_WAIT_POLICY": "active"}
 
 
-def test_cores_that_others_use_are_seen():
-    began = Clocks(10.0, 50.0, 1.0)
-    assert not are_busy(began, Clocks(10.1, 50.12, 1.09))  # 0.03 s of 0.1 s by others
-    assert are_busy(began, Clocks(10.1, 50.15, 1.0))
-    assert are_busy(None, began) and are_busy(began, None)
+def test_cores_that_others_use_are_seen(monkeypatch):
+    monkeypatch.setattr(threads, "_allowed", lambda: set(range(8)))
+    monkeypatch.setattr(threads, "cores_of_this_process", lambda: 8)
+    began, a_little, one = Clocks(10.0, 50.0, 1.0), Clocks(10.1, 50.12, 1.09), Clocks(10.1, 50.15, 1.05)
+    assert not are_busy(began, a_little, 8)  # others used 0.03 s of 0.1 s
+    assert are_busy(began, one, 8) and not are_busy(began, one, 7)
+    assert are_busy(None, began, 1) and are_busy(began, None, 1)
+    for said, busy in (("7", False), ("8", True), ("", True)):
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+        assert are_busy(began, one) == busy
 
 
 def test_the_command_settles_it():

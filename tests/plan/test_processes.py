@@ -95,14 +95,12 @@ def measured(tmp_path_factory):
 
 @pytest.mark.parametrize(("size", "number"), [(size, n) for size, checks in CHECKS.items() for n in range(len(checks))])
 def test_bytes_by_role_and_phase_of_every_process(size, number, measured, tmp_path):
-    """On a busy machine a thread of gloo may hold a message for longer, so that a larger peak is measured again."""
+    """On a busy machine a thread of gloo may hold a message for longer, so that a larger peak is measured once more."""
     check, found = CHECKS[size][number], measured[1][size][number]
     write_shapes(tmp_path)
     planner = Planner(plan(size, *check, tmp_path))
     planned = planner.processes("cpu")
-    for _ in range(3):
-        if all(held <= 1.03 * planned[rank][name].peak_bytes for rank, name, held in peaks(found)):
-            break
+    if any(held > 1.03 * planned[rank][name].peak_bytes for rank, name, held in peaks(found)):
         (found,) = run([check], size, tmp_path)
     for rank, one in enumerate(found):
         for role, held in one["static_bytes"].items():

@@ -6,7 +6,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rlhf_fast.lm import packing
+from rlhf_fast.lm import fast_paths, packing
 from rlhf_fast.rollout import blocks, cpu, engine
 from tests.support.models import ARCHITECTURES, random_policy, random_sequences
 
@@ -19,6 +19,11 @@ def no_grad():
 
 def _decoders(model, new_tokens):
     return engine.StaticDecoder(model, blocks.read(model), new_tokens), engine.CacheDecoder(model)
+
+
+@pytest.fixture(autouse=True)
+def nothing_said(monkeypatch):
+    monkeypatch.setattr(fast_paths, "_said", set())
 
 
 @pytest.fixture(params=["compiled", "plain"])
@@ -68,6 +73,25 @@ def test_packed_prompts_fill_the_cache_that_padded_prompts_fill(architecture, ow
     assert not packed.cache.transpose(2, 3)[:, :, :9][:, ~real].any()
     for token in torch.randint(2, 37, (3, 15), generator=torch.Generator().manual_seed(0)):
         torch.testing.assert_close(packed.step(token), padded.step(token), rtol=1e-4, atol=1e-4)
+
+
+def test_prompts_of_a_model_that_checkpoints_its_activations_are_packed(recwarn):
+    """And nothing is said of training's passes, which are not."""
+    model = random_policy("llama")
+    model.gradient_checkpointing_enable()
+    assert isinstance(engine.decoder(model, 4), engine.StaticDecoder)
+    assert engine._chosen[model] == "static, packed prompts"
+    assert not [w for w in recwarn if "not used" in str(w.message)]
+    with pytest.warns(UserWarning, match="packed passes are not used for LlamaModel: its layers run again"):
+        assert not packing.can_pack(model.base_model)
+
+
+def test_sampling_says_nothing_of_training(recwarn):
+    model = random_policy("gemma2")
+    assert isinstance(engine.decoder(model, 4), engine.StaticDecoder) and engine._chosen[model] == "static"
+    assert not [w for w in recwarn if "not used" in str(w.message)]
+    with pytest.warns(UserWarning, match="packed passes are not used for Gemma2Model"):
+        assert not packing.can_pack(model.base_model)
 
 
 def test_a_packed_pass_that_goes_wrong_over_prompts_is_not_taken(monkeypatch):

@@ -1,8 +1,9 @@
 """Host memory of all processes of a run while they load a model and put it into shards.
 
-The bytes are the anonymous memory of the processes and the machine's shared memory. Pages of the model's files, which
-the system may drop, do not count. The counters are read in microseconds. Pss of smaps_rollup takes so long for a large
-model that the processes let go of their weights in the meantime, and the sum over them counts a weight several times.
+The bytes are the anonymous memory of the processes, and the files in memory that they map, each once. Pages of the
+model's files, which the system may drop, do not count, and neither does what other programs share. The counters are
+read in a few milliseconds. Pss of smaps_rollup takes so long for a large model that the processes let go of their
+weights in the meantime, and the sum over them counts a weight several times.
 
 python -m tests.support.loads WARM MODEL OUT.json    in each process of a launcher, for a model of any size
 """
@@ -13,7 +14,6 @@ import pickle
 import re
 import sys
 import threading
-import time
 from pathlib import Path
 from unittest.mock import patch
 
@@ -26,15 +26,18 @@ from rlhf_fast.lm.sharding import full, shard
 from rlhf_fast.ranks import current
 
 EVERY = 0.004  # seconds between two looks
+SHARED = re.compile(r"^(\w+)-(\w+) \S+ (\w+) \S+ (\d+) +(?:/memfd:|/dev/shm/)", re.M)
 
 
 def held(pids: list[int]) -> int:
-    """Bytes of the processes, and all shared memory of the machine."""
+    """Bytes of the processes, and of the shared memory that they map."""
     texts = [Path(f"/proc/{pid}/status").read_text() for pid in pids]
     anonymous = sum(int(kb) for text in texts for kb in re.findall(r"^RssAnon:\s+(\d+) kB", text, re.M))
-    shared = re.search(r"^Shmem:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
-    assert shared is not None
-    return 1024 * (anonymous + int(shared[1]))
+    ends: dict[str, int] = {}  # of every file in memory, by its number: where its last mapping ends
+    for pid in pids:
+        for start, end, offset, number in SHARED.findall(Path(f"/proc/{pid}/maps").read_text()):
+            ends[number] = max(ends.get(number, 0), int(offset, 16) + int(end, 16) - int(start, 16))
+    return 1024 * anonymous + sum(ends.values())
 
 
 def load(path: str) -> PreTrainedModel:
@@ -72,12 +75,7 @@ def measure(warm: str, path: str, out: str, *, again: bool = True) -> None:
     done.set()
     if ranks.first:
         watching.join()
-    looks = []
-    for _ in range(50 if ranks.first else 0):  # on a busy machine a process may not have let go of its last file yet
-        looks.append(held(pids))
-        time.sleep(5 * EVERY)
-    ranks.wait()
-    after, size = min(looks, default=0), sum(p.numel() * p.itemsize for p in model.parameters())
+    after, size = held(pids), sum(p.numel() * p.itemsize for p in model.parameters())
     found = {"model": size, "peak": max(peaks) - before, "after": after - before, "sums": sums(model)}
     if again:
         with patch.object(one_copy.ModelPickler, "dump", side_effect=pickle.PicklingError):
